@@ -1,0 +1,130 @@
+"""`longctx VERB [SUBVERB] [group=choice] [key=value] ...`: composes and validates the config once, then runs.
+
+Exit status: 0 done, 1 failure, 2 the user's mistake (one paragraph, no traceback), 75 saved and to be
+requeued, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from longctx.errors import RunFailed, UserError, nearest
+from longctx.verbs import VERBS, Verb
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the `longctx` command; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"longctx: {error}", file=sys.stderr)
+        return 2
+    except RunFailed as error:
+        print(f"longctx: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("longctx: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        from longctx import __version__
+
+        print(f"longctx {__version__}")
+        return 0
+    verb, rest = _find(words)
+    if any(word in ("-h", "--help") for word in rest):
+        print(_verb_help(verb))
+        return 0
+    overrides, folders = split_options(rest)
+    config = load(verb, overrides, folders)
+    return int(_resolve(verb.run)(config) or 0)
+
+
+def load(verb: Verb, overrides: Sequence[str], folders: Sequence[Path] = ()) -> Any:
+    """The validated config of a verb: the schema's dataclass."""
+    from longctx.config.base import build
+    from longctx.config.compose import compose
+
+    values = compose(verb.root, overrides, folders)
+    return build(_resolve(verb.schema), values, origin=f"configs/{verb.root}.yaml and the command line")
+
+
+def split_options(words: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Hydra overrides apart from `--config-dir FOLDER`, which may be given several times."""
+    overrides: list[str] = []
+    folders: list[Path] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if word == "--config-dir":
+            if not queue:
+                raise UserError("--config-dir needs a folder after it")
+            folders.append(Path(queue.pop(0)))
+        elif word.startswith("--config-dir="):
+            folders.append(Path(word.split("=", 1)[1]))
+        elif word.startswith("-"):
+            raise UserError(f"{word} is not an option; settings are written key=value, and --help shows them")
+        else:
+            overrides.append(word)
+    return overrides, folders
+
+
+def _find(words: list[str]) -> tuple[Verb, list[str]]:
+    two = " ".join(words[:2])
+    if two in VERBS:
+        return VERBS[two], words[2:]
+    if words[0] in VERBS:
+        return VERBS[words[0]], words[1:]
+    family = sorted(name for name in VERBS if name.startswith(words[0] + " "))
+    if family:
+        given = words[1] if len(words) > 1 else ""
+        raise UserError(f"{two!r} is not a verb; {words[0]} has {', '.join(name.split()[1] for name in family)}"
+                        + (f"; did you mean {near!r}?" if (near := nearest(given, [n.split()[1] for n in family])) else ""))  # fmt: skip
+    near = nearest(words[0], {name.split()[0] for name in VERBS})
+    raise UserError(f"{words[0]!r} is not a verb; " + (f"did you mean {near!r}? " if near else "") + "`longctx --help` lists them")
+
+
+def _resolve(target: str) -> Any:
+    module, name = target.split(":")
+    return getattr(import_module(module), name)
+
+
+def _help() -> str:
+    width = max(len(name) for name in VERBS)
+    lines = ["usage: longctx VERB [SUBVERB] [group=choice] [key=value] ... [--config-dir FOLDER]", ""]
+    lines += [f"  {name:<{width}}  {VERBS[name].help}" for name in VERBS]
+    lines += ["", "`longctx VERB --help` shows what can be set. Start with: longctx train experiment=quickstart"]
+    return "\n".join(lines)
+
+
+def _verb_help(verb: Verb) -> str:
+    from longctx.config.compose import config_dir, groups
+
+    root = (config_dir() / f"{verb.root}.yaml").read_text()
+    used = {line.split("-", 1)[1].split(":")[0].split("@")[0].replace("optional", "").replace("override", "").strip(" /")
+            for line in root.splitlines() if line.strip().startswith("- ") and ":" in line}  # fmt: skip
+    lines = [f"longctx {verb.name}: {verb.help}", ""]
+    shown = {name: choices for name, choices in groups().items() if name in used}
+    if shown:
+        lines += ["Groups (choose with group=choice):"]
+        lines += [f"  {name:<12} {', '.join(choices)}" for name, choices in shown.items()] + [""]
+    lines += [f"Settings and their defaults (configs/{verb.root}.yaml); override any as key=value:", "", root.rstrip()]
+    lines += ["", "Nested keys take dots: curriculum.stages.s2048.tokens=1e6. A stage is dropped with '~curriculum.stages.s2048'.",
+              "Lists need quotes: 'key=[a,b]'. --config-dir FOLDER adds your own group files."]  # fmt: skip
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

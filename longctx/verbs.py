@@ -1,0 +1,30 @@
+"""The verbs of the command line: for each its schema and the function that does it, named as text so that
+`longctx theta` never imports what `longctx train` needs.
+
+A verb with spaces has subverbs; its root config is the name with underscores (`lora-extract` ->
+configs/lora_extract.yaml, `bench attention` -> configs/bench_attention.yaml).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Verb:
+    name: str
+    schema: str
+    run: str
+    help: str
+
+    @property
+    def root(self) -> str:
+        return self.name.replace("-", "_").replace(" ", "_")
+
+
+_ALL = [
+    Verb("train", "longctx.config.train:TrainConfig", "longctx.train.run:run",
+         "extend a model's context, stage by stage"),
+]  # fmt: skip
+
+VERBS: dict[str, Verb] = {verb.name: verb for verb in _ALL}
