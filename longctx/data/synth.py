@@ -1,0 +1,227 @@
+"""Synthetic long documents with known answers, for training and for evaluation.
+
+A task writes lines into a haystack at stated depths and asks at the end; tokens, loss weights and the places of
+the answers come out together, and the length is exact. Needles follow the pass-key test of Mohtashami and Jaggi
+2305.16300, several needles, chains and variables follow RULER 2404.06654; keys are split as in
+longctx.data.keys. Departure from RULER: lines, not essays, and every answer is six digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from longctx.config.data import SynthTask
+from longctx.data.keys import Split, draw_keys, draw_values
+from longctx.data.writer import Haystack, Writer
+from longctx.errors import UserError
+
+# L tokens of the document, A answers
+
+
+@dataclass(frozen=True)
+class Answer:
+    """tokens[start:end] answer the question about `key`; depth is where its needle stands, 0 to 1."""
+
+    start: int
+    end: int
+    key: str
+    text: str
+    depth: float
+
+
+@dataclass(frozen=True)
+class SynthDocument:
+    """tokens int32 [L]; weights float32 [L] of predicting each token (0 for the first); answers in order;
+    needles: where each inserted line begins."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    answers: tuple[Answer, ...]
+    needles: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Question:
+    before: str
+    answer: str
+    after: str
+    key: str
+    insert: int
+
+
+def make_task(
+    task: SynthTask,
+    length: int,
+    rng: np.random.Generator,
+    haystack: Haystack,
+    *,
+    keys: Split,
+    tokenizer: Writer | Any,
+) -> SynthDocument:
+    """One document of exactly `length` tokens.
+
+    haystack: (rng, n) -> n tokens, see longctx.data.writer; keys: which side keys come from; tokenizer: a
+    Writer, or any fast Hugging Face tokenizer (a Writer is then made, which reads the whole vocabulary).
+    Raises UserError when the length cannot hold the task.
+    """
+    writer = tokenizer if isinstance(tokenizer, Writer) else Writer(tokenizer)
+    if task.kind == "copy":
+        return _copy(task, length, rng, writer)
+    lines, questions = _PLANS[task.kind](task, rng, keys)
+    depths = rng.random(task.inserts) if task.depths is None else np.array(task.depths)
+    return _assemble(task, length, rng, haystack, writer, lines, depths, questions)
+
+
+def _needles(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+    taken: set[str] = set()
+    keys = draw_keys(rng, task.count, split, taken)
+    values = draw_values(rng, task.count, taken)
+    lines = [task.needle_template.format(key=k, value=v) for k, v in zip(keys, values, strict=True)]
+    asked = rng.permutation(task.count)[: task.questions].tolist()
+    return lines, [_ask(task, keys[i], values[i], i) for i in asked]
+
+
+def _chained(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+    taken: set[str] = set()
+    keys = draw_keys(rng, task.hops, split, taken)
+    links = [*keys, *draw_values(rng, 1, taken)]
+    lines = [task.needle_template.format(key=a, value=b) for a, b in pairwise(links)]
+    return lines, [_ask(task, links[0], links[-1], task.hops - 1)]
+
+
+def _table(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+    lines, questions = _needles(task, rng, split)
+    moved = [_Question(q.before, q.answer, q.after, q.key, 0) for q in questions]
+    return ["\n".join(lines)], moved
+
+
+def _variables(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+    taken: set[str] = set()
+    held = draw_keys(rng, task.count, split, taken)
+    lines: list[str] = []
+    chains: list[list[str]] = []
+    for value in held:
+        names = draw_keys(rng, task.hops, split, taken)
+        origins = [value, *(f"VAR {name}" for name in names[:-1])]
+        lines += [task.needle_template.format(key=n, value=o) for n, o in zip(names, origins, strict=True)]
+        chains.append(names)
+    asked = rng.permutation(task.count)[: task.questions].tolist()
+    return lines, [_ask(task, held[i], " ".join(chains[i]), i * task.hops) for i in asked]
+
+
+_PLANS = {
+    "needle": _needles,
+    "needles": _needles,
+    "chained": _chained,
+    "table": _table,
+    "variables": _variables,
+}
+
+
+def _ask(task: SynthTask, key: str, answer: str, insert: int) -> _Question:
+    before, after = task.question_template.split("{value}")
+    return _Question("\n" + before.format(key=key), answer, after.format(key=key), key, insert)
+
+
+def _assemble(
+    task: SynthTask,
+    length: int,
+    rng: np.random.Generator,
+    haystack: Haystack,
+    writer: Writer,
+    lines: list[str],
+    depths: np.ndarray,
+    questions: list[_Question],
+) -> SynthDocument:
+    inserts = [writer.tokens(line + "\n") for line in lines]
+    asks = [writer.marked(q.before, q.answer, q.after) for q in questions]
+    head = [] if writer.bos is None else [np.array([writer.bos], np.int32)]
+    fixed = len(head) + sum(map(len, inserts)) + sum(len(tokens) for tokens, _, _ in asks)
+    # Every needle may need a newline before it; what is not needed becomes haystack at the end.
+    spare = len(writer.newline) * len(inserts)
+    room = length - fixed - spare
+    if room < 0:
+        raise UserError(
+            f"a {task.kind} task with {len(lines)} lines and {len(asks)} questions needs {fixed + spare} tokens, "
+            f"and length={length} has fewer; take a longer length or a smaller count"
+        )
+    straw = haystack(rng, room + spare)
+    places, at_line = _places(straw[:room], depths, writer.newline_after)
+    order = np.argsort(places, kind="stable").tolist()
+    parts: list[np.ndarray] = list(head)
+    at, done = len(head), 0
+    starts = [0] * len(inserts)
+    for i in order:
+        piece = inserts[i] if at_line[i] else np.concatenate([writer.newline, inserts[i]])
+        parts += [straw[done : places[i]], piece]
+        starts[i] = at + int(places[i]) - done + (0 if at_line[i] else len(writer.newline))
+        at += int(places[i]) - done + len(piece)
+        done = int(places[i])
+    rest = length - at - sum(len(tokens) for tokens, _, _ in asks)
+    parts.append(straw[done : done + rest])
+    at += rest
+    answers: list[Answer] = []
+    for question, (tokens, low, high) in zip(questions, asks, strict=True):
+        depth = float(depths[question.insert])
+        answers.append(Answer(at + low, at + high, question.key, question.answer, depth))
+        parts.append(tokens)
+        at += len(tokens)
+    weights = _weights(
+        length, answers, 2.0 if task.answer_weight is None else task.answer_weight, task.other_weight
+    )
+    return SynthDocument(np.concatenate(parts), weights, tuple(answers), tuple(starts))
+
+
+def _places(
+    straw: np.ndarray, depths: np.ndarray, newline_after: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where each needle goes: the line start nearest to its depth, or the token itself when none is near."""
+    targets = np.round(depths * len(straw)).astype(np.int64)
+    line_starts = np.concatenate([[0], np.flatnonzero(newline_after[straw]) + 1])
+    right = np.minimum(np.searchsorted(line_starts, targets), len(line_starts) - 1)
+    left = np.maximum(right - 1, 0)
+    nearer_left = np.abs(line_starts[left] - targets) <= np.abs(line_starts[right] - targets)
+    nearest = np.where(nearer_left, line_starts[left], line_starts[right])
+    at_line = np.abs(nearest - targets) <= max(16, len(straw) // 50)
+    return np.where(at_line, nearest, targets), at_line
+
+
+def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: Writer) -> SynthDocument:
+    """A random segment over the ordinary vocabulary, repeated to the document's end."""
+    head = 0 if writer.bos is None else 1
+    most = (length - head) // 2
+    if most < 1 or (task.segment or 1) > most:
+        raise UserError(f"segment={task.segment} cannot stand twice in length={length}; at most {most} fits")
+    size = task.segment or int(rng.integers(min(8, most), most + 1))
+    tokens = np.empty(length, np.int32)
+    if writer.bos is not None:
+        tokens[0] = writer.bos
+    tokens[head:] = np.resize(
+        writer.ordinary[rng.integers(0, len(writer.ordinary), size=size)], length - head
+    )
+    answer = Answer(head + size, length, "", "", 0.0)
+    weights = _weights(length, [answer], task.answer_weight, task.other_weight)
+    return SynthDocument(tokens, weights, (answer,), (head,))
+
+
+def _weights(length: int, answers: list[Answer], ratio: float | None, other: float) -> np.ndarray:
+    """other for a token that answers nothing; answers share ratio x the others' sum, or weigh 1 where nothing
+    else does (or where ratio is None)."""
+    weights = np.full(length, other, np.float32)
+    weights[0] = 0.0
+    spans = [slice(answer.start, answer.end) for answer in answers]
+    for span in spans:
+        weights[span] = 0.0
+    count = sum(answer.end - answer.start for answer in answers)
+    share = (
+        float(weights.sum(dtype=np.float64)) * (ratio or 0.0) / count
+        if ratio is not None and other > 0
+        else 1.0
+    )
+    for span in spans:
+        weights[span] = share
+    return weights

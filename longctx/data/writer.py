@@ -1,0 +1,84 @@
+"""Short texts as tokens, with the tokens of one field marked; and the haystacks they are hidden in.
+
+A haystack is tokens already, so a synthetic document costs one tokenizer call per needle and question (tens
+of microseconds) however long it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from longctx.errors import UserError
+
+# (rng, n) -> exactly n tokens, int32
+Haystack = Callable[[np.random.Generator, int], np.ndarray]
+
+
+class Writer:
+    """A Hugging Face tokenizer, prepared for writing needles: make one and keep it.
+
+    bos: the token a document begins with, or None; newline_after[t]: whether token t ends a line;
+    ordinary: ids that are neither special nor added.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(
+                f"the tokenizer {type(tokenizer).__name__} is not a fast tokenizer, so the tokens of an answer "
+                "cannot be located; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+            )
+        self.tokenizer = tokenizer
+        self._backend = backend
+        self.bos: int | None = tokenizer.bos_token_id
+        self.eos: int | None = tokenizer.eos_token_id
+        size = len(tokenizer)
+        ends = [text.endswith("\n") for text in backend.decode_batch([[token] for token in range(size)])]
+        self.newline_after = np.array(ends, bool)
+        special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        self.ordinary = np.array([token for token in range(size) if token not in special], np.int32)
+        self.newline = self.tokens("\n")
+
+    def tokens(self, text: str) -> np.ndarray:
+        """int32 tokens of a text, without special tokens."""
+        return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def marked(self, before: str, marked: str, after: str = "") -> tuple[np.ndarray, int, int]:
+        """Tokens of `before + marked + after` and the range [start, end) of those that carry `marked`."""
+        encoding = self._backend.encode(before + marked + after, add_special_tokens=False)
+        low, high = len(before), len(before) + len(marked)
+        inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < high and b > low]
+        return np.array(encoding.ids, np.int32), inside[0], inside[-1] + 1
+
+
+def token_haystack(tokens: np.ndarray, line_end: np.ndarray | None = None) -> Haystack:
+    """Random stretches of a token stream (an array or memory map, [T]), wrapping at its end.
+
+    line_end: `Writer.newline_after`; with it a stretch begins at a line's start where one is near.
+    """
+    total = len(tokens)
+    if total == 0:
+        raise UserError("a haystack without tokens hides nothing; give it documents")
+
+    def draw(rng: np.random.Generator, count: int) -> np.ndarray:
+        start = int(rng.integers(total))
+        if line_end is not None:
+            near = np.flatnonzero(line_end[tokens[start : start + 256]])
+            start = (start + int(near[0]) + 1) % total if len(near) else start
+        first = np.asarray(tokens[start : start + count], np.int32)
+        if len(first) == count:
+            return first
+        return np.concatenate(
+            [first, np.resize(np.asarray(tokens[: count - len(first)], np.int32), count - len(first))]
+        )
+
+    return draw
+
+
+def text_haystack(texts: Sequence[str], writer: Writer) -> Haystack:
+    """A haystack over a few texts, tokenized once; long requests repeat them."""
+    parts = [writer.tokens(text) for text in texts]
+    return token_haystack(np.concatenate(parts) if parts else np.zeros(0, np.int32), writer.newline_after)
