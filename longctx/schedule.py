@@ -1,0 +1,418 @@
+"""Schedules of context-parallel attention as plain data: who computes on which KV block and sends what, when.
+
+A `Plan` is the list of steps of one rank. In a step the rank posts transfers, computes on KV blocks that are already
+there, waits, and adds up gradients, in that order. One builder makes every schedule, because a flat ring is a double
+ring of one node (Ring Attention, 2310.01889; double ring as in BurstAttention, 2403.09347; Ulysses x ring as in USP,
+2405.07719): an outer ring over `Mo` groups, an inner ring (or gather) over `Wi` members, positions numbered outer-major.
+The backward departs from public implementations: a rank keeps its own block's gradient at home and every other block's
+sum travels only between the ranks that add to it, so dKV makes N-1 (flat) or M(W-1) + (M-1) (double) hops, not N or MW.
+
+Shape of the data::
+
+    Plan.gather / .ring / .scatter : tuples of Step      (gather and scatter only under Ulysses)
+    Step.post    : Transfers posted before the computation, in issue order (the same order on every rank)
+    Step.compute : Compute on KV `blocks` lying in `slots`, or None
+    Step.wait    : ids of the Transfers awaited after the computation
+    Step.adds    : (from dKV slot, to dKV slot) sums made after the wait; slot OWN (-1) is what never leaves home
+    Transfer     : payload ("kv", "dkv", "qkv", "out", "saved", "dq", "dkv_heads"), ring (the communicator),
+                   send and recv Messages: peer rank, block, slot, level of the link
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+
+from longctx.topology import Level, Topology
+
+SCHEDULES = ("flat_ring", "double_ring", "allgather_ring", "ulysses_ring")
+OWN = -1  # the slot of what belongs to this rank: its own KV block, its own gradient
+
+Payload = Literal["kv", "dkv", "qkv", "out", "saved", "dq", "dkv_heads"]
+Ring = Literal["inner", "outer", "heads"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One direction of a transfer: `block` is the ring position that owns the KV (the rank, unless Ulysses)."""
+
+    peer: int
+    block: int
+    slot: int
+    level: Level
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """A send and the receive posted together with it; both on the communicator (`ring`, KV or dKV)."""
+
+    id: int
+    payload: Payload
+    ring: Ring
+    send: Message
+    recv: Message
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Attention of this rank's queries with KV `blocks`; `part` (i, n) is the i-th of n shares of the diagonal.
+
+    Backward: block k's gradient goes to dKV slot `into[k]`, replacing it if `fresh`, else added to what arrived there.
+    """
+
+    blocks: tuple[int, ...]
+    slots: tuple[int, ...]
+    part: tuple[int, int] = (0, 1)
+    into: tuple[int, ...] = ()
+    fresh: bool = True
+
+
+@dataclass(frozen=True)
+class Step:
+    post: tuple[Transfer, ...] = ()
+    compute: Compute | None = None
+    wait: tuple[int, ...] = ()
+    adds: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What turns a plan into bytes: per-rank tokens n and head counts before any exchange of heads."""
+
+    tokens: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int = 1
+    wire_bytes: int = 2
+    grad_bytes: int = 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one rank; `kv_slots` and `dkv_slots` count the foreign buffers live at once."""
+
+    schedule: str
+    rank: int
+    backward: bool
+    ulysses: int
+    kv_slots: int
+    dkv_slots: int
+    ring: tuple[Step, ...]
+    gather: tuple[Step, ...] = ()
+    scatter: tuple[Step, ...] = ()
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return self.gather + self.ring + self.scatter
+
+    def transfers(self) -> Iterator[Transfer]:
+        for step in self.steps:
+            yield from step.post
+
+    def bytes(self, sizes: Sizes) -> dict[Level, int]:
+        """Bytes this rank sends per link level; the executor's counters must equal it."""
+        total: Counter[Level] = Counter({"inner": 0, "outer": 0})
+        for transfer in self.transfers():
+            total[transfer.send.level] += payload_bytes(transfer.payload, sizes, self.ulysses)
+        return dict(total)
+
+
+def payload_bytes(payload: Payload, sizes: Sizes, ulysses: int = 1) -> int:
+    """Bytes of one message (facts: K = n Hkv d, Q = n Hq d, rho = max(1, h / Hkv))."""
+    per_head = sizes.batch * sizes.tokens * sizes.head_dim
+    q = per_head * sizes.q_heads
+    kv = 2 * per_head * max(sizes.kv_heads, ulysses if ulysses > 1 else 0)
+    b, g = sizes.wire_bytes, sizes.grad_bytes
+    return {
+        "kv": kv * b,
+        "dkv": kv * g,
+        "qkv": (q + kv) * b // ulysses,
+        "out": q * b // ulysses,
+        "saved": (3 * q + kv) * b // ulysses,
+        "dq": q * b // ulysses,
+        "dkv_heads": kv * g // ulysses,
+    }[payload]
+
+
+def build(
+    schedule: str,
+    topology: Topology,
+    rank: int,
+    *,
+    backward: bool = False,
+    ulysses: int | None = None,
+    work: np.ndarray | None = None,
+) -> Plan:
+    """The plan of `rank`. `work[i, j]` says whether queries of ring position i meet KV of position j (None: always);
+    offsets at which no pair meets are jumped over. `ulysses` (default: all ranks of a node) counts ranks that split heads.
+    """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
+    h = (ulysses or topology.ranks) if schedule == "ulysses_ring" else 1
+    if topology.ranks % h:
+        raise ValueError(f"ulysses={h} does not divide the {topology.ranks} ranks of a node")
+    positions = topology.size // h
+    nested = schedule in ("double_ring", "allgather_ring")
+    grid = (topology.nodes, topology.ranks) if nested else (1, positions)
+    ring = _Builder(topology, rank, h, grid, schedule == "allgather_ring", work)
+    plan = ring.build(backward)
+    plan = replace(plan, schedule=schedule)
+    return replace(
+        plan,
+        gather=_heads(topology, rank, h, backward, True),
+        scatter=_heads(topology, rank, h, backward, False),
+    )
+
+
+def _heads(topology: Topology, rank: int, h: int, backward: bool, gather: bool) -> tuple[Step, ...]:
+    """The all-to-all exchanges of Ulysses (2309.14509) as pairwise transfers, one step per payload."""
+    if h == 1:
+        return ()
+    payloads: tuple[Payload, ...] = (
+        (("saved",) if backward else ("qkv",)) if gather else (("dq", "dkv_heads") if backward else ("out",))
+    )
+    base, u = rank - rank % h, rank % h
+    steps, number = [], (0 if gather else 1000)
+    for payload in payloads:
+        post = []
+        for delta in range(1, h):
+            to, source = base + (u + delta) % h, base + (u - delta) % h
+            send = Message(to, base // h, delta, topology.level(rank, to))
+            recv = Message(source, base // h, delta, topology.level(rank, source))
+            post.append(Transfer(number + len(post), payload, "heads", send, recv))
+        number += h
+        steps.append(Step(post=tuple(post), wait=tuple(t.id for t in post)))
+    return tuple(steps)
+
+
+@dataclass
+class _Draft:
+    """A step under construction; slots are still names."""
+
+    post: list = field(default_factory=list)
+    compute: tuple | None = None  # (blocks, names, part, into names, fresh)
+    wait: list[int] = field(default_factory=list)
+    adds: list[tuple] = field(default_factory=list)
+
+
+class _Builder:
+    """Drafts the steps with named buffers, then gives buffers numbers by their lifetimes."""
+
+    def __init__(
+        self, topology: Topology, rank: int, h: int, grid: tuple[int, int], gathered: bool, work
+    ) -> None:
+        self.topology, self.rank, self.h, self.grid, self.gathered = topology, rank, h, grid, gathered
+        self.m, self.w = divmod(rank // h, grid[1])
+        self.visits = _visits(grid, work)
+        self.steps: list[_Draft] = []
+        self.count = 100  # ids of ring transfers; the heads' are below 100 and above 1000
+        self.starts: list[int] = []  # per visit: index of its first step
+
+    def position(self, a: int, b: int) -> int:
+        """Ring position `a` groups and `b` members behind mine (negative: ahead)."""
+        return (self.m - a) % self.grid[0] * self.grid[1] + (self.w - b) % self.grid[1]
+
+    def exchange(self, step: int, payload: Payload, ring: Ring, send: tuple, recv: tuple) -> int:
+        """Post at `step`: send = (to position, block, buffer), recv = (from position, block, buffer)."""
+        self._until(step)
+        self.count += 1
+        self.steps[step].post.append((self.count, payload, ring, send, recv))
+        return self.count
+
+    def build(self, backward: bool) -> Plan:
+        self._forward()
+        if backward:
+            self._backward()
+        kv = _numbers(self.steps, "kv")
+        dkv = _numbers(self.steps, "dkv") if backward else {OWN: OWN}
+        ring = tuple(self._freeze(step, kv, dkv, backward) for step in self.steps)
+        return Plan("", self.rank, backward, self.h, _size(kv), _size(dkv), ring)
+
+    def _forward(self) -> None:
+        """KV travels: outer transfers go straight from the owner, posted before the inner ring, awaited after it."""
+        for k, (a, members) in enumerate(self.visits):
+            first = len(self.steps)
+            self.starts.append(first)
+            held = OWN if a == 0 else ("outer", a)
+            block = self.position(a, 0)
+            self.steps.append(_Draft(compute=((block,), (held,), (0, 1), (("sum", a) if a else OWN,), a > 0)))
+            outer = None
+            if k + 1 < len(self.visits):
+                after = self.visits[k + 1][0]
+                send = (self.position(-after, 0), self.position(0, 0), OWN)
+                recv = (self.position(after, 0), self.position(after, 0), ("outer", after))
+                outer = self.exchange(first, "kv", "outer", send, recv)
+            self._gather(a, members, held) if self.gathered else self._circle(a, members, held)
+            if outer is not None:
+                self.steps[-1].wait.append(outer)
+
+    def _circle(self, a: int, members: list[int], held) -> None:
+        """The inner ring: the block hops on to the next member that has work for it."""
+        before = 0
+        for b in members:
+            now, hop = len(self.steps) - 1, b - before
+            send = (self.position(0, -hop), self.position(a, before), held)
+            held = ("inner", a, b)
+            recv = (self.position(0, hop), self.position(a, b), held)
+            self.steps[now].wait.append(self.exchange(now, "kv", "inner", send, recv))
+            self.steps.append(
+                _Draft(compute=((self.position(a, b),), (held,), (0, 1), (("travel", a, b),), before == 0))
+            )
+            before = b
+
+    def _gather(self, a: int, members: list[int], held) -> None:
+        """All-gather inside the group, then one computation on all the gathered blocks."""
+        if not members:
+            return
+        now = len(self.steps) - 1
+        for b in members:
+            send = (self.position(0, -b), self.position(a, 0), held)
+            recv = (self.position(0, b), self.position(a, b), ("inner", a, b))
+            self.steps[now].wait.append(self.exchange(now, "kv", "inner", send, recv))
+        blocks = tuple(self.position(a, b) for b in members)
+        names = tuple(("inner", a, b) for b in members)
+        self.steps.append(
+            _Draft(compute=(blocks, names, (0, 1), tuple(("travel", a, b) for b in members), True))
+        )
+
+    def _backward(self) -> None:
+        """dKV travels behind the KV: inner sums close at the rank that received the block, then hop outwards."""
+        computed = len(self.steps)
+        ready = -1  # step after which the previous visit's sum is complete
+        previous = None
+        for k, (a, members) in enumerate(self.visits):
+            last = (self.starts[k + 1] if k + 1 < len(self.visits) else computed) - 1
+            done = self._close(a, members, self.starts[k], last)
+            if a == 0:
+                continue
+            if previous is not None:
+                post, hop = ready + 1, a - previous
+                send = (self.position(-hop, 0), self.position(previous, 0), ("sum", previous))
+                recv = (self.position(hop, 0), self.position(a, 0), ("relay", a))
+                number = self.exchange(post, "dkv", "outer", send, recv)
+                wait = max(post, last)
+                self.steps[wait].wait.append(number)
+                self.steps[wait].adds.append((("relay", a), ("sum", a)))
+                done = max(done, wait)
+            ready, previous = done, a
+        if previous is not None:
+            send = (self.position(previous, 0), self.position(previous, 0), ("sum", previous))
+            recv = (self.position(-previous, 0), self.position(0, 0), ("home",))
+            number = self.exchange(ready + 1, "dkv", "outer", send, recv)
+            self.steps[ready + 1].wait.append(number)
+            self.steps[ready + 1].adds.append((("home",), OWN))
+        self._split_diagonal(computed)
+
+    def _close(self, a: int, members: list[int], start: int, last: int) -> int:
+        """The inner dKV hops of one visit; returns the step after which the visit's own sum is complete."""
+        target = ("sum", a) if a else OWN
+        if not members:
+            return start
+        if self.gathered:
+            for b in members:
+                send = (self.position(0, b), self.position(a, b), ("travel", a, b))
+                recv = (self.position(0, -b), self.position(a, 0), ("close", a, b))
+                number = self.exchange(last + 1, "dkv", "inner", send, recv)
+                self.steps[last + 1].wait.append(number)
+                self.steps[last + 1].adds.append((("close", a, b), target))
+            return last + 1
+        for i, b in enumerate(members[1:], start=1):
+            before, step = members[i - 1], start + 1 + i
+            send = (self.position(0, before - b), self.position(a, before), ("travel", a, before))
+            recv = (self.position(0, b - before), self.position(a, b), ("travel", a, b))
+            self.steps[step].wait.append(self.exchange(step, "dkv", "inner", send, recv))
+        b = members[-1]
+        send = (self.position(0, b), self.position(a, b), ("travel", a, b))
+        recv = (self.position(0, -b), self.position(a, 0), ("close", a))
+        number = self.exchange(last + 1, "dkv", "inner", send, recv)
+        self.steps[last + 1].wait.append(number)
+        self.steps[last + 1].adds.append((("close", a), target))
+        return last + 1
+
+    def _until(self, step: int) -> None:
+        while len(self.steps) <= step:
+            self.steps.append(_Draft())
+
+    def _split_diagonal(self, computed: int) -> None:
+        """Homing hops hide behind shares of the diagonal block: the last tail steps get one share each."""
+        tail = list(range(computed, len(self.steps)))[-2:]
+        shares = len(tail) + 1
+        blocks, names, _, into, fresh = self.steps[0].compute  # type: ignore[misc]
+        for i, step in enumerate([0, *tail]):
+            self.steps[step].compute = (blocks, names, (i, shares), into, fresh)
+
+    def _freeze(self, step: _Draft, kv: dict, dkv: dict, backward: bool) -> Step:
+        post = []
+        for number, payload, ring, send, recv in step.post:
+            names = kv if payload == "kv" else dkv
+            messages = []
+            for position, block, name in (send, recv):
+                peer = position * self.h + self.rank % self.h
+                messages.append(Message(peer, block, names[name], self.topology.level(self.rank, peer)))
+            post.append(Transfer(number, payload, ring, *messages))
+        compute = None
+        if step.compute is not None:
+            blocks, names, part, into, fresh = step.compute
+            targets = tuple(dkv[name] for name in into) if backward else ()
+            compute = Compute(blocks, tuple(kv[name] for name in names), part, targets, fresh)
+        adds = tuple((dkv[a], dkv[b]) for a, b in step.adds)
+        return Step(tuple(post), compute, tuple(step.wait), adds)
+
+
+def _visits(grid: tuple[int, int], work: np.ndarray | None) -> list[tuple[int, list[int]]]:
+    """The (group offset, member offsets > 0) to visit, own group first, derived alike on every rank."""
+    groups, members = grid
+    if work is not None and work.shape != (groups * members, groups * members):
+        raise ValueError(f"work has shape {work.shape}, expected {(groups * members,) * 2}")
+    visits: list[tuple[int, list[int]]] = []
+    m, w = np.divmod(np.arange(groups * members), members)
+    for a in range(groups):
+        busy = [
+            b
+            for b in range(members)
+            if work is None or work[m * members + w, (m - a) % groups * members + (w - b) % members].any()
+        ]
+        if a == 0 or busy:
+            visits.append((a, [b for b in busy if b]))
+    return visits
+
+
+def _numbers(steps: list[_Draft], kind: Literal["kv", "dkv"]) -> dict:
+    """Number the named buffers: two whose lifetimes (in steps) overlap never share a slot."""
+    mine = {
+        number: (send[2], recv[2])
+        for step in steps
+        for number, payload, _, send, recv in step.post
+        if payload == kind
+    }
+    life: dict = {}
+    for index, step in enumerate(steps):
+        moved = [transfer[0] for transfer in step.post] + step.wait
+        used = [name for number in moved if number in mine for name in mine[number]]
+        if step.compute is not None:
+            used += list(step.compute[1 if kind == "kv" else 3])
+        if kind == "dkv":
+            used += [name for pair in step.adds for name in pair]
+        for name in used:
+            start, _ = life.get(name, (index, index))
+            life[name] = (start, index)
+    numbers: dict = {OWN: OWN}
+    free_at: list[int] = []  # per slot: the last step of its present buffer
+    for name, (start, end) in sorted(life.items(), key=lambda item: item[1][0]):
+        if name == OWN:
+            continue
+        slot = next((s for s, until in enumerate(free_at) if until < start), len(free_at))
+        if slot == len(free_at):
+            free_at.append(end)
+        free_at[slot] = end
+        numbers[name] = slot
+    return numbers
+
+
+def _size(numbers: dict) -> int:
+    return max(numbers.values()) + 1
