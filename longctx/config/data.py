@@ -8,9 +8,14 @@ domain) and ProLong 2410.02660 (a share of full-length documents beside packed s
 from __future__ import annotations
 
 import string
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import field as _field
+from typing import Annotated, Any, Literal
 
-from longctx.config.base import schema
+from pydantic import BeforeValidator
+
+from longctx.config.base import Count, Length, Text, schema
+from longctx.errors import nearest
 
 TaskKind = Literal["needle", "needles", "chained", "table", "copy", "variables"]
 
@@ -105,3 +110,192 @@ def _check_template(name: str, template: str | None) -> None:
         ) from None
     if sorted(fields) != ["key", "value"]:
         raise ValueError(f"{name}={template!r} must hold {{key}} once and {{value}} once, and no other field")
+
+
+SourceKind = Literal["stdlib", "text", "hub", "chat", "synth"]
+
+
+@schema
+class SourceConfig:
+    """Where documents come from.
+
+    kind `stdlib`: the Python standard library on this machine; `text`: path, a file or folder of .txt, .md,
+    .jsonl or .parquet (each also .gz or .zst); `hub`: a dataset's name (subset, split) through Hugging Face
+    datasets; `chat`: conversations ({role, content} lists) from path or name; `synth`: generated (task,
+    haystack: the source its straw comes from).
+    field: the column with the text or the messages (None: `text`, or `messages` for chat). include, exclude:
+    patterns on file names below path. rows: read only so many rows of a hub dataset. min_tokens, max_tokens:
+    documents outside are left out. loss: `assistant` trains on the assistant's turns only; answer_weight: the
+    assistant's tokens weigh this multiple of all others of the conversation together.
+    """
+
+    kind: SourceKind
+    path: Text | None = None
+    name: Text | None = None
+    subset: Text | None = None
+    split: str = "train"
+    field: str | None = None
+    include: list[str] = _field(default_factory=list)
+    exclude: list[str] = _field(default_factory=list)
+    rows: Count | None = None
+    min_tokens: Length = 0
+    max_tokens: Length | None = None
+    loss: Literal["all", "assistant"] = "all"
+    answer_weight: float | None = None
+    task: SynthTask | None = None
+    haystack: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "text" and not self.path:
+            raise ValueError(
+                "path is missing; a text source is a file or folder, for example data.path=books"
+            )
+        if self.kind == "hub" and not self.name:
+            raise ValueError("name is missing; a hub source is a dataset's name, for example name=wikitext")
+        if self.kind == "chat" and bool(self.path) == bool(self.name):
+            raise ValueError("a chat source has either a path (data.path=FOLDER) or a hub dataset's name")
+        if self.kind == "synth" and (self.task is None or not self.haystack):
+            raise ValueError("a synth source names its task and, as haystack, the source of its straw")
+        if self.kind != "synth" and (self.task is not None or self.haystack is not None):
+            raise ValueError(f"task and haystack belong to kind=synth, not to kind={self.kind}")
+        if self.kind != "chat" and (self.loss != "all" or self.answer_weight is not None):
+            raise ValueError(f"loss and answer_weight belong to kind=chat, not to kind={self.kind}")
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            raise ValueError(f"max_tokens={self.max_tokens} is below min_tokens={self.min_tokens}")
+
+    @property
+    def column(self) -> str:
+        return self.field or ("messages" if self.kind == "chat" else "text")
+
+
+@schema
+class LengthPolicy:
+    """How long a source's documents are within a stage.
+
+    natural: as they come. upsample: documents of min_len tokens and more make up `share` of the source's
+    tokens. prolong: `share` of the source's tokens are full sequences made of single long documents, the
+    rest is packed from shorter ones (0.75 is Qwen2.5-1M's). joined: documents joined without boundaries to
+    full sequences. For synth sources: full (the stage's length), fixed (length), loguniform (min_len to the
+    stage's length).
+    """
+
+    kind: Literal["natural", "upsample", "prolong", "joined", "full", "fixed", "loguniform"]
+    min_len: Length | None = None
+    share: float | None = None
+    length: Length | None = None
+
+    def __post_init__(self) -> None:
+        needs = {"upsample": ("min_len", "share"), "prolong": ("share",), "fixed": ("length",)}
+        needs["loguniform"] = ("min_len",)
+        for name in ("min_len", "share", "length"):
+            given, wanted = getattr(self, name) is not None, name in needs.get(self.kind, ())
+            if given != wanted:
+                rule = "is missing" if wanted else "does not apply"
+                raise ValueError(f"{name} {rule} for the length policy {self.kind}")
+        if self.share is not None and not 0 <= self.share <= 1:
+            raise ValueError(f"share={self.share} must lie between 0 and 1")
+        if min(self.min_len or 1, self.length or 1) < 1:
+            raise ValueError("min_len and length must be 1 token or more")
+
+
+def _policy(value: Any) -> Any:
+    """`length: full` is short for `length: {kind: full}`, `length: {prolong: {...}}` for kind and the
+    rest."""
+    if isinstance(value, str):
+        return {"kind": value}
+    if isinstance(value, Mapping) and len(value) == 1 and "kind" not in value:
+        ((kind, rest),) = value.items()
+        if isinstance(rest, Mapping):
+            return {"kind": kind, **rest}
+    return value
+
+
+@schema
+class MixEntry:
+    """A source's part in a mix: its share of the tokens and the length of its documents (None: `natural`, and
+    `full` for synth sources)."""
+
+    weight: float
+    length: Annotated[LengthPolicy | None, BeforeValidator(_policy)] = None
+
+    def __post_init__(self) -> None:
+        if not self.weight >= 0:
+            raise ValueError(f"weight={self.weight} must not be negative")
+
+
+def _entry(value: Any) -> Any:
+    """`stdlib: 0.4` is short for `stdlib: {weight: 0.4}`."""
+    return {"weight": value} if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Mix = dict[str, Annotated[MixEntry, BeforeValidator(_entry)]]
+
+
+@schema
+class DataConfig:
+    """Sources by name, mixes by name (a stage names one), and how documents become sequences.
+
+    path: for data=text and data=chat, read by their sources. packing: best_fit keeps documents whole where
+    they fit, concat joins and splits. document_mask: attention stays within a document. first_token:
+    `predict` trains on a document's first token too, which only makes sense without document masks.
+    heldout: share of documents (by hash of the file's name) kept from training. max_epochs: warn when a
+    source is repeated more often. max_bad: share of broken lines that is skipped with a count; more is an
+    error. bos, eos: put the tokenizer's marks around each document.
+    """
+
+    sources: dict[str, SourceConfig]
+    mixes: dict[str, Mix]
+    path: Text | None = None
+    packing: Literal["best_fit", "concat"] = "best_fit"
+    document_mask: bool = True
+    first_token: Literal["skip", "predict"] = "skip"
+    heldout: float = 0.05
+    max_epochs: float = 4.0
+    max_bad: float = 0.01
+    bos: bool = True
+    eos: bool = True
+
+    def __post_init__(self) -> None:
+        if not self.sources or not self.mixes:
+            raise ValueError("sources and mixes must each name at least one")
+        if not 0 <= self.heldout < 1 or not 0 <= self.max_bad <= 1:
+            raise ValueError(f"heldout={self.heldout} and max_bad={self.max_bad} are shares between 0 and 1")
+        if self.first_token == "predict" and self.document_mask:
+            raise ValueError(
+                "first_token=predict would predict a token from nothing; "
+                "set document_mask=false or first_token=skip"
+            )
+        for name, source in self.sources.items():
+            self._check_haystack(name, source)
+        for name, mix in self.mixes.items():
+            self._check_mix(name, mix)
+
+    def _check_haystack(self, name: str, source: SourceConfig) -> None:
+        straw = source.haystack
+        if straw is not None and (straw not in self.sources or self.sources[straw].kind == "synth"):
+            texts = [key for key, other in self.sources.items() if other.kind != "synth"]
+            raise ValueError(
+                f"sources.{name}.haystack={straw} is not a source of text; known: {', '.join(texts)}"
+            )
+
+    def _check_mix(self, name: str, mix: Mix) -> None:
+        for source, entry in mix.items():
+            where = f"mixes.{name}.{source}"
+            if source not in self.sources:
+                near = nearest(source, self.sources)
+                hint = f"did you mean {near!r}?" if near else f"known: {', '.join(self.sources)}"
+                raise ValueError(f"{where} is not a source; {hint}")
+            synth = self.sources[source].kind == "synth"
+            kind = "" if entry.length is None else entry.length.kind
+            if kind and synth != (kind in ("full", "fixed", "loguniform")):
+                fits = "full, fixed or loguniform" if synth else "natural, upsample, prolong or joined"
+                raise ValueError(
+                    f"{where}.length={kind} does not fit a {self.sources[source].kind} source; use {fits}"
+                )
+        total = sum(entry.weight for entry in mix.values())
+        if abs(total - 1) > 1e-3:
+            parts = ", ".join(f"{key} {entry.weight:g}" for key, entry in mix.items())
+            raise ValueError(
+                f"mixes.{name}: the weights {parts} sum to {total:g}, not to 1; scale them"
+                + (f", for example by 1/{total:g}" if total > 0 else "")
+            )

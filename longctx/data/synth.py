@@ -1,8 +1,8 @@
 """Synthetic long documents with known answers, for training and for evaluation.
 
-A task writes lines into a haystack at stated depths and asks at the end; tokens, loss weights and the places of
-the answers come out together, and the length is exact. Needles follow the pass-key test of Mohtashami and Jaggi
-2305.16300, several needles, chains and variables follow RULER 2404.06654; keys are split as in
+A task writes lines into a haystack at stated depths and asks at the end; tokens, loss weights and the places
+of the answers come out together, and the length is exact. Needles follow the pass-key test of Mohtashami and
+Jaggi 2305.16300, several needles, chains and variables follow RULER 2404.06654; keys are split as in
 longctx.data.keys. Departure from RULER: lines, not essays, and every answer is six digits.
 """
 
@@ -146,8 +146,8 @@ def _assemble(
     room = length - fixed - spare
     if room < 0:
         raise UserError(
-            f"a {task.kind} task with {len(lines)} lines and {len(asks)} questions needs {fixed + spare} tokens, "
-            f"and length={length} has fewer; take a longer length or a smaller count"
+            f"a {task.kind} task with {len(lines)} lines and {len(asks)} questions needs {fixed + spare} "
+            f"tokens, and length={length} has fewer; take a longer length or a smaller count"
         )
     straw = haystack(rng, room + spare)
     places, at_line = _places(straw[:room], depths, writer.newline_after)

@@ -28,7 +28,7 @@ class Writer:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
-                f"the tokenizer {type(tokenizer).__name__} is not a fast tokenizer, so the tokens of an answer "
+                f"the tokenizer {type(tokenizer).__name__} is not a fast tokenizer, so an answer's tokens "
                 "cannot be located; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
             )
         self.tokenizer = tokenizer
