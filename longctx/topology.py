@@ -1,7 +1,7 @@
 """Where the ranks of a context-parallel group sit: M nodes of W ranks, and what the links between them carry.
 
-Rank numbering is node-major (rank = node * W + local), as torchrun and Slurm's block distribution number them, so that
-"inside a node" is plain integer arithmetic. The numbers come from the launcher's environment, a YAML file, or the user.
+Ranks are numbered node-major (rank = node * W + local), as torchrun and Slurm's block distribution do, so that
+"inside a node" is integer arithmetic. The numbers come from the launcher's environment, a YAML file, or the user.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Topology:
-    """M `nodes` of W `ranks` each; `inner` and `outer` describe a rank's link inside and between nodes, when known."""
+    """M `nodes` of W `ranks` each; `inner` and `outer` describe a rank's links, where known."""
 
     nodes: int = 1
     ranks: int = 1

@@ -1,142 +1,21 @@
-"""Schedules of context-parallel attention as plain data: who computes on which KV block and sends what, when.
+"""One builder for every ring: a flat ring is a double ring of a single group.
 
-A `Plan` is the list of steps of one rank. In a step the rank posts transfers, computes on KV blocks that are already
-there, waits, and adds up gradients, in that order. One builder makes every schedule, because a flat ring is a double
-ring of one node (Ring Attention, 2310.01889; double ring as in BurstAttention, 2403.09347; Ulysses x ring as in USP,
-2405.07719): an outer ring over `Mo` groups, an inner ring (or gather) over `Wi` members, positions numbered outer-major.
-The backward departs from public implementations: a rank keeps its own block's gradient at home and every other block's
-sum travels only between the ranks that add to it, so dKV makes N-1 (flat) or M(W-1) + (M-1) (double) hops, not N or MW.
-
-Shape of the data::
-
-    Plan.gather / .ring / .scatter : tuples of Step      (gather and scatter only under Ulysses)
-    Step.post    : Transfers posted before the computation, in issue order (the same order on every rank)
-    Step.compute : Compute on KV `blocks` lying in `slots`, or None
-    Step.wait    : ids of the Transfers awaited after the computation
-    Step.adds    : (from dKV slot, to dKV slot) sums made after the wait; slot OWN (-1) is what never leaves home
-    Transfer     : payload ("kv", "dkv", "qkv", "out", "saved", "dq", "dkv_heads"), ring (the communicator),
-                   send and recv Messages: peer rank, block, slot, level of the link
+Ring Attention (2310.01889), double ring as in BurstAttention (2403.09347), Ulysses x ring as in USP (2405.07719): an
+outer ring over `grid[0]` groups, an inner ring (or all-gather) over `grid[1]` members, positions group-major.
+It departs from public implementations in the backward: a rank's own contribution to its block stays at home, and a
+block's sum travels only between the ranks that add to it, so dKV makes N-1 (flat) or M(W-1) inner and M-1 outer
+(double) hops, not N or MW. Outer KV goes straight from its owner, so three foreign blocks are live, not four.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
 
-from longctx.topology import Level, Topology
-
-SCHEDULES = ("flat_ring", "double_ring", "allgather_ring", "ulysses_ring")
-OWN = -1  # the slot of what belongs to this rank: its own KV block, its own gradient
-
-Payload = Literal["kv", "dkv", "qkv", "out", "saved", "dq", "dkv_heads"]
-Ring = Literal["inner", "outer", "heads"]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One direction of a transfer: `block` is the ring position that owns the KV (the rank, unless Ulysses)."""
-
-    peer: int
-    block: int
-    slot: int
-    level: Level
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """A send and the receive posted together with it; both on the communicator (`ring`, KV or dKV)."""
-
-    id: int
-    payload: Payload
-    ring: Ring
-    send: Message
-    recv: Message
-
-
-@dataclass(frozen=True)
-class Compute:
-    """Attention of this rank's queries with KV `blocks`; `part` (i, n) is the i-th of n shares of the diagonal.
-
-    Backward: block k's gradient goes to dKV slot `into[k]`, replacing it if `fresh`, else added to what arrived there.
-    """
-
-    blocks: tuple[int, ...]
-    slots: tuple[int, ...]
-    part: tuple[int, int] = (0, 1)
-    into: tuple[int, ...] = ()
-    fresh: bool = True
-
-
-@dataclass(frozen=True)
-class Step:
-    post: tuple[Transfer, ...] = ()
-    compute: Compute | None = None
-    wait: tuple[int, ...] = ()
-    adds: tuple[tuple[int, int], ...] = ()
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What turns a plan into bytes: per-rank tokens n and head counts before any exchange of heads."""
-
-    tokens: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    batch: int = 1
-    wire_bytes: int = 2
-    grad_bytes: int = 4
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The steps of one rank; `kv_slots` and `dkv_slots` count the foreign buffers live at once."""
-
-    schedule: str
-    rank: int
-    backward: bool
-    ulysses: int
-    kv_slots: int
-    dkv_slots: int
-    ring: tuple[Step, ...]
-    gather: tuple[Step, ...] = ()
-    scatter: tuple[Step, ...] = ()
-
-    @property
-    def steps(self) -> tuple[Step, ...]:
-        return self.gather + self.ring + self.scatter
-
-    def transfers(self) -> Iterator[Transfer]:
-        for step in self.steps:
-            yield from step.post
-
-    def bytes(self, sizes: Sizes) -> dict[Level, int]:
-        """Bytes this rank sends per link level; the executor's counters must equal it."""
-        total: Counter[Level] = Counter({"inner": 0, "outer": 0})
-        for transfer in self.transfers():
-            total[transfer.send.level] += payload_bytes(transfer.payload, sizes, self.ulysses)
-        return dict(total)
-
-
-def payload_bytes(payload: Payload, sizes: Sizes, ulysses: int = 1) -> int:
-    """Bytes of one message (facts: K = n Hkv d, Q = n Hq d, rho = max(1, h / Hkv))."""
-    per_head = sizes.batch * sizes.tokens * sizes.head_dim
-    q = per_head * sizes.q_heads
-    kv = 2 * per_head * max(sizes.kv_heads, ulysses if ulysses > 1 else 0)
-    b, g = sizes.wire_bytes, sizes.grad_bytes
-    return {
-        "kv": kv * b,
-        "dkv": kv * g,
-        "qkv": (q + kv) * b // ulysses,
-        "out": q * b // ulysses,
-        "saved": (3 * q + kv) * b // ulysses,
-        "dq": q * b // ulysses,
-        "dkv_heads": kv * g // ulysses,
-    }[payload]
+from longctx.schedule.plan import OWN, SCHEDULES, Compute, Message, Payload, Plan, Ring, Step, Transfer
+from longctx.topology import Topology
 
 
 def build(
@@ -148,8 +27,11 @@ def build(
     ulysses: int | None = None,
     work: np.ndarray | None = None,
 ) -> Plan:
-    """The plan of `rank`. `work[i, j]` says whether queries of ring position i meet KV of position j (None: always);
-    offsets at which no pair meets are jumped over. `ulysses` (default: all ranks of a node) counts ranks that split heads.
+    """The plan of `rank`.
+
+    `work[i, j]`: do queries of ring position i meet KV of position j (None: always)? Offsets at which no pair
+    meets are jumped over. `ulysses` (default: all ranks of a node) counts the ranks that split heads.
+    Raises ValueError for an unknown schedule and for an `ulysses` that does not divide the ranks of a node.
     """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
@@ -234,7 +116,7 @@ class _Builder:
         return Plan("", self.rank, backward, self.h, _size(kv), _size(dkv), ring)
 
     def _forward(self) -> None:
-        """KV travels: outer transfers go straight from the owner, posted before the inner ring, awaited after it."""
+        """KV: outer transfers go straight from the owner, posted before the inner ring, awaited after it."""
         for k, (a, members) in enumerate(self.visits):
             first = len(self.steps)
             self.starts.append(first)
@@ -281,7 +163,7 @@ class _Builder:
         )
 
     def _backward(self) -> None:
-        """dKV travels behind the KV: inner sums close at the rank that received the block, then hop outwards."""
+        """dKV follows the KV: inner sums close at the rank that received the block, then hop outwards."""
         computed = len(self.steps)
         ready = -1  # step after which the previous visit's sum is complete
         previous = None
