@@ -1,0 +1,121 @@
+"""A curriculum resolved to numbers: for each stage its rope, steps, learning rate, mix and layout.
+
+Pure arithmetic on the validated config and three facts of the model (head size, rope_parameters, window), so
+that the planner, the table of `longctx theta` and every rank of a training run get the same stages.
+Everything a user can get wrong between stages is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from longctx.config.curriculum import AdvanceConfig, CurriculumConfig, StageConfig
+from longctx.curriculum.select import read_theta_file, selected
+from longctx.curriculum.stage import Advance, Stage
+from longctx.curriculum.steps import batch_size, schedules
+from longctx.errors import UserError
+from longctx.rope import ExplicitTheta, Rope, apply, make_rule
+
+
+def resolve(
+    config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any], window: int, file: str
+) -> list[Stage]:
+    """The stages of a curriculum for one model.
+
+    head_dim, rope (rope_parameters), window (max_position_embeddings): what the model has before the first
+    stage. file: where the curriculum stands, for messages. Raises UserError for everything a stage cannot be.
+    """
+    chosen = selected(config, file)
+    overrides = read_theta_file(config, file)
+    original = Rope(dict(rope), head_dim, window)
+    previous = original
+    stages: list[Stage] = []
+    rates = schedules(config, chosen, file)
+    for index, (name, stage) in enumerate(chosen.items()):
+        where = f"curriculum.stages.{name}"
+        _check_length(config, where, stage.seq_len, previous.window, first=index == 0, file=file)
+        parameters = _rope(config, stage, overrides.get(name), original, previous, where, file)
+        if parameters["rope_theta"] < previous.theta and (index or not config.scratch):
+            raise UserError(
+                f"{where}: theta={parameters['rope_theta']:.0f} is below the {previous.theta:.0f} it starts "
+                "from; a theta must not fall from stage to stage, or positions learned so far are lost. "
+                "Give a higher theta, or rule.start=previous so that the rule goes on from the stage "
+                f"before ({file})"
+            )
+        batch, steps = batch_size(stage, where, file), rates[name].steps
+        stages.append(
+            Stage(
+                name=name,
+                index=index,
+                seq_len=stage.seq_len,
+                rope=parameters,
+                theta=parameters["rope_theta"],
+                tokens=steps * batch * stage.seq_len,
+                batch=batch,
+                steps=steps,
+                lr=rates[name].rate,
+                mix=stage.mix or config.mix,
+                layout=stage.layout or config.layout,
+                advance=_advance(stage.advance or config.advance),
+                start_window=previous.window,
+            )
+        )
+        previous = Rope(parameters, head_dim, stage.seq_len, file)
+    return stages
+
+
+def _check_length(
+    config: CurriculumConfig, where: str, length: int, before: int, *, first: bool, file: str
+) -> None:
+    if length < 2:
+        raise UserError(f"{where}.seq_len={length} is too short; a stage needs at least 2 tokens ({file})")
+    if config.scratch and first:
+        return
+    if first and length < before:
+        raise UserError(
+            f"{where}.seq_len={length} is shorter than the model's window of {before}; start at {before} or "
+            f"longer, drop the stage ('~{where}'), or set curriculum.scratch=true for a model that is "
+            f"trained from scratch ({file})"
+        )
+    if not first and (length < before or (length == before and not config.scratch)):
+        raise UserError(
+            f"{where}.seq_len={length} does not come after {before}: the lengths of the stages must "
+            f"increase; give it a longer seq_len or drop the stage ('~{where}') ({file})"
+        )
+
+
+def _rope(
+    config: CurriculumConfig,
+    stage: StageConfig,
+    override: float | None,
+    original: Rope,
+    previous: Rope,
+    where: str,
+    file: str,
+) -> dict[str, Any]:
+    if stage.theta is not None and stage.rule is not None:
+        raise UserError(
+            f"{where} names both theta={stage.theta} and rule={stage.rule.name!r}; give exactly one of the "
+            f"two and set the other to null ({file})"
+        )
+    theta = stage.theta if override is None else override
+    if theta is not None:
+        if theta <= 1:
+            raise UserError(f"{where}.theta={theta} must be above 1 ({file})")
+        return apply(ExplicitTheta(theta), original, stage.seq_len, where)
+    rule = stage.rule or config.rule
+    if rule is None:
+        if config.scratch:
+            return dict(previous.parameters)
+        raise UserError(
+            f"{where} names neither theta nor rule, and the curriculum has no rule; give one of them, for "
+            f"example {where}.rule=dynamic-ntk ({file})"
+        )
+    made = make_rule(rule.name, rule.parameters(), f"{where}.rule")
+    start = previous if (rule.start or made.start) == "previous" else original
+    return apply(made, start, stage.seq_len, f"{where}.rule")
+
+
+def _advance(config: AdvanceConfig) -> Advance | None:
+    return Advance(config.steps, config.min_drop, config.min_share) if config.enabled else None

@@ -1,0 +1,70 @@
+"""Which stages of a curriculum run, in which order, and the thetas a search has put in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longctx.config.base import parse_length
+from longctx.config.curriculum import CurriculumConfig, StageConfig
+from longctx.errors import UserError, nearest
+
+
+def selected(config: CurriculumConfig, file: str) -> dict[str, StageConfig]:
+    """The stages that run, in order: names like s64k by the length in the name, other names as they stand."""
+    wanted = config.only if config.only is not None else list(config.stages)
+    for name in wanted:
+        if name not in config.stages:
+            near = nearest(name, config.stages)
+            hint = f"did you mean {near!r}? " if near else ""
+            raise UserError(
+                f"curriculum.only names {name!r}, which is no stage; {hint}known: "
+                f"{', '.join(config.stages)} ({file})"
+            )
+    if not wanted:
+        raise UserError(
+            f"curriculum.only=[] leaves no stage; name one of {', '.join(config.stages)} ({file})"
+        )
+    lengths = {name: _named_length(name) for name in config.stages}
+    names = [name for name in config.stages if name in wanted]
+    if all(length is not None for length in lengths.values()):
+        names.sort(key=lambda name: lengths[name] or 0)
+    return {name: config.stages[name] for name in names}
+
+
+def read_theta_file(config: CurriculumConfig, file: str) -> dict[str, float]:
+    """Thetas by stage from the file `longctx theta search=true` wrote; empty without one."""
+    if config.theta_file is None:
+        return {}
+    import yaml
+
+    path = Path(config.theta_file)
+    where = f"curriculum.theta_file={path}"
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(
+            f"{where} cannot be read: {error.strerror}; `longctx theta search=true` writes it ({file})"
+        ) from None
+    except yaml.YAMLError:
+        content = None
+    stages = content.get("stages") if isinstance(content, dict) else None
+    if not isinstance(stages, dict) or not all(
+        isinstance(item, dict) and "theta" in item for item in stages.values()
+    ):
+        raise UserError(f"{where} does not hold `stages: {{NAME: {{theta: NUMBER}}}}`; write it so ({path})")
+    for name in stages:
+        if name not in config.stages:
+            near = nearest(name, config.stages)
+            raise UserError(
+                f"{where}: stage {name!r} is not in the curriculum; "
+                + (f"did you mean {near!r}? " if near else "")
+                + f"known: {', '.join(config.stages)} ({path})"
+            )
+    return {name: item["theta"] for name, item in stages.items()}
+
+
+def _named_length(name: str) -> int | None:
+    try:
+        return parse_length(name[1:]) if name[:1] == "s" else None
+    except ValueError:
+        return None

@@ -1,0 +1,101 @@
+"""Batch, steps and learning rate of each stage; a schedule may span several stages (`continue`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from longctx.config.curriculum import CurriculumConfig, LearningRateConfig, StageConfig
+from longctx.curriculum.stage import LearningRate
+from longctx.errors import UserError
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    steps: int
+    rate: LearningRate
+
+
+def schedules(config: CurriculumConfig, chosen: Mapping[str, StageConfig], file: str) -> dict[str, Scheduled]:
+    """Steps and rate per stage; a run of `continue` stages shares the schedule of the stage it follows."""
+    steps = {name: _steps(stage, f"curriculum.stages.{name}", file) for name, stage in chosen.items()}
+    kinds = {name: stage.lr.kind or config.lr.kind or "constant" for name, stage in chosen.items()}
+    names = list(chosen)
+    scheduled: dict[str, Scheduled] = {}
+    for position, name in enumerate(names):
+        where = f"curriculum.stages.{name}.lr"
+        if kinds[name] == "continue":
+            if position == 0:
+                raise UserError(
+                    f"{where}.kind=continue has no stage before it to continue; name a kind ({file})"
+                )
+            before = scheduled[names[position - 1]]
+            at = before.rate
+            rate = LearningRate(
+                at.peak, at.final, at.warmup_steps, at.kind, at.offset + before.steps, at.span
+            )
+        else:
+            span = steps[name]
+            for later in names[position + 1 :]:
+                if kinds[later] != "continue":
+                    break
+                span += steps[later]
+            rate = _rate(chosen[name].lr, config.lr, kinds[name], span, where, file)
+        scheduled[name] = Scheduled(steps[name], rate)
+    return scheduled
+
+
+def _rate(
+    own: LearningRateConfig, shared: LearningRateConfig, kind: str, span: int, where: str, file: str
+) -> LearningRate:
+    peak = own.peak if own.peak is not None else shared.peak
+    final = own.final if own.final is not None else shared.final
+    warmup = own.warmup_steps if own.warmup_steps is not None else shared.warmup_steps or 0
+    if peak is None or peak <= 0:
+        raise UserError(f"{where}.peak={peak} must be a learning rate above 0, such as 2e-5 ({file})")
+    if final is None:
+        final = peak if kind == "constant" else 0.0
+    if not 0 <= final <= peak:
+        raise UserError(f"{where}.final={final} must lie between 0 and the peak {peak} ({file})")
+    if not 0 <= warmup <= span:
+        raise UserError(
+            f"{where}.warmup_steps={warmup} must lie between 0 and the {span} steps it is part of ({file})"
+        )
+    return LearningRate(peak, final, warmup, kind, 0, span)
+
+
+def batch_size(stage: StageConfig, where: str, file: str) -> int:
+    if (stage.batch is None) == (stage.batch_tokens is None):
+        raise UserError(
+            f"{where} needs exactly one of batch (sequences per step) and batch_tokens (the same in tokens) "
+            f"({file})"
+        )
+    if stage.batch is not None:
+        if stage.batch < 1:
+            raise UserError(f"{where}.batch={stage.batch} must be 1 or more ({file})")
+        return stage.batch
+    assert stage.batch_tokens is not None
+    if stage.batch_tokens % stage.seq_len or stage.batch_tokens == 0:
+        near = max(1, round(stage.batch_tokens / stage.seq_len)) * stage.seq_len
+        raise UserError(
+            f"{where}.batch_tokens={stage.batch_tokens} is not a whole number of sequences of "
+            f"{stage.seq_len} tokens; {near} fits ({file})"
+        )
+    return stage.batch_tokens // stage.seq_len
+
+
+def _steps(stage: StageConfig, where: str, file: str) -> int:
+    if (stage.tokens is None) == (stage.steps is None):
+        raise UserError(f"{where} needs exactly one of tokens and steps ({file})")
+    given = stage.steps if stage.steps is not None else stage.tokens
+    assert given is not None
+    if given < 1:
+        raise UserError(
+            f"{where}.{'steps' if stage.steps is not None else 'tokens'}={given} must be 1 or more ({file})"
+        )
+    if stage.steps is not None:
+        return stage.steps
+    return math.ceil(
+        given / (batch_size(stage, where, file) * stage.seq_len)
+    )  # whole batches, never fewer tokens

@@ -1,0 +1,154 @@
+"""Inverse frequencies and the cos/sin factor of every rope type transformers has, from its `rope_parameters`.
+
+float32 mirrors transformers' own arithmetic step by step (equal to 1 unit in the last place); float64 is the
+exact value the bounds are computed with. Shapes: d = rotary dimension, frequencies are [d/2].
+Sources: Su et al. 2104.09864, and transformers modeling_rope_utils for the names of the keys.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Frequencies = NDArray[np.floating[Any]]
+Parameters = Mapping[str, Any]
+
+
+def rotary_dim(rope: Parameters, head_dim: int) -> int:
+    """How many of a head's dimensions rotate: all of them unless `partial_rotary_factor` says otherwise."""
+    if rope.get("rope_type") == "proportional":
+        return head_dim
+    return int(head_dim * rope.get("partial_rotary_factor", 1.0))
+
+
+def inv_freq(
+    rope: Parameters, head_dim: int, *, window: int, length: int | None = None, dtype: Any = np.float64
+) -> Frequencies:
+    """Inverse frequencies [d/2] in radians per token.
+
+    rope: transformers' rope_parameters (`rope_type`, `rope_theta`, ...). window: max_position_embeddings.
+    length: the sequence's own length, which `dynamic` and `longrope` look at; None as at a model's start.
+    dtype: float64 for exact values, float32 for transformers' arithmetic.
+    Raises ValueError for an unknown rope_type.
+    """
+    kind = rope.get("rope_type", "default")
+    if kind not in _INV_FREQ:
+        raise ValueError(f"rope_type {kind!r} is not one of {', '.join(_INV_FREQ)}")
+    return _INV_FREQ[kind](rope, head_dim, window, length, np.dtype(dtype))
+
+
+def attention_factor(rope: Parameters, *, window: int) -> float:
+    """What cos and sin are multiplied by: 0.1 ln s + 1 for yarn, sqrt(1 + ln s / ln L0) for longrope, else 1.
+
+    Sources: YaRN 2309.00071, LongRoPE 2402.13753; an explicit `attention_factor` wins in both.
+    """
+    kind = rope.get("rope_type", "default")
+    if kind not in ("yarn", "longrope"):
+        return 1.0
+    if rope.get("attention_factor") is not None:
+        return float(rope["attention_factor"])
+    original = rope["original_max_position_embeddings"]
+    factor = rope.get("factor") or window / original
+    if factor <= 1:
+        return 1.0
+    if kind == "longrope":
+        return math.sqrt(1 + math.log(factor) / math.log(original))
+    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    if mscale and mscale_all:
+        return (0.1 * mscale * math.log(factor) + 1) / (0.1 * mscale_all * math.log(factor) + 1)
+    return 0.1 * math.log(factor) + 1
+
+
+def ramp(low: float, high: float, count: int, dtype: Any) -> Frequencies:
+    """0 below `low`, 1 above `high`, linear between, over dimension indices 0..count-1."""
+    if low == high:
+        high += 0.001
+    return np.clip((np.arange(count, dtype=dtype) - dtype.type(low)) / dtype.type(high - low), 0, 1)
+
+
+def correction_range(rope: Parameters, dim: int) -> tuple[float, float]:
+    """Dimension indices between which transformers' yarn ramps: i(rot) = d ln(L0/(2 pi rot)) / (2 ln theta).
+
+    rot = beta_fast (32) and beta_slow (1), floored and ceiled unless `truncate` is false, then clipped.
+    """
+    original, theta = rope["original_max_position_embeddings"], rope["rope_theta"]
+
+    def index(rotations: float) -> float:
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = index(rope.get("beta_fast") or 32), index(rope.get("beta_slow") or 1)
+    if rope.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    return max(low, 0), min(high, dim - 1)
+
+
+def _wavelength_powers(theta: float, dim: int, dtype: Any, span: int | None = None) -> Frequencies:
+    """theta^(2i/d), the power taken in float64 and rounded once, from operands already in `dtype`."""
+    exponents = np.arange(0, span or dim, 2).astype(dtype) / dtype.type(dim)
+    return np.power(np.float64(dtype.type(theta)), exponents.astype(np.float64)).astype(dtype)
+
+
+def _default(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
+    return 1 / _wavelength_powers(rope["rope_theta"], rotary_dim(rope, head_dim), dtype)
+
+
+def _linear(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
+    return _default(rope, head_dim, window, length, dtype) / dtype.type(rope["factor"])
+
+
+def _dynamic(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
+    dim, factor = rotary_dim(rope, head_dim), rope["factor"]
+    seen = max(length or window, window)
+    theta = rope["rope_theta"] * (factor * seen / window - (factor - 1)) ** (dim / (dim - 2))
+    return 1 / _wavelength_powers(theta, dim, dtype)
+
+
+def _yarn(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
+    dim = rotary_dim(rope, head_dim)
+    factor = rope.get("factor") or window / rope["original_max_position_embeddings"]
+    powers = _wavelength_powers(rope["rope_theta"], dim, dtype)
+    kept, stretched = 1 / powers, 1 / (dtype.type(factor) * powers)
+    keep = 1 - ramp(*correction_range(rope, dim), dim // 2, dtype)
+    return stretched * (1 - keep) + kept * keep
+
+
+def _longrope(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
+    beyond = length is not None and length > rope["original_max_position_embeddings"]
+    factors = np.array(rope["long_factor" if beyond else "short_factor"], dtype=dtype)
+    return 1 / (factors * _wavelength_powers(rope["rope_theta"], rotary_dim(rope, head_dim), dtype))
+
+
+def _llama3(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
+    plain = _default(rope, head_dim, window, length, dtype)
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], dtype.type(rope["factor"])
+    original = rope["original_max_position_embeddings"]
+    waves = dtype.type(2 * math.pi) / plain
+    smooth = (dtype.type(original) / waves - dtype.type(low)) / dtype.type(high - low)
+    blended = (1 - smooth) * plain / factor + smooth * plain
+    outer = np.where(waves > original / low, plain / factor, plain)
+    return np.where((waves >= original / high) & (waves <= original / low), blended, outer)
+
+
+def _proportional(
+    rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any
+) -> Frequencies:
+    angles = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
+    turning = 1 / _wavelength_powers(rope["rope_theta"], head_dim, dtype, span=2 * angles)
+    still = np.zeros(head_dim // 2 - angles, dtype=dtype)
+    return np.concatenate([turning, still]) / dtype.type(rope.get("factor", 1.0))
+
+
+_INV_FREQ: dict[str, Callable[[Parameters, int, int, int | None, Any], Frequencies]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "yarn": _yarn,
+    "longrope": _longrope,
+    "llama3": _llama3,
+    "proportional": _proportional,
+}
+ROPE_TYPES = tuple(_INV_FREQ)
