@@ -1,0 +1,229 @@
+"""`longctx bench attention`: how much of a device's own attention speed the ring keeps.
+
+On a CPU two ranks of one thread each take turns with one process of two threads running torch SDPA on the same cores. On a
+GPU (attention_gpu.py) the executor runs with virtual ranks in one process beside the bare kernel. Both report the share
+of the matrix rate measured in the same call. Causal attention counts 2 S^2 Hq D flop forward and 2.5 times that backward.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from longctx.config.bench import BenchAttentionConfig
+from longctx.console import emit, emit_json, say
+
+if TYPE_CHECKING:
+    from longctx.bench.workers import Serve
+
+SKETCHES = {8192: 0.87, 16384: 1.13}  # ring / SDPA of an earlier sketch, facts of the field
+PUBLIC_CPU_RING = 0.13  # ring-attention-pytorch over gloo, 8192 tokens, the same heads
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One measurement: causal attention, forward and backward, of `length` tokens."""
+
+    length: int
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+
+    @property
+    def flop(self) -> float:
+        """Forward and backward: 2 + 5 times S^2 Hq D per sequence (half of the square is masked)."""
+        return 7.0 * self.batch * self.heads * self.head_dim * float(self.length) ** 2
+
+
+def run(config: BenchAttentionConfig) -> int:
+    """Measure on the device the config names and print the table or the JSON document."""
+    import torch
+
+    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if on_gpu:
+        from longctx.bench.attention_gpu import measure
+
+        document = measure(config)
+    else:
+        document = measure_cpu(config)
+    document = {"host": host(), **document}
+    if config.out:
+        import json
+
+        folder = Path(config.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "attention.json").write_text(json.dumps(document, indent=2) + "\n")
+    if config.format == "json":
+        emit_json(document)
+    else:
+        emit(_table(document))
+    return 0
+
+
+def host() -> dict[str, Any]:
+    """What the figures belong to."""
+    import os
+
+    import torch
+
+    return {
+        "machine": _cpu_name(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def measure_cpu(config: BenchAttentionConfig) -> dict[str, Any]:
+    """The ring of `ranks` x 1 thread and SDPA of `ranks` threads, taking turns; medians and ratios per length."""
+    from longctx.bench.workers import Team
+
+    dtype = "float32" if config.dtype == "auto" else config.dtype
+    problems = [
+        Problem(length, config.batch, config.heads, config.kv_heads, config.head_dim, dtype)
+        for length in config.lengths
+    ]
+    rows: list[dict[str, Any]] = []
+    with Team(1, config.ranks, prepare_sdpa, None) as alone, Team(config.ranks, 1, prepare_ring, None) as ring:
+        rate = max(alone.order("matrix")[0] for _ in range(3))
+        for problem in problems:
+            say(f"{problem.length} tokens: {config.repeats} turns each ...")
+            samples: dict[str, list[float]] = {"ring": [], "sdpa": []}
+            for turn in range(config.repeats + 1):
+                for name, team in (("ring", ring), ("sdpa", alone)):
+                    seconds = max(team.order(problem))
+                    if turn:  # the first turn warms caches and allocators
+                        samples[name].append(seconds)
+            rows.append(_row(problem, samples, rate))
+    return {"device": "cpu", "ranks": config.ranks, "matrix_gflops": round(rate / 1e9, 1), "rows": rows}
+
+
+def _row(problem: Problem, samples: dict[str, list[float]], rate: float) -> dict[str, Any]:
+    seconds = {name: median(values) for name, values in samples.items()}
+    return {
+        "length": problem.length,
+        "heads": problem.heads,
+        "kv_heads": problem.kv_heads,
+        "head_dim": problem.head_dim,
+        "dtype": problem.dtype,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "samples": {name: [round(value, 4) for value in values] for name, values in samples.items()},
+        "gflops": {name: round(problem.flop / value / 1e9, 1) for name, value in seconds.items()},
+        "share_of_matrix_rate": {
+            name: round(problem.flop / value / rate, 3) for name, value in seconds.items()
+        },
+        "ratio": round(seconds["sdpa"] / seconds["ring"], 3),
+    }
+
+
+def prepare_sdpa(rank: int, world: int, port: int, settings: Any) -> Serve:
+    """A worker that times torch SDPA, forward and backward, or the matrix rate."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    def serve(order: Problem | str) -> float:
+        if isinstance(order, str):
+            return matrix_rate(torch.device("cpu"), torch.float32, 2048)
+        q, k, v = _inputs(order, order.length)
+        grad = torch.randn_like(q)
+        start = time.perf_counter()
+        out = sdpa(q, k, v, is_causal=True, enable_gqa=order.heads != order.kv_heads)
+        out.backward(grad)
+        return time.perf_counter() - start
+
+    return serve
+
+
+def prepare_ring(rank: int, world: int, port: int, settings: Any) -> Serve:
+    """A rank of the ring; its time runs from a common start to the end of its own backward."""
+    import torch
+    import torch.distributed as dist
+
+    from longctx import ContextParallel, context_attention
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    cp = ContextParallel.from_world(nodes=1, schedule="flat_ring")
+
+    def serve(order: Problem) -> float:
+        layout = cp.layout(seq_len=order.length, documents=None, kind="zigzag")
+        q, k, v = _inputs(order, order.length // world)
+        grad = torch.randn_like(q)
+        dist.barrier()
+        start = time.perf_counter()
+        out = context_attention(q, k, v, layout)
+        out.backward(grad)
+        return time.perf_counter() - start
+
+    return serve
+
+
+def _inputs(problem: Problem, tokens: int) -> list[Any]:
+    import torch
+
+    shapes = [problem.heads, problem.kv_heads, problem.kv_heads]
+    dtype = getattr(torch, problem.dtype)
+    return [
+        torch.randn(problem.batch, heads, tokens, problem.head_dim, dtype=dtype, requires_grad=True)
+        for heads in shapes
+    ]
+
+
+def matrix_rate(device: Any, dtype: Any, size: int) -> float:
+    """flop/s of a square matrix product: the best of several."""
+    import torch
+
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    b = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.is_file() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _table(document: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    if document["device"] != "cpu":
+        from longctx.bench.attention_gpu import table
+
+        return table(document)
+    host_, ranks = document["host"], document["ranks"]
+    title = (
+        f"causal attention, forward + backward, {host_['machine']}, {ranks} cores, torch {host_['torch']}, "
+        f"matrix rate {document['matrix_gflops']:.0f} GFLOP/s"
+    )
+    table = Table(title=title, title_justify="left")
+    for column in ("tokens", "heads", "ring s", "SDPA s", "ring GFLOP/s", "SDPA GFLOP/s", "ring / SDPA", "of matrix rate"):
+        table.add_column(column, justify="right")
+    for row in document["rows"]:
+        table.add_row(
+            f"{row['length']}",
+            f"{row['heads']}/{row['kv_heads']} x {row['head_dim']}",
+            f"{row['seconds']['ring']:.3f}",
+            f"{row['seconds']['sdpa']:.3f}",
+            f"{row['gflops']['ring']:.0f}",
+            f"{row['gflops']['sdpa']:.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['share_of_matrix_rate']['ring']:.0%}",
+        )
+    return table

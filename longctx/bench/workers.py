@@ -1,0 +1,103 @@
+"""Processes that wait for orders, so that two contestants take turns on the same cores with everything warm.
+
+Each worker is spawned with a number of threads and a function `serve(order) -> answer`; an order goes to all workers of
+a team and the answers come back together. A worker that raises ends its team with the worker's own message.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from longctx.errors import RunFailed
+
+Serve = Callable[[Any], Any]
+Prepare = Callable[[int, int, int, Any], Serve]  # (rank, world, port, settings) -> serve
+
+
+class Team:
+    """`size` workers of `threads` threads each, made by `prepare(rank, size, port, settings)`."""
+
+    def __init__(self, size: int, threads: int, prepare: Prepare, settings: Any) -> None:
+        context = mp.get_context("spawn")
+        port = _free_port()
+        self._pipes: list[Connection] = []
+        self._processes = []
+        # torch reads the number of threads when it is loaded, which is before `_work` runs
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        try:
+            for rank in range(size):
+                ours, theirs = context.Pipe()
+                arguments = (theirs, prepare, rank, size, port, settings, threads)
+                process = context.Process(target=_work, args=arguments, daemon=True)
+                process.start()
+                theirs.close()
+                self._pipes.append(ours)
+                self._processes.append(process)
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+
+    def order(self, order: Any, timeout: float = 600.0) -> list[Any]:
+        """Send `order` to every worker; their answers in rank order."""
+        for pipe in self._pipes:
+            pipe.send(order)
+        answers = []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                if not pipe.poll(timeout):
+                    raise RunFailed(f"worker {rank} gave no answer within {timeout:.0f} s")
+                kind, answer = pipe.recv()
+            except EOFError:
+                raise RunFailed(f"worker {rank} died") from None
+            if kind == "failed":
+                raise RunFailed(f"worker {rank} failed:\n{answer}")
+            answers.append(answer)
+        return answers
+
+    def close(self) -> None:
+        """End the workers."""
+        for pipe in self._pipes:
+            pipe.close()
+        for process in self._processes:
+            process.join(timeout=5)
+            if process.is_alive():
+                process.terminate()
+                process.join(timeout=5)
+
+    def __enter__(self) -> Team:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _work(
+    pipe: Connection, prepare: Prepare, rank: int, size: int, port: int, settings: Any, threads: int
+) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    try:
+        serve = prepare(rank, size, port, settings)
+        while True:
+            order = pipe.recv()
+            pipe.send(("done", serve(order)))
+    except (EOFError, KeyboardInterrupt):
+        pass
+    except Exception:  # the parent prints it: a worker has no terminal of its own
+        pipe.send(("failed", traceback.format_exc(limit=6)))

@@ -1,0 +1,180 @@
+"""Runs a schedule's plain data on a clock: when every rank computes, sends and waits, given the links' rates.
+
+The executor's order is kept (post, compute, wait, add), a message starts when both ends have posted it and its sender's
+link is free, and links are first come, first served. Ranks, not cores, are the unit: ranks that share cores are modelled by
+the computation times they are given. What the simulator says of a schedule it says of what the executor will run.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from longctx.schedule import Compute, Payload, Plan, Sizes, Transfer, payload_bytes
+from longctx.topology import Level, Link
+
+BACKWARD_WORK = 2.5  # five matrix products instead of two
+
+
+@dataclass(frozen=True)
+class Span:
+    """Something that takes time: a computation of `rank`, or a message it sends (`peer` receives it)."""
+
+    rank: int
+    kind: Literal["compute", "inner", "outer"]
+    start: float
+    end: float
+    step: int
+    blocks: tuple[int, ...]
+    payload: Payload | None = None
+    peer: int = -1
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """All spans of a schedule; `seconds` is when the last rank is done."""
+
+    schedule: str
+    ranks: int
+    seconds: float
+    spans: tuple[Span, ...]
+
+    def busy(self, rank: int, kind: str) -> float:
+        """Seconds `rank` spends on spans of one kind."""
+        return sum(span.end - span.start for span in self.spans if span.rank == rank and span.kind == kind)
+
+    def exposed(self) -> float:
+        """Seconds by which links lengthen the schedule beyond the longest rank's computation."""
+        return self.seconds - max(self.busy(rank, "compute") for rank in range(self.ranks))
+
+
+def blocks_of(compute: Compute) -> float:
+    """Work of a computation in KV blocks: a zigzag diagonal costs the same as any other block."""
+    return len(compute.blocks) / compute.part[1]
+
+
+def evenly(seconds_per_block: float) -> Callable[[int, Compute], float]:
+    """Every block costs the same on every rank, as zigzag makes it for one document."""
+    return lambda _rank, compute: seconds_per_block * blocks_of(compute)
+
+
+def simulate(
+    plans: Sequence[Plan],
+    sizes: Sizes,
+    compute: Callable[[int, Compute], float],
+    links: Mapping[Level, Link | None],
+) -> Timeline:
+    """Time the plans of all ranks (rank r's at index r), which start together.
+
+    compute: seconds of one computation of a rank. links: one rank's link per level; None costs nothing.
+    Raises ValueError when the schedule cannot finish: a receive without its send, or ranks waiting for one another.
+    """
+    clock = _Clock(plans, sizes, compute, links)
+    for rank in range(len(plans)):
+        clock.at(0.0, clock.enter, rank)
+    while clock.queue:
+        now, _, action, arguments = heapq.heappop(clock.queue)
+        action(now, *arguments)
+    stuck = [rank for rank, plan in enumerate(plans) if clock.step[rank] < len(plan.steps)]
+    if stuck:
+        where = ", ".join(f"rank {rank} at step {clock.step[rank]}" for rank in stuck[:4])
+        raise ValueError(f"schedule={plans[0].schedule} cannot finish: {where} wait for messages nobody sends")
+    spans = tuple(sorted(clock.spans, key=lambda span: (span.rank, span.start, span.end)))
+    return Timeline(plans[0].schedule, len(plans), max(clock.finished), spans)
+
+
+_Channel = tuple[int, int, str, str]  # source, target, communicator, payload
+
+
+@dataclass
+class _Clock:
+    plans: Sequence[Plan]
+    sizes: Sizes
+    compute: Callable[[int, Compute], float]
+    links: Mapping[Level, Link | None]
+    queue: list = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    posted: int = 0
+
+    def __post_init__(self) -> None:
+        n = len(self.plans)
+        self.step = [0] * n
+        self.finished = [0.0] * n
+        self.computing = [False] * n
+        self.halves: dict[tuple[int, int], int] = {}  # (rank, transfer id) -> messages not yet through
+        self.sends: dict[_Channel, deque[tuple[int, Transfer]]] = defaultdict(deque)
+        self.receives: dict[_Channel, deque[Transfer]] = defaultdict(deque)
+        self.free: dict[tuple[int, Level], float] = defaultdict(float)
+
+    def at(self, time: float, action: Callable, *arguments: object) -> None:
+        self.posted += 1
+        heapq.heappush(self.queue, (time, self.posted, action, arguments))
+
+    def enter(self, now: float, rank: int) -> None:
+        """Begin the rank's current step: post its transfers, then compute."""
+        step = self.plans[rank].steps[self.step[rank]]
+        for transfer in step.post:
+            self.halves[rank, transfer.id] = 2
+            name = (transfer.ring, transfer.payload)
+            self._match(now, (rank, transfer.send.peer, *name), send=(self.step[rank], transfer))
+            self._match(now, (transfer.recv.peer, rank, *name), receive=transfer)
+        end = now
+        if step.compute is not None:
+            end += self.compute(rank, step.compute)
+            self.spans.append(Span(rank, "compute", now, end, self.step[rank], step.compute.blocks))
+        self.computing[rank] = True
+        self.at(end, self.computed, rank)
+
+    def computed(self, now: float, rank: int) -> None:
+        self.computing[rank] = False
+        self._leave(now, rank)
+
+    def _leave(self, now: float, rank: int) -> None:
+        """Go on to the next step once nothing of this one is awaited."""
+        steps = self.plans[rank].steps
+        if self.computing[rank] or any(self.halves.get((rank, number), 2) for number in steps[self.step[rank]].wait):
+            return
+        self.step[rank] += 1
+        self.finished[rank] = now
+        if self.step[rank] < len(steps):
+            self.computing[rank] = True  # nothing else may move the rank on before it enters
+            self.at(now, self.enter, rank)
+
+    def _match(
+        self,
+        now: float,
+        channel: _Channel,
+        send: tuple[int, Transfer] | None = None,
+        receive: Transfer | None = None,
+    ) -> None:
+        """Pair the k-th send of a channel with its k-th receive; a pair goes on its sender's link."""
+        sends, receives = self.sends[channel], self.receives[channel]
+        if send is not None:
+            sends.append(send)
+        if receive is not None:
+            receives.append(receive)
+        if not (sends and receives):
+            return
+        (step, sent), received = sends.popleft(), receives.popleft()
+        source, target = channel[:2]
+        level = sent.send.level
+        link = self.links.get(level)
+        start = end = now
+        if link is not None:
+            start = max(now, self.free[source, level])
+            end = start + payload_bytes(sent.payload, self.sizes, self.plans[source].ulysses) / link.bandwidth
+            self.free[source, level] = end
+            end += link.latency
+        blocks = (sent.send.block,)
+        self.spans.append(Span(source, level, start, end, step, blocks, sent.payload, target))
+        self.at(end, self.through, source, sent.id, target, received.id)
+
+    def through(self, now: float, source: int, sent: int, target: int, received: int) -> None:
+        """A message has arrived: both ends may be waiting for it."""
+        for rank, number in ((source, sent), (target, received)):
+            self.halves[rank, number] -= 1
+            if self.step[rank] < len(self.plans[rank].steps):
+                self._leave(now, rank)
