@@ -1,7 +1,8 @@
-"""Where the ranks of a context-parallel group sit: M nodes of W ranks, and what the links between them carry.
+"""Where the ranks of a context-parallel group sit: M nodes of W ranks, and what their links carry.
 
-Ranks are numbered node-major (rank = node * W + local), as torchrun and Slurm's block distribution do, so that
-"inside a node" is integer arithmetic. The numbers come from the launcher's environment, a YAML file, or the user.
+Ranks are numbered node-major (rank = node * W + local), as torchrun and Slurm's block distribution do, so
+that "inside a node" is integer arithmetic. The numbers come from the launcher's environment, a YAML file, or
+the user.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Schedules of context-parallel attention as plain data: who computes on which KV block and sends what, when.
 
 A `Plan` is the list of steps of one rank. In a step the rank posts transfers, computes on KV blocks that are
-already there, waits, and adds up gradients, in that order. One executor runs every plan, the simulator times it,
-tests sum its bytes; `longctx.schedule.build` makes it.
+already there, waits, and adds up gradients, in that order. One executor runs every plan, the simulator times
+it, tests sum its bytes; `longctx.schedule.build` makes it.
 
 Shape of the data::
 
@@ -56,7 +56,7 @@ class Transfer:
 class Compute:
     """Attention of this rank's queries with KV `blocks`; `part` (i, n): the i-th of n shares of the diagonal.
 
-    Backward: block k's gradient goes to dKV slot `into[k]`, replacing it if `fresh`, else added to what arrived.
+    Backward: block k's gradient goes to dKV slot `into[k]`, replacing it if `fresh`, else added to the arrival.
     """
 
     blocks: tuple[int, ...]

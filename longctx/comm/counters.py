@@ -1,0 +1,32 @@
+"""What went over the wire, by link level and payload; part of the executor, so that tests hold it to formulas."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from longctx.topology import Level
+
+
+class ByteCounter:
+    """Bytes sent by this rank, per (level, payload)."""
+
+    def __init__(self) -> None:
+        self.sent: Counter[tuple[Level, str]] = Counter()
+
+    def add(self, level: Level, payload: str, count: int) -> None:
+        self.sent[level, payload] += count
+
+    def per_level(self) -> dict[Level, int]:
+        total: dict[Level, int] = {"inner": 0, "outer": 0}
+        for (level, _), count in self.sent.items():
+            total[level] += count
+        return total
+
+    def per_payload(self) -> dict[str, int]:
+        total: Counter[str] = Counter()
+        for (_, payload), count in self.sent.items():
+            total[payload] += count
+        return dict(total)
+
+    def reset(self) -> None:
+        self.sent.clear()

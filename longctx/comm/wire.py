@@ -1,0 +1,204 @@
+"""Point-to-point transfers between the ranks of one context-parallel group.
+
+A wire posts a send and a receive together on a named channel and hands back something to wait for. Channels that
+may be busy at once (each ring level, KV and dKV) are separate communicators, so that they overlap and never
+mis-pair: NCCL ignores tags. Every rank posts in the same order. `ProcessWire` runs on torch.distributed;
+`LocalWire` joins virtual ranks that are threads of one process (benchmarks without a network, tests).
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from datetime import timedelta
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+CHANNELS = ("kv.inner", "kv.outer", "dkv.inner", "dkv.outer", "heads")
+
+
+class PeerLost(RuntimeError):
+    """A transfer failed or timed out; the message names the step, the payload and the peer."""
+
+
+class Pending(Protocol):
+    """A posted transfer; `wait` returns when both directions are done and raises PeerLost naming the peer."""
+
+    def wait(self) -> None: ...
+
+
+class Wire(Protocol):
+    """`rank` of `size`; `post` exchanges one tensor with each of two peers (they may be the same one)."""
+
+    rank: int
+    size: int
+
+    def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending: ...
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]: ...
+
+    def close(self) -> None: ...
+
+
+class SoloWire:
+    """One rank: there is nobody to talk to."""
+
+    rank, size = 0, 1
+
+    def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending:
+        raise AssertionError("a single rank posts no transfer")
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        return [tensor]
+
+    def close(self) -> None:
+        pass
+
+
+class _Posted:
+    def __init__(self, works: Sequence[dist.Work], peers: Sequence[str]) -> None:
+        self.works, self.peers = works, peers
+
+    def wait(self) -> None:
+        for work, peer in zip(self.works, self.peers, strict=True):
+            try:
+                work.wait()
+            except RuntimeError as error:
+                raise PeerLost(f"{peer}: {error}") from error
+
+
+class ProcessWire:
+    """torch.distributed underneath: one process group per channel, made by the members alone, all in one order."""
+
+    def __init__(
+        self, group: dist.ProcessGroup | None, channels: Sequence[str], timeout: timedelta | None = None
+    ) -> None:
+        parent = group if group is not None else dist.group.WORLD
+        assert parent is not None
+        ranks = dist.get_process_group_ranks(parent)
+        self.rank, self.size = dist.get_rank(parent), len(ranks)
+        timeout = timeout or _timeout_of(parent)
+        backend = dist.get_backend_config(parent)
+        self.groups = {
+            channel: dist.new_group(
+                ranks,
+                timeout=timeout,
+                backend=backend,
+                use_local_synchronization=True,
+                group_desc=f"longctx.{channel}",
+                sort_ranks=False,
+            )
+            for channel in (*channels, "gather")
+        }
+
+    def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending:
+        group = self.groups[channel]
+        operations = [
+            dist.P2POp(dist.isend, send, group=group, group_peer=to),
+            dist.P2POp(dist.irecv, recv, group=group, group_peer=source),
+        ]
+        try:
+            works = dist.batch_isend_irecv(operations)
+        except RuntimeError as error:
+            raise PeerLost(f"posting to rank {to} and from rank {source}: {error}") from error
+        names = [f"sending to rank {to}", f"receiving from rank {source}"]
+        return _Posted(
+            works, names if len(works) == 2 else [f"sending to rank {to}, receiving from rank {source}"]
+        )
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every rank's tensor; as bytes, because gloo does not know every type."""
+        flat = tensor.contiguous().view(-1).view(torch.uint8)
+        parts = [torch.empty_like(flat) for _ in range(self.size)]
+        try:
+            dist.all_gather(parts, flat, group=self.groups["gather"])
+        except RuntimeError as error:
+            raise PeerLost(f"all-gather over {self.size} ranks: {error}") from error
+        return [part.view(tensor.dtype).view(tensor.shape) for part in parts]
+
+    def close(self) -> None:
+        for group in self.groups.values():
+            dist.destroy_process_group(group)
+        self.groups = {}
+
+
+def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
+    """The parent group's own timeout, which new groups would not inherit."""
+    device = torch.device("cuda" if "nccl" in str(dist.get_backend(group)) else "cpu")
+    options = getattr(group._get_backend(device), "options", None)
+    return getattr(options, "_timeout", None)
+
+
+class LocalWorld:
+    """Virtual ranks as threads of one process; `serial` lets one run at a time, so that times add up."""
+
+    def __init__(self, size: int, *, serial: bool = False, timeout: float = 60.0) -> None:
+        self.size, self.timeout = size, timeout
+        self.mail: dict[tuple, queue.Queue[Tensor]] = defaultdict(queue.Queue)
+        self.turn = threading.Lock() if serial else None
+        self.guard = threading.Lock()
+
+    def box(self, channel: str, source: int, to: int) -> queue.Queue[Tensor]:
+        with self.guard:
+            return self.mail[channel, source, to]
+
+    def run(self, work: Callable[[LocalWire], object]) -> list:
+        """work(wire) on every virtual rank; the results by rank. The first rank's exception is raised here."""
+
+        def body(rank: int) -> object:
+            with self.turn or nullcontext():
+                return work(LocalWire(self, rank))
+
+        with ThreadPoolExecutor(self.size) as pool:
+            futures = [pool.submit(body, rank) for rank in range(self.size)]
+        return [future.result() for future in futures]
+
+
+class LocalWire:
+    """One virtual rank's end of a LocalWorld."""
+
+    def __init__(self, world: LocalWorld, rank: int) -> None:
+        self.world, self.rank, self.size = world, rank, world.size
+
+    def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending:
+        self.world.box(channel, self.rank, to).put(send.clone())
+        return _Letter(self.world, channel, source, self.rank, recv)
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        parts = [tensor if peer == self.rank else torch.empty_like(tensor) for peer in range(self.size)]
+        for peer in range(self.size):
+            if peer != self.rank:
+                self.world.box("gather", self.rank, peer).put(tensor.clone())
+        for peer in range(self.size):
+            if peer != self.rank:
+                _Letter(self.world, "gather", peer, self.rank, parts[peer]).wait()
+        return parts
+
+    def close(self) -> None:
+        pass
+
+
+class _Letter:
+    def __init__(self, world: LocalWorld, channel: str, source: int, to: int, recv: Tensor) -> None:
+        self.world, self.channel, self.source, self.to, self.recv = world, channel, source, to, recv
+
+    def wait(self) -> None:
+        box, turn = self.world.box(self.channel, self.source, self.to), self.world.turn
+        if turn:
+            turn.release()
+        try:
+            self.recv.copy_(box.get(timeout=self.world.timeout))
+        except queue.Empty as error:
+            raise PeerLost(
+                f"receiving from rank {self.source}: nothing within {self.world.timeout} s"
+            ) from error
+        finally:
+            if turn:
+                turn.acquire()

@@ -1,0 +1,375 @@
+"""Which token of a sequence lies on which rank, and which rectangles of attention a pair of ranks shares.
+
+Index arithmetic only. Every layout reduces to *pieces*: runs of consecutive tokens of one document, ascending on
+each rank. Two facts make that enough (no mask is ever built): a rank's tokens of one document ascend, so its own
+block is one causal call per document; and of another rank's tokens of that document a query piece sees a prefix,
+so an off-diagonal pair is a few plain rectangles or nothing. Zigzag as in zhuzilin/ring-flash-attention (compare
+Striped Attention, 2311.09431); the document-wise layout cuts each long document itself into 2R pieces.
+
+    S tokens of the sequence, N ranks = R ring positions x h Ulysses ranks
+    L tokens of a position, n = L / h tokens of a rank
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+Kind = Literal["contiguous", "zigzag", "documents"]
+KINDS: tuple[Kind, ...] = ("contiguous", "zigzag", "documents")
+
+
+class Rect(NamedTuple):
+    """Queries [q0, q1) meet keys [k0, k1), all of them or causally (then both runs have one length)."""
+
+    q0: int
+    q1: int
+    k0: int
+    k1: int
+    causal: bool
+
+    @property
+    def pairs(self) -> int:
+        n = self.q1 - self.q0
+        return n * (n + 1) // 2 if self.causal else n * (self.k1 - self.k0)
+
+
+class Copy(NamedTuple):
+    """`length` tokens of block number `block` from `source` to `target` in the gathered, ascending order."""
+
+    block: int
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """One ring position's pieces in ascending order; `local` is where each begins on the position."""
+
+    doc: np.ndarray
+    start: np.ndarray
+    end: np.ndarray
+    local: np.ndarray
+
+    def runs(self) -> list[tuple[int, int, int]]:
+        """(document, first local token, past the last) of each document on this position."""
+        if not len(self.doc):
+            return []
+        first = np.flatnonzero(np.r_[True, self.doc[1:] != self.doc[:-1]])
+        last = np.r_[first[1:], len(self.doc)] - 1
+        ends = self.local[last] + self.end[last] - self.start[last]
+        return [
+            (int(d), int(a), int(b)) for d, a, b in zip(self.doc[first], self.local[first], ends, strict=True)
+        ]
+
+
+class SequenceLayout:
+    """A sequence of `seq_len` tokens over `positions` ring positions of `ulysses` ranks each.
+
+    `boundaries` are cu_seqlens [0, ..., seq_len] (None: one document). The layout owns the padding: `padded_len`
+    is the length it pads to, padding belongs to no document and has index -1.
+    Raises ValueError naming the argument for lengths below 2N and for boundaries that do not ascend to seq_len.
+    """
+
+    def __init__(
+        self,
+        seq_len: int,
+        positions: int,
+        *,
+        kind: Kind = "zigzag",
+        boundaries: np.ndarray | None = None,
+        ulysses: int = 1,
+    ) -> None:
+        if kind not in KINDS:
+            raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
+        if seq_len < 2 * (size := positions * ulysses):
+            raise ValueError(f"seq_len={seq_len} is shorter than 2N = {2 * size} for N = {size} ranks")
+        self.seq_len, self.count, self.kind, self.ulysses = seq_len, positions, kind, ulysses
+        self.boundaries = check_boundaries(boundaries, seq_len)
+        self.position_len = _position_len(seq_len, positions, ulysses, kind)
+        self.rank_len = self.position_len // ulysses
+        self.padded_len = self.position_len * positions
+        self._rects: dict[tuple, list[Rect]] = {}
+
+    @property
+    def padding(self) -> int:
+        return self.padded_len - self.seq_len
+
+    @cached_property
+    def segments(self) -> list[np.ndarray]:
+        """Per position: [k, 2] (start, length) runs of the sequence in ascending order, padding left out."""
+        if self.kind == "documents":
+            return _document_segments(self.boundaries, self.count, self.position_len)
+        return _chunk_segments(self.seq_len, self.count, self.position_len, self.kind)
+
+    @cached_property
+    def pieces(self) -> list[Pieces]:
+        return [_cut(segments, self.boundaries) for segments in self.segments]
+
+    def indices(self, rank: int) -> np.ndarray:
+        """int64 [n]: the index in the sequence of each token of `rank`, -1 for padding."""
+        position, u = divmod(rank, self.ulysses)
+        whole = np.full(self.position_len, -1, np.int64)
+        at = 0
+        for start, length in self.segments[position]:
+            whole[at : at + length] = np.arange(start, start + length)
+            at += length
+        return whole[u * self.rank_len : (u + 1) * self.rank_len]
+
+    def positions(self, rank: int, *, restart: bool = False) -> np.ndarray:
+        """int64 [n]: RoPE positions, through the sequence or restarting with each document; padding is 0."""
+        indices = self.indices(rank)
+        real = np.maximum(indices, 0)
+        if restart:
+            real = real - self.boundaries[np.searchsorted(self.boundaries, real, side="right") - 1]
+        return np.where(indices < 0, 0, real)
+
+    def local_boundaries(self, rank: int) -> np.ndarray:
+        """int64 [d+1]: cu_seqlens of the documents among `rank`'s own tokens (padding past the last)."""
+        indices = self.indices(rank)
+        real = indices[indices >= 0]
+        doc = np.searchsorted(self.boundaries, real, side="right")
+        return np.r_[np.flatnonzero(np.r_[True, doc[1:] != doc[:-1]]) if len(doc) else [], len(real)].astype(
+            np.int64
+        )
+
+    @cached_property
+    def work(self) -> np.ndarray:
+        """bool [R, R]: do queries of position i meet keys of position j?"""
+        meets = np.eye(self.count, dtype=bool)
+        places: dict[int, list[tuple[int, int, int]]] = {}
+        for position, pieces in enumerate(self.pieces):
+            for doc in np.unique(pieces.doc):
+                mine = pieces.doc == doc
+                span = (position, int(pieces.start[mine].min()), int(pieces.end[mine].max()))
+                places.setdefault(int(doc), []).append(span)
+        for spans in places.values():
+            if len(spans) > 1:
+                at, first, past = np.array(spans).T
+                meets[np.ix_(at, at)] |= past[:, None] - 1 > first[None, :]
+        return meets
+
+    def rects(self, position: int, blocks: tuple[int, ...], part: tuple[int, int] = (0, 1)) -> list[Rect]:
+        """The work of `position`'s queries with the keys of `blocks`, the keys in `gather_order`.
+
+        `blocks == (position,)` is the diagonal, one causal rectangle per document; `part` (i, n) takes the i-th of
+        n shares of it, the last about half of the work.
+        """
+        key = (position, blocks, part)
+        if key not in self._rects:
+            diagonal = blocks == (position,)
+            self._rects[key] = self._diagonal(position, part) if diagonal else self._off(position, blocks)
+        return self._rects[key]
+
+    def _diagonal(self, position: int, part: tuple[int, int]) -> list[Rect]:
+        whole = [Rect(a, b, a, b, True) for _, a, b in self.pieces[position].runs()]
+        return whole if part[1] == 1 else _shares(whole, part[1])[part[0]]
+
+    def _off(self, position: int, blocks: tuple[int, ...]) -> list[Rect]:
+        mine, theirs = self.pieces[position], self._gathered(blocks)[0]
+        rects: list[Rect] = []
+        for doc, start, end, at in zip(mine.doc, mine.start, mine.end, mine.local, strict=True):
+            first = int(np.searchsorted(theirs.doc, doc, side="left"))
+            past = int(np.searchsorted(theirs.doc, doc, side="right"))
+            seen = first + int(np.searchsorted(theirs.start[first:past], start, side="left"))
+            if seen == first:
+                continue
+            k0 = int(theirs.local[first])
+            k1 = int(theirs.local[seen - 1] + theirs.end[seen - 1] - theirs.start[seen - 1])
+            q0, q1 = int(at), int(at + end - start)
+            if rects and rects[-1].q1 == q0 and (rects[-1].k0, rects[-1].k1) == (k0, k1):
+                q0 = rects.pop().q0
+            rects.append(Rect(q0, q1, k0, k1, False))
+        return rects
+
+    def gather_order(self, blocks: tuple[int, ...]) -> list[Copy]:
+        """The copies that bring the tokens of several blocks into ascending order; one block needs none."""
+        return self._gathered(blocks)[1]
+
+    def _gathered(self, blocks: tuple[int, ...]) -> tuple[Pieces, list[Copy]]:
+        if len(blocks) == 1:
+            return self.pieces[blocks[0]], [Copy(0, 0, 0, self.position_len)]
+        parts = [self.pieces[b] for b in blocks]
+        number = np.concatenate([np.full(len(p.doc), i) for i, p in enumerate(parts)])
+        doc, start, end, local = (
+            np.concatenate([getattr(p, f) for p in parts]) for f in ("doc", "start", "end", "local")
+        )
+        order = np.argsort(start, kind="stable")
+        number, doc, start, end, local = number[order], doc[order], start[order], end[order], local[order]
+        length = end - start
+        target = np.cumsum(length) - length
+        copies: list[Copy] = []
+        for b, s, t, n in zip(number.tolist(), local.tolist(), target.tolist(), length.tolist(), strict=True):
+            if copies and copies[-1].block == b and copies[-1].source + copies[-1].length == s:
+                last = copies.pop()
+                s, t, n = last.source, last.target, last.length + n
+            copies.append(Copy(b, s, t, n))
+        return Pieces(doc, start, end, target), copies
+
+    def loads(self) -> np.ndarray:
+        """int64 [R]: query-key pairs per ring position."""
+        return np.array([_pairs(p, self.boundaries) for p in self.pieces])
+
+    def imbalance(self) -> float:
+        """max / mean of the positions' query-key pairs; 1.0 is perfect."""
+        loads = self.loads()
+        return float(loads.max() / loads.mean())
+
+
+def check_boundaries(boundaries: np.ndarray | None, seq_len: int) -> np.ndarray:
+    """cu_seqlens as int64 [documents + 1]; ValueError unless they ascend strictly from 0 to seq_len."""
+    if boundaries is None:
+        return np.array([0, seq_len], np.int64)
+    array = np.asarray(boundaries)
+    if array.ndim != 1 or len(array) < 2 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"documents has shape {array.shape} and type {array.dtype}: boundaries are integers "
+            f"[0, ..., {seq_len}], the cu_seqlens of the whole sequence (a dense mask is never needed)"
+        )
+    array = array.astype(np.int64)
+    if array[0] != 0 or array[-1] != seq_len:
+        raise ValueError(
+            f"documents runs from {array[0]} to {array[-1]}: it must begin at 0 and end at seq_len={seq_len}"
+        )
+    if (steps := np.diff(array)).min() <= 0:
+        at = int(np.argmin(steps > 0))
+        raise ValueError(
+            f"documents[{at}:{at + 2}]={array[at : at + 2].tolist()}: boundaries must be strictly increasing"
+        )
+    return array
+
+
+def _position_len(seq_len: int, positions: int, ulysses: int, kind: Kind) -> int:
+    """Tokens of a position: a multiple of 2 in zigzag (two equal chunks) and of the Ulysses ranks."""
+    multiple = math.lcm(2, ulysses) if kind == "zigzag" else ulysses
+    return -(-seq_len // (positions * multiple)) * multiple
+
+
+def _chunk_segments(seq_len: int, positions: int, length: int, kind: Kind) -> list[np.ndarray]:
+    chunk = length // 2 if kind == "zigzag" else length
+    result = []
+    for r in range(positions):
+        starts = np.array([r, 2 * positions - 1 - r] if kind == "zigzag" else [r]) * chunk
+        ends = np.minimum(starts + chunk, seq_len)
+        kept = ends > starts
+        result.append(np.stack([starts, ends - starts], 1)[kept])
+    return result
+
+
+def _cut(segments: np.ndarray, boundaries: np.ndarray) -> Pieces:
+    """Cut segments at the document boundaries inside them."""
+    starts, ends = [], []
+    for start, length in segments:
+        inside = boundaries[
+            np.searchsorted(boundaries, start, "right") : np.searchsorted(boundaries, start + length)
+        ]
+        edges = np.r_[start, inside, start + length]
+        starts.append(edges[:-1])
+        ends.append(edges[1:])
+    start = np.concatenate(starts) if starts else np.zeros(0, np.int64)
+    end = np.concatenate(ends) if ends else np.zeros(0, np.int64)
+    doc = np.searchsorted(boundaries, start, side="right") - 1
+    return Pieces(doc, start, end, np.cumsum(end - start) - (end - start))
+
+
+def _pairs(pieces: Pieces, boundaries: np.ndarray) -> int:
+    """Sum over the tokens t of (t - document start + 1)."""
+    first = pieces.start - boundaries[pieces.doc] + 1
+    n = pieces.end - pieces.start
+    return int((n * first + n * (n - 1) // 2).sum())
+
+
+def _document_segments(boundaries: np.ndarray, positions: int, length: int) -> list[np.ndarray]:
+    """Cut as few documents as balance the positions: the longest threshold within 5 %, else the best one.
+
+    Documents at or above the threshold are cut into 2R pieces each; the rest fill the positions up in order.
+    """
+    lengths = np.diff(boundaries)
+    seen, best, best_load = set(), None, math.inf
+    for threshold in [int(boundaries[-1]) + 1] + [int(boundaries[-1]) >> k for k in range(24)]:
+        if threshold < 4 * positions:
+            break
+        cut = lengths >= threshold
+        if int(cut.sum()) in seen:
+            continue
+        seen.add(int(cut.sum()))
+        segments = _place(boundaries, cut, positions, length)
+        loads = np.array([_pairs(_cut(s, boundaries), boundaries) for s in segments])
+        load = loads.max() / loads.mean()
+        if load < best_load:
+            best, best_load = segments, load
+        if load <= 1.05:
+            break
+    return best if best is not None else _place(boundaries, lengths < 0, positions, length)
+
+
+def _place(boundaries: np.ndarray, cut: np.ndarray, positions: int, length: int) -> list[np.ndarray]:
+    """Pieces r and 2R-1-r of each cut document go to position r.
+
+    Left-over tokens go round robin, so that positions differ by one token at most before the uncut documents
+    fill each up to `length`.
+    """
+    placed: list[list[tuple[int, int]]] = [[] for _ in range(positions)]
+    turn = 0
+    for d in np.flatnonzero(cut):
+        start, size = int(boundaries[d]), int(boundaries[d + 1] - boundaries[d])
+        each, extra = divmod(size, 2 * positions)
+        sizes = [each] * (2 * positions)
+        for k in range(extra):
+            r = (turn + k) % positions
+            sizes[r if sizes[r] == each else 2 * positions - 1 - r] += 1
+        turn = (turn + extra) % positions
+        for piece, n in enumerate(sizes):
+            if n:
+                placed[min(piece, 2 * positions - 1 - piece)].append((start, n))
+            start += n
+    room = [length - sum(n for _, n in p) for p in placed]
+    r = 0
+    for d in np.flatnonzero(~cut):
+        start, end = int(boundaries[d]), int(boundaries[d + 1])
+        while start < end:
+            while room[r] == 0:
+                r += 1
+            n = min(room[r], end - start)
+            placed[r].append((start, n))
+            room[r] -= n
+            start += n
+    return [_joined(sorted(p)) for p in placed]
+
+
+def _joined(runs: list[tuple[int, int]]) -> np.ndarray:
+    joined: list[list[int]] = []
+    for start, n in runs:
+        if joined and joined[-1][0] + joined[-1][1] == start:
+            joined[-1][1] += n
+        else:
+            joined.append([start, n])
+    return np.array(joined, np.int64).reshape(-1, 2)
+
+
+def _shares(rects: list[Rect], count: int) -> list[list[Rect]]:
+    """Deal the diagonal's rectangles into `count` shares: half the work to the last, the rest evenly to the others.
+
+    A document with more than a quarter of the work is cut: two causal halves and the square below them.
+    """
+    total = sum(r.pairs for r in rects)
+    units: list[Rect] = []
+    for r in rects:
+        if r.pairs * 4 > total and r.q1 - r.q0 > 1:
+            half = (r.q0 + r.q1) // 2
+            units += [Rect(r.q0, half, r.q0, half, True), Rect(half, r.q1, half, r.q1, True)]
+            units.append(Rect(half, r.q1, r.q0, half, False))
+        else:
+            units.append(r)
+    wanted = [total / 2 / (count - 1)] * (count - 1) + [total / 2]
+    shares: list[list[Rect]] = [[] for _ in range(count)]
+    for unit in sorted(units, key=lambda r: -r.pairs):
+        k = max(range(count), key=lambda i: wanted[i])
+        shares[k].append(unit)
+        wanted[k] -= unit.pairs
+    return shares
