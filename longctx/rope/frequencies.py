@@ -126,8 +126,9 @@ def _llama3(rope: Parameters, head_dim: int, window: int, length: int | None, dt
     plain = _default(rope, head_dim, window, length, dtype)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], dtype.type(rope["factor"])
     original = rope["original_max_position_embeddings"]
-    waves = dtype.type(2 * math.pi) / plain
-    smooth = (dtype.type(original) / waves - dtype.type(low)) / dtype.type(high - low)
+    one = dtype.type(1)  # torch divides a number by a tensor as number * (1 / tensor)
+    waves = dtype.type(2 * math.pi) * (one / plain)
+    smooth = (dtype.type(original) * (one / waves) - dtype.type(low)) / dtype.type(high - low)
     blended = (1 - smooth) * plain / factor + smooth * plain
     outer = np.where(waves > original / low, plain / factor, plain)
     return np.where((waves >= original / high) & (waves <= original / low), blended, outer)
