@@ -108,8 +108,12 @@ def _check_template(name: str, template: str | None) -> None:
         raise ValueError(
             f"{name}={template!r} is not a template: {error}; write {{key}} and {{value}}"
         ) from None
-    if sorted(fields) != ["key", "value"]:
-        raise ValueError(f"{name}={template!r} must hold {{key}} once and {{value}} once, and no other field")
+    # A question may repeat its key ("What is the key of X? The key of X is ..."); a needle states it once.
+    keys = fields.count("key")
+    enough = keys >= 1 if name == "question" else keys == 1
+    if not enough or fields.count("value") != 1 or {*fields} != {"key", "value"}:
+        often = "at least once" if name == "question" else "once"
+        raise ValueError(f"{name}={template!r} must hold {{key}} {often} and {{value}} once, and no other field")
 
 
 SourceKind = Literal["stdlib", "text", "hub", "chat", "synth"]

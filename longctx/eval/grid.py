@@ -1,0 +1,76 @@
+"""A needle grid: how often the answer was found, per context length and depth, as plain numbers.
+
+Rows of one haystack share their prompt, so a cell's accuracy is hits / asked; pooling over cells weighs every
+cell alike, as the published grids do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Grid:
+    """hits and asked: int64 [seeds, lengths, depths]; label: the panel's title."""
+
+    label: str
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    seeds: tuple[int, ...]
+    hits: np.ndarray
+    asked: np.ndarray
+
+    @property
+    def cells(self) -> np.ndarray:
+        """Accuracy [lengths, depths], pooled over seeds; NaN where nothing was asked."""
+        asked = self.asked.sum(0)
+        return np.where(asked > 0, self.hits.sum(0) / np.maximum(asked, 1), np.nan)
+
+    def by_length(self) -> dict[int, float]:
+        """{length: accuracy pooled over depths and seeds}."""
+        return {
+            length: float(np.nanmean(row)) for length, row in zip(self.lengths, self.cells, strict=True)
+        }
+
+    def pooled(self) -> float:
+        """Accuracy pooled over all cells."""
+        return float(np.nanmean(self.cells))
+
+    def by_seed(self) -> dict[int, float]:
+        """{seed: accuracy pooled over all cells}, so that no seed can hide."""
+        rate = self.hits / np.maximum(self.asked, 1)
+        return {seed: float(rate[i].mean()) for i, seed in enumerate(self.seeds)}
+
+    def to_json(self) -> dict[str, object]:
+        return {
+            "label": self.label,
+            "lengths": list(self.lengths),
+            "depths": list(self.depths),
+            "seeds": list(self.seeds),
+            "hits": self.hits.tolist(),
+            "asked": self.asked.tolist(),
+            "pooled": self.pooled(),
+            "by_length": self.by_length(),
+            "by_seed": self.by_seed(),
+        }
+
+
+def from_json(values: dict[str, object]) -> Grid:
+    """The grid that `to_json` wrote."""
+
+    def numbers(key: str) -> Sequence[float]:
+        found = values[key]
+        assert isinstance(found, list)
+        return found
+
+    return Grid(
+        label=str(values["label"]),
+        lengths=tuple(int(x) for x in numbers("lengths")),
+        depths=tuple(float(x) for x in numbers("depths")),
+        seeds=tuple(int(x) for x in numbers("seeds")),
+        hits=np.array(values["hits"], np.int64),
+        asked=np.array(values["asked"], np.int64),
+    )

@@ -1,0 +1,112 @@
+"""Needle in a haystack: a line with a six-digit value is hidden in real text, the question comes at the end.
+
+Default: one haystack carries a needle at every depth, each with its own key, and asks for all of them one
+after the other (the multi-key variant of RULER 2404.06654; harder than one needle, and five cells for one
+forward). An answer counts when every one of its tokens is the arg max given the tokens before it, which is
+what greedy decoding would write. Logits are formed at the answers only. `single` hides one needle.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from longctx.config.data import SynthTask
+from longctx.config.eval import NeedleConfig
+from longctx.data.synth import SynthDocument, make_task
+from longctx.data.writer import Haystack, Writer
+from longctx.eval.grid import Grid
+
+if TYPE_CHECKING:
+    import torch
+
+# hidden states at `where` (positions in the sequence) of a prompt: (tokens [S], where [A]) -> [A, vocabulary]
+Predict = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One haystack of a grid: its place in the arrays, its tokens and the depth index of each answer."""
+
+    seed: int
+    length: int
+    document: SynthDocument
+    depth_index: tuple[int, ...]
+
+
+def prompts(config: NeedleConfig, writer: Writer, haystack: Haystack) -> Iterator[Prompt]:
+    """Every haystack of a grid, the same ones for every model: drawn from (seed, length, number) alone."""
+    task = SynthTask(kind="needles", needle=config.needle, question=config.question)
+    for i, seed in enumerate(config.seeds):
+        for j, length in enumerate(config.lengths):
+            for number in range(config.per_cell):
+                for together in _shares(config):
+                    rng = np.random.default_rng([seed, length, number, *together])
+                    depths = tuple(config.depths[d] for d in together)
+                    asked = replace(task, count=len(depths), questions=len(depths), depths=depths)
+                    document = make_task(asked, length, rng, haystack, keys="eval", tokenizer=writer)
+                    index = tuple(config.depths.index(answer.depth) for answer in document.answers)
+                    yield Prompt(i, j, document, index)
+
+
+def _shares(config: NeedleConfig) -> list[tuple[int, ...]]:
+    """Which depths share a haystack: all of them, or each alone."""
+    every = tuple(range(len(config.depths)))
+    return [(d,) for d in every] if config.single else [every]
+
+
+def grid(
+    predict: Predict,
+    config: NeedleConfig,
+    writer: Writer,
+    haystack: Haystack,
+    *,
+    label: str,
+    rank: int = 0,
+    world: int = 1,
+    tick: Callable[[], None] = lambda: None,
+) -> Grid:
+    """Ask every prompt whose number is `rank` modulo `world`; sum the grids of all ranks with `combine`.
+
+    predict: next-token scores, see Predict; tick is called after each haystack.
+    """
+    import torch
+
+    shape = (len(config.seeds), len(config.lengths), len(config.depths))
+    hits, asked = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    for number, prompt in enumerate(prompts(config, writer, haystack)):
+        if number % world != rank:
+            continue
+        answers = prompt.document.answers
+        where = np.concatenate([np.arange(a.start - 1, a.end - 1) for a in answers])
+        tokens = torch.from_numpy(prompt.document.tokens.astype(np.int64))
+        best = predict(tokens, torch.from_numpy(where)).argmax(-1).cpu().numpy()
+        right = best == prompt.document.tokens[where + 1]
+        first = 0
+        for answer, depth in zip(answers, prompt.depth_index, strict=True):
+            size = answer.end - answer.start
+            hits[prompt.seed, prompt.length, depth] += int(right[first : first + size].all())
+            asked[prompt.seed, prompt.length, depth] += 1
+            first += size
+        tick()
+    return Grid(label, config.lengths, config.depths, config.seeds, hits, asked)
+
+
+def haystacks(config: NeedleConfig) -> int:
+    """How many forwards a grid takes, for a progress bar."""
+    return len(config.seeds) * len(config.lengths) * config.per_cell * len(_shares(config))
+
+
+def combine(part: Grid, group: Any = None) -> Grid:
+    """The sum of every rank's part, on all ranks; the part itself when there is one process."""
+    import torch
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return part
+    both = torch.from_numpy(np.stack([part.hits, part.asked]))
+    dist.all_reduce(both, group=group)
+    return replace(part, hits=both[0].numpy(), asked=both[1].numpy())

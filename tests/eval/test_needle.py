@@ -1,0 +1,85 @@
+"""The needle grid counts what it says it counts: an oracle finds everything, a blind model nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from longctx.config.eval import NeedleConfig
+from longctx.data.keys import split_of
+from longctx.data.writer import Writer, token_haystack
+from longctx.eval import needle
+from longctx.eval.grid import from_json
+from longctx.eval.picture import Panel, draw
+
+CONFIG = NeedleConfig(lengths=(256, 512), per_cell=2, seeds=(1, 2))
+
+
+@pytest.fixture(scope="module")
+def writer():
+    from transformers import AutoTokenizer
+
+    from longctx.assets import tiny_model
+
+    return Writer(AutoTokenizer.from_pretrained(tiny_model()))
+
+
+@pytest.fixture(scope="module")
+def haystack(writer):
+    text = "def area(width, height):\n    return width * height\n\n\n" * 50
+    return token_haystack(writer.tokens(text), writer.newline_after)
+
+
+def _oracle(tokens, where):
+    return torch.nn.functional.one_hot(tokens[where + 1], 2048).float()
+
+
+def test_an_oracle_finds_every_needle_and_a_blind_model_none(writer, haystack):
+    found = needle.grid(_oracle, CONFIG, writer, haystack, label="oracle")
+    assert found.pooled() == 1.0
+    assert found.asked.sum() == 2 * 2 * 5 * 2
+    blind = needle.grid(lambda t, w: torch.zeros(len(w), 2048), CONFIG, writer, haystack, label="blind")
+    assert blind.pooled() == 0.0
+
+
+def test_ranks_share_the_prompts_without_overlap(writer, haystack):
+    parts = [needle.grid(_oracle, CONFIG, writer, haystack, label="", rank=r, world=3) for r in range(3)]
+    assert sum(part.asked.sum() for part in parts) == 40
+    assert all(part.asked.sum() > 0 for part in parts)
+
+
+def test_one_wrong_token_of_an_answer_is_a_miss(writer, haystack):
+    def half(tokens, where):
+        scores = _oracle(tokens, where)
+        scores[1::2] = 0  # the second token of every answer
+        return scores
+
+    assert needle.grid(half, CONFIG, writer, haystack, label="").pooled() == 0.0
+
+
+def test_prompts_are_exact_in_length_fresh_in_keys_and_the_same_every_time(writer, haystack):
+    first = list(needle.prompts(CONFIG, writer, haystack))
+    again = list(needle.prompts(CONFIG, writer, haystack))
+    for a, b in zip(first, again, strict=True):
+        assert (a.document.tokens == b.document.tokens).all()
+        assert len(a.document.tokens) == CONFIG.lengths[a.length]
+        assert all(split_of(answer.key) == "eval" for answer in a.document.answers)
+    keys = [answer.key for prompt in first for answer in prompt.document.answers]
+    assert len(set(keys)) > 0.95 * len(keys)
+
+
+def test_single_hides_one_needle_per_haystack(writer, haystack):
+    from dataclasses import replace
+
+    single = replace(CONFIG, single=True)
+    assert needle.haystacks(single) == 5 * needle.haystacks(CONFIG)
+    assert all(len(p.document.answers) == 1 for p in needle.prompts(single, writer, haystack))
+
+
+def test_grid_survives_json_and_is_drawn(writer, haystack, tmp_path):
+    found = needle.grid(_oracle, CONFIG, writer, haystack, label="oracle")
+    back = from_json(found.to_json())
+    np.testing.assert_array_equal(back.cells, found.cells)
+    draw([Panel(found, "oracle", window=256)], tmp_path / "grid.png")
+    assert (tmp_path / "grid.png").stat().st_size > 5000
