@@ -47,6 +47,8 @@ def _dispatch(words: list[str]) -> int:
     if any(word in ("-h", "--help") for word in rest):
         print(_verb_help(verb))
         return 0
+    from longctx.config.compose import split_options
+
     overrides, folders = split_options(rest)
     config = load(verb, overrides, folders)
     return int(_resolve(verb.run)(config) or 0)
@@ -59,26 +61,6 @@ def load(verb: Verb, overrides: Sequence[str], folders: Sequence[Path] = ()) -> 
 
     values = compose(verb.root, overrides, folders)
     return build(_resolve(verb.schema), values, origin=f"configs/{verb.root}.yaml and the command line")
-
-
-def split_options(words: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Hydra overrides apart from `--config-dir FOLDER`, which may be given several times."""
-    overrides: list[str] = []
-    folders: list[Path] = []
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        if word == "--config-dir":
-            if not queue:
-                raise UserError("--config-dir needs a folder after it")
-            folders.append(Path(queue.pop(0)))
-        elif word.startswith("--config-dir="):
-            folders.append(Path(word.split("=", 1)[1]))
-        elif word.startswith("-"):
-            raise UserError(f"{word} is not an option; settings are written key=value, and --help shows them")
-        else:
-            overrides.append(word)
-    return overrides, folders
 
 
 def _find(words: list[str]) -> tuple[Verb, list[str]]:

@@ -55,6 +55,26 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
     return {str(key): value for key, value in values.items()}
 
 
+def split_options(words: Sequence[str]) -> tuple[list[str], list[Path]]:
+    """Hydra overrides apart from `--config-dir FOLDER`, which may be given several times."""
+    overrides: list[str] = []
+    folders: list[Path] = []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if word == "--config-dir":
+            if not queue:
+                raise UserError("--config-dir needs a folder after it")
+            folders.append(Path(queue.pop(0)))
+        elif word.startswith("--config-dir="):
+            folders.append(Path(word.split("=", 1)[1]))
+        elif word.startswith("-"):
+            raise UserError(f"{word} is not an option; settings are written key=value, and --help shows them")
+        else:
+            overrides.append(word)
+    return overrides, folders
+
+
 def groups(extra_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
     """Each config group with its choices, for --help and for messages."""
     found: dict[str, set[str]] = {}

@@ -1,0 +1,136 @@
+"""Everything `longctx train` can be told.
+
+Identity keys (model, data, curriculum, optim, seed) make a run what it is; the free ones (parallel, engine,
+logging, checkpoint, guards, profile, launch, hooks, evaluate) may change each time a run is continued.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Literal
+
+from longctx.config.base import Length, Text, schema
+from longctx.config.curriculum import CurriculumConfig
+from longctx.config.data import DataConfig
+from longctx.config.hooks import HooksConfig
+from longctx.config.model import ModelConfig
+
+
+@schema
+class ParallelConfig:
+    """How the ranks share the work: cp ranks hold one sequence, world / cp groups hold different ones."""
+
+    cp: int | Literal["auto"] = "auto"
+    stages: dict[str, int] = field(default_factory=dict)
+    tokens_per_rank: Length = 8192
+    schedule: Literal["auto", "flat_ring", "double_ring", "allgather_ring", "ulysses_ring"] = "auto"
+    nodes: int | Literal["auto"] = "auto"
+    ulysses: int = 1
+
+
+@schema
+class EngineConfig:
+    """Who owns the weights and the optimizer: `ddp` replicates them, `deepspeed` shards them (ZeRO)."""
+
+    name: Literal["ddp", "deepspeed"] = "ddp"
+    zero: Literal[0, 1, 2, 3] = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    secondary_partition: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    micro_batch: int | Literal["auto"] = "auto"
+    micro_batch_tokens: Length = 8192
+    timeout_seconds: float = 1800.0
+
+
+@schema
+class OptimConfig:
+    """AdamW; the learning rate belongs to each stage of the curriculum."""
+
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    z_loss: float = 0.0
+    freeze: list[str] = field(default_factory=list)
+
+
+@schema
+class LoggingConfig:
+    """What is shown; metrics.jsonl is always written and is the truth."""
+
+    display: Literal["auto", "rich", "plain", "none"] = "auto"
+    every: int = 10
+    wandb: Literal["offline", "online", "disabled"] = "disabled"
+    project: str = "longctx"
+    peak_tflops: float | None = None
+
+
+@schema
+class CheckpointConfig:
+    """When to save: every so many steps, every so many minutes, and always at the end of a stage."""
+
+    every: int = 0
+    minutes: float = 10.0
+    keep: int = 2
+    spare_gib: float = 0.25
+
+
+@schema
+class GuardsConfig:
+    """What stops or skips a step. spike: skip when the loss exceeds this multiple of the recent median."""
+
+    spike: float | None = None
+    spike_window: int = 50
+    stall_seconds: float = 1800.0
+
+
+@schema
+class ProfileConfig:
+    """steps=[10,12] records global steps 10 and 11 with torch.profiler into RUN/profile."""
+
+    steps: list[int] | None = None
+
+
+@schema
+class LaunchConfig:
+    """Ranks that `longctx train` starts itself; ignored under torchrun and srun."""
+
+    nproc: int = 1
+    threads: int | None = None
+
+
+@schema
+class EvaluateConfig:
+    """Held-out loss at the end of each stage, over this many sequences of the stage's own kind."""
+
+    heldout_sequences: int = 8
+
+
+@schema
+class TrainConfig:
+    """The root of configs/train.yaml."""
+
+    name: Text
+    seed: int = 0
+    run_dir: str = ""
+    model: ModelConfig
+    data: DataConfig
+    curriculum: CurriculumConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    hooks: HooksConfig = field(default_factory=HooksConfig)
+    accept: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> str:
+        """The run's folder."""
+        return self.run_dir or f"runs/{self.name}"

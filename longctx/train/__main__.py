@@ -1,0 +1,114 @@
+"""`python -m longctx.train key=value ...` under torchrun or srun: the same command on every node.
+
+Rank 0 composes the config and broadcasts it; the others compare a hash of their own command line with rank 0's,
+so that two nodes started with different settings are refused instead of training something in between.
+`--resolved FILE` is how `longctx train` hands the composed config to the ranks it starts itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from longctx import __version__
+from longctx.errors import RunFailed, UserError
+from longctx.train.signals import INTERRUPTED, die_with_parent, leave_on_interrupt
+
+# What torch says on a rank whose peer has gone.
+PEER_GONE = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "remote process",
+             "gloo", "NCCL", "ProcessGroup", "Timed out waiting", "wait timeout", "store")  # fmt: skip
+
+
+def main(words: Sequence[str]) -> int:
+    """One rank, from its command line to its exit status. Only rank 0 speaks, unless another has its own error."""
+    die_with_parent()
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
+    if world > 1:
+        leave_on_interrupt()
+    try:
+        from longctx.train.run import run
+
+        return run(_config(list(words), rank, world))
+    except UserError as error:
+        _tell(str(error), rank == 0)
+        return 2
+    except RunFailed as error:
+        _tell(str(error), rank == 0)
+        return 1
+    except KeyboardInterrupt:
+        _tell("interrupted", rank == 0)
+        return INTERRUPTED
+    except Exception as error:  # the last place that can say which rank it was
+        if world > 1 and any(text in str(error) for text in PEER_GONE):
+            time.sleep(5.0)  # the rank that died speaks first, and its launcher ends this one
+            print(f"longctx: rank {rank} lost its peers and stops", file=sys.stderr, flush=True)
+            return 1
+        print(f"longctx: rank {rank} of {world} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        return 1
+
+
+def _config(words: list[str], rank: int, world: int) -> Any:
+    from longctx.train import runfolder
+
+    if words[:1] == ["--resolved"]:
+        return runfolder.read(Path(words[1]))
+    if world == 1:
+        return _compose(words)
+    return _agree_on_config(words, rank)
+
+
+def _compose(words: list[str]) -> Any:
+    from longctx.config.base import build
+    from longctx.config.compose import compose, split_options
+    from longctx.config.train import TrainConfig
+
+    overrides, folders = split_options(words)
+    return build(TrainConfig, compose("train", overrides, folders), origin="configs/train.yaml and the command line")
+
+
+def _agree_on_config(words: list[str], rank: int) -> Any:
+    """Rank 0 composes; everybody gets the result, or the mistake."""
+    import torch.distributed as dist
+
+    from longctx.config.base import build
+    from longctx.config.train import EngineConfig, TrainConfig
+    from longctx.train import ranks, runfolder
+
+    ranks.join(rank, int(ranks.launcher_environment()["WORLD_SIZE"]), EngineConfig().timeout_seconds)
+    spoken = hashlib.sha256(repr((__version__, words)).encode()).hexdigest()
+    box: list[Any] = [None]
+    if rank == 0:
+        try:
+            config = _compose(words)
+            box = [{"command": spoken, "config": runfolder.to_dict(config), "hash": runfolder.fingerprint(config)}]
+        except UserError as error:
+            box = [{"error": str(error)}]
+    dist.broadcast_object_list(box, src=0)
+    if "error" in box[0]:
+        raise UserError(box[0]["error"])
+    config = build(TrainConfig, box[0]["config"], origin="rank 0's config")
+    same = spoken == box[0]["command"] and runfolder.fingerprint(config) == box[0]["hash"]
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, same)
+    if not all(answers):
+        raise UserError(
+            f"rank {answers.index(False)} was started with another command line or version of longctx than rank 0; "
+            "run the same command on every node"
+        )
+    return config
+
+
+def _tell(text: str, speak: bool) -> None:
+    if speak:
+        print(f"longctx: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,216 @@
+"""Checkpoints that a kill at any instant cannot spoil.
+
+Each rank writes its fragments into a temporary folder and syncs them; rank 0 adds the state and a manifest with
+every file's sha256, renames the folder, and only then moves the pointer. A folder without a valid manifest was
+never finished. On loading the ranks check every hash between them; a damaged file is named and the checkpoint
+before it is used. A save that fails (a full disk) leaves the last one intact and training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from longctx import console
+from longctx.errors import RunFailed, UserError
+from longctx.train import fragments
+from longctx.train.runfolder import write_text
+
+if TYPE_CHECKING:
+    from longctx.train.engine import Engine
+    from longctx.train.ranks import Ranks
+
+FORMAT = 1
+GIB = 2**30
+
+
+@dataclass
+class State:
+    """Where a run stands. cursor: sequences of the current stage already used, whatever dp and cp were.
+
+    ended: the stage is trained to its end (perhaps early), its export may still be due.
+    """
+
+    step: int = 0
+    stage: int = 0
+    stage_step: int = 0
+    ended: bool = False
+    cursor: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    stage_seconds: float = 0.0
+    skipped: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    tail_losses: list[float] = field(default_factory=list)
+    wandb_id: str | None = None
+    written_by: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The checkpoints of one run: RUN/stages/NAME/checkpoints/step00000012, pointed to by RUN/latest.json."""
+
+    def __init__(self, run: Path, ranks: Ranks, *, keep: int, spare_gib: float) -> None:
+        self.run, self.ranks, self.keep, self.spare = run, ranks, max(keep, 1), spare_gib * GIB
+        self._size = 0.0
+
+    def save(self, engine: Engine, state: State, stage: str) -> Path | None:
+        """Write a checkpoint; None when it could not be written (said aloud, the last one is intact)."""
+        final = self.run / "stages" / stage / "checkpoints" / f"step{state.step:08d}"
+        beside = final.with_name(f".{final.name}.partial")
+        problem = self._make_room(beside, engine)
+        if self.ranks.broadcast(problem):
+            console.say(f"[yellow]checkpoint at step {state.step} not written:[/] {problem}")
+            return None
+        file = f"rank{self.ranks.rank:05d}.safetensors"
+        entry, failure = self._write_own(beside / file, engine)
+        reports = self.ranks.gather((entry, failure))
+        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
+        if not failures and self.ranks.first:
+            files = {f"rank{rank:05d}.safetensors": report for rank, (report, _) in enumerate(reports)}
+            failures = self._publish(beside, final, files, state, engine)
+        failures = self.ranks.broadcast(failures)
+        if failures:
+            if self.ranks.first:
+                shutil.rmtree(beside, ignore_errors=True)
+            console.say(f"[yellow]checkpoint at step {state.step} failed, the one before it stands:[/] {failures[0]}")
+            return None
+        return final
+
+    def _make_room(self, beside: Path, engine: Engine) -> str | None:
+        """Rank 0 clears an unfinished attempt and looks at the free disk; returns what stands in the way."""
+        if not self.ranks.first:
+            return None
+        try:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            free = shutil.disk_usage(beside).free
+            self._size = self._size or 12.0 * sum(math.prod(shape) for shape in engine.shapes().values())
+        except OSError as error:
+            return f"{beside}: {error.strerror}"
+        if free < self._size + self.spare:
+            shutil.rmtree(beside, ignore_errors=True)
+            return (f"{free / GIB:.2f} GiB free under {self.run}, {(self._size + self.spare) / GIB:.2f} GiB needed "
+                    "(checkpoint.spare_gib is part of it)")  # fmt: skip
+        return None
+
+    def _write_own(self, path: Path, engine: Engine) -> tuple[dict[str, Any], str | None]:
+        try:
+            index = fragments.write(path, engine.fragments(), {"rng": torch.get_rng_state()})
+            _sync(path)
+            return {"sha256": _sha256(path), "bytes": path.stat().st_size, "fragments": index}, None
+        except (OSError, SafetensorError) as error:
+            return {}, f"{path.name}: {error}"
+
+    def _publish(self, beside: Path, final: Path, files: dict[str, Any], state: State, engine: Engine) -> list[str]:
+        try:
+            write_text(beside / "state.json", json.dumps(asdict(state), indent=1))
+            self._size = float(sum(entry["bytes"] for entry in files.values()))
+            manifest = {"format": FORMAT, "parameters": engine.shapes(), "files": files,
+                        "state_sha256": _sha256(beside / "state.json")}  # fmt: skip
+            write_text(beside / "manifest.json", json.dumps(manifest))
+            _sync(beside)
+            if final.exists():  # left by a run that was continued from an older checkpoint
+                shutil.rmtree(final)
+            os.rename(beside, final)
+            _sync(final.parent)
+            write_text(self.run / "latest.json", json.dumps({"checkpoint": str(final.relative_to(self.run))}))
+            self._prune(final)
+        except OSError as error:
+            return [f"rank 0: {error}"]
+        return []
+
+    def _prune(self, newest: Path) -> None:
+        for path in self._found()[self.keep :]:
+            if path != newest:
+                shutil.rmtree(path, ignore_errors=True)
+
+    def _found(self) -> list[Path]:
+        """Finished checkpoints, newest first."""
+        folders = [path.parent for path in self.run.glob("stages/*/checkpoints/step*/manifest.json")]
+        return sorted(folders, key=lambda path: path.name, reverse=True)
+
+    def load(self, engine: Engine) -> State | None:
+        """Restore the newest intact checkpoint into the engine; None when the run has none yet.
+
+        Raises RunFailed when checkpoints exist and none is intact, UserError when they hold another model.
+        """
+        candidates = [str(path) for path in self.ranks.broadcast(self._found() if self.ranks.first else [])]
+        for folder in map(Path, candidates):
+            problems = [text for found in self.ranks.gather(list(self._damage(folder))) for text in found]
+            if problems:
+                console.say(f"[yellow]checkpoint {folder} is damaged:[/] {problems[0]}; the one before it is used")
+                continue
+            return self._restore(folder, engine)
+        if candidates:
+            raise RunFailed(f"none of the {len(candidates)} checkpoints under {self.run} is intact; "
+                            "take a new name=... to start over, or restore the folder from a copy")  # fmt: skip
+        return None
+
+    def _damage(self, folder: Path) -> Iterator[str]:
+        """What is wrong with the files this rank checks (every world-th one)."""
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            entries = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
+            entries["state.json"] = (manifest["state_sha256"], None)
+            if manifest["format"] != FORMAT:
+                yield f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            yield f"manifest.json cannot be read ({type(error).__name__}: {error})"
+            return
+        for position, (name, (digest, size)) in enumerate(sorted(entries.items())):
+            if position % self.ranks.world != self.ranks.rank:
+                continue
+            path = folder / name
+            if not path.exists():
+                yield f"{name} is missing"
+            elif size is not None and path.stat().st_size != size:
+                yield f"{name} has {path.stat().st_size} bytes instead of {size}"
+            elif _sha256(path) != digest:
+                yield f"{name} does not match its sha256"
+
+    def _restore(self, folder: Path, engine: Engine) -> State:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        check_same_model(manifest["parameters"], engine.shapes(), folder)
+        state = State(**json.loads((folder / "state.json").read_text()))
+        with fragments.FragmentReader(folder, manifest) as reader:
+            engine.restore(reader)
+            same_world = state.written_by.get("world") == self.ranks.world
+            rng = reader.extra(f"rank{self.ranks.rank:05d}.safetensors", "rng") if same_world else None
+        if rng is not None:
+            torch.set_rng_state(rng)
+        return state
+
+
+def check_same_model(stored: dict[str, list[int]], own: dict[str, list[int]], folder: Path) -> None:
+    """Raises UserError when a checkpoint's trainable parameters are not this model's."""
+    wrong = [name for name in own if stored.get(name) != own[name]] + [name for name in stored if name not in own]
+    if wrong:
+        name = wrong[0]
+        raise UserError(
+            f"{folder} is a checkpoint of another model: {name} is {stored.get(name, 'absent')} there and "
+            f"{own.get(name, 'absent or frozen')} here ({len(wrong)} parameters differ); "
+            "set model.path and optim.freeze as they were, or take a new name=..."
+        )
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

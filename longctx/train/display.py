@@ -1,0 +1,89 @@
+"""What a person sees while it trains: one bar per stage with loss, tokens/s and the time left; or plain lines.
+
+Rank 0 only, on standard error. `auto` draws bars on a terminal and prints a line now and then elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from longctx import console
+
+if TYPE_CHECKING:
+    from longctx.curriculum import Stage
+
+REFRESH_SECONDS = 0.5
+
+
+class Display:
+    """Context manager; `step` is cheap and redraws at most twice a second."""
+
+    def __init__(self, mode: str, every: int, stages: Sequence[Stage], *, first: bool) -> None:
+        wanted = mode if mode != "auto" else ("rich" if sys.stderr.isatty() else "plain")
+        self.mode, self.every, self.stages = wanted if first else "none", max(every, 1), stages
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._shown = 0.0
+        self._rate: float | None = None
+
+    def __enter__(self) -> Display:
+        if self.mode == "rich":
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            text = ("loss {task.fields[loss]}", "{task.fields[rate]} tokens/s", "left {task.fields[left]}")
+            columns = [TextColumn("[bold]{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn()]
+            self._bars = Progress(
+                *columns, *(TextColumn(item) for item in text), TimeElapsedColumn(),
+                console=console.console(), auto_refresh=False,
+            )  # fmt: skip
+            self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._bars:
+            self._bars.refresh()
+            self._bars.stop()
+
+    def stage(self, stage: Stage, done: int, words: str) -> None:
+        """A stage begins, or goes on after `done` steps."""
+        self._rate = None
+        if self._bars:
+            self._tasks[stage.name] = self._bars.add_task(
+                stage.name, total=stage.steps, completed=done, loss="-", rate="-", left="-"
+            )
+        if self.mode != "none":
+            self.say(f"[bold]{stage.name}[/]: {words}")
+
+    def step(self, stage: Stage, done: int, line: Mapping[str, Any]) -> None:
+        seconds = line["seconds"]["step"]
+        self._rate = seconds if self._rate is None else 0.9 * self._rate + 0.1 * seconds
+        now = time.monotonic()
+        if self.mode == "plain" and (done % self.every == 0 or done == stage.steps):
+            self.say(f"{stage.name} {done}/{stage.steps}  " + self._words(stage, done, line))
+        elif self._bars and (now - self._shown > REFRESH_SECONDS or done == stage.steps):
+            self._shown = now
+            self._bars.update(
+                self._tasks[stage.name], completed=done, loss=f"{line['loss']:.4f}",
+                rate=f"{line['tokens_per_second']:,.0f}", left=_clock(self._rate * (stage.steps - done)),
+            )  # fmt: skip
+            self._bars.refresh()
+
+    def say(self, text: str) -> None:
+        if self._bars:
+            self._bars.console.print(text)
+        elif self.mode != "none":
+            console.say(text)
+
+    def _words(self, stage: Stage, done: int, line: Mapping[str, Any]) -> str:
+        left = _clock((self._rate or 0.0) * (stage.steps - done))
+        return (f"loss {line['loss']:.4f}  norm {line['grad_norm']:.3f}  lr {line['lr']:.2e}  "
+                f"{line['tokens_per_second']:,.0f} tokens/s  left {left}")  # fmt: skip
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

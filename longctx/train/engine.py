@@ -1,0 +1,130 @@
+"""What the loop needs from whoever owns the weights: a small interface, and the choice between two engines.
+
+Every engine averages gradients over all ranks, data and context parallel alike; the step scales the loss so
+that this average is the exact gradient. Small enough that FSDP2 can come behind it later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from longctx import console
+from longctx.errors import UserError
+from longctx.train.fragments import Fragment, FragmentReader
+
+if TYPE_CHECKING:
+    from longctx.config.train import EngineConfig, OptimConfig
+    from longctx.model import LossModel, LossOutput
+    from longctx.train.ranks import Ranks
+
+
+class Engine(Protocol):
+    """Weights, gradients and optimizer state of one run, on this rank.
+
+    facts: what was really obtained (distributed type, world, ZeRO stage, backend, dtypes), for the log.
+    """
+
+    facts: dict[str, Any]
+    model: LossModel
+
+    def forward(self, **batch: Any) -> LossOutput:
+        """The wrapped model's loss: a sharded model's whole weights may be read only in here."""
+        ...
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradient; last: it closes the accumulation window and is reduced over ranks."""
+        ...
+
+    def grad_norm(self) -> float:
+        """L2 norm of the averaged gradient, equal on all ranks (a collective), before clipping."""
+        ...
+
+    def step(self, lr: float) -> None:
+        """Clip and apply the gradient, then forget it."""
+        ...
+
+    def discard(self) -> None:
+        """Forget the gradient."""
+        ...
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Trainable parameters and their full shapes."""
+        ...
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's share of weights and moments; over all ranks, every element exactly once."""
+        ...
+
+    def restore(self, reader: FragmentReader) -> None:
+        """Take weights and moments from a checkpoint."""
+        ...
+
+    def state_for_export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, full tensor) one at a time, a collective; every rank iterates, rank 0 has the data."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def build(config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ranks) -> Engine:
+    """The engine the config names. Raises UserError for what it cannot do."""
+    check(config)
+    freeze(model, optim.freeze)
+    if config.name == "deepspeed":
+        from longctx.train.zero import ZeroEngine
+
+        engine: Engine = ZeroEngine(config, optim, model, ranks)
+    else:
+        from longctx.train.replicated import ReplicatedEngine
+
+        engine = ReplicatedEngine(optim, model, ranks)
+    console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.facts.items()))
+    return engine
+
+
+def check(config: EngineConfig) -> None:
+    """What can be refused before anything is loaded."""
+    where = "configs/engine"
+    if config.name == "ddp" and config.zero:
+        raise UserError(f"engine.zero={config.zero} is not something engine=ddp can do, it replicates everything; "
+                        f"use engine=deepspeed or engine.zero=0 ({where}/ddp.yaml)")  # fmt: skip
+    if config.name == "deepspeed" and not config.zero:
+        raise UserError("engine.zero=0 shards nothing, which is engine=ddp; choose engine.zero=1, 2 or 3 "
+                        f"({where}/deepspeed.yaml)")  # fmt: skip
+    if config.name == "ddp" and (config.offload_optimizer or config.offload_parameters):
+        raise UserError(f"engine.offload_* needs engine=deepspeed ({where}/ddp.yaml)")
+    if config.offload_parameters and config.zero != 3:
+        raise UserError(f"engine.offload_parameters=true needs engine.zero=3, not {config.zero} ({where}/deepspeed.yaml)")
+    if config.secondary_partition != 1 and config.zero != 3:
+        raise UserError(f"engine.secondary_partition={config.secondary_partition} (hpZ) needs engine.zero=3 "
+                        f"({where}/deepspeed.yaml)")  # fmt: skip
+
+
+def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
+    """Stop training the parameters whose names match a pattern such as `*embed_tokens*`."""
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        hit = [name for name in names if fnmatch(name, pattern)]
+        if not hit:
+            raise UserError(f"optim.freeze={pattern!r} matches no parameter; names look like {names[0]} (configs/optim)")
+        for name in hit:
+            model.get_parameter(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("optim.freeze leaves nothing to train; drop a pattern (configs/optim)")
+
+
+def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay, vectors (norms, biases) do not."""
+    matrices = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,58 @@
+"""What keeps a bad step from being taken: NaN or infinity stops the run, a loss spike skips the step.
+
+All ranks see the same global loss and norm, so they decide alike without talking. The batch that broke is
+written down, with its documents and the ranks whose own loss was not finite, so that it can be replayed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+from longctx.errors import RunFailed
+from longctx.train.batch import MicroBatch
+from longctx.train.runfolder import write_text
+
+if TYPE_CHECKING:
+    from longctx.config.train import GuardsConfig
+    from longctx.train.ranks import Ranks
+
+MINIMUM_HISTORY = 10
+
+
+class Guards:
+    """recent: losses of the last steps taken; part of the checkpoint, so that a resumed run decides the same."""
+
+    def __init__(self, config: GuardsConfig, run: Path, ranks: Ranks, recent: list[float]) -> None:
+        self.config, self.run, self.ranks, self.recent = config, run, ranks, recent
+
+    def check_finite(self, loss: float, norm: float, own: float, window: Sequence[MicroBatch], step: int) -> None:
+        """Raises RunFailed before the optimizer is touched. own: this rank's share of the loss."""
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        documents = [name for batch in window for name in batch.documents]
+        reports = self.ranks.gather({"rank": self.ranks.rank, "finite": math.isfinite(own), "documents": documents})
+        culprits = [report["rank"] for report in reports if not report["finite"]]
+        what = f"loss={loss}" if not math.isfinite(loss) else f"gradient norm={norm} (loss {loss:.4f})"
+        path = self.run / "failures" / f"step{step:08d}.json"
+        if self.ranks.first:
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "ranks": reports}))
+        where = f" on rank {culprits[0]}" if culprits else ""
+        raise RunFailed(
+            f"{what} at step {step}{where}; the step was not taken. The batch's documents and ranks are in {path}. "
+            "The last checkpoint stands: lower curriculum.lr.peak, look at the documents, or skip them, and continue"
+        )
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether the step should be skipped; a step that is not skipped enters the history."""
+        limit = self.config.spike
+        if limit is not None and len(self.recent) >= MINIMUM_HISTORY and loss > limit * median(self.recent):
+            return True
+        self.recent.append(loss)
+        del self.recent[: -self.config.spike_window]
+        return False

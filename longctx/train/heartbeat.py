@@ -1,0 +1,106 @@
+"""Naming the rank that stalls. Every rank's watcher thread publishes where its main thread is; rank 0 compares.
+
+When nothing moves for `limit` seconds, all ranks but the culprit wait in a collective: the culprit is the one
+whose thread no longer reports at all, or else the one that is furthest behind. It is named and the run ends,
+instead of hanging until somebody looks.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+PHASES = ("start", "data", "forward", "backward", "reduce", "save", "hand-off")
+
+
+@dataclass(frozen=True)
+class Beat:
+    """Where a rank is: steps and phases passed so far, seconds since it last moved, age of the report."""
+
+    rank: int
+    moves: int
+    step: int
+    phase: str
+    still: float
+    age: float
+
+
+class Progress:
+    """Written by the main thread, read by the watcher: `at` costs an attribute or two."""
+
+    def __init__(self) -> None:
+        self.moves, self.step, self.phase, self.since = 0, 0, "start", time.monotonic()
+
+    def at(self, phase: str, step: int) -> None:
+        self.moves, self.step, self.phase, self.since = self.moves + 1, step, phase, time.monotonic()
+
+
+class Watcher:
+    """A thread per rank; only rank 0 judges. limit: seconds without any rank moving."""
+
+    def __init__(self, progress: Progress, rank: int, world: int, limit: float, fail: Callable[[str], None] | None = None):
+        self.progress, self.rank, self.world, self.limit = progress, rank, world, limit
+        self._fail = fail or _end_run
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        if world > 1 and limit > 0:
+            self._store = dist.distributed_c10d._get_default_store().clone()
+            self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        interval = min(max(self.limit / 10, 0.2), 15.0)
+        seen: dict[int, tuple[str, float]] = {}
+        while not self._stop.wait(interval):
+            now = time.monotonic()
+            own = f"{self.progress.moves}|{self.progress.step}|{self.progress.phase}|{now - self.progress.since:.1f}|{now}"
+            try:
+                self._store.set(f"beat/{self.rank}", own)
+                if self.rank == 0 and (verdict := self._judge(seen)):
+                    self._fail(verdict)
+                    return
+            except (RuntimeError, OSError):  # the store went away: the run is ending
+                return
+
+    def _judge(self, seen: dict[int, tuple[str, float]]) -> str | None:
+        beats = []
+        for rank in range(self.world):
+            key = f"beat/{rank}"
+            if not self._store.check([key]):
+                return None
+            text = self._store.get(key).decode()
+            now = time.monotonic()
+            if rank not in seen or seen[rank][0] != text:
+                seen[rank] = (text, now)
+            moves, step, phase, still, _ = text.split("|")
+            age = now - seen[rank][1]
+            beats.append(Beat(rank, int(moves), int(step), phase, float(still) + age, age))
+        return verdict(beats, self.limit)
+
+
+def verdict(beats: list[Beat], limit: float) -> str | None:
+    """Which rank stalls, in words; None while some rank still moves."""
+    if min(beat.still for beat in beats) < limit:
+        return None
+    silent = [beat for beat in beats if beat.age > limit / 2]
+    culprit = max(silent, key=lambda beat: beat.age) if silent else min(beats, key=lambda beat: beat.moves)
+    why = "its process no longer answers" if silent else f"it has been in {culprit.phase!r} for {culprit.still:.0f} s"
+    others = sorted({beat.phase for beat in beats if beat.rank != culprit.rank})
+    return (f"rank {culprit.rank} stalls at step {culprit.step}: {why}, while the others wait in {', '.join(others)} "
+            f"(guards.stall_seconds={limit:g}). The last checkpoint stands; run the same command to continue")  # fmt: skip
+
+
+def _end_run(text: str) -> None:
+    print(f"longctx: {text}", file=sys.stderr, flush=True)
+    os._exit(1)

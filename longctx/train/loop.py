@@ -1,0 +1,224 @@
+"""The loop over stages: train, save, export, hand over. What it needs it is given, evaluation included.
+
+A stage hand-off rebuilds RoPE, the context-parallel groups, the layout and the data; weights, optimizer and the
+global data position carry over, and no parameter is resharded, because every engine spans all ranks whatever cp
+is. Everything at a stage's end leaves a mark, so a run killed there goes on exactly where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from longctx import console
+from longctx.train import batch as batches
+from longctx.train import flops, runfolder
+from longctx.train.checkpoint import Checkpoints, State
+from longctx.train.display import Display
+from longctx.train.engine import Engine
+from longctx.train.guards import Guards
+from longctx.train.heartbeat import Progress
+from longctx.train.metrics import Metrics, memory_gib
+from longctx.train.profile import ProfileWindow
+from longctx.train.ranks import Ranks
+from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest
+from longctx.train.stage import OpenStage, open_stage
+from longctx.train.step import Stepper, StepReport, Timer
+
+if TYPE_CHECKING:
+    from longctx.config.train import TrainConfig
+    from longctx.curriculum import Stage
+
+CONFIG_FILE = "configs/train.yaml"
+# evaluate(stage, folder of its exported model, folder for results): called on rank 0, the others wait.
+Evaluate = Callable[["Stage", Path, Path], None]
+
+
+@dataclass
+class Job:
+    """Everything a run holds on one rank. metrics: rank 0 only."""
+
+    config: TrainConfig
+    run: Path
+    ranks: Ranks
+    stages: Sequence[Stage]
+    engine: Engine
+    tokenizer: Any
+    checkpoints: Checkpoints
+    state: State
+    metrics: Metrics | None
+    display: Display
+    stop: StopRequest
+    flops: flops.Flops
+    evaluate: Evaluate | None = None
+    progress: Progress = field(default_factory=Progress)
+    saved_at: float = field(default_factory=time.monotonic)
+
+
+def run_stages(job: Job) -> int:
+    """Train what is left. Returns 0, or 75 when a signal asked to stop (the state is saved)."""
+    for stage in job.stages[job.state.stage :]:
+        if stage.index > job.state.stage:
+            _enter(job.state, stage)
+        opened = open_stage(job.config, stage, job.ranks, job.engine.model, job.tokenizer, job.run)
+        try:
+            if not job.state.ended and (code := _train(job, stage, opened)):
+                return code
+            _finish(job, stage, opened)
+        finally:
+            opened.close()
+    return 0
+
+
+def _enter(state: State, stage: Stage) -> None:
+    state.stage, state.stage_step, state.cursor, state.ended = stage.index, 0, 0, False
+    state.stage_seconds = 0.0
+    state.recent_losses, state.tail_losses = [], []
+
+
+def _train(job: Job, stage: Stage, opened: OpenStage) -> int:
+    """Steps of one stage from where the state stands; 75 when told to stop."""
+    state, config = job.state, job.config
+    guards = Guards(config.guards, job.run, job.ranks, state.recent_losses)
+    stepper = Stepper(job.engine, job.ranks, guards, job.progress, opened.cp_size)
+    job.display.stage(stage, state.stage_step, opened.words)
+    profile = ProfileWindow(config.profile, job.run, job.ranks)
+    with Ahead(opened, stage) as ahead:
+        while not state.ended:
+            timer = Timer(job.ranks.device)
+            began = time.perf_counter()
+            job.progress.at("data", state.step)
+            profile.before(state.step)
+            window = ahead.window(state.cursor, more=state.stage_step + 1 < stage.steps)
+            lr = stage.lr.at(state.stage_step)
+            votes = [job.stop.asked, _save_due(job)]
+            report = stepper.take(window, lr, step=state.step, timer=timer, votes=votes)
+            seconds = time.perf_counter() - began
+            _advance(state, stage, report, seconds)
+            profile.after(state.step)
+            _log(job, stage, opened, report, lr, seconds)
+            stopping, due = report.votes
+            if state.ended or stopping or due:
+                _save(job, stage)
+            if stopping:
+                return SAVED_AND_REQUEUE
+    return 0
+
+
+def _advance(state: State, stage: Stage, report: StepReport, seconds: float) -> None:
+    state.step += 1
+    state.stage_step += 1
+    state.cursor += stage.batch
+    state.tokens += report.tokens
+    state.seconds += seconds
+    state.stage_seconds += seconds
+    state.skipped += report.skipped
+    if stage.advance is not None and report.tail_loss is not None:
+        state.tail_losses.append(report.tail_loss)
+    early = stage.advance is not None and stage.advance.flattened(state.tail_losses, stage.steps)
+    state.ended = state.stage_step >= stage.steps or early
+
+
+def _save_due(job: Job) -> bool:
+    """Whether this rank finds that a checkpoint is due after the coming step (rank 0's clock decides)."""
+    every, minutes = job.config.checkpoint.every, job.config.checkpoint.minutes
+    by_step = every > 0 and (job.state.step + 1) % every == 0
+    by_clock = job.ranks.first and minutes > 0 and time.monotonic() - job.saved_at > 60 * minutes
+    return by_step or by_clock
+
+
+def _save(job: Job, stage: Stage) -> None:
+    job.progress.at("save", job.state.step)
+    job.state.wandb_id = job.metrics.wandb_id if job.metrics else None
+    job.state.written_by = {"world": job.ranks.world, **job.engine.facts}
+    job.checkpoints.save(job.engine, job.state, stage.name)
+    job.saved_at = time.monotonic()
+
+
+def _log(job: Job, stage: Stage, opened: OpenStage, report: StepReport, lr: float, seconds: float) -> None:
+    if report.skipped:
+        why = "no token of the batch carries loss" if report.weight == 0 else f"loss {report.loss:.4f} is a spike"
+        job.display.say(f"[yellow]step {job.state.step} skipped:[/] {why} (guards.spike={job.config.guards.spike})")
+    if job.metrics is None:
+        return
+    state, world = job.state, job.ranks.world
+    rate = job.flops.model(report.tokens, report.pairs) / seconds / world
+    executed = job.flops.hardware(report.tokens, report.pairs) / seconds / world
+    name = torch.cuda.get_device_name(job.ranks.device) if job.ranks.device.type == "cuda" else None
+    peak = flops.peak_flops(name, job.config.logging.peak_tflops)
+    line = {
+        "step": state.step, "stage": stage.name, "stage_index": stage.index, "stage_step": state.stage_step,
+        "loss": report.loss, "tail_loss": report.tail_loss, "grad_norm": report.grad_norm, "lr": lr,
+        "skipped": report.skipped, "tokens": state.tokens, "step_tokens": report.tokens, "weight": report.weight,
+        "cursor": state.cursor, "tokens_per_second": report.tokens / seconds,
+        "tokens_per_second_per_rank": report.tokens / seconds / world, "model_tflops": rate / 1e12,
+        "mfu": rate / peak if peak else None, "hfu": executed / peak if peak else None,
+        "memory_gib": memory_gib(job.ranks.device), "theta": stage.theta, "seq_len": stage.seq_len,
+        "cp": opened.cp_size, "dp": world // opened.cp_size,
+        "seconds": {"step": seconds, **report.seconds}, "time": time.time(),
+    }  # fmt: skip
+    job.metrics.step(line)
+    job.display.step(stage, state.stage_step, line)
+
+
+def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
+    """Export, held-out loss and evaluation of a trained stage, once; finished.json is the mark."""
+    folder = job.run / "stages" / stage.name
+    mark = folder / "finished.json"
+    if job.ranks.broadcast(mark.exists()):
+        return
+    job.progress.at("hand-off", job.state.step)
+    heldout = opened.heldout_loss(job.engine, job.ranks)
+    opened.export(job.engine, job.ranks, folder / "model")
+    facts = {
+        "stage": stage.name, "steps": job.state.stage_step, "tokens": job.state.cursor * stage.seq_len,
+        "seconds": job.state.stage_seconds, "seq_len": stage.seq_len, "theta": stage.theta,
+        "heldout_loss": heldout, "model": str((folder / "model").relative_to(job.run)),
+    }  # fmt: skip
+    if job.ranks.first:
+        words = "" if heldout is None else f", held-out loss {heldout:.4f}"
+        job.display.say(f"[bold]{stage.name}[/] done in {job.state.stage_seconds:.0f} s{words}: {folder / 'model'}")
+        if job.metrics and heldout is not None:
+            job.metrics.evaluation({"heldout_loss": heldout, "tokens": job.state.tokens})
+        if job.evaluate is not None:
+            (folder / "eval").mkdir(exist_ok=True)
+            job.evaluate(stage, folder / "model", folder / "eval")
+        runfolder.write_text(mark, json.dumps(facts, indent=1))
+    job.ranks.barrier()
+
+
+class Ahead:
+    """Reads the next step's micro-batches while this one computes (one step ahead, one thread)."""
+
+    def __init__(self, opened: OpenStage, stage: Stage) -> None:
+        self.opened, self.stage = opened, stage
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="data")
+        self._next: tuple[int, Future[list[batches.MicroBatch]]] | None = None
+
+    def __enter__(self) -> Ahead:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def window(self, cursor: int, *, more: bool) -> list[batches.MicroBatch]:
+        if self._next is not None and self._next[0] == cursor:
+            window = self._next[1].result()
+        else:
+            window = self.opened.window(cursor)
+        following = cursor + self.stage.batch
+        self._next = (following, self._pool.submit(self.opened.window, following)) if more else None
+        return window
+
+
+def say_resumed(state: State, stages: Sequence[Stage]) -> None:
+    if state.step:
+        name = stages[min(state.stage, len(stages) - 1)].name
+        console.say(f"continuing at step {state.step} (stage {name}, {state.tokens:,} tokens done)")

@@ -1,0 +1,50 @@
+"""A window of steps under torch.profiler: profile.steps=[10,12] writes RUN/profile/step10-12.json (Chrome, Perfetto)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from longctx import console
+from longctx.errors import UserError
+
+if TYPE_CHECKING:
+    from longctx.config.train import ProfileConfig
+    from longctx.train.ranks import Ranks
+
+
+class ProfileWindow:
+    """Rank 0 only; steps are global and 0-based, the end is exclusive."""
+
+    def __init__(self, config: ProfileConfig, run: Path, ranks: Ranks) -> None:
+        check(config)
+        self._steps = tuple(config.steps) if config.steps is not None and ranks.first else None
+        self._run, self._cuda = run, ranks.device.type == "cuda"
+        self._active: Any = None
+
+    def before(self, step: int) -> None:
+        if self._steps and step == self._steps[0]:
+            kinds = [torch.profiler.ProfilerActivity.CPU]
+            kinds += [torch.profiler.ProfilerActivity.CUDA] if self._cuda else []
+            self._active = torch.profiler.profile(activities=kinds, record_shapes=True)
+            self._active.__enter__()
+
+    def after(self, done: int) -> None:
+        """done: steps finished so far."""
+        if self._active is None or self._steps is None or done < self._steps[1]:
+            return
+        self._active.__exit__(None, None, None)
+        path = self._run / "profile" / f"step{self._steps[0]}-{self._steps[1]}.json"
+        path.parent.mkdir(exist_ok=True)
+        self._active.export_chrome_trace(str(path))
+        self._active = None
+        console.say(f"profile of steps {self._steps[0]} to {self._steps[1] - 1}: {path}")
+
+
+def check(config: ProfileConfig) -> None:
+    steps = config.steps
+    if steps is not None and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):
+        raise UserError(f"profile.steps={steps} must be two steps, first and end, such as 'profile.steps=[10,12]' "
+                        "(configs/train.yaml)")  # fmt: skip

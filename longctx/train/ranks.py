@@ -1,0 +1,152 @@
+"""This process among the others: rank, world, device, and the few small collectives of the control plane.
+
+Every run has a process group, also a run of one process, so that nothing downstream asks whether it is
+distributed. Ranks that fail together raise together: `agree` turns one rank's mistake into everybody's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.errors import RunFailed, UserError
+
+if TYPE_CHECKING:
+    from longctx.config.train import EngineConfig
+
+
+@dataclass
+class Ranks:
+    """One rank's view of the world. local_world ranks run on this node."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+    control: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def gather(self, value: Any) -> list[Any]:
+        """`value` of every rank, in order, on every rank."""
+        if self.world == 1:
+            return [value]
+        out: list[Any] = [None] * self.world
+        dist.all_gather_object(out, value, group=self.control)
+        return out
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value` on every rank."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over ranks, in float64: one small message."""
+        if self.world == 1:
+            return list(values)
+        packed = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(packed, group=self.control)
+        return packed.tolist()
+
+    def any(self, flag: bool) -> bool:
+        return self.sum([float(flag)])[0] > 0
+
+    @contextmanager
+    def agree(self, what: str) -> Iterator[None]:
+        """Run the body on every rank; if it fails on one, all raise that rank's error, so that none is left waiting.
+
+        Collectives must not stand inside the body unless all ranks reach them whatever happens.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except (UserError, RunFailed, OSError, ValueError) as raised:
+            error = raised
+        reports = self.gather(None if error is None else (isinstance(error, UserError), str(error)))
+        failed = [(rank, *report) for rank, report in enumerate(reports) if report]
+        if failed:
+            rank, by_user, text = failed[0]
+            if by_user:
+                raise UserError(text) from error
+            raise RunFailed(f"{what} failed on rank {rank}: {text}") from error
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """The device of this rank. Raises UserError when CUDA is asked for and there is none."""
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("engine.device=cuda, but this machine shows no CUDA device; use engine.device=cpu or auto")
+    if wanted == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def start(engine: EngineConfig) -> Ranks:
+    """Join the others (unless joined already) and say where this rank stands."""
+    env = launcher_environment()
+    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
+    local_rank, local_world = int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
+    device = choose_device(engine.device, local_rank)
+    join(rank, world, engine.timeout_seconds)
+    timeout = timedelta(seconds=engine.timeout_seconds)
+    control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" and world > 1 else None
+    return Ranks(rank, world, local_rank, local_world, device, control)
+
+
+def join(rank: int, world: int, timeout_seconds: float) -> None:
+    """The process group that the launcher's environment describes, or one of a single process."""
+    if dist.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    timeout = timedelta(seconds=timeout_seconds)
+    if world == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def launcher_environment() -> dict[str, str]:
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun or srun; one process otherwise.
+
+    srun gives SLURM_* names: they are copied to torch's, and the first host of the step list is the master.
+    """
+    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
+        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    return {name: os.environ.get(name, default) for name, default in defaults.items()}
+
+
+def _first_host(nodes: str) -> str:
+    """`node[03-05,9]` -> `node03`; `a,b` -> `a`."""
+    head, bracket, rest = nodes.partition("[")
+    if not bracket or "," in head:
+        return head.split(",")[0]
+    return head + rest.split("]")[0].split(",")[0].split("-")[0]

@@ -1,0 +1,164 @@
+"""`longctx train`: check what can be checked, start the ranks if need be, train, and hand over to the hooks.
+
+One process with launch.nproc > 1 and no launcher around it starts the ranks itself; under torchrun or srun each
+rank comes here on its own. Mistakes are refused before any rank starts.
+"""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longctx import console
+from longctx.config.train import TrainConfig
+from longctx.errors import RunFailed, UserError
+from longctx.train import engine as engines
+from longctx.train import ranks as worlds
+from longctx.train import runfolder
+from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest
+
+if TYPE_CHECKING:
+    from longctx.config.model import ModelConfig
+    from longctx.curriculum import Stage
+
+def run(config: TrainConfig) -> int:
+    """Train, then run the post-training hooks. Returns the exit status."""
+    stages = resolve_stages(config)
+    world = int(worlds.launcher_environment()["WORLD_SIZE"])
+    starts_ranks = world == 1 and config.launch.nproc > 1
+    check(config, stages, config.launch.nproc if starts_ranks else world)
+    if starts_ranks:
+        from longctx.train.launch import start_ranks
+
+        folder = runfolder.prepare(config)
+        status = start_ranks(config.launch, folder / "config.yaml")
+    else:
+        status = run_rank(config)
+    if status == 0 and worlds.launcher_environment()["RANK"] == "0":
+        status = int(_hooks().after_training(config, Path(config.folder)) or 0)
+    return status
+
+
+def _hooks() -> Any:
+    """What runs after stages and after training: named, not imported, for train and eval know nothing of each other."""
+    return import_module("longctx.hooks")
+
+
+def check(config: TrainConfig, stages: list[Stage], world: int) -> None:
+    """Refuse at the door what would fail in every rank."""
+    from longctx.train import profile
+    from longctx.train.stage import check_parallel
+
+    if config.launch.nproc < 1:
+        raise UserError(f"launch.nproc={config.launch.nproc} must be 1 or more ranks (configs/train.yaml)")
+    engines.check(config.engine)
+    profile.check(config.profile)
+    check_parallel(stages, config.parallel, config.engine, world)
+
+
+def resolve_stages(config: TrainConfig) -> list[Stage]:
+    """The curriculum in numbers, from the model's config alone."""
+    from longctx.curriculum import resolve
+
+    head_dim, rope, window = _geometry(config.model)
+    return resolve(config.curriculum, head_dim=head_dim, rope=rope, window=window, file="configs/curriculum")
+
+
+def _geometry(model: ModelConfig) -> tuple[int, dict[str, Any], int]:
+    """(head_dim, rope_parameters, window) the run starts from."""
+    if model.init is not None:
+        init = model.init
+        return init.head_dim or init.hidden // init.heads, {"rope_type": "default", "rope_theta": init.theta}, init.window
+    from longctx.model.family import check_config
+    from longctx.model.load import read_config
+
+    hf = read_config(str(model.path))
+    check_config(hf, str(model.path))
+    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
+    return head_dim, dict(hf.rope_parameters), hf.max_position_embeddings
+
+
+def _tokenizer(model: ModelConfig) -> Any:
+    from transformers import AutoTokenizer
+
+    source = model.tokenizer or model.path
+    if source is None:
+        raise UserError("model.tokenizer is missing: a model drawn with model.init needs the folder or hub id of a "
+                        "tokenizer (configs/model)")  # fmt: skip
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"model.tokenizer={source} cannot be read: {first} (configs/model)") from None
+
+
+def run_rank(config: TrainConfig) -> int:
+    """This rank's part of the run, from joining the others to leaving them."""
+    ranks = worlds.start(config.engine)
+    stop = StopRequest()
+    try:
+        if not ranks.first:
+            console.silence()
+        _set_threads(config, ranks)
+        return _train(config, ranks, stop)
+    finally:
+        stop.close()
+        worlds.stop()
+
+
+def _set_threads(config: TrainConfig, ranks: worlds.Ranks) -> None:
+    import torch
+
+    if config.launch.threads is not None:
+        torch.set_num_threads(config.launch.threads)
+    elif "OMP_NUM_THREADS" not in os.environ or ranks.local_world > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
+
+
+def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
+    import torch
+
+    from longctx.model import LossModel, model_of
+    from longctx.train import flops, loop
+    from longctx.train.checkpoint import Checkpoints, State
+    from longctx.train.display import Display
+    from longctx.train.heartbeat import Progress, Watcher
+    from longctx.train.metrics import Metrics
+
+    torch.manual_seed(config.seed + ranks.rank)
+    with ranks.agree("preparing the run's folder"):
+        run = runfolder.prepare(config) if ranks.first else Path(config.folder)
+    stages = resolve_stages(config)
+    check(config, stages, ranks.world)
+    with ranks.agree("loading the model"):
+        hf = model_of(config.model)
+        tokenizer = _tokenizer(config.model)
+    counted = flops.of_model(hf.config, sum(p.numel() for p in hf.parameters()), recompute=config.model.memory.checkpoint)
+    model = LossModel(hf, config.model.memory, z_loss=config.optim.z_loss)
+    engine = engines.build(config.engine, config.optim, model, ranks)
+    progress = Progress()
+    watcher = Watcher(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
+    checkpoints = Checkpoints(run, ranks, keep=config.checkpoint.keep, spare_gib=config.checkpoint.spare_gib)
+    state = checkpoints.load(engine) or State()
+    loop.say_resumed(state, stages)
+    metrics = None
+    if ranks.first:
+        metrics = Metrics(run, config.logging, runfolder.to_dict(config), last_step=state.step, wandb_id=state.wandb_id)
+    try:
+        with Display(config.logging.display, config.logging.every, stages, first=ranks.first) as display:
+            job = loop.Job(
+                config, run, ranks, stages, engine, tokenizer, checkpoints, state, metrics, display, stop, counted,
+                _hooks().after_stage(config), progress,
+            )  # fmt: skip
+            status = loop.run_stages(job)
+        ranks.barrier()
+        if status == SAVED_AND_REQUEUE:
+            console.say(f"{stop.name or 'a signal'}: saved at step {state.step}; the same command continues the run")
+        return status
+    finally:
+        watcher.close()
+        if metrics:
+            metrics.close()
+        engine.close()

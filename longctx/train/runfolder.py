@@ -1,0 +1,99 @@
+"""The run's folder: its resolved config, and what may differ when the same run is continued.
+
+Identity keys (model, data, curriculum, optim, seed) may not change under a run's feet; everything else may.
+A change is refused with the differing keys, unless `accept` names it or the user takes a new name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from longctx.config.base import build
+from longctx.config.train import TrainConfig
+from longctx.errors import UserError
+
+IDENTITY = ("model", "data", "curriculum", "optim", "seed")
+# Parts of identity groups that change how fast, not what: they may differ.
+FREE_INSIDE = ("data.workers", "data.cache", "model.memory", "model.attention")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """The resolved config as plain values, as it stands in config.yaml."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """sha256 over every key: what ranks compare."""
+    return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
+
+
+def read(path: Path) -> TrainConfig:
+    """A resolved config.yaml, through the same door as any other config."""
+    return build(TrainConfig, yaml.safe_load(path.read_text()), origin=str(path))
+
+
+def prepare(config: TrainConfig) -> Path:
+    """Make or continue the run's folder (rank 0, or the launcher): check identity, write config.yaml.
+
+    Raises UserError naming the identity keys that differ from the run already there.
+    """
+    folder = Path(config.folder)
+    stored = folder / "config.yaml"
+    if stored.exists():
+        before, now = yaml.safe_load(stored.read_text()), to_dict(config)
+        changed = [change for change in differences(before, now) if not _accepted(change[0], config.accept)]
+        if changed:
+            listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in changed[:6])
+            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+            raise UserError(
+                f"{folder} holds a run made by another config: {listed}{more}. Take a new name=..., or, if the "
+                f"change is meant, continue with 'accept=[{','.join(key for key, _, _ in changed[:6])}]' ({stored})"
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"run_dir={folder} cannot be made: {error.strerror}; choose another run_dir=") from None
+    write_text(stored, yaml.safe_dump(to_dict(config), sort_keys=False))
+    return folder
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """(key, old, new) for every identity key that differs; keys unknown to one side count as absent."""
+    old = dict(_leaves({key: before.get(key) for key in IDENTITY}))
+    new = dict(_leaves({key: now.get(key) for key in IDENTITY}))
+    found = []
+    for key in [*new, *(key for key in old if key not in new)]:
+        free = any(key == part or key.startswith(part + ".") for part in FREE_INSIDE)
+        if not free and old.get(key) != new.get(key):
+            found.append((key, old.get(key), new.get(key)))
+    return found
+
+
+def _accepted(key: str, accept: list[str]) -> bool:
+    return any(key == item or key.startswith(item + ".") for item in accept)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file so that a crash leaves either the old or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

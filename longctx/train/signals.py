@@ -1,0 +1,46 @@
+"""SIGTERM and SIGUSR1 ask a run to finish its step, save and leave with status 75 (to be requeued).
+
+SIGUSR1 is Slurm's usual grace signal (`--signal=USR1@120`). The handler only sets a flag; the loop looks at
+it between steps, on all ranks together. Ctrl-C leaves at once: the last checkpoint is what remains.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from types import FrameType
+
+SAVED_AND_REQUEUE = 75
+INTERRUPTED = 130
+
+
+class StopRequest:
+    """Install on the main thread; `asked` turns true when a signal has come."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    @property
+    def asked(self) -> bool:
+        return self.name is not None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def die_with_parent() -> None:
+    """Linux: have the kernel kill this rank when its launcher dies, so that no rank is left behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+
+
+def leave_on_interrupt() -> None:
+    """A rank started by a launcher leaves silently on ctrl-C; the launcher says the one last line."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))

@@ -1,0 +1,181 @@
+"""One stage made ready on this rank: RoPE set, context-parallel group opened, documents packed; closed after it.
+
+cp is chosen per stage: as many ranks as a sequence needs to fit, so that short stages spend their ranks on
+different sequences instead. Groups are opened and closed with the stage, since undestroyed ones leak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.curriculum import check_divides
+from longctx.errors import UserError
+from longctx.train.batch import MicroBatch, Shares, micro_batch, shares
+from longctx.train.engine import Engine
+from longctx.train.ranks import Ranks
+
+if TYPE_CHECKING:
+    from longctx.config.train import EngineConfig, ParallelConfig, TrainConfig
+    from longctx.curriculum import Stage
+    from longctx.model import LossModel
+
+FILE = "configs/parallel and configs/curriculum"
+
+
+def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
+    """Ranks that hold one sequence of this stage. Raises UserError for a cp that the world or length refuses.
+
+    auto: the smallest divisor of the world for which a rank holds at most parallel.tokens_per_rank tokens of a
+    sequence and the batch divides over the groups; else the largest for which the batch divides.
+    """
+    fixed = parallel.stages.get(stage.name, parallel.cp)
+    if fixed != "auto":
+        if fixed < 1 or world % fixed:
+            raise UserError(
+                f"parallel.cp={fixed} does not divide the {world} ranks; "
+                f"{max(c for c in range(1, world + 1) if world % c == 0 and c <= max(fixed, 1))} fits ({FILE})"
+            )
+        check_divides(stage, fixed, FILE)
+        return fixed
+    parts = 2 if stage.layout == "zigzag" else 1
+    fits = [cp for cp in range(1, world + 1) if world % cp == 0 and stage.batch % (world // cp) == 0]
+    fits = [cp for cp in fits if cp == 1 or stage.seq_len % (parts * cp) == 0]
+    if not fits:
+        raise UserError(
+            f"curriculum.stages.{stage.name}: batch={stage.batch} sequences of {stage.seq_len} tokens fit no split of "
+            f"{world} ranks; take a batch that is a multiple of {world}, or a length that is one of {parts * world} "
+            f"({FILE})"
+        )
+    small = [cp for cp in fits if stage.seq_len <= parallel.tokens_per_rank * cp]
+    return small[0] if small else fits[-1]
+
+
+def check_parallel(stages: Sequence[Stage], parallel: ParallelConfig, engine: EngineConfig, world: int) -> None:
+    """What can be refused before the ranks start: every stage's cp, batch share and micro-batch."""
+    for name in parallel.stages:
+        if name not in {stage.name for stage in stages}:
+            raise UserError(
+                f"parallel.stages.{name} is no stage of the curriculum; known: "
+                f"{', '.join(stage.name for stage in stages)} ({FILE})"
+            )
+    for stage in stages:
+        cp = choose_cp(stage, parallel, world)
+        shares(stage, engine, world=world, cp=cp, rank=0, file=FILE)
+
+
+@dataclass
+class OpenStage:
+    """A stage on this rank, to be closed after it. context: the attention's ContextParallel."""
+
+    stage: Stage
+    cp_size: int
+    shares: Shares
+    context: Any
+    data: Any
+    heldout: Any
+    tokenizer: Any
+    source: Any
+    group: dist.ProcessGroup | None
+    words: str
+
+    def window(self, cursor: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the step that begins at the global cursor."""
+        return [self._batch(self.data, indices) for indices in self.shares.sequences(cursor)]
+
+    def _batch(self, data: Any, indices: Sequence[int]) -> MicroBatch:
+        tail = self.stage.advance is not None
+        return micro_batch([data.sequence(i) for i in indices], self.context, self.stage.layout, tail=tail)
+
+    @torch.no_grad()
+    def heldout_loss(self, engine: Engine, ranks: Ranks) -> float | None:
+        """Mean loss on held-out sequences of this stage's kind, in sharded form; None without any."""
+        if self.heldout is None or len(self.heldout) == 0:
+            return None
+        dp = self.shares.dp
+        total, weight = 0.0, 0.0
+        for index in range(self.shares.dp_rank, -(-len(self.heldout) // dp) * dp, dp):
+            real = index < len(self.heldout)  # every group does as many, whatever divides
+            batch = self._batch(self.heldout, [index if real else 0]).to(ranks.device)
+            out = engine.forward(**batch.inputs)
+            if real:
+                total, weight = total + float(out.nll_sum), weight + batch.weight
+        total, weight = ranks.sum([total, weight])
+        return total / weight if weight > 0 else None
+
+    def export(self, engine: Engine, ranks: Ranks, out: Path) -> None:
+        """Write the Hugging Face folder of this stage's model (rank 0 writes, all ranks give their share)."""
+        from longctx.model.export import export
+
+        export(
+            engine.state_for_export(), self.source, self.tokenizer, out,
+            rope=self.stage.rope, window=self.stage.seq_len, write=ranks.first,
+        )  # fmt: skip
+        ranks.barrier()
+
+    def close(self) -> None:
+        self.context.close()
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
+
+
+def open_stage(
+    config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel, tokenizer: Any, run: Path
+) -> OpenStage:
+    """Make a stage ready; a collective. Raises UserError for what does not fit."""
+    from longctx.model import set_rope
+
+    cp = choose_cp(stage, config.parallel, ranks.world)
+    share = shares(stage, config.engine, world=ranks.world, cp=cp, rank=ranks.rank, file=FILE)
+    set_rope(model.model, stage.rope, stage.seq_len, precision=config.model.rotary)
+    data = _open_data(config, stage, ranks, tokenizer, run, "train", stage.steps * stage.batch)
+    count = config.evaluate.heldout_sequences
+    heldout = _open_data(config, stage, ranks, tokenizer, run, "heldout", count) if count else None
+    context, group = _open_context(config.parallel, ranks, cp)
+    words = (
+        f"{stage.seq_len:,} tokens, theta {stage.theta:,.0f}, {stage.steps} steps of {stage.batch} sequences, "
+        f"dp {share.dp} x cp {cp}, {share.per} per forward"
+    )
+    return OpenStage(stage, cp, share, context, data, heldout, tokenizer, config.model, group, words)
+
+
+def _open_data(
+    config: TrainConfig, stage: Stage, ranks: Ranks, tokenizer: Any, run: Path, split: str, sequences: int
+) -> Any:
+    from longctx.data import open_stage as open_data
+
+    def opened() -> Any:
+        return open_data(
+            config.data, mix=stage.mix, seq_len=stage.seq_len, sequences=sequences, tokenizer=tokenizer,
+            seed=config.seed, split=split, cache=run / "data", stage=stage.name,
+        )  # fmt: skip
+
+    made: Any = None
+    with ranks.agree(f"preparing the data of stage {stage.name}"):
+        made = opened() if ranks.local_rank == 0 else None  # one rank per node tokenizes and packs, the others read
+    return made if made is not None else opened()
+
+
+def _open_context(parallel: ParallelConfig, ranks: Ranks, cp: int) -> tuple[Any, dist.ProcessGroup | None]:
+    """The ContextParallel of this rank's group of cp neighbours."""
+    from longctx.attention import ContextParallel
+
+    own: dist.ProcessGroup | None = None
+    if cp < ranks.world:
+        for first in range(0, ranks.world, cp):
+            group = dist.new_group(list(range(first, first + cp)))
+            if first <= ranks.rank < first + cp:
+                own = group
+    nodes = parallel.nodes
+    if nodes == "auto":
+        nodes = cp // ranks.local_world if cp > ranks.local_world and cp % ranks.local_world == 0 else 1
+    schedule = parallel.schedule
+    if schedule == "auto":
+        schedule = "ulysses_ring" if parallel.ulysses > 1 else ("double_ring" if nodes > 1 else "flat_ring")
+    context = ContextParallel.from_world(group=own, nodes=nodes, schedule=schedule, ulysses=parallel.ulysses)
+    return context, own
