@@ -1,8 +1,9 @@
 """`longctx bench attention`: how much of a device's own attention speed the ring keeps.
 
-On a CPU two ranks of one thread each take turns with one process of two threads running torch SDPA on the same cores. On a
-GPU (attention_gpu.py) the executor runs with virtual ranks in one process beside the bare kernel. Both report the share
-of the matrix rate measured in the same call. Causal attention counts 2 S^2 Hq D flop forward and 2.5 times that backward.
+On a CPU two ranks of one thread each take turns with one process of two threads running torch SDPA on the
+same cores. On a GPU (attention_gpu.py) the executor runs with virtual ranks in one process beside the
+bare kernel. Both report the share of the matrix rate measured in the same call. Causal attention counts 2
+S^2 Hq D flop forward and 2.5 times that backward.
 """
 
 from __future__ import annotations
@@ -81,7 +82,9 @@ def host() -> dict[str, Any]:
 
 
 def measure_cpu(config: BenchAttentionConfig) -> dict[str, Any]:
-    """The ring of `ranks` x 1 thread and SDPA of `ranks` threads, taking turns; medians and ratios per length."""
+    """The ring of `ranks` x 1 thread and SDPA of `ranks` threads, taking turns; medians and ratios per
+    length.
+    """
     from longctx.bench.workers import Team
 
     dtype = "float32" if config.dtype == "auto" else config.dtype
@@ -90,7 +93,10 @@ def measure_cpu(config: BenchAttentionConfig) -> dict[str, Any]:
         for length in config.lengths
     ]
     rows: list[dict[str, Any]] = []
-    with Team(1, config.ranks, prepare_sdpa, None) as alone, Team(config.ranks, 1, prepare_ring, None) as ring:
+    with (
+        Team(1, config.ranks, prepare_sdpa, None) as alone,
+        Team(config.ranks, 1, prepare_ring, None) as ring,
+    ):
         rate = max(alone.order("matrix")[0] for _ in range(3))
         for problem in problems:
             say(f"{problem.length} tokens: {config.repeats} turns each ...")
@@ -213,7 +219,16 @@ def _table(document: dict[str, Any]) -> Any:
         f"matrix rate {document['matrix_gflops']:.0f} GFLOP/s"
     )
     table = Table(title=title, title_justify="left")
-    for column in ("tokens", "heads", "ring s", "SDPA s", "ring GFLOP/s", "SDPA GFLOP/s", "ring / SDPA", "of matrix rate"):
+    for column in (
+        "tokens",
+        "heads",
+        "ring s",
+        "SDPA s",
+        "ring GFLOP/s",
+        "SDPA GFLOP/s",
+        "ring / SDPA",
+        "of matrix rate",
+    ):
         table.add_column(column, justify="right")
     for row in document["rows"]:
         table.add_row(

@@ -1,7 +1,8 @@
 """Ranks on the virtual cluster: starts launch/virtual_cluster.sh, follows what its ranks print, and ends it.
 
-The script owns the namespaces and removes them however this process ends: its standard input is a pipe from here, and
-when that closes (a return, an exception, even SIGKILL) the ranks are ended and the network is taken down.
+The script owns the namespaces and removes them however this process ends: its standard input is a pipe
+from here, and when that closes (a return, an exception, even SIGKILL) the ranks are ended and the network
+is taken down.
 """
 
 from __future__ import annotations
@@ -69,13 +70,20 @@ def run(
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     launch = [str(script()), "run", f"nodes={nodes}", f"ranks={ranks}", "until=stdin", "--", *command]
     process = subprocess.Popen(
-        launch, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        launch,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     lines: queue.Queue[str | None] = queue.Queue()
     errors: list[str] = []
     readers = [
         threading.Thread(target=_drain, args=(process.stdout, lines.put), daemon=True),
-        threading.Thread(target=_drain, args=(process.stderr, lambda line: line and errors.append(line)), daemon=True),
+        threading.Thread(
+            target=_drain, args=(process.stderr, lambda line: line and errors.append(line)), daemon=True
+        ),
     ]
     for reader in readers:
         reader.start()

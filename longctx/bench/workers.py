@@ -1,7 +1,8 @@
 """Processes that wait for orders, so that two contestants take turns on the same cores with everything warm.
 
-Each worker is spawned with a number of threads and a function `serve(order) -> answer`; an order goes to all workers of
-a team and the answers come back together. A worker that raises ends its team with the worker's own message.
+Each worker is spawned with a number of threads and a function `serve(order) -> answer`; an order goes to
+all workers of a team and the answers come back together. A worker that raises ends its team with the
+worker's own message.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ Schedule = Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]
 class BenchAttentionConfig:
     """One ring of two single-thread ranks beside SDPA (CPU), or virtual ranks beside the bare kernel (GPU).
 
-    lengths: tokens of the whole sequence. virtual_ranks and backends apply to a GPU only; backends=[] takes every
-    one the device can serve. out: a folder for attention.json; empty writes nothing.
+    lengths: tokens of the whole sequence. virtual_ranks and backends apply to a GPU only; backends=[]
+    takes every one the device can serve. out: a folder for attention.json; empty writes nothing.
     """
 
     lengths: list[Length] = field(default_factory=lambda: [8192, 16384])
@@ -42,12 +42,15 @@ class BenchAttentionConfig:
             raise ValueError("lengths=[] names no length to measure; write lengths=[8192,16384]")
         for length in self.lengths:
             if length < 2 * self.ranks:
-                raise ValueError(f"lengths: {length} is shorter than 2 x ranks={2 * self.ranks}; zigzag needs that much")
+                raise ValueError(
+                    f"lengths: {length} is shorter than 2 x ranks={2 * self.ranks}; zigzag needs that much"
+                )
 
 
 @schema
 class BenchHierarchyConfig:
-    """Every schedule in turn on nodes x ranks behind links of `rate`, each beside the link model's prediction.
+    """Every schedule in turn on nodes x ranks behind links of `rate`, each beside the link model's
+    prediction.
 
     rate: what one rank's own link carries, as tc writes it (10mbit, 1gbit). unlimited: also measure without
     limits, which the prediction starts from. flat_repeats: the flat ring takes longest; null repeats it as
@@ -88,7 +91,9 @@ class BenchHierarchyConfig:
                 f"tokens={self.tokens} is not divisible by 2 x nodes x ranks = {2 * self.nodes * self.ranks}"
             )
         if self.ulysses is not None and (self.ulysses < 1 or (self.nodes * self.ranks) % self.ulysses):
-            raise ValueError(f"ulysses={self.ulysses} does not divide nodes x ranks = {self.nodes * self.ranks}")
+            raise ValueError(
+                f"ulysses={self.ulysses} does not divide nodes x ranks = {self.nodes * self.ranks}"
+            )
         bits_per_second(self.rate)
 
     @property

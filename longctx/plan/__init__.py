@@ -1,1 +1,1 @@
-"""Memory and time of a stage before anything is started, and pictures of schedules: arithmetic on plain data."""
+"""What a stage takes before anything is started: memory, time, pictures of schedules, from plain data."""

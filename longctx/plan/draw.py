@@ -1,7 +1,8 @@
 """Pictures of a simulated schedule: one row of computation and one per used link level for every rank.
 
-Text for terminals and logs, SVG for pages. A computation shows the rank whose KV block it works on; a message shows its
-payload (k: KV, d: dKV, h: heads exchanged under Ulysses). Empty space in a compute row is time spent waiting.
+Text for terminals and logs, SVG for pages. A computation shows the rank whose KV block it works on; a
+message shows its payload (k: KV, d: dKV, h: heads exchanged under Ulysses). Empty space in a compute row
+is time spent waiting.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ from html import escape
 
 from longctx.plan.simulate import Span, Timeline
 
+_LEFT = 64  # where the rows begin
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-# Okabe and Ito's colours tell apart for every kind of sight; computations take shades of one hue by the block's node.
+# Okabe and Ito's colours tell apart for every kind of sight; computations take shades of one hue by the
+# block's node.
 _COLOURS = {"kv": "#0072B2", "dkv": "#D55E00", "heads": "#CC79A7"}
 _BLOCKS = ("#009E73", "#56B4E9", "#E69F00", "#F0E442", "#8DA0CB", "#B3B3B3", "#66C2A5", "#FC8D62")
 
 
 def kind_of(span: Span) -> str:
-    """"kv", "dkv" or "heads" (every exchange of Ulysses) for a message."""
+    """ "kv", "dkv" or "heads" (every exchange of Ulysses) for a message."""
     return str(span.payload) if span.payload in ("kv", "dkv") else "heads"
 
 
@@ -61,70 +64,64 @@ def as_text(timeline: Timeline, *, width: int = 100, ranks: list[int] | None = N
     return "\n".join([*lines, f"{'':8}  0{_seconds(timeline.seconds):>{width - 1}}", f"{'':8}  {legend}"])
 
 
-def as_svg(timeline: Timeline, title: str, *, nodes: int, width: int = 960, ranks: list[int] | None = None) -> str:
+def as_svg(
+    timeline: Timeline, title: str, *, nodes: int, width: int = 960, ranks: list[int] | None = None
+) -> str:
     """The same timeline as a standalone SVG document."""
     shown = list(range(timeline.ranks)) if ranks is None else ranks
     per_node = max(1, timeline.ranks // nodes)
-    left, top, gap = 64, 56, 8
-    scale = (width - left - 16) / timeline.seconds if timeline.seconds else 0.0
+    right, y = width - 16, 56.0
+    scale = (right - _LEFT) / timeline.seconds if timeline.seconds else 0.0
     parts: list[str] = []
-    y = float(top)
     for label, spans in rows_of(timeline, shown):
         computing = label.startswith("rank")
-        height = 18 if computing else 9
-        if computing and parts:
-            y += gap
-        size = 12 if computing else 9
-        parts.append(
-            f'<text x="{left - 6}" y="{y + height - (5 if computing else 1)}" text-anchor="end" font-size="{size}">{label}</text>'
-        )
-        parts.append(f'<rect x="{left}" y="{y}" width="{width - left - 16}" height="{height}" fill="#f4f4f4"/>')
-        parts += [_box(span, left, y, height, scale, per_node) for span in spans]
+        height, gap, size = (18, 8, 12) if computing else (9, 0, 9)
+        y += gap
+        parts.append(_text(_LEFT - 6, y + height - (5 if computing else 1), label, size, "end"))
+        parts.append(_rectangle(_LEFT, y, right - _LEFT, height, "#f4f4f4"))
+        parts += [_box(span, y, height, scale, per_node) for span in spans]
         y += height + 2
-    parts.append(_axis(timeline.seconds, left, width - 16, y))
-    total = y + 26
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {total:.0f}" width="{width}" '
-        f'height="{total:.0f}" font-family="sans-serif"><rect width="100%" height="100%" fill="white"/>'
-        f'<text x="12" y="22" font-size="15">{escape(title)}</text>{_legend(left)}'
-    )
-    return head + "".join(parts) + "</svg>\n"
+    for i, anchor in enumerate(("start", "middle", "middle", "middle", "end")):
+        x = _LEFT + (right - _LEFT) * i / 4
+        parts.append(_text(x, y + 14, _seconds(timeline.seconds * i / 4), 10, anchor))
+    size = f'viewBox="0 0 {width} {y + 26:.0f}" width="{width}" height="{y + 26:.0f}"'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">'
+    background = '<rect width="100%" height="100%" fill="white"/>'
+    return head + background + _text(12, 22, escape(title), 15) + _legend() + "".join(parts) + "</svg>\n"
 
 
-def _box(span: Span, left: float, y: float, height: float, scale: float, per_node: int) -> str:
-    x, w = left + span.start * scale, max((span.end - span.start) * scale, 1.0)
+def _box(span: Span, y: float, height: float, scale: float, per_node: int) -> str:
+    x, w = _LEFT + span.start * scale, max((span.end - span.start) * scale, 1.0)
+    block = span.blocks[0]
     if span.kind == "compute":
-        fill = _BLOCKS[span.blocks[0] // per_node % len(_BLOCKS)]
-        what = f"step {span.step}: computes on block {span.blocks[0]}"
+        fill = _BLOCKS[block // per_node % len(_BLOCKS)]
+        what = f"step {span.step}: computes on block {block}"
     else:
         fill = _COLOURS[kind_of(span)]
-        what = f"step {span.step}: {span.payload} of block {span.blocks[0]} to rank {span.peer}"
+        what = f"step {span.step}: {span.payload} of block {block} to rank {span.peer}"
     tip = f"<title>{what}, {_seconds(span.start)} to {_seconds(span.end)}</title>"
-    box = f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="{height}" fill="{fill}" stroke="white" stroke-width="0.6">{tip}</rect>'
-    if span.kind == "compute" and w > 8 * len(str(span.blocks[0])):
-        box += (
-            f'<text x="{x + w / 2:.1f}" y="{y + height - 5}" text-anchor="middle" font-size="11">{span.blocks[0]}</text>'
-        )
+    box = _rectangle(x, y, w, height, fill, tip)
+    if span.kind == "compute" and w > 8 * len(str(block)):
+        box += _text(x + w / 2, y + height - 5, str(block), 11, "middle")
     return box
 
 
-def _legend(left: int) -> str:
-    items = [("#009E73", "compute (block's owner; colour: its node)"), (_COLOURS["kv"], "KV"), (_COLOURS["dkv"], "dKV")]
-    items.append((_COLOURS["heads"], "heads (Ulysses)"))
-    out, x = "", left
+def _rectangle(x: float, y: float, width: float, height: float, fill: str, inside: str = "") -> str:
+    place = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+    return f'<rect {place} fill="{fill}" stroke="white" stroke-width="0.6">{inside}</rect>'
+
+
+def _text(x: float, y: float, text: str, size: int, anchor: str = "start") -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}">{text}</text>'
+
+
+def _legend() -> str:
+    items = [(_BLOCKS[0], "computes on the block of this rank; one colour per node")]
+    items += [(_COLOURS["kv"], "KV"), (_COLOURS["dkv"], "dKV"), (_COLOURS["heads"], "heads (Ulysses)")]
+    out, x = "", float(_LEFT)
     for colour, text in items:
-        out += f'<rect x="{x}" y="34" width="10" height="10" fill="{colour}"/>'
-        out += f'<text x="{x + 14}" y="43" font-size="11">{text}</text>'
+        out += _rectangle(x, 34, 10, 10, colour) + _text(x + 14, 43, text, 11)
         x += 30 + 6 * len(text)
-    return out
-
-
-def _axis(seconds: float, left: float, right: float, y: float) -> str:
-    out = ""
-    for i in range(5):
-        x = left + (right - left) * i / 4
-        anchor = "start" if i == 0 else "end" if i == 4 else "middle"
-        out += f'<text x="{x:.0f}" y="{y + 14}" text-anchor="{anchor}" font-size="10" fill="#555">{_seconds(seconds * i / 4)}</text>'
     return out
 
 

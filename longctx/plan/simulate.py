@@ -1,8 +1,9 @@
 """Runs a schedule's plain data on a clock: when every rank computes, sends and waits, given the links' rates.
 
-The executor's order is kept (post, compute, wait, add), a message starts when both ends have posted it and its sender's
-link is free, and links are first come, first served. Ranks, not cores, are the unit: ranks that share cores are modelled by
-the computation times they are given. What the simulator says of a schedule it says of what the executor will run.
+The executor's order is kept (post, compute, wait, add), a message starts when both ends have posted it
+and its sender's link is free, and links are first come, first served. Ranks, not cores, are the unit:
+ranks that share cores are modelled by the computation times they are given. What the simulator says of a
+schedule it says of what the executor will run.
 """
 
 from __future__ import annotations
@@ -35,12 +36,19 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """All spans of a schedule; `seconds` is when the last rank is done."""
+    """All spans of a schedule; `finished` is when each rank is done, `seconds` when the last one is."""
 
     schedule: str
-    ranks: int
-    seconds: float
+    finished: tuple[float, ...]
     spans: tuple[Span, ...]
+
+    @property
+    def ranks(self) -> int:
+        return len(self.finished)
+
+    @property
+    def seconds(self) -> float:
+        return max(self.finished)
 
     def busy(self, rank: int, kind: str) -> float:
         """Seconds `rank` spends on spans of one kind."""
@@ -66,24 +74,28 @@ def simulate(
     sizes: Sizes,
     compute: Callable[[int, Compute], float],
     links: Mapping[Level, Link | None],
+    starts: Sequence[float] | None = None,
 ) -> Timeline:
-    """Time the plans of all ranks (rank r's at index r), which start together.
+    """Time the plans of all ranks (rank r's at index r), which start together or at `starts`.
 
     compute: seconds of one computation of a rank. links: one rank's link per level; None costs nothing.
-    Raises ValueError when the schedule cannot finish: a receive without its send, or ranks waiting for one another.
+    Raises ValueError when the schedule cannot finish: a receive without its send, or ranks waiting for
+    one another.
     """
     clock = _Clock(plans, sizes, compute, links)
     for rank in range(len(plans)):
-        clock.at(0.0, clock.enter, rank)
+        clock.at(starts[rank] if starts else 0.0, clock.enter, rank)
     while clock.queue:
         now, _, action, arguments = heapq.heappop(clock.queue)
         action(now, *arguments)
     stuck = [rank for rank, plan in enumerate(plans) if clock.step[rank] < len(plan.steps)]
     if stuck:
         where = ", ".join(f"rank {rank} at step {clock.step[rank]}" for rank in stuck[:4])
-        raise ValueError(f"schedule={plans[0].schedule} cannot finish: {where} wait for messages nobody sends")
+        raise ValueError(
+            f"schedule={plans[0].schedule} cannot finish: {where} wait for messages nobody sends"
+        )
     spans = tuple(sorted(clock.spans, key=lambda span: (span.rank, span.start, span.end)))
-    return Timeline(plans[0].schedule, len(plans), max(clock.finished), spans)
+    return Timeline(plans[0].schedule, tuple(clock.finished), spans)
 
 
 _Channel = tuple[int, int, str, str]  # source, target, communicator, payload
@@ -135,7 +147,9 @@ class _Clock:
     def _leave(self, now: float, rank: int) -> None:
         """Go on to the next step once nothing of this one is awaited."""
         steps = self.plans[rank].steps
-        if self.computing[rank] or any(self.halves.get((rank, number), 2) for number in steps[self.step[rank]].wait):
+        if self.computing[rank] or any(
+            self.halves.get((rank, number), 2) for number in steps[self.step[rank]].wait
+        ):
             return
         self.step[rank] += 1
         self.finished[rank] = now
