@@ -25,6 +25,12 @@ class Verb:
 _ALL = [
     Verb("train", "longctx.config.train:TrainConfig", "longctx.train.run:run",
          "extend a model's context, stage by stage"),
+    Verb("plan", "longctx.config.plan:PlanConfig", "longctx.plan.run:run",
+         "memory and time of every stage before anything starts; timelines of schedules"),
+    Verb("bench attention", "longctx.config.bench:BenchAttentionConfig", "longctx.bench.attention:run",
+         "the ring beside one device's own attention"),
+    Verb("bench hierarchy", "longctx.config.bench:BenchHierarchyConfig", "longctx.bench.hierarchy:run",
+         "every schedule behind slow links, on a virtual cluster (root)"),
 ]  # fmt: skip
 
 VERBS: dict[str, Verb] = {verb.name: verb for verb in _ALL}

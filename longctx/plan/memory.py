@@ -1,0 +1,89 @@
+"""Bytes one device holds in a stage: weights and optimizer under ZeRO, what is kept for backward, buffers.
+
+The terms are those of docs/memory.md and docs/attention.md, each on its own line, so that the largest
+shows. Not counted: the allocator's fragments, communication libraries, and the CUDA context (together 1
+to 3 GiB on a GPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+from longctx.config.model import MemoryConfig
+from longctx.plan.shape import Shape
+from longctx.schedule import Plan, Sizes
+
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one device. saved: kept from forward to backward over all layers; working: one layer at
+    work.
+    """
+
+    weights: float
+    gradients: float
+    optimizer: float
+    saved: float
+    working: float
+    ring: float
+    loss: float
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def ring_buffers(plans: Sequence[Plan], sizes: Sizes) -> float:
+    """Foreign KV and dKV blocks, and the fp32 accumulators of out, dq, dk and dv, at their larger pass."""
+    wide = 4 if sizes.wire_bytes < 8 else 8
+    h = max(plan.ulysses for plan in plans)
+    k = sizes.batch * sizes.tokens * max(sizes.kv_heads, h if h > 1 else 0) * sizes.head_dim
+    q = sizes.batch * sizes.tokens * sizes.q_heads * sizes.head_dim
+    totals = []
+    for plan in plans:
+        blocks = plan.kv_slots * 2 * k * sizes.wire_bytes + plan.dkv_slots * 2 * k * sizes.grad_bytes
+        totals.append(blocks + (q + 2 * k if plan.backward else q) * wide)
+    return float(max(totals))
+
+
+def stage_memory(
+    shape: Shape,
+    memory: MemoryConfig,
+    *,
+    tokens: int,
+    dtype: str,
+    zero: int,
+    world: int,
+    ring: float,
+    offload_optimizer: bool = False,
+    offload_parameters: bool = False,
+) -> Memory:
+    """tokens: on this device per forward. zero: 0 (replicated) to 3. ring: bytes of `ring_buffers`.
+
+    fp32 weights are their own masters; others keep fp32 masters with the optimizer. Gradients are fp32.
+    """
+    b = BYTES[dtype]
+    p = shape.parameters
+    optimizer = p * (8 if b >= 4 else 12) / (world if zero >= 1 else 1)
+    weights = p * b / (world if zero >= 3 else 1)
+    gathered = 2 * shape.layer_weights * b if zero >= 3 else 0  # the layer at work and the one fetched ahead
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    kept = tokens * (shape.hidden * b + q * b + shape.heads * 4)  # a layer's input, attention output, lse
+    products = tokens * (q + 2 * kv + shape.hidden + 2 * shape.ffn) * b
+    everything = shape.layers if not memory.checkpoint else 0
+    matmuls = memory.keep_matmuls if isinstance(memory.keep_matmuls, int) else 0
+    saved = shape.layers * kept + (everything + min(matmuls, shape.layers)) * products
+    block = min(memory.ffn_block or tokens, tokens)
+    working = tokens * (2 * (q + 2 * kv) + 3 * shape.hidden) * b + block * 5 * shape.ffn * b
+    return Memory(
+        weights=0.0 if offload_parameters else weights + gathered,
+        gradients=p * 4 / (world if zero >= 2 else 1),
+        optimizer=0.0 if offload_optimizer else optimizer,
+        saved=0.0 if memory.offload else saved,
+        working=working,
+        ring=ring,
+        loss=min(memory.loss_chunk, tokens) * shape.vocab * 4.0 * 2,
+    )

@@ -1,0 +1,111 @@
+"""A model's shape without loading it: from the config.json of a folder or hub id, or from model.init.
+
+Only JSON is read, so that planning needs neither transformers nor the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from longctx.config.model import InitConfig, ModelConfig
+from longctx.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of `layers` blocks: grouped-query attention and a gated feed-forward network."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    tied: bool
+    rope: dict[str, Any]
+    window: int
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of one block's matrix products."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        return attention + 3 * self.hidden * self.ffn
+
+    @property
+    def matmul_weights(self) -> int:
+        """Weights that take part in matrix products: all blocks and the head."""
+        return self.layers * self.layer_weights + self.vocab * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        """All weights, norms included (biases and per-head norms, where a family has them, are not)."""
+        tables = self.vocab * self.hidden * (1 if self.tied else 2)
+        return self.layers * (self.layer_weights + 2 * self.hidden) + tables + self.hidden
+
+
+def shape_of(model: ModelConfig) -> Shape:
+    """Raises UserError when config.json cannot be found or lacks what a decoder has."""
+    return _from_init(model.init) if model.init is not None else _from_json(*_read(str(model.path)))
+
+
+def _from_init(init: InitConfig) -> Shape:
+    head_dim = init.head_dim or init.hidden // init.heads
+    rope = {"rope_type": "default", "rope_theta": init.theta}
+    return Shape(
+        init.layers,
+        init.hidden,
+        init.heads,
+        init.kv_heads,
+        head_dim,
+        init.ffn,
+        init.vocab,
+        init.tie_embeddings,
+        rope,
+        init.window,
+    )
+
+
+def _read(path: str) -> tuple[dict[str, Any], str]:
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        if Path(path).is_dir() or path.startswith((".", "/", "~")) or path.count("/") != 1:
+            raise UserError(
+                f"model.path={path} has no config.json; give a folder in Hugging Face format or a hub id"
+            )
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            file = Path(hf_hub_download(path, "config.json"))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"model.path={path} cannot be read from the hub: {first}") from None
+    return json.loads(file.read_text()), str(file)
+
+
+def _from_json(values: dict[str, Any], file: str) -> Shape:
+    try:
+        heads, hidden = values["num_attention_heads"], values["hidden_size"]
+        rope = values.get("rope_parameters") or {
+            "rope_type": "default",
+            "rope_theta": values.get("rope_theta", 10000.0),
+            **(values.get("rope_scaling") or {}),
+        }
+        return Shape(
+            layers=values["num_hidden_layers"],
+            hidden=hidden,
+            heads=heads,
+            kv_heads=values.get("num_key_value_heads") or heads,
+            head_dim=values.get("head_dim") or hidden // heads,
+            ffn=values["intermediate_size"],
+            vocab=values["vocab_size"],
+            tied=bool(values.get("tie_word_embeddings", False)),
+            rope=rope,
+            window=values["max_position_embeddings"],
+        )
+    except KeyError as error:
+        raise UserError(f"{file} has no {error}: not the config of a decoder this plan knows") from None
