@@ -354,7 +354,7 @@ def test_every_rope_type_of_transformers_is_known():
 
 @pytest.mark.parametrize("dim", [32, 64, 96, 128])
 def test_frequencies_equal_torchs_own_arithmetic_bit_for_bit(dim: int):
-    """torch's SIMD power (17 pairs and more) errs by an ulp that its scalar power does not have; ours never does.
+    """torch's SIMD power (17 pairs and more) errs by an ulp at times; its scalar power and ours do not.
 
     So the model's own frequencies are at most one ulp from ours, or as far as torch is from itself.
     """

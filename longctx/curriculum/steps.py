@@ -54,14 +54,20 @@ def _rate(
     warmup = own.warmup_steps if own.warmup_steps is not None else shared.warmup_steps or 0
     if peak is None or peak <= 0:
         raise UserError(f"{where}.peak={peak} must be a learning rate above 0, such as 2e-5 ({file})")
-    if final is None:
-        final = peak if kind == "constant" else 0.0
-    if not 0 <= final <= peak:
-        raise UserError(f"{where}.final={final} must lie between 0 and the peak {peak} ({file})")
     if not 0 <= warmup <= span:
         raise UserError(
             f"{where}.warmup_steps={warmup} must lie between 0 and the {span} steps it is part of ({file})"
         )
+    if kind == "constant":
+        if own.final is not None and own.final != peak:
+            raise UserError(
+                f"{where}.final={own.final} does not go with kind=constant, which stays at the peak {peak}; "
+                f"name kind=cosine or linear, or leave final out ({file})"
+            )
+        return LearningRate(peak, peak, warmup, kind, 0, span)
+    final = 0.0 if final is None else final
+    if not 0 <= final <= peak:
+        raise UserError(f"{where}.final={final} must lie between 0 and the peak {peak} ({file})")
     return LearningRate(peak, final, warmup, kind, 0, span)
 
 
