@@ -1,7 +1,7 @@
 """`longctx bench attention`: how much of a device's own attention speed the ring keeps.
 
 On a CPU two ranks of one thread each take turns with one process of two threads running torch SDPA on the
-same cores. On a GPU (attention_gpu.py) the executor runs with virtual ranks in one process beside the
+same cores. On a GPU (attention_virtual.py) the executor runs with virtual ranks in one process beside the
 bare kernel. Both report the share of the matrix rate measured in the same call. Causal attention counts 2
 S^2 Hq D flop forward and 2.5 times that backward.
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from longctx.config.bench import BenchAttentionConfig
 from longctx.console import emit, emit_json, say
+from longctx.errors import UserError
 
 if TYPE_CHECKING:
     from longctx.bench.workers import Serve
@@ -46,11 +47,14 @@ def run(config: BenchAttentionConfig) -> int:
     """Measure on the device the config names and print the table or the JSON document."""
     import torch
 
-    on_gpu = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    if on_gpu:
-        from longctx.bench.attention_gpu import measure
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device=cuda, but this torch sees no CUDA device; leave device=auto or set device=cpu"
+        )
+    if config.device != "cpu" and torch.cuda.is_available():
+        from longctx.bench.attention_virtual import measure
 
-        document = measure(config)
+        document = measure(config, "cuda")
     else:
         document = measure_cpu(config)
     document = {"host": host(), **document}
@@ -210,7 +214,7 @@ def _table(document: dict[str, Any]) -> Any:
     from rich.table import Table
 
     if document["device"] != "cpu":
-        from longctx.bench.attention_gpu import table
+        from longctx.bench.attention_virtual import table
 
         return table(document)
     host_, ranks = document["host"], document["ranks"]

@@ -1,0 +1,208 @@
+"""The executor on virtual ranks of one process beside the bare kernel: block kernels and merging without
+a network.
+
+N virtual ranks are threads that take turns on one device and hand blocks to each other in memory;
+together they do the work of one causal call, so the single call's time over theirs is what the ring's
+cutting, merging and copying leave. Made for a GPU; on a CPU it measures the same with torch's CPU kernel,
+which is how it is tested.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from longctx.bench.attention import Problem, matrix_rate
+from longctx.config.bench import BenchAttentionConfig
+from longctx.console import say
+from longctx.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from longctx.attention.kernels import Kernel
+
+
+def measure(config: BenchAttentionConfig, device_name: str) -> dict[str, Any]:
+    """Per backend, length and number of virtual ranks: seconds, rate, share of the matrix rate and of the
+    kernel.
+    """
+    import torch
+
+    device = torch.device(device_name)
+    on_gpu = device.type == "cuda"
+    wanted = config.dtype if config.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
+    rate = matrix_rate(device, getattr(torch, wanted), 8192 if on_gpu else 1024)
+    rows: list[dict[str, Any]] = []
+    kernels, refused = backends(config, device, getattr(torch, wanted))
+    for name, reasons in refused.items():
+        say(f"{name} cannot serve: {'; '.join(reasons)}")
+    for length in config.lengths:
+        problem = Problem(length, config.batch, config.heads, config.kv_heads, config.head_dim, wanted)
+        for kernel in kernels:
+            say(f"{length} tokens, {kernel.name} ...")
+            alone = _median(_single(problem, kernel, device), config.repeats, device)
+            rows.append(_row(problem, kernel.name, 0, alone, alone, rate))
+            for ranks in config.virtual_ranks:
+                seconds = _median(_virtual(problem, kernel, device, ranks), config.repeats, device)
+                rows.append(_row(problem, kernel.name, ranks, seconds, alone, rate))
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else "cpu (virtual ranks)",
+        "cuda": torch.version.cuda if on_gpu else None,
+        "dtype": wanted,
+        "matrix_gflops": round(rate / 1e9, 1),
+        "refused": refused,
+        "rows": rows,
+    }
+
+
+def backends(
+    config: BenchAttentionConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Kernel], dict[str, list[str]]]:
+    """The kernels to measure, and why each of the others cannot serve."""
+    from longctx.attention import kernels
+
+    capability = (0, 0)
+    if device.type == "cuda":
+        import torch
+
+        capability = torch.cuda.get_device_capability(device)
+    shape = (config.head_dim, config.heads, config.kv_heads, capability)
+    reasons = kernels.explain(kernels.Problem(device.type, dtype, *shape))
+    for name in config.backends:
+        if name not in reasons:
+            raise UserError(f"backends: {name!r} is not a kernel; known: {', '.join(reasons)}")
+        if reasons[name]:
+            raise UserError(f"backends: {name} cannot serve: {'; '.join(reasons[name])}")
+    names = config.backends or [name for name, why in reasons.items() if not why and name != "reference"]
+    if not names:
+        lines = [f"{name}: {'; '.join(why)}" for name, why in reasons.items() if why]
+        raise UserError(f"no kernel can serve {dtype} on {device}: " + " | ".join(lines))
+    return [kernels.KERNELS[name] for name in names], {name: why for name, why in reasons.items() if why}
+
+
+def _row(
+    problem: Problem, kernel: str, ranks: int, seconds: float, alone: float, rate: float
+) -> dict[str, Any]:
+    return {
+        "backend": kernel,
+        "length": problem.length,
+        "virtual_ranks": ranks,  # 0: the bare kernel
+        "seconds": seconds,
+        "gflops": round(problem.flop / seconds / 1e9, 1),
+        "share_of_matrix_rate": round(problem.flop / seconds / rate, 3),
+        "of_kernel": round(alone / seconds, 3),
+    }
+
+
+def _median(work: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Median seconds of `work`, the device idle before and after; two runs first to warm up."""
+    import torch
+
+    taken = []
+    for turn in range(repeats + 2):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if turn >= 2:
+            taken.append(time.perf_counter() - start)
+    return median(taken)
+
+
+def _tensors(problem: Problem, tokens: int, device: torch.device) -> tuple[Tensor, ...]:
+    """q, k, v and the gradient of out for `tokens` tokens."""
+    import torch
+
+    counts = (problem.heads, problem.kv_heads, problem.kv_heads, problem.heads)
+    dtype = getattr(torch, problem.dtype)
+    return tuple(
+        torch.randn(problem.batch, heads, tokens, problem.head_dim, device=device, dtype=dtype)
+        for heads in counts
+    )
+
+
+def _single(problem: Problem, kernel: Kernel, device: torch.device) -> Callable[[], None]:
+    """One causal call of the kernel, forward and backward."""
+    q, k, v, grad = _tensors(problem, problem.length, device)
+    scale = problem.head_dim**-0.5
+
+    def work() -> None:
+        out, lse = kernel.forward(q, k, v, causal=True, scale=scale)
+        kernel.backward(grad, q, k, v, out, lse, causal=True, scale=scale)
+
+    return work
+
+
+def _virtual(problem: Problem, kernel: Kernel, device: torch.device, ranks: int) -> Callable[[], None]:
+    """The same work by `ranks` virtual ranks of a flat ring that take turns."""
+    import torch
+
+    from longctx.attention.courier import Courier
+    from longctx.attention.executor import Pool, Ring
+    from longctx.comm import ByteCounter, LocalWire, LocalWorld, SoloWire, Wire
+    from longctx.layout import SequenceLayout
+    from longctx.schedule import build
+    from longctx.topology import Topology
+
+    if problem.length % (2 * ranks):
+        raise UserError(f"lengths: {problem.length} is not divisible by 2 x virtual_ranks = {2 * ranks}")
+    layout, topology = SequenceLayout(problem.length, ranks), Topology(1, ranks)
+    plans = [[build("flat_ring", topology, r, backward=b) for r in range(ranks)] for b in (False, True)]
+    inputs = [_tensors(problem, problem.length // ranks, device) for _ in range(ranks)]
+    pools = [Pool() for _ in range(ranks)]
+    scale = problem.head_dim**-0.5
+
+    def rank_work(wire: Wire) -> None:
+        q, k, v, grad = inputs[wire.rank]
+        ahead, back = (
+            Ring(
+                plan[wire.rank],
+                layout,
+                Courier(wire, ByteCounter(), "bench"),
+                kernel,
+                pools[wire.rank],
+                scale,
+            )
+            for plan in plans
+        )
+        out, lse = ahead.forward(q, k, v)
+        back.backward(grad, q, k, v, out, lse, torch.float32)
+
+    def work() -> None:
+        if ranks == 1:
+            rank_work(SoloWire())
+        else:
+            local: Callable[[LocalWire], None] = rank_work
+            LocalWorld(ranks, serial=True).run(local)
+
+    return work
+
+
+def table(document: dict[str, Any]) -> Any:
+    """One row per backend, length and number of ranks."""
+    from rich.table import Table
+
+    title = (
+        f"causal attention, forward + backward, {document['device']}, {document['dtype']}, "
+        f"torch {document['host']['torch']}, matrix rate {document['matrix_gflops'] / 1e3:.3g} TFLOP/s"
+    )
+    made = Table(title=title, title_justify="left")
+    for column in ("backend", "tokens", "virtual ranks", "ms", "TFLOP/s", "of matrix rate", "of the kernel"):
+        made.add_column(column, justify="left" if column == "backend" else "right")
+    for row in document["rows"]:
+        made.add_row(
+            row["backend"],
+            str(row["length"]),
+            str(row["virtual_ranks"] or "kernel alone"),
+            f"{row['seconds'] * 1e3:.2f}",
+            f"{row['gflops'] / 1e3:.3g}",
+            f"{row['share_of_matrix_rate']:.0%}",
+            f"{row['of_kernel']:.0%}",
+        )
+    return made
