@@ -1,0 +1,194 @@
+"""Runs any plan: posts transfers, calls the block kernel on rectangles, waits, merges (Ring Attention, 2310.01889).
+
+The executor knows nothing of rings or nodes; `longctx.schedule` says what to send, `longctx.layout` what to compute.
+Nothing is kept for the backward but q, k, v, out and lse; the backward asks for the KV blocks again and carries
+their gradient in fp32 (by default). Buffers come from a pool that outlives the call.
+
+    q [B, Hq, L, D]   k, v [B, Hkv, L, D]   a KV block [2, B, Hkv, L, D]   lse [B, Hq, L]
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from longctx.attention.courier import Courier
+from longctx.attention.kernels import Kernel
+from longctx.attention.merge import Accumulator, accumulator_dtype
+from longctx.layout import Rect, SequenceLayout
+from longctx.schedule import OWN, Compute, Plan
+
+
+@dataclass
+class Pool:
+    """Buffers by shape and type, lent and given back, so that the layers of a model share one set."""
+
+    free: dict[tuple, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
+    total: int = 0  # bytes allocated so far: the communication buffers of the executor
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        stack = self.free[shape, dtype, device]
+        if stack:
+            return stack.pop()
+        buffer = torch.empty(shape, dtype=dtype, device=device)
+        self.total += buffer.nbytes
+        return buffer
+
+    def give(self, buffers: list[Tensor]) -> None:
+        for buffer in buffers:
+            self.free[tuple(buffer.shape), buffer.dtype, buffer.device].append(buffer)
+
+    def clear(self) -> None:
+        self.free.clear()
+        self.total = 0
+
+
+class Ring:
+    """One call's state: the plan, the rank's queries, and the KV blocks that are here at the moment."""
+
+    def __init__(
+        self, plan: Plan, layout: SequenceLayout, courier: Courier, kernel: Kernel, pool: Pool, scale: float
+    ) -> None:
+        self.plan, self.layout, self.courier, self.kernel, self.pool = plan, layout, courier, kernel, pool
+        self.scale = scale
+        self.position = plan.rank // plan.ulysses
+        self.lent: list[Tensor] = []
+
+    def _take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        buffer = self.pool.take(shape, dtype, device)
+        self.lent.append(buffer)
+        return buffer
+
+    def _blocks(self, k: Tensor, v: Tensor) -> dict[int, Tensor]:
+        """KV slots; the own block is packed once, as what is sent and what is read. Alone, nothing is packed."""
+        if not self.plan.kv_slots:
+            return {}
+        shape = (2, *k.shape)
+        blocks = {slot: self._take(shape, k.dtype, k.device) for slot in (OWN, *range(self.plan.kv_slots))}
+        blocks[OWN][0].copy_(k)
+        blocks[OWN][1].copy_(v)
+        return blocks
+
+    def _keys(
+        self, compute: Compute, blocks: dict[int, Tensor], k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """K and V the computation reads: a block as it lies, or several brought into ascending order."""
+        if len(compute.slots) == 1:
+            block = blocks.get(compute.slots[0])
+            return (k, v) if block is None else (block[0], block[1])
+        order = self.layout.gather_order(compute.blocks)
+        length = len(compute.slots) * k.shape[2]
+        both = self._take((2, *k.shape[:2], length, k.shape[3]), k.dtype, k.device)
+        for copy in order:
+            source = blocks[compute.slots[copy.block]][..., copy.source : copy.source + copy.length, :]
+            both[..., copy.target : copy.target + copy.length, :].copy_(source)
+        return both[0], both[1]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """out (q's type, [B, L, H, D] strides) and lse of all the rank's queries."""
+        blocks = self._blocks(k, v)
+        acc = Accumulator(q)
+        for number, step in enumerate(self.plan.ring):
+            for transfer in step.post:
+                self.courier.post(number, transfer, blocks[transfer.send.slot], blocks[transfer.recv.slot])
+            compute = step.compute
+            rects = self._rects(compute)
+            if compute is not None and (rects or compute.slots == (OWN,)):
+                with self.courier.span(number, f"block {compute.blocks}"):
+                    keys, values = self._keys(compute, blocks, k, v) if rects else (k, v)
+                    parts = (self._attend(rect, q, keys, values) for rect in rects)
+                    if compute.slots == (OWN,):
+                        acc.own(list(parts))
+                    else:
+                        for part in parts:
+                            acc.add(*part)
+            self.courier.wait(number, step.wait)
+        self._return()
+        return acc.result()
+
+    def _rects(self, compute: Compute | None) -> list[Rect]:
+        return self.layout.rects(self.position, compute.blocks, compute.part) if compute is not None else []
+
+    def _attend(self, rect: Rect, q: Tensor, k: Tensor, v: Tensor) -> tuple[slice, Tensor, Tensor]:
+        rows, keys = slice(rect.q0, rect.q1), slice(rect.k0, rect.k1)
+        out, lse = self.kernel.forward(
+            q[:, :, rows], k[:, :, keys], v[:, :, keys], causal=rect.causal, scale=self.scale
+        )
+        return rows, out, lse
+
+    def backward(
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, wire: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """dq [B, Hq, L, D] and dkv [2, B, Hkv, L, D] in accumulator type; `wire` is the type travelling dKV has."""
+        blocks = self._blocks(k, v)
+        kind = accumulator_dtype(q.dtype)
+        dq = torch.zeros_like(q, dtype=kind)
+        own = k.new_zeros((2, *k.shape), dtype=kind)
+        sums = {slot: self._take((2, *k.shape), wire, k.device) for slot in range(self.plan.dkv_slots)}
+        sums[OWN] = own
+        for number, step in enumerate(self.plan.ring):
+            for transfer in step.post:
+                held = blocks if transfer.payload == "kv" else sums
+                self.courier.post(number, transfer, held[transfer.send.slot], held[transfer.recv.slot])
+            compute = step.compute
+            found: list[tuple[Rect, Tensor, Tensor]] = []
+            rects = self._rects(compute)
+            if compute is not None and rects:
+                with self.courier.span(number, f"block {compute.blocks}"):
+                    keys, values = self._keys(compute, blocks, k, v)
+                    for rect in rects:
+                        found.append(self._differentiate(rect, dout, q, keys, values, out, lse, dq))
+            self.courier.wait(number, step.wait)
+            if compute is not None:
+                self._collect(compute, found, sums)
+            for source, target in step.adds:
+                sums[target].add_(sums[source])
+        self._return()
+        return dq, own
+
+    def _differentiate(
+        self, rect: Rect, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor
+    ) -> tuple[Rect, Tensor, Tensor]:
+        rows, keys = slice(rect.q0, rect.q1), slice(rect.k0, rect.k1)
+        grad, dk, dv = self.kernel.backward(
+            dout[:, :, rows],
+            q[:, :, rows],
+            k[:, :, keys],
+            v[:, :, keys],
+            out[:, :, rows],
+            lse[:, :, rows],
+            causal=rect.causal,
+            scale=self.scale,
+        )
+        dq[:, :, rows].add_(grad)
+        return rect, dk, dv
+
+    def _collect(
+        self, compute: Compute, found: list[tuple[Rect, Tensor, Tensor]], sums: dict[int, Tensor]
+    ) -> None:
+        """Add a step's dK, dV to the sums they belong to; several blocks are taken out of their joint order."""
+        targets = [sums[slot] for slot in compute.into]
+        if compute.fresh:
+            for target in targets:
+                target.zero_()
+        for rect, dk, dv in found:
+            for index, grad in enumerate((dk, dv)):
+                if len(targets) == 1:
+                    targets[0][index, :, :, rect.k0 : rect.k1].add_(grad)
+                else:
+                    self._deal(compute, rect, grad, [target[index] for target in targets])
+
+    def _deal(self, compute: Compute, rect: Rect, grad: Tensor, targets: list[Tensor]) -> None:
+        for copy in self.layout.gather_order(compute.blocks):
+            first, past = max(copy.target, rect.k0), min(copy.target + copy.length, rect.k1)
+            if first < past:
+                begin = copy.source + first - copy.target
+                piece = grad[:, :, first - rect.k0 : past - rect.k0]
+                targets[copy.block][:, :, begin : begin + past - first].add_(piece)
+
+    def _return(self) -> None:
+        self.pool.give(self.lent)
+        self.lent = []

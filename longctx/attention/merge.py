@@ -1,0 +1,62 @@
+"""Adding one block's attention to what has been accumulated, in place and on slices (Ring Attention, 2310.01889).
+
+With w = sigmoid(lse_b - lse): out += w (out_b - out), lse = logaddexp(lse, lse_b). Both are stable for any lse;
+log(1 + exp(x)) is not. Accumulators are fp32 (fp64 for fp64), whatever the kernel returns: half-precision partial
+sums drift with the size of the ring. The own block comes first, so that every row starts from a finite lse.
+
+    out [B, H, S, D]   lse [B, H, S]
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """Merge a block into the slices `out`, `lse` (accumulator type) in place."""
+    block_lse = block_lse.to(lse.dtype)
+    weight = torch.sigmoid(block_lse - lse)
+    out.lerp_(block_out.to(out.dtype), weight.unsqueeze(-1))
+    torch.logaddexp(lse, block_lse, out=lse)
+
+
+class Accumulator:
+    """out and lse of L query rows of one rank, physically [B, L, H, D] as the kernels and the models like it."""
+
+    def __init__(self, q: Tensor) -> None:
+        self.q = q
+        self.dtype = accumulator_dtype(q.dtype)
+        self.out: Tensor | None = None
+        self.lse: Tensor | None = None
+
+    def own(self, parts: list[tuple[slice, Tensor, Tensor]]) -> None:
+        """The own block's results by query rows; rows that no part covers (padding) get out 0 and lse -inf."""
+        rows = self.q.shape[2]
+        if len(parts) == 1 and parts[0][0] == slice(0, rows):
+            self.out, self.lse = parts[0][1], parts[0][2].to(self.dtype)
+            return
+        batch, heads, _, dim = self.q.shape
+        self.out = self.q.new_zeros((batch, rows, heads, dim), dtype=self.dtype).transpose(1, 2)
+        self.lse = self.q.new_full((batch, heads, rows), float("-inf"), dtype=self.dtype)
+        for where, out, lse in parts:
+            self.out[:, :, where] = out
+            self.lse[:, :, where] = lse
+
+    def add(self, where: slice, out: Tensor, lse: Tensor) -> None:
+        assert self.out is not None
+        assert self.lse is not None
+        if self.out.dtype != self.dtype:
+            self.out = self.out.to(self.dtype)
+        merge_(self.out[:, :, where], self.lse[:, :, where], out, lse)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """out in q's type with [B, L, H, D] strides, lse contiguous."""
+        assert self.out is not None
+        assert self.lse is not None
+        out = self.out.to(self.q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+        return out, self.lse.contiguous()

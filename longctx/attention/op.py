@@ -1,0 +1,129 @@
+"""Context attention as a `torch.library` op: what selective checkpointing can save and torch.compile can pass over.
+
+Ops take no process group, so one table maps an integer to what a ContextParallel knows (its `Family`); close() takes
+its entries out. Boundaries travel as a tensor: an int list would recompile for every batch. The backward is an op too.
+With MUST_SAVE for `SAVED_OPS` the attention forward runs once per step: out and lse are its outputs.
+"""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+class Family(Protocol):
+    """What the op needs from the other side of the handle."""
+
+    def run_forward(
+        self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def run_backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        boundaries: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def lse_shape(self, q: Tensor) -> tuple[int, int, int]: ...
+
+
+_TABLE: dict[int, Family] = {}
+_NUMBERS = count(1)
+
+
+def enter(family: Family) -> int:
+    """Put a family in the table; its handle."""
+    handle = next(_NUMBERS)
+    _TABLE[handle] = family
+    return handle
+
+
+def leave(handle: int) -> None:
+    _TABLE.pop(handle, None)
+
+
+def _find(handle: int) -> Family:
+    if handle not in _TABLE:
+        raise ValueError(f"layout handle {handle} is closed: its ContextParallel was closed before this call")
+    return _TABLE[handle]
+
+
+@torch.library.custom_op("longctx::context_attention", mutates_args=())
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, handle: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, n, D] with [B, n, Hq, D] strides, and lse (gathered by heads under Ulysses)."""
+    return _find(handle).run_forward(q, k, v, boundaries, scale)
+
+
+@attend.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, handle: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, heads, tokens, dim = q.shape
+    out = q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
+    kind = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return out, q.new_empty(_find(handle).lse_shape(q), dtype=kind)
+
+
+@torch.library.custom_op("longctx::context_attention_backward", mutates_args=())
+def differentiate(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    boundaries: Tensor,
+    handle: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, contiguous, of the inputs' types."""
+    return _find(handle).run_backward(dout, q, k, v, out, lse, boundaries, scale)
+
+
+@differentiate.register_fake
+def _(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    boundaries: Tensor,
+    handle: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup(ctx, inputs, output) -> None:
+    q, k, v, boundaries, handle, scale = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, boundaries)
+    ctx.handle, ctx.scale = handle, scale
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
+    if dlse is not None:
+        raise ValueError("lse is not differentiable: detach it before using it in a loss")
+    q, k, v, out, lse, boundaries = ctx.saved_tensors
+    if dout is None:  # nothing asks for out, yet the peers wait for this rank's part of the ring
+        dout = torch.zeros_like(out)
+    dq, dk, dv = differentiate(dout, q, k, v, out, lse, boundaries, ctx.handle, ctx.scale)
+    return dq, dk, dv, None, None, None
+
+
+attend.register_autograd(_backward, setup_context=_setup)
+
+SAVED_OPS = (torch.ops.longctx.context_attention.default,)
