@@ -43,6 +43,7 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
             raise UserError(
                 f"{override!r} is not an override; write key=value (lists in quotes: 'key=[a,b]'), or --help"
             )
+    OmegaConf.register_new_resolver("asset", _asset, replace=True)
     GlobalHydra.instance().clear()
     search = [f"hydra.searchpath=[{','.join('file://' + str(d.resolve()) for d in extra_dirs)}]"] if extra_dirs else []
     try:
@@ -53,6 +54,11 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
         raise UserError(_explain(error, root, overrides, extra_dirs)) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _asset(name: str) -> str:
+    """${asset:tiny}: a folder that ships inside the package, wherever the command is started."""
+    return str(Path(__file__).resolve().parent.parent / "assets" / name)
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[Path]]:
