@@ -31,6 +31,8 @@ _ALL = [
          "the ring beside one device's own attention"),
     Verb("bench hierarchy", "longctx.config.bench:BenchHierarchyConfig", "longctx.bench.hierarchy:run",
          "every schedule behind slow links, on a virtual cluster (root)"),
+    Verb("theta", "longctx.config.theta:ThetaConfig", "longctx.theta.run:run",
+         "thetas by every rule, what they support, and a search for better ones"),
 ]  # fmt: skip
 
 VERBS: dict[str, Verb] = {verb.name: verb for verb in _ALL}

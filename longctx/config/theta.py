@@ -1,4 +1,4 @@
-"""What `longctx theta` takes: a rope to start from, where it shall go, and how to search for better thetas."""
+"""What `longctx theta` takes: where it starts, where it shall go, how to search for better thetas."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ def _given(value: Any) -> Any:
 
 @schema
 class SearchConfig:
-    """The empirical part: which thetas are tried at a stage, on how much text, and when the bracket is narrow enough.
+    """The empirical part: which thetas are tried at a stage, on how much text, and when the bracket is narrow
+    enough.
 
     stage: the stage searched (None: the last). bracket: the first thetas lie between rule / bracket and
     rule * bracket. points: thetas of the first round; rounds: golden-section steps around the best.
-    documents: held-out sequences of the stage's length; needles: prompts per trial. needle_weight: how much the
-    needles' answer loss counts beside the text's last-quarter loss. adapt_steps: optimizer steps per candidate,
-    thrown away afterwards; adapt_lr: their rate. attempts: how often a best value on the edge widens the bracket.
+    documents: held-out sequences of the stage's length; needles: prompts per trial. needle_weight: how much
+    the needles' answer loss counts beside the text's last-quarter loss. adapt_steps: optimizer steps per
+    candidate, thrown away afterwards; adapt_lr: their rate. attempts: how often a best value on the edge
+    widens the bracket.
     """
 
     stage: str | None = None
@@ -43,7 +45,9 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         if self.bracket <= 1:
-            raise ValueError(f"bracket={self.bracket} must be above 1: thetas from rule/bracket to rule*bracket")
+            raise ValueError(
+                f"bracket={self.bracket} must be above 1: thetas from rule/bracket to rule*bracket"
+            )
         if self.points < 3:
             raise ValueError(f"points={self.points} must be 3 or more, or there is nothing between the edges")
         for name in ("rounds", "attempts", "needles", "adapt_steps"):
@@ -59,8 +63,8 @@ class SearchConfig:
 class ThetaConfig:
     """The root of configs/theta.yaml.
 
-    model.path, or head_dim and theta (and from): what is there. to, or a curriculum: where it shall go. rule: the
-    rule of `to`. png: where the picture goes. search: look for a better theta with the model itself.
+    model.path, or head_dim and theta (and from): what is there. to, or a curriculum: where it shall go. rule:
+    the rule of `to`. png: where the picture goes. search: look for a better theta with the model itself.
     """
 
     model: Annotated[ModelConfig | None, BeforeValidator(_given)] = None

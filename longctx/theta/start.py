@@ -1,0 +1,95 @@
+"""Where `longctx theta` begins and where it shall go: a model or three numbers, a curriculum or a length."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from longctx.config.curriculum import CurriculumConfig, LearningRateConfig, RopeConfig, StageConfig
+from longctx.config.theta import ThetaConfig
+from longctx.curriculum import Stage, resolve, selected
+from longctx.errors import UserError
+from longctx.rope import Rope, read_rope
+
+COMMAND = "the command line"
+_SEARCH_STRETCH = 16  # the length searched for when none is named, in windows
+
+
+def starting_rope(config: ThetaConfig) -> Rope:
+    """The model's rope, or the one head_dim, theta and from describe, or what the curriculum was made for.
+
+    Raises UserError when none is given, or both.
+    """
+    numbers = {"head_dim": config.head_dim, "theta": config.theta}
+    if config.model is not None and any(value is not None for value in numbers.values()):
+        given = ", ".join(name for name, value in numbers.items() if value is not None)
+        raise UserError(
+            f"{given} and a model are both given; a model's config.json already says them. Leave one out "
+            f"({COMMAND})"
+        )
+    if config.model is not None:
+        rope = _of_model(config)
+        return rope if config.from_ is None else dataclasses.replace(rope, window=config.from_)
+    made_for = config.curriculum.made_for if config.curriculum is not None else None
+    head_dim = config.head_dim or (made_for and made_for.head_dim)
+    theta = config.theta or (made_for and made_for.theta)
+    window = config.from_ or (made_for and made_for.window)
+    missing = [n for n, v in (("head_dim", head_dim), ("theta", theta), ("from", window)) if not v]
+    if missing or head_dim is None or theta is None or window is None:
+        raise UserError(
+            f"there is no model to start from: give model.path=FOLDER, or {' and '.join(missing)} "
+            f"(head_dim=128 theta=500000 from=8192 is Llama 3; {COMMAND})"
+        )
+    if head_dim < 4 or head_dim % 2:
+        raise UserError(f"head_dim={head_dim} must be even and 4 or more ({COMMAND})")
+    return Rope({"rope_type": "default", "rope_theta": theta}, head_dim, window, COMMAND)
+
+
+def target_stages(config: ThetaConfig, rope: Rope) -> tuple[list[Stage], list[str]]:
+    """The stages to show and what chose each one's theta."""
+    curriculum, file = _curriculum(config, rope)
+    stages = resolve(curriculum, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=file)
+    return stages, _chosen_by(curriculum, stages, file)
+
+
+def _of_model(config: ThetaConfig) -> Rope:
+    assert config.model is not None
+    if config.model.path is not None:
+        return read_rope(config.model.path)
+    init = config.model.init
+    assert init is not None
+    head_dim = init.head_dim or init.hidden // init.heads
+    return Rope({"rope_type": "default", "rope_theta": init.theta}, head_dim, init.window, "model.init")
+
+
+def _curriculum(config: ThetaConfig, rope: Rope) -> tuple[CurriculumConfig, str]:
+    if config.curriculum is not None:
+        if config.to is not None or config.rule is not None:
+            raise UserError(
+                "to and rule describe one step, but a curriculum is given as well; leave them out, or set "
+                "a stage's own rule: curriculum.stages.NAME.rule=ntk, or for all of them rope=ntk "
+                f"({COMMAND})"
+            )
+        return config.curriculum, "configs/curriculum and the command line"
+    to = config.to or (rope.window * _SEARCH_STRETCH if config.search else None)
+    if to is None:
+        raise UserError(
+            "nothing says how long the context shall become: give to=131072, or curriculum=8k_to_1048k "
+            f"({COMMAND})"
+        )
+    stage = StageConfig(seq_len=to, steps=1, batch=1)
+    rule = config.rule or RopeConfig(name="dynamic-ntk")
+    return (
+        CurriculumConfig(stages={f"s{to}": stage}, rule=rule, lr=LearningRateConfig(peak=1e-5)),
+        COMMAND,
+    )
+
+
+def _chosen_by(curriculum: CurriculumConfig, stages: Sequence[Stage], file: str) -> list[str]:
+    configs = selected(curriculum, file)
+    names: list[str] = []
+    for stage in stages:
+        own = configs[stage.name]
+        rule = own.rule or (None if own.theta is not None else curriculum.rule)
+        names.append(rule.name if rule is not None else "explicit")
+    return names
