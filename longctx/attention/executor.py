@@ -10,6 +10,7 @@ their gradient in fp32 (by default). Buffers come from a pool that outlives the 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -121,17 +122,18 @@ class Ring:
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, wire: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """dq [B, Hq, L, D] and dkv [2, B, Hkv, L, D] in accumulator type; `wire` is the type travelling dKV has."""
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk, dv in accumulator type; `wire` is the type that travelling dKV has."""
         blocks = self._blocks(k, v)
         kind = accumulator_dtype(q.dtype)
         dq = torch.zeros_like(q, dtype=kind)
-        own = k.new_zeros((2, *k.shape), dtype=kind)
-        sums = {slot: self._take((2, *k.shape), wire, k.device) for slot in range(self.plan.dkv_slots)}
-        sums[OWN] = own
+        own = (k.new_zeros(k.shape, dtype=kind), k.new_zeros(k.shape, dtype=kind))
+        shape = (2, *k.shape)
+        travelling = {slot: self._take(shape, wire, k.device) for slot in range(self.plan.dkv_slots)}
+        sums: dict[int, Sequence[Tensor]] = {OWN: own, **{slot: x.unbind(0) for slot, x in travelling.items()}}
         for number, step in enumerate(self.plan.ring):
             for transfer in step.post:
-                held = blocks if transfer.payload == "kv" else sums
+                held = blocks if transfer.payload == "kv" else travelling
                 self.courier.post(number, transfer, held[transfer.send.slot], held[transfer.recv.slot])
             compute = step.compute
             found: list[tuple[Rect, Tensor, Tensor]] = []
@@ -145,9 +147,10 @@ class Ring:
             if compute is not None:
                 self._collect(compute, found, sums)
             for source, target in step.adds:
-                sums[target].add_(sums[source])
+                for total, part in zip(sums[target], sums[source], strict=True):
+                    total.add_(part)
         self._return()
-        return dq, own
+        return dq, *own
 
     def _differentiate(
         self, rect: Rect, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor
@@ -167,17 +170,18 @@ class Ring:
         return rect, dk, dv
 
     def _collect(
-        self, compute: Compute, found: list[tuple[Rect, Tensor, Tensor]], sums: dict[int, Tensor]
+        self, compute: Compute, found: list[tuple[Rect, Tensor, Tensor]], sums: dict[int, Sequence[Tensor]]
     ) -> None:
         """Add a step's dK, dV to the sums they belong to; several blocks are taken out of their joint order."""
         targets = [sums[slot] for slot in compute.into]
         if compute.fresh:
             for target in targets:
-                target.zero_()
+                for part in target:
+                    part.zero_()
         for rect, dk, dv in found:
             for index, grad in enumerate((dk, dv)):
                 if len(targets) == 1:
-                    targets[0][index, :, :, rect.k0 : rect.k1].add_(grad)
+                    targets[0][index][:, :, rect.k0 : rect.k1].add_(grad)
                 else:
                     self._deal(compute, rect, grad, [target[index] for target in targets])
 

@@ -75,15 +75,15 @@ class Prepared:
         ring = self._ring(plan, q, k, scale)
         wire = self.cp.grad_dtype or accumulator_dtype(q.dtype)
         if not plan.gather:
-            dq, dkv = ring.backward(dout, q, k, v, out, lse, wire)
-            return dq.to(q.dtype).contiguous(), dkv[0].to(k.dtype), dkv[1].to(v.dtype)
+            dq, dk, dv = ring.backward(dout, q, k, v, out, lse, wire)
+            return dq.to(q.dtype).contiguous(), dk.to(k.dtype), dv.to(v.dtype)
         heads = self._heads(q, k)
         saved = gather(plan.gather[0], ring.courier, heads, [q, out, dout, k, v])
         qg, outg, doutg, kg, vg = saved
-        dq_part, dkv_part = ring.backward(doutg, qg, kg, vg, outg, lse, wire)
+        dq_part, *dkv_part = ring.backward(doutg, qg, kg, vg, outg, lse, wire)
         dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
         scatter(plan.scatter[0], ring.courier, heads, [dq_part.to(q.dtype)], [dq])
-        kind = dkv_part.dtype
+        kind = accumulator_dtype(q.dtype)
         dk, dv = (torch.zeros_like(x, dtype=kind, memory_format=torch.contiguous_format) for x in (k, v))
         scatter(plan.scatter[1], ring.courier, heads, [part.to(wire) for part in dkv_part], [dk, dv])
         return dq, dk.to(k.dtype), dv.to(v.dtype)
