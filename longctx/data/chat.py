@@ -1,0 +1,80 @@
+"""Conversations through the tokenizer's own chat template, with the assistant's tokens marked.
+
+The template is rendered turn by turn, and what a turn adds to the text is that turn: this needs no template
+with `{% generation %}` marks. A template that rewrites earlier turns is refused, since the marks would lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from longctx.data.files import Document, Tally
+from longctx.errors import UserError
+
+
+def conversation(
+    document: Document, tokenizer: Any, backend: Any, tally: Tally
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Tokens uint32 [T] and mask uint8 [T] (1: the assistant's), or None (counted) for what is no conversation."""
+    messages = document.content
+    problem = _problem(messages)
+    if problem:
+        tally.broken += 1
+        tally.note(f"{document.id}: {problem}")
+        return None
+    if not any(message["content"].strip() for message in messages):
+        tally.empty += 1
+        return None
+    text, spans = rendered(messages, tokenizer)
+    encoding = backend.encode(text, add_special_tokens=False)
+    mask = np.zeros(len(encoding.ids), np.uint8)
+    offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    for low, high in spans:
+        mask[(offsets[:, 0] >= low) & (offsets[:, 1] <= high) & (offsets[:, 1] > offsets[:, 0])] = 1
+    return np.array(encoding.ids, np.uint32), mask
+
+
+def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The conversation's text and the character ranges of the assistant's turns.
+
+    Raises UserError when the tokenizer has no template, or one that rewrites earlier turns.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError(
+            "the tokenizer has no chat template, so conversations cannot be rendered; use the tokenizer of an "
+            "instruct model, or render the text yourself and read it as kind=text"
+        )
+    spans: list[tuple[int, int]] = []
+    text = ""
+    for count, message in enumerate(messages, 1):
+        assistant = message["role"] == "assistant"
+        start = len(_render(messages[: count - 1], tokenizer, prompt=True)) if assistant and count > 1 else len(text)
+        longer = _render(messages[:count], tokenizer, prompt=False)
+        if not longer.startswith(text):
+            raise UserError(
+                f"the tokenizer's chat template rewrites earlier turns at message {count}, so the assistant's tokens "
+                "cannot be marked; use another template, or loss=all with kind=text on rendered conversations"
+            )
+        if assistant:
+            spans.append((min(start, len(longer)), len(longer)))
+        text = longer
+    return text, spans
+
+
+def _render(messages: list[dict[str, str]], tokenizer: Any, *, prompt: bool) -> str:
+    if not messages:
+        return ""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+
+def _problem(messages: Any) -> str | None:
+    if not isinstance(messages, list) or not messages:
+        return "no list of messages"
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return "a message without a role"
+        if not isinstance(message.get("content"), str):
+            return "a message whose content is not text"
+    return None

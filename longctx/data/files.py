@@ -1,0 +1,294 @@
+"""Documents out of files: which files a source has, in which units they are read, and what was wrong with them.
+
+A unit is the smallest thing a worker reads: a text file, a byte range of a .jsonl, row groups of a .parquet or
+record batches of an .arrow file. Units depend on the files only, never on the number of workers, so that their
+tokens can be stored by content.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from longctx.errors import UserError
+
+TEXT = (".txt", ".md", ".markdown", ".rst")
+ROWS = (".jsonl", ".ndjson", ".parquet", ".arrow")
+PACKED = (".gz", ".zst")
+RANGE = 64 * 2**20  # bytes of a .jsonl or .parquet in one unit
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Unit:
+    """path: the file; name: as documents are named; kind: text, python, jsonl, parquet or arrow; column: of the
+    text or messages; [start, end): bytes, row groups or record batches; size: bytes, for the progress bar."""
+
+    path: str
+    name: str
+    kind: str
+    column: str = ""
+    start: int = 0
+    end: int = 0
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Document:
+    """group decides between training and held-out; content is text, or messages of a conversation."""
+
+    id: str
+    group: str
+    content: Any
+
+
+@dataclass
+class Tally:
+    """What reading met. seen: documents and broken records together; where: the first few mistakes in words."""
+
+    seen: int = 0
+    empty: int = 0
+    special: int = 0
+    broken: int = 0
+    not_utf8: int = 0
+    where: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        if len(self.where) < _SHOWN:
+            self.where.append(text)
+
+    def add(self, other: Tally) -> None:
+        for name in ("seen", "empty", "special", "broken", "not_utf8"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.where = (self.where + other.where)[:_SHOWN]
+
+
+def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: str) -> list[tuple[Path, str]]:
+    """The usable files below `path` (or the file itself) with the names documents get, sorted.
+
+    key: the config key, for the message. Raises UserError where there is none.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise UserError(f"{key}={path} does not exist; give a file or folder of {_kinds()}")
+    found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    base = root.parent if root.is_file() else root
+    named = [(p, p.relative_to(base).as_posix()) for p in found if _suffix(p) in TEXT + ROWS]
+    kept = [
+        (p, name)
+        for p, name in named
+        if (not include or any(_fits(name, pattern) for pattern in include))
+        and not any(_fits(name, pattern) for pattern in exclude)
+    ]
+    if not kept:
+        other = f"; {len(named)} are left out by include and exclude" if named else ""
+        raise UserError(
+            f"{key}={path} holds no usable file: {len(found)} files, none of them {_kinds()}{other}; "
+            "point it at text, or convert yours"
+        )
+    return kept
+
+
+def _kinds() -> str:
+    return ".txt, .md, .jsonl or .parquet (each also .gz or .zst)"
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name.rsplit("/", 1)[-1], pattern)
+
+
+def _suffix(path: Path) -> str:
+    """The kind of a file: its suffix below .gz or .zst."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in PACKED:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def units_of(path: Path, name: str, column: str, *, rows_only: bool = False) -> list[Unit]:
+    """A file as units; compressed files are one unit each."""
+    suffix, size = _suffix(path), path.stat().st_size
+    if suffix in TEXT:
+        return [] if rows_only else [Unit(str(path), name, "text", size=size)]
+    packed = path.suffix.lower() in PACKED
+    if suffix in (".jsonl", ".ndjson"):
+        step = size if packed else RANGE
+        ranges = [(a, min(a + step, size)) for a in range(0, size, max(step, 1))]
+        return [Unit(str(path), name, "jsonl", column, a, b, b - a) for a, b in ranges]
+    if packed:
+        raise UserError(f"{path} is a compressed {suffix} file; unpack it, {suffix} compresses its own columns")
+    return _table_units(path, name, suffix[1:], column, size)
+
+
+def _table_units(path: Path, name: str, kind: str, column: str, size: int) -> list[Unit]:
+    import pyarrow as pa
+
+    try:
+        count, columns = _table_shape(path, kind)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{path} cannot be read as {kind}: {error}; remove or replace the file") from None
+    if column not in columns:
+        raise UserError(
+            f"{path} has no column {column!r}; it has {', '.join(columns)}: set the source's field to one of them"
+        )
+    step = max(1, round(count * RANGE / max(size, 1)))
+    spans = [(a, min(a + step, count)) for a in range(0, count, step)]
+    return [Unit(str(path), name, kind, column, a, b, size * (b - a) // count) for a, b in spans]
+
+
+def _table_shape(path: Path, kind: str) -> tuple[int, list[str]]:
+    """Row groups (or record batches) and column names."""
+    if kind == "parquet":
+        import pyarrow.parquet as pq
+
+        meta = pq.ParquetFile(path)
+        return meta.metadata.num_row_groups, list(meta.schema_arrow.names)
+    import pyarrow as pa
+
+    with pa.memory_map(str(path)) as source, pa.ipc.open_stream(source) as reader:
+        return sum(1 for _ in reader), list(reader.schema.names)
+
+
+def read(unit: Unit, tally: Tally) -> Iterator[Document]:
+    """The documents of a unit; what cannot be read is counted in `tally` and left out."""
+    if unit.kind == "text":
+        text = read_text(Path(unit.path), unit.name, tally)
+        if text is not None:
+            yield Document(unit.name, unit.name, text)
+    elif unit.kind == "python":
+        from longctx.data.stdlib import documents
+
+        yield from documents(unit, tally)
+    elif unit.kind == "jsonl":
+        yield from _json_lines(unit, tally)
+    else:
+        yield from _table_rows(unit, tally)
+
+
+def read_text(path: Path, name: str, tally: Tally) -> str | None:
+    """A text file, or None (counted) when it is not UTF-8 or its compression is damaged."""
+    tally.seen += 1
+    try:
+        with _open(path) as stream:
+            return stream.read().decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        tally.not_utf8 += 1
+        tally.note(f"{name} is not UTF-8 (byte {error.start})")
+    except (gzip.BadGzipFile, EOFError, OSError, ValueError) as error:
+        tally.broken += 1
+        tally.note(f"{name}: {error}")
+    return None
+
+
+def _open(path: Path) -> io.BufferedIOBase | Any:
+    """A file's bytes, unpacked."""
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix.lower() == ".zst":
+        try:
+            import zstandard
+        except ImportError:
+            raise UserError(f"{path} needs the package zstandard; pip install zstandard") from None
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
+    return path.open("rb")
+
+
+def _json_lines(unit: Unit, tally: Tally) -> Iterator[Document]:
+    """Lines that *begin* within [start, end): neighbouring units share a file without sharing a line."""
+    path = Path(unit.path)
+    packed = path.suffix.lower() in PACKED
+    number = 0
+    with _open(path) as stream:
+        if unit.start and not packed:
+            number = _lines_before(path, unit.start)
+            stream.seek(unit.start - 1)
+            stream.readline()
+        while packed or stream.tell() < unit.end:
+            try:
+                line = stream.readline()
+            except (gzip.BadGzipFile, EOFError, OSError, ValueError) as error:
+                tally.seen += 1
+                tally.broken += 1
+                tally.note(f"{unit.name}:{number + 1}: {error}")
+                return
+            if not line:
+                return
+            number += 1
+            document = _json_line(line, unit, number, tally)
+            if document is not None:
+                yield document
+
+
+def _lines_before(path: Path, offset: int) -> int:
+    """How many lines begin before `offset`; the partial one belongs to the unit before."""
+    count, left = 0, offset - 1
+    with path.open("rb") as stream:
+        while left > 0:
+            block = stream.read(min(left, 1 << 20))
+            count += block.count(b"\n")
+            left -= len(block)
+    return count + 1
+
+
+def _json_line(line: bytes, unit: Unit, number: int, tally: Tally) -> Document | None:
+    if not line.strip():
+        return None
+    tally.seen += 1
+    name = f"{unit.name}:{number}"
+    try:
+        row = json.loads(line)
+    except ValueError as error:  # UnicodeDecodeError is one too
+        tally.broken += 1
+        tally.note(f"{name}: {error}")
+        return None
+    if not isinstance(row, dict) or unit.column not in row:
+        tally.broken += 1
+        has = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
+        tally.note(f"{name}: no field {unit.column!r} ({has})")
+        return None
+    return _content(row[unit.column], name, tally)
+
+
+def _content(value: Any, name: str, tally: Tally) -> Document | None:
+    if isinstance(value, str | list):
+        return Document(name, name, value)
+    tally.broken += 1
+    tally.note(f"{name}: the field holds {type(value).__name__}, not text or messages")
+    return None
+
+
+def _table_rows(unit: Unit, tally: Tally) -> Iterator[Document]:
+    for first, column in _columns(unit):
+        for offset, value in enumerate(column):
+            tally.seen += 1
+            document = _content(value.as_py(), f"{unit.name}:{first + offset}", tally)
+            if document is not None:
+                yield document
+
+
+def _columns(unit: Unit) -> Iterator[tuple[int, Any]]:
+    """(number of the first row, column) per row group or record batch of the unit."""
+    import pyarrow as pa
+
+    if unit.kind == "parquet":
+        import pyarrow.parquet as pq
+
+        table = pq.ParquetFile(unit.path)
+        first = sum(table.metadata.row_group(i).num_rows for i in range(unit.start))
+        for group in range(unit.start, unit.end):
+            for batch in table.iter_batches(1024, row_groups=[group], columns=[unit.column]):
+                yield first, batch.column(0)
+                first += batch.num_rows
+        return
+    first = 0
+    with pa.memory_map(unit.path) as source, pa.ipc.open_stream(source) as reader:
+        for number, batch in enumerate(reader):
+            if unit.start <= number < unit.end:
+                yield first, batch.column(unit.column)
+            first += batch.num_rows

@@ -1,0 +1,162 @@
+"""A source's documents as one indexed list: lengths at hand, tokens read from the memory map on demand.
+
+Which documents are training and which are held out, and the token filters, are decided here and cost no
+tokenizing. D documents of this split.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from longctx.config.data import SourceConfig
+from longctx.data.files import Tally
+from longctx.errors import UserError
+
+Split = Literal["train", "heldout"]
+
+
+class Shard:
+    """One shard's files, opened when first read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        self.starts: np.ndarray = np.load(folder / "starts.npy", mmap_mode="r")
+        self.buckets: np.ndarray = np.load(folder / "buckets.npy", mmap_mode="r")
+        self._check()
+
+    def _check(self) -> None:
+        """Raises UserError when the tokens are not those that were indexed."""
+        path = self.folder / "tokens.bin"
+        size = self.meta["tokens"] * np.dtype(self.meta["dtype"]).itemsize
+        changed = not path.exists() or path.stat().st_size != size
+        if not changed and path.stat().st_mtime_ns != self.meta["modified"]:
+            with path.open("rb") as stream:
+                changed = hashlib.file_digest(stream, "sha256").hexdigest() != self.meta["sha256"]
+        if changed:
+            raise UserError(
+                f"the shard {self.folder} has changed since it was indexed ({path.name} should be {size} bytes with "
+                f"sha256 {self.meta['sha256'][:12]}...); delete that folder, and it is tokenized again"
+            )
+
+    @cached_property
+    def tokens(self) -> np.ndarray:
+        if not self.meta["tokens"]:
+            return np.zeros(0, np.int32)
+        return np.memmap(self.folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")
+
+    @cached_property
+    def mask(self) -> np.ndarray | None:
+        path = self.folder / "mask.bin"
+        return np.memmap(path, dtype=np.uint8, mode="r") if path.exists() and self.meta["tokens"] else None
+
+    def name(self, document: int) -> str:
+        starts = np.load(self.folder / "names.npy", mmap_mode="r")
+        with (self.folder / "names.bin").open("rb") as stream:
+            stream.seek(int(starts[document]))
+            return stream.read(int(starts[document + 1] - starts[document])).decode()
+
+
+class Corpus:
+    """A source's documents of one split.
+
+    lengths: int32 [D] tokens of each; tally: what reading met over both splits.
+    """
+
+    def __init__(
+        self, name: str, source: SourceConfig, folders: Sequence[Path], *, split: Split, heldout: float
+    ) -> None:
+        self.name = name
+        self.source = source
+        self.shards = [Shard(folder) for folder in folders]
+        self.tally = Tally()
+        for shard in self.shards:
+            self.tally.add(Tally(**shard.meta["tally"]))
+        lengths = np.concatenate([np.diff(shard.starts) for shard in self.shards]).astype(np.int32)
+        buckets = np.concatenate([shard.buckets for shard in self.shards])
+        keep = held_out(buckets, heldout) == (split == "heldout")
+        keep &= lengths >= source.min_tokens
+        if source.max_tokens is not None:
+            keep &= lengths <= source.max_tokens
+        chosen = np.flatnonzero(keep)
+        counts = np.array([len(shard.buckets) for shard in self.shards])
+        firsts = np.concatenate([[0], np.cumsum(counts)])
+        self.lengths: np.ndarray = lengths[chosen]
+        self._shard = (np.searchsorted(firsts, chosen, side="right") - 1).astype(np.int32)
+        self._within = (chosen - firsts[self._shard]).astype(np.int32)
+        starts = np.concatenate([shard.starts[:-1] for shard in self.shards])
+        self._address = starts[chosen]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def total(self) -> int:
+        """Tokens of all documents of this split."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def largest_id(self) -> int:
+        return max(shard.meta["largest_id"] for shard in self.shards)
+
+    def document_name(self, document: int) -> str:
+        return self.shards[self._shard[document]].name(int(self._within[document]))
+
+    def read(self, document: int, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of a document: a view into the memory map, uint16 or uint32."""
+        at = int(self._address[document]) + start
+        return self.shards[self._shard[document]].tokens[at : at + count]
+
+    def read_mask(self, document: int, start: int, count: int) -> np.ndarray | None:
+        """uint8, 1 where the assistant speaks; None for text."""
+        mask = self.shards[self._shard[document]].mask
+        at = int(self._address[document]) + start
+        return None if mask is None else mask[at : at + count]
+
+
+def held_out(buckets: np.ndarray, share: float) -> np.ndarray:
+    """Which documents are held out: those whose bucket lies below share x 2^32; where share > 0 but none does,
+    the group with the lowest bucket, so that a small folder has a held-out file too."""
+    held = buckets < np.uint64(share * 2**32)
+    if share > 0 and len(buckets) and not held.any():
+        held = buckets == buckets.min()
+    return np.zeros_like(held) if held.all() else held
+
+
+def check_tally(name: str, tally: Tally, max_bad: float, *, documents: int) -> None:
+    """Raises UserError when too much was broken, or nothing is left."""
+    first = "; ".join(tally.where)
+    if tally.seen and tally.broken > max_bad * tally.seen:
+        raise UserError(
+            f"data.sources.{name}: {tally.broken} of {tally.seen} records are broken, more than data.max_bad={max_bad:g} "
+            f"allows: {first}; mend them, or raise data.max_bad to skip them"
+        )
+    if documents == 0:
+        raise UserError(
+            f"data.sources.{name} has no usable document: of {tally.seen} records {tally.empty} are empty, "
+            f"{tally.special} are only special tokens, {tally.not_utf8} are not UTF-8, {tally.broken} are broken"
+            + (f" ({first})" if first else "")
+            + "; give it documents with text, encoded as UTF-8"
+        )
+
+
+def describe_tally(name: str, tally: Tally) -> str | None:
+    """One sentence about what was skipped, or None when nothing was."""
+    parts = [
+        (tally.empty, "empty"),
+        (tally.special, "only special tokens"),
+        (tally.not_utf8, "not UTF-8"),
+        (tally.broken, "broken"),
+    ]
+    said = [f"{count} {what}" for count, what in parts if count]
+    if not said:
+        return None
+    first = f" ({'; '.join(tally.where)})" if tally.where else ""
+    return f"{name}: of {tally.seen} records {', '.join(said)}, skipped{first}"

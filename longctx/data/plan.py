@@ -1,0 +1,229 @@
+"""A stage's plan: which pieces of which documents stand in sequence i, for all i, as flat arrays.
+
+It is a pure function of the config, the documents' lengths, the seed and the stage; ranks, workers and the
+batch size play no part, so any number of them can resume at any sequence. N sequences, P pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from longctx.config.data import DataConfig, LengthPolicy, Mix
+from longctx.data.mixing import JOIN, PACK, WHOLE, Drawn, cut, draw, rng_of, synthetic
+from longctx.data.packing import best_fit, join_and_split
+from longctx.errors import UserError
+
+
+@dataclass(frozen=True)
+class SourceUse:
+    """What a stage takes from a source. cuts: pieces that begin within a document."""
+
+    tokens: int
+    documents: int
+    cuts: int
+    epochs: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """first: int64 [N+1], sequence i is pieces first[i]:first[i+1]; source int8, document, start, length int32
+    [P]; glued: bool [P], the piece continues the attention span of the one before it.
+
+    padding: share of positions without a token; left_over: pieces drawn but not placed, in sequences that
+    packing needed beyond N.
+    """
+
+    seq_len: int
+    names: tuple[str, ...]
+    first: np.ndarray
+    source: np.ndarray
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    glued: np.ndarray
+    use: Mapping[str, SourceUse]
+    padding: float
+    left_over: int
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+
+def make_plan(
+    data: DataConfig,
+    mix: Mix,
+    lengths: Mapping[str, np.ndarray],
+    *,
+    seq_len: int,
+    sequences: int,
+    seed: int,
+    stage: str,
+) -> Plan:
+    """Draw, pack and shuffle.
+
+    lengths: documents of each source with files (synth sources have none). Raises UserError when a policy
+    cannot be met.
+    """
+    names = tuple(name for name, entry in mix.items() if entry.weight > 0)
+    drawn = _draw_all(data, mix, names, lengths, seq_len, sequences, seed, stage)
+    pieces, bins, count = _pack(data, list(drawn.values()), seq_len, rng_of(seed, stage, "concat"))
+    rng = rng_of(seed, stage, "order")
+    place = _choose(bins, pieces.length, count, sequences, rng)
+    target = place[bins]
+    kept = np.flatnonzero(target >= 0)
+    # joined pieces and pieces of split documents keep their order; packed ones are shuffled within the sequence
+    tie = rng.integers(0, 2**31, size=len(kept), dtype=np.int64)
+    ordered = pieces.kind[kept] == JOIN
+    tie[ordered] = np.flatnonzero(ordered)
+    order = kept[np.argsort((target[kept].astype(np.int64) << 31) | tie, kind="stable")]
+    sequence = target[order]
+    first = np.searchsorted(sequence, np.arange(sequences + 1)).astype(np.int64)
+    glued = pieces.kind[order] == JOIN
+    glued[first[:-1][first[:-1] < len(glued)]] = False
+    length = pieces.length[order]
+    placed = int(length.sum(dtype=np.int64))
+    return Plan(
+        seq_len, names, first, pieces.source[order], pieces.document[order], pieces.start[order], length, glued,
+        use=_use(names, pieces, order, drawn), padding=1 - placed / (sequences * seq_len),
+        left_over=len(pieces.length) - len(order),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    source: np.ndarray
+    document: np.ndarray
+    start: np.ndarray
+    length: np.ndarray
+    kind: np.ndarray
+
+
+def policy_of(data: DataConfig, mix: Mix, name: str) -> LengthPolicy:
+    """The length policy of a source in a mix, its default filled in."""
+    synth = data.sources[name].kind == "synth"
+    return mix[name].length or LengthPolicy(kind="full" if synth else "natural")
+
+
+def _draw_all(
+    data: DataConfig,
+    mix: Mix,
+    names: tuple[str, ...],
+    lengths: Mapping[str, np.ndarray],
+    seq_len: int,
+    sequences: int,
+    seed: int,
+    stage: str,
+) -> dict[str, Drawn]:
+    """Pieces per source. Synth sources come first, since their documents are never cut; text fills what is left."""
+    budget = sequences * seq_len
+    synth = [name for name in names if data.sources[name].kind == "synth"]
+    texts = [name for name in names if name not in synth]
+    drawn: dict[str, Drawn] = {}
+    for name in synth:
+        target = round(mix[name].weight * budget)
+        drawn[name] = synthetic(policy_of(data, mix, name), target, seq_len, seed=seed, words=(stage, name))
+    left = budget - sum(part.tokens for part in drawn.values())
+    if left > 0 and not texts:  # rounding of synth documents: one more of each kind where needed
+        name = max(synth, key=lambda key: mix[key].weight)
+        extra = drawn[name].tokens + left + seq_len
+        drawn[name] = synthetic(policy_of(data, mix, name), extra, seq_len, seed=seed, words=(stage, name))
+    share = sum(mix[name].weight for name in texts)
+    for number, name in enumerate(texts):
+        before = sum(drawn[key].tokens for key in texts[:number])
+        target = max(left, 0) - before if name == texts[-1] else round(max(left, 0) * mix[name].weight / share)
+        if target > 0 and not len(lengths[name]):
+            raise UserError(
+                f"source {name} in stage {stage} has no document to draw, and {target:,} tokens are wanted; "
+                "loosen its min_tokens and max_tokens, or raise data.heldout for held-out documents"
+            )
+        policy = policy_of(data, mix, name)
+        drawn[name] = draw(lengths[name], policy, target, seq_len, seed=seed, words=(stage, name))
+    return {name: drawn[name] for name in names}
+
+
+def _pack(
+    data: DataConfig, drawn: list[Drawn], seq_len: int, rng: np.random.Generator
+) -> tuple[_Pieces, np.ndarray, int]:
+    """All pieces, the bin of each, and the number of bins."""
+    parts: list[_Pieces] = []
+    bins: list[np.ndarray] = []
+    count = 0
+    split = PACK if data.packing == "concat" else None
+    loose = [_select(i, cut(part, seq_len), {PACK, WHOLE} - {split}) for i, part in enumerate(drawn)]
+    runs = [_select(i, part, {JOIN}) for i, part in enumerate(drawn)]
+    if split is not None:
+        whole = _concatenate([_select(i, part, {split}) for i, part in enumerate(drawn)])
+        runs.append(_reorder(whole, rng.permutation(len(whole.length))))
+    packed = _concatenate(loose)
+    if len(packed.length):
+        placed, count = best_fit(packed.length, seq_len)
+        parts.append(packed)
+        bins.append(placed)
+    for run in runs:
+        if len(run.length):
+            document, start, length, placed = join_and_split(run.length, seq_len)
+            again = _reorder(run, document)
+            parts.append(
+                _Pieces(again.source, again.document, (again.start + start).astype(np.int32),
+                        length.astype(np.int32), again.kind)
+            )  # fmt: skip
+            bins.append((placed + count).astype(np.int32))
+            count += int(placed[-1]) + 1
+    return _concatenate(parts), np.concatenate(bins), count
+
+
+def _select(source: int, drawn: Drawn, kinds: set[int | None]) -> _Pieces:
+    keep = np.isin(drawn.kind, [kind for kind in kinds if kind is not None])
+    number = np.full(int(keep.sum()), source, np.int8)
+    return _Pieces(number, drawn.document[keep], drawn.start[keep], drawn.length[keep], drawn.kind[keep])
+
+
+def _reorder(pieces: _Pieces, order: np.ndarray) -> _Pieces:
+    return _Pieces(
+        pieces.source[order], pieces.document[order], pieces.start[order], pieces.length[order], pieces.kind[order]
+    )
+
+
+def _concatenate(parts: list[_Pieces]) -> _Pieces:
+    return _Pieces(
+        *(
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("source", "document", "start", "length", "kind")
+        )
+    )
+
+
+def _choose(
+    bins: np.ndarray, length: np.ndarray, count: int, sequences: int, rng: np.random.Generator
+) -> np.ndarray:
+    """The sequence each bin becomes, int32 [bins], -1 for those not needed.
+
+    Packing needs a few bins more than N; the emptiest go, unless so many would that it changed the mix.
+    """
+    chosen = np.arange(count)
+    if count > sequences:
+        few = count - sequences <= max(1, sequences // 20)
+        fill = np.bincount(bins, length, minlength=count)
+        ranked = np.argsort(-fill, kind="stable") if few else rng.permutation(count)
+        chosen = np.sort(ranked[:sequences])
+    place = np.full(count, -1, np.int32)
+    place[chosen] = rng.permutation(len(chosen)).astype(np.int32)
+    return place
+
+
+def _use(
+    names: tuple[str, ...], pieces: _Pieces, order: np.ndarray, drawn: Mapping[str, Drawn]
+) -> dict[str, SourceUse]:
+    use: dict[str, SourceUse] = {}
+    for number, name in enumerate(names):
+        mine = order[pieces.source[order] == number]
+        documents = pieces.document[mine]
+        count = np.bincount(documents) if len(documents) else np.zeros(0, int)
+        partial = (pieces.start[mine] > 0).sum()
+        use[name] = SourceUse(
+            int(pieces.length[mine].sum(dtype=np.int64)), int((count > 0).sum()), int(partial), drawn[name].epochs
+        )
+    return use

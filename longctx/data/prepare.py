@@ -1,0 +1,186 @@
+"""Building a source's shards: which are missing, workers to write them, one builder at a time.
+
+The order of shards, and what each holds, follows from the files; workers only decide how soon it is done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import multiprocessing
+import os
+import queue
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from longctx.config.data import DataConfig, SourceConfig
+from longctx.data import tokens as _tokens
+from longctx.data.files import Unit
+from longctx.data.sources import source_units
+from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
+from longctx.errors import RunFailed, UserError
+
+SMALLEST_SHARD = 2**20  # bytes of input
+LARGEST_SHARD = 2**26
+_INLINE = 2 * 2**20  # below this a pool costs more than it brings
+
+
+def tokenizer_spec(tokenizer: Any, data: DataConfig, source: SourceConfig) -> TokenizerSpec:
+    """What the workers need of a Hugging Face tokenizer."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(f"the tokenizer {type(tokenizer).__name__} is not a fast tokenizer; load one with use_fast=True")
+    chat = source.kind == "chat"
+    return TokenizerSpec(
+        json=backend.to_str(),
+        bos=tokenizer.bos_token_id if data.bos and not chat else None,
+        eos=tokenizer.eos_token_id if data.eos and not chat else None,
+        special=tuple(sorted({*tokenizer.all_special_tokens})),
+        size=len(tokenizer),
+        chat=tokenizer if chat else None,
+    )
+
+
+def build_source(
+    name: str, data: DataConfig, tokenizer: Any, cache: Path, *, workers: int | None = None, report: Any = None
+) -> list[Path]:
+    """The shards of a source in order, tokenized where they are missing.
+
+    report(done_bytes, total_bytes) is called as shards are finished. Raises UserError when more records are
+    broken than data.max_bad allows, or when no document is left.
+    """
+    source = data.sources[name]
+    cache = Path(cache).expanduser()
+    spec = tokenizer_spec(tokenizer, data, source)
+    jobs = shard_jobs(source_units(name, source, cache), spec, cache)
+    total = sum(job.size for job in jobs)
+    if any(not _complete(job) for job in jobs):
+        with _only_builder(cache, jobs):
+            missing = [job for job in jobs if not _complete(job)]
+            done = total - sum(job.size for job in missing)
+            for job in _run(missing, spec, workers):
+                done += job.size
+                if report is not None:
+                    report(done, total)
+    if report is not None:
+        report(total, total)
+    return [job.folder for job in jobs]
+
+
+def _complete(job: ShardJob) -> bool:
+    return (job.folder / "meta.json").exists()
+
+
+def _run(jobs: Sequence[ShardJob], spec: TokenizerSpec, workers: int | None) -> Iterator[ShardJob]:
+    """Write the shards; yields each as it is finished."""
+    count = min(workers or len(os.sched_getaffinity(0)), len(jobs))
+    if count <= 1 or sum(job.size for job in jobs) < _INLINE:
+        for job in jobs:
+            tokenize_shard(job, spec)
+            yield job
+        return
+    # spawn: a fork would copy the threads of torch and of the tokenizers library in an unknown state.
+    context = multiprocessing.get_context("spawn")
+    order = sorted(range(len(jobs)), key=lambda i: -jobs[i].size)  # longest first, so that workers end together
+    todo, results = context.Queue(), context.Queue()
+    for index in [*order, *[None] * count]:
+        todo.put(None if index is None else jobs[index])
+    crew = [context.Process(target=_work, args=(spec, todo, results), daemon=True) for _ in range(count)]
+    try:
+        for worker in crew:
+            worker.start()
+        for _ in jobs:
+            yield _next_result(results, crew)
+    finally:
+        for worker in crew:
+            worker.terminate()
+            worker.join()
+
+
+def _next_result(results: Any, crew: Sequence[Any]) -> ShardJob:
+    while True:
+        try:
+            job, error = results.get(timeout=1.0)
+        except queue.Empty:
+            dead = [worker.exitcode for worker in crew if worker.exitcode not in (None, 0)]
+            if dead:
+                raise RunFailed(f"a tokenizing worker died with exit code {dead[0]} (-9: out of memory)") from None
+            continue
+        if error is not None:
+            raise error
+        return job
+
+
+def _work(spec: TokenizerSpec, todo: Any, results: Any) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch; this process is one of many
+    while (job := todo.get()) is not None:
+        try:
+            tokenize_shard(job, spec)
+        except Exception as error:  # carried to the parent, which raises it
+            results.put((job, error))
+            return
+        results.put((job, None))
+
+
+def shard_jobs(units: Sequence[Unit], spec: TokenizerSpec, cache: Path) -> list[ShardJob]:
+    """Units grouped into shards, in order; sizes depend on the units alone."""
+    total = sum(unit.size for unit in units)
+    step = min(max(total // 16, SMALLEST_SHARD), LARGEST_SHARD)
+    hashes = _file_hashes(sorted({unit.path for unit in units}), cache)
+    tokenizer = spec.fingerprint()
+    groups: list[list[Unit]] = [[]]
+    size = 0
+    for unit in units:
+        if groups[-1] and size + unit.size > step:
+            groups.append([])
+            size = 0
+        groups[-1].append(unit)
+        size += unit.size
+    jobs = []
+    for group in groups:
+        what = [[u.name, u.kind, u.column, u.start, u.end, hashes[u.path]] for u in group]
+        key = hashlib.sha256(json.dumps([_tokens._FORMAT, tokenizer, what]).encode()).hexdigest()[:32]
+        jobs.append(ShardJob(tuple(group), cache / "shards" / key))
+    return jobs
+
+
+def _file_hashes(paths: Sequence[str], cache: Path) -> dict[str, str]:
+    """SHA-256 of each file; files whose size and time have not changed are not read again."""
+    memo_path = cache / "files.json"
+    memo: dict[str, list[Any]] = {}
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        memo = json.loads(memo_path.read_text())
+    found: dict[str, str] = {}
+    fresh = False
+    for path in paths:
+        stat = os.stat(path)
+        state = [stat.st_size, stat.st_mtime_ns]
+        known = memo.get(path)
+        if known is not None and known[:2] == state:
+            found[path] = known[2]
+            continue
+        with open(path, "rb") as stream:
+            found[path] = hashlib.file_digest(stream, "sha256").hexdigest()
+        memo[path] = [*state, found[path]]
+        fresh = True
+    if fresh:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary = cache / f".files-{uuid.uuid4().hex}"
+        temporary.write_text(json.dumps(memo))
+        os.replace(temporary, memo_path)
+    return found
+
+
+@contextlib.contextmanager
+def _only_builder(cache: Path, jobs: Sequence[ShardJob]) -> Iterator[None]:
+    """Wait for another process that builds the same shards, then go on alone."""
+    name = hashlib.sha256("".join(job.folder.name for job in jobs).encode()).hexdigest()[:16]
+    (cache / "locks").mkdir(parents=True, exist_ok=True)
+    (cache / "shards").mkdir(parents=True, exist_ok=True)
+    with (cache / "locks" / name).open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,75 @@
+"""From a source's config to the units it is read in.
+
+Hugging Face datasets is asked for hub names only, and only for the Arrow files it keeps; those, like local
+files, are then read by longctx.data.files, so that a broken record has a file and a number everywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+from longctx.config.data import SourceConfig
+from longctx.data.files import Unit, find_files, units_of
+from longctx.data.stdlib import stdlib_files
+from longctx.errors import UserError
+
+
+def source_units(name: str, source: SourceConfig, cache: Path) -> list[Unit]:
+    """The units of a source (not of a synth source, which has no files).
+
+    name: the source's name in the config, for messages; cache: where rows taken from a hub dataset are kept.
+    """
+    where = f"data.sources.{name}"
+    if source.kind == "stdlib":
+        files = stdlib_files(Path(source.path) if source.path else None)
+        return [Unit(str(path), file, "python", size=path.stat().st_size) for path, file in files]
+    if source.path:
+        found = find_files(source.path, source.include, source.exclude, f"{where}.path")
+    else:
+        found = _hub_files(source, cache, where)
+    chat = source.kind == "chat"
+    units = [unit for path, file in found for unit in units_of(path, file, source.column, rows_only=chat)]
+    if not units:
+        rule = "conversations come from .jsonl or .parquet" if chat else "all its files are empty"
+        raise UserError(f"{where}.path={source.path} holds nothing to read: {rule}")
+    return units
+
+
+def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path, str]]:
+    """The local files of a hub dataset: its Arrow files, or a .parquet of the rows asked for."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{where} needs the package datasets; pip install 'longctx[train]'") from None
+    name = str(source.name)
+    try:
+        if source.rows is not None:
+            return [(_first_rows(source, cache), f"{name}.parquet")]
+        loaded = datasets.load_dataset(name, source.subset, split=source.split)
+    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{where}.name={name} (subset={source.subset}, split={source.split}) cannot be loaded: {reason}; check the "
+            "name, and the network, or point a text source at downloaded files"
+        ) from None
+    files = [Path(entry["filename"]) for entry in loaded.cache_files]
+    return [(path, f"{name}/{path.name}") for path in sorted(files)]
+
+
+def _first_rows(source: SourceConfig, cache: Path) -> Path:
+    """Stream the first rows into a .parquet, once; a shorter dataset gives what it has."""
+    import datasets
+
+    what = f"{source.name}|{source.subset}|{source.split}|{source.rows}|{source.column}"
+    path = cache / "hub" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.parquet"
+    if not path.exists():
+        stream = datasets.load_dataset(str(source.name), source.subset, split=source.split, streaming=True)
+        rows = list(stream.select_columns([source.column]).take(int(source.rows or 0)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{uuid.uuid4().hex}")
+        datasets.Dataset.from_list(rows).to_parquet(temporary)
+        os.replace(temporary, path)
+    return path

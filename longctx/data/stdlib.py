@@ -1,0 +1,66 @@
+"""The Python standard library as a text corpus: real prose and code on every machine that runs this.
+
+Each file gives two documents, its source and its docstrings as one page of documentation. Both carry the
+file's name as their group, so that the held-out files' docstrings are held out with them. Test suites are left
+out: distributions differ in whether they ship them.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sysconfig
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from longctx.data.files import Document, Tally, Unit, read_text
+from longctx.errors import UserError
+
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "turtledemo"}
+
+
+def stdlib_files(root: Path | None = None) -> list[tuple[Path, str]]:
+    """The library's .py files with their names below its folder, sorted."""
+    base = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    found = [
+        (path, path.relative_to(base).as_posix())
+        for path in sorted(base.rglob("*.py"))
+        if not _SKIPPED & set(path.relative_to(base).parts[:-1])
+    ]
+    if not found:
+        raise UserError(
+            f"{base} holds no .py files, so this Python's standard library cannot serve as text; "
+            "use data=text data.path=FOLDER"
+        )
+    return found
+
+
+def documents(unit: Unit, tally: Tally) -> Iterator[Document]:
+    """A file's source and, if it has any, its docstrings."""
+    source = read_text(Path(unit.path), unit.name, tally)
+    if source is None:
+        return
+    yield Document(unit.name, unit.name, source)
+    page = docstrings(source, unit.name)
+    if page:
+        tally.seen += 1
+        yield Document(unit.name + "#docs", unit.name, page)
+
+
+def docstrings(source: str, name: str) -> str:
+    """The docstrings of a module, its classes and functions as one page; empty when there are none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError):  # a file meant for another Python still serves as text
+        return ""
+    parts = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node, clean=False)
+            if text and text.strip():
+                title = name if isinstance(node, ast.Module) else node.name
+                parts.append(f"# {title}\n\n{inspect.cleandoc(text)}\n")
+    return "\n".join(parts)

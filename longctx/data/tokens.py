@@ -1,0 +1,190 @@
+"""Documents to tokens, once: memory-mapped shards addressed by what they hold.
+
+A shard's name is the hash of its files' contents, of how they are read and of the tokenizer, so that nothing is
+tokenized twice and nothing stale is used. A shard is written beside its place and renamed into it when
+complete: an interrupted run continues with the next shard, and two processes at once do no harm.
+
+shard/  tokens.bin  uint16 or uint32, all documents one after another
+        mask.bin    uint8, 1 where the assistant speaks (chat only)
+        starts.npy  int64 [D+1]    names.bin, names.npy [D+1]    buckets.npy uint32 [D]    meta.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longctx.data.files import Document, Tally, Unit, read
+
+_BATCH_CHARACTERS = 1 << 20
+_FORMAT = 1  # raise when the shard's layout or the reading of documents changes
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer as a worker needs it: its JSON, the marks put around documents, and for chat its folder-less
+    pickle (transformers renders conversations)."""
+
+    json: str
+    bos: int | None
+    eos: int | None
+    special: tuple[str, ...]
+    size: int
+    chat: Any = None
+
+    def fingerprint(self) -> str:
+        template = getattr(self.chat, "chat_template", None)
+        text = f"{self.json}|{self.bos}|{self.eos}|{template}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """One shard to be written to `folder`."""
+
+    units: tuple[Unit, ...]
+    folder: Path
+
+    @property
+    def size(self) -> int:
+        return sum(unit.size for unit in self.units)
+
+
+def bucket_of(group: str) -> int:
+    """A number in [0, 2^32) that decides between training and held-out documents."""
+    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big")
+
+
+def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
+    """Read a shard's units, tokenize, and put the shard in place."""
+    if (job.folder / "meta.json").exists():
+        return
+    temporary = job.folder.with_name(f".{job.folder.name}-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        _write(temporary, job, spec)
+        try:
+            os.rename(temporary, job.folder)
+        except OSError:
+            if not (job.folder / "meta.json").exists():  # another process was faster: its shard is as good
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(folder: Path, job: ShardJob, spec: TokenizerSpec) -> None:
+    dtype = np.uint16 if spec.size <= 2**16 else np.uint32
+    tally = Tally()
+    lengths: list[int] = []
+    names: list[bytes] = []
+    buckets: list[int] = []
+    digest = hashlib.sha256()
+    top = -1
+    encode = _chat_encoder(spec, tally) if spec.chat is not None else _text_encoder(spec, tally)
+    with (folder / "tokens.bin").open("wb") as out, (folder / "mask.bin").open("wb") as masks:
+        for batch in _batches(job, tally):
+            for document, tokens, mask in encode(batch):
+                data = tokens.astype(dtype).tobytes()
+                digest.update(data)
+                out.write(data)
+                if mask is not None:
+                    masks.write(mask.tobytes())
+                lengths.append(len(tokens))
+                names.append(document.id.encode())
+                buckets.append(bucket_of(document.group))
+                top = max(top, int(tokens.max()))
+        out.flush()
+        os.fsync(out.fileno())
+    if spec.chat is None:
+        (folder / "mask.bin").unlink()
+    np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+    np.save(folder / "names.npy", np.concatenate([[0], np.cumsum([len(n) for n in names])]).astype(np.int64))
+    np.save(folder / "buckets.npy", np.array(buckets, np.uint32))
+    (folder / "names.bin").write_bytes(b"".join(names))
+    meta = {
+        "documents": len(lengths),
+        "tokens": sum(lengths),
+        "dtype": np.dtype(dtype).name,
+        "largest_id": top,
+        "sha256": digest.hexdigest(),
+        "modified": (folder / "tokens.bin").stat().st_mtime_ns,
+        "tally": asdict(tally),
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+
+
+def _batches(job: ShardJob, tally: Tally) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for unit in job.units:
+        for document in read(unit, tally):
+            batch.append(document)
+            characters += len(document.content) if isinstance(document.content, str) else 1000
+            if characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _backend(spec: TokenizerSpec) -> Any:
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(spec.json)
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
+    """Text documents: marks such as <|end_of_text|> written inside a text are text, not tokens of command."""
+    backend = _backend(spec)
+    backend.encode_special_tokens = True
+    only_special = re.compile(r"(?:\s|" + "|".join([re.escape(token) for token in spec.special] or [r"\s"]) + ")*")
+    head = [] if spec.bos is None else [spec.bos]
+    tail = [] if spec.eos is None else [spec.eos]
+
+    def usable(document: Document) -> bool:
+        if not isinstance(document.content, str):
+            tally.broken += 1
+            tally.note(f"{document.id}: a list where text is expected")
+            return False
+        if not document.content.strip():
+            tally.empty += 1
+            return False
+        if only_special.fullmatch(document.content):
+            tally.special += 1
+            return False
+        return True
+
+    def encode(batch: list[Document]) -> Iterator[tuple[Document, np.ndarray, None]]:
+        kept = [document for document in batch if usable(document)]
+        encodings = backend.encode_batch_fast([d.content for d in kept], add_special_tokens=False)
+        for document, encoding in zip(kept, encodings, strict=True):
+            yield document, np.array(head + encoding.ids + tail, np.uint32), None
+
+    return encode
+
+
+def _chat_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
+    from longctx.data.chat import conversation
+
+    backend = _backend(spec)
+
+    def encode(batch: list[Document]) -> Iterator[tuple[Document, np.ndarray, np.ndarray]]:
+        for document in batch:
+            made = conversation(document, spec.chat, backend, tally)
+            if made is not None:
+                yield document, *made
+
+    return encode
