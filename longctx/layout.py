@@ -1,10 +1,11 @@
 """Which token of a sequence lies on which rank, and which rectangles of attention a pair of ranks shares.
 
-Index arithmetic only. Every layout reduces to *pieces*: runs of consecutive tokens of one document, ascending on
-each rank. Two facts make that enough (no mask is ever built): a rank's tokens of one document ascend, so its own
-block is one causal call per document; and of another rank's tokens of that document a query piece sees a prefix,
-so an off-diagonal pair is a few plain rectangles or nothing. Zigzag as in zhuzilin/ring-flash-attention (compare
-Striped Attention, 2311.09431); the document-wise layout cuts each long document itself into 2R pieces.
+Index arithmetic only. Every layout reduces to *pieces*: runs of consecutive tokens of one document,
+ascending on each rank. Two facts make that enough (no mask is ever built): a rank's tokens of one document
+ascend, so its own block is one causal call per document; and of another rank's tokens of that document a
+query piece sees a prefix, so an off-diagonal pair is a few plain rectangles or nothing. Zigzag as in
+zhuzilin/ring-flash-attention (compare Striped Attention, 2311.09431); the document-wise layout cuts each
+long document itself into 2R pieces.
 
     S tokens of the sequence, N ranks = R ring positions x h Ulysses ranks
     L tokens of a position, n = L / h tokens of a rank
@@ -71,9 +72,9 @@ class Pieces:
 class SequenceLayout:
     """A sequence of `seq_len` tokens over `positions` ring positions of `ulysses` ranks each.
 
-    `boundaries` are cu_seqlens [0, ..., seq_len] (None: one document). The layout owns the padding: `padded_len`
-    is the length it pads to, padding belongs to no document and has index -1.
-    Raises ValueError naming the argument for lengths below 2N and for boundaries that do not ascend to seq_len.
+    `boundaries` are cu_seqlens [0, ..., seq_len] (None: one document). The layout owns the padding:
+    `padded_len` is the length it pads to, padding belongs to no document and has index -1. Raises
+    ValueError naming the argument for lengths below 2N and for boundaries that do not ascend to seq_len.
     """
 
     def __init__(
@@ -157,8 +158,8 @@ class SequenceLayout:
     def rects(self, position: int, blocks: tuple[int, ...], part: tuple[int, int] = (0, 1)) -> list[Rect]:
         """The work of `position`'s queries with the keys of `blocks`, the keys in `gather_order`.
 
-        `blocks == (position,)` is the diagonal, one causal rectangle per document; `part` (i, n) takes the i-th of
-        n shares of it, the last about half of the work.
+        `blocks == (position,)` is the diagonal, one causal rectangle per document; `part` (i, n) takes the
+        i-th of n shares of it, the last about half of the work.
         """
         key = (position, blocks, part)
         if key not in self._rects:
@@ -353,7 +354,7 @@ def _joined(runs: list[tuple[int, int]]) -> np.ndarray:
 
 
 def _shares(rects: list[Rect], count: int) -> list[list[Rect]]:
-    """Deal the diagonal's rectangles into `count` shares: half the work to the last, the rest evenly to the others.
+    """Deal the diagonal's rectangles into `count` shares: half the work to the last, the rest to the others.
 
     A document with more than a quarter of the work is cut: two causal halves and the square below them.
     """

@@ -1,7 +1,7 @@
 """Posts a plan's transfers on a wire, counts their bytes, names step and peer when one fails, keeps a trace.
 
-The trace is a list of Chrome trace events (open it in Perfetto): one row of computation and one per channel of
-transfers. A transfer's end is the moment its wait returned, an upper bound.
+The trace is a list of Chrome trace events (open it in Perfetto): one row of computation and one per channel
+of transfers. A transfer's end is the moment its wait returned, an upper bound.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ class Courier:
             self.trace.add("compute", f"step {step}: {name}", begin, time.perf_counter())
 
     def _lost(self, step: int, transfer: Transfer, error: PeerLost) -> PeerLost:
+        send, recv = transfer.send, transfer.recv
         return PeerLost(
-            f"rank {self.wire.rank}, {self.label}, step {step}: the {transfer.payload} transfer failed "
-            f"(block {transfer.send.block} to rank {transfer.send.peer}, block {transfer.recv.block} from rank "
-            f"{transfer.recv.peer}, {transfer.ring} ring) while {error}"
+            f"rank {self.wire.rank}, {self.label}, step {step}: the {transfer.payload} transfer on the "
+            f"{transfer.ring} ring failed (block {send.block} to rank {send.peer}, block {recv.block} from "
+            f"rank {recv.peer}) while {error}"
         )

@@ -1,8 +1,9 @@
-"""Runs any plan: posts transfers, calls the block kernel on rectangles, waits, merges (Ring Attention, 2310.01889).
+"""Runs any plan: posts transfers, calls the block kernel on rectangles, waits, merges.
 
-The executor knows nothing of rings or nodes; `longctx.schedule` says what to send, `longctx.layout` what to compute.
-Nothing is kept for the backward but q, k, v, out and lse; the backward asks for the KV blocks again and carries
-their gradient in fp32 (by default). Buffers come from a pool that outlives the call.
+Blockwise attention over a ring is Ring Attention (2310.01889). The executor knows nothing of rings or nodes;
+`longctx.schedule` says what to send, `longctx.layout` what to compute. Nothing is kept for the backward but q,
+k, v, out and lse; the backward asks for the KV blocks again and carries their gradient in fp32 (by default).
+Buffers come from a pool that outlives the call.
 
     q [B, Hq, L, D]   k, v [B, Hkv, L, D]   a KV block [2, B, Hkv, L, D]   lse [B, Hq, L]
 """
@@ -64,7 +65,7 @@ class Ring:
         return buffer
 
     def _blocks(self, k: Tensor, v: Tensor) -> dict[int, Tensor]:
-        """KV slots; the own block is packed once, as what is sent and what is read. Alone, nothing is packed."""
+        """KV slots; the own block is packed once, to be sent and read. Alone, nothing is packed."""
         if not self.plan.kv_slots:
             return {}
         shape = (2, *k.shape)
@@ -130,7 +131,10 @@ class Ring:
         own = (k.new_zeros(k.shape, dtype=kind), k.new_zeros(k.shape, dtype=kind))
         shape = (2, *k.shape)
         travelling = {slot: self._take(shape, wire, k.device) for slot in range(self.plan.dkv_slots)}
-        sums: dict[int, Sequence[Tensor]] = {OWN: own, **{slot: x.unbind(0) for slot, x in travelling.items()}}
+        sums: dict[int, Sequence[Tensor]] = {
+            OWN: own,
+            **{slot: x.unbind(0) for slot, x in travelling.items()},
+        }
         for number, step in enumerate(self.plan.ring):
             for transfer in step.post:
                 held = blocks if transfer.payload == "kv" else travelling
@@ -172,7 +176,7 @@ class Ring:
     def _collect(
         self, compute: Compute, found: list[tuple[Rect, Tensor, Tensor]], sums: dict[int, Sequence[Tensor]]
     ) -> None:
-        """Add a step's dK, dV to the sums they belong to; several blocks are taken out of their joint order."""
+        """Add a step's dK, dV to their sums; several blocks are taken out of their joint order."""
         targets = [sums[slot] for slot in compute.into]
         if compute.fresh:
             for target in targets:

@@ -1,8 +1,9 @@
 """The function transformers' AttentionInterface calls, without importing transformers.
 
-Registered under a name that has no mask function, masks vanish and extra keyword arguments reach it (see docs): the
-layout travels as `layout=` through the model's forward. What exact causal attention cannot express (sliding windows,
-soft-capping, sinks, dropout, dense masks) is refused with the layer named, never silently made full.
+Registered under a name that has no mask function, masks vanish and extra keyword arguments reach it (see
+docs): the layout travels as `layout=` through the model's forward. What exact causal attention cannot
+express (sliding windows, soft-capping, sinks, dropout, dense masks) is refused with the layer named, never
+silently made full.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ NAME = "longctx"
 
 
 def register(register: Callable[[str, Callable], object], name: str = NAME) -> str:
-    """Register `attend` with `AttentionInterface.register` (passed in); returns the name for attn_implementation."""
+    """Give `attend` to `AttentionInterface.register`; returns the name for attn_implementation."""
     register(name, attend)
     return name
 
@@ -40,8 +41,8 @@ def attend(
     window = options.get("sliding_window")
     if window is not None and window < layout.seq_len:
         raise ValueError(
-            f"{where} has sliding_window={window}, shorter than the sequence of {layout.seq_len}: context attention "
-            "is full within documents and would change the model"
+            f"{where} has sliding_window={window}, shorter than the sequence of {layout.seq_len}: context "
+            "attention is full within documents and would change the model"
         )
     if options.get("softcap") is not None:
         raise ValueError(f"{where} has softcap={options['softcap']}: soft-capped attention is not supported")

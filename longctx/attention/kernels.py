@@ -1,11 +1,13 @@
-"""Every attention kernel longctx can call, in one file: what each needs, why it cannot serve, how it is called.
+"""Every attention kernel longctx can call: what each needs, why it cannot serve, how it is called.
 
-The ring needs (out, lse) forward and a backward that takes the *global* out and lse; all kernels here give both.
-Nothing falls back in silence: `choose` logs its choice once, `explain` says why the others do not apply, and asking
-for one that cannot serve is an error with its reasons. Optional packages are imported here and nowhere else.
+The ring needs (out, lse) forward and a backward that takes the *global* out and lse; all kernels here give
+both. Nothing falls back in silence: `choose` logs its choice once, `explain` says why the others do not
+apply, and asking for one that cannot serve is an error with its reasons. Optional packages are imported
+here and nowhere else.
 
-    q, out, dout [B, Hq, Sq, D]   k, v [B, Hkv, Sk, D]   lse [B, Hq, Sq]; strides free but for a dense last dimension
-    causal only where Sq == Sk (ATen aligns top-left, flash-attn >= 2.1 bottom-right: then they agree)
+    q, out, dout [B, Hq, Sq, D]   k, v [B, Hkv, Sk, D]   lse [B, Hq, Sq]; strides free but for a dense last
+    dimension causal only where Sq == Sk (ATen aligns top-left, flash-attn >= 2.1 bottom-right: then they
+    agree)
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def _needs(problem: Problem, *, package: str | None = None, sm: int = 80, heads:
     return reasons
 
 
-# --- flash-attn 3 (Hopper; package flash_attn_interface) ------------------------------------------------------
+# --- flash-attn 3 (Hopper; package flash_attn_interface)
 
 
 def _fa3_reasons(problem: Problem) -> list[str]:
@@ -104,7 +106,7 @@ def _fa3_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-# --- flash-attn 2 (package flash_attn) ------------------------------------------------------------------------
+# --- flash-attn 2 (package flash_attn)
 
 
 def _fa2_reasons(problem: Problem) -> list[str]:
@@ -154,7 +156,7 @@ def _fa2_backward(
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 
 
-# --- torch's own CUDA kernels ---------------------------------------------------------------------------------
+# --- torch's own CUDA kernels
 
 
 def _aten_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -231,7 +233,7 @@ def _cudnn_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-# --- torch's CPU flash and the reference ----------------------------------------------------------------------
+# --- torch's CPU flash and the reference
 
 
 def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
-"""Adding one block's attention to what has been accumulated, in place and on slices (Ring Attention, 2310.01889).
+"""Adding one block's attention to what has been accumulated, in place and on slices.
 
-With w = sigmoid(lse_b - lse): out += w (out_b - out), lse = logaddexp(lse, lse_b). Both are stable for any lse;
-log(1 + exp(x)) is not. Accumulators are fp32 (fp64 for fp64), whatever the kernel returns: half-precision partial
-sums drift with the size of the ring. The own block comes first, so that every row starts from a finite lse.
+With w = sigmoid(lse_b - lse): out += w (out_b - out), lse = logaddexp(lse, lse_b). Both are stable for any
+lse; log(1 + exp(x)) is not. Accumulators are fp32 (fp64 for fp64), whatever the kernel returns:
+half-precision partial sums drift with the size of the ring. The own block comes first, so that every row
+starts from a finite lse.
 
     out [B, H, S, D]   lse [B, H, S]
 """
@@ -26,7 +27,7 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
 
 
 class Accumulator:
-    """out and lse of L query rows of one rank, physically [B, L, H, D] as the kernels and the models like it."""
+    """out and lse of L query rows of one rank; out physically [B, L, H, D], as models want it."""
 
     def __init__(self, q: Tensor) -> None:
         self.q = q
@@ -35,7 +36,7 @@ class Accumulator:
         self.lse: Tensor | None = None
 
     def own(self, parts: list[tuple[slice, Tensor, Tensor]]) -> None:
-        """The own block's results by query rows; rows that no part covers (padding) get out 0 and lse -inf."""
+        """The own block's results by query rows; uncovered rows (padding) get out 0 and lse -inf."""
         rows = self.q.shape[2]
         if len(parts) == 1 and parts[0][0] == slice(0, rows):
             self.out, self.lse = parts[0][1], parts[0][2].to(self.dtype)

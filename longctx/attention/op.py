@@ -1,8 +1,9 @@
-"""Context attention as a `torch.library` op: what selective checkpointing can save and torch.compile can pass over.
+"""Context attention as a `torch.library` op: selective checkpointing can save it, torch.compile pass over it.
 
-Ops take no process group, so one table maps an integer to what a ContextParallel knows (its `Family`); close() takes
-its entries out. Boundaries travel as a tensor: an int list would recompile for every batch. The backward is an op too.
-With MUST_SAVE for `SAVED_OPS` the attention forward runs once per step: out and lse are its outputs.
+Ops take no process group, so one table maps an integer to what a ContextParallel knows (its `Family`);
+close() takes its entries out. Boundaries travel as a tensor: an int list would recompile for every batch.
+The backward is an op too. With MUST_SAVE for `SAVED_OPS` the attention forward runs once per step: out and
+lse are its outputs.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
 """The public API: a `ContextParallel` owns the ranks' communicators, its layouts say where tokens lie.
 
-    cp = ContextParallel.from_world(nodes=2, schedule="double_ring")
-    layout = cp.layout(seq_len=S, documents=boundaries, kind="zigzag")
-    out_local = context_attention(layout.shard(q, dim=2), layout.shard(k, dim=2), layout.shard(v, dim=2), layout)
-    out = layout.unshard(out_local, dim=2)
+    cp = ContextParallel.from_world(nodes=2, schedule="double_ring") layout = cp.layout(seq_len=S,
+    documents=boundaries, kind="zigzag") out_local = context_attention(layout.shard(q, dim=2),
+    layout.shard(k, dim=2), layout.shard(v, dim=2), layout) out = layout.unshard(out_local, dim=2)
 
-Without torch.distributed, or with a world of one, everything works and nothing is sent. The schedule and the layout
-are derived from global values alone, so that all ranks raise the same errors and post the same transfers.
+Without torch.distributed, or with a world of one, everything works and nothing is sent. The schedule and
+the layout are derived from global values alone, so that all ranks raise the same errors and post the same
+transfers.
 
-    B batch, H heads, S tokens of the sequence, n = S_local tokens of this rank (padding included), D head dimension
+    B batch, H heads, S tokens of the sequence, n = S_local tokens of this rank (padding included), D head
+    dimension
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ Schedule = Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]
 class ContextParallel:
     """One group of ranks that share sequences, and the schedule they attend by.
 
-    `kernel` forces a backend by name; `grad_dtype` is the type travelling dKV has (default fp32, fp64 for fp64);
-    `timeout` in seconds bounds each transfer (default: the parent group's). Close it to free its communicators.
+    `kernel` forces a backend by name; `grad_dtype` is the type travelling dKV has (default fp32, fp64 for
+    fp64); `timeout` in seconds bounds each transfer (default: the parent group's). Close it to free its
+    communicators.
     """
 
     def __init__(

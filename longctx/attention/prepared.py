@@ -1,4 +1,4 @@
-"""A layout with its two plans, ready to run on this rank: heads gathered if need be, then the ring, then back."""
+"""A layout with its two plans, ready to run on this rank: heads gathered if need be, the ring, and back."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Prepared:
 
 
 class Family:
-    """All layouts of one (seq_len, kind): what a handle stands for, so that new boundaries need no new handle."""
+    """All layouts of one (seq_len, kind): what a handle stands for; new boundaries need no new handle."""
 
     def __init__(self, cp: ContextParallel, seq_len: int, kind: Kind) -> None:
         self.cp, self.seq_len, self.kind = cp, seq_len, kind

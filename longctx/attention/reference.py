@@ -1,7 +1,8 @@
-"""Plain attention in any floating type, the oracle the kernels are compared with and the fallback one can choose.
+"""Plain attention in any floating type: what the kernels are compared with, and a fallback one can choose.
 
-Rows of queries are taken in blocks so that memory stays bounded; gradients follow FlashAttention-2 (2307.08691,
-equations 12 to 17) from the given *global* out and lse, which is what lets a ring call it per block.
+Rows of queries are taken in blocks so that memory stays bounded; gradients follow FlashAttention-2
+(2307.08691, equations 12 to 17) from the given *global* out and lse, which is what lets a ring call it per
+block.
 
     q [B, Hq, Sq, D]   k, v [B, Hkv, Sk, D]   lse [B, Hq, Sq] natural logarithm
 """

@@ -1,9 +1,11 @@
 """A layout as one rank sees it (`Layout`) and attention over it (`context_attention`).
 
-Sharding is an index_select and so differentiable; un-sharding gathers every rank's part, drops the padding, and its
-backward takes this rank's slice: each rank is expected to compute the same loss of the whole sequence.
+Sharding is an index_select and so differentiable; un-sharding gathers every rank's part, drops the padding,
+and its backward takes this rank's slice: each rank is expected to compute the same loss of the whole
+sequence.
 
-    B batch, H heads, S tokens of the sequence, n = S_local tokens of this rank (padding included), D head dimension
+    B batch, H heads, S tokens of the sequence, n = S_local tokens of this rank (padding included), D head
+    dimension
 """
 
 from __future__ import annotations
@@ -84,8 +86,8 @@ class Layout:
     def shard(self, x: Tensor, dim: int, fill: float | None = None) -> Tensor:
         """The local tokens of `x`, whose dimension `dim` is the whole sequence; differentiable.
 
-        Padding is filled with `fill`; by default 0 for floats and bools, and for integers -100, which every loss
-        ignores as a label: pass fill=0 (or a pad token) for token ids that are to be embedded.
+        Padding is filled with `fill`; by default 0 for floats and bools, and for integers -100, which every
+        loss ignores as a label: pass fill=0 (or a pad token) for token ids that are to be embedded.
         """
         if x.shape[dim] != self.seq_len:
             raise ValueError(
@@ -138,10 +140,11 @@ def context_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Exact causal attention of this rank's queries with the whole sequence, within documents.
 
-    q [B, Hq, n, D], k and v [B, Hkv, n, D], sharded by `layout`; `scale` defaults to 1 / sqrt(D). Returns out
-    [B, Hq, n, D] in q's type and, if asked, lse [B, Hq, n] (natural logarithm, fp32, fp64 for fp64; not
-    differentiable). Padding rows have out 0 and lse -inf. Every rank of the group must call it, and backward, in the
-    same order. Raises ValueError naming argument, value and rule before anything is sent; PeerLost when a peer dies.
+    q [B, Hq, n, D], k and v [B, Hkv, n, D], sharded by `layout`; `scale` defaults to 1 / sqrt(D). Returns
+    out [B, Hq, n, D] in q's type and, if asked, lse [B, Hq, n] (natural logarithm, fp32, fp64 for fp64; not
+    differentiable). Padding rows have out 0 and lse -inf. Every rank of the group must call it, and
+    backward, in the same order. Raises ValueError naming argument, value and rule before anything is sent;
+    PeerLost when a peer dies.
     """
     if attn_mask is not None or not isinstance(layout, Layout):
         raise ValueError(

@@ -1,8 +1,9 @@
-"""Trading tokens for heads inside a group of h ranks (Ulysses, 2309.14509), as the plan's gather and scatter steps.
+"""Trading tokens for heads in a group of h ranks (Ulysses, 2309.14509): the plan's gather and scatter steps.
 
-Rank u of a group holds tokens [u n, (u+1) n) of its ring position and all heads; after the gather it holds all L = h n
-tokens and heads [u Hq/h, (u+1) Hq/h). Concatenation in rank order is the position's own order: nothing is permuted.
-Where h exceeds the kv heads, h / Hkv ranks receive the same kv head, and their gradients are summed on the way back.
+Rank u of a group holds tokens [u n, (u+1) n) of its ring position and all heads; after the gather it holds
+all L = h n tokens and heads [u Hq/h, (u+1) Hq/h). Concatenation in rank order is the position's own order:
+nothing is permuted. Where h exceeds the kv heads, h / Hkv ranks receive the same kv head, and their
+gradients are summed on the way back.
 
     local [B, H, n, D]   gathered [B, H / h, L, D]   lse stays gathered between forward and backward
 """
@@ -70,7 +71,7 @@ def gather(step: Step, courier: Courier, heads: Heads, tensors: list[Tensor]) ->
     courier.wait(-1, step.wait)
     for source, recv, _ in received:
         at = 0
-        for x, out in zip(tensors, outs, strict=True):
+        for out in outs:
             part = out[:, :, source * n : (source + 1) * n]
             part.copy_(recv[at : at + part.numel()].view(part.shape))
             at += part.numel()
@@ -78,7 +79,7 @@ def gather(step: Step, courier: Courier, heads: Heads, tensors: list[Tensor]) ->
 
 
 def scatter(step: Step, courier: Courier, heads: Heads, tensors: list[Tensor], outs: list[Tensor]) -> None:
-    """The way back: [B, H / h, h n, D] each is *added* into `outs` [B, H, n, D] at the heads it belongs to."""
+    """The way back: [B, H / h, h n, D] each is *added* into `outs` [B, H, n, D] at its own heads."""
     n = outs[0].shape[2]
     received = []
     for transfer in step.post:

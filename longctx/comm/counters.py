@@ -1,4 +1,4 @@
-"""What went over the wire, by link level and payload; part of the executor, so that tests hold it to formulas."""
+"""What went over the wire, by link level and payload: always counted, so that tests hold it to formulas."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Point-to-point transfers between the ranks of one context-parallel group.
 
-A wire posts a send and a receive together on a named channel and hands back something to wait for. Channels that
-may be busy at once (each ring level, KV and dKV) are separate communicators, so that they overlap and never
-mis-pair: NCCL ignores tags. Every rank posts in the same order. `ProcessWire` runs on torch.distributed;
-`LocalWire` joins virtual ranks that are threads of one process (benchmarks without a network, tests).
+A wire posts a send and a receive together on a named channel and hands back something to wait for. Channels
+that may be busy at once (each ring level, KV and dKV) are separate communicators, so that they overlap and
+never mis-pair: NCCL ignores tags. Every rank posts in the same order. `ProcessWire` runs on
+torch.distributed; `LocalWire` joins virtual ranks that are threads of one process (benchmarks without a
+network, tests).
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ class _Posted:
 
 
 class ProcessWire:
-    """torch.distributed underneath: one process group per channel, made by the members alone, all in one order."""
+    """torch.distributed underneath: one process group per channel, made by the members alone."""
 
     def __init__(
         self, group: dist.ProcessGroup | None, channels: Sequence[str], timeout: timedelta | None = None
@@ -100,18 +101,17 @@ class ProcessWire:
 
     def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending:
         group = self.groups[channel]
+        # The receive first: gloo queues its "ready" note behind our own data where both peers are one.
         operations = [
-            dist.P2POp(dist.isend, send, group=group, group_peer=to),
             dist.P2POp(dist.irecv, recv, group=group, group_peer=source),
+            dist.P2POp(dist.isend, send, group=group, group_peer=to),
         ]
         try:
             works = dist.batch_isend_irecv(operations)
         except RuntimeError as error:
             raise PeerLost(f"posting to rank {to} and from rank {source}: {error}") from error
-        names = [f"sending to rank {to}", f"receiving from rank {source}"]
-        return _Posted(
-            works, names if len(works) == 2 else [f"sending to rank {to}, receiving from rank {source}"]
-        )
+        names = [f"receiving from rank {source}", f"sending to rank {to}"]
+        return _Posted(works, names if len(works) == 2 else [", ".join(names)])
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Every rank's tensor; as bytes, because gloo does not know every type."""
@@ -150,7 +150,7 @@ class LocalWorld:
             return self.mail[channel, source, to]
 
     def run(self, work: Callable[[LocalWire], object]) -> list:
-        """work(wire) on every virtual rank; the results by rank. The first rank's exception is raised here."""
+        """work(wire) on every virtual rank; the results by rank, or the first failed rank's exception."""
 
         def body(rank: int) -> object:
             with self.turn or nullcontext():

@@ -1,10 +1,11 @@
 """One builder for every ring: a flat ring is a double ring of a single group.
 
-Ring Attention (2310.01889), double ring as in BurstAttention (2403.09347), Ulysses x ring as in USP (2405.07719):
-an outer ring over `grid[0]` groups, an inner ring (or all-gather) over `grid[1]` members, positions group-major.
-It departs from public implementations in the backward: a rank's own contribution to its block stays at home, and
-a block's sum travels only between the ranks that add to it, so dKV makes N-1 (flat) or M(W-1) inner and M-1
-outer (double) hops, not N or MW. Outer KV comes straight from its owner: three foreign blocks are live, not four.
+Ring Attention (2310.01889), double ring as in BurstAttention (2403.09347), Ulysses x ring as in USP
+(2405.07719): an outer ring over `grid[0]` groups, an inner ring (or all-gather) over `grid[1]` members,
+positions group-major. It departs from public implementations in the backward: a rank's own contribution to
+its block stays at home, and a block's sum travels only between the ranks that add to it, so dKV makes N-1
+(flat) or M(W-1) inner and M-1 outer (double) hops, not N or MW. Outer KV comes straight from its owner:
+three foreign blocks are live, not four.
 """
 
 from __future__ import annotations

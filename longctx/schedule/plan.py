@@ -56,7 +56,8 @@ class Transfer:
 class Compute:
     """Attention of this rank's queries with KV `blocks`; `part` (i, n): the i-th of n shares of the diagonal.
 
-    Backward: block k's gradient goes to dKV slot `into[k]`, replacing it if `fresh`, else added to the arrival.
+    Backward: block k's gradient goes to dKV slot `into[k]`, replacing it if `fresh`, else added to the
+    arrival.
     """
 
     blocks: tuple[int, ...]
