@@ -37,7 +37,8 @@ class SynthTask:
     hops: links of a chain; depths: where in the haystack each needle goes (0 its start, 1 its end), None for
     random; answer_weight: the answers' loss weight over that of all other tokens together (None: 2, and every
     token alike for copy); other_weight: loss weight of a token that is no answer (0: only answers train).
-    segment: tokens of a copied segment (None: random, up to half of the document).
+    segment: tokens of a copied segment (None: random, up to half of the document); symbols: what it is made of,
+    any token of the vocabulary or only digits (fewer symbols are learned sooner).
     """
 
     kind: TaskKind = "needle"
@@ -50,6 +51,7 @@ class SynthTask:
     answer_weight: float | None = None
     other_weight: float = 1.0
     segment: int | None = None
+    symbols: Literal["all", "digits"] = "all"
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.questions < 1 or self.hops < 1:

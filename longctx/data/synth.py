@@ -200,9 +200,8 @@ def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: Writer
     tokens = np.empty(length, np.int32)
     if writer.bos is not None:
         tokens[0] = writer.bos
-    tokens[head:] = np.resize(
-        writer.ordinary[rng.integers(0, len(writer.ordinary), size=size)], length - head
-    )
+    symbols = writer.digits if task.symbols == "digits" else writer.ordinary
+    tokens[head:] = np.resize(symbols[rng.integers(0, len(symbols), size=size)], length - head)
     answer = Answer(head + size, length, "", "", 0.0)
     weights = _weights(length, [answer], task.answer_weight, task.other_weight)
     return SynthDocument(tokens, weights, (answer,), (head,))

@@ -21,7 +21,7 @@ class Writer:
     """A Hugging Face tokenizer, prepared for writing needles: make one and keep it.
 
     bos: the token a document begins with, or None; newline_after[t]: whether token t ends a line;
-    ordinary: ids that are neither special nor added.
+    ordinary: ids that are neither special nor added; digits: those that carry as many digits as a token can.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -36,8 +36,11 @@ class Writer:
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         size = len(tokenizer)
-        ends = [text.endswith("\n") for text in backend.decode_batch([[token] for token in range(size)])]
-        self.newline_after = np.array(ends, bool)
+        texts = backend.decode_batch([[token] for token in range(size)])
+        self.newline_after = np.array([text.endswith("\n") for text in texts], bool)
+        longest = max((len(text) for text in texts if text.isascii() and text.isdigit()), default=0)
+        whole = [token for token, text in enumerate(texts) if text.isdigit() and len(text) == longest]
+        self.digits = np.array(whole, np.int32)
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         self.ordinary = np.array([token for token in range(size) if token not in special], np.int32)
         self.newline = self.tokens("\n")
