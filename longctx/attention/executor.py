@@ -1,8 +1,8 @@
 """Runs any plan: posts transfers, calls the block kernel on rectangles, waits, merges.
 
 Blockwise attention over a ring is Ring Attention (2310.01889). The executor knows nothing of rings or nodes;
-`longctx.schedule` says what to send, `longctx.layout` what to compute. Nothing is kept for the backward but q,
-k, v, out and lse; the backward asks for the KV blocks again and carries their gradient in fp32 (by default).
+`longctx.schedule` says what to send, `longctx.layout` what to compute. The backward is left nothing but q,
+k, v, out and lse: it asks for the KV blocks again and carries their gradient in fp32 (by default).
 Buffers come from a pool that outlives the call.
 
     q [B, Hq, L, D]   k, v [B, Hkv, L, D]   a KV block [2, B, Hkv, L, D]   lse [B, Hq, L]

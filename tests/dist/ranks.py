@@ -1,0 +1,62 @@
+"""Starts N gloo ranks once, runs many cases on them and reports which case failed on which rank.
+
+The ranks are forked from a server that has imported torch and longctx once, so that starting eight of them is cheap.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "longctx.attention", "tests.dist.parity"])
+
+
+def run_ranks(
+    world: int, body: Callable[..., Any], cases: Sequence[Any], store: Path, timeout: float = 240.0
+) -> dict[Any, list[str]]:
+    """body(rank, world, case) on every rank for every case; the failures, {case: ["rank r: traceback"]}."""
+    results: Any = CONTEXT.Queue()
+    processes = [
+        CONTEXT.Process(target=_rank, args=(rank, world, body, list(cases), str(store), results), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    failures: dict[Any, list[str]] = {}
+    try:
+        for _ in range(world):
+            rank, found = results.get(timeout=timeout)
+            for case, text in found:
+                failures.setdefault(case, []).append(f"rank {rank}: {text}")
+    finally:
+        for process in processes:
+            process.join(timeout=10)
+            if process.is_alive():
+                process.kill()
+    return failures
+
+
+def _rank(rank: int, world: int, body: Callable, cases: list, store: str, results: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    found = []
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+    )
+    for case in cases:
+        try:
+            body(rank, world, case)
+        except (AssertionError, ValueError, RuntimeError):
+            found.append((case, traceback.format_exc(limit=4)))
+            if not isinstance(case, tuple) or "PeerLost" in found[-1][1]:
+                break  # the ring is broken: later cases would hang
+    results.put((rank, found))
+    dist.barrier() if not found else None
+    dist.destroy_process_group()
