@@ -1,0 +1,104 @@
+"""`longctx bench step`: one training step of ours beside plain transformers, in alternating fresh processes.
+
+Each process builds the same random model, takes one short step (so that optimizer states exist), then a timed
+one: forward, backward, gradient norm, AdamW. Memory is the process's high-water mark (resident set; allocated
+bytes on a GPU), interpreter and libraries included on both sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from statistics import median
+from typing import Any, Literal
+
+from longctx.config.base import Format, Length, schema
+from longctx.config.model import Dtype, InitConfig, MemoryConfig
+from longctx.console import say
+from longctx.errors import RunFailed
+
+Kind = Literal["longctx", "transformers"]
+
+_SHAPE = InitConfig(layers=8, hidden=512, heads=8, kv_heads=2, ffn=1376, vocab=32000, window=16384)
+
+
+@schema
+class BenchStepConfig:
+    """tokens: one sequence's length. pairs: alternated runs of both; the medians are compared.
+
+    only: run one side alone. threads: of each process.
+    """
+
+    tokens: Length = 16384
+    pairs: int = 3
+    threads: int = 2
+    only: Kind | None = None
+    model: InitConfig = _SHAPE
+    dtype: Dtype = "float32"
+    memory: MemoryConfig = MemoryConfig()
+    format: Format = "text"
+
+    def __post_init__(self) -> None:
+        if self.pairs < 1 or self.threads < 1 or self.tokens < 2:
+            raise ValueError(
+                f"tokens={self.tokens} must be 2 or more, pairs={self.pairs} and threads={self.threads} 1 or more"
+            )
+
+
+def run(config: BenchStepConfig) -> int:
+    kinds: list[Kind] = [config.only] if config.only else ["transformers", "longctx"]
+    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    for pair in range(config.pairs):
+        for kind in kinds:
+            result = measure(kind, config)
+            results[kind].append(result)
+            say(
+                f"pair {pair + 1}/{config.pairs} {kind}: {result['tokens_per_second']:.1f} tokens/s, "
+                f"peak {result['peak_gib']:.2f} GiB"
+            )
+    report = summary(results, config)
+    print(json.dumps(report, indent=2) if config.format == "json" else _table(report))
+    return 0
+
+
+def measure(kind: Kind, config: BenchStepConfig) -> dict[str, Any]:
+    """One step in a fresh process: seconds, tokens_per_second, peak_gib, loss, device."""
+    request = json.dumps({"kind": kind, **dataclasses.asdict(config)})
+    command = [sys.executable, "-m", "longctx.bench.step_worker", request]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RunFailed(
+            f"bench step's {kind} process ended with status {done.returncode}:\n{done.stderr[-2000:]}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summary(results: dict[str, list[dict[str, Any]]], config: BenchStepConfig) -> dict[str, Any]:
+    """Medians per side, and ours over theirs."""
+    report: dict[str, Any] = {"tokens": config.tokens, "pairs": config.pairs, "threads": config.threads}
+    for kind, runs in results.items():
+        report["device"] = runs[0]["device"]
+        report[kind] = {
+            "tokens_per_second": median(run["tokens_per_second"] for run in runs),
+            "peak_gib": median(run["peak_gib"] for run in runs),
+            "seconds": [run["seconds"] for run in runs],
+            "loss": runs[0]["loss"],
+        }
+    if len(results) == 2:
+        ours, theirs = report["longctx"], report["transformers"]
+        report["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
+        report["memory_ratio"] = ours["peak_gib"] / theirs["peak_gib"]
+    return report
+
+
+def _table(report: dict[str, Any]) -> str:
+    lines = [f"{report['tokens']} tokens, {report['device']}, {report['threads']} threads"]
+    for kind in ("transformers", "longctx"):
+        if kind in report:
+            side = report[kind]
+            lines.append(f"{kind:13} {side['tokens_per_second']:9.1f} tokens/s {side['peak_gib']:7.2f} GiB")
+    if "speed_ratio" in report:
+        lines.append(f"ours / theirs {report['speed_ratio']:9.2f}x         {report['memory_ratio']:8.2f}x")
+    return "\n".join(lines)

@@ -1,0 +1,108 @@
+"""Which model, how it is loaded, and what its training may keep in memory.
+
+A model is a folder or hub id in Hugging Face format (`path`) or drawn at random from a shape (`init`), never
+both. The memory dials say what one device holds between forward and backward; none of them changes a result.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from longctx.config.base import Length, Text, schema
+
+Dtype = Literal["float32", "bfloat16", "float64"]
+Precision = Literal["float32", "float64"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma"]
+
+
+@schema
+class MemoryConfig:
+    """What is kept for the backward pass and how large the pieces are; docs/memory.md has the formulas.
+
+    checkpoint: recompute every layer from its input, its attention output and lse; false keeps everything.
+    keep_matmuls: the last n layers also keep what their matrix products gave (the dial towards speed);
+    "auto" takes as many as fit `budget_gib` per device beside the weights and optimizer.
+    ffn_block: tokens that go through o_proj and the feed-forward block at once (0: all of them).
+    loss_chunk: tokens whose logits exist at once. offload: keep the saved tensors in host memory.
+    """
+
+    checkpoint: bool = True
+    keep_matmuls: int | Literal["auto"] = 0
+    budget_gib: float | None = None
+    ffn_block: int = 2048
+    loss_chunk: int = 512
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if self.ffn_block < 0 or self.loss_chunk < 1:
+            raise ValueError(
+                f"ffn_block={self.ffn_block} must be 0 (all tokens) or more and loss_chunk={self.loss_chunk} "
+                "1 or more"
+            )
+        if self.keep_matmuls == "auto" and self.budget_gib is None:
+            raise ValueError(
+                "keep_matmuls=auto needs budget_gib: the GiB of one device that training may use"
+            )
+        if self.keep_matmuls != "auto" and self.keep_matmuls < 0:
+            raise ValueError(f"keep_matmuls={self.keep_matmuls} must be 0 or more layers, or auto")
+        if not self.checkpoint and (self.keep_matmuls or self.offload):
+            raise ValueError(
+                "checkpoint=false keeps everything on the device, so keep_matmuls and offload do not apply"
+            )
+
+
+@schema
+class InitConfig:
+    """A model drawn at random; the shape's names are those of a paper rather than of a config.json.
+
+    head_dim: None divides hidden by heads. window: the length the theta was made for.
+    """
+
+    family: Family = "llama"
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    vocab: int
+    head_dim: int | None = None
+    theta: float = 10000.0
+    window: Length = 512
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
+        if self.head_dim is None and self.hidden % self.heads:
+            raise ValueError(
+                f"hidden={self.hidden} is not a multiple of heads={self.heads}; change one of them or give head_dim"
+            )
+        if (self.head_dim or self.hidden // self.heads) % 2:
+            raise ValueError("head_dim must be even: rotary embeddings turn pairs of dimensions")
+
+
+@schema
+class ModelConfig:
+    """The model of a run. tokenizer: a folder or hub id; None looks in `path`.
+
+    rotary: precision in which angles are formed; float32 is what transformers and vLLM serve with, float64 is
+    exact at positions beyond 2^20 (docs/memory.md has the measured difference).
+    """
+
+    path: Text | None = None
+    init: InitConfig | None = None
+    tokenizer: Text | None = None
+    dtype: Dtype = "float32"
+    attention: Literal["longctx", "sdpa", "eager"] = "longctx"
+    rotary: Precision = "float32"
+    memory: MemoryConfig = MemoryConfig()
+
+    def __post_init__(self) -> None:
+        if (self.path is None) == (self.init is None):
+            given = "both path and init are" if self.path is not None else "neither path nor init is"
+            raise ValueError(f"{given} given; a model is either loaded (path=...) or drawn (init.layers=...)")

@@ -1,0 +1,135 @@
+"""A Hugging Face model for training: loaded from a folder or hub id, or drawn at random from a shape.
+
+What longctx cannot train exactly is refused before any weight is read.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from longctx.config.model import InitConfig, ModelConfig
+from longctx.errors import UserError
+from longctx.model.family import check_config
+
+
+def load(path: str, *, dtype: str = "float32", attention: str = "longctx", device: str = "cpu") -> Any:
+    """The causal LM at `path`: a local folder, or a hub id when no such folder exists.
+
+    dtype: float32, bfloat16 or float64. attention: "longctx", or transformers' "sdpa" or "eager".
+    Raises UserError for a missing path, a family that is not supported, sliding-window or soft-capped layers,
+    and a checkpoint that lacks weights.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(path)
+    check_config(config, path)
+    _register(attention)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attention,
+        output_loading_info=True,
+    )
+    _check_loaded(info, path)
+    return model.to(device)
+
+
+def read_config(path: str) -> Any:
+    """The transformers configuration at a folder or hub id; nothing else is read."""
+    from transformers import AutoConfig
+
+    if looks_local(path):
+        folder = Path(path)
+        if not folder.is_dir():
+            raise UserError(
+                f"model.path={path} does not exist; name a folder with config.json and safetensors, or a hub id "
+                "such as meta-llama/Meta-Llama-3-8B"
+            )
+        if not (folder / "config.json").is_file():
+            raise UserError(
+                f"model.path={path} has no config.json, so it is not a model in Hugging Face format; name the "
+                "folder that holds it (a run's are under stages/NAME/model)"
+            )
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.path={path} is neither a folder here nor a model that can be read: {first}; check the spelling, "
+            "and without network give a local folder (model.path=)"
+        ) from None
+
+
+def looks_local(path: str) -> bool:
+    """A folder that exists, or a name no hub id can have: hub ids are NAME or OWNER/NAME."""
+    return (
+        Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
+    )
+
+
+def init_from(spec: InitConfig, *, dtype: str = "float32", attention: str = "longctx") -> Any:
+    """A model of `spec`'s shape with random weights from its seed (the global random state is left alone)."""
+    import torch
+    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+    _register(attention)
+    shape: dict[str, Any] = {
+        "num_hidden_layers": spec.layers,
+        "hidden_size": spec.hidden,
+        "num_attention_heads": spec.heads,
+        "num_key_value_heads": spec.kv_heads,
+        "intermediate_size": spec.ffn,
+        "vocab_size": spec.vocab,
+        "head_dim": spec.head_dim or spec.hidden // spec.heads,
+        "max_position_embeddings": spec.window,
+        "rope_parameters": {"rope_type": "default", "rope_theta": spec.theta},
+        "tie_word_embeddings": spec.tie_embeddings,
+        "rms_norm_eps": spec.norm_eps,
+    }
+    if spec.family == "mistral":
+        shape["sliding_window"] = None
+    config = CONFIG_MAPPING[spec.family](**shape)
+    check_config(config, f"init.family={spec.family}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attention
+        )
+
+
+def model_of(config: ModelConfig) -> Any:
+    """The model a ModelConfig describes, with the rotary precision it asks for."""
+    from longctx.model.rotary import set_rope
+
+    if config.init is not None:
+        model = init_from(config.init, dtype=config.dtype, attention=config.attention)
+    else:
+        model = load(str(config.path), dtype=config.dtype, attention=config.attention)
+    if config.rotary == "float64":
+        rope, window = model.config.rope_parameters, model.config.max_position_embeddings
+        set_rope(model, rope, window, precision="float64")
+    return model
+
+
+def _register(attention: str) -> None:
+    if attention == "longctx":
+        from transformers import AttentionInterface
+
+        from longctx.attention.interface import register
+
+        register(AttentionInterface.register)
+
+
+def _check_loaded(info: dict[str, Any], path: str) -> None:
+    wrong = {kind: sorted(info.get(kind) or []) for kind in ("missing_keys", "mismatched_keys", "error_msgs")}
+    wrong = {kind: names for kind, names in wrong.items() if names}
+    if wrong:
+        kind, names = next(iter(wrong.items()))
+        raise UserError(
+            f"model.path={path}: {len(names)} weights are {kind.removesuffix('_keys')} in its safetensors, the "
+            f"first {names[0]}; the folder is incomplete or belongs to another config.json ({path})"
+        )

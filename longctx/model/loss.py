@@ -1,0 +1,143 @@
+"""The loss of the last hidden states, without the logits: sum(w x token loss) in chunks of tokens.
+
+A chunk's logits live in one buffer that becomes the probabilities and then the gradient; both gradients are
+made in the forward pass (three matrix products, as with the logits kept) and scaled in the backward pass, so
+nothing of size tokens x vocabulary exists and nothing is computed twice. torch's linear_cross_entropy was
+tried first: its chunked form has neither token weights nor a z-loss (docs/log.md has the times).
+
+Shapes: T tokens, E hidden size, V vocabulary, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+
+
+class TokenLosses(NamedTuple):
+    """total: sum of w x (nll + z lse^2), a scalar in the graph. nll [T] and z_total are detached."""
+
+    total: Tensor
+    nll: Tensor
+    z_total: Tensor
+
+
+def token_losses(
+    hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor, *, chunk: int, z_loss: float = 0.0
+) -> TokenLosses:
+    """The weighted loss of `head`'s logits at every labelled token.
+
+    hidden [T, E]; labels [T] with -100 where nothing is predicted; weights [T]; chunk: tokens at once.
+    nll [T] is fp32 (fp64 for fp64 inputs) and 0 where unlabelled; without any label the total is a zero that
+    is still connected to `hidden`. A plain Linear takes the fast path; any other head (a LoRA around it) is
+    called chunk by chunk under checkpointing, one product more.
+    """
+    weights = weights.to(_accumulator(hidden.dtype))
+    if type(head) is nn.Linear:
+        needed = torch.is_grad_enabled()
+        total, nll, z_total = _LinearLoss.apply(
+            hidden, head.weight, head.bias, labels, weights, chunk, z_loss, needed
+        )
+        return TokenLosses(total, nll, z_total)
+    return _called_loss(hidden, head, labels, weights, chunk, z_loss)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class _LinearLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor,
+        chunk: int, z_loss: float, needed: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        acc = _accumulator(hidden.dtype)
+        wants = [needed and flag for flag in ctx.needs_input_grad[:3]]
+        d_hidden = torch.zeros_like(hidden) if wants[0] else None
+        d_weight = torch.zeros_like(weight, dtype=acc) if wants[1] else None
+        d_bias = torch.zeros_like(bias, dtype=acc) if wants[2] and bias is not None else None
+        nll = torch.zeros(hidden.shape[0], dtype=acc, device=hidden.device)
+        lse = torch.zeros_like(nll)
+        for rows in _labelled(labels, chunk):
+            part, label, w = hidden[rows], labels[rows], weights[rows]
+            logits = F.linear(part, weight, bias).to(acc)
+            top = logits.amax(-1, keepdim=True)
+            target = logits.gather(-1, label[:, None])
+            total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            part_lse = top + total.log()
+            nll[rows], lse[rows] = (part_lse - target).squeeze(-1), part_lse.squeeze(-1)
+            if not any(wants):
+                continue
+            # d(nll + z lse^2)/dlogits = p (1 + 2 z lse) - onehot, all times w; written over the exponentials.
+            logits.mul_((1 + 2 * z_loss * part_lse) * w[:, None] / total)
+            logits.scatter_add_(-1, label[:, None], -w[:, None])
+            gradient = logits.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[rows] = gradient @ weight
+            if d_weight is not None:
+                _add_product(d_weight, gradient, part)
+            if d_bias is not None:
+                d_bias += logits.sum(0)
+        ctx.gradients = (
+            d_hidden,
+            d_weight if d_weight is None else d_weight.to(weight.dtype),
+            d_bias if d_bias is None or bias is None else d_bias.to(bias.dtype),
+        )
+        z_total = z_loss * (weights.double() * lse.double().square()).sum()
+        total = (weights.double() * nll.double()).sum() + z_total
+        ctx.mark_non_differentiable(nll, z_total)
+        return total.to(acc), nll, z_total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the loss's gradients were made once, in the forward pass, and are spent")
+        scaled = [None if made is None else made.mul_(grads[0].to(made.dtype)) for made in ctx.gradients]
+        ctx.gradients = None
+        return *scaled, None, None, None, None, None
+
+
+def _labelled(labels: Tensor, chunk: int) -> list[slice] | list[Tensor]:
+    """Rows that carry a label, `chunk` at a time: slices where all do, indices where some are skipped."""
+    rows = (labels != IGNORED).nonzero().squeeze(-1)
+    if len(rows) == len(labels):
+        return [slice(start, min(start + chunk, len(labels))) for start in range(0, len(labels), chunk)]
+    return list(rows.split(chunk)) if len(rows) else []
+
+
+def _add_product(total: Tensor, gradient: Tensor, part: Tensor) -> None:
+    """total [V, E] += gradient [C, V]^T part [C, E], accumulated in total's type."""
+    if total.dtype == part.dtype:
+        total.addmm_(gradient.t(), part)
+    else:
+        total += gradient.t() @ part
+
+
+def _called_loss(
+    hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor, chunk: int, z_loss: float
+) -> TokenLosses:
+    acc = _accumulator(hidden.dtype)
+
+    def part_loss(part: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(part).to(acc)
+        lse = logits.logsumexp(-1)
+        picked = logits.gather(-1, label.clamp(min=0)[:, None]).squeeze(-1)
+        return torch.where(label == IGNORED, 0.0, lse - picked), torch.where(label == IGNORED, 0.0, lse)
+
+    total = hidden.new_zeros((), dtype=acc)
+    z_total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    pieces = []
+    for part, label, w in zip(hidden.split(chunk), labels.split(chunk), weights.split(chunk), strict=True):
+        nll, lse = checkpoint(part_loss, part, label, use_reentrant=False, preserve_rng_state=False)
+        z_part = z_loss * (w * lse.square()).sum()
+        total = total + (w * nll).sum() + z_part
+        z_total += z_part.detach().double()
+        pieces.append(nll.detach())
+    return TokenLosses(total, torch.cat(pieces), z_total)

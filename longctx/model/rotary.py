@@ -1,0 +1,134 @@
+"""The model's rotary embedding: rebuilt for a stage, checked against longctx.rope, angles in fp32 or fp64.
+
+transformers computes inv_freq once, in fp32, and forms angles in fp32: at position 2^20 a fast dimension's
+angle is off by up to 0.06. `ExactRotary` keeps fp64 frequencies and angles and rounds only cos and sin.
+
+Shapes: B batch, S tokens, H heads, D head dim (all of it rotates).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from longctx.config.model import Precision
+from longctx.errors import UserError
+from longctx.rope.frequencies import attention_factor, inv_freq
+
+# transformers evaluates theta^(2i/d) in fp32, a few units in the last place from the exact value.
+_TOLERANCE = 2e-6
+
+
+class ExactRotary(nn.Module):
+    """cos and sin [B, S, D] of positions [B, S], the angle formed in fp64; a stand-in for transformers' module."""
+
+    inv_freq: Tensor
+
+    def __init__(self, frequencies: np.ndarray, scaling: float) -> None:
+        super().__init__()
+        self.register_buffer("inv_freq", torch.from_numpy(frequencies.astype(np.float64)), persistent=False)
+        self.attention_scaling = scaling
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ExactRotary:
+        """`model.to(bfloat16)` must not round the frequencies; only the device follows."""
+        exact = self.inv_freq
+        super()._apply(fn, recurse)
+        self.inv_freq = exact.to(self.inv_freq.device)
+        return self
+
+    @torch.no_grad()
+    def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        angles = position_ids[..., None].double() * self.inv_freq
+        both = torch.cat((angles, angles), dim=-1)
+        cos, sin = both.cos() * self.attention_scaling, both.sin() * self.attention_scaling
+        return cos.to(x.dtype), sin.to(x.dtype)
+
+
+def set_rope(
+    model: nn.Module, rope: Mapping[str, Any], window: int, *, precision: Precision = "float32"
+) -> None:
+    """Give a Hugging Face model `rope` (transformers' rope_parameters) and `window` tokens, in place.
+
+    The config's rope_parameters and max_position_embeddings are replaced and the rotary module is rebuilt,
+    since transformers reads them only in its constructor; the new inv_freq is asserted against longctx.rope.
+    Raises UserError for a rope that changes with the sequence's length (dynamic, longrope's short factors
+    aside): a training stage fixes one.
+    """
+    from longctx.model.family import backbone_of, causal_lm_of
+
+    base = backbone_of(model)
+    config = causal_lm_of(model).config
+    kind = rope.get("rope_type", "default")
+    if kind == "dynamic" or (kind == "longrope" and rope["short_factor"] != rope["long_factor"]):
+        raise UserError(
+            f"rope_type={kind!r} changes inv_freq with the length of the sequence at run time, and a training "
+            "stage needs one fixed set of frequencies; give the stage a theta, another rule, or equal factors "
+            "(curriculum.stages.*.rule)"
+        )
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    config.rope_parameters = {"rope_type": kind, **rope}
+    config.max_position_embeddings = int(window)
+    exact = inv_freq(config.rope_parameters, head_dim, window=window)
+    old = base.rotary_emb
+    device = old.inv_freq.device
+    if precision == "float64":
+        scaling = attention_factor(config.rope_parameters, window=window)
+        base.rotary_emb = ExactRotary(exact, scaling).to(device)
+    else:
+        base.rotary_emb = _transformers_rotary(base)(config=config).to(device)
+    check_inv_freq(base.rotary_emb.inv_freq, exact, f"rope {dict(config.rope_parameters)}")
+
+
+def check_inv_freq(found: Tensor, exact: np.ndarray, what: str) -> None:
+    """Raise RuntimeError when a rotary module's inv_freq [D/2] is not `exact` to fp32 rounding."""
+    ours = torch.from_numpy(np.asarray(exact, dtype=np.float64))
+    theirs = found.detach().double().cpu()
+    if theirs.shape != ours.shape:
+        raise RuntimeError(f"{what}: inv_freq has shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
+    worst = ((theirs - ours).abs() / ours.abs().clamp_min(1e-300)).max().item()
+    if not worst < _TOLERANCE:
+        raise RuntimeError(
+            f"{what}: inv_freq is off by {worst:.2e} relative; the rotary module was not rebuilt"
+        )
+
+
+def _transformers_rotary(base: nn.Module) -> type[nn.Module]:
+    """The family's own rotary class, also after ExactRotary took its place."""
+    import sys
+
+    name = type(base).__name__.removesuffix("Model") + "RotaryEmbedding"
+    return getattr(sys.modules[type(base).__module__], name)
+
+
+class Rotate(torch.autograd.Function):
+    """x [B, S, H, D] turned by cos, sin [B, S, D] -> [B, H, S, D] contiguous (Su et al. 2104.09864, eq. 34).
+
+    The same products and sums as transformers' q * cos + rotate_half(q) * sin, without its temporaries; the
+    backward pass turns by the opposite angle and saves nothing but cos and sin.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turn(x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        turned = _turn(grads[0].transpose(1, 2), cos.unsqueeze(2), -sin.unsqueeze(2))
+        return turned, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    first, second = x[..., :half], x[..., half:]
+    torch.mul(first, cos[..., :half], out=out[..., :half])
+    out[..., :half].addcmul_(second, sin[..., :half], value=-1)
+    torch.mul(second, cos[..., half:], out=out[..., half:])
+    out[..., half:].addcmul_(first, sin[..., half:])
+    return out

@@ -1,0 +1,119 @@
+"""What a layer keeps for its backward pass: checkpoints that save the outputs of chosen operators.
+
+`kept_checkpoint` is torch's non-reentrant checkpoint with two dispatch modes of our own: in the forward pass the
+outputs of the chosen operators are kept, in the recomputation they are handed back in the same order, so
+attention never runs twice. torch's own selective checkpointing does the same but ignores, in eager mode, the
+policy that offloads (2.13); here both kinds of storage are one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from longctx.attention import SAVED_OPS
+from longctx.config.model import MemoryConfig
+
+Chooser = Callable[[Any, tuple[Any, ...]], bool]
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def attention_only(op: Any, args: tuple[Any, ...]) -> bool:
+    """Context attention's out and lse."""
+    return op in SAVED_OPS
+
+
+def attention_and_products(op: Any, args: tuple[Any, ...]) -> bool:
+    """Attention, and q, k, v before they are turned."""
+    return attention_only(op, args) or op in _PRODUCTS
+
+
+def widening_products(op: Any, args: tuple[Any, ...]) -> bool:
+    """gate and up (wider than what goes in); o_proj and down are cheap or never needed again."""
+    return op in _PRODUCTS and args[-1].shape[-1] > args[-1].shape[-2]
+
+
+@dataclass(frozen=True)
+class KeepPlan:
+    """One layer's plan: what each of its two regions keeps (None: everything), and the tokens of a block."""
+
+    attention: Chooser | None
+    feed_forward: Chooser | None
+    block: int
+
+    @classmethod
+    def of(cls, memory: MemoryConfig, *, layer: int, layers: int, keep_matmuls: int) -> KeepPlan:
+        """Layer `layer` of `layers`: the last `keep_matmuls` also keep their matrix products."""
+        if not memory.checkpoint:
+            return cls(None, None, memory.ffn_block)
+        if layer >= layers - keep_matmuls:
+            return cls(attention_and_products, widening_products, memory.ffn_block)
+        return cls(attention_only, _nothing, memory.ffn_block)
+
+
+def _nothing(op: Any, args: tuple[Any, ...]) -> bool:
+    return False
+
+
+keep_everything = KeepPlan(None, None, 0)
+
+
+def kept_checkpoint(keep: Chooser | None, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """`function(*args)`, recomputed in the backward pass except for the outputs of the operators `keep` chooses.
+
+    Only tensors given directly as arguments are saved through saved-tensor hooks; those inside tuples are
+    held as they are. keep=None calls the function and lets autograd save what it likes.
+    """
+    if keep is None or not torch.is_grad_enabled():
+        return function(*args)
+    context = contextlib.nullcontext if keep is _nothing else None
+
+    def contexts() -> tuple[Any, Any]:
+        if context is not None:
+            return context(), context()
+        kept: list[Any] = []
+        return _Keep(keep, kept), _HandBack(keep, kept)
+
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+class _Keep(TorchDispatchMode):
+    """Keeps the outputs of the chosen operators, in order."""
+
+    def __init__(self, keep: Chooser, kept: list[Any]) -> None:
+        super().__init__()
+        self.keep, self.kept = keep, kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if self.keep(func, args):
+            self.kept.append(tree_map(_detached, out))
+        return out
+
+
+class _HandBack(TorchDispatchMode):
+    """Gives the kept outputs back in place of computing them; the list is empty afterwards."""
+
+    def __init__(self, keep: Chooser, kept: list[Any]) -> None:
+        super().__init__()
+        self.keep, self.kept = keep, kept
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.keep(func, args):
+            return func(*args, **(kwargs or {}))
+        if not self.kept:
+            raise RuntimeError(f"{func} was kept once and has been handed back; backward ran twice")
+        return self.kept.pop(0)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

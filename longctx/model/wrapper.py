@@ -1,0 +1,104 @@
+"""The module an engine trains: input ids in, the sum of weighted token losses out.
+
+Head and loss are computed inside its forward, where ZeRO-3 has the weights gathered, and in chunks, so that no
+logits exist. The caller shifts labels before it shards the sequence and divides by the global weight.
+
+Shapes: B batch, S this rank's tokens, E hidden size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from longctx.attention import ContextParallel, Layout
+from longctx.comm import SoloWire
+from longctx.config.model import MemoryConfig
+from longctx.model.family import backbone_of, causal_lm_of
+from longctx.model.layer import train_layers
+from longctx.model.loss import IGNORED, token_losses
+from longctx.topology import split
+
+
+class LossOutput(NamedTuple):
+    """loss_sum: sum of w x (nll + z lse^2) over this rank's labelled tokens, in the graph even if there are none.
+
+    Detached: tokens (how many are labelled), weight_sum (their w), nll_sum (of w x nll), z_sum; and on request
+    per_token [B, S], the plain nll, 0 where unlabelled, and logits [n, V].
+    """
+
+    loss_sum: Tensor
+    tokens: Tensor
+    weight_sum: Tensor
+    nll_sum: Tensor
+    z_sum: Tensor
+    per_token: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class LossModel(nn.Module):
+    """A Hugging Face causal LM (peft's wrapper around one too) with its loss, in the least memory.
+
+    z_loss: factor of lse^2 beside the nll (PaLM 2204.02311, section 5), weighted like its token.
+    """
+
+    def __init__(self, model: nn.Module, memory: MemoryConfig, *, z_loss: float = 0.0) -> None:
+        super().__init__()
+        self.model = model
+        self.memory = memory
+        self.z_loss = z_loss
+        self._alone: ContextParallel | None = None
+        train_layers(model, memory)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        labels: Tensor,
+        weights: Tensor | None = None,
+        layout: Layout | None = None,
+        *,
+        per_token: bool = False,
+        logits_at: Tensor | None = None,
+    ) -> LossOutput:
+        """Loss of this rank's tokens.
+
+        input_ids, labels, weights [B, S]; positions [B, S] or [S]; labels are already shifted (labels[i] follows
+        input_ids[i]) with -100 where nothing is predicted; weights None counts every label once. layout: this
+        rank's attention layout, None for one process and one document. logits_at: indices into B*S whose
+        logits [n, V] are wanted, for evaluation.
+        """
+        head = causal_lm_of(self.model).get_output_embeddings()
+        hidden = self.hidden(input_ids, positions, layout).flatten(0, 1)
+        flat = labels.flatten()
+        given = torch.ones_like(flat, dtype=torch.float32) if weights is None else weights.flatten()
+        given = torch.where(flat == IGNORED, 0.0, given)
+        losses = token_losses(hidden, head, flat, given, chunk=self.memory.loss_chunk, z_loss=self.z_loss)
+        return LossOutput(
+            loss_sum=losses.total,
+            tokens=(flat != IGNORED).sum(),
+            weight_sum=given.sum(dtype=torch.float64),
+            nll_sum=(losses.nll.double() * given.double()).sum(),
+            z_sum=losses.z_total,
+            per_token=losses.nll.view(labels.shape) if per_token else None,
+            logits=None if logits_at is None else head(hidden[logits_at]),
+        )
+
+    def hidden(self, input_ids: Tensor, positions: Tensor, layout: Layout | None = None) -> Tensor:
+        """Last hidden states [B, S, E], after the final norm."""
+        if positions.dim() == 1:
+            positions = positions.expand(input_ids.shape[0], -1)
+        base = backbone_of(self.model)
+        layout = layout or self._own_layout(input_ids.shape[1])
+        out = base(input_ids=input_ids, position_ids=positions, use_cache=False, layout=layout)
+        return out.last_hidden_state
+
+    def _own_layout(self, length: int) -> Layout:
+        """One document of `length` tokens, all of them here, whatever the world."""
+        if self._alone is None:
+            self._alone = ContextParallel(SoloWire(), split(1, 1))
+            weakref.finalize(self, self._alone.close)
+        return self._alone.layout(length)
