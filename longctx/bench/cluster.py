@@ -98,10 +98,16 @@ def run(
         _end(process)
     readers[1].join(timeout=5)
     if status:
-        text = "\n".join(errors[-25:])
+        text = "\n".join(_first_failure(errors))
         if status == 2:
             raise UserError(text)
         raise RunFailed(f"a rank of the virtual cluster failed (status {status}):\n{text}")
+
+
+def _first_failure(errors: list[str]) -> list[str]:
+    """The last lines of whichever rank failed first: torch marks them [rankN]; the others only lost a peer."""
+    first = next((line.split("]")[0] for line in errors if line.startswith("[rank")), "")
+    return [line for line in errors if line.startswith(first)][-12:]
 
 
 def _drain(stream: object, put: Callable[[str | None], object]) -> None:

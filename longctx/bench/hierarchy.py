@@ -207,24 +207,23 @@ def predict(config: BenchHierarchyConfig, schedule: str, unlimited: dict[str, fl
 
 
 def table(document: dict[str, Any]) -> Any:
-    """The result for people."""
+    """The result for people, 80 columns wide."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     s = document["setting"]
     title = (
-        f"{s['nodes']} nodes x {s['ranks']} ranks, {s['rate']} per rank's link, {s['tokens']} tokens, "
+        f"{s['nodes']} nodes x {s['ranks']} ranks, {s['rate']} per rank's link, {s['tokens']} tokens,\n"
         f"{s['heads']}/{s['kv_heads']} heads x {s['head_dim']}, fp32, {s['cores']} cores, torch {s['torch']}"
     )
-    made = Table(title=title, title_justify="left")
-    for column in ("schedule", "pass", "seconds", "x flat", "predicted", "error", "unlimited", "x flat"):
-        made.add_column(column, justify="left" if column in ("schedule", "pass") else "right")
-    made.add_column("MB sent inner / outer")
+    made = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("schedule", "pass", "seconds", "x flat", "predicted", "no limit", "x flat"):
+        made.add_column(column, justify="left" if column in ("schedule", "pass") else "right", no_wrap=True)
     for schedule, values in document["seconds"].items():
         for p, seconds in values.items():
             made.add_row(*_cells(document, schedule, p, seconds))
-    made.caption = "bytes: the busiest rank, forward and backward; counted " + (
-        "= formula for every schedule" if document["bytes_equal"] else "DIFFER from the formula, see the JSON"
-    )
+    made.caption = "\n".join(_byte_lines(document))
+    made.caption_justify = "left"
     return made
 
 
@@ -233,16 +232,26 @@ def _cells(document: dict[str, Any], schedule: str, p: str, seconds: float) -> l
         value = document.get(key, {}).get(schedule, {}).get(p)
         return "" if value is None else pattern.format(value)
 
-    sent = document["bytes"].get(schedule)
-    last = p == list(document["seconds"][schedule])[-1]
     return [
         schedule,
-        p.replace("_", " + "),
+        "fwd" if p == "forward" else "fwd+bwd",
         f"{seconds:.3f}",
         pick("ratios", "{:.2f}"),
-        pick("predicted", "{:.3f}"),
-        pick("prediction_error", "{:+.0%}"),
+        pick("predicted", "{:.3f} ") + pick("prediction_error", "({:+.0%})"),
         pick("unlimited", "{:.3f}"),
         pick("unlimited_ratios", "{:.2f}"),
-        f"{sent['inner'] / 1e6:.1f} / {sent['outer'] / 1e6:.1f}" if sent and last else "",
     ]
+
+
+def _byte_lines(document: dict[str, Any]) -> list[str]:
+    """The busiest rank's bytes of all passes, and whether they are what the formulas say."""
+    lines = ["MB sent by the busiest rank, inside its node / between nodes:"]
+    for schedule, sent in document["bytes"].items():
+        wanted = document["bytes_formula"][schedule]
+        verdict = (
+            "= formula"
+            if sent == wanted
+            else f"formula {wanted['inner'] / 1e6:.2f} / {wanted['outer'] / 1e6:.2f}"
+        )
+        lines.append(f"  {schedule}: {sent['inner'] / 1e6:.2f} / {sent['outer'] / 1e6:.2f}, {verdict}")
+    return lines

@@ -81,16 +81,17 @@ def _measure(spec: dict[str, Any], cp: ContextParallel) -> dict[str, Any]:
         torch.randn(1, heads, local, spec["head_dim"], requires_grad=spec["backward"])
         for heads in (spec["heads"], spec["kv_heads"], spec["kv_heads"])
     )
+    cp.bytes.reset()
     before = _sent_by_link()
     dist.barrier()
     start = time.perf_counter()
     out = context_attention(q, k, v, layout)
     seconds = {"forward": time.perf_counter() - start}
-    counted = {"forward": dict(cp.bytes_sent)}
+    counted = {"forward": dict(cp.bytes.per_level())}
     if spec["backward"]:
         out.backward(torch.ones_like(out))
         seconds["forward_backward"] = time.perf_counter() - start
-        counted["forward_backward"] = dict(cp.bytes_sent)
+        counted["forward_backward"] = dict(cp.bytes.per_level())
     dist.barrier()
     names = sorted(seconds)
     slowest = torch.tensor([seconds[name] for name in names], dtype=torch.float64)
