@@ -32,14 +32,14 @@ def haystack(writer):
 
 
 def _oracle(tokens, where):
-    return torch.nn.functional.one_hot(tokens[where + 1], 2048).float()
+    return torch.nn.functional.one_hot(tokens[where + 1], 512).float()
 
 
 def test_an_oracle_finds_every_needle_and_a_blind_model_none(writer, haystack):
     found = needle.grid(_oracle, CONFIG, writer, haystack, label="oracle")
     assert found.pooled() == 1.0
     assert found.asked.sum() == 2 * 2 * 5 * 2
-    blind = needle.grid(lambda t, w: torch.zeros(len(w), 2048), CONFIG, writer, haystack, label="blind")
+    blind = needle.grid(lambda t, w: torch.zeros(len(w), 512), CONFIG, writer, haystack, label="blind")
     assert blind.pooled() == 0.0
 
 

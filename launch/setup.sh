@@ -1,0 +1,40 @@
+# Sourced by quickstart.sh and test.sh: makes .venv with the pinned set, or reuses it when nothing changed.
+# Usage: . launch/setup.sh EXTRA[,EXTRA]     (after: $PYTHON is the environment's interpreter)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+extras="${1:-train}"
+
+python="${LONGCTX_PYTHON:-}"
+if [ -z "$python" ]; then
+  for candidate in python3.11 python3.12 python3.13 python3; do
+    if command -v "$candidate" >/dev/null && "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'; then
+      python="$candidate"; break
+    fi
+  done
+fi
+[ -n "$python" ] || { echo "longctx needs Python 3.11, 3.12 or 3.13; none was found on PATH (or set LONGCTX_PYTHON)" >&2; exit 2; }
+
+PYTHON="$PWD/.venv/bin/python"
+# The stamp holds what the environment was made from; a second run with the same files starts at once.
+stamp=".venv/.longctx-stamp"
+wanted="$(cat pyproject.toml launch/constraints.txt launch/setup.sh | cksum) $extras $("$python" -V 2>&1)"
+if [ ! -x "$PYTHON" ] || [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
+  echo "setting up .venv (once; a few minutes) ..." >&2
+  [ -x "$PYTHON" ] || "$python" -m venv .venv
+  pip() { "$PYTHON" -m pip --disable-pip-version-check --quiet "$@"; }
+  pip install -c launch/constraints.txt --upgrade pip hatchling editables setuptools wheel ninja
+  if command -v nvidia-smi >/dev/null 2>&1; then
+    pip install -c launch/constraints.txt torch
+  else
+    # No GPU: the CPU build spares gigabytes of CUDA. First where pip is set up to look, then PyTorch's own index,
+    # and last whatever pip offers.
+    version="$(sed -n 's/^torch==//p' launch/constraints.txt)"
+    pip install -c launch/constraints.txt "torch==$version+cpu" 2>/dev/null \
+      || pip install -c launch/constraints.txt --retries 1 --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null \
+      || pip install -c launch/constraints.txt torch
+  fi
+  # deepspeed comes as source: nothing of it is compiled now, and its build sees the torch that is installed.
+  case ",$extras," in *,train,*) DS_BUILD_OPS=0 pip install -c launch/constraints.txt --no-build-isolation deepspeed ;; esac
+  pip install -c launch/constraints.txt --no-build-isolation -e ".[$extras]"
+  printf '%s' "$wanted" > "$stamp"
+fi

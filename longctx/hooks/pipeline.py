@@ -1,0 +1,110 @@
+"""The order of things after training: adapter, sibling, control, grids, one picture, one summary.
+
+Everything is skipped where its result stands already. The last lines on screen say in plain words what
+happened, and where the picture is.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from longctx import console
+from longctx.config.hooks import EvidenceHook
+from longctx.config.train import TrainConfig
+from longctx.hooks import evidence
+from longctx.hooks.adapter import extract_adapter, merge_sibling
+from longctx.hooks.evidence import Finding, Subject
+from longctx.hooks.side import train_side
+
+
+def run_hooks(config: TrainConfig, folder: Path) -> int:
+    """Run what the config asks for; 0. A model drawn at random has no base to subtract, so it gets no adapter."""
+    stages = finished_stages(folder)
+    if not stages:
+        return 0
+    began = time.monotonic()
+    tuned = folder / stages[-1]["model"]
+    hooks = config.hooks
+    adapter, merged, sibling = folder / "adapter", folder / "merged", None
+    if hooks.lora.enabled and config.model.path is not None:
+        console.say("after training: the adapter (tuned minus base)")
+        extract_adapter(config, tuned, adapter)
+    if hooks.sibling is not None:
+        sibling = Path(hooks.sibling.path or "")
+        if hooks.sibling.run is not None:
+            console.say("after training: a sibling, another fine-tune of the same base")
+            sibling = train_side(config, folder, "sibling", hooks.sibling.run)
+        merge_sibling(sibling, adapter, merged)
+    if hooks.evidence is None:
+        return 0
+    control = None
+    if hooks.evidence.control is not None:
+        console.say("after training: the control, the same tokens at the base's window and theta")
+        control = train_side(config, folder, "control", hooks.evidence.control)
+    findings = _examine_all(config, hooks.evidence, folder, stages, tuned, sibling, control)
+    seconds = time.monotonic() - began
+    from longctx.hooks.summary import tell, write_summary
+    from longctx.report.proof import draw_proof
+
+    picture = folder / "eval" / "needle.png"
+    draw_proof(findings, picture, trained=stages[-1]["seq_len"], base=_window(str(config.model.path)))
+    summary = write_summary(config, folder, stages, findings, seconds)
+    tell(summary, picture)
+    return 0
+
+
+def finished_stages(folder: Path) -> list[dict[str, Any]]:
+    """finished.json of each trained stage, in the order they were trained."""
+    marks = [json.loads(path.read_text()) for path in (folder / "stages").glob("*/finished.json")]
+    return sorted(marks, key=lambda mark: (mark["seq_len"], mark["stage"]))
+
+
+def _examine_all(
+    config: TrainConfig, hook: EvidenceHook, folder: Path, stages: list[dict[str, Any]],
+    tuned: Path, sibling: Path | None, control: Path | None,
+) -> dict[str, Finding]:  # fmt: skip
+    subjects = _subjects(config, hook, folder, stages, tuned, sibling, control)
+    out = folder / "eval"
+    ground = evidence.open_ground(config.data, hook.source, tuned, folder / "data")
+    found = {}
+    with console.progress() as bar:
+        task = bar.add_task("needles", total=sum(evidence.forwards(s, hook, out) for s in subjects))
+        for subject in subjects:
+            bar.update(task, description=f"needles: {subject.name}")
+            found[subject.name] = evidence.examine(subject, hook, ground, out, lambda: bar.advance(task))
+    return found
+
+
+def _subjects(
+    config: TrainConfig, hook: EvidenceHook, folder: Path, stages: list[dict[str, Any]],
+    tuned: Path, sibling: Path | None, control: Path | None,
+) -> list[Subject]:  # fmt: skip
+    """Who is examined: the base and its controls, the extended model, and the sibling before and after."""
+    base, last = Path(str(config.model.path)), stages[-1]
+    subjects = [Subject("base", base, "base")]
+    if hook.theta_only:
+        rope = json.loads((tuned / "config.json").read_text())["rope_parameters"]
+        title = "control: theta changed, nothing trained"
+        subjects.append(Subject("theta_only", base, title, rope=rope, window=last["seq_len"]))
+    if control is not None:
+        subjects.append(Subject("control", control, "control: same tokens, old window and theta"))
+    subjects.append(Subject("extended", tuned, "extended"))
+    for stage in stages[:-1]:
+        subjects.append(Subject(f"stage_{stage['stage']}", folder / stage["model"], f"after stage {stage['stage']}"))
+    if sibling is not None:
+        subjects.append(Subject("sibling", sibling, "sibling: another fine-tune of the base"))
+        subjects.append(Subject("merged", folder / "merged", "sibling + adapter"))
+    unseen = evidence.unseen_phrasing(hook)
+    if unseen is not None:
+        note = "needle and question phrased as training never wrote them"
+        subjects.append(Subject("unseen", tuned, "extended, unseen phrasing", note, needle=unseen, losses=False))
+    return subjects
+
+
+def _window(model: str) -> int:
+    from longctx.model.load import read_config
+
+    return int(read_config(model).max_position_embeddings)

@@ -1,0 +1,109 @@
+"""summary.json: what a run reached, in numbers, and the closing words on screen. No number is typed in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from longctx import console
+from longctx.config.train import TrainConfig
+from longctx.hooks.evidence import Finding
+
+LIBRARIES = ("longctx", "torch", "transformers", "accelerate", "deepspeed", "peft", "safetensors", "hydra-core")
+
+
+def write_summary(
+    config: TrainConfig, folder: Path, stages: list[dict[str, Any]], findings: Mapping[str, Finding], seconds: float
+) -> dict[str, Any]:
+    """Write RUN/summary.json and return it.
+
+    needle: {subject: {length: accuracy pooled over depths and seeds}}; pooled, by_seed: the same over lengths.
+    loss: {subject: {window: nats per token}} on the same held-out windows. seconds: per stage, and after them.
+    """
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "needle": {name: found.grid.by_length() for name, found in findings.items()},
+        "needle_pooled": {name: found.grid.pooled() for name, found in findings.items()},
+        "needle_by_seed": {name: found.grid.by_seed() for name, found in findings.items()},
+        "needles_per_cell_and_seed": _cell(findings),
+        "loss": {name: found.losses for name, found in findings.items() if found.losses},
+        "loss_by_stage": _by_stage(findings, stages),
+        "theta": {stage["stage"]: stage["theta"] for stage in stages},
+        "seq_len": {stage["stage"]: stage["seq_len"] for stage in stages},
+        "tokens": {stage["stage"]: stage["tokens"] for stage in stages},
+        "seconds": {**{stage["stage"]: round(stage["seconds"], 1) for stage in stages}, "hooks": round(seconds, 1)},
+        "adapter": _adapter(folder / "adapter", config),
+        "frozen": config.optim.freeze,
+        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+    }
+    behaviour = folder / "eval" / "behaviour.json"
+    if behaviour.exists():
+        summary["behaviour"] = json.loads(behaviour.read_text())
+    beside = folder / "summary.json.part"
+    beside.write_text(json.dumps(summary, indent=1))
+    beside.replace(folder / "summary.json")
+    return summary
+
+
+def tell(summary: Mapping[str, Any], picture: Path) -> None:
+    """The last lines on screen."""
+    pooled, needle = summary["needle_pooled"], summary["needle"]
+    longest = max(needle["extended"])
+    words = [
+        f"The base finds {_percent(needle['base'][min(needle['base'])])} of the needles at {min(needle['base']):,} "
+        f"tokens and {_percent(needle['base'][longest])} at {longest:,}.",
+        f"Extended, the same model finds {_percent(pooled['extended'])} over all lengths and "
+        f"{_percent(needle['extended'][longest])} at {longest:,} tokens.",
+    ]
+    if "merged" in pooled:
+        size = summary["adapter"]["bytes"] / 1e6
+        words.append(
+            f"The difference, kept as a rank-{summary['adapter']['rank']} adapter of {size:.1f} MB and merged into a "
+            f"sibling that never saw a long text, takes it from {_percent(pooled['sibling'])} to "
+            f"{_percent(pooled['merged'])}."
+        )
+    controls = [
+        f"{_percent(pooled[name])} {text}"
+        for name, text in (("theta_only", "with theta changed and nothing trained"),
+                           ("control", "with as many tokens trained at the old window"),
+                           ("unseen", "with a phrasing that training never saw"))
+        if name in pooled
+    ]  # fmt: skip
+    if controls:
+        words.append("Controls: " + "; ".join(controls) + ".")
+    words.append(f"The picture: {picture}   The numbers: {picture.parent.parent / 'summary.json'}")
+    console.say("")
+    for line in words:
+        console.say(line)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _cell(findings: Mapping[str, Finding]) -> int:
+    return int(min(found.grid.asked.min() for found in findings.values()))
+
+
+def _by_stage(findings: Mapping[str, Finding], stages: list[dict[str, Any]]) -> dict[str, Any]:
+    names = {"base": "base", **{s["stage"]: f"stage_{s['stage']}" for s in stages[:-1]}}
+    names[stages[-1]["stage"]] = "extended"
+    return {stage: findings[name].losses for stage, name in names.items() if name in findings}
+
+
+def _adapter(folder: Path, config: TrainConfig) -> dict[str, Any]:
+    if not folder.exists():
+        return {}
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+    return {"rank": rank, "bytes": size, "profile": config.hooks.lora.profile}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
