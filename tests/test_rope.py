@@ -151,7 +151,7 @@ def test_yarn_on_a_yarn_model_raises_the_factor_from_its_original_length():
 
 def test_longrope_wants_one_factor_per_pair():
     rule = make_rule("longrope", {"long_factor": [2.0] * 64})
-    assert rule.to_hf(LLAMA3, 65536)["short_factor"] == [1.0] * 64
+    assert rule.to_hf(LLAMA3, 65536)["short_factor"] == [2.0] * 64
     with pytest.raises(
         UserError, match="long_factor has 3 numbers, but longrope needs one per rotary pair, 64"
     ):

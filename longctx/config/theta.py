@@ -25,10 +25,10 @@ class SearchConfig:
 
     stage: the stage searched (None: the last). bracket: the first thetas lie between rule / bracket and
     rule * bracket. points: thetas of the first round; rounds: golden-section steps around the best.
-    documents: held-out sequences of the stage's length; needles: prompts per trial. needle_weight: how much
-    the needles' answer loss counts beside the text's last-quarter loss. adapt_steps: optimizer steps per
-    candidate, thrown away afterwards; adapt_lr: their rate. attempts: how often a best value on the edge
-    widens the bracket.
+    documents: held-out sequences of the stage's length; needles: haystacks per trial, a needle at each of
+    five depths. needle_weight: how much the needles' answer loss counts beside the text's last-quarter loss.
+    adapt_steps: optimizer steps per candidate, thrown away afterwards; adapt_lr: their rate. attempts: how
+    often a best value on the edge widens the bracket.
     """
 
     stage: str | None = None
@@ -37,7 +37,7 @@ class SearchConfig:
     rounds: int = 4
     attempts: int = 2
     documents: int = 4
-    needles: int = 8
+    needles: int = 4
     needle_weight: float = 0.25
     adapt_steps: int = 0
     adapt_lr: float = 3e-4

@@ -212,7 +212,8 @@ class Llama3:
 class LongRope:
     """LongRoPE: lambda'_i = factor_i lambda_i, cos and sin times sqrt(1 + ln s / ln L0) (2402.13753).
 
-    The factors come from a search outside longctx; d/2 of them for sequences within the window and beyond it.
+    The factors come from a search outside longctx, d/2 of them. Sequences within the window may have their own
+    short_factor when served; training wants one set, so that left out they are the long ones.
     """
 
     name: ClassVar[str] = "longrope"
@@ -222,7 +223,7 @@ class LongRope:
     short_factor: list[float] | None = None
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
-        short = self.short_factor or [1.0] * (rope.dim // 2)
+        short = self.short_factor or self.long_factor
         for name, factors in (("long_factor", self.long_factor), ("short_factor", short)):
             if len(factors) != rope.dim // 2:
                 raise UserError(

@@ -1,0 +1,95 @@
+"""Narrowing on log theta: an even grid around the rule's value, wider where the best lies on its edge, then
+golden section around the best (Kiefer 1953).
+
+Pure: the loss is a function of an integer theta, asked at most once each, so that a search whose trials were
+written down replays them and goes on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+_GOLDEN = (3 - math.sqrt(5)) / 2  # 0.382
+_CLOSE = 1.02  # thetas nearer than 2 % are the same theta
+
+
+@dataclass(frozen=True)
+class Found:
+    """tried: score by theta. edge: the best is the lowest or highest tried ("low", "high"), else None."""
+
+    theta: int
+    score: float
+    tried: dict[int, float]
+    edge: str | None
+
+
+def narrow(
+    score: Callable[[int, str], float],
+    center: int,
+    *,
+    bracket: float,
+    points: int,
+    rounds: int,
+    attempts: int,
+    lowest: int = 2,
+    say: Callable[[str], None] = lambda text: None,
+) -> Found:
+    """The theta with the lowest score.
+
+    score(theta, phase): phase is "grid", "widen" or "golden". The grid has `points` thetas from center /
+    bracket to center * bracket, none under `lowest`, and center itself. Up to `attempts` times a best value
+    on the edge moves the bracket further that way; then `rounds` golden-section steps between the neighbours
+    of the best.
+    """
+    tried: dict[int, float] = {}
+
+    def ask(theta: float, phase: str) -> None:
+        whole = max(lowest, round(theta))
+        if whole not in tried:
+            tried[whole] = score(whole, phase)
+
+    spread = [bracket ** (2 * i / (points - 1) - 1) for i in range(points)]
+    for factor in sorted({*spread, 1.0}):
+        ask(center * factor, "grid")
+    step = bracket ** (2 / (points - 1))
+    for _ in range(attempts):
+        edge = _edge(tried, lowest)
+        if edge is None:
+            break
+        best = _best(tried)
+        say(
+            f"the best theta so far, {best:,}, lies on the {edge} edge of the bracket; widening it"
+        )
+        for i in range(1, points // 2 + 1):
+            ask(best * step**i if edge == "high" else best / step**i, "widen")
+    for _ in range(rounds):
+        asked = _golden(sorted(tried), _best(tried))
+        if asked is None:
+            break
+        ask(asked, "golden")
+    best = _best(tried)
+    return Found(best, tried[best], dict(sorted(tried.items())), _edge(tried, lowest))
+
+
+def _best(tried: dict[int, float]) -> int:
+    return min(tried, key=lambda theta: (tried[theta], theta))
+
+
+def _edge(tried: dict[int, float], lowest: int) -> str | None:
+    """The edge the best lies on; the lowest theta that is allowed at all is not one."""
+    best = _best(tried)
+    if best == max(tried):
+        return "high"
+    return "low" if best == min(tried) and best > lowest else None
+
+
+def _golden(thetas: list[int], best: int) -> float | None:
+    """The next theta: 0.382 into the wider gap beside the best, on log theta; None when both are closed."""
+    at = thetas.index(best)
+    gaps = [(thetas[side] / best, thetas[side]) for side in (at - 1, at + 1) if 0 <= side < len(thetas)]
+    if not gaps:
+        return None
+    ratio, _ = max(gaps, key=lambda gap: abs(math.log(gap[0])))
+    return best * ratio**_GOLDEN if abs(math.log(ratio)) > 2 * math.log(_CLOSE) else None

@@ -1,0 +1,101 @@
+"""What a search reads: long held-out documents, and needle prompts with keys no training document has.
+
+Shapes: S tokens of the stage. A document shorter than S is followed by the next ones, as a reader of a whole
+folder would; how many were long enough by themselves is said.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longctx.config.data import DataConfig
+from longctx.config.eval import NeedleConfig
+from longctx.config.theta import SearchConfig
+from longctx.console import say
+from longctx.data.stage import choose_mix, corpus_haystack, open_source
+from longctx.data.writer import Writer
+from longctx.errors import UserError
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """One sequence: tokens int64 [S], and float32 [S] weights of predicting each of them (0: not counted)."""
+
+    tokens: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
+class Material:
+    """texts count their last quarter, needles their answers."""
+
+    texts: list[Weighted]
+    needles: list[Weighted]
+
+
+def gather(
+    data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: SearchConfig, cache: Path, stage: str
+) -> Material:
+    """Held-out texts and needle prompts of `length` tokens, the same for every theta.
+
+    Raises UserError when the mix has no text source or its held-out documents are too few.
+    """
+    chosen = choose_mix(data, mix, stage)
+    names = [str(data.sources[name].haystack or name) for name in chosen]
+    texts = [name for name in dict.fromkeys(names) if data.sources[name].kind not in ("synth", "chat")]
+    if not texts:
+        raise UserError(
+            f"data.mixes.{mix} holds no text, and a search needs long held-out documents; choose "
+            "data=stdlib or data=text data.path=FOLDER"
+        )
+    corpora = [open_source(name, data, tokenizer, cache, split="heldout") for name in texts]
+    corpus = max(corpora, key=lambda corpus: corpus.total)
+    rows = long_documents(corpus, length, trials.documents, np.random.default_rng(trials.seed))
+    last_quarter = (np.arange(length) >= length * 3 // 4).astype(np.float32)
+    needles = _needles(Writer(tokenizer), corpus, length, trials) if trials.needles else []
+    return Material([Weighted(row, last_quarter) for row in rows], needles)
+
+
+def long_documents(corpus: Any, length: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 [count, length]: beginnings of long documents, then of documents joined until they are long."""
+    if corpus.total < 2 * length:
+        raise UserError(
+            f"data.sources.{corpus.name} holds out {corpus.total} tokens, too few for documents of "
+            f"{length}: at least {2 * length} are needed; raise data.heldout, or search at a shorter length"
+        )
+    order = rng.permutation(len(corpus))
+    long = [int(d) for d in order if corpus.lengths[d] >= length][:count]
+    rows = [np.asarray(corpus.read(d, 0, length), np.int64) for d in long]
+    short = [int(d) for d in order if corpus.lengths[d] < length]
+    if len(rows) < count:
+        say(
+            f"{len(rows)} held-out documents of {corpus.name} have {length} tokens; the others are joined"
+        )
+    at = 0
+    while len(rows) < count:
+        parts, have = [], 0
+        while have < length:
+            document = short[at % len(short)] if short else long[at % len(long)]
+            part = np.asarray(corpus.read(document, 0, int(corpus.lengths[document])), np.int64)
+            parts.append(part)
+            have += len(part)
+            at += 1
+        rows.append(np.concatenate(parts)[:length])
+    return np.stack(rows)
+
+
+def _needles(writer: Writer, corpus: Any, length: int, trials: SearchConfig) -> list[Weighted]:
+    from longctx.eval.needle import prompts
+
+    config = NeedleConfig(lengths=(length,), per_cell=trials.needles, seeds=(trials.seed,))
+    found = []
+    for prompt in prompts(config, writer, corpus_haystack(corpus, writer)):
+        weights = np.zeros(len(prompt.document.tokens), np.float32)
+        for answer in prompt.document.answers:
+            weights[answer.start : answer.end] = 1.0
+        found.append(Weighted(prompt.document.tokens.astype(np.int64), weights))
+    return found

@@ -1,0 +1,119 @@
+"""What a theta is judged by: the loss of a model on weighted tokens, by the ring forward when there are
+several ranks.
+
+Optionally after a few optimizer steps at that theta, which are undone afterwards: every candidate begins with
+the same weights. Shapes: B = 1, S tokens of the stage, n of them on this rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from longctx.config.model import MemoryConfig
+from longctx.model import LossModel, set_rope
+from longctx.model.loss import IGNORED
+from longctx.theta.material import Material, Weighted
+
+if TYPE_CHECKING:
+    from longctx.attention import ContextParallel
+    from longctx.train.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Optimizer steps per candidate: one sequence each, AdamW at rate lr, gradients clipped to norm 1."""
+
+    sequences: list[Weighted]
+    lr: float
+
+
+class Objective:
+    """Losses of one model at any rope, equal on all ranks. model: loaded with attention `longctx`."""
+
+    def __init__(
+        self,
+        model: Any,
+        memory: MemoryConfig,
+        cp: ContextParallel,
+        ranks: Ranks,
+        *,
+        precision: Any = "float32",
+    ) -> None:
+        self.hf, self.cp, self.ranks, self.precision = model, cp, ranks, precision
+        self.model = LossModel(model, memory)
+
+    def losses(
+        self, rope: Mapping[str, Any], material: Material, adapt: Adapt | None = None
+    ) -> tuple[float, float | None]:
+        """(last-quarter loss of the texts, answer loss of the needles), nats per token, at this rope."""
+        window = len(material.texts[0].tokens)
+        set_rope(self.hf, rope, window, precision=self.precision)
+        with self._adapted(adapt) if adapt and adapt.sequences else _nothing(), torch.no_grad():
+            texts = self._mean(material.texts)
+            needles = self._mean(material.needles) if material.needles else None
+        return texts, needles
+
+    def _mean(self, sequences: Sequence[Weighted]) -> float:
+        total = weight = 0.0
+        self.model.eval()
+        for sequence in sequences:
+            out = self._forward(sequence)
+            total += float(out.nll_sum)
+            weight += float(out.weight_sum)
+        total, weight = self.ranks.broadcast(self.ranks.sum([total, weight]))
+        return total / weight
+
+    def _forward(self, sequence: Weighted) -> Any:
+        tokens = torch.from_numpy(sequence.tokens)
+        labels = torch.cat([tokens[1:], tokens.new_full((1,), IGNORED)])
+        weights = torch.from_numpy(np.append(sequence.weights[1:], np.float32(0)))
+        labels = torch.where(weights > 0, labels, IGNORED)
+        layout = self.cp.layout(len(tokens), kind="zigzag")
+        device = self.ranks.device
+        local = [
+            layout.shard(x, dim=0, fill=fill)[None].to(device)
+            for x, fill in ((tokens, 0), (labels, IGNORED), (weights, 0.0))
+        ]
+        return self.model(local[0], layout.positions.to(device), local[1], local[2], layout)
+
+    @contextmanager
+    def _adapted(self, adapt: Adapt) -> Iterator[None]:
+        """The model after the steps, inside; its own weights again, after."""
+        parameters = [p for p in self.hf.parameters() if p.requires_grad]
+        before = [p.detach().clone() for p in parameters]
+        optimizer = torch.optim.AdamW(parameters, lr=adapt.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        try:
+            self.model.train()
+            for sequence in adapt.sequences:
+                optimizer.zero_grad(set_to_none=True)
+                out = self._forward(sequence)
+                weight = self.ranks.sum([float(out.weight_sum)])[0]
+                (out.loss_sum / max(weight, 1e-9)).backward()
+                self._sum_gradients(parameters)
+                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+                optimizer.step()
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, kept in zip(parameters, before, strict=True):
+                    parameter.copy_(kept)
+                    parameter.grad = None
+
+    def _sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        if self.ranks.world == 1:
+            return
+        for parameter in parameters:
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            torch.distributed.all_reduce(gradient)
+            parameter.grad = gradient
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield

@@ -1,0 +1,50 @@
+"""Starting the ranks of a search on this machine, through torch.distributed's own agent."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from longctx.errors import RunFailed, UserError
+
+
+def start(nproc: int, entry: Callable[..., int], *arguments: Any) -> int:
+    """Run entry(*arguments) on `nproc` ranks over gloo; returns rank 0's status.
+
+    Raises UserError or RunFailed with the first failing rank's own message.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=f"longctx-theta-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="spawn",
+        local_addr="localhost",
+    )
+    try:
+        answers = elastic_launch(agent, guarded)(entry, *arguments)
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        raise RunFailed(
+            f"rank {rank} of the search failed (status {failure.exitcode}): {failure.message}"
+        ) from None
+    problem = answers[0][1]
+    if problem is not None:
+        raise UserError(problem)
+    return int(answers[0][0])
+
+
+def guarded(entry: Callable[..., int], *arguments: Any) -> tuple[int, str | None]:
+    """(status, None), or (2, the message) of a user's mistake: it crosses the process border as text."""
+    try:
+        return entry(*arguments), None
+    except UserError as error:
+        return 2, str(error)

@@ -1,0 +1,264 @@
+"""`longctx theta search=true`: which theta a model itself reads long held-out documents best with.
+
+Every candidate is judged on the same texts and needles; trials are written as they end, the best theta goes
+into a stage override file that a curriculum reads. With several ranks (nproc, or under torchrun) the sequence
+is shared by ring attention.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from longctx import console
+from longctx.config.data import DataConfig
+from longctx.config.model import ModelConfig
+from longctx.config.theta import ThetaConfig
+from longctx.curriculum import Stage
+from longctx.errors import UserError, nearest
+from longctx.rope import Rope
+from longctx.theta.bracket import Found, narrow
+from longctx.theta.curve import draw_curve
+from longctx.theta.trials import Trial, TrialFile, key_of
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every rank gets. floor: the theta the stage must not fall below."""
+
+    config: ThetaConfig
+    model: ModelConfig
+    data: DataConfig
+    stage: Stage
+    floor: int
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.folder)
+
+
+@dataclass(frozen=True)
+class Result:
+    """rule: the trial at the rule's own theta; best: the winner; edge: the edge it lies on, if any."""
+
+    stage: str
+    seq_len: int
+    rule: Trial
+    best: Trial
+    edge: str | None
+    trials: list[Trial]
+
+
+def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
+    """The search, on this process or on nproc ranks it starts."""
+    from longctx.train.ranks import launcher_environment
+
+    stage = chosen_stage(config, stages)
+    if config.model is None or config.model.path is None:
+        raise UserError(
+            "search=true reads documents with the model itself: give model.path=FOLDER or model=tiny (the "
+            "command line)"
+        )
+    if config.data is None:
+        raise UserError("search=true needs held-out documents: give data=stdlib (the command line)")
+    if config.nproc < 1:
+        raise UserError(f"nproc={config.nproc} must be 1 or more ranks (configs/theta.yaml)")
+    floor = stages[stage.index - 1].theta if stage.index else rope.theta
+    job = Job(config, config.model, config.data, stage, int(floor))
+    if config.nproc > 1 and launcher_environment()["WORLD_SIZE"] == "1":
+        from longctx.theta.ranks import start
+
+        return start(config.nproc, search_rank, job)
+    return search_rank(job)
+
+
+def chosen_stage(config: ThetaConfig, stages: Sequence[Stage]) -> Stage:
+    """trials.stage, or the last."""
+    name = config.trials.stage
+    if name is None:
+        return stages[-1]
+    known = [stage.name for stage in stages]
+    if name not in known:
+        near = nearest(name, known)
+        hint = f"did you mean {near!r}? " if near else ""
+        raise UserError(
+            f"trials.stage={name!r} is no stage; {hint}known: {', '.join(known)} (configs/theta.yaml)"
+        )
+    return stages[known.index(name)]
+
+
+def search_rank(job: Job) -> int:
+    """One rank's part."""
+    from longctx.config.train import EngineConfig
+    from longctx.train import ranks as worlds
+
+    ranks = worlds.start(EngineConfig())
+    try:
+        if not ranks.first:
+            console.silence()
+        result = _run(job, ranks)
+        if ranks.first:
+            report(job.config, result)
+        return 0
+    finally:
+        worlds.stop()
+
+
+def _run(job: Job, ranks: Any) -> Result:
+    from longctx.attention import ContextParallel
+    from longctx.model import model_of
+    from longctx.theta.objective import Objective
+
+    stage, settings = job.stage, job.config.trials
+    with ranks.agree("loading the model and its documents"):
+        model = model_of(job.model).to(ranks.device)
+        material, adapt = _material(job)
+    context = ContextParallel.from_world()
+    objective = Objective(model, job.model.memory, context, ranks, precision=job.model.rotary)
+    file = TrialFile(job.folder / f"trials-{stage.name}.jsonl", _key(job)) if ranks.first else None
+    done: dict[int, Trial] = ranks.broadcast(file.done if file else {})
+    trials: dict[int, Trial] = {}
+
+    def score(theta: int, phase: str) -> float:
+        if theta not in done:
+            began = time.perf_counter()
+            text, needle = objective.losses({**stage.rope, "rope_theta": theta}, material, adapt)
+            seconds = round(time.perf_counter() - began, 3)
+            trial = ranks.broadcast(Trial(theta, text, needle, phase, seconds))
+            if file:
+                file.add(trial)
+            done[theta] = trial
+        trials[theta] = done[theta]
+        shown = f", needles {done[theta].needle_loss:.4f}" if done[theta].needle_loss is not None else ""
+        console.say(f"theta {theta:>14,}: last quarter {done[theta].last_quarter_loss:.4f}{shown} ({phase})")
+        return done[theta].score(settings.needle_weight)
+
+    try:
+        found = narrow(
+            score,
+            int(stage.theta),
+            bracket=settings.bracket,
+            points=settings.points,
+            rounds=settings.rounds,
+            attempts=settings.attempts,
+            lowest=job.floor,
+            say=console.say,
+        )
+    finally:
+        context.close()
+    return _result(stage, found, trials)
+
+
+def _result(stage: Stage, found: Found, trials: dict[int, Trial]) -> Result:
+    ordered = [trials[theta] for theta in sorted(trials)]
+    return Result(
+        stage.name, stage.seq_len, trials[int(stage.theta)], trials[found.theta], found.edge, ordered
+    )
+
+
+def _material(job: Job) -> tuple[Any, Any]:
+    from transformers import AutoTokenizer
+
+    from longctx.data import open_stage
+    from longctx.theta.material import Weighted, gather
+    from longctx.theta.objective import Adapt
+
+    tokenizer = AutoTokenizer.from_pretrained(job.model.tokenizer or job.model.path)
+    settings, stage, cache = job.config.trials, job.stage, job.folder / "data"
+    material = gather(
+        job.data,
+        stage.mix,
+        tokenizer,
+        length=stage.seq_len,
+        trials=settings,
+        cache=cache,
+        stage=stage.name,
+    )
+    if not settings.adapt_steps:
+        return material, None
+    data = open_stage(
+        job.data,
+        mix=stage.mix,
+        seq_len=stage.seq_len,
+        sequences=settings.adapt_steps,
+        tokenizer=tokenizer,
+        seed=settings.seed,
+        split="train",
+        cache=cache,
+        stage=stage.name,
+    )
+    packed = [data.sequence(i) for i in range(settings.adapt_steps)]
+    return material, Adapt([Weighted(p.tokens.astype("int64"), p.weights) for p in packed], settings.adapt_lr)
+
+
+def _key(job: Job) -> str:
+    """Everything that makes two trials' losses comparable; the bracket and the needles' weight do not."""
+    folder, stage = Path(str(job.model.path)), job.stage
+    free = ("stage", "bracket", "points", "rounds", "attempts", "needle_weight")
+    settings = {key: value for key, value in asdict(job.config.trials).items() if key not in free}
+    weights = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+    rope = {key: value for key, value in stage.rope.items() if key != "rope_theta"}
+    return key_of(
+        {
+            "model": str(job.model.path),
+            "weights": weights,
+            "length": stage.seq_len,
+            "rope": rope,
+            "mix": stage.mix,
+            "data": asdict(job.data),
+            "trials": settings,
+        }
+    )
+
+
+def report(config: ThetaConfig, result: Result) -> None:
+    """The curve, the stage override file, and what was found."""
+    folder = Path(config.folder)
+    png = Path(config.png) if config.png else folder / f"search-{result.stage}.png"
+    draw_curve(result.trials, rule=result.rule.theta, best=result.best.theta, length=result.seq_len, path=png)
+    override = write_override(folder / "theta.yaml", result)
+    if result.edge:
+        console.warn(
+            f"the best theta, {result.best.theta:,}, lies on the {result.edge} edge of what was tried, so a "
+            f"better one may lie beyond; run again with trials.bracket={config.trials.bracket**2:g} or more "
+            "trials.attempts: trials already made are kept"
+        )
+    if config.format == "json":
+        values = {**asdict(result), "file": str(override), "png": str(png)}
+        console.emit_json(values)
+        return
+    rule, best = result.rule, result.best
+    console.emit(
+        f"{result.stage} ({result.seq_len:,} tokens): theta {best.theta:,} instead of the rule's "
+        f"{rule.theta:,}: last-quarter loss {best.last_quarter_loss:.4f} instead of "
+        f"{rule.last_quarter_loss:.4f}"
+        + (
+            f", needle answers {best.needle_loss:.4f} instead of {rule.needle_loss:.4f}"
+            if best.needle_loss
+            else ""
+        )
+        + f"\ncurve: {png}\nuse it: longctx train curriculum=... curriculum.theta_file={override}"
+    )
+
+
+def write_override(path: Path, result: Result) -> Path:
+    """Put the chosen theta into the stage override file, beside those of other stages already there."""
+    import yaml
+
+    known: dict[str, Any] = {}
+    if path.exists():
+        known = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
+    known[result.stage] = {"theta": result.best.theta}
+    lines = [
+        "# Written by `longctx theta search=true`; read with curriculum.theta_file=THIS_FILE.",
+        "stages:",
+    ]
+    lines += [f"  {name}: {json.dumps(values)}" for name, values in known.items()]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(path)
+    return path
