@@ -99,7 +99,9 @@ def check(config: EngineConfig) -> None:
     if config.name == "ddp" and (config.offload_optimizer or config.offload_parameters):
         raise UserError(f"engine.offload_* needs engine=deepspeed ({where}/ddp.yaml)")
     if config.offload_parameters and config.zero != 3:
-        raise UserError(f"engine.offload_parameters=true needs engine.zero=3, not {config.zero} ({where}/deepspeed.yaml)")
+        raise UserError(
+            f"engine.offload_parameters=true needs engine.zero=3, not {config.zero} ({where}/deepspeed.yaml)"
+        )
     if config.secondary_partition != 1 and config.zero != 3:
         raise UserError(f"engine.secondary_partition={config.secondary_partition} (hpZ) needs engine.zero=3 "
                         f"({where}/deepspeed.yaml)")  # fmt: skip
@@ -111,7 +113,9 @@ def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         hit = [name for name in names if fnmatch(name, pattern)]
         if not hit:
-            raise UserError(f"optim.freeze={pattern!r} matches no parameter; names look like {names[0]} (configs/optim)")
+            raise UserError(
+                f"optim.freeze={pattern!r} matches no parameter; names look like {names[0]} (configs/optim)"
+            )
         for name in hit:
             model.get_parameter(name).requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):

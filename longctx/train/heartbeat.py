@@ -44,7 +44,14 @@ class Progress:
 class Watcher:
     """A thread per rank; only rank 0 judges. limit: seconds without any rank moving."""
 
-    def __init__(self, progress: Progress, rank: int, world: int, limit: float, fail: Callable[[str], None] | None = None):
+    def __init__(
+        self,
+        progress: Progress,
+        rank: int,
+        world: int,
+        limit: float,
+        fail: Callable[[str], None] | None = None,
+    ):
         self.progress, self.rank, self.world, self.limit = progress, rank, world, limit
         self._fail = fail or _end_run
         self._stop = threading.Event()
@@ -95,7 +102,11 @@ def verdict(beats: list[Beat], limit: float) -> str | None:
         return None
     silent = [beat for beat in beats if beat.age > limit / 2]
     culprit = max(silent, key=lambda beat: beat.age) if silent else min(beats, key=lambda beat: beat.moves)
-    why = "its process no longer answers" if silent else f"it has been in {culprit.phase!r} for {culprit.still:.0f} s"
+    why = (
+        "its process no longer answers"
+        if silent
+        else f"it has been in {culprit.phase!r} for {culprit.still:.0f} s"
+    )
     others = sorted({beat.phase for beat in beats if beat.rank != culprit.rank})
     return (f"rank {culprit.rank} stalls at step {culprit.step}: {why}, while the others wait in {', '.join(others)} "
             f"(guards.stall_seconds={limit:g}). The last checkpoint stands; run the same command to continue")  # fmt: skip

@@ -37,7 +37,15 @@ WANDB_KEYS = {
 class Metrics:
     """Use on rank 0; `step` writes one line and hands it to wandb."""
 
-    def __init__(self, run: Path, config: LoggingConfig, resolved: Mapping[str, Any], *, last_step: int, wandb_id: str | None):
+    def __init__(
+        self,
+        run: Path,
+        config: LoggingConfig,
+        resolved: Mapping[str, Any],
+        *,
+        last_step: int,
+        wandb_id: str | None,
+    ):
         self.path = run / "metrics.jsonl"
         self._keep_until(last_step)
         self._file: IO[str] | None = open(self.path, "a")  # noqa: SIM115
@@ -67,7 +75,9 @@ class Metrics:
             self._file.write(text + "\n")
             self._file.flush()
         except OSError as error:  # a full disk must not end a run
-            console.warn(f"{self.path} cannot be written ({error.strerror}); no more metrics until the run is restarted")
+            console.warn(
+                f"{self.path} cannot be written ({error.strerror}); no more metrics until the run is restarted"
+            )
             self._file = None
 
     def _keep_until(self, step: int) -> None:

@@ -64,7 +64,7 @@ class ReplicatedEngine:
             self._grad.mul_(1.0 / self.ranks.world)
 
     def grad_norm(self) -> float:
-        self._norm = float(torch.linalg.vector_norm(self._grad))
+        self._norm = float(torch.linalg.vector_norm(self._grad, dtype=torch.float64))
         return self._norm
 
     def step(self, lr: float) -> None:
@@ -103,7 +103,9 @@ class ReplicatedEngine:
                 parameter.data.copy_(master.data)
             steps = float(reader.read("steps", name, 0, 1))
             if steps:
-                state: dict[str, Any] = {"step": torch.tensor(steps, dtype=torch.float32, device=master.device)}
+                state: dict[str, Any] = {
+                    "step": torch.tensor(steps, dtype=torch.float32, device=master.device)
+                }
                 for kind in MOMENTS:
                     flat = reader.read(kind, name, 0, master.numel()).to(master)
                     state[kind] = flat.view_as(master).clone()

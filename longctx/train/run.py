@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from longctx.config.model import ModelConfig
     from longctx.curriculum import Stage
 
+
 def run(config: TrainConfig) -> int:
     """Train, then run the post-training hooks. Returns the exit status."""
     stages = resolve_stages(config)
@@ -70,7 +71,11 @@ def _geometry(model: ModelConfig) -> tuple[int, dict[str, Any], int]:
     """(head_dim, rope_parameters, window) the run starts from."""
     if model.init is not None:
         init = model.init
-        return init.head_dim or init.hidden // init.heads, {"rope_type": "default", "rope_theta": init.theta}, init.window
+        return (
+            init.head_dim or init.hidden // init.heads,
+            {"rope_type": "default", "rope_theta": init.theta},
+            init.window,
+        )
     from longctx.model.family import check_config
     from longctx.model.load import read_config
 
@@ -135,7 +140,9 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     with ranks.agree("loading the model"):
         hf = model_of(config.model)
         tokenizer = _tokenizer(config.model)
-    counted = flops.of_model(hf.config, sum(p.numel() for p in hf.parameters()), recompute=config.model.memory.checkpoint)
+    counted = flops.of_model(
+        hf.config, sum(p.numel() for p in hf.parameters()), recompute=config.model.memory.checkpoint
+    )
     model = LossModel(hf, config.model.memory, z_loss=config.optim.z_loss)
     engine = engines.build(config.engine, config.optim, model, ranks)
     progress = Progress()
@@ -145,7 +152,9 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     loop.say_resumed(state, stages)
     metrics = None
     if ranks.first:
-        metrics = Metrics(run, config.logging, runfolder.to_dict(config), last_step=state.step, wandb_id=state.wandb_id)
+        metrics = Metrics(
+            run, config.logging, runfolder.to_dict(config), last_step=state.step, wandb_id=state.wandb_id
+        )
     try:
         with Display(config.logging.display, config.logging.every, stages, first=ranks.first) as display:
             job = loop.Job(
@@ -155,7 +164,9 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
             status = loop.run_stages(job)
         ranks.barrier()
         if status == SAVED_AND_REQUEUE:
-            console.say(f"{stop.name or 'a signal'}: saved at step {state.step}; the same command continues the run")
+            console.say(
+                f"{stop.name or 'a signal'}: saved at step {state.step}; the same command continues the run"
+            )
         return status
     finally:
         watcher.close()

@@ -21,7 +21,9 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        self._before = {
+            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)
+        }
 
     @property
     def asked(self) -> bool:

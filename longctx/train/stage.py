@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from longctx.curriculum import check_divides
 from longctx.errors import UserError
-from longctx.train.batch import MicroBatch, Shares, micro_batch, shares
+from longctx.plan.split import FILE, Shares, choose_cp, shares
+from longctx.topology import split
+from longctx.train.batch import MicroBatch, micro_batch
 from longctx.train.engine import Engine
 from longctx.train.ranks import Ranks
 
@@ -25,38 +26,10 @@ if TYPE_CHECKING:
     from longctx.curriculum import Stage
     from longctx.model import LossModel
 
-FILE = "configs/parallel and configs/curriculum"
 
-
-def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
-    """Ranks that hold one sequence of this stage. Raises UserError for a cp that the world or length refuses.
-
-    auto: the smallest divisor of the world for which a rank holds at most parallel.tokens_per_rank tokens of a
-    sequence and the batch divides over the groups; else the largest for which the batch divides.
-    """
-    fixed = parallel.stages.get(stage.name, parallel.cp)
-    if fixed != "auto":
-        if fixed < 1 or world % fixed:
-            raise UserError(
-                f"parallel.cp={fixed} does not divide the {world} ranks; "
-                f"{max(c for c in range(1, world + 1) if world % c == 0 and c <= max(fixed, 1))} fits ({FILE})"
-            )
-        check_divides(stage, fixed, FILE)
-        return fixed
-    parts = 2 if stage.layout == "zigzag" else 1
-    fits = [cp for cp in range(1, world + 1) if world % cp == 0 and stage.batch % (world // cp) == 0]
-    fits = [cp for cp in fits if cp == 1 or stage.seq_len % (parts * cp) == 0]
-    if not fits:
-        raise UserError(
-            f"curriculum.stages.{stage.name}: batch={stage.batch} sequences of {stage.seq_len} tokens fit no split of "
-            f"{world} ranks; take a batch that is a multiple of {world}, or a length that is one of {parts * world} "
-            f"({FILE})"
-        )
-    small = [cp for cp in fits if stage.seq_len <= parallel.tokens_per_rank * cp]
-    return small[0] if small else fits[-1]
-
-
-def check_parallel(stages: Sequence[Stage], parallel: ParallelConfig, engine: EngineConfig, world: int) -> None:
+def check_parallel(
+    stages: Sequence[Stage], parallel: ParallelConfig, engine: EngineConfig, world: int
+) -> None:
     """What can be refused before the ranks start: every stage's cp, batch share and micro-batch."""
     for name in parallel.stages:
         if name not in {stage.name for stage in stages}:
@@ -90,7 +63,7 @@ class OpenStage:
 
     def _batch(self, data: Any, indices: Sequence[int]) -> MicroBatch:
         tail = self.stage.advance is not None
-        return micro_batch([data.sequence(i) for i in indices], self.context, self.stage.layout, tail=tail)
+        return micro_batch(data, indices, self.context, self.stage.layout, tail=tail)
 
     @torch.no_grad()
     def heldout_loss(self, engine: Engine, ranks: Ranks) -> float | None:
@@ -157,16 +130,19 @@ def _open_data(
 
     made: Any = None
     with ranks.agree(f"preparing the data of stage {stage.name}"):
-        made = opened() if ranks.local_rank == 0 else None  # one rank per node tokenizes and packs, the others read
+        made = (
+            opened() if ranks.local_rank == 0 else None
+        )  # one rank per node tokenizes and packs, the others read
     return made if made is not None else opened()
 
 
 def _open_context(parallel: ParallelConfig, ranks: Ranks, cp: int) -> tuple[Any, dist.ProcessGroup | None]:
     """The ContextParallel of this rank's group of cp neighbours."""
     from longctx.attention import ContextParallel
+    from longctx.comm import SoloWire
 
     own: dist.ProcessGroup | None = None
-    if cp < ranks.world:
+    if 1 < cp < ranks.world:
         for first in range(0, ranks.world, cp):
             group = dist.new_group(list(range(first, first + cp)))
             if first <= ranks.rank < first + cp:
@@ -177,5 +153,7 @@ def _open_context(parallel: ParallelConfig, ranks: Ranks, cp: int) -> tuple[Any,
     schedule = parallel.schedule
     if schedule == "auto":
         schedule = "ulysses_ring" if parallel.ulysses > 1 else ("double_ring" if nodes > 1 else "flat_ring")
-    context = ContextParallel.from_world(group=own, nodes=nodes, schedule=schedule, ulysses=parallel.ulysses)
-    return context, own
+    ulysses = parallel.ulysses if schedule == "ulysses_ring" else None
+    if cp == 1:
+        return ContextParallel(SoloWire(), split(1, 1)), None
+    return ContextParallel.from_world(nodes, schedule, ulysses, group=own), own

@@ -1,0 +1,264 @@
+"""engine=deepspeed: ZeRO 1, 2 or 3 over all dp x cp ranks, through accelerate, without a sequence-parallel mpu.
+
+To DeepSpeed every rank is data parallel, so it averages over the world, which is what the step expects;
+gradient_accumulation_steps stays 1 and the window's boundary is set here. Communication and accumulation of
+gradients are fp32. What was really obtained is asserted: accelerate turns into DDP in silence when CPU is asked
+for in the wrong way. Tried with deepspeed 0.19.8; fragments replace its pickled checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.errors import RunFailed, UserError
+from longctx.train.engine import decay_groups, trainable
+from longctx.train.fragments import Fragment, FragmentReader, Kind
+
+if TYPE_CHECKING:
+    from longctx.config.train import EngineConfig, OptimConfig
+    from longctx.model import LossModel, LossOutput
+    from longctx.train.ranks import Ranks
+
+MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
+
+
+class ZeroEngine:
+    """See longctx.train.engine.Engine."""
+
+    def __init__(self, config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ranks) -> None:
+        self.model, self.ranks, self.stage = model, ranks, config.zero
+        self._named = trainable(model)
+        self._shapes = {name: list(parameter.shape) for name, parameter in self._named}
+        dtype = self._named[0][1].dtype
+        if dtype == torch.float64:
+            raise UserError(
+                "model.dtype=float64 is not something DeepSpeed trains; use engine=ddp (configs/engine)"
+            )
+        self.accelerator = _accelerator(config, optim, dtype, ranks)
+        optimizer = _optimizer(config, optim, self._named, ranks)
+        self.engine: Any = self.accelerator.prepare(model, optimizer)[0]
+        self.zero: Any = self.engine.optimizer
+        self._check(config, dtype)
+        for (
+            state
+        ) in self.zero.optimizer.state.values():  # ZeRO-3 has taken an empty step to allocate its moments
+            state["step"] = torch.zeros_like(torch.as_tensor(state["step"], dtype=torch.float32))
+
+    def _check(self, config: EngineConfig, dtype: torch.dtype) -> None:
+        kind = str(self.accelerator.distributed_type).rsplit(".", 1)[-1]
+        found = {"distributed type": kind, "world": dist.get_world_size(), "stage": self.engine.zero_optimization_stage(),
+                 "shards over": dist.get_world_size(self.zero.dp_process_group)}  # fmt: skip
+        wanted = {"distributed type": "DEEPSPEED", "world": self.ranks.world, "stage": config.zero,
+                  "shards over": self.ranks.world}  # fmt: skip
+        if found != wanted:
+            raise RunFailed(f"engine=deepspeed obtained {found} instead of {wanted}; DS_ACCELERATOR, ACCELERATE_USE_CPU "
+                            "or an accelerate config in the environment may have changed it")  # fmt: skip
+        if self.engine.communication_data_type != torch.float32:
+            raise RunFailed(f"gradients travel as {self.engine.communication_data_type}, not as float32")
+        self.facts: dict[str, Any] = {
+            "deepspeed": "accelerate " + kind, "ZeRO": config.zero, "world": self.ranks.world,
+            "device": str(self.ranks.device), "backend": str(dist.get_backend()),
+            "weights": str(dtype).removeprefix("torch."), "gradients": "float32",
+            "offload": "+".join(part for part, on in (("optimizer", config.offload_optimizer),
+                                                      ("parameters", config.offload_parameters)) if on) or "none",
+            "trainable": sum(torch.Size(shape).numel() for shape in self._shapes.values()),
+        }  # fmt: skip
+
+    def forward(self, **batch: Any) -> LossOutput:
+        return self.engine(**batch)
+
+    def backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss)
+
+    def grad_norm(self) -> float:
+        norm = float(self.zero.scaled_global_norm() if self.stage < 3 else _norm3(self.zero))
+        return norm if norm >= 0 else float("nan")  # DeepSpeed writes -1 for inf and NaN
+
+    def step(self, lr: float) -> None:
+        for group in self.zero.optimizer.param_groups:
+            group["lr"] = lr
+        self.engine.step()
+
+    def discard(self) -> None:
+        """What DeepSpeed itself does when a step overflows."""
+        self.zero.zero_grad(set_to_none=True)
+        if self.stage == 3:
+            self.zero._pre_step()
+            self.zero._partition_all_parameters()
+            if self.zero.offload_optimizer:
+                self.zero.reset_cpu_buffers()
+            else:
+                self.zero.averaged_gradients = {}
+        elif self.zero.cpu_offload:
+            self.zero.reset_cpu_buffers()
+        else:
+            for key in self.zero.averaged_gradients:
+                self.zero.averaged_gradients[key] = None
+                self.zero.all_grad_tensors[key] = None
+        self.engine.micro_steps += 1
+
+    def shapes(self) -> dict[str, list[int]]:
+        return dict(self._shapes)
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, parameter in self._named:
+            piece = (
+                _piece3(self.zero, parameter, self.ranks)
+                if self.stage == 3
+                else _piece12(self.zero, parameter)
+            )
+            if piece is None:
+                continue
+            start, numel, flat, offset = piece
+            yield Fragment("weight", name, start, flat.detach().narrow(0, offset, numel))
+            state = self.zero.optimizer.state.get(flat, {})
+            for kind in MOMENTS:
+                if kind in state:
+                    yield Fragment(kind, name, start, state[kind].narrow(0, offset, numel))
+            if start == 0:
+                steps = float(state["step"]) if "step" in state else 0.0
+                yield Fragment("steps", name, 0, torch.tensor([steps], dtype=torch.float64))
+
+    def restore(self, reader: FragmentReader) -> None:
+        for name, parameter in self._named:
+            piece = (
+                _piece3(self.zero, parameter, self.ranks)
+                if self.stage == 3
+                else _piece12(self.zero, parameter)
+            )
+            if piece is not None:
+                self._restore_piece(reader, name, *piece)
+            if self.stage < 3:
+                whole = reader.read("weight", name, 0, parameter.numel())
+                parameter.data.copy_(whole.view_as(parameter))
+            elif piece is not None:
+                start, numel, flat, offset = piece
+                parameter.ds_tensor.data.narrow(0, 0, numel).copy_(flat.detach().narrow(0, offset, numel))
+        if self.stage == 3:
+            self.zero._partition_all_parameters()
+            if self.zero.persistent_parameters:
+                self.zero.persistent_parameters[0].partition(self.zero.persistent_parameters)
+                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+
+    def _restore_piece(
+        self, reader: FragmentReader, name: str, start: int, numel: int, flat: torch.Tensor, offset: int
+    ) -> None:
+        flat.data.narrow(0, offset, numel).copy_(reader.read("weight", name, start, numel))
+        steps = float(reader.read("steps", name, 0, 1))
+        if not steps:
+            return
+        state = self.zero.optimizer.state[flat]
+        state["step"] = torch.tensor(
+            steps, dtype=torch.float32, device=state["step"].device if "step" in state else None
+        )
+        for kind in MOMENTS:
+            if kind not in state:
+                state[kind] = torch.zeros_like(flat.data)
+            state[kind].narrow(0, offset, numel).copy_(reader.read(kind, name, start, numel))
+
+    def state_for_export(self) -> Iterator[tuple[str, torch.Tensor]]:
+        import deepspeed
+
+        for name, parameter in self.model.named_parameters():
+            if self.stage == 3:
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    tensor = parameter.detach().clone() if self.ranks.first else parameter.detach()
+                yield name, tensor
+            else:
+                yield name, parameter.detach()
+
+    def close(self) -> None:
+        from accelerate.state import AcceleratorState, GradientState, PartialState
+
+        self.engine.destroy()
+        for state in (AcceleratorState, GradientState, PartialState):
+            state._shared_state.clear()
+
+
+def _accelerator(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> Any:
+    if ranks.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's only switch
+    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world)):
+        os.environ.setdefault(name, str(value))
+    import deepspeed
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # An all-reduce for inference that every CPU start would compile or load; training never calls it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    plugin = DeepSpeedPlugin(hf_ds_config=_settings(config, optim, dtype, ranks), zero3_init_flag=False)
+    backend = "gloo" if ranks.device.type == "cpu" else "nccl"
+    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
+
+
+def _settings(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's own config; nothing of it is left to `auto`."""
+    gpu = ranks.device.type == "cuda"
+    zero: dict[str, Any] = {
+        "stage": config.zero, "overlap_comm": gpu, "contiguous_gradients": True, "reduce_scatter": gpu,
+        "round_robin_gradients": False, "zero_hpz_partition_size": config.secondary_partition,
+    }  # fmt: skip
+    if config.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
+    if config.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": gpu}
+    return {
+        "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+        "train_batch_size": ranks.world, "gradient_clipping": optim.clip, "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16}, "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"}, "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True, "steps_per_print": 2**31,
+    }  # fmt: skip
+
+
+def _optimizer(
+    config: EngineConfig, optim: OptimConfig, named: list[Any], ranks: Ranks
+) -> torch.optim.Optimizer:
+    groups = decay_groups(named, optim.weight_decay)
+    options: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
+    if config.offload_optimizer and ranks.device.type == "cuda":
+        from deepspeed.ops.op_builder import CPUAdamBuilder
+
+        if not CPUAdamBuilder().is_compatible(verbose=False):
+            raise UserError("engine.offload_optimizer=true needs DeepSpeed's CPU Adam, which cannot be built here (a C++ "
+                            "compiler is missing); install one or set engine.offload_optimizer=false")  # fmt: skip
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, **options)
+    return torch.optim.AdamW(groups, **options, fused=True)
+
+
+def _norm3(zero: Any) -> torch.Tensor:
+    from deepspeed.runtime.zero.utils import combine_grad_norm_groups
+
+    return combine_grad_norm_groups(zero._get_norm_groups())
+
+
+def _piece12(zero: Any, parameter: torch.Tensor) -> tuple[int, int, torch.Tensor, int] | None:
+    """(start in the parameter, elements, flat fp32 partition, offset in it) of this rank, None without any."""
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:
+        return None
+    flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+    return (
+        mapping.lp_fragment_address.start,
+        mapping.lp_fragment_address.numel,
+        flat,
+        mapping.hp_fragment_address.start,
+    )
+
+
+def _piece3(zero: Any, parameter: Any, ranks: Ranks) -> tuple[int, int, torch.Tensor, int] | None:
+    group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
+    start = ranks.rank * padded
+    numel = min(padded, parameter.ds_numel - start)
+    return (start, numel, zero.fp32_partitioned_groups_flat[group], offset) if numel > 0 else None
