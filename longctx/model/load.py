@@ -5,7 +5,6 @@ What longctx cannot train exactly is refused before any weight is read.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +71,23 @@ def looks_local(path: str) -> bool:
 
 
 def init_from(spec: InitConfig, *, dtype: str = "float32", attention: str = "longctx") -> Any:
-    """A model of `spec`'s shape with random weights from its seed (the global random state is left alone)."""
+    """A model of `spec`'s shape, random weights from its seed; the global random state is left alone."""
     import torch
-    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+    from transformers import AutoModelForCausalLM
 
     _register(attention)
+    config = config_of(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        return AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, dtype), attn_implementation=attention
+        )
+
+
+def config_of(spec: InitConfig) -> Any:
+    """The transformers configuration of a shape."""
+    from transformers import CONFIG_MAPPING
+
     shape: dict[str, Any] = {
         "num_hidden_layers": spec.layers,
         "hidden_size": spec.hidden,
@@ -94,11 +105,7 @@ def init_from(spec: InitConfig, *, dtype: str = "float32", attention: str = "lon
         shape["sliding_window"] = None
     config = CONFIG_MAPPING[spec.family](**shape)
     check_config(config, f"init.family={spec.family}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(spec.seed)
-        return AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=attention
-        )
+    return config
 
 
 def model_of(config: ModelConfig) -> Any:

@@ -1,0 +1,172 @@
+"""A Hugging Face folder from a stream of tensors: what a stage hands to evaluation, extraction and users.
+
+Tensors are written as they come, so no rank ever holds the whole model. Theta and window stand in the config
+both as transformers 5 reads them (rope_parameters) and as older readers do (rope_theta, rope_scaling). The folder
+is written beside its place, read back, and renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from longctx.config.model import InitConfig, ModelConfig
+from longctx.errors import RunFailed
+from longctx.model.shards import ShardWriter, verify, write_json
+
+SHARD_BYTES = 4 << 30
+
+
+def export(
+    state: Iterable[tuple[str, Tensor]],
+    source: ModelConfig | str | Path,
+    tokenizer: Any,
+    out: str | Path,
+    *,
+    rope: Mapping[str, Any],
+    window: int,
+    write: bool = True,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write the model whose (name, tensor) pairs `state` yields to the folder `out`, replacing one that is there.
+
+    source: where its config and generation config come from, a ModelConfig or a folder or hub id. tokenizer: a
+    transformers tokenizer, or None. rope, window: rope_parameters and max_position_embeddings to serve with.
+    write=False only draws the stream to its end, which the ranks beside the writing one owe to its collectives.
+    Names may carry the `model.` of a LossModel. Raises RunFailed when a weight is missing or unknown, when the
+    disk is too small, or when the folder does not read back as written.
+    """
+    out = Path(out)
+    if not write:
+        for _ in state:
+            pass
+        return out
+    config, generation = _configs(source)
+    expected = _expected(config)
+    beside = out.parent / f".{out.name}.writing"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    _check_disk(beside, sum(expected.values()))
+    writer = ShardWriter(beside, limit=shard_bytes, names=len(expected))
+    dtype = "float32"
+    for name, tensor in state:
+        writer.add(_known(name, expected), tensor)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+    if missing := sorted(expected.keys() - writer.hashes.keys()):
+        raise RunFailed(f"export to {out}: {len(missing)} weights did not come, the first {missing[0]}")
+    writer.close()
+    write_json(beside / "config.json", served_config(config.to_diff_dict(), rope, window, dtype))
+    generation.save_pretrained(beside)
+    if tokenizer is not None:
+        _carry_tokenizer(tokenizer, beside, window)
+    try:
+        verify(beside, writer.hashes)
+        _verify_rope(beside, rope, window)
+    except RuntimeError as error:
+        raise RunFailed(f"export to {out} failed: {error}") from None
+    _publish(beside, out)
+    return out
+
+
+def served_config(config: Mapping[str, Any], rope: Mapping[str, Any], window: int, dtype: str) -> dict[str, Any]:
+    """`config` (a config.json's content) with rope, window and dtype in the new keys and in the older ones."""
+    rope = {"rope_type": "default", **rope}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    changed = {
+        "rope_parameters": rope,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if rope["rope_type"] == "default" else {**scaling, "type": rope["rope_type"]},
+        "max_position_embeddings": int(window),
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        "use_cache": True,
+    }
+    kept = {key: value for key, value in config.items() if not key.startswith("_attn")}
+    return {**kept, **changed}
+
+
+def _configs(source: ModelConfig | str | Path) -> tuple[Any, Any]:
+    """The transformers config and generation config of the model that training began with."""
+    from transformers import GenerationConfig
+
+    from longctx.model.load import config_of, read_config
+
+    if isinstance(source, ModelConfig) and isinstance(source.init, InitConfig):
+        config = config_of(source.init)
+        return config, GenerationConfig.from_model_config(config)
+    path = str(source.path if isinstance(source, ModelConfig) else source)
+    config = read_config(path)
+    try:
+        return config, GenerationConfig.from_pretrained(path)
+    except OSError:  # many folders carry none; transformers then derives one from the config, and so do we
+        return config, GenerationConfig.from_model_config(config)
+
+
+def _expected(config: Any) -> dict[str, int]:
+    """Bytes of every weight by name, from a model without storage; tied weights once. At most fp32 is counted."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    config.architectures = [type(model).__name__]
+    return {name: weight.numel() * 4 for name, weight in model.named_parameters()}
+
+
+def _known(name: str, expected: Mapping[str, int]) -> str:
+    for candidate in (name, name.removeprefix("model."), name.removeprefix("module.model.")):
+        if candidate in expected:
+            return candidate
+    raise RunFailed(
+        f"export: {name} is no weight of the model; adapters are merged (longctx lora-merge) before a folder in "
+        "Hugging Face format is written"
+    )
+
+
+def _check_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise RunFailed(
+            f"export: {folder.parent} has {free / 2**30:.2f} GiB free and the model may need "
+            f"{needed / 2**30:.2f} GiB; free some space and continue the run (folder=)"
+        )
+
+
+def _carry_tokenizer(tokenizer: Any, folder: Path, window: int) -> None:
+    """Save the tokenizer, its model_max_length the new window."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    write_json(path, {**settings, "model_max_length": int(window)})
+
+
+def _verify_rope(folder: Path, rope: Mapping[str, Any], window: int) -> None:
+    """The written config.json, as transformers reads it, holds the rope and window that were asked for."""
+    from transformers import AutoConfig
+
+    read = AutoConfig.from_pretrained(folder)
+    wrong = [key for key, value in rope.items() if read.rope_parameters.get(key) != value]
+    if wrong or read.max_position_embeddings != window:
+        raise RuntimeError(
+            f"config.json reads back with {read.rope_parameters} and window {read.max_position_embeddings}, "
+            f"not {dict(rope)} and {window}"
+        )
+
+
+def _publish(beside: Path, out: Path) -> None:
+    """Put the folder in its place; a reader sees the old one or the new one."""
+    for path in beside.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    old = out.parent / f".{out.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    beside.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
