@@ -18,6 +18,7 @@ from typing import Any
 
 from longctx import __version__
 from longctx.errors import RunFailed, UserError
+from longctx.train import runfolder
 from longctx.train.signals import INTERRUPTED, die_with_parent, leave_on_interrupt
 
 # What torch says on a rank whose peer has gone.
@@ -33,8 +34,10 @@ def main(words: Sequence[str]) -> int:
     if world > 1:
         leave_on_interrupt()
     try:
-        from longctx.train.run import run
+        from longctx.train.run import run, run_rank
 
+        if words[:1] == ["--resolved"]:  # started by `longctx train`, which runs the hooks itself
+            return run_rank(runfolder.read(Path(words[1])))
         return run(_config(list(words), rank, world))
     except UserError as error:
         _tell(str(error), rank == 0)
@@ -59,10 +62,6 @@ def main(words: Sequence[str]) -> int:
 
 
 def _config(words: list[str], rank: int, world: int) -> Any:
-    from longctx.train import runfolder
-
-    if words[:1] == ["--resolved"]:
-        return runfolder.read(Path(words[1]))
     if world == 1:
         return _compose(words)
     return _agree_on_config(words, rank)
@@ -85,7 +84,7 @@ def _agree_on_config(words: list[str], rank: int) -> Any:
 
     from longctx.config.base import build
     from longctx.config.train import EngineConfig, TrainConfig
-    from longctx.train import ranks, runfolder
+    from longctx.train import ranks
 
     ranks.join(rank, int(ranks.launcher_environment()["WORLD_SIZE"]), EngineConfig().timeout_seconds)
     spoken = hashlib.sha256(repr((__version__, words)).encode()).hexdigest()

@@ -184,7 +184,7 @@ def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
     heldout = opened.heldout_loss(job.engine, job.ranks)
     opened.export(job.engine, job.ranks, folder / "model")
     facts = {
-        "stage": stage.name, "steps": job.state.stage_step, "tokens": job.state.cursor * stage.seq_len,
+        "stage": stage.name, "index": stage.index, "steps": job.state.stage_step, "tokens": job.state.cursor * stage.seq_len,
         "seconds": job.state.stage_seconds, "seq_len": stage.seq_len, "theta": stage.theta,
         "heldout_loss": heldout, "model": str((folder / "model").relative_to(job.run)),
     }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
-from longctx.errors import RunFailed, UserError
+from longctx.errors import UserError
 from longctx.train import engine as engines
 from longctx.train import ranks as worlds
 from longctx.train import runfolder
@@ -26,20 +26,25 @@ if TYPE_CHECKING:
 
 def run(config: TrainConfig) -> int:
     """Train, then run the post-training hooks. Returns the exit status."""
+    status = train(config)
+    if status == 0 and worlds.launcher_environment()["RANK"] == "0":
+        worlds.leave_launcher()  # what the hooks train beside this run is theirs to start
+        status = int(_hooks().after_training(config, Path(config.folder)) or 0)
+    return status
+
+
+def train(config: TrainConfig) -> int:
+    """Train all stages, here or on ranks started for it; 0, or the status of what ended the run."""
     stages = resolve_stages(config)
     world = int(worlds.launcher_environment()["WORLD_SIZE"])
     starts_ranks = world == 1 and config.launch.nproc > 1
     check(config, stages, config.launch.nproc if starts_ranks else world)
-    if starts_ranks:
-        from longctx.train.launch import start_ranks
+    if not starts_ranks:
+        return run_rank(config)
+    from longctx.train.launch import start_ranks
 
-        folder = runfolder.prepare(config)
-        status = start_ranks(config.launch, folder / "config.yaml")
-    else:
-        status = run_rank(config)
-    if status == 0 and worlds.launcher_environment()["RANK"] == "0":
-        status = int(_hooks().after_training(config, Path(config.folder)) or 0)
-    return status
+    folder = runfolder.prepare(config)
+    return start_ranks(config.launch, folder / "config.yaml")
 
 
 def _hooks() -> Any:

@@ -85,11 +85,16 @@ class OpenStage:
         """Write the Hugging Face folder of this stage's model (rank 0 writes, all ranks give their share)."""
         from longctx.model.export import export
 
-        export(
-            engine.state_for_export(), self.source, self.tokenizer, out,
-            rope=self.stage.rope, window=self.stage.seq_len, write=ranks.first,
-        )  # fmt: skip
-        ranks.barrier()
+        state = engine.state_for_export()
+        with ranks.agree(f"exporting {out}"):
+            try:
+                export(
+                    state, self.source, self.tokenizer, out,
+                    rope=self.stage.rope, window=self.stage.seq_len, write=ranks.first,
+                )  # fmt: skip
+            finally:
+                for _ in state:  # what a failed export left: the others wait in its collectives
+                    pass
 
     def close(self) -> None:
         self.context.close()
