@@ -1,0 +1,64 @@
+"""A base and a tuned model made for measuring extraction: Llama's shapes, random weights, a difference that is known.
+
+The difference of every matrix has `delta_rank` directions with falling strength plus dense noise, so the best
+possible residual is not zero and finding the directions is not trivial.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from longctx.lora.writer import SafetensorsWriter, write_json
+
+
+def make_pair(
+    folder: Path, *, layers: int, hidden: int, vocab: int, delta_rank: int, seed: int = 0
+) -> tuple[Path, Path]:
+    """Write FOLDER/base and FOLDER/tuned (bf16); heads of 64, a quarter of them for keys and values."""
+    head_dim, heads = 64, max(4, hidden // 64)
+    kv, inner = max(1, heads // 4) * head_dim, 11 * hidden // 4
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4),
+        "head_dim": head_dim, "vocab_size": vocab, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+        "max_position_embeddings": 8192, "rope_theta": 500000.0, "dtype": "bfloat16", "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
+    for layer in range(layers):
+        at = f"model.layers.{layer}."
+        shapes |= {f"{at}self_attn.{name}_proj.weight": (rows, columns) for name, rows, columns in
+                   (("q", heads * head_dim, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, heads * head_dim))}  # fmt: skip
+        shapes |= {f"{at}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
+        shapes[f"{at}mlp.down_proj.weight"] = (hidden, inner)
+        shapes |= {f"{at}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
+    base, tuned = folder / "base", folder / "tuned"
+    generator = torch.Generator().manual_seed(seed)
+    writers = []
+    for path, changes in ((base, {}), (tuned, {"rope_theta": 15296098.0, "max_position_embeddings": 65536})):
+        path.mkdir(parents=True)
+        write_json(path / "config.json", {**config, **changes})
+        writers.append(SafetensorsWriter(path / "model.safetensors", shapes))
+    for name, shape in shapes.items():
+        weight = torch.randn(shape, generator=generator).mul_(0.02)
+        for writer, tensor in zip(writers, (weight, _tuned(weight, delta_rank, generator)), strict=True):
+            writer.add(name, tensor.bfloat16())
+    for writer in writers:
+        writer.close()
+    return base, tuned
+
+
+def _tuned(weight: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """weight + difference: singular values from 1 to 0.05 of 2 % of the weight's norm, and noise of 0.3 % of it."""
+    noise = torch.randn(weight.shape, generator=generator)
+    noise *= 3e-3 * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(noise)
+    if weight.dim() == 1:
+        return weight + noise
+    rows, columns = weight.shape
+    strengths = torch.logspace(0, -1.3, min(rank, rows, columns))
+    left = torch.randn(rows, len(strengths), generator=generator) / rows**0.5
+    right = torch.randn(len(strengths), columns, generator=generator) / columns**0.5
+    strengths *= 0.02 * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(strengths)
+    return weight + noise + (left * strengths) @ right

@@ -1,0 +1,120 @@
+"""The verbs lora-extract and lora-merge: progress on standard error, the result for people or as JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from longctx.config.lora import ExtractConfig, MergeConfig
+from longctx.console import emit_json, say, warn
+from longctx.lora.extract import ExtractResult, extract
+from longctx.lora.merge import MergeResult, merge
+from longctx.lora.modelconfig import describe_rope
+
+
+def run_extract(config: ExtractConfig) -> int:
+    """`longctx lora-extract`."""
+    began = time.perf_counter()
+    with _bar("extracting") as tick:
+        result = extract(config, tick)
+    seconds = time.perf_counter() - began
+    if config.format == "json":
+        emit_json({**asdict(result), "seconds": round(seconds, 3)})
+        return 0
+    _print_extract(result, seconds)
+    return 0
+
+
+def run_merge(config: MergeConfig) -> int:
+    """`longctx lora-merge`."""
+    began = time.perf_counter()
+    with _bar("merging") as tick:
+        result = merge(config, tick)
+    seconds = time.perf_counter() - began
+    if config.format == "json":
+        emit_json({**asdict(result), "seconds": round(seconds, 3)})
+        return 0
+    _print_merge(result, seconds)
+    return 0
+
+
+def _print_extract(result: ExtractResult, seconds: float) -> None:
+    factors = [row for row in result.rows if row.carried == "factors" and row.norm > 0]
+    print(
+        f"{result.out}: rank {result.rank}, {len(factors)} modules, {result.bytes / 1e6:.1f} MB, {seconds:.1f} s"
+    )
+    print(f"  {'projection':<14} {'modules':>7} {'rank':>9} {'share kept':>16} {'relative residual':>19}")
+    leaves: dict[str, list[Any]] = {}
+    for row in sorted(factors, key=lambda row: row.tensor):
+        leaves.setdefault(row.tensor.removesuffix(".weight").rsplit(".", 1)[-1], []).append(row)
+    for leaf, rows in sorted(leaves.items()):
+        ranks, shares = [row.rank for row in rows], [row.share for row in rows]
+        residuals = [row.residual for row in rows]
+        print(
+            f"  {leaf:<14} {len(rows):>7} {_span(ranks, 'd'):>9} {_span(shares, '.3f'):>16} {_span(residuals, '.3f'):>19}"
+        )
+    exact = sum(row.carried == "exact" and row.norm > 0 for row in result.rows)
+    print(
+        f"  share of the squared norm kept: {result.share['factors']:.4f} of these, {result.share['everything']:.4f} of all that changed"
+    )
+    print(
+        f"  {exact} norms and biases carried exactly; sign and residual checked from the file: {len(result.checked)} tensors"
+    )
+    if result.extension.changed:
+        print(f"  window {result.extension.base_window} -> {result.extension.window}, "
+              f"{describe_rope(result.extension.base_rope_parameters)} -> {describe_rope(result.extension.rope_parameters)}")  # fmt: skip
+    if result.losses is not None:
+        print(f"  loss on {result.losses.tokens} tokens of held-out text: base {result.losses.base:.4f}, tuned "
+              f"{result.losses.tuned:.4f}, base + adapter {result.losses.merged:.4f}")  # fmt: skip
+    if result.not_carried:
+        names = ", ".join(row.tensor for row in result.not_carried[:8])
+        more = f" and {len(result.not_carried) - 8} more" if len(result.not_carried) > 8 else ""
+        print(f"  changed and not carried: {names}{more}")
+    unsure = [row.tensor for row in result.rows if not row.converged]
+    if unsure:
+        warn(f"not converged, raise power_max or memory_mib: {', '.join(unsure[:8])}")
+
+
+def _print_merge(result: MergeResult, seconds: float) -> None:
+    print(
+        f"{result.out}: {len(result.applied)} changes, {len(result.untouched)} tensors untouched, {seconds:.1f} s"
+    )
+    print(f"  reads {result.window} tokens, {describe_rope(result.rope)}")
+    hows: dict[str, int] = {}
+    for item in result.applied:
+        how = item.rsplit("(", 1)[1].rstrip(")")
+        hows[how] = hows.get(how, 0) + 1
+    print("  applied: " + ", ".join(f"{count} {how}" for how, count in hows.items()))
+    for title, names in (
+        ("untouched", result.untouched),
+        ("skipped", result.skipped),
+        ("note", result.notes),
+    ):
+        for name in names[:20]:
+            print(f"  {title}: {name}")
+        if len(names) > 20:
+            print(f"  {title}: ... {len(names) - 20} more (format=json lists all)")
+    for item in result.skipped:
+        warn(f"skipped {item}")
+
+
+def _span(values: list[Any], form: str) -> str:
+    low, high = min(values), max(values)
+    return format(low, form) if low == high else f"{low:{form}}-{high:{form}}"
+
+
+@contextmanager
+def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """One line now and then on standard error, for work that lasts; short work says nothing."""
+    last = time.monotonic()
+
+    def tick(done: int, total: int, name: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > 2 or (done == total and total > 2000):
+            last = time.monotonic()
+            say(f"{title} {done}/{total}  {name}")
+
+    yield tick

@@ -1,0 +1,182 @@
+"""What stands in an adapter's folder besides the factors: PEFT's config, our side file, the model card.
+
+Nothing here depends on the time or on the output's name, so the same seed gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import longctx
+from longctx.lora.adapter import SIDE_FILE
+from longctx.lora.modelconfig import describe_rope
+from longctx.lora.modules import Kind
+from longctx.lora.writer import write_json
+
+if TYPE_CHECKING:
+    from longctx.config.lora import ExtractConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one tensor. share: of the squared norm, kept by the factors as written; residual: relative."""
+
+    tensor: str
+    kind: str
+    shape: list[int]
+    rank: int
+    norm: float
+    share: float
+    residual: float
+    method: str
+    converged: bool
+    carried: str
+    base_sha256: str
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What the training made of the model's reach; written to longctx.json and used by lora-merge."""
+
+    rope_parameters: dict[str, Any]
+    window: int | None
+    base_rope_parameters: dict[str, Any]
+    base_window: int | None
+
+    @property
+    def changed(self) -> bool:
+        return (self.rope_parameters, self.window) != (self.base_rope_parameters, self.base_window)
+
+
+def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool) -> dict[str, Any]:
+    """PEFT's adapter_config.json; alpha equals the rank, module by module."""
+    carried = [row for row in rows if row.carried == "factors"]
+    rank = max(row.rank for row in carried)
+    module = {row.tensor.removesuffix(".weight"): row.rank for row in carried}
+    different = {name: r for name, r in module.items() if r != rank}
+    return {
+        "base_model_name_or_path": base,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": different,
+        "alpha_pattern": different,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in module}),
+        "use_rslora": rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def totals(rows: Sequence[Row]) -> dict[str, float]:
+    """Share of the squared norm kept: of the matrices with factors, and of everything that changed."""
+
+    def share(chosen: Sequence[Row]) -> float:
+        total = sum(row.norm**2 for row in chosen)
+        return sum(row.share * row.norm**2 for row in chosen) / total if total else 1.0
+
+    return {"factors": share([row for row in rows if row.carried == "factors"]), "everything": share(rows)}
+
+
+def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, layout: Mapping[str, Any],
+                    config: ExtractConfig) -> None:  # fmt: skip
+    document = {
+        "format": 1,
+        "longctx_version": longctx.__version__,
+        "base": config.base,
+        "tuned": config.tuned,
+        "direction": "tuned - base",
+        "profile": config.profile,
+        "seed": config.seed,
+        **asdict(extension),
+        "extends": extension.changed,
+        "layout": dict(layout),
+        "share": totals(rows),
+        "tensors": {row.tensor: {k: v for k, v in asdict(row).items() if k != "tensor"} for row in rows},
+    }
+    write_json(folder / SIDE_FILE, document)
+
+
+def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: ExtractConfig) -> None:
+    carried = [row for row in rows if row.carried == "factors"]
+    exact = [row for row in rows if row.carried == "exact"]
+    lost = [row for row in rows if row.carried == "no" and row.norm > 0]
+    share = totals(rows)
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {config.base}",
+        "tags: [lora, long-context, longctx]",
+        "---",
+        "",
+        f"# The difference {config.tuned} - {config.base}, as a LoRA",
+        "",
+        f"Rank {max(row.rank for row in carried)}, {len(carried)} modules, profile `{config.profile}`. It keeps "
+        f"{share['factors']:.2%} of the squared norm of the matrices it carries.",
+        "",
+    ]
+    if extension.changed:
+        lines += [
+            f"The tuned model reads {extension.window:,} tokens ({describe_rope(extension.rope_parameters)}); the base read "
+            f"{extension.base_window:,} ({describe_rope(extension.base_rope_parameters)}). **The weights alone do not carry "
+            "that**: a merged model's config.json must say so too, and `longctx lora-merge` writes it.",
+            "",
+        ]
+    lines += [
+        "Made with:",
+        "",
+        "```",
+        command(config),
+        "```",
+        "",
+        "Carry it into a fine-tune of the same base:",
+        "",
+    ]
+    lines += ["```", "longctx lora-merge target=FINE_TUNE adapter=THIS_FOLDER out=MERGED", "```", ""]
+    if exact:
+        lines += [f"{len(exact)} norms and biases are carried exactly, as differences, in `norm_deltas.safetensors`; "
+                  "longctx adds them, peft and vLLM do not read them.", ""]  # fmt: skip
+    if lost:
+        lines += ["Changed by the training and **not carried**: " + ", ".join(f"`{row.tensor}`" for row in lost[:40])
+                  + (f" and {len(lost) - 40} more" if len(lost) > 40 else "") + ".", ""]  # fmt: skip
+    lines += [
+        "| tensor | shape | rank | norm of the difference | share kept | relative residual |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.tensor} | {' x '.join(map(str, row.shape))} | {row.rank} | {row.norm:.4g} | {row.share:.4f} | {row.residual:.4f} |"
+        for row in carried
+    ]
+    (folder / "README.md").write_text("\n".join(lines) + "\n")
+
+
+def command(config: ExtractConfig) -> str:
+    """The command that makes this adapter again; settings at their defaults are left out."""
+    default = type(config)(base="", tuned="", out="")
+    words = [
+        "longctx",
+        "lora-extract",
+        f"base={config.base}",
+        f"tuned={config.tuned}",
+        "out=ADAPTER",
+        f"rank={config.rank}",
+    ]
+    for key, value in asdict(config).items():  # type: ignore[call-overload]
+        if key not in ("base", "tuned", "out", "rank", "format") and value != getattr(default, key):
+            words.append(f"{key}={str(value).lower() if isinstance(value, bool) else value}")
+    return " ".join(shlex.quote(word) for word in words)
+
+
+def carried_as(kind: Kind, *, profile: str, head: bool, embeddings: bool) -> str:
+    """How a changed tensor travels: `factors`, `exact` (difference in the side file) or `no`."""
+    if kind is Kind.LINEAR or (kind is Kind.HEAD and head) or (kind is Kind.EMBEDDING and embeddings):
+        return "factors"
+    return "exact" if kind is Kind.VECTOR and profile == "full" else "no"

@@ -1,0 +1,284 @@
+"""`longctx lora-merge`: adapters into a fine-tune of their base, tensor by tensor, with the window that they carry.
+
+Only rows of one tensor and its factors are in memory; sums are in fp32 and cast once. config.json gets the rope and
+window of the adapter in both key styles: a merge that leaves them untouched, as common scripts do, gives a model
+that cannot use what was merged into it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.config.lora import MergeConfig
+from longctx.errors import UserError
+from longctx.lora.adapter import Adapter
+from longctx.lora.changes import HEAD, Change, Match, layout_differences, match
+from longctx.lora.modelconfig import describe_rope, rope_section, text_section, with_rope
+from longctx.lora.modules import Kind, check_weights, classify, is_tied, layout
+from longctx.lora.tensors import Checkpoint, Entry, Scratch, row_blocks
+from longctx.lora.writer import SafetensorsWriter, output_folder, write_json
+
+Progress = Callable[[int, int, str], None]
+_NOT_COPIED = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".safetensors.index.json",
+    ".bin.index.json",
+    ".gguf",
+    ".msgpack",
+    ".h5",
+)
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """out: the merged model's folder. applied, skipped, untouched: tensors, with the reason where one is needed.
+
+    rope, window: what config.json says now. notes: what the user should know.
+    """
+
+    out: str
+    applied: list[str]
+    skipped: list[str]
+    untouched: list[str]
+    rope: dict[str, Any]
+    window: int | None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Output:
+    """A tensor to write: `source` of the target under `name`, with these changes."""
+
+    name: str
+    source: Entry
+    changes: list[Change]
+
+
+def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
+    """Write the merged model `config.out`; progress(done, total, tensor) is called after each tensor.
+
+    Raises UserError, with nothing left behind, when any part of an adapter does not fit.
+    """
+    scales = _scales(config)
+    with Checkpoint(config.target, what="target") as target:
+        check_weights(target)
+        before = target.config()
+        tied = is_tied(target, before)
+        adapters = [Adapter(path) for path in config.adapter]
+        try:
+            matches = [
+                match(adapter, target, tied=tied, scale=scale, vocab=config.vocab)
+                for adapter, scale in zip(adapters, scales, strict=True)
+            ]
+            _refuse_misfits(config, matches, adapters, layout(before))
+            rope, window, notes = _rope(config, adapters, before)
+            outputs, unties = _outputs(target, matches)
+            after = _config(before, rope, window, unties=unties)
+            if unties:
+                notes.append(
+                    f"{HEAD} is its own tensor now: an adapter changes the output layer of a tied model alone"
+                )
+            needed = sum(output.source.nbytes for output in outputs) + 2**20
+            with output_folder(config.out, needed=needed) as partial:
+                _write_weights(target, outputs, partial, progress)
+                _copy_others(target, partial, window if rope is not None else None, notes)
+                write_json(partial / "config.json", after)
+        finally:
+            for adapter in adapters:
+                adapter.close()
+    changed = {change.tensor for found in matches for change in found.changes}
+    final_rope, final_window = rope_section(after)
+    return MergeResult(
+        out=config.out,
+        applied=[f"{change.tensor} ({change.how})" for found in matches for change in found.changes],
+        skipped=[item for found in matches for item in found.skipped],
+        untouched=[output.name for output in outputs if output.name not in changed],
+        rope=final_rope,
+        window=final_window,
+        notes=notes,
+    )
+
+
+def _scales(config: MergeConfig) -> list[float]:
+    if len(config.scale) == 1:
+        return config.scale * len(config.adapter)
+    if len(config.scale) != len(config.adapter):
+        raise UserError(
+            f"scale has {len(config.scale)} values for {len(config.adapter)} adapters; give one for all or one for each "
+            "(configs/lora_merge.yaml)"
+        )
+    return config.scale
+
+
+def _refuse_misfits(
+    config: MergeConfig, matches: list[Match], adapters: list[Adapter], target_layout: Mapping[str, Any]
+) -> None:
+    for found, adapter in zip(matches, adapters, strict=True):
+        problems = found.problems
+        if config.allow_partial:
+            found.skipped += [f"{name}: not in the target" for name in found.unexpected]
+            problems = [problem for problem in problems if problem.startswith("of another shape")]
+        differing = layout_differences(adapter.extension, target_layout)
+        if differing:
+            problems.append(f"laid out differently: {', '.join(differing)} (the adapter's base / target)")
+        if problems:
+            hint = "" if found.misshaped or differing else ", or allow_partial=true merges what fits"
+            raise UserError(
+                f"adapter={adapter.path} does not match target={config.target}; {'; '.join(problems)}. Merge into a fine-tune of "
+                f"the adapter's base ({adapter.config.get('base_model_name_or_path')}){hint} (nothing was written)"
+            )
+        if not found.changes:
+            raise UserError(
+                f"adapter={adapter.path} changes nothing in target={config.target} (nothing was written)"
+            )
+
+
+def _rope(
+    config: MergeConfig, adapters: list[Adapter], before: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, int | None, list[str]]:
+    """(rope or None to leave the target's, window, notes)."""
+    own_rope, own_window = rope_section(before)
+    if config.rope.rule == "keep":
+        if config.like is not None or config.rope.theta is not None or config.window is not None:
+            raise UserError(
+                "rope=keep leaves rope and window alone; leave out rope.theta, window and like, or rope=keep"
+            )
+        return (
+            None,
+            own_window,
+            [f"rope and window kept as they are in the target: {describe_rope(own_rope)}, {own_window}"],
+        )
+    if config.like is not None:
+        with Checkpoint(config.like, what="like") as like:
+            rope, window = rope_section(like.config())
+        return rope, window, []
+    if config.rope.theta is not None or config.window is not None:
+        if config.rope.theta is None or config.window is None:
+            raise UserError("rope.theta and window belong together; give both (configs/lora_merge.yaml)")
+        plain = {k: own_rope[k] for k in ("partial_rotary_factor",) if k in own_rope}
+        return {"rope_type": "default", "rope_theta": config.rope.theta, **plain}, config.window, []
+    told = [adapter.extension for adapter in adapters if adapter.extension is not None]
+    extending = [item for item in told if item["extends"]]
+    if not told:
+        raise UserError(
+            f"adapter={', '.join(config.adapter)} carries no rope and window (it was not made by longctx), so the merged model's "
+            "config.json would stay as it is; say rope.theta=... window=..., or like=EXTENDED_MODEL, or rope=keep if the adapter "
+            "does not extend the context (configs/lora_merge.yaml)"
+        )
+    if not extending:
+        return None, own_window, ["the adapter does not change rope or window; the target's stay"]
+    targets = {(describe_rope(item["rope_parameters"]), item["window"]) for item in extending}
+    if len(targets) > 1:
+        raise UserError(
+            f"the adapters were made for different windows: {'; '.join(f'{rope}, {window}' for rope, window in sorted(targets))}; "
+            "say which with rope.theta=... window=... or like=... (configs/lora_merge.yaml)"
+        )
+    rope, window = extending[0]["rope_parameters"], extending[0]["window"]
+    if (own_rope, own_window) == (rope, window):
+        raise UserError(
+            f"target={config.target} has the adapter's rope and window already ({describe_rope(rope)}, {window}); merging again "
+            "would add the extension twice. If only its config.json was edited, say rope=keep (nothing was written)"
+        )
+    return dict(rope), window, []
+
+
+def _outputs(target: Checkpoint, matches: list[Match]) -> tuple[list[_Output], bool]:
+    by_tensor: dict[str, list[Change]] = {}
+    for found in matches:
+        for change in found.changes:
+            by_tensor.setdefault(change.tensor, []).append(change)
+    outputs = [_Output(name, entry, by_tensor.pop(name, [])) for name, entry in target.entries.items()]
+    unties = any(found.unties for found in matches)
+    if unties:
+        embedding = next(e for e in target.entries.values() if classify(e) is Kind.EMBEDDING)
+        outputs.append(_Output(HEAD, embedding, by_tensor.pop(HEAD)))
+    assert not by_tensor, f"changes of {list(by_tensor)} were not used"
+    return outputs, unties
+
+
+def _config(
+    before: Mapping[str, Any], rope: Mapping[str, Any] | None, window: int | None, *, unties: bool
+) -> dict[str, Any]:
+    after = dict(before)
+    if rope is not None:
+        assert window is not None
+        after = with_rope(before, rope, window)
+    if unties:
+        after["tie_word_embeddings"] = False
+        if "text_config" in after and "tie_word_embeddings" in text_section(after):
+            after["text_config"] = {**after["text_config"], "tie_word_embeddings": False}
+    return after
+
+
+def _write_weights(
+    target: Checkpoint, outputs: list[_Output], partial: Path, progress: Progress | None
+) -> None:
+    scratch, done, total_size = Scratch(), 0, 0
+    for file in target.files:
+        mine = [output for output in outputs if output.source.file == file]
+        writer = SafetensorsWriter(partial / file, [output.name for output in mine])
+        for output in mine:
+            writer.begin(output.name, output.source.dtype, output.source.shape)
+            if output.changes:
+                _write_changed(target, output, writer, scratch)
+            else:
+                _write_copied(target, output, writer, scratch)
+            done += 1
+            if progress is not None:
+                progress(done, len(outputs), output.name)
+        writer.close()
+        total_size += writer.written
+    if len(target.files) > 1:
+        index = {
+            "metadata": {"total_size": total_size},
+            "weight_map": {output.name: output.source.file for output in outputs},
+        }
+        write_json(partial / "model.safetensors.index.json", index)
+
+
+def _write_changed(target: Checkpoint, output: _Output, writer: SafetensorsWriter, scratch: Scratch) -> None:
+    entry, apply = output.source, [change.load() for change in output.changes]
+    dtype = entry.torch_dtype()
+    wide_type = torch.float64 if dtype is torch.float64 else torch.float32
+    for start, stop in row_blocks(entry):
+        size = (stop - start) * entry.row_bytes
+        rows = target.read(entry.name, start, stop, out=scratch.bytes("raw", size))
+        wide = scratch.floats("wide", tuple(rows.shape), wide_type).copy_(rows)
+        for change in apply:
+            change(wide, start)
+        rows.copy_(wide)
+        if not bool(torch.isfinite(rows).all()):
+            raise UserError(
+                f"{output.name} is not finite after merging (in the target, the adapter, or beyond what {entry.dtype} holds); "
+                "nothing was written"
+            )
+        writer.write(rows)
+
+
+def _write_copied(target: Checkpoint, output: _Output, writer: SafetensorsWriter, scratch: Scratch) -> None:
+    step = 16 * 2**20
+    for offset in range(0, output.source.nbytes, step):
+        size = min(step, output.source.nbytes - offset)
+        writer.write(target.raw(output.source.name, out=scratch.bytes("raw", size), offset=offset, size=size))
+
+
+def _copy_others(target: Checkpoint, partial: Path, window: int | None, notes: list[str]) -> None:
+    """Tokenizer, generation config, templates and the rest; tokenizer_config's length follows the window."""
+    for name in target.source.names():
+        if name.endswith(_NOT_COPIED) or name in ("config.json", ".gitattributes"):
+            continue
+        (partial / name).write_bytes(target.source.fetch(name).read_bytes())
+    if window is not None and (partial / "tokenizer_config.json").exists():
+        settings = target.config("tokenizer_config.json")
+        if (settings.get("model_max_length") or window) < window:
+            settings["model_max_length"] = window
+            write_json(partial / "tokenizer_config.json", settings)
+            notes.append(f"tokenizer_config.json: model_max_length is {window} now")

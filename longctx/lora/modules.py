@@ -1,0 +1,193 @@
+"""Which tensors of a checkpoint a LoRA can carry, under which names, and whether two checkpoints are a pair.
+
+Everything is decided from names, shapes and config.json; no model is built. Names follow PEFT:
+`model.layers.0.mlp.up_proj.weight` belongs to module `model.layers.0.mlp.up_proj`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from longctx.errors import UserError
+from longctx.lora.modelconfig import describe_rope, rope_section, text_section
+from longctx.lora.tensors import Checkpoint, Entry
+
+# Input embeddings by their usual names; everything else two-dimensional is a linear layer.
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+_HEADS = ("lm_head", "embed_out", "output")
+# These keep their linears transposed (Conv1D), so a LoRA of a torch Linear does not fit them.
+_TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
+# What must agree for a difference, or a merge, to mean anything.
+_IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+_IDENTITY += (
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+    "num_local_experts",
+    "num_experts",
+)
+
+
+class Kind(Enum):
+    LINEAR = "linear"
+    HEAD = "lm_head"
+    EMBEDDING = "embedding"
+    VECTOR = "norm or bias"
+    OTHER = "other"
+
+
+@dataclass(frozen=True)
+class Module:
+    """One tensor and its place: module is the name PEFT knows, leaf its last part."""
+
+    entry: Entry
+    kind: Kind
+
+    @property
+    def name(self) -> str:
+        return self.entry.name.removesuffix(".weight")
+
+    @property
+    def leaf(self) -> str:
+        return self.name.rsplit(".", 1)[-1]
+
+
+def classify(entry: Entry) -> Kind:
+    """The kind of a tensor, from its name and shape."""
+    leaf = entry.name.removesuffix(".weight").rsplit(".", 1)[-1]
+    if len(entry.shape) == 1:
+        return Kind.VECTOR
+    if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
+        return Kind.OTHER
+    if leaf in _EMBEDDINGS:
+        return Kind.EMBEDDING
+    return Kind.HEAD if leaf in _HEADS else Kind.LINEAR
+
+
+def modules_of(checkpoint: Checkpoint) -> list[Module]:
+    return [Module(entry, classify(entry)) for entry in checkpoint.entries.values()]
+
+
+def is_tied(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Whether output and input embeddings are one tensor: said by the config, or by the absent head."""
+    has_head = any(module.kind is Kind.HEAD for module in modules_of(checkpoint))
+    tied = config.get("tie_word_embeddings", text_section(config).get("tie_word_embeddings"))
+    return not has_head if tied is None else bool(tied)
+
+
+def layout(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity keys of a config.json, head_dim filled in where it follows from the others."""
+    inner = {**config, **text_section(config)}
+    values = {key: inner[key] for key in _IDENTITY if inner.get(key) is not None}
+    if "head_dim" not in values and values.get("num_attention_heads"):
+        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
+    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    return values
+
+
+def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> None:
+    """UserError unless tuned can be a training of base."""
+    for checkpoint in (base, tuned):
+        check_weights(checkpoint)
+    first, second = base.config(), tuned.config()
+    ours, theirs = layout(first), layout(second)
+    ours["tie_word_embeddings"], theirs["tie_word_embeddings"] = is_tied(base, first), is_tied(tuned, second)
+    differing = [
+        f"{key} {ours.get(key)} / {theirs.get(key)}" for key in _IDENTITY if ours.get(key) != theirs.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"base={base.path} and tuned={tuned.path} are not one architecture: {', '.join(differing)} (base / tuned, "
+            "config.json); a difference exists only between a model and its own training"
+        )
+    _check_tensors(base, tuned)
+    _check_tokenizers(base, tuned)
+    if not allow_shorter:
+        _check_direction(base, first, tuned, second)
+
+
+def check_weights(checkpoint: Checkpoint) -> None:
+    """Refuse quantized weights and transposed linears."""
+    config = checkpoint.config()
+    quantized = config.get("quantization_config") or text_section(config).get("quantization_config")
+    if quantized:
+        method = (
+            quantized.get("quant_method", "unknown method") if isinstance(quantized, Mapping) else quantized
+        )
+        raise UserError(
+            f"{checkpoint.what}={checkpoint.path} is quantized ({method}, quantization_config in config.json); its numbers are "
+            "codes and cannot be subtracted or added; give the checkpoint in bf16, fp16 or fp32"
+        )
+    checkpoint.require_floats()
+    if config.get("model_type") in _TRANSPOSED:
+        raise UserError(
+            f"{checkpoint.what}={checkpoint.path}: {config['model_type']} stores its linears transposed, which longctx does "
+            "not support; rotary models (llama, mistral, qwen, gemma, phi3, ...) are"
+        )
+
+
+def _check_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
+    only_base = [name for name in base.entries if name not in tuned.entries]
+    only_tuned = [name for name in tuned.entries if name not in base.entries]
+    shapes = [
+        f"{name} {list(entry.shape)} / {list(tuned.entries[name].shape)}"
+        for name, entry in base.entries.items()
+        if name in tuned.entries and tuned.entries[name].shape != entry.shape
+    ]
+    parts = [
+        f"{title}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''} ({len(names)})"
+        for title, names in (
+            ("only in base", only_base),
+            ("only in tuned", only_tuned),
+            ("of other shape", shapes),
+        )
+        if names
+    ]
+    if parts:
+        raise UserError(
+            f"base={base.path} and tuned={tuned.path} do not hold the same tensors; {'; '.join(parts)}. Use the exact "
+            "checkpoint the training started from"
+        )
+
+
+def _check_tokenizers(base: Checkpoint, tuned: Checkpoint) -> None:
+    for file in ("tokenizer.json", "tokenizer.model", "vocab.json"):
+        if not (base.source.exists(file) and tuned.source.exists(file)):
+            continue
+        first, second = base.source.fetch(file).read_bytes(), tuned.source.fetch(file).read_bytes()
+        if first != second and (file == "tokenizer.model" or _vocabulary(first) != _vocabulary(second)):
+            raise UserError(
+                f"base={base.path} and tuned={tuned.path} have different vocabularies ({file}): the rows of their embeddings "
+                "mean different tokens; extract from the checkpoint with the same tokenizer"
+            )
+
+
+def _vocabulary(content: bytes) -> Any:
+    """Tokens and ids of a tokenizer.json or vocab.json, without what saving it again may change."""
+    table = json.loads(content)
+    model = table.get("model", {}) if isinstance(table, dict) else {}
+    if not isinstance(model, dict) or "vocab" not in model:
+        return table
+    added = {item["content"]: item["id"] for item in table.get("added_tokens", [])}
+    return model["vocab"], added
+
+
+def _check_direction(
+    base: Checkpoint, first: Mapping[str, Any], tuned: Checkpoint, second: Mapping[str, Any]
+) -> None:
+    rope_base, window_base = rope_section(first)
+    rope_tuned, window_tuned = rope_section(second)
+    theta_base, theta_tuned = rope_base.get("rope_theta") or 0, rope_tuned.get("rope_theta") or 0
+    shorter = (window_base or 0) > (window_tuned or 0) > 0
+    smaller = window_base == window_tuned and theta_base > theta_tuned
+    if shorter or smaller:
+        raise UserError(
+            f"base and tuned look swapped: base={base.path} reads {window_base} tokens ({describe_rope(rope_base)}) and "
+            f"tuned={tuned.path} reads {window_tuned} ({describe_rope(rope_tuned)}), and the longer one is the tuned one; "
+            "exchange them, or say allow_shorter=true if training really shortened the window"
+        )

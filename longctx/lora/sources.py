@@ -1,0 +1,148 @@
+"""Where a checkpoint's files come from: a local folder, or the Hugging Face hub, one file at a time.
+
+On the hub only the headers are asked for until a shard's rows are read, so a wrong pair is refused before
+anything large is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+from longctx.errors import UserError
+
+_MAX_HEADER = 100 * 2**20
+
+
+class Source(Protocol):
+    name: str
+
+    def exists(self, file: str) -> bool: ...
+    def text(self, file: str) -> str | None: ...
+    def fetch(self, file: str) -> Path: ...
+    def header(self, file: str, what: str) -> list[dict[str, Any]]: ...
+    def names(self) -> list[str]: ...
+
+
+def open_source(path: str, what: str) -> Source:
+    """The folder `path`, or the hub repository of that name (`owner/name`)."""
+    if Path(path).is_dir():
+        return Folder(Path(path))
+    looks_like_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
+    if Path(path).exists() or not looks_like_id:
+        raise UserError(
+            f"{what}={path} is not a folder, and not a hub id of the form owner/name; check the path"
+        )
+    return Hub(path, what)
+
+
+class Folder:
+    """A local folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, str(path)
+
+    def exists(self, file: str) -> bool:
+        return (self.path / file).is_file()
+
+    def text(self, file: str) -> str | None:
+        return (self.path / file).read_text() if self.exists(file) else None
+
+    def fetch(self, file: str) -> Path:
+        return self.path / file
+
+    def names(self) -> list[str]:
+        return sorted(entry.name for entry in self.path.iterdir() if entry.is_file())
+
+    def header(self, file: str, what: str) -> list[dict[str, Any]]:
+        """Entries (name, dtype, shape, start, nbytes) of one safetensors file, checked against its length."""
+        path = self.path / file
+        if not path.is_file():
+            raise UserError(
+                f"{what}={self.path}: shard {file} is missing though the index names it; fetch it again"
+            )
+        return read_header(path, f"{what}={self.path}")
+
+
+def read_header(path: Path, where: str) -> list[dict[str, Any]]:
+    """The table of a safetensors file. Raises UserError when it is damaged or the file too short."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(_MAX_HEADER, size - 8):
+            raise UserError(
+                f"{where}: {path.name} is not a whole safetensors file ({size} bytes); fetch it again"
+            )
+        try:
+            table = json.loads(file.read(length))
+            table.pop("__metadata__", None)
+            entries = [
+                {
+                    "name": name,
+                    "dtype": item["dtype"],
+                    "shape": tuple(item["shape"]),
+                    "start": item["data_offsets"][0],
+                    "nbytes": item["data_offsets"][1] - item["data_offsets"][0],
+                }
+                for name, item in table.items()
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            raise UserError(f"{where}: the header of {path.name} is damaged; fetch the file again") from None
+    end = max((entry["start"] + entry["nbytes"] for entry in entries), default=0)
+    if 8 + length + end > size:
+        raise UserError(
+            f"{where}: {path.name} is truncated: its header promises {8 + length + end} bytes and it has {size}; fetch it again"
+        )
+    return sorted(entries, key=lambda entry: entry["start"])
+
+
+class Hub:
+    """A repository on the hub, read through huggingface_hub's cache."""
+
+    def __init__(self, name: str, what: str) -> None:
+        try:
+            import huggingface_hub
+        except ImportError:
+            raise UserError(
+                f"{what}={name} is not a folder here; to read it from the hub, pip install huggingface_hub"
+            ) from None
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+        self._hub, self.name, self._what = huggingface_hub, name, what
+        try:
+            self._files = set(huggingface_hub.list_repo_files(name))
+        except (RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"{what}={name} is neither a folder here nor readable on the hub ({reason}); check the spelling, and "
+                "`hf auth login` for gated models"
+            ) from None
+
+    def exists(self, file: str) -> bool:
+        return file in self._files
+
+    def text(self, file: str) -> str | None:
+        return self.fetch(file).read_text() if self.exists(file) else None
+
+    def fetch(self, file: str) -> Path:
+        return Path(self._hub.hf_hub_download(self.name, file))
+
+    def names(self) -> list[str]:
+        return sorted(name for name in self._files if "/" not in name)
+
+    def header(self, file: str, what: str) -> list[dict[str, Any]]:
+        if not self.exists(file):
+            raise UserError(f"{what}={self.name}: shard {file} is missing though the index names it")
+        table = self._hub.HfApi().parse_safetensors_file_metadata(self.name, file)
+        return [
+            {
+                "name": name,
+                "dtype": item.dtype,
+                "shape": tuple(item.shape),
+                "start": item.data_offsets[0],
+                "nbytes": item.data_offsets[1] - item.data_offsets[0],
+            }
+            for name, item in sorted(table.tensors.items(), key=lambda pair: pair[1].data_offsets[0])
+        ]

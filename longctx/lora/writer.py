@@ -1,0 +1,107 @@
+"""Streaming writing of safetensors, and output folders that appear under their name only when complete.
+
+A safetensors header stands before the data and needs every offset, so room for it is left at the start and
+filled in at the end; what is written meanwhile is never held in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.errors import UserError
+from longctx.lora.tensors import DTYPE_NAMES
+
+
+class SafetensorsWriter:
+    """One file: `begin` a tensor, `write` its bytes in order, then the next; `close` writes the header.
+
+    names: every tensor that may be written, to know how much room the header can need.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        self.path = path
+        self._room = 1024 + sum(len(json.dumps(name)) + 160 for name in names)
+        self._room += -self._room % 8
+        self._table: dict[str, dict[str, object]] = {}
+        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
+        self._file.seek(8 + self._room)
+        self._end = 0
+
+    def begin(self, name: str, dtype: str, shape: Iterable[int]) -> None:
+        self._table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [self._end, self._end]}
+        self._current = name
+
+    def write(self, data: torch.Tensor) -> None:
+        """Append a contiguous CPU tensor's bytes to the tensor begun last."""
+        view = data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b""
+        self._file.write(memoryview(view))
+        self._end += data.numel() * data.element_size()
+        self._table[self._current]["data_offsets"][1] = self._end  # type: ignore[index]
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """A whole tensor at once."""
+        self.begin(name, DTYPE_NAMES[tensor.dtype], tensor.shape)
+        self.write(tensor.contiguous())
+
+    @property
+    def written(self) -> int:
+        """Bytes of data so far."""
+        return self._end
+
+    def close(self) -> None:
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._table}, separators=(",", ":")).encode()
+        assert len(header) <= self._room, "the header outgrew its room"
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(document, indent=2) + "\n")
+
+
+@contextmanager
+def output_folder(out: str, *, needed: int) -> Iterator[Path]:
+    """A folder to write into that is renamed to `out` when the block ends well and removed when it does not.
+
+    needed: bytes that will be written; checked against the disk before anything is.
+    Raises UserError when `out` exists or the disk is too small.
+    """
+    final = Path(out)
+    if final.exists():
+        raise UserError(f"out={out} exists already; name another folder or remove it (nothing was written)")
+    parent = final.absolute().parent
+    above = next(folder for folder in [parent, *parent.parents] if folder.exists())
+    free = shutil.disk_usage(above).free
+    if needed > free:
+        raise UserError(
+            f"out={out} needs {needed / 1e6:,.1f} MB and the disk of {above} has {free / 1e6:,.1f} MB free; "
+            "free some space or name a folder on another disk (nothing was written)"
+        )
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = parent / f".{final.name}.partial-{os.getpid()}"
+    partial.mkdir()
+    try:
+        yield partial
+        _sync(partial)
+        os.rename(partial, final)
+        _sync(parent)
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
