@@ -59,9 +59,7 @@ def narrow(
         if edge is None:
             break
         best = _best(tried)
-        say(
-            f"the best theta so far, {best:,}, lies on the {edge} edge of the bracket; widening it"
-        )
+        say(f"the best theta so far, {best:,}, lies on the {edge} edge of the bracket; widening it")
         for i in range(1, points // 2 + 1):
             ask(best * step**i if edge == "high" else best / step**i, "widen")
     for _ in range(rounds):

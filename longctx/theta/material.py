@@ -72,9 +72,7 @@ def long_documents(corpus: Any, length: int, count: int, rng: np.random.Generato
     rows = [np.asarray(corpus.read(d, 0, length), np.int64) for d in long]
     short = [int(d) for d in order if corpus.lengths[d] < length]
     if len(rows) < count:
-        say(
-            f"{len(rows)} held-out documents of {corpus.name} have {length} tokens; the others are joined"
-        )
+        say(f"{len(rows)} held-out documents of {corpus.name} have {length} tokens; the others are joined")
     at = 0
     while len(rows) < count:
         parts, have = [], 0

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from longctx.errors import RunFailed, UserError
 
+T = TypeVar("T")
 
-def start(nproc: int, entry: Callable[..., int], *arguments: Any) -> int:
-    """Run entry(*arguments) on `nproc` ranks over gloo; returns rank 0's status.
+
+def start(nproc: int, entry: Callable[..., T], *arguments: Any) -> T:
+    """Run entry(*arguments) on `nproc` ranks over gloo; returns what rank 0's returned.
 
     Raises UserError or RunFailed with the first failing rank's own message.
     """
@@ -36,15 +38,15 @@ def start(nproc: int, entry: Callable[..., int], *arguments: Any) -> int:
         raise RunFailed(
             f"rank {rank} of the search failed (status {failure.exitcode}): {failure.message}"
         ) from None
-    problem = answers[0][1]
+    found, problem = answers[0]
     if problem is not None:
         raise UserError(problem)
-    return int(answers[0][0])
+    return found
 
 
-def guarded(entry: Callable[..., int], *arguments: Any) -> tuple[int, str | None]:
-    """(status, None), or (2, the message) of a user's mistake: it crosses the process border as text."""
+def guarded(entry: Callable[..., T], *arguments: Any) -> tuple[T | None, str | None]:
+    """(what entry returned, None), or (None, the message) of a user's mistake, which crosses as text."""
     try:
         return entry(*arguments), None
     except UserError as error:
-        return 2, str(error)
+        return None, str(error)

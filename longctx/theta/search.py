@@ -7,7 +7,6 @@ is shared by ring attention.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from longctx.errors import UserError, nearest
 from longctx.rope import Rope
 from longctx.theta.bracket import Found, narrow
 from longctx.theta.curve import draw_curve
+from longctx.theta.outcome import Result, tell, write_override
 from longctx.theta.trials import Trial, TrialFile, key_of
 
 
@@ -40,40 +40,53 @@ class Job:
     def folder(self) -> Path:
         return Path(self.config.folder)
 
+    @property
+    def png(self) -> Path:
+        return Path(self.config.png) if self.config.png else self.folder / f"search-{self.stage.name}.png"
 
-@dataclass(frozen=True)
-class Result:
-    """rule: the trial at the rule's own theta; best: the winner; edge: the edge it lies on, if any."""
-
-    stage: str
-    seq_len: int
-    rule: Trial
-    best: Trial
-    edge: str | None
-    trials: list[Trial]
+    @property
+    def override(self) -> Path:
+        """The stage override file."""
+        return self.folder / "theta.yaml"
 
 
 def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
-    """The search, on this process or on nproc ranks it starts."""
+    """The search, on this process or on nproc ranks it starts, and what it found in words."""
     from longctx.train.ranks import launcher_environment
 
+    job = job_of(config, rope, stages)
+    environment = launcher_environment()
+    if config.nproc > 1 and environment["WORLD_SIZE"] == "1":
+        from longctx.theta.ranks import start
+
+        result = start(config.nproc, find, job)
+    else:
+        result = find(job)
+    if environment["RANK"] == "0":
+        tell(
+            result,
+            override=job.override,
+            png=job.png,
+            bracket=config.trials.bracket,
+            as_json=config.format == "json",
+        )
+    return 0
+
+
+def job_of(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> Job:
+    """What every rank gets. Raises UserError when there is no model, no data or no such stage."""
     stage = chosen_stage(config, stages)
     if config.model is None or config.model.path is None:
         raise UserError(
-            "search=true reads documents with the model itself: give model.path=FOLDER or model=tiny (the "
-            "command line)"
+            "search=true reads documents with the model itself: give model.path=FOLDER or model=tiny "
+            "(the command line)"
         )
     if config.data is None:
         raise UserError("search=true needs held-out documents: give data=stdlib (the command line)")
     if config.nproc < 1:
         raise UserError(f"nproc={config.nproc} must be 1 or more ranks (configs/theta.yaml)")
     floor = stages[stage.index - 1].theta if stage.index else rope.theta
-    job = Job(config, config.model, config.data, stage, int(floor))
-    if config.nproc > 1 and launcher_environment()["WORLD_SIZE"] == "1":
-        from longctx.theta.ranks import start
-
-        return start(config.nproc, search_rank, job)
-    return search_rank(job)
+    return Job(config, config.model, config.data, stage, int(floor))
 
 
 def chosen_stage(config: ThetaConfig, stages: Sequence[Stage]) -> Stage:
@@ -91,8 +104,8 @@ def chosen_stage(config: ThetaConfig, stages: Sequence[Stage]) -> Stage:
     return stages[known.index(name)]
 
 
-def search_rank(job: Job) -> int:
-    """One rank's part."""
+def find(job: Job) -> Result:
+    """One rank's part; rank 0 writes the curve and the stage override file."""
     from longctx.config.train import EngineConfig
     from longctx.train import ranks as worlds
 
@@ -102,8 +115,10 @@ def search_rank(job: Job) -> int:
             console.silence()
         result = _run(job, ranks)
         if ranks.first:
-            report(job.config, result)
-        return 0
+            best, rule = result.best.theta, result.rule.theta
+            draw_curve(result.trials, rule=rule, best=best, length=result.seq_len, path=job.png)
+            write_override(job.override, result)
+        return result
     finally:
         worlds.stop()
 
@@ -213,52 +228,3 @@ def _key(job: Job) -> str:
             "trials": settings,
         }
     )
-
-
-def report(config: ThetaConfig, result: Result) -> None:
-    """The curve, the stage override file, and what was found."""
-    folder = Path(config.folder)
-    png = Path(config.png) if config.png else folder / f"search-{result.stage}.png"
-    draw_curve(result.trials, rule=result.rule.theta, best=result.best.theta, length=result.seq_len, path=png)
-    override = write_override(folder / "theta.yaml", result)
-    if result.edge:
-        console.warn(
-            f"the best theta, {result.best.theta:,}, lies on the {result.edge} edge of what was tried, so a "
-            f"better one may lie beyond; run again with trials.bracket={config.trials.bracket**2:g} or more "
-            "trials.attempts: trials already made are kept"
-        )
-    if config.format == "json":
-        values = {**asdict(result), "file": str(override), "png": str(png)}
-        console.emit_json(values)
-        return
-    rule, best = result.rule, result.best
-    console.emit(
-        f"{result.stage} ({result.seq_len:,} tokens): theta {best.theta:,} instead of the rule's "
-        f"{rule.theta:,}: last-quarter loss {best.last_quarter_loss:.4f} instead of "
-        f"{rule.last_quarter_loss:.4f}"
-        + (
-            f", needle answers {best.needle_loss:.4f} instead of {rule.needle_loss:.4f}"
-            if best.needle_loss
-            else ""
-        )
-        + f"\ncurve: {png}\nuse it: longctx train curriculum=... curriculum.theta_file={override}"
-    )
-
-
-def write_override(path: Path, result: Result) -> Path:
-    """Put the chosen theta into the stage override file, beside those of other stages already there."""
-    import yaml
-
-    known: dict[str, Any] = {}
-    if path.exists():
-        known = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
-    known[result.stage] = {"theta": result.best.theta}
-    lines = [
-        "# Written by `longctx theta search=true`; read with curriculum.theta_file=THIS_FILE.",
-        "stages:",
-    ]
-    lines += [f"  {name}: {json.dumps(values)}" for name, values in known.items()]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(path)
-    return path

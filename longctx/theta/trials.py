@@ -64,9 +64,7 @@ class TrialFile:
                 self.done[trial.theta] = trial
             others += not mine
         if len(whole) != len(content):
-            say(
-                f"{self.path}: the last line was cut off; going on after the {len(self.done)} whole ones"
-            )
+            say(f"{self.path}: the last line was cut off; going on after the {len(self.done)} whole ones")
             with self.path.open("r+b") as stream:
                 stream.truncate(len(whole))
         if others:

@@ -1,0 +1,197 @@
+"""`longctx bench theta`: which theta rule is best after equal training, on the tiny model, by anyone.
+
+Every rule gets the same curriculum, tokens, data and seed; `searched` gets thetas found on the base before
+any training. Each model is examined at the rule's ropes without training and after it. Results are kept per
+model, so that the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longctx import console
+from longctx.config.bench_theta import BenchThetaConfig
+from longctx.config.curriculum import RopeConfig
+from longctx.config.hooks import HooksConfig, LoraHook
+from longctx.config.theta import ThetaConfig
+from longctx.config.train import TrainConfig
+from longctx.curriculum import Stage, resolve
+from longctx.errors import RunFailed
+from longctx.rope import Rope, read_rope, supported_length
+
+SEARCHED = "searched"
+
+
+@dataclass(frozen=True)
+class Examined:
+    """needle: accuracy by length; last_quarter: loss there at the longest; base: loss on short text."""
+
+    needle: dict[str, float]
+    last_quarter: float
+    base: float
+
+
+@dataclass(frozen=True)
+class Line:
+    """A rule's line of the table; before: its last rope on the untrained base."""
+
+    rule: str
+    thetas: list[float]
+    supported_length: int | None
+    before: Examined
+    after: Examined
+
+
+def run(config: BenchThetaConfig) -> int:
+    """Train and examine every rule, print the table (Markdown) or the document."""
+    from longctx.train.run import run as train
+
+    out = Path(config.out)
+    rope = read_rope(str(config.train.model.path))
+    examiner = Examiner(config, out)
+    base = examiner.examine("base", Path(str(config.train.model.path)))
+    lines = []
+    for rule in config.rules:
+        console.say(f"[bold]{rule}[/bold]")
+        run_config = under(config, rule, out, rope)
+        stages = stages_of(run_config, rope)
+        last = stages[-1]
+        folder = Path(run_config.folder)
+        before = examiner.examine(f"{rule}-before", Path(str(config.train.model.path)), last)
+        model = folder / "stages" / last.name / "model"
+        if train(run_config) != 0:
+            raise RunFailed(f"the training under {rule} stopped; the same command continues it ({folder})")
+        after = examiner.examine(f"{rule}-after", model)
+        supported = supported_length(Rope(last.rope, rope.head_dim, last.seq_len).frequencies())
+        lines.append(Line(rule, [stage.theta for stage in stages], supported, before, after))
+    document = {"base": asdict(base), "rules": [asdict(line) for line in lines], "tokens": _tokens(stages)}
+    (out / "table.json").write_text(json.dumps(document, indent=1))
+    if config.format == "json":
+        console.emit_json(document)
+    else:
+        console.emit(markdown(base, lines))
+    return 0
+
+
+def under(config: BenchThetaConfig, rule: str, out: Path, rope: Rope) -> TrainConfig:
+    """The run of one rule: its curriculum's rule replaced, hooks off, a folder of its own."""
+    curriculum = config.train.curriculum
+    if rule == SEARCHED:
+        curriculum = replace(curriculum, theta_file=str(search_all(config, out, rope)))
+    else:
+        curriculum = replace(curriculum, rule=RopeConfig(name=rule))
+    return replace(
+        config.train,
+        name=f"bench-theta-{rule}",
+        run_dir=str(out / rule),
+        curriculum=curriculum,
+        hooks=HooksConfig(lora=LoraHook(enabled=False)),
+    )
+
+
+def search_all(config: BenchThetaConfig, out: Path, rope: Rope) -> Path:
+    """Search every stage's theta on the base, each above the one found before; the stage override file."""
+    from longctx.theta.search import find, job_of
+
+    file, done = out / "search" / "theta.yaml", out / "search" / "finished"
+    if done.exists():
+        return file
+    names = [stage.name for stage in stages_of(config.train, rope)]
+    for index, name in enumerate(names):
+        known = str(file) if index else None
+        curriculum = replace(config.train.curriculum, theta_file=known)
+        job = ThetaConfig(
+            model=config.train.model,
+            curriculum=curriculum,
+            data=config.train.data,
+            search=True,
+            trials=replace(config.trials, stage=name),
+            run_dir=str(file.parent),
+        )
+        find(job_of(job, rope, stages_of(replace(config.train, curriculum=curriculum), rope)))
+    done.touch()
+    return file
+
+
+def stages_of(config: TrainConfig, rope: Rope) -> list[Stage]:
+    """The curriculum in numbers for the base model."""
+    return resolve(
+        config.curriculum,
+        head_dim=rope.head_dim,
+        rope=rope.parameters,
+        window=rope.window,
+        file="configs/bench_theta.yaml",
+    )
+
+
+class Examiner:
+    """Grids and losses of Hugging Face folders on the same held-out material, kept in OUT/eval."""
+
+    def __init__(self, config: BenchThetaConfig, out: Path) -> None:
+        from longctx.hooks.evidence import open_ground
+
+        self.config, self.out = config, out / "eval"
+        model = config.train.model
+        self.ground = open_ground(
+            config.train.data, config.source, str(model.tokenizer or model.path), out / "data"
+        )
+
+    def examine(self, name: str, folder: Path, stage: Stage | None = None) -> Examined:
+        """The model at `folder`, with the stage's rope in place of its own where one is given."""
+        stored = self.out / f"{name}.json"
+        if stored.exists():
+            return Examined(**json.loads(stored.read_text()))
+        found = self._measure(name, folder, stage)
+        self.out.mkdir(parents=True, exist_ok=True)
+        beside = stored.with_suffix(".part")
+        beside.write_text(json.dumps(asdict(found), indent=1))
+        beside.replace(stored)
+        return found
+
+    def _measure(self, name: str, folder: Path, stage: Stage | None) -> Examined:
+        from longctx.eval import loss, needle
+        from longctx.eval.predict import one_process
+        from longctx.hooks.evidence import Subject, load
+
+        config, ground = self.config, self.ground
+        rope, window = (dict(stage.rope), stage.seq_len) if stage else (None, None)
+        model = load(Subject(name, folder, name, rope=rope, window=window))
+        grid = needle.grid(one_process(model), config.needle, ground.writer, ground.haystack, label=name)
+        longest = max(config.needle.lengths)
+        far = loss.token_losses(model, self._rows(longest, config.documents))
+        near = loss.token_losses(model, self._rows(config.base_length, 4 * config.documents))
+        tail = far[:, longest * 3 // 4 :]
+        by_length = {str(length): share for length, share in grid.by_length().items()}
+        return Examined(by_length, float(tail.mean()), float(near.mean()))
+
+    def _rows(self, length: int, count: int) -> np.ndarray:
+        rng = np.random.default_rng([7, length])
+        return np.stack([self.ground.haystack(rng, length) for _ in range(count)]).astype(np.int64)
+
+
+def markdown(base: Examined, lines: list[Line]) -> str:
+    """The table for docs/theta.md."""
+    lengths = list(base.needle)
+    head = ["rule", "thetas", "supported", *[f"needles {n}" for n in lengths], "last quarter", "short text"]
+    rows = [["base, nothing changed", "", "", *_cells(base, lengths)]]
+    for line in lines:
+        thetas = " / ".join(f"{theta:,.0f}" for theta in line.thetas)
+        supported = f"{line.supported_length:,}" if line.supported_length else "> 1,048,576"
+        rows.append([f"{line.rule}, untrained", thetas, supported, *_cells(line.before, lengths)])
+        rows.append([f"**{line.rule}, trained**", "", "", *_cells(line.after, lengths)])
+    text = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in text)
+
+
+def _cells(found: Examined, lengths: list[str]) -> list[str]:
+    return [*[f"{found.needle[n]:.2f}" for n in lengths], f"{found.last_quarter:.3f}", f"{found.base:.3f}"]
+
+
+def _tokens(stages: list[Stage]) -> Mapping[str, Any]:
+    return {stage.name: stage.tokens for stage in stages}

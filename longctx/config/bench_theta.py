@@ -1,0 +1,40 @@
+"""What `longctx bench theta` takes: a training to repeat under every rule, and what the models are asked."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from longctx.config.base import Format, Length, Text, schema
+from longctx.config.eval import NeedleConfig
+from longctx.config.theta import SearchConfig
+from longctx.config.train import TrainConfig
+
+BENCH_RULES = ("ntk", "dynamic-ntk", "scaling-law", "yarn", "searched")
+
+
+@schema
+class BenchThetaConfig:
+    """`longctx bench theta`: the same training under each rule, and what the models can do before and after
+    it.
+
+    train: the run every rule gets, its curriculum's rule replaced. rules: names of rules, and `searched` for
+    thetas found by `trials` on the base at every stage. needle: the grid. documents: held-out texts at the
+    last stage's length for the last-quarter loss. base_length: where the loss on short text is measured.
+    source: the haystack.
+    """
+
+    train: TrainConfig
+    rules: list[Text] = Field(default_factory=lambda: list(BENCH_RULES))
+    trials: SearchConfig = SearchConfig()
+    needle: NeedleConfig = NeedleConfig(per_cell=4)
+    documents: int = 16
+    base_length: Length = 512
+    source: Text = "stdlib"
+    out: Text = "runs/bench_theta"
+    format: Format = "text"
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise ValueError("rules is empty; name at least one, such as dynamic-ntk")
+        if self.train.model.path is None:
+            raise ValueError("train.model.path is missing: the bench extends a model that exists")

@@ -1,0 +1,64 @@
+"""What a search ends in: the chosen theta beside the rule's, the override file, the words on the screen."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from longctx import console
+from longctx.theta.trials import Trial
+
+
+@dataclass(frozen=True)
+class Result:
+    """rule: the trial at the rule's own theta; best: the winner; edge: the edge it lies on, if any."""
+
+    stage: str
+    seq_len: int
+    rule: Trial
+    best: Trial
+    edge: str | None
+    trials: list[Trial]
+
+
+def write_override(path: Path, result: Result) -> None:
+    """Put the chosen theta into the stage override file, beside those of other stages already there."""
+    import yaml
+
+    known: dict[str, Any] = {}
+    if path.exists():
+        known = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
+    known[result.stage] = {"theta": result.best.theta}
+    lines = [
+        "# Written by `longctx theta search=true`; read with curriculum.theta_file=THIS_FILE.",
+        "stages:",
+    ]
+    lines += [f"  {name}: {json.dumps(values)}" for name, values in known.items()]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("\n".join(lines) + "\n")
+    temporary.replace(path)
+
+
+def tell(result: Result, *, override: Path, png: Path, bracket: float, as_json: bool) -> None:
+    """What was found, on standard output."""
+    rule, best = result.rule, result.best
+    if result.edge:
+        console.warn(
+            f"the best theta, {best.theta:,}, lies on the {result.edge} edge of what was tried, so a better "
+            f"one may lie beyond; run again with trials.bracket={bracket**2:g} or more trials.attempts: "
+            "trials already made are kept"
+        )
+    if as_json:
+        console.emit_json({**asdict(result), "file": str(override), "png": str(png)})
+        return
+    needles = ""
+    if best.needle_loss is not None:
+        needles = f", needle answers {best.needle_loss:.4f} instead of {rule.needle_loss:.4f}"
+    console.emit(
+        f"{result.stage} ({result.seq_len:,} tokens): theta {best.theta:,} instead of the rule's "
+        f"{rule.theta:,}: last-quarter loss {best.last_quarter_loss:.4f} instead of "
+        f"{rule.last_quarter_loss:.4f}{needles}\ncurve: {png}\nuse it: longctx train curriculum=... "
+        f"curriculum.theta_file={override}"
+    )

@@ -1,0 +1,191 @@
+"""A search on a tiny random model: plain losses, two ranks as one, resumed, read by a curriculum."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from longctx.cli import main
+from longctx.config.base import build
+from longctx.config.compose import compose
+from longctx.config.curriculum import CurriculumConfig
+from longctx.config.model import InitConfig, MemoryConfig
+from longctx.curriculum import resolve
+
+ASSET = Path(__file__).parents[2] / "longctx" / "assets" / "tiny"
+ROPE = {"rope_type": "default", "rope_theta": 10000}
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer model of window 64 beside the tiny tokenizer."""
+    from transformers import AutoTokenizer
+
+    from longctx.model import init_from
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = AutoTokenizer.from_pretrained(ASSET)
+    shape = InitConfig(
+        layers=2, hidden=32, heads=2, kv_heads=1, ffn=48, vocab=len(tokenizer), window=64, seed=1
+    )
+    init_from(shape, attention="sdpa").save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ASSET / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = ["the", "key", "of", "a", "long", "road", "turns", "where", "no", "one", "reads", "the", "map"]
+    for number in range(12):
+        lines = [" ".join(rng.choice(words, size=8)) for _ in range(60)]
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+def words(model: Path, text: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "theta", "search=true", f"model.path={model}", "data=text", f"data.path={text}", "data.heldout=0.4",
+        "to=256", "rule=ntk", f"run_dir={out}", "trials.documents=2", "trials.needles=1", "trials.points=3",
+        "trials.rounds=1", "trials.attempts=1", "format=json", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def searched(model_folder: Path, text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("search")
+    assert main(words(model_folder, text_folder, out)) == 0
+    return out
+
+
+def trials_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "trials-s256.jsonl").read_text().splitlines()]
+
+
+def test_every_trial_is_written_and_the_best_chosen(searched: Path):
+    trials = trials_of(searched)
+    assert len({t["theta"] for t in trials}) == len(trials) >= 4
+    assert {t["phase"] for t in trials} >= {"grid", "golden"}
+    score = {t["theta"]: t["last_quarter_loss"] + 0.25 * t["needle_loss"] for t in trials}
+    best = min(score, key=lambda theta: (score[theta], theta))
+    assert f'"theta": {best}' in (searched / "theta.yaml").read_text()
+    assert min(score) >= 10000
+    assert (searched / "search-s256.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_curriculum_reads_the_chosen_theta(searched: Path):
+    values = compose("theta", ["curriculum=tiny_16x", f"curriculum.theta_file={searched / 'theta.yaml'}"])
+    values["curriculum"]["stages"] = {"s256": {"seq_len": 256, "steps": 1, "batch": 1}}
+    config = build(CurriculumConfig, values["curriculum"], origin="test")
+    stage = resolve(config, head_dim=16, rope=ROPE, window=64, file="test")[0]
+    assert f'"theta": {stage.theta}' in (searched / "theta.yaml").read_text()
+
+
+def test_it_resumes_from_the_last_whole_line(
+    searched: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copytree(searched, tmp_path / "again")
+    file = tmp_path / "again" / "trials-s256.jsonl"
+    before = trials_of(searched)
+    file.write_text("\n".join(file.read_text().splitlines()[:-1]) + '\n{"key": "cut o')
+    assert main(words(model_folder, text_folder, tmp_path / "again")) == 0
+    printed = capsys.readouterr()
+    assert "the last line was cut off" in printed.err
+    after = trials_of(tmp_path / "again")
+    assert [t["seconds"] for t in after[:-1]] == [t["seconds"] for t in before[:-1]]
+    assert after[-1]["theta"] == before[-1]["theta"]
+    assert after[-1]["last_quarter_loss"] == before[-1]["last_quarter_loss"]
+    assert json.loads(printed.out)["best"]["theta"] in {t["theta"] for t in after}
+
+
+def test_two_ranks_find_what_one_does(searched: Path, model_folder: Path, text_folder: Path, tmp_path: Path):
+    assert main(words(model_folder, text_folder, tmp_path / "two", "nproc=2")) == 0
+    for one, two in zip(trials_of(searched), trials_of(tmp_path / "two"), strict=True):
+        assert one["theta"] == two["theta"]
+        assert two["last_quarter_loss"] == pytest.approx(one["last_quarter_loss"], rel=1e-5)
+        assert two["needle_loss"] == pytest.approx(one["needle_loss"], rel=1e-5)
+
+
+@pytest.fixture
+def objective(model_folder: Path):
+    from longctx.attention import ContextParallel
+    from longctx.model import load
+    from longctx.theta.objective import Objective
+    from longctx.train.ranks import Ranks
+
+    context = ContextParallel.from_world()
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    yield Objective(load(str(model_folder)), MemoryConfig(), context, ranks)
+    context.close()
+
+
+def material(seed: int, length: int = 256):
+    from longctx.theta.material import Material, Weighted
+
+    rng = np.random.default_rng(seed)
+    tail = (np.arange(length) >= length * 3 // 4).astype(np.float32)
+    few = np.zeros(length, np.float32)
+    few[[40, 200]] = 1.0
+    tokens = [rng.integers(5, 400, length) for _ in range(3)]
+    return Material([Weighted(tokens[0], tail), Weighted(tokens[1], tail)], [Weighted(tokens[2], few)])
+
+
+def test_losses_are_plain_transformers(objective, model_folder: Path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    given = material(3)
+    config = AutoConfig.from_pretrained(model_folder)
+    config.rope_parameters, config.max_position_embeddings = {**ROPE, "rope_theta": 77777}, 256
+    plain = AutoModelForCausalLM.from_pretrained(model_folder, config=config, attn_implementation="eager")
+
+    def mean(sequences: list) -> float:
+        total, weight = 0.0, 0.0
+        for sequence in sequences:
+            tokens = torch.from_numpy(sequence.tokens)
+            with torch.no_grad():
+                scores = plain(tokens[None]).logits[0, :-1].log_softmax(-1)
+            nll = -scores.gather(-1, tokens[1:, None]).squeeze(-1).numpy()
+            total += float((nll * sequence.weights[1:]).sum())
+            weight += float(sequence.weights[1:].sum())
+        return total / weight
+
+    text, needle = objective.losses({**ROPE, "rope_theta": 77777}, given)
+    assert text == pytest.approx(mean(given.texts), rel=1e-5)
+    assert needle == pytest.approx(mean(given.needles), rel=1e-5)
+
+
+def test_adaptation_lowers_the_loss_and_is_undone(objective):
+    from longctx.theta.objective import Adapt
+
+    given = material(4)
+    before = {name: p.detach().clone() for name, p in objective.hf.named_parameters()}
+    plain = objective.losses(ROPE, given)
+    everything = [replace(s, weights=np.ones_like(s.weights)) for s in given.texts]
+    adapted = objective.losses(ROPE, given, Adapt(everything * 3, 3e-3))
+    assert adapted[0] < plain[0] - 0.05
+    assert all(torch.equal(before[name], p) for name, p in objective.hf.named_parameters())
+    assert objective.losses(ROPE, given) == plain
+
+
+def test_mistakes(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    for more, message in (
+        (["trials.stage=s25"], "trials.stage='s25' is no stage; did you mean 's256'?"),
+        (["trials.bracket=1"], "trials: bracket=1.0 must be above 1"),
+        (["to=1M"], "too few for documents of 1048576"),
+        (["data=chat"], "data.mixes.default holds no text"),
+        (["nproc=0"], "nproc=0 must be 1 or more ranks"),
+    ):
+        given = [w for w in words(model_folder, text_folder, tmp_path / "x") if not w.startswith("data=")]
+        data = [] if "data=chat" in more else ["data=text"]
+        assert main([*given, *data, *more]) == 2, message
+        err = capsys.readouterr().err
+        assert message.split("trials: ")[-1] in err
+        assert "Traceback" not in err
