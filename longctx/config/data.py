@@ -34,11 +34,11 @@ class SynthTask:
     """A synthetic task with known answers; see longctx.data.synth.
 
     count: needles, table rows, or (variables) chains; questions: how many of them are asked at the end;
-    hops: links of a chain; depths: where in the haystack each needle goes (0 its start, 1 its end), None for
-    random; answer_weight: the answers' loss weight over that of all other tokens together (None: 2, and every
-    token alike for copy); other_weight: loss weight of a token that is no answer (0: only answers train).
-    segment: tokens of a copied segment (None: random, up to half of the document); symbols: what it is made of,
-    any token of the vocabulary or only digits (fewer symbols are learned sooner).
+    hops: links of a chain; depths: where in the haystack each needle goes (0 its start, 1 its end), None
+    for random; answer_weight: the answers' loss weight over that of all other tokens together (None: 2, and
+    every token alike for copy); other_weight: loss weight of a token that is no answer (0: only answers
+    train). segment: tokens of a copied segment (None: random, up to half of the document); symbols: what it
+    is made of, any token of the vocabulary or only digits (fewer symbols are learned sooner).
     """
 
     kind: TaskKind = "needle"
@@ -115,7 +115,9 @@ def _check_template(name: str, template: str | None) -> None:
     enough = keys >= 1 if name == "question" else keys == 1
     if not enough or fields.count("value") != 1 or {*fields} != {"key", "value"}:
         often = "at least once" if name == "question" else "once"
-        raise ValueError(f"{name}={template!r} must hold {{key}} {often} and {{value}} once, and no other field")
+        raise ValueError(
+            f"{name}={template!r} must hold {{key}} {often} and {{value}} once, and no other field"
+        )
 
 
 SourceKind = Literal["stdlib", "text", "hub", "chat", "synth"]

@@ -8,4 +8,13 @@ from longctx.data.stage import LocalSequence, PackedSequence, StageData, open_st
 from longctx.data.synth import Answer, SynthDocument, make_task
 from longctx.data.writer import Writer
 
-__all__ = ["Answer", "LocalSequence", "PackedSequence", "StageData", "SynthDocument", "Writer", "make_task", "open_stage"]
+__all__ = [
+    "Answer",
+    "LocalSequence",
+    "PackedSequence",
+    "StageData",
+    "SynthDocument",
+    "Writer",
+    "make_task",
+    "open_stage",
+]

@@ -17,7 +17,8 @@ from longctx.errors import UserError
 def conversation(
     document: Document, tokenizer: Any, backend: Any, tally: Tally
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Tokens uint32 [T] and mask uint8 [T] (1: the assistant's), or None (counted) for what is no conversation."""
+    """Tokens uint32 [T] and mask uint8 [T] (1: the assistant's), or None (counted) for what is no
+    conversation."""
     messages = document.content
     problem = _problem(messages)
     if problem:
@@ -43,19 +44,24 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            "the tokenizer has no chat template, so conversations cannot be rendered; use the tokenizer of an "
-            "instruct model, or render the text yourself and read it as kind=text"
+            "the tokenizer has no chat template, so conversations cannot be rendered; use the tokenizer of "
+            "an instruct model, or render the text yourself and read it as kind=text"
         )
     spans: list[tuple[int, int]] = []
     text = ""
     for count, message in enumerate(messages, 1):
         assistant = message["role"] == "assistant"
-        start = len(_render(messages[: count - 1], tokenizer, prompt=True)) if assistant and count > 1 else len(text)
+        start = (
+            len(_render(messages[: count - 1], tokenizer, prompt=True))
+            if assistant and count > 1
+            else len(text)
+        )
         longer = _render(messages[:count], tokenizer, prompt=False)
         if not longer.startswith(text):
             raise UserError(
-                f"the tokenizer's chat template rewrites earlier turns at message {count}, so the assistant's tokens "
-                "cannot be marked; use another template, or loss=all with kind=text on rendered conversations"
+                f"the tokenizer's chat template rewrites earlier turns at message {count}, so the "
+                "assistant's tokens cannot be marked; use another template, or loss=all with kind=text on "
+                "rendered conversations"
             )
         if assistant:
             spans.append((min(start, len(longer)), len(longer)))

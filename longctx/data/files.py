@@ -1,8 +1,9 @@
-"""Documents out of files: which files a source has, in which units they are read, and what was wrong with them.
+"""Documents out of files: which files a source has, in which units they are read, and what was wrong with
+them.
 
-A unit is the smallest thing a worker reads: a text file, a byte range of a .jsonl, row groups of a .parquet or
-record batches of an .arrow file. Units depend on the files only, never on the number of workers, so that their
-tokens can be stored by content.
+A unit is the smallest thing a worker reads: a text file, a byte range of a .jsonl, row groups of a .parquet
+or record batches of an .arrow file. Units depend on the files only, never on the number of workers, so that
+their tokens can be stored by content.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ _SHOWN = 5
 
 @dataclass(frozen=True)
 class Unit:
-    """path: the file; name: as documents are named; kind: text, python, jsonl, parquet or arrow; column: of the
-    text or messages; [start, end): bytes, row groups or record batches; size: bytes, for the progress bar."""
+    """path: the file; name: as documents are named; kind: text, python, jsonl, parquet or arrow; column: of
+    the text or messages; [start, end): bytes, row groups or record batches; size: bytes, for the progress
+    bar."""
 
     path: str
     name: str
@@ -50,7 +52,7 @@ class Document:
 
 @dataclass
 class Tally:
-    """What reading met. seen: documents and broken records together; where: the first few mistakes in words."""
+    """What reading met. seen: documents and broken records; where: the first few mistakes in words."""
 
     seen: int = 0
     empty: int = 0
@@ -122,7 +124,9 @@ def units_of(path: Path, name: str, column: str, *, rows_only: bool = False) -> 
         ranges = [(a, min(a + step, size)) for a in range(0, size, max(step, 1))]
         return [Unit(str(path), name, "jsonl", column, a, b, b - a) for a, b in ranges]
     if packed:
-        raise UserError(f"{path} is a compressed {suffix} file; unpack it, {suffix} compresses its own columns")
+        raise UserError(
+            f"{path} is a compressed {suffix} file; unpack it, {suffix} compresses its own columns"
+        )
     return _table_units(path, name, suffix[1:], column, size)
 
 
@@ -135,7 +139,8 @@ def _table_units(path: Path, name: str, kind: str, column: str, size: int) -> li
         raise UserError(f"{path} cannot be read as {kind}: {error}; remove or replace the file") from None
     if column not in columns:
         raise UserError(
-            f"{path} has no column {column!r}; it has {', '.join(columns)}: set the source's field to one of them"
+            f"{path} has no column {column!r}; it has {', '.join(columns)}: set the source's field to one "
+            "of them"
         )
     step = max(1, round(count * RANGE / max(size, 1)))
     spans = [(a, min(a + step, count)) for a in range(0, count, step)]

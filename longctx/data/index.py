@@ -42,8 +42,9 @@ class Shard:
                 changed = hashlib.file_digest(stream, "sha256").hexdigest() != self.meta["sha256"]
         if changed:
             raise UserError(
-                f"the shard {self.folder} has changed since it was indexed ({path.name} should be {size} bytes with "
-                f"sha256 {self.meta['sha256'][:12]}...); delete that folder, and it is tokenized again"
+                f"the shard {self.folder} has changed since it was indexed ({path.name} should be {size} "
+                f"bytes with sha256 {self.meta['sha256'][:12]}...); delete that folder, and it is "
+                "tokenized again"
             )
 
     @cached_property
@@ -122,8 +123,8 @@ class Corpus:
 
 
 def held_out(buckets: np.ndarray, share: float) -> np.ndarray:
-    """Which documents are held out: those whose bucket lies below share x 2^32; where share > 0 but none does,
-    the group with the lowest bucket, so that a small folder has a held-out file too."""
+    """Which documents are held out: those whose bucket lies below share x 2^32; where share > 0 but none
+    does, the group with the lowest bucket, so that a small folder has a held-out file too."""
     held = buckets < np.uint64(share * 2**32)
     if share > 0 and len(buckets) and not held.any():
         held = buckets == buckets.min()
@@ -135,15 +136,14 @@ def check_tally(name: str, tally: Tally, max_bad: float, *, documents: int) -> N
     first = "; ".join(tally.where)
     if tally.seen and tally.broken > max_bad * tally.seen:
         raise UserError(
-            f"data.sources.{name}: {tally.broken} of {tally.seen} records are broken, more than data.max_bad={max_bad:g} "
-            f"allows: {first}; mend them, or raise data.max_bad to skip them"
+            f"data.sources.{name}: {tally.broken} of {tally.seen} records are broken, more than "
+            f"data.max_bad={max_bad:g} allows: {first}; mend them, or raise data.max_bad to skip them"
         )
     if documents == 0:
         raise UserError(
             f"data.sources.{name} has no usable document: of {tally.seen} records {tally.empty} are empty, "
-            f"{tally.special} are only special tokens, {tally.not_utf8} are not UTF-8, {tally.broken} are broken"
-            + (f" ({first})" if first else "")
-            + "; give it documents with text, encoded as UTF-8"
+            f"{tally.special} are only special tokens, {tally.not_utf8} are not UTF-8, {tally.broken} are "
+            "broken" + (f" ({first})" if first else "") + "; give it documents with text, encoded as UTF-8"
         )
 
 

@@ -99,7 +99,7 @@ def _fill(
     rooms: dict[int, list[np.ndarray]],
     free: _FreeList,
 ) -> int:
-    """Put pieces order[at:last], all of one size, into the bins of `stock`; returns the first one not placed."""
+    """Put pieces order[at:last], all of one size, into the bins of `stock`; returns the first not placed."""
     each = room // size
     count = last - at
     full = min(len(stock), count // each)
@@ -116,7 +116,9 @@ def _fill(
     return at
 
 
-def join_and_split(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def join_and_split(
+    lengths: np.ndarray, capacity: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Pieces of documents laid end to end and cut every C tokens.
 
     lengths: int [documents] in the order they are joined. Returns (document, start within it, length, bin) of

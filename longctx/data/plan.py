@@ -6,13 +6,13 @@ batch size play no part, so any number of them can resume at any sequence. N seq
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from longctx.config.data import DataConfig, LengthPolicy, Mix
-from longctx.data.mixing import JOIN, PACK, WHOLE, Drawn, cut, draw, rng_of, synthetic
+from longctx.data.mixing import JOIN, PACK, WHOLE, Drawn, draw, rng_of, synthetic
 from longctx.data.packing import best_fit, join_and_split
 from longctx.errors import UserError
 
@@ -29,8 +29,8 @@ class SourceUse:
 
 @dataclass(frozen=True)
 class Plan:
-    """first: int64 [N+1], sequence i is pieces first[i]:first[i+1]; source int8, document, start, length int32
-    [P]; glued: bool [P], the piece continues the attention span of the one before it.
+    """first: int64 [N+1], sequence i is pieces first[i]:first[i+1]; source int8, document, start, length
+    int32 [P]; glued: bool [P], the piece continues the attention span of the one before it.
 
     padding: share of positions without a token; left_over: pieces drawn but not placed, in sequences that
     packing needed beyond N.
@@ -74,7 +74,7 @@ def make_plan(
     place = _choose(bins, pieces.length, count, sequences, rng)
     target = place[bins]
     kept = np.flatnonzero(target >= 0)
-    # joined pieces and pieces of split documents keep their order; packed ones are shuffled within the sequence
+    # joined pieces keep their order; packed ones are shuffled within the sequence
     tie = rng.integers(0, 2**31, size=len(kept), dtype=np.int64)
     ordered = pieces.kind[kept] == JOIN
     tie[ordered] = np.flatnonzero(ordered)
@@ -86,7 +86,8 @@ def make_plan(
     length = pieces.length[order]
     placed = int(length.sum(dtype=np.int64))
     return Plan(
-        seq_len, names, first, pieces.source[order], pieces.document[order], pieces.start[order], length, glued,
+        seq_len, names, first,
+        pieces.source[order], pieces.document[order], pieces.start[order], length, glued,
         use=_use(names, pieces, order, drawn), padding=1 - placed / (sequences * seq_len),
         left_over=len(pieces.length) - len(order),
     )  # fmt: skip
@@ -117,7 +118,8 @@ def _draw_all(
     seed: int,
     stage: str,
 ) -> dict[str, Drawn]:
-    """Pieces per source. Synth sources come first, since their documents are never cut; text fills what is left."""
+    """Pieces per source. Synth sources come first, since their documents are never cut; text fills what is
+    left."""
     budget = sequences * seq_len
     synth = [name for name in names if data.sources[name].kind == "synth"]
     texts = [name for name in names if name not in synth]
@@ -133,14 +135,19 @@ def _draw_all(
     share = sum(mix[name].weight for name in texts)
     for number, name in enumerate(texts):
         before = sum(drawn[key].tokens for key in texts[:number])
-        target = max(left, 0) - before if name == texts[-1] else round(max(left, 0) * mix[name].weight / share)
+        target = (
+            max(left, 0) - before if name == texts[-1] else round(max(left, 0) * mix[name].weight / share)
+        )
         if target > 0 and not len(lengths[name]):
             raise UserError(
                 f"source {name} in stage {stage} has no document to draw, and {target:,} tokens are wanted; "
                 "loosen its min_tokens and max_tokens, or raise data.heldout for held-out documents"
             )
         policy = policy_of(data, mix, name)
-        drawn[name] = draw(lengths[name], policy, target, seq_len, seed=seed, words=(stage, name))
+        drawn[name] = draw(
+            lengths[name], policy, target, seq_len,
+            seed=seed, words=(stage, name), split=data.packing == "best_fit",
+        )  # fmt: skip
     return {name: drawn[name] for name in names}
 
 
@@ -152,7 +159,7 @@ def _pack(
     bins: list[np.ndarray] = []
     count = 0
     split = PACK if data.packing == "concat" else None
-    loose = [_select(i, cut(part, seq_len), {PACK, WHOLE} - {split}) for i, part in enumerate(drawn)]
+    loose = [_select(i, part, {PACK, WHOLE} - {split}) for i, part in enumerate(drawn)]
     runs = [_select(i, part, {JOIN}) for i, part in enumerate(drawn)]
     if split is not None:
         whole = _concatenate([_select(i, part, {split}) for i, part in enumerate(drawn)])
@@ -175,7 +182,7 @@ def _pack(
     return _concatenate(parts), np.concatenate(bins), count
 
 
-def _select(source: int, drawn: Drawn, kinds: set[int | None]) -> _Pieces:
+def _select(source: int, drawn: Drawn, kinds: Collection[int | None]) -> _Pieces:
     keep = np.isin(drawn.kind, [kind for kind in kinds if kind is not None])
     number = np.full(int(keep.sum()), source, np.int8)
     return _Pieces(number, drawn.document[keep], drawn.start[keep], drawn.length[keep], drawn.kind[keep])
@@ -183,7 +190,11 @@ def _select(source: int, drawn: Drawn, kinds: set[int | None]) -> _Pieces:
 
 def _reorder(pieces: _Pieces, order: np.ndarray) -> _Pieces:
     return _Pieces(
-        pieces.source[order], pieces.document[order], pieces.start[order], pieces.length[order], pieces.kind[order]
+        pieces.source[order],
+        pieces.document[order],
+        pieces.start[order],
+        pieces.length[order],
+        pieces.kind[order],
     )
 
 
@@ -224,6 +235,9 @@ def _use(
         count = np.bincount(documents) if len(documents) else np.zeros(0, int)
         partial = (pieces.start[mine] > 0).sum()
         use[name] = SourceUse(
-            int(pieces.length[mine].sum(dtype=np.int64)), int((count > 0).sum()), int(partial), drawn[name].epochs
+            int(pieces.length[mine].sum(dtype=np.int64)),
+            int((count > 0).sum()),
+            int(partial),
+            drawn[name].epochs,
         )
     return use

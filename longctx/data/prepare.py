@@ -33,7 +33,9 @@ def tokenizer_spec(tokenizer: Any, data: DataConfig, source: SourceConfig) -> To
     """What the workers need of a Hugging Face tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise UserError(f"the tokenizer {type(tokenizer).__name__} is not a fast tokenizer; load one with use_fast=True")
+        raise UserError(
+            f"the tokenizer {type(tokenizer).__name__} is not a fast tokenizer; load one with use_fast=True"
+        )
     chat = source.kind == "chat"
     return TokenizerSpec(
         json=backend.to_str(),
@@ -46,9 +48,15 @@ def tokenizer_spec(tokenizer: Any, data: DataConfig, source: SourceConfig) -> To
 
 
 def build_source(
-    name: str, data: DataConfig, tokenizer: Any, cache: Path, *, workers: int | None = None, report: Any = None
-) -> list[Path]:
-    """The shards of a source in order, tokenized where they are missing.
+    name: str,
+    data: DataConfig,
+    tokenizer: Any,
+    cache: Path,
+    *,
+    workers: int | None = None,
+    report: Any = None,
+) -> tuple[list[Path], bool]:
+    """The shards of a source in order, tokenized where they are missing, and whether any was.
 
     report(done_bytes, total_bytes) is called as shards are finished. Raises UserError when more records are
     broken than data.max_bad allows, or when no document is left.
@@ -58,7 +66,8 @@ def build_source(
     spec = tokenizer_spec(tokenizer, data, source)
     jobs = shard_jobs(source_units(name, source, cache), spec, cache)
     total = sum(job.size for job in jobs)
-    if any(not _complete(job) for job in jobs):
+    fresh = any(not _complete(job) for job in jobs)
+    if fresh:
         with _only_builder(cache, jobs):
             missing = [job for job in jobs if not _complete(job)]
             done = total - sum(job.size for job in missing)
@@ -68,7 +77,7 @@ def build_source(
                     report(done, total)
     if report is not None:
         report(total, total)
-    return [job.folder for job in jobs]
+    return [job.folder for job in jobs], fresh
 
 
 def _complete(job: ShardJob) -> bool:
@@ -85,7 +94,9 @@ def _run(jobs: Sequence[ShardJob], spec: TokenizerSpec, workers: int | None) -> 
         return
     # spawn: a fork would copy the threads of torch and of the tokenizers library in an unknown state.
     context = multiprocessing.get_context("spawn")
-    order = sorted(range(len(jobs)), key=lambda i: -jobs[i].size)  # longest first, so that workers end together
+    order = sorted(
+        range(len(jobs)), key=lambda i: -jobs[i].size
+    )  # longest first, so that workers end together
     todo, results = context.Queue(), context.Queue()
     for index in [*order, *[None] * count]:
         todo.put(None if index is None else jobs[index])
@@ -108,7 +119,9 @@ def _next_result(results: Any, crew: Sequence[Any]) -> ShardJob:
         except queue.Empty:
             dead = [worker.exitcode for worker in crew if worker.exitcode not in (None, 0)]
             if dead:
-                raise RunFailed(f"a tokenizing worker died with exit code {dead[0]} (-9: out of memory)") from None
+                raise RunFailed(
+                    f"a tokenizing worker died with exit code {dead[0]} (-9: out of memory)"
+                ) from None
             continue
         if error is not None:
             raise error

@@ -42,6 +42,7 @@ def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path
     """The local files of a hub dataset: its Arrow files, or a .parquet of the rows asked for."""
     try:
         import datasets
+        from datasets.exceptions import DatasetsError
     except ImportError:
         raise UserError(f"{where} needs the package datasets; pip install 'longctx[train]'") from None
     name = str(source.name)
@@ -49,11 +50,11 @@ def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path
         if source.rows is not None:
             return [(_first_rows(source, cache), f"{name}.parquet")]
         loaded = datasets.load_dataset(name, source.subset, split=source.split)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{where}.name={name} (subset={source.subset}, split={source.split}) cannot be loaded: {reason}; check the "
-            "name, and the network, or point a text source at downloaded files"
+            f"{where}.name={name} (subset={source.subset}, split={source.split}) cannot be loaded: "
+            f"{reason}; check the name, and the network, or point a text source at downloaded files"
         ) from None
     files = [Path(entry["filename"]) for entry in loaded.cache_files]
     return [(path, f"{name}/{path.name}") for path in sorted(files)]

@@ -1,4 +1,5 @@
-"""A stage's data as an indexable list: sequence i is a pure function of the config, the seed, the stage and i.
+"""A stage's data as an indexable list: sequence i is a pure function of the config, the seed, the stage and
+i.
 
 Positions of a sequence can be read alone, so a rank of a context-parallel group touches only the pages of the
 memory map that hold its own tokens. S tokens of a sequence, n positions asked for.
@@ -10,6 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ from longctx.errors import UserError
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """tokens int32 [S]; boundaries int32 [spans+1], 0 to S, where attention may not cross; weights float32 [S] of
-    predicting tokens[i] (0 for the first of a document, and for padding); documents: their names, in order."""
+    """tokens int32 [S]; boundaries int32 [spans+1], 0 to S, where attention may not cross; weights float32
+    [S] of predicting tokens[i] (0 for the first of a document, and for padding); documents: their names, in
+    order."""
 
     tokens: np.ndarray
     boundaries: np.ndarray
@@ -39,8 +42,9 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class LocalSequence:
-    """A rank's part of a sequence: at each position the token int32 [n], the next token int64 [n] as its label
-    (-100 at the end) and the loss weight float32 [n] of that label; boundaries of the whole sequence."""
+    """A rank's part of a sequence: at each position the token int32 [n], the next token int64 [n] as its
+    label (-100 at the end) and the loss weight float32 [n] of that label; boundaries of the whole sequence.
+    """
 
     tokens: np.ndarray
     labels: np.ndarray
@@ -154,7 +158,7 @@ class StageData:
         ends = np.cumsum(self.plan.length[first:last], dtype=np.int64)
         breaks = np.flatnonzero(np.diff(positions) != 1) + 1
         edges = [0, *breaks.tolist(), len(positions)] if len(positions) else []
-        for a, b in zip(edges, edges[1:], strict=False):
+        for a, b in pairwise(edges):
             low, high = int(positions[a]), int(positions[a]) + b - a
             piece = int(np.searchsorted(ends, low, side="right"))
             while low < high and piece < len(ends):
@@ -183,7 +187,8 @@ class StageData:
         if source.loss == "assistant":
             return mask.astype(np.float32)
         whole = corpus.read_mask(document, 0, int(corpus.lengths[document]))
-        assert whole is not None and source.answer_weight is not None
+        assert whole is not None
+        assert source.answer_weight is not None
         spoken = int(whole.sum(dtype=np.int64))
         ratio = source.answer_weight * (len(whole) - spoken) / max(spoken, 1)
         return np.where(mask, np.float32(ratio), np.float32(1.0))
@@ -197,7 +202,9 @@ class StageData:
                 return made
         name = self.plan.names[source]
         config = self._data.sources[name]
-        assert self._writer is not None and config.task is not None and config.haystack is not None
+        assert self._writer is not None
+        assert config.task is not None
+        assert config.haystack is not None
         made = make_task(
             config.task,
             int(self.plan.length[piece]),
@@ -275,7 +282,8 @@ def open_stage(
     straw = [str(data.sources[name].haystack) for name in needed if data.sources[name].kind == "synth"]
     texts = [name for name in dict.fromkeys([*needed, *straw]) if data.sources[name].kind != "synth"]
     corpora = {
-        name: open_source(name, data, tokenizer, cache, split=split, workers=workers, report=report) for name in texts
+        name: open_source(name, data, tokenizer, cache, split=split, workers=workers, report=report)
+        for name in texts
     }
     for name in straw:
         if corpora[name].total <= 256:
@@ -285,10 +293,14 @@ def open_stage(
             )
     writer = Writer(tokenizer) if straw else None
     if vocab_size is not None:
-        largest = max([corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if straw else []))
+        largest = max(
+            [corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if straw else [])
+        )
         check_vocabulary(largest, vocab_size)
     lengths = {name: corpora[name].lengths for name in texts}
-    plan = make_plan(data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}")
+    plan = make_plan(
+        data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}"
+    )
     if split == "train":
         for name, use in plan.use.items():
             if use.epochs > data.max_epochs:
@@ -307,7 +319,9 @@ def choose_mix(data: DataConfig, mix: str, stage: str) -> Any:
     if mix not in data.mixes:
         near = nearest(mix, data.mixes)
         hint = f"did you mean {near!r}?" if near else f"known: {', '.join(data.mixes)}"
-        raise UserError(f"curriculum.stages.{stage}.mix={mix} is not one of data.mixes; {hint} (configs/data)")
+        raise UserError(
+            f"curriculum.stages.{stage}.mix={mix} is not one of data.mixes; {hint} (configs/data)"
+        )
     return data.mixes[mix]
 
 
@@ -326,12 +340,14 @@ def open_source(
     def forward(done: int, total: int) -> None:
         report(name, done, total)
 
-    folders = build_source(name, data, tokenizer, cache, workers=workers, report=forward if report else None)
+    folders, fresh = build_source(
+        name, data, tokenizer, cache, workers=workers, report=forward if report else None
+    )
     corpus = Corpus(name, data.sources[name], folders, split=split, heldout=data.heldout)
     everything = sum(shard.meta["documents"] for shard in corpus.shards)
     check_tally(name, corpus.tally, data.max_bad, documents=everything)
     skipped = describe_tally(name, corpus.tally)
-    if skipped and split == "train":
+    if skipped and fresh:  # said once, not at every start and by every rank
         warn(skipped)
     return corpus
 
@@ -340,6 +356,6 @@ def check_vocabulary(largest: int, vocab_size: int) -> None:
     """Raises UserError when a token id has no row in the model's embedding."""
     if largest >= vocab_size:
         raise UserError(
-            f"the tokenizer gives ids up to {largest} and the model has vocab_size={vocab_size}; use the model's own "
-            "tokenizer, or resize its embeddings first (model.path)"
+            f"the tokenizer gives ids up to {largest} and the model has vocab_size={vocab_size}; use the "
+            "model's own tokenizer, or resize its embeddings first (model.path)"
         )

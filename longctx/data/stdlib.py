@@ -1,8 +1,8 @@
 """The Python standard library as a text corpus: real prose and code on every machine that runs this.
 
 Each file gives two documents, its source and its docstrings as one page of documentation. Both carry the
-file's name as their group, so that the held-out files' docstrings are held out with them. Test suites are left
-out: distributions differ in whether they ship them.
+file's name as their group, so that the held-out files' docstrings are held out with them. Test suites are
+left out: distributions differ in whether they ship them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,16 @@ from pathlib import Path
 from longctx.data.files import Document, Tally, Unit, read_text
 from longctx.errors import UserError
 
-_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "turtledemo"}
+_SKIPPED = {
+    "site-packages",
+    "dist-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "__pycache__",
+    "lib2to3",
+    "turtledemo",
+}
 
 
 def stdlib_files(root: Path | None = None) -> list[tuple[Path, str]]:

@@ -1,8 +1,8 @@
 """Documents to tokens, once: memory-mapped shards addressed by what they hold.
 
-A shard's name is the hash of its files' contents, of how they are read and of the tokenizer, so that nothing is
-tokenized twice and nothing stale is used. A shard is written beside its place and renamed into it when
-complete: an interrupted run continues with the next shard, and two processes at once do no harm.
+A shard's name is the hash of its files' contents, of how they are read and of the tokenizer, so that
+nothing is tokenized twice and nothing stale is used. A shard is written beside its place and renamed into
+it when complete: an interrupted run continues with the next shard, and two processes at once do no harm.
 
 shard/  tokens.bin  uint16 or uint32, all documents one after another
         mask.bin    uint8, 1 where the assistant speaks (chat only)
@@ -32,8 +32,8 @@ _FORMAT = 1  # raise when the shard's layout or the reading of documents changes
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """A tokenizer as a worker needs it: its JSON, the marks put around documents, and for chat its folder-less
-    pickle (transformers renders conversations)."""
+    """A tokenizer as a worker needs it: its JSON, the marks put around documents, and for chat its
+    folder-less pickle (transformers renders conversations)."""
 
     json: str
     bos: int | None
@@ -150,7 +150,9 @@ def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
     """Text documents: marks such as <|end_of_text|> written inside a text are text, not tokens of command."""
     backend = _backend(spec)
     backend.encode_special_tokens = True
-    only_special = re.compile(r"(?:\s|" + "|".join([re.escape(token) for token in spec.special] or [r"\s"]) + ")*")
+    only_special = re.compile(
+        r"(?:\s|" + "|".join([re.escape(token) for token in spec.special] or [r"\s"]) + ")*"
+    )
     head = [] if spec.bos is None else [spec.bos]
     tail = [] if spec.eos is None else [spec.eos]
 

@@ -1,0 +1,59 @@
+"""`longctx data synth`: documents of a synthetic task over any haystack, as .jsonl for people and other
+tools."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from longctx.config.data_verbs import SynthesizeConfig
+from longctx.console import emit, emit_json
+from longctx.data.mixing import rng_of
+from longctx.data.stage import corpus_haystack, open_source
+from longctx.data.synth import SynthDocument, make_task
+from longctx.data.verb import load_tokenizer
+from longctx.data.writer import Writer
+from longctx.errors import UserError
+
+
+def run(config: SynthesizeConfig) -> int:
+    """Write config.count documents, one JSON object a line."""
+    tokenizer = load_tokenizer(config.model)
+    split = "train" if config.keys == "train" else "heldout"
+    corpus = open_source(config.haystack, config.data, tokenizer, Path(config.cache), split=split)
+    if not len(corpus):
+        raise UserError(
+            f"haystack={config.haystack} has no {split} documents; raise data.heldout, or take keys=train"
+        )
+    writer = Writer(tokenizer)
+    straw = corpus_haystack(corpus, writer)
+    path = Path(config.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as out:
+        for number in range(config.count):
+            rng = rng_of(config.seed, "synth", config.task.kind, config.keys, number)
+            made = make_task(config.task, config.length, rng, straw, keys=config.keys, tokenizer=writer)
+            out.write(json.dumps(_row(made, config, number, tokenizer), ensure_ascii=False) + "\n")
+    if config.format == "json":
+        emit_json({"out": str(path), "documents": config.count, "tokens": config.count * config.length})
+    else:
+        emit(
+            f"{config.count} documents of {config.length:,} tokens, task {config.task.kind}, {config.keys} "
+            f"keys: {path}"
+        )
+    return 0
+
+
+def _row(made: SynthDocument, config: SynthesizeConfig, number: int, tokenizer: Any) -> dict[str, Any]:
+    return {
+        "id": f"{config.task.kind}/{config.keys}/{config.seed}/{number}",
+        "task": config.task.kind,
+        "text": tokenizer.decode(made.tokens),
+        "tokens": made.tokens.tolist(),
+        "answers": [
+            {"start": a.start, "end": a.end, "key": a.key, "text": a.text, "depth": round(a.depth, 4)}
+            for a in made.answers
+        ],
+        "needles": list(made.needles),
+    }

@@ -1,0 +1,143 @@
+"""`longctx data stats`: how long the documents of each source are, and how often a curriculum will see them.
+
+The plans of all stages are made as training makes them, so padding, cuts and epochs are those of the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longctx.config.data import DataConfig
+from longctx.config.data_verbs import StatsConfig
+from longctx.console import emit, emit_json, warn
+from longctx.data.index import Corpus
+from longctx.data.plan import make_plan
+from longctx.data.stage import choose_mix
+from longctx.data.verb import load_tokenizer, open_both, summary
+
+
+def run(config: StatsConfig) -> int:
+    """Print tables (or one JSON document) and draw the histogram of lengths per source."""
+    from longctx.curriculum import resolve
+    from longctx.data.picture import draw_lengths
+    from longctx.plan.shape import shape_of
+
+    shape = shape_of(config.model)
+    stages = resolve(
+        config.curriculum,
+        head_dim=shape.head_dim,
+        rope=shape.rope,
+        window=shape.window,
+        file="configs/curriculum",
+    )
+    train, heldout = open_both(config, load_tokenizer(config.model))
+    lengths = {name: corpus.lengths for name, corpus in train.items()}
+    seq_lens = {stage.name: stage.seq_len for stage in stages}
+    document = {
+        "sources": {
+            name: {**summary(train[name], heldout[name]), "at_least": at_least(lengths[name], seq_lens)}
+            for name in train
+        },
+        "stages": stage_use(config.data, lengths, stages, config.seed),
+    }
+    document["epochs"] = epochs(document["stages"])
+    _warn_repeats(document, config.data.max_epochs)
+    png = Path(config.png or f"{config.folder}/data_stats.png")
+    draw_lengths(lengths, seq_lens, png)
+    document["png"] = str(png)
+    if config.format == "json":
+        emit_json(document)
+    else:
+        for table in _tables(document, train, seq_lens):
+            emit(table)
+        emit(f"picture: {png}")
+    return 0
+
+
+def at_least(lengths: np.ndarray, seq_lens: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """Documents of a stage's length and more, and their tokens."""
+    found = {}
+    for stage, seq_len in seq_lens.items():
+        long = lengths[lengths >= seq_len]
+        found[stage] = {"documents": len(long), "tokens": int(long.sum(dtype=np.int64))}
+    return found
+
+
+def stage_use(
+    data: DataConfig, lengths: Mapping[str, np.ndarray], stages: Sequence[Any], seed: int
+) -> dict[str, dict[str, Any]]:
+    """Padding, and per source tokens, documents, cuts and epochs, of each stage as it will be trained."""
+    found: dict[str, dict[str, Any]] = {}
+    for stage in stages:
+        plan = make_plan(
+            data,
+            choose_mix(data, stage.mix, stage.name),
+            lengths,
+            seq_len=stage.seq_len,
+            sequences=stage.steps * stage.batch,
+            seed=seed,
+            stage=f"{stage.name}/train",
+        )
+        found[stage.name] = {
+            "mix": stage.mix,
+            "seq_len": stage.seq_len,
+            "sequences": len(plan),
+            "padding": plan.padding,
+            "sources": {name: asdict(use) for name, use in plan.use.items()},
+        }
+    return found
+
+
+def epochs(stages: Mapping[str, dict[str, Any]]) -> dict[str, float]:
+    """Epochs of each source over the whole curriculum."""
+    total: dict[str, float] = {}
+    for stage in stages.values():
+        for name, use in stage["sources"].items():
+            total[name] = total.get(name, 0.0) + use["epochs"]
+    return total
+
+
+def _warn_repeats(document: Mapping[str, Any], most: float) -> None:
+    for name, count in document["epochs"].items():
+        if name in document["sources"] and count > most:
+            warn(
+                f"source {name} will be read {count:.1f} times over the curriculum, more than "
+                f"data.max_epochs={most:g}; add documents, or lower its weight in data.mixes"
+            )
+
+
+def _tables(
+    document: Mapping[str, Any], train: Mapping[str, Corpus], seq_lens: Mapping[str, int]
+) -> list[Any]:
+    from rich.table import Table
+
+    first = Table(box=None, pad_edge=False, header_style="bold", title="Documents", title_justify="left")
+    for title in ("source", "documents", "tokens", "median", "longest"):
+        first.add_column(title, justify="left" if title == "source" else "right")
+    for stage, seq_len in seq_lens.items():
+        first.add_column(f">= {seq_len:,} ({stage})", justify="right")
+    for name, row in document["sources"].items():
+        median = int(np.median(train[name].lengths)) if len(train[name]) else 0
+        cells = [f"{row[key]:,}" for key in ("documents", "tokens")]
+        long = [f"{row['at_least'][stage]['documents']:,}" for stage in seq_lens]
+        first.add_row(name, *cells, f"{median:,}", f"{row['longest']:,}", *long)
+    second = Table(box=None, pad_edge=False, header_style="bold", title="Stages", title_justify="left")
+    for title in ("stage", "source", "tokens", "documents", "cuts", "epochs", "padding"):
+        second.add_column(title, justify="left" if title in ("stage", "source") else "right")
+    for stage, row in document["stages"].items():
+        for name, use in row["sources"].items():
+            second.add_row(
+                stage,
+                name,
+                f"{use['tokens']:,}",
+                f"{use['documents']:,}",
+                f"{use['cuts']:,}",
+                "-" if name not in document["sources"] else f"{use['epochs']:.2f}",
+                f"{row['padding']:.2%}",
+            )
+    return [first, second]

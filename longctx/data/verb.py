@@ -1,0 +1,108 @@
+"""`longctx data`: tokenize every source once, with a bar, and say what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from longctx.config.data_verbs import PrepareConfig
+from longctx.config.model import ModelConfig
+from longctx.console import emit, emit_json, progress
+from longctx.data.index import Corpus
+from longctx.data.stage import check_vocabulary, open_source
+from longctx.errors import UserError
+
+
+def run(config: PrepareConfig) -> int:
+    """Build the shards of all sources with files; prints a table, or one JSON document."""
+    from longctx.plan.shape import shape_of
+
+    tokenizer = load_tokenizer(config.model)
+    train, heldout = open_both(config, tokenizer)
+    check_vocabulary(max(corpus.largest_id for corpus in train.values()), shape_of(config.model).vocab)
+    document = {name: summary(train[name], heldout[name]) for name in train}
+    if config.format == "json":
+        emit_json({"cache": config.shards, "tokenizer": len(tokenizer), "sources": document})
+    else:
+        emit(_table(document))
+        emit(f"shards in {config.shards}; `longctx data stats` draws the lengths")
+    return 0
+
+
+def open_both(config: PrepareConfig, tokenizer: Any) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
+    """Training and held-out documents of every source with files, tokenized where they are not yet."""
+    cache = Path(config.shards)
+    texts = [name for name, source in config.data.sources.items() if source.kind != "synth"]
+    if not texts:
+        raise UserError("data.sources names synth sources only; they need a source of text as haystack")
+    train: dict[str, Corpus] = {}
+    heldout: dict[str, Corpus] = {}
+    with progress() as bar:
+        tasks = {name: bar.add_task(f"{name}, KiB", total=None) for name in texts}
+
+        def report(name: str, done: int, total: int) -> None:
+            bar.update(tasks[name], completed=done >> 10, total=total >> 10)
+
+        for name in texts:
+            train[name] = open_source(
+                name, config.data, tokenizer, cache, split="train", workers=config.workers, report=report
+            )
+            heldout[name] = open_source(name, config.data, tokenizer, cache, split="heldout")
+    return train, heldout
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """The tokenizer a model config names. Raises UserError when it cannot be read."""
+    from transformers import AutoTokenizer
+
+    source = model.tokenizer or model.path
+    if source is None:
+        raise UserError("model.tokenizer is missing; give the folder or hub id of a tokenizer")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.tokenizer={source} cannot be read: {first}; give a folder or a hub id"
+        ) from None
+
+
+def summary(train: Corpus, heldout: Corpus) -> dict[str, Any]:
+    """Counts of a source, both splits and what was skipped."""
+    return {
+        "kind": train.source.kind,
+        "documents": len(train),
+        "tokens": train.total,
+        "heldout_documents": len(heldout),
+        "heldout_tokens": heldout.total,
+        "longest": int(max(train.lengths.max(initial=0), heldout.lengths.max(initial=0))),
+        "skipped": {
+            "empty": train.tally.empty,
+            "special": train.tally.special,
+            "not_utf8": train.tally.not_utf8,
+            "broken": train.tally.broken,
+        },
+        "shards": len(train.shards),
+    }
+
+
+def _table(sources: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in (
+        "source",
+        "documents",
+        "tokens",
+        "longest",
+        "held-out documents",
+        "tokens",
+        "skipped",
+        "shards",
+    ):
+        table.add_column(title, justify="left" if title == "source" else "right")
+    for name, row in sources.items():
+        numbers = ("documents", "tokens", "longest", "heldout_documents", "heldout_tokens")
+        skipped = sum(row["skipped"].values())
+        table.add_row(name, *(f"{row[key]:,}" for key in numbers), f"{skipped:,}", str(row["shards"]))
+    return table

@@ -1,0 +1,346 @@
+import json
+import multiprocessing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longctx.config.base import build
+from longctx.config.data import DataConfig
+from longctx.data import open_stage
+from longctx.data.index import Corpus
+from longctx.data.prepare import build_source
+from longctx.errors import UserError
+
+from .conftest import make_tokenizer
+
+WORDS = ["apple", "river", "import", "return", "stone", "self", "window", "letter", "42", "1234567"]
+
+
+def _write_books(folder: Path, count: int, seed: int = 0) -> dict[str, str]:
+    rng = np.random.default_rng(seed)
+    texts = {}
+    for number in range(count):
+        lines = [" ".join(rng.choice(WORDS, size=8)) for _ in range(int(rng.integers(1, 60)))]
+        texts[f"book{number}.txt"] = f"book {number}\n" + "\n".join(lines) + "\n"
+        (folder / f"book{number}.txt").write_text(texts[f"book{number}.txt"])
+    return texts
+
+
+def _config(folder: Path, mix=None, **more) -> DataConfig:
+    values = {
+        "sources": {
+            "books": {"kind": "text", "path": str(folder)},
+            "needles": {"kind": "synth", "haystack": "books", "task": {"kind": "needle"}},
+        },
+        "mixes": {"m": mix or {"books": 1.0}},
+        "heldout": 0.2,
+        **more,
+    }
+    return build(DataConfig, values, origin="test")
+
+
+@pytest.fixture(scope="module")
+def books(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("books")
+    return folder, _write_books(folder, 60)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def _open(config, tokenizer, cache, **more):
+    settings = {"mix": "m", "seq_len": 512, "sequences": 20, "seed": 0, "split": "train", "stage": "s512"}
+    return open_stage(config, tokenizer=tokenizer, cache=cache, **{**settings, **more})
+
+
+def test_a_sequence_is_its_documents_one_after_another(books, cache, tokenizer):
+    folder, texts = books
+    stage = _open(_config(folder), tokenizer, cache)
+    assert len(stage) == 20
+    for index in range(20):
+        sequence = stage.sequence(index)
+        assert sequence.tokens.shape == sequence.weights.shape == (512,)
+        assert sequence.boundaries[0] == 0
+        assert sequence.boundaries[-1] == 512
+        assert (sequence.weights[sequence.boundaries[:-1]] == 0).all()
+        for name, a, b in zip(sequence.documents, sequence.boundaries, sequence.boundaries[1:], strict=False):
+            name, _, start = name.removeprefix("books:").partition("@")
+            ids = tokenizer(texts[name], add_special_tokens=False).input_ids
+            whole = [tokenizer.bos_token_id, *ids, tokenizer.eos_token_id]
+            at = int(start or 0)
+            assert sequence.tokens[a:b].tolist() == whole[at : at + b - a]
+            assert (sequence.weights[a + 1 : b] == 1).all()
+        if len(sequence.boundaries) == len(sequence.documents) + 2:  # padding
+            assert (sequence.tokens[sequence.boundaries[-2] :] == tokenizer.pad_token_id).all()
+            assert (sequence.weights[sequence.boundaries[-2] :] == 0).all()
+
+
+def test_positions_can_be_read_alone(books, cache, tokenizer):
+    folder, _ = books
+    mix = {"books": 0.6, "needles": {"weight": 0.4, "length": {"loguniform": {"min_len": 128}}}}
+    stage = _open(_config(folder, mix), tokenizer, cache)
+    rng = np.random.default_rng(0)
+    for index in range(20):
+        whole = stage.sequence(index)
+        for positions in (
+            np.arange(64, 128),
+            np.r_[0:64, 448:512],
+            np.sort(rng.choice(512, 100, replace=False)),
+            rng.permutation(512),
+            np.zeros(0, np.int64),
+        ):
+            assert np.array_equal(stage.tokens(index, positions), whole.tokens[positions])
+            assert np.array_equal(stage.weights(index, positions), whole.weights[positions])
+        part = stage.local(index, np.r_[0:64, 448:512])
+        assert np.array_equal(part.labels[:-1], whole.tokens[np.r_[1:65, 449:512]])
+        assert part.labels[-1] == -100
+        assert np.array_equal(part.weights, np.r_[whole.weights[1:65], whole.weights[449:512], 0])
+    with pytest.raises(IndexError):
+        stage.sequence(20)
+
+
+def test_the_same_stage_opened_again_is_the_same(books, cache, tmp_path, tokenizer):
+    folder, _ = books
+    mix = {"books": 0.5, "needles": 0.5}
+    first, again = (_open(_config(folder, mix), tokenizer, c) for c in (cache, tmp_path))
+    for index in (19, 3, 0):
+        a, b = first.sequence(index), again.sequence(index)
+        assert np.array_equal(a.tokens, b.tokens)
+        assert np.array_equal(a.weights, b.weights)
+        assert a.documents == b.documents
+
+
+def test_held_out_documents_are_never_trained_on(books, cache, tokenizer):
+    folder, _ = books
+    seen = {}
+    for split in ("train", "heldout"):
+        stage = _open(_config(folder), tokenizer, cache, split=split, sequences=200)
+        seen[split] = {name.partition("@")[0] for i in range(200) for name in stage.documents(i)}
+    assert not seen["train"] & seen["heldout"]
+    assert len(seen["train"] | seen["heldout"]) == 60
+    assert 4 <= len(seen["heldout"]) <= 22
+
+
+def test_one_text_file_of_two_is_held_out_when_the_hash_takes_none(tmp_path, tokenizer):
+    (tmp_path / "d").mkdir()
+    _write_books(tmp_path / "d", 2)
+    config = _config(tmp_path / "d", heldout=1e-6)
+    counts = [len(_corpus(config, tokenizer, tmp_path, split)) for split in ("train", "heldout")]
+    assert counts == [1, 1]
+
+
+def _corpus(config, tokenizer, cache, split="train"):
+    folders, _ = build_source("books", config, tokenizer, cache)
+    return Corpus("books", config.sources["books"], folders, split=split, heldout=config.heldout)
+
+
+def test_concat_without_masks_predicts_across_documents(books, cache, tokenizer):
+    folder, _ = books
+    config = _config(folder, packing="concat", document_mask=False, first_token="predict")
+    stage = _open(config, tokenizer, cache)
+    assert stage.stats()["padding"] == 0
+    for index in range(20):
+        sequence = stage.sequence(index)
+        assert sequence.boundaries.tolist() == [0, 512]
+        assert np.array_equal(sequence.weights, np.r_[0, np.ones(511)])
+
+
+def test_tokens_are_stored_by_content(books, tmp_path, tokenizer):
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    _write_books(folder, 60)
+    config = _config(folder)
+    first, fresh = build_source("books", config, tokenizer, tmp_path)
+    assert fresh
+    times = [path.stat().st_mtime_ns for path in first]
+    (folder / "book3.txt").touch()
+    again, fresh = build_source("books", config, tokenizer, tmp_path)
+    assert (again, fresh) == (first, False)
+    assert [path.stat().st_mtime_ns for path in again] == times
+    (folder / "book3.txt").write_text("something else\n")
+    changed, fresh = build_source("books", config, tokenizer, tmp_path)
+    assert fresh
+    assert changed != first
+    other, fresh = build_source("books", config, make_tokenizer(400), tmp_path)
+    assert fresh
+    assert not set(other) & set(changed)
+
+
+def test_an_interrupted_build_continues_with_the_shards_that_are_missing(tmp_path, tokenizer, monkeypatch):
+    from longctx.data import prepare
+
+    (tmp_path / "d").mkdir()
+    _write_books(tmp_path / "d", 12)
+    monkeypatch.setattr(prepare, "SMALLEST_SHARD", 2000)
+    config = _config(tmp_path / "d")
+    calls = []
+
+    def stop_at_three(job, spec, real=prepare.tokenize_shard):
+        calls.append(job.folder)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(job, spec)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare, "tokenize_shard", stop_at_three)
+        build_source("books", config, tokenizer, tmp_path / "c")
+    kept = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "c/shards").iterdir()}
+    assert set(kept) == {path.name for path in calls[:2]}
+    folders, _ = build_source("books", config, tokenizer, tmp_path / "c")
+    assert len(folders) > 3
+    assert all((tmp_path / "c/shards" / name).stat().st_mtime_ns == when for name, when in kept.items())
+
+
+def _build_in_child(folder, cache, results):
+    from tests.data.conftest import make_tokenizer
+
+    folders, fresh = build_source("books", _config(Path(folder)), make_tokenizer(), Path(cache), workers=2)
+    results.put(([str(f) for f in folders], fresh))
+
+
+def test_two_processes_that_start_together_build_once(tmp_path):
+    (tmp_path / "d").mkdir()
+    _write_books(tmp_path / "d", 20)
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    children = [
+        context.Process(target=_build_in_child, args=(str(tmp_path / "d"), str(tmp_path / "c"), results))
+        for _ in range(2)
+    ]
+    for child in children:
+        child.start()
+    found = [results.get(timeout=250) for _ in children]
+    for child in children:
+        child.join()
+    assert found[0][0] == found[1][0]
+    assert {path.name for path in (tmp_path / "c/shards").iterdir()} == {Path(p).name for p in found[0][0]}
+
+
+def test_worker_processes_write_what_one_process_writes(tmp_path, tokenizer, monkeypatch):
+    from longctx.data import prepare
+
+    (tmp_path / "d").mkdir()
+    _write_books(tmp_path / "d", 30)
+    monkeypatch.setattr(prepare, "SMALLEST_SHARD", 4000)
+    config = _config(tmp_path / "d")
+    alone, _ = build_source("books", config, tokenizer, tmp_path / "one", workers=1)
+    monkeypatch.setattr(prepare, "_INLINE", 0)
+    crew, _ = build_source("books", config, tokenizer, tmp_path / "two", workers=2)
+    assert [path.name for path in alone] == [path.name for path in crew]
+    for a, b in zip(alone, crew, strict=True):
+        for name in ("tokens.bin", "starts.npy", "names.bin", "buckets.npy"):
+            assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def test_a_changed_shard_is_noticed(tmp_path, tokenizer):
+    (tmp_path / "d").mkdir()
+    _write_books(tmp_path / "d", 5)
+    config = _config(tmp_path / "d")
+    shard = build_source("books", config, tokenizer, tmp_path)[0][0]
+    raw = bytearray((shard / "tokens.bin").read_bytes())
+    (shard / "tokens.bin").write_bytes(raw)  # the same content at another time is fine
+    assert len(_corpus(config, tokenizer, tmp_path)) > 0
+    raw[10] ^= 1
+    (shard / "tokens.bin").write_bytes(raw)
+    with pytest.raises(UserError, match="has changed since it was indexed"):
+        _corpus(config, tokenizer, tmp_path)
+    (shard / "tokens.bin").write_bytes(raw[:-2])
+    with pytest.raises(UserError, match="delete that folder"):
+        _corpus(config, tokenizer, tmp_path)
+
+
+def test_useless_documents_are_skipped_and_an_empty_source_refused(tmp_path, tokenizer, capsys):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "a.txt").write_text("real text here\n" * 200)
+    (folder / "b.txt").write_text(" \n ")
+    (folder / "c.txt").write_text("</s> <s>\n")
+    (folder / "d.txt").write_bytes(b"\xff\xfe")
+    (folder / "e.txt").write_text("a mark </s> inside a text is text\n" * 200)
+    stage = _open(_config(folder, heldout=0.0), tokenizer, tmp_path / "c", sequences=2)
+    assert "1 empty, 1 only special tokens, 1 not UTF-8" in capsys.readouterr().err
+    tokens = np.concatenate([stage.sequence(i).tokens for i in range(2)])
+    assert (tokens == tokenizer.eos_token_id).sum() <= 2
+    for name in ("a.txt", "e.txt"):
+        (folder / name).unlink()
+    with pytest.raises(UserError, match=r"no usable document: of 3 records 1 are empty, 1 are only special"):
+        _open(_config(folder), tokenizer, tmp_path / "c")
+
+
+def test_broken_lines_beyond_the_allowed_share_are_an_error(tmp_path, tokenizer):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    rows = [json.dumps({"text": "some words " * 30})] * 50
+    rows[20] = rows[20][:-4]
+    (folder / "x.jsonl").write_text("\n".join(rows))
+    with pytest.raises(UserError, match=r"1 of 50 records are broken, more than data.max_bad=0.01.*x.jsonl:21: "):
+        _open(_config(folder), tokenizer, tmp_path / "c")
+    assert len(_open(_config(folder, max_bad=0.05), tokenizer, tmp_path / "c", sequences=3)) == 3
+
+
+def test_a_missing_field_names_the_fields_there_are(tmp_path, tokenizer):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    (folder / "x.jsonl").write_text('{"body": "text"}\n' * 3)
+    with pytest.raises(UserError, match=r"no field 'text' \(it has body\)"):
+        _open(_config(folder), tokenizer, tmp_path / "c")
+
+
+def test_what_does_not_fit_the_model_or_the_stage_is_refused(books, cache, tokenizer, capsys):
+    folder, _ = books
+    config = _config(folder)
+    with pytest.raises(UserError, match=r"ids up to \d+ and the model has vocab_size=256"):
+        _open(config, tokenizer, cache, vocab_size=256)
+    with pytest.raises(UserError, match=r"stages.s512.mix=mm is not one of data.mixes; did you mean 'm'"):
+        _open(config, tokenizer, cache, mix="mm")
+    with pytest.raises(UserError, match="tokens are missing"):
+        mix = {"books": {"weight": 1.0, "length": {"prolong": {"share": 0.9}}}}
+        _open(_config(folder, mix), tokenizer, cache, seq_len=2**20)
+    with pytest.raises(UserError, match="no document to draw"):
+        values = {"kind": "text", "path": str(folder), "min_tokens": "1M"}
+        _open(_config(folder, sources={"books": values}), tokenizer, cache)
+    capsys.readouterr()
+    _open(_config(folder, max_epochs=2), tokenizer, cache, sequences=400)
+    assert "more than data.max_epochs=2" in capsys.readouterr().err
+
+
+def test_filters_by_length_need_no_new_tokens(books, cache, tokenizer):
+    folder, _ = books
+    values = {"kind": "text", "path": str(folder), "min_tokens": 200, "max_tokens": 600}
+    config = _config(folder, sources={"books": values})
+    _, fresh = build_source("books", config, tokenizer, cache)
+    corpus = _corpus(config, tokenizer, cache)
+    assert not fresh
+    assert corpus.lengths.min() >= 200
+    assert corpus.lengths.max() <= 600
+
+
+def test_needles_in_a_stage_use_keys_of_their_split_and_its_own_straw(books, cache, tokenizer):
+    import re
+
+    from longctx.data.keys import split_of
+
+    folder, texts = books
+    mix = {"needles": 1.0}
+    for split, side in (("train", "train"), ("heldout", "eval")):
+        stage = _open(_config(folder, mix), tokenizer, cache, split=split, sequences=12)
+        held = {n.removeprefix("books:").partition("@")[0] for i in range(12) for n in
+                _open(_config(folder), tokenizer, cache, split=split, sequences=200).documents(i)}  # fmt: skip
+        for index in range(12):
+            text = tokenizer.decode(stage.sequence(index).tokens)
+            keys = re.findall(r"pass key of (\d{6})", text)
+            assert len(keys) == 2
+            assert {split_of(key) for key in keys} == {side}
+            numbers = {f"book{n}.txt" for n in re.findall(r"^book (\d+)$", text, re.M)}
+            assert not (numbers & set(texts)) - held or side == "train"
+
+
+def test_every_boundary_is_a_weightless_token_and_padding_is_small_text(books, cache, tokenizer):
+    folder, _ = books
+    stage = _open(_config(folder), tokenizer, cache, seq_len=4096, sequences=6)
+    assert stage.stats()["padding"] < 0.1
+    total = sum(use["tokens"] for use in stage.stats()["sources"].values())
+    assert total == round(6 * 4096 * (1 - stage.stats()["padding"]))
