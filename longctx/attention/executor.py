@@ -90,7 +90,7 @@ class Ring:
         return both[0], both[1]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """out (q's type, [B, L, H, D] strides) and lse of all the rank's queries."""
+        """out (q's type and strides) and lse of all the rank's queries."""
         blocks = self._blocks(k, v)
         acc = Accumulator(q)
         for number, step in enumerate(self.plan.ring):
@@ -128,7 +128,7 @@ class Ring:
         blocks = self._blocks(k, v)
         kind = accumulator_dtype(q.dtype)
         dq = torch.zeros_like(q, dtype=kind)
-        own = (k.new_zeros(k.shape, dtype=kind), k.new_zeros(k.shape, dtype=kind))
+        own = (torch.zeros_like(k, dtype=kind), torch.zeros_like(v, dtype=kind))
         shape = (2, *k.shape)
         travelling = {slot: self._take(shape, wire, k.device) for slot in range(self.plan.dkv_slots)}
         sums: dict[int, Sequence[Tensor]] = {

@@ -27,7 +27,7 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
 
 
 class Accumulator:
-    """out and lse of L query rows of one rank; out physically [B, L, H, D], as models want it."""
+    """out and lse of L query rows of one rank; out has the strides of `empty_like(q)`, as the op promises."""
 
     def __init__(self, q: Tensor) -> None:
         self.q = q
@@ -41,9 +41,8 @@ class Accumulator:
         if len(parts) == 1 and parts[0][0] == slice(0, rows):
             self.out, self.lse = parts[0][1], parts[0][2].to(self.dtype)
             return
-        batch, heads, _, dim = self.q.shape
-        self.out = self.q.new_zeros((batch, rows, heads, dim), dtype=self.dtype).transpose(1, 2)
-        self.lse = self.q.new_full((batch, heads, rows), float("-inf"), dtype=self.dtype)
+        self.out = torch.zeros_like(self.q, dtype=self.dtype)
+        self.lse = self.q.new_full(self.q.shape[:3], float("-inf"), dtype=self.dtype)
         for where, out, lse in parts:
             self.out[:, :, where] = out
             self.lse[:, :, where] = lse
@@ -56,8 +55,14 @@ class Accumulator:
         merge_(self.out[:, :, where], self.lse[:, :, where], out, lse)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """out in q's type with [B, L, H, D] strides, lse contiguous."""
+        """out in q's type and strides, lse contiguous; copied only where a kernel gave others."""
         assert self.out is not None
         assert self.lse is not None
-        out = self.out.to(self.q.dtype).transpose(1, 2).contiguous().transpose(1, 2)
-        return out, self.lse.contiguous()
+        return like(self.out, self.q), self.lse.contiguous()
+
+
+def like(x: Tensor, model: Tensor) -> Tensor:
+    """x with the type and strides of `empty_like(model)`."""
+    if x.dtype == model.dtype and x.stride() == torch.empty_like(model, device="meta").stride():
+        return x
+    return torch.empty_like(model).copy_(x)

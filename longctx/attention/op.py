@@ -62,7 +62,7 @@ def _find(handle: int) -> Family:
 def attend(
     q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, handle: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, n, D] with [B, n, Hq, D] strides, and lse (gathered by heads under Ulysses)."""
+    """out [B, Hq, n, D] with the strides of `empty_like(q)`, and lse (gathered by heads under Ulysses)."""
     return _find(handle).run_forward(q, k, v, boundaries, scale)
 
 
@@ -70,10 +70,8 @@ def attend(
 def _(
     q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, handle: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens, dim = q.shape
-    out = q.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return out, q.new_empty(_find(handle).lse_shape(q), dtype=kind)
+    return torch.empty_like(q), q.new_empty(_find(handle).lse_shape(q), dtype=kind)
 
 
 @torch.library.custom_op("longctx::context_attention_backward", mutates_args=())
@@ -88,7 +86,7 @@ def differentiate(
     handle: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, contiguous, of the inputs' types."""
+    """dq, dk, dv with the inputs' types and strides."""
     return _find(handle).run_backward(dout, q, k, v, out, lse, boundaries, scale)
 
 
@@ -104,7 +102,7 @@ def _(
     handle: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _setup(ctx, inputs, output) -> None:

@@ -13,7 +13,7 @@ from longctx.attention import op
 from longctx.attention.courier import Courier
 from longctx.attention.executor import Ring
 from longctx.attention.kernels import choose, problem_of
-from longctx.attention.merge import accumulator_dtype
+from longctx.attention.merge import accumulator_dtype, like
 from longctx.attention.ulysses import Heads, gather, scatter
 from longctx.layout import Kind, SequenceLayout
 from longctx.schedule import Plan, build
@@ -62,8 +62,7 @@ class Prepared:
             return ring.forward(q, k, v)
         heads = self._heads(q, k)
         gathered, lse = ring.forward(*gather(plan.gather[0], ring.courier, heads, [q, k, v]))
-        batch, count, tokens, dim = q.shape
-        out = q.new_zeros((batch, tokens, count, dim)).transpose(1, 2)
+        out = torch.zeros_like(q)
         scatter(plan.scatter[0], ring.courier, heads, [gathered], [out])
         return out, lse
 
@@ -76,17 +75,16 @@ class Prepared:
         wire = self.cp.grad_dtype or accumulator_dtype(q.dtype)
         if not plan.gather:
             dq, dk, dv = ring.backward(dout, q, k, v, out, lse, wire)
-            return dq.to(q.dtype).contiguous(), dk.to(k.dtype), dv.to(v.dtype)
+            return like(dq, q), like(dk, k), like(dv, v)
         heads = self._heads(q, k)
         saved = gather(plan.gather[0], ring.courier, heads, [q, out, dout, k, v])
         qg, outg, doutg, kg, vg = saved
         dq_part, *dkv_part = ring.backward(doutg, qg, kg, vg, outg, lse, wire)
-        dq = torch.zeros_like(q, memory_format=torch.contiguous_format)
+        dq = torch.zeros_like(q)
         scatter(plan.scatter[0], ring.courier, heads, [dq_part.to(q.dtype)], [dq])
-        kind = accumulator_dtype(q.dtype)
-        dk, dv = (torch.zeros_like(x, dtype=kind, memory_format=torch.contiguous_format) for x in (k, v))
+        dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (k, v))
         scatter(plan.scatter[1], ring.courier, heads, [part.to(wire) for part in dkv_part], [dk, dv])
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
+        return dq, like(dk, k), like(dv, v)
 
     def local_lse(self, lse: Tensor, q_heads: int) -> Tensor:
         """[B, Hq / h, L] -> [B, Hq, n]: the one exchange lse ever needs, made only when it is asked for."""

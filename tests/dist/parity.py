@@ -33,7 +33,9 @@ def cases(world: int) -> list[Case]:
     for nodes in (m for m in (1, 2, 4, 8) if world % m == 0):
         for schedule in SCHEDULES:
             local = world // nodes
-            for ulysses in (h for h in (2, 4, 8) if local % h == 0) if schedule == "ulysses_ring" else (None,):
+            for ulysses in (
+                (h for h in (2, 4, 8) if local % h == 0) if schedule == "ulysses_ring" else (None,)
+            ):
                 variants = product(((8, 8), (8, 2), (8, 1)), variants_of_sequence())
                 for (q_heads, kv_heads), (kind, seq_len, documents) in variants:
                     found.append(Case(nodes, schedule, ulysses, kind, seq_len, documents, q_heads, kv_heads))
@@ -81,7 +83,9 @@ def context(nodes: int, schedule: str, ulysses: int | None) -> ContextParallel:
 def check(rank: int, world: int, case: Case) -> None:
     """out, lse, dq, dk, dv of this rank within 1e-10; bytes equal to the plan's; un-sharding gives the whole."""
     cp = context(case.nodes, case.schedule, case.ulysses)
-    layout = cp.layout(seq_len=case.seq_len, documents=list(case.documents) if case.documents else None, kind=case.kind)
+    layout = cp.layout(
+        seq_len=case.seq_len, documents=list(case.documents) if case.documents else None, kind=case.kind
+    )
     x = oracle(case.seq_len, case.documents, case.q_heads, case.kv_heads)
     q, k, v = (layout.shard(x[name], dim=2).requires_grad_() for name in "qkv")
     cp.bytes.reset()
