@@ -34,10 +34,10 @@ def main(words: Sequence[str]) -> int:
     if world > 1:
         leave_on_interrupt()
     try:
-        from longctx.train.run import run, run_rank
+        from longctx.train.run import run, train
 
         if words[:1] == ["--resolved"]:  # started by `longctx train`, which runs the hooks itself
-            return run_rank(runfolder.read(Path(words[1])))
+            return train(runfolder.read(Path(words[1])))
         return run(_config(list(words), rank, world))
     except UserError as error:
         _tell(str(error), rank == 0)

@@ -1,0 +1,140 @@
+"""Loss and every gradient of one optimizer step on ranks, against transformers in one process, document by document.
+
+The reference knows nothing of packing, rings or engines: each document alone through a plain fp64 transformers
+model, its token losses weighted and summed, divided by the sum of all weights.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from longctx.config.model import InitConfig, MemoryConfig
+from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig, ParallelConfig
+from longctx.model import LossModel, init_from
+from longctx.plan.split import Shares
+from longctx.train import engine as engines
+from longctx.train.batch import micro_batch
+from longctx.train.guards import Guards
+from longctx.train.heartbeat import Progress
+from longctx.train.ranks import Ranks
+from longctx.train.stage import _open_context
+from longctx.train.step import Stepper, Timer
+
+from .made import VOCAB, MadeData
+
+SEQ = 48
+SHAPE = InitConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab=VOCAB, window=64, seed=7)
+
+
+@dataclass(frozen=True)
+class Case:
+    """variant: plain; mute (the first rank's tokens carry no label); frozen (embedding); lora (adapter only)."""
+
+    cp: int
+    zero: int = 0
+    accumulation: int = 1
+    dtype: str = "float32"
+    variant: str = "plain"
+    rows: int = 1
+    layout: str = "zigzag"
+
+
+def made_model(case: Case, dtype: str, attention: str) -> Any:
+    model = init_from(SHAPE, dtype=dtype, attention=attention)
+    if case.variant == "lora":
+        from peft import LoraConfig, get_peft_model
+
+        torch.manual_seed(11)
+        model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # starts as zero, which would hide lora_A's gradient
+                torch.nn.init.normal_(parameter, std=0.05)
+        model = model.to(getattr(torch, dtype))
+    if case.variant == "frozen":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_("embed_tokens" not in name)
+    return model
+
+
+def reference(case: Case, data: MadeData) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients in one process and fp64."""
+    model = made_model(case, "float64", "eager")
+    total, weight = torch.zeros((), dtype=torch.float64), 0.0
+    for index in range(len(data)):
+        tokens = torch.from_numpy(data.tokens_of[index])
+        weights = torch.from_numpy(data.weights_of[index]).double()
+        bounds = data.bounds_of[index]
+        for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+            if high - low < 2:
+                continue
+            logits = model(input_ids=tokens[None, low:high], use_cache=False).logits[0, :-1]
+            nll = torch.nn.functional.cross_entropy(logits, tokens[low + 1 : high], reduction="none")
+            total = total + (nll * weights[low + 1 : high]).sum()
+            weight += float(weights[low + 1 : high].sum())
+    (total / weight).backward()
+    return float(total / weight), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def check(rank: int, world: int, case: Case) -> None:
+    """One step of `case` on this rank equals the reference; raises AssertionError naming the parameter."""
+    ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
+    dp = world // case.cp
+    per_rank = case.rows * case.accumulation
+    mute = tuple(range(per_rank)) if case.variant == "mute" else ()
+    data = MadeData(SEQ, dp * per_rank, seed=world, mute=mute)
+    share = Shares(dp, rank // case.cp, per_rank, case.rows)
+    context, group = _open_context(ParallelConfig(), ranks, case.cp)
+    with gradients(case, ranks) as (engine, grads):
+        window = [micro_batch(data, own, context, case.layout) for own in share.sequences(0)]
+        stepper = Stepper(engine, ranks, Guards(GuardsConfig(), Path("."), ranks, []), Progress(), case.cp)
+        report = stepper.take(window, 0.0, step=0, timer=Timer(ranks.device))
+        loss, wanted = reference(case, data)
+        tight = case.dtype == "float64"
+        assert abs(report.loss - loss) <= (1e-12 if tight else 1e-6) * loss, (
+            f"loss {report.loss} against {loss}"
+        )
+        assert grads.keys() == wanted.keys(), grads.keys() ^ wanted.keys()
+        for name, grad in wanted.items():
+            error = float((grads[name].double() - grad).norm() / grad.norm().clamp_min(1e-30))
+            assert error <= (1e-10 if tight else 1e-5), f"{name}: gradient off by {error:.2e}"
+        norm = float(torch.stack([grad.norm() for grad in wanted.values()]).norm())
+        assert abs(report.grad_norm - norm) <= 1e-5 * norm, f"norm {report.grad_norm} against {norm}"
+    context.close()
+    if group is not None:
+        dist.destroy_process_group(group)
+
+
+@contextmanager
+def gradients(case: Case, ranks: Ranks) -> Any:
+    """An engine for the case, and the dict its full averaged gradients are put into when the step is taken."""
+    model = LossModel(made_model(case, case.dtype, "longctx"), MemoryConfig(ffn_block=16, loss_chunk=8))
+    config = EngineConfig(name="deepspeed" if case.zero else "ddp", zero=case.zero, device="cpu")
+    engine: Any = engines.build(config, OptimConfig(clip=0.0), model, ranks)
+    grads: dict[str, torch.Tensor] = {}
+
+    def instead_of_a_step(lr: float) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                grads[name.removeprefix("model.")] = full_gradient(case, parameter).clone()
+        engine.discard()
+
+    engine.step = instead_of_a_step
+    try:
+        yield engine, grads
+    finally:
+        engine.close()
+
+
+def full_gradient(case: Case, parameter: torch.Tensor) -> torch.Tensor:
+    if not case.zero:
+        assert parameter.grad is not None
+        return parameter.grad
+    from deepspeed.utils import safe_get_full_grad
+
+    return safe_get_full_grad(parameter)

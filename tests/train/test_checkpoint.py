@@ -1,0 +1,138 @@
+"""Fragments of any shape, and checkpoints that are damaged, cut short, or meet a full disk."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longctx.errors import RunFailed, UserError
+from longctx.train import fragments
+from longctx.train.checkpoint import Checkpoints, State
+from longctx.train.fragments import Fragment, FragmentReader
+from longctx.train.ranks import Ranks
+
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+class TwoTensors:
+    """As much of an engine as a checkpoint needs."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.tensors = {"a": torch.full((3, 5), value), "b": torch.full((7,), value)}
+
+    def shapes(self) -> dict[str, list[int]]:
+        return {name: list(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def fragments(self) -> Iterator[Fragment]:
+        for name, tensor in self.tensors.items():
+            yield Fragment("weight", name, 0, tensor.flatten())
+
+    def restore(self, reader: FragmentReader) -> None:
+        for name, tensor in self.tensors.items():
+            tensor.copy_(reader.read("weight", name, 0, tensor.numel()).view_as(tensor))
+
+
+def saved(run: Path, steps: int) -> Checkpoints:
+    checkpoints = Checkpoints(run, ALONE, keep=2, spare_gib=0.0)
+    for step in range(1, steps + 1):
+        assert checkpoints.save(TwoTensors(float(step)), State(step=step), "s64") is not None  # type: ignore[arg-type]
+    return checkpoints
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data(), size=st.integers(1, 60))
+def test_any_range_is_read_from_any_cut(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("fragments")
+    whole = torch.arange(size, dtype=torch.float32)
+    cuts = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=4))})
+    files = {}
+    for number, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        name = f"rank{number}.safetensors"
+        index = fragments.write(folder / name, iter([Fragment("weight", "w", low, whole[low:high])]), {})
+        files[name] = {"fragments": index}
+    start = data.draw(st.integers(0, size - 1))
+    count = data.draw(st.integers(1, size - start))
+    with FragmentReader(folder, {"parameters": {"w": [size]}, "files": files}) as reader:
+        assert torch.equal(reader.read("weight", "w", start, count), whole[start : start + count])
+        with pytest.raises(KeyError, match="elements"):
+            reader.read("weight", "w", start, size - start + 1)
+
+
+def test_the_newest_are_kept_and_the_pointer_follows(tmp_path: Path) -> None:
+    saved(tmp_path, 4)
+    names = sorted(path.name for path in (tmp_path / "stages/s64/checkpoints").iterdir())
+    assert names == ["step00000003", "step00000004"]
+    assert json.loads((tmp_path / "latest.json").read_text())["checkpoint"].endswith("step00000004")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+    tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = saved(tmp_path, 3)
+    folder = tmp_path / "stages/s64/checkpoints/step00000003"
+    file = folder / ("manifest.json" if damage == "manifest" else "rank00000.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "flipped":
+        content[-3] ^= 1
+        file.write_bytes(bytes(content))
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(bytes(content[:-20]))
+    engine = TwoTensors()
+    state = checkpoints.load(engine)  # type: ignore[arg-type]
+    assert state is not None
+    assert state.step == 2
+    assert engine.tensors["a"].eq(2.0).all()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "step00000003" in said
+    assert file.name in said
+
+
+def test_nothing_intact_is_an_error_that_says_so(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 2)
+    for file in tmp_path.glob("stages/*/checkpoints/*/rank*.safetensors"):
+        file.write_bytes(b"")
+    with pytest.raises(RunFailed, match="none of the 2 checkpoints"):
+        checkpoints.load(TwoTensors())  # type: ignore[arg-type]
+
+
+def test_a_write_that_fails_leaves_the_last_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = saved(tmp_path, 1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (64, before[1])
+    )  # any file beyond 64 bytes fails, as on a full disk
+    try:
+        assert checkpoints.save(TwoTensors(9.0), State(step=2), "s64") is None  # type: ignore[arg-type]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "the one before it stands" in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.glob("stages/*/checkpoints/.*"))
+    state = checkpoints.load(TwoTensors())  # type: ignore[arg-type]
+    assert state is not None
+    assert state.step == 1
+
+
+def test_too_little_free_disk_is_seen_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = Checkpoints(tmp_path, ALONE, keep=2, spare_gib=2.0**40)
+    assert checkpoints.save(TwoTensors(), State(step=1), "s64") is None  # type: ignore[arg-type]
+    assert "GiB needed" in " ".join(capsys.readouterr().err.split())
+
+
+def test_another_model_is_refused(tmp_path: Path) -> None:
+    checkpoints = saved(tmp_path, 1)
+    other = TwoTensors()
+    other.tensors["b"] = torch.zeros(8)
+    with pytest.raises(UserError, match=r"another model: b is \[7\] there and \[8\] here"):
+        checkpoints.load(other)  # type: ignore[arg-type]

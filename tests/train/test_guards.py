@@ -1,0 +1,93 @@
+"""Losses that must not be trained on, ranks that stall, and what a step costs in FLOP."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from longctx.config.train import GuardsConfig
+from longctx.errors import RunFailed
+from longctx.train.batch import MicroBatch
+from longctx.train.flops import Flops, of_model, peak_flops
+from longctx.train.guards import Guards
+from longctx.train.heartbeat import Beat, verdict
+from longctx.train.ranks import Ranks
+
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+def test_nan_stops_and_names_the_documents(tmp_path: Path) -> None:
+    guards = Guards(GuardsConfig(), tmp_path, ALONE, [])
+    batch = MicroBatch({}, 1.0, 4, 1.0, lambda: ["book:3", "book:7"])
+    guards.check_finite(1.0, 2.0, 1.0, [batch], 11)
+    with pytest.raises(RunFailed, match=r"loss=nan at step 11 on rank 0.*step00000011.json"):
+        guards.check_finite(math.nan, 2.0, math.nan, [batch], 11)
+    written = json.loads((tmp_path / "failures/step00000011.json").read_text())
+    assert written["ranks"] == [{"rank": 0, "finite": False, "documents": ["book:3", "book:7"]}]
+    with pytest.raises(RunFailed, match="gradient norm=inf"):
+        guards.check_finite(1.0, math.inf, 1.0, [batch], 12)
+
+
+def test_a_spike_is_skipped_and_not_remembered() -> None:
+    recent: list[float] = []
+    guards = Guards(GuardsConfig(spike=2.0, spike_window=12), Path("."), ALONE, recent)
+    assert not any(guards.is_spike(1.0 + 0.01 * i) for i in range(15))
+    assert len(recent) == 12
+    assert guards.is_spike(2.5)
+    assert max(recent) < 2.0
+    assert not guards.is_spike(1.9)
+
+
+def test_without_the_guard_nothing_is_skipped() -> None:
+    guards = Guards(GuardsConfig(), Path("."), ALONE, [])
+    assert not any(guards.is_spike(loss) for loss in [1.0] * 20 + [100.0])
+
+
+def test_the_stalled_rank_is_the_one_behind_or_silent() -> None:
+    waiting = [Beat(r, 40, 10, "reduce", 70.0, 1.0) for r in (0, 1, 3)]
+    behind = Beat(2, 37, 10, "data", 71.0, 1.0)
+    assert verdict([*waiting, behind], 100.0) is None
+    said = verdict([*waiting, behind], 60.0)
+    assert said is not None
+    assert said.startswith("rank 2 stalls at step 10: it has been in 'data' for 71 s")
+    silent = Beat(2, 40, 10, "reduce", 70.0, 65.0)
+    said = verdict([*waiting, silent], 60.0)
+    assert said is not None
+    assert "rank 2" in said
+    assert "no longer answers" in said
+
+
+def test_flops_are_what_torch_counts_for_a_plain_model() -> None:
+    """Matrix products of a forward and backward, by torch's own counter, attention's full square apart."""
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = LlamaConfig(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        vocab_size=64, head_dim=8,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(shape, attn_implementation="eager")
+    tokens = 16
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).logits.sum().backward()
+    flops = of_model(shape, sum(p.numel() for p in model.parameters()), recompute=False)
+    norms = 32 * 5  # weights of the norms take part in no matrix product
+    square = flops.model(tokens, tokens * tokens) - 6.0 * norms * tokens
+    assert counter.get_total_flops() == pytest.approx(square, rel=0.01)
+
+
+def test_hardware_flops_add_the_recomputation() -> None:
+    flops = Flops(matmul_weights=100, layer_weights=80, pair=10, recompute=True)
+    assert flops.model(10, 55) == 6 * 100 * 10 + 12 * 10 * 55
+    assert flops.hardware(10, 55) - flops.model(10, 55) == 2 * 80 * 10 + 2 * 10 * 55
+
+
+def test_peak_is_known_given_or_left_out() -> None:
+    assert peak_flops("NVIDIA H100 80GB HBM3", None) == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", None) == 756e12
+    assert peak_flops("Something new", None) is None
+    assert peak_flops(None, 2.0) == 2e12
