@@ -1,4 +1,5 @@
-"""A base and a tuned model made for measuring extraction: Llama's shapes, random weights, a difference that is known.
+"""A base and a tuned model made for measuring extraction: Llama's shapes, random weights, a difference that
+is known.
 
 The difference of every matrix has `delta_rank` directions with falling strength plus dense noise, so the best
 possible residual is not zero and finding the directions is not trivial.
@@ -20,19 +21,36 @@ def make_pair(
     head_dim, heads = 64, max(4, hidden // 64)
     kv, inner = max(1, heads // 4) * head_dim, 11 * hidden // 4
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden, "intermediate_size": inner,
-        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": max(1, heads // 4),
-        "head_dim": head_dim, "vocab_size": vocab, "tie_word_embeddings": False, "rms_norm_eps": 1e-5, "hidden_act": "silu",
-        "max_position_embeddings": 8192, "rope_theta": 500000.0, "dtype": "bfloat16", "torch_dtype": "bfloat16",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv // head_dim,
+        "head_dim": head_dim,
+        "vocab_size": vocab,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rope_theta": 500000.0,
+        "torch_dtype": "bfloat16",
+    }
+    one_layer: dict[str, tuple[int, ...]] = {
+        "self_attn.q_proj": (heads * head_dim, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, heads * head_dim),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+        "input_layernorm": (hidden,),
+        "post_attention_layernorm": (hidden,),
+    }
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for layer in range(layers):
-        at = f"model.layers.{layer}."
-        shapes |= {f"{at}self_attn.{name}_proj.weight": (rows, columns) for name, rows, columns in
-                   (("q", heads * head_dim, hidden), ("k", kv, hidden), ("v", kv, hidden), ("o", hidden, heads * head_dim))}  # fmt: skip
-        shapes |= {f"{at}mlp.{name}_proj.weight": (inner, hidden) for name in ("gate", "up")}
-        shapes[f"{at}mlp.down_proj.weight"] = (hidden, inner)
-        shapes |= {f"{at}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
+        shapes |= {f"model.layers.{layer}.{name}.weight": shape for name, shape in one_layer.items()}
     shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (vocab, hidden)}
     base, tuned = folder / "base", folder / "tuned"
     generator = torch.Generator().manual_seed(seed)
@@ -51,7 +69,9 @@ def make_pair(
 
 
 def _tuned(weight: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
-    """weight + difference: singular values from 1 to 0.05 of 2 % of the weight's norm, and noise of 0.3 % of it."""
+    """weight + difference: singular values from 1 to 0.05 of 2 % of the weight's norm, and noise of 0.3 %
+    of it.
+    """
     noise = torch.randn(weight.shape, generator=generator)
     noise *= 3e-3 * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(noise)
     if weight.dim() == 1:

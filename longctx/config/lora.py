@@ -42,7 +42,8 @@ class ExtractConfig:
     precision: Literal["float32", "float64"] = "float32"
     oversample: Annotated[int, Field(ge=0)] = 16
     power_max: Positive = 6
-    # Estimated gain of more iterations over the squared residual: 8e-3 leaves residuals within 0.4 % of the optimum.
+    # Estimated gain of more iterations over the squared residual: 8e-3 leaves residuals within 0.4 % of the
+    # optimum.
     tolerance: Annotated[float, Field(gt=0)] = 8e-3
     seed: int = 0
     device: Text = "auto"
@@ -88,7 +89,9 @@ class MergeConfig:
 
 @schema
 class InfoConfig:
-    """adapter: a folder to describe; or plan: a preset or model folder whose adapter's size is to be worked out."""
+    """adapter: a folder to describe; or plan: a preset or model folder whose adapter's size is to be worked
+    out.
+    """
 
     adapter: Text | None = None
     plan: Text | None = None
@@ -103,7 +106,9 @@ class InfoConfig:
 
 @schema
 class BenchLoraConfig:
-    """mergekit: path of the mergekit-extract-lora executable in its own environment; without it ours runs alone."""
+    """mergekit: path of the mergekit-extract-lora executable in its own environment; without it ours runs
+    alone.
+    """
 
     mergekit: Text | None = None
     rank: Positive = 32
@@ -112,7 +117,8 @@ class BenchLoraConfig:
     vocab: Positive = 32000
     delta_rank: Positive = 32
     threads: Positive = 2
-    repeats: Positive = 1
+    repeats: Positive = 2
+    shallow: Positive | None = 3
     exact: bool = True
     folder: Text | None = None
     out: Text | None = None

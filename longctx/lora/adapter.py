@@ -1,7 +1,8 @@
 """Reading any LoRA in PEFT's format: ours, mergekit's, peft's own; and our side files where they are.
 
-Each pair of factors becomes a `Pair` with its scale (alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA,
-2312.03732), by PEFT's rules for rank and alpha patterns. What cannot be added to weights is refused with its reason.
+Each pair of factors becomes a `Pair` with its scale (alpha / r, or alpha / sqrt(r) for rank-stabilized
+LoRA, 2312.03732), by PEFT's rules for rank and alpha patterns. What cannot be added to weights is refused
+with its reason.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ class Pair:
 class Adapter:
     """An adapter folder or hub id.
 
-    pairs: by module. replacements: whole tensors (modules_to_save, trained biases) by the model's tensor name.
-    deltas: exact differences of norms and biases from our side file, by tensor name.
-    extension: our longctx.json, or None.
-    Raises UserError when a factor lacks its partner or the adapter is of a kind that no sum of weights expresses.
+    pairs: by module. replacements: whole tensors (modules_to_save, trained biases) by the model's tensor
+    name. deltas: exact differences of norms and biases from our side file, by tensor name. extension: our
+    longctx.json, or None. Raises UserError when a factor lacks its partner or the adapter is of a kind that
+    no sum of weights expresses.
     """
 
     def __init__(self, path: str) -> None:
@@ -122,7 +123,8 @@ class Adapter:
                 halves.setdefault((plain.removesuffix(suffix), embedding), {})[half] = name
             elif "lora_" in plain:
                 raise UserError(
-                    f"adapter={self.path}: {name} is neither a factor nor a weight; longctx merges plain LoRA factors and "
+                    f"adapter={self.path}: {name} is neither a factor nor a weight; longctx merges plain "
+                    "LoRA factors and "
                     "saved modules only"
                 )
             else:
@@ -130,7 +132,8 @@ class Adapter:
         lonely = [module for (module, _), pair in halves.items() if len(pair) != 2]
         if lonely:
             raise UserError(
-                f"adapter={self.path}: {len(lonely)} modules have one factor without the other: {', '.join(lonely[:5])}; the file "
+                f"adapter={self.path}: {len(lonely)} modules have one factor without the other: "
+                f"{', '.join(lonely[:5])}; the file "
                 "is incomplete, fetch it again (nothing was written)"
             )
         for (module, embedding), pair in halves.items():
@@ -140,7 +143,8 @@ class Adapter:
         first, second = self.weights.entries[a], self.weights.entries[b]
         if len(first.shape) != 2 or len(second.shape) != 2 or first.shape[0] != second.shape[1]:
             raise UserError(
-                f"adapter={self.path}: the factors of {module} do not fit each other: A {list(first.shape)}, B {list(second.shape)}; "
+                f"adapter={self.path}: the factors of {module} do not fit each other: A "
+                f"{list(first.shape)}, B {list(second.shape)}; "
                 "A is [rank, in] and B is [out, rank] (nothing was written)"
             )
         rank = first.shape[0]
@@ -148,7 +152,8 @@ class Adapter:
         told = self._pattern("rank_pattern", module, self.config.get("r", rank))
         if told != rank:
             raise UserError(
-                f"adapter={self.path}: adapter_config.json says rank {told} for {module} and its factors have {rank}; file and "
+                f"adapter={self.path}: adapter_config.json says rank {told} for {module} and its factors "
+                f"have {rank}; file and "
                 "config do not belong together (nothing was written)"
             )
         return Pair(module, a, b, embedding, rank, self.scale(module, rank), shape)

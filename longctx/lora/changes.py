@@ -1,7 +1,7 @@
 """Which tensor of a target each part of an adapter changes, and how; and what does not fit, all of it listed.
 
-A pair, an exact difference or a saved module is used exactly once: `match` returns the changes together with what is
-missing, unexpected, mis-shaped or skipped, and decides nothing.
+A pair, an exact difference or a saved module is used exactly once: `match` returns the changes together
+with what is missing, unexpected, mis-shaped or skipped, and decides nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ HEAD = "lm_head.weight"
 class Change:
     """What one part of an adapter does to the first `rows` rows of `tensor`.
 
-    how: `factors` (w + scale * alpha/r * B A), `exact` (w + scale * difference), `replaced` (w + scale * (new - w)).
+    how: `factors` (w + scale * alpha/r * B A), `exact` (w + scale * difference), `replaced` (w + scale *
+    (new - w)).
     """
 
     tensor: str
@@ -34,7 +35,9 @@ class Change:
     rows: int
 
     def load(self) -> Callable[[Tensor, int], None]:
-        """A function that changes, in place, the fp32 rows it is given; the second argument is the first row's number."""
+        """A function that changes, in place, the fp32 rows it is given; the second argument is the first
+        row's number.
+        """
         if self.how == "factors":
             pair = self.adapter.pairs[self.key]
             left, right = self.adapter.factors(pair)
@@ -64,7 +67,9 @@ class Change:
 
 @dataclass
 class Match:
-    """Changes by tensor; unties: the adapter changes a tied model's output layer alone, so it needs its own tensor."""
+    """Changes by tensor; unties: the adapter changes a tied model's output layer alone, so it needs its own
+    tensor.
+    """
 
     changes: list[Change] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -84,55 +89,37 @@ class Match:
 
 
 def match(adapter: Adapter, target: Checkpoint, *, tied: bool, scale: float, vocab: str) -> Match:
-    """Hold the adapter's parts against the target's tensors. vocab: `skip` or `common`, for rows that differ."""
+    """Hold the adapter's parts against the target's tensors. vocab: `skip` or `common`, for rows that
+    differ.
+    """
     found = Match()
-    for module, pair in adapter.pairs.items():
-        _place(
-            found,
-            adapter,
-            target,
-            f"{module}.weight",
-            module,
-            "factors",
-            pair.shape,
-            tied=tied,
-            scale=scale,
-            vocab=vocab,
-        )
-    for name in adapter.deltas:
-        assert adapter.side is not None
-        shape = adapter.side.entries[name].shape
-        _place(found, adapter, target, name, name, "exact", shape, tied=tied, scale=scale, vocab=vocab)
+    parts = [(f"{name}.weight", name, "factors", pair.shape) for name, pair in adapter.pairs.items()]
+    if adapter.side is not None:
+        parts += [(name, name, "exact", entry.shape) for name, entry in adapter.side.entries.items()]
     for name, stored in adapter.replacements.items():
-        shape = adapter.weights.entries[stored].shape
-        _place(found, adapter, target, name, name, "replaced", shape, tied=tied, scale=scale, vocab=vocab)
+        parts.append((name, name, "replaced", adapter.weights.entries[stored].shape))
+    for tensor, key, how, shape in parts:
+        entry = target.entries.get(tensor)
+        if entry is None and tied and tensor == HEAD:
+            entry = next((e for e in target.entries.values() if classify(e) is Kind.EMBEDDING), None)
+            found.unties = entry is not None
+        if entry is None:
+            found.unexpected.append(tensor)
+        elif entry.shape == shape:
+            found.changes.append(Change(tensor, how, adapter, key, scale, entry.rows))
+        elif not _only_vocabulary_differs(entry, shape):
+            found.misshaped.append(f"{tensor} {list(shape)} for {list(entry.shape)}")
+        else:
+            rows = min(entry.rows, shape[0])
+            sizes = f"the adapter has {shape[0]} rows, the target {entry.rows}"
+            if vocab == "common":
+                found.changes.append(Change(tensor, how, adapter, key, scale, rows))
+            left_out = (
+                f"rows {rows} and up" if vocab == "common" else "all; vocab=common merges the common rows"
+            )
+            found.skipped.append(f"{tensor}: {left_out} ({sizes})")
     found.missing = [] if adapter.partial else _missing(adapter, target)
     return found
-
-
-def _place(found: Match, adapter: Adapter, target: Checkpoint, tensor: str, key: str, how: str, shape: tuple[int, ...],
-           *, tied: bool, scale: float, vocab: str) -> None:  # fmt: skip
-    entry = target.entries.get(tensor)
-    if entry is None and tied and tensor == HEAD:
-        entry = next((e for e in target.entries.values() if classify(e) is Kind.EMBEDDING), None)
-        found.unties = entry is not None
-    if entry is None:
-        found.unexpected.append(tensor)
-    elif entry.shape == shape:
-        found.changes.append(Change(tensor, how, adapter, key, scale, entry.rows))
-    elif _only_vocabulary_differs(entry, shape):
-        rows = min(entry.rows, shape[0])
-        if vocab == "common":
-            found.changes.append(Change(tensor, how, adapter, key, scale, rows))
-            found.skipped.append(
-                f"{tensor}: rows {rows} and up (the adapter has {shape[0]}, the target {entry.rows})"
-            )
-        else:
-            found.skipped.append(
-                f"{tensor}: the adapter has {shape[0]} rows, the target {entry.rows}; vocab=common merges {rows}"
-            )
-    else:
-        found.misshaped.append(f"{tensor} {list(shape)} for {list(entry.shape)}")
 
 
 def _only_vocabulary_differs(entry: Entry, shape: tuple[int, ...]) -> bool:
@@ -152,7 +139,7 @@ def _missing(adapter: Adapter, target: Checkpoint) -> list[str]:
 
 
 def layout_differences(extension: Mapping[str, Any] | None, target: Mapping[str, Any]) -> list[str]:
-    """Where the heads of the adapter's base and of the target are laid out differently though shapes agree."""
+    """Where the adapter's base and the target lay out their heads differently though shapes agree."""
     known = (extension or {}).get("layout") or {}
     keys = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
     return [

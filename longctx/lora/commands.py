@@ -44,7 +44,8 @@ def run_merge(config: MergeConfig) -> int:
 def _print_extract(result: ExtractResult, seconds: float) -> None:
     factors = [row for row in result.rows if row.carried == "factors" and row.norm > 0]
     print(
-        f"{result.out}: rank {result.rank}, {len(factors)} modules, {result.bytes / 1e6:.1f} MB, {seconds:.1f} s"
+        f"{result.out}: rank {result.rank}, {len(factors)} modules, {result.bytes / 1e6:.1f} MB, "
+        f"{seconds:.1f} s"
     )
     print(f"  {'projection':<14} {'modules':>7} {'rank':>9} {'share kept':>16} {'relative residual':>19}")
     leaves: dict[str, list[Any]] = {}
@@ -54,21 +55,27 @@ def _print_extract(result: ExtractResult, seconds: float) -> None:
         ranks, shares = [row.rank for row in rows], [row.share for row in rows]
         residuals = [row.residual for row in rows]
         print(
-            f"  {leaf:<14} {len(rows):>7} {_span(ranks, 'd'):>9} {_span(shares, '.3f'):>16} {_span(residuals, '.3f'):>19}"
+            f"  {leaf:<14} {len(rows):>7} {_span(ranks, 'd'):>9} {_span(shares, '.3f'):>16} "
+            f"{_span(residuals, '.3f'):>19}"
         )
     exact = sum(row.carried == "exact" and row.norm > 0 for row in result.rows)
     print(
-        f"  share of the squared norm kept: {result.share['factors']:.4f} of these, {result.share['everything']:.4f} of all that changed"
+        f"  share of the squared norm kept: {result.share['factors']:.4f} of these, "
+        f"{result.share['everything']:.4f} of all that changed"
     )
     print(
-        f"  {exact} norms and biases carried exactly; sign and residual checked from the file: {len(result.checked)} tensors"
+        f"  {exact} norms and biases carried exactly; sign and residual checked from the file: "
+        f"{len(result.checked)} tensors"
     )
     if result.extension.changed:
         print(f"  window {result.extension.base_window} -> {result.extension.window}, "
-              f"{describe_rope(result.extension.base_rope_parameters)} -> {describe_rope(result.extension.rope_parameters)}")  # fmt: skip
-    if result.losses is not None:
-        print(f"  loss on {result.losses.tokens} tokens of held-out text: base {result.losses.base:.4f}, tuned "
-              f"{result.losses.tuned:.4f}, base + adapter {result.losses.merged:.4f}")  # fmt: skip
+              f"{describe_rope(result.extension.base_rope_parameters)} -> "
+              f"{describe_rope(result.extension.rope_parameters)}")  # fmt: skip
+    if (held := result.losses) is not None:
+        print(
+            f"  loss on {held.tokens} tokens of held-out text: base {held.base:.4f}, tuned {held.tuned:.4f}, "
+            f"base + adapter {held.merged:.4f}"
+        )
     if result.not_carried:
         names = ", ".join(row.tensor for row in result.not_carried[:8])
         more = f" and {len(result.not_carried) - 8} more" if len(result.not_carried) > 8 else ""
@@ -80,7 +87,8 @@ def _print_extract(result: ExtractResult, seconds: float) -> None:
 
 def _print_merge(result: MergeResult, seconds: float) -> None:
     print(
-        f"{result.out}: {len(result.applied)} changes, {len(result.untouched)} tensors untouched, {seconds:.1f} s"
+        f"{result.out}: {len(result.applied)} changes, {len(result.untouched)} tensors untouched, "
+        f"{seconds:.1f} s"
     )
     print(f"  reads {result.window} tokens, {describe_rope(result.rope)}")
     hows: dict[str, int] = {}

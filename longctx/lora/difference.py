@@ -1,7 +1,9 @@
-"""tuned - base of one tensor, by row blocks, in fp32 or fp64: both sides are widened before they are subtracted.
+"""tuned - base of one tensor, by row blocks, in fp32 or fp64: both sides are widened before they are
+subtracted.
 
-bf16 has 8 bits, so a difference taken in bf16 keeps little of what training changed. A difference that fits its
-share of the memory is kept; a larger one (a 70B's lm_head is 4 GiB in fp32) is read again on every pass.
+bf16 has 8 bits, so a difference taken in bf16 keeps little of what training changed. A difference that fits
+its share of the memory is kept; a larger one (a 70B's lm_head is 4 GiB in fp32) is read again on every
+pass.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ _BLOCK_ELEMENTS = 2**20
 class Difference:
     """Rows x columns view of tuned - base (one-dimensional tensors are one row). A lowrank.BlockMatrix.
 
-    budget: bytes of difference this worker may keep. sha256: of the base tensor's bytes, after one whole pass.
+    budget: bytes of difference this worker may keep. sha256: of the base tensor's bytes, after one whole
+    pass.
     """
 
     def __init__(
@@ -66,7 +69,9 @@ class Difference:
         return sum(float(torch.linalg.vector_norm(block).double() ** 2) for _, block in self.blocks())
 
     def residual_squared(self, left: Tensor, right: Tensor, scale: float) -> float:
-        """||tuned - base - scale * left @ right||_F^2 with left [rows, r], right [r, columns]; uses up a kept one."""
+        """||tuned - base - scale * left @ right||_F^2 with left [rows, r], right [r, columns]; uses up a
+        kept one.
+        """
         total = 0.0
         left, right = left.to(self.device, self.dtype), right.to(self.device, self.dtype)
         for start, block in self.blocks():
@@ -99,6 +104,7 @@ def require_finite(norm_squared: float, name: str, base: str, tuned: str) -> Non
     """UserError when a difference is not a number: a damaged shard, or a training that diverged."""
     if norm_squared != norm_squared or norm_squared == float("inf"):
         raise UserError(
-            f"{name} is not finite in base={base} or tuned={tuned} (NaN or infinity): the shard is damaged or the training "
+            f"{name} is not finite in base={base} or tuned={tuned} (NaN or infinity): the shard is damaged "
+            "or the training "
             "diverged; nothing was written"
         )

@@ -1,8 +1,9 @@
-"""`longctx lora-extract`: tuned - base as a LoRA, one tensor at a time, with its errors measured and its sign checked.
+"""`longctx lora-extract`: tuned - base as a LoRA, one tensor at a time, with its errors measured and its
+sign checked.
 
-The pair is compared before anything is read; differences are taken in fp32 (Difference), cut to rank r (lowrank) and
-measured again with the factors as they are written. Results do not depend on the number of workers: a tensor is one
-worker's, with one thread, and files are written in a fixed order.
+The pair is compared before anything is read; differences are taken in fp32 (Difference), cut to rank r
+(lowrank) and measured again with the factors as they are written. Results do not depend on the number of
+workers: a tensor is one worker's, with one thread, and files are written in a fixed order.
 """
 
 from __future__ import annotations
@@ -216,7 +217,8 @@ def _factor(job: _Job, module: Module, difference: Difference, ranks: dict[str, 
     left_over = difference.residual_squared(left, right, scale) if norm else 0.0
     if not left_over <= factors.total * (1 + 1e-6):
         raise UserError(
-            f"{module.entry.name}: its factors in {job.config.dtype} are further from the difference than nothing at all "
+            f"{module.entry.name}: its factors in {job.config.dtype} are further from the difference than "
+            "nothing at all "
             f"(relative residual {sqrt(left_over) / norm:.3g}); use dtype=float32"
         )
     share = 1 - left_over / factors.total if norm else 1.0
@@ -278,12 +280,14 @@ def _bytes_needed(job: _Job, modules: list[Module], ranks: dict[str, int]) -> in
 def _refuse_identical(rows: list[Row], config: ExtractConfig) -> None:
     if not any(row.norm > 0 for row in rows):
         raise UserError(
-            f"base={config.base} and tuned={config.tuned} hold the same numbers in all {len(rows)} tensors: there is no "
+            f"base={config.base} and tuned={config.tuned} hold the same numbers in all {len(rows)} tensors: "
+            "there is no "
             "difference to extract; check that tuned is the trained model (nothing was written)"
         )
     if not any(row.carried == "factors" for row in rows):
         raise UserError(
-            f"only norms, biases or embeddings differ between base={config.base} and tuned={config.tuned}; no linear layer "
+            f"only norms, biases or embeddings differ between base={config.base} and tuned={config.tuned}; "
+            "no linear layer "
             "changed, so there is no LoRA to write; embeddings=true carries embeddings (nothing was written)"
         )
 
@@ -295,7 +299,8 @@ def _check_options(config: ExtractConfig) -> None:
         )
     if config.profile == "serving" and (config.lm_head or config.embeddings):
         raise UserError(
-            "profile=serving carries layers only, since vLLM refuses adapters with lm_head or embeddings; use profile=full, or "
+            "profile=serving carries layers only, since vLLM refuses adapters with lm_head or embeddings; "
+            "use profile=full, or "
             "leave lm_head and embeddings out (configs/lora_extract.yaml)"
         )
     if config.verify == "loss" and config.text is None:
@@ -318,7 +323,9 @@ def _leaf(tensor: str) -> str:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """One torch thread per worker: no oversubscription, and sums in an order that does not depend on the machine's load."""
+    """One torch thread per worker: no oversubscription, and sums in an order that does not depend on the
+    machine's load.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

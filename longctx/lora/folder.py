@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one tensor. share: of the squared norm, kept by the factors as written; residual: relative."""
+    """What became of one tensor. share: of the squared norm, kept by the factors as written; residual:
+    relative.
+    """
 
     tensor: str
     kind: str
@@ -119,14 +121,17 @@ def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: 
         "",
         f"# The difference {config.tuned} - {config.base}, as a LoRA",
         "",
-        f"Rank {max(row.rank for row in carried)}, {len(carried)} modules, profile `{config.profile}`. It keeps "
+        f"Rank {max(row.rank for row in carried)}, {len(carried)} modules, profile `{config.profile}`. It "
+        "keeps "
         f"{share['factors']:.2%} of the squared norm of the matrices it carries.",
         "",
     ]
     if extension.changed:
         lines += [
-            f"The tuned model reads {extension.window:,} tokens ({describe_rope(extension.rope_parameters)}); the base read "
-            f"{extension.base_window:,} ({describe_rope(extension.base_rope_parameters)}). **The weights alone do not carry "
+            f"The tuned model reads {extension.window:,} tokens "
+            f"({describe_rope(extension.rope_parameters)}); the base read "
+            f"{extension.base_window:,} ({describe_rope(extension.base_rope_parameters)}). **The weights "
+            "alone do not carry "
             "that**: a merged model's config.json must say so too, and `longctx lora-merge` writes it.",
             "",
         ]
@@ -142,17 +147,23 @@ def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: 
     ]
     lines += ["```", "longctx lora-merge target=FINE_TUNE adapter=THIS_FOLDER out=MERGED", "```", ""]
     if exact:
-        lines += [f"{len(exact)} norms and biases are carried exactly, as differences, in `norm_deltas.safetensors`; "
-                  "longctx adds them, peft and vLLM do not read them.", ""]  # fmt: skip
+        lines += [
+            f"{len(exact)} norms and biases are carried exactly, as differences, in "
+            "`norm_deltas.safetensors`: "
+            "longctx adds them, peft and vLLM do not read them.",
+            "",
+        ]
     if lost:
-        lines += ["Changed by the training and **not carried**: " + ", ".join(f"`{row.tensor}`" for row in lost[:40])
-                  + (f" and {len(lost) - 40} more" if len(lost) > 40 else "") + ".", ""]  # fmt: skip
+        names = ", ".join(f"`{row.tensor}`" for row in lost[:40])
+        more = f" and {len(lost) - 40} more" if len(lost) > 40 else ""
+        lines += [f"Changed by the training and **not carried**: {names}{more}.", ""]
     lines += [
         "| tensor | shape | rank | norm of the difference | share kept | relative residual |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.tensor} | {' x '.join(map(str, row.shape))} | {row.rank} | {row.norm:.4g} | {row.share:.4f} | {row.residual:.4f} |"
+        f"| {row.tensor} | {' x '.join(map(str, row.shape))} | {row.rank} | {row.norm:.4g} | "
+        f"{row.share:.4f} | {row.residual:.4f} |"
         for row in carried
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")

@@ -1,9 +1,9 @@
 """The best rank-r approximation of a matrix seen only through row blocks: randomized subspace iteration.
 
-Halko, Martinsson & Tropp 2011 (0909.4061), algorithms 4.3/4.4, arranged for blocks: with Q [n, l] orthonormal one
-pass gives Y = X Q and Z = X^T Y, and orth(Z) is the next Q. Departures: whether to go on is decided by what the last
-half steps still gained, which costs no pass, either side may finish, and where the gain has not died out after
-`power_max` steps the exact SVD is taken.
+Halko, Martinsson & Tropp 2011 (0909.4061), algorithms 4.3/4.4, arranged for blocks: with Q [n, l]
+orthonormal one pass gives Y = X Q and Z = X^T Y, and orth(Z) is the next Q. Departures: whether to go on is
+decided by what the last half steps still gained, which costs no pass, either side may finish, and where the
+gain has not died out after `power_max` steps the exact SVD is taken.
 
 X [m, n] the matrix (m rows in blocks)   r rank kept   l = r + oversample columns of the sketch
 """
@@ -33,7 +33,7 @@ class BlockMatrix(Protocol):
 
 @dataclass(frozen=True)
 class Sketch:
-    """How hard to try. tolerance: squared norm still to be gained, as estimated, over the squared residual."""
+    """How hard to try. tolerance: squared norm still to be gained (an estimate) over the squared residual."""
 
     oversample: int = 16
     power_max: int = 6
@@ -95,10 +95,11 @@ def decompose(matrix: BlockMatrix, rank: int, sketch: Sketch) -> Factors:
 
 
 def _still_to_gain(gain: float, gain_before: float) -> float:
-    """What further half steps would add to the norm kept, if gains went on falling by sqrt(the last ratio) each.
+    """What further half steps would add to the norm kept, if gains went on falling by sqrt(the last ratio)
+    each.
 
-    Gains fall geometrically, faster at first: the square root keeps the estimate on the safe side (it was 2 to 10
-    times the truth where that was known).
+    Gains fall geometrically, faster at first: the square root keeps the estimate on the safe side (it was 2
+    to 10 times the truth where that was known).
     """
     if gain <= 0:
         return 0.0
@@ -124,8 +125,7 @@ def _zero(matrix: BlockMatrix) -> Factors:
 
 def _fused_pass(matrix: BlockMatrix, basis: Tensor) -> tuple[Tensor, Tensor, float]:
     """Y = X Q, Z = X^T Y and ||X||_F^2, reading every block once."""
-    m, n = matrix.shape
-    y = torch.empty(m, basis.shape[1], dtype=matrix.dtype, device=matrix.device)
+    y = torch.empty(matrix.shape[0], basis.shape[1], dtype=matrix.dtype, device=matrix.device)
     z = torch.zeros_like(basis)
     total = 0.0
     for start, block in matrix.blocks():

@@ -1,8 +1,9 @@
-"""`longctx lora-merge`: adapters into a fine-tune of their base, tensor by tensor, with the window that they carry.
+"""`longctx lora-merge`: adapters into a fine-tune of their base, tensor by tensor, with the window that
+they carry.
 
-Only rows of one tensor and its factors are in memory; sums are in fp32 and cast once. config.json gets the rope and
-window of the adapter in both key styles: a merge that leaves them untouched, as common scripts do, gives a model
-that cannot use what was merged into it.
+Only rows of one tensor and its factors are in memory; sums are in fp32 and cast once. config.json gets the
+rope and window of the adapter in both key styles: a merge that leaves them untouched, as common scripts do,
+gives a model that cannot use what was merged into it.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ _NOT_COPIED = (
 
 @dataclass(frozen=True)
 class MergeResult:
-    """out: the merged model's folder. applied, skipped, untouched: tensors, with the reason where one is needed.
+    """out: the merged model's folder. applied, skipped, untouched: tensors, with the reason where one is
+    needed.
 
     rope, window: what config.json says now. notes: what the user should know.
     """
@@ -112,7 +114,8 @@ def _scales(config: MergeConfig) -> list[float]:
         return config.scale * len(config.adapter)
     if len(config.scale) != len(config.adapter):
         raise UserError(
-            f"scale has {len(config.scale)} values for {len(config.adapter)} adapters; give one for all or one for each "
+            f"scale has {len(config.scale)} values for {len(config.adapter)} adapters; give one for all or "
+            "one for each "
             "(configs/lora_merge.yaml)"
         )
     return config.scale
@@ -132,8 +135,10 @@ def _refuse_misfits(
         if problems:
             hint = "" if found.misshaped or differing else ", or allow_partial=true merges what fits"
             raise UserError(
-                f"adapter={adapter.path} does not match target={config.target}; {'; '.join(problems)}. Merge into a fine-tune of "
-                f"the adapter's base ({adapter.config.get('base_model_name_or_path')}){hint} (nothing was written)"
+                f"adapter={adapter.path} does not match target={config.target}; {'; '.join(problems)}. "
+                "Merge into a fine-tune of "
+                f"the adapter's base ({adapter.config.get('base_model_name_or_path')}){hint} (nothing was "
+                "written)"
             )
         if not found.changes:
             raise UserError(
@@ -169,8 +174,10 @@ def _rope(
     extending = [item for item in told if item["extends"]]
     if not told:
         raise UserError(
-            f"adapter={', '.join(config.adapter)} carries no rope and window (it was not made by longctx), so the merged model's "
-            "config.json would stay as it is; say rope.theta=... window=..., or like=EXTENDED_MODEL, or rope=keep if the adapter "
+            f"adapter={', '.join(config.adapter)} carries no rope and window (it was not made by longctx), "
+            "so the merged model's "
+            "config.json would stay as it is; say rope.theta=... window=..., or like=EXTENDED_MODEL, or "
+            "rope=keep if the adapter "
             "does not extend the context (configs/lora_merge.yaml)"
         )
     if not extending:
@@ -178,14 +185,17 @@ def _rope(
     targets = {(describe_rope(item["rope_parameters"]), item["window"]) for item in extending}
     if len(targets) > 1:
         raise UserError(
-            f"the adapters were made for different windows: {'; '.join(f'{rope}, {window}' for rope, window in sorted(targets))}; "
+            "the adapters were made for different windows: "
+            f"{'; '.join(f'{rope}, {window}' for rope, window in sorted(targets))}; "
             "say which with rope.theta=... window=... or like=... (configs/lora_merge.yaml)"
         )
     rope, window = extending[0]["rope_parameters"], extending[0]["window"]
     if (own_rope, own_window) == (rope, window):
         raise UserError(
-            f"target={config.target} has the adapter's rope and window already ({describe_rope(rope)}, {window}); merging again "
-            "would add the extension twice. If only its config.json was edited, say rope=keep (nothing was written)"
+            f"target={config.target} has the adapter's rope and window already ({describe_rope(rope)}, "
+            f"{window}); merging again "
+            "would add the extension twice. If only its config.json was edited, say rope=keep (nothing was "
+            "written)"
         )
     return dict(rope), window, []
 
@@ -257,7 +267,8 @@ def _write_changed(target: Checkpoint, output: _Output, writer: SafetensorsWrite
         rows.copy_(wide)
         if not bool(torch.isfinite(rows).all()):
             raise UserError(
-                f"{output.name} is not finite after merging (in the target, the adapter, or beyond what {entry.dtype} holds); "
+                f"{output.name} is not finite after merging (in the target, the adapter, or beyond what "
+                f"{entry.dtype} holds); "
                 "nothing was written"
             )
         writer.write(rows)

@@ -1,7 +1,8 @@
-"""config.json as adapters see it: the rope and window a model was made for, read from and written in both styles.
+"""config.json as adapters see it: the rope and window a model was made for, read from and written in both
+styles.
 
-transformers 5 keeps `rope_parameters`; readers of the older style (vLLM, llama.cpp, transformers 4) need `rope_theta`
-and `rope_scaling` at the top. Values are carried word for word, whatever rule they belong to.
+transformers 5 keeps `rope_parameters`; readers of the older style (vLLM, llama.cpp, transformers 4) need
+`rope_theta` and `rope_scaling` at the top. Values are carried word for word, whatever rule they belong to.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""Ranks that are not one number: per module for a share of the squared norm, or all together for a size in bytes."""
+"""Ranks that are not one number: per module for a share of the squared norm, or all together for a size in
+bytes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ _BYTES_PER_MODULE = 640
 
 
 def rank_for_share(matrix: BlockMatrix, share: float, max_rank: int, sketch: Sketch) -> Factors:
-    """The fewest components that keep `share` of ||X||_F^2, at most max_rank; the sketch doubles until they do."""
+    """The fewest components that keep `share` of ||X||_F^2, at most max_rank; the sketch doubles until they
+    do.
+    """
     limit = min(max_rank, *matrix.shape)
     rank = min(_FIRST_RANK, limit)
     while True:
@@ -35,7 +39,8 @@ def rank_for_share(matrix: BlockMatrix, share: float, max_rank: int, sketch: Ske
 def fit_size(
     spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], size: float, itemsize: int
 ) -> dict[str, int]:
-    """Ranks per module whose factors fit `size` bytes: always the component with most squared norm per byte next.
+    """Ranks per module whose factors fit `size` bytes: always the component with most squared norm per byte
+    next.
 
     spectra: singular values, descending. Every module gets at least rank 1.
     Raises UserError when not even that fits.
@@ -45,7 +50,8 @@ def fit_size(
     left = size - sum(cost[name] + _BYTES_PER_MODULE for name in spectra)
     if left < 0:
         raise UserError(
-            f"size_mb={size / 1e6:g} is less than rank 1 of every module needs, {(size - left) / 1e6:.3g} MB; give more, or a "
+            f"size_mb={size / 1e6:g} is less than rank 1 of every module needs, {(size - left) / 1e6:.3g} "
+            "MB; give more, or a "
             "dtype of fewer bytes (configs/lora_extract.yaml)"
         )
     queue = [(-_gain(values, 1, cost[name]), name) for name, values in spectra.items() if len(values) > 1]

@@ -1,4 +1,6 @@
-"""The file or files of an adapter's factors: one as long as it is small enough for PEFT, which reads only one."""
+"""The file or files of an adapter's factors: one as long as it is small enough for PEFT, which reads only
+one.
+"""
 
 from __future__ import annotations
 

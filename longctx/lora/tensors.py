@@ -1,4 +1,5 @@
-"""Lazy reading of safetensors: a model is a table of (shape, dtype, place in a file) until rows are asked for.
+"""Lazy reading of safetensors: a model is a table of (shape, dtype, place in a file) until rows are asked
+for.
 
 Rows are read with pread into buffers the caller reuses. Mapped pages count as the process's memory and stay
 until the kernel wants them back, which is how tools that map a checkpoint come to need as much memory as the
@@ -122,12 +123,16 @@ class Checkpoint:
         return buffer
 
     def require_floats(self) -> None:
-        """Refuse quantized weights: their numbers are codes, so neither a difference nor a sum means anything."""
+        """Refuse quantized weights: their numbers are codes, so neither a difference nor a sum means
+        anything.
+        """
         for entry in self.entries.values():
             if entry.dtype not in DTYPES and len(entry.shape) >= 2:
                 raise UserError(
-                    f"{self.what}={self.path} is quantized: {entry.name} is stored as {entry.dtype}, whose numbers are "
-                    f"codes and cannot be subtracted or added; give the checkpoint in bf16, fp16 or fp32 ({entry.file})"
+                    f"{self.what}={self.path} is quantized: {entry.name} is stored as {entry.dtype}, whose "
+                    "numbers are "
+                    "codes and cannot be subtracted or added; give the checkpoint in bf16, fp16 or fp32 "
+                    f"({entry.file})"
                 )
 
     def close(self) -> None:
@@ -158,7 +163,8 @@ class Checkpoint:
             for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")
         ):
             raise UserError(
-                f"{self.what}={self.path} holds pickles (.bin), which run code when loaded; convert it to safetensors first "
+                f"{self.what}={self.path} holds pickles (.bin), which run code when loaded; convert it to "
+                "safetensors first "
                 "(`model.save_pretrained(folder)` of transformers or peft does)"
             )
         raise UserError(
@@ -178,15 +184,18 @@ class Checkpoint:
         itemsize = DTYPES[entry.dtype].itemsize if entry.dtype in DTYPES else _INTEGERS.get(entry.dtype)
         if itemsize is not None and entry.nbytes != prod(entry.shape) * itemsize:
             raise UserError(
-                f"{self.what}={self.path}: {entry.name} has {entry.nbytes} bytes where its shape {list(entry.shape)} in "
-                f"{entry.dtype} needs {prod(entry.shape) * itemsize}; the shard is corrupt, fetch it again ({entry.file})"
+                f"{self.what}={self.path}: {entry.name} has {entry.nbytes} bytes where its shape "
+                f"{list(entry.shape)} in "
+                f"{entry.dtype} needs {prod(entry.shape) * itemsize}; the shard is corrupt, fetch it again "
+                f"({entry.file})"
             )
 
     def _check_index(self) -> None:
         absent = [name for name in self._index if name not in self.entries]
         if absent:
             raise UserError(
-                f"{self.what}={self.path}: the index promises {len(absent)} tensors that no shard holds, {absent[0]} first; "
+                f"{self.what}={self.path}: the index promises {len(absent)} tensors that no shard holds, "
+                f"{absent[0]} first; "
                 f"fetch {self._index[absent[0]]} again"
             )
 
@@ -206,7 +215,8 @@ class Checkpoint:
             count = os.preadv(descriptor, [view[got:]], place + got)
             if count == 0:
                 raise UserError(
-                    f"{self.what}={self.path}: {entry.file} ends inside {entry.name}; the shard is truncated, fetch it again"
+                    f"{self.what}={self.path}: {entry.file} ends inside {entry.name}; the shard is "
+                    "truncated, fetch it again"
                 )
             got += count
 

@@ -1,7 +1,9 @@
-"""Proof that the adapter as written does what it says: files read back and applied, and, if asked, losses on text.
+"""Proof that the adapter as written does what it says: files read back and applied, and, if asked, losses
+on text.
 
-The residuals in the table come from the factors in memory. Here the finished folder is opened the way lora-merge
-opens it, added to the base and compared with the tuned model, so a wrong sign, scale or order of files cannot pass.
+The residuals in the table come from the factors in memory. Here the finished folder is opened the way lora-
+merge opens it, added to the base and compared with the tuned model, so a wrong sign, scale or order of
+files cannot pass.
 """
 
 from __future__ import annotations
@@ -51,8 +53,10 @@ def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[Row]
             residual = _relative_residual(adapter, base, tuned, row)
             if abs(residual - row.residual) > _SLACK:
                 raise RunFailed(
-                    f"{row.tensor}: base + adapter, read back from the file, is {residual:.4f} of the difference away from tuned "
-                    f"where {row.residual:.4f} was expected; the adapter is wrong and was removed. Please report this"
+                    f"{row.tensor}: base + adapter, read back from the file, is {residual:.4f} of the "
+                    "difference away from tuned "
+                    f"where {row.residual:.4f} was expected; the adapter is wrong and was removed. Please "
+                    "report this"
                 )
     return [row.tensor for row in sample.values()]
 

@@ -1,4 +1,6 @@
-"""Tiny models of each architecture, saved once: a base, its training (longer window) and a fine-tune of the same base."""
+"""Tiny models of each architecture, saved once: a base, its training (longer window) and a fine-tune of the
+same base.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Extraction: the difference is kept as well as its rank allows, the files are PEFT's, and the same seed gives the same bytes."""
+"""Extraction: the difference is kept as well as its rank allows, the files are PEFT's, and the same seed
+gives the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_full_rank_and_merge_reproduce_tuned(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_peft_reads_the_adapter_unchanged(trio: Make, tmp_path: Path, architecture: str) -> None:
-    """A rank-4 difference without norms: peft's base + adapter is the tuned model but for norms and embeddings."""
+    """A rank-4 difference without norms: peft's base + adapter is the tuned model but for norms and
+    embeddings.
+    """
     pair = trio(architecture, rank=4)
     out = str(tmp_path / "adapter")
     result = extract(
@@ -188,7 +192,9 @@ def test_large_adapters_are_sharded(trio: Make, tmp_path: Path) -> None:
 
 
 def test_unchanged_modules_cost_nothing(trio: Make, tmp_path: Path) -> None:
-    """A layer that training froze gets a zero of rank 1, and a projection frozen everywhere is not named at all."""
+    """A layer that training froze gets a zero of rank 1, and a projection frozen everywhere is not named at
+    all.
+    """
     from safetensors.torch import save_file
 
     pair = trio("llama", rank=4)

@@ -1,0 +1,168 @@
+"""`longctx lora-info`: what an adapter is, from its files alone, with pictures; or what one would weigh.
+
+Spectra come from the factors themselves, whoever made them: with A^T = Q_a R_a and B = Q_b R_b the singular
+values of B A are those of R_b R_a^T, r x r.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.config.lora import InfoConfig
+from longctx.console import emit_json
+from longctx.errors import UserError
+from longctx.lora.adapter import Adapter
+from longctx.lora.modelconfig import describe_rope
+from longctx.lora.sizes import measure_throughput, plan_size
+
+
+@dataclass(frozen=True)
+class ModuleInfo:
+    """spectrum: singular values of scale * B A, descending. share: of the difference's squared norm, if
+    known.
+    """
+
+    module: str
+    rank: int
+    scale: float
+    shape: tuple[int, int]
+    spectrum: list[float]
+    share: float | None
+
+
+@dataclass(frozen=True)
+class AdapterInfo:
+    path: str
+    base: str | None
+    bytes: int
+    modules: list[ModuleInfo]
+    exact: int
+    replaced: list[str]
+    window: int | None
+    rope: str | None
+    share: float | None
+    extends: bool
+
+
+def describe(path: str) -> AdapterInfo:
+    """Everything lora-info prints. Raises UserError for what is not an adapter."""
+    with Adapter(path) as adapter:
+        side = adapter.extension or {}
+        known = side.get("tensors", {})
+        modules = [
+            ModuleInfo(
+                pair.module, pair.rank, pair.scale, pair.shape, _spectrum(adapter, pair),
+                known.get(f"{pair.module}.weight", {}).get("share"),
+            )
+            for pair in adapter.pairs.values()
+        ]  # fmt: skip
+        rope = side.get("rope_parameters")
+        return AdapterInfo(
+            path=path,
+            base=adapter.config.get("base_model_name_or_path"),
+            bytes=sum(entry.nbytes for entry in adapter.weights.entries.values()),
+            modules=sorted(modules, key=lambda item: _place(item.module)),
+            exact=len(adapter.deltas),
+            replaced=list(adapter.replacements),
+            window=side.get("window"),
+            rope=describe_rope(rope) if rope else None,
+            share=side.get("share", {}).get("factors"),
+            extends=bool(side.get("extends")),
+        )
+
+
+def run(config: InfoConfig) -> int:
+    """`longctx lora-info`."""
+    if (config.adapter is None) == (config.plan is None):
+        raise UserError(
+            "give adapter=FOLDER to describe one, or plan=MODEL to size one (configs/lora_info.yaml)"
+        )
+    if config.plan is not None:
+        return _run_plan(config, config.plan)
+    assert config.adapter is not None
+    info = describe(config.adapter)
+    pictures: list[str] = []
+    if config.plots is not None:
+        from longctx.lora.pictures import draw
+
+        pictures = draw(info, Path(config.plots))
+    if config.format == "json":
+        emit_json({**asdict(info), "pictures": pictures})
+    else:
+        _print(info, pictures)
+    return 0
+
+
+def _run_plan(config: InfoConfig, plan: str) -> int:
+    size = plan_size(
+        plan, config.rank, dtype=config.dtype, lm_head=config.lm_head, embeddings=config.embeddings
+    )
+    if config.measure:
+        rate = measure_throughput(config.rank)
+        size = replace(size, seconds=size.elements / rate, throughput=rate)
+    if config.format == "json":
+        emit_json(asdict(size))
+        return 0
+    print(f"{size.model}, rank {size.rank}: {size.bytes / 1e6:.1f} MB in {config.dtype}")
+    per_rank = size.bytes_per_rank / 1e6
+    print(f"  {size.matrices} matrices, {size.elements / 1e9:.2f} B numbers, {per_rank:.3f} MB per rank")
+    if size.seconds is not None and size.throughput is not None:
+        print(
+            f"  about {_duration(size.seconds)} here ({size.throughput / 1e6:.0f} M numbers/s measured on a "
+            "sample, "
+            "reading not counted)"
+        )
+    return 0
+
+
+def _print(info: AdapterInfo, pictures: list[str]) -> None:
+    ranks = sorted({item.rank for item in info.modules})
+    print(f"{info.path}: LoRA of {info.base}, {len(info.modules)} modules, {info.bytes / 1e6:.1f} MB")
+    print(f"  rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]}-{ranks[-1]}'}" if ranks else "  no factors")
+    if info.window is not None:
+        told = "extends the window to" if info.extends else "window"
+        print(f"  {told} {info.window} tokens ({info.rope})")
+    else:
+        print(
+            "  no rope or window inside: lora-merge needs rope.theta and window, or like=MODEL, or rope=keep"
+        )
+    if info.share is not None:
+        print(f"  keeps {info.share:.4f} of the squared norm of these matrices' difference")
+    print(f"  {info.exact} norms and biases as exact differences, {len(info.replaced)} tensors saved whole")
+    print(f"  {'module':<44} {'rank':>4} {'share':>7}  singular values: 1st, 2nd, 4th, ..., last")
+    for item in info.modules:
+        picks = sorted({0, 1, 3, 7, 15, 31, 63, len(item.spectrum) - 1} & set(range(len(item.spectrum))))
+        share = f"{item.share:.4f}" if item.share is not None else "-"
+        values = " ".join(f"{item.spectrum[i]:.3g}" for i in picks)
+        print(f"  {item.module:<44} {item.rank:>4} {share:>7}  {values}")
+    for picture in pictures:
+        print(f"  {picture}")
+
+
+def _spectrum(adapter: Adapter, pair: Any) -> list[float]:
+    left, right = adapter.factors(pair)
+    first = torch.linalg.qr(left, mode="r")[1]
+    second = torch.linalg.qr(right.T, mode="r")[1]
+    values = torch.linalg.svdvals(first.double() @ second.double().T) * pair.scale
+    return [float(f"{value:.6g}") for value in values.tolist()]
+
+
+def _place(module: str) -> tuple[int, str]:
+    """Sorts modules by layer; what stands outside the layers comes last."""
+    layer = layer_of(module)
+    return (10**6 if layer is None else layer), module
+
+
+def layer_of(module: str) -> int | None:
+    """The layer's number in a module's name."""
+    return next((int(part) for part in module.split(".") if part.isdigit()), None)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
