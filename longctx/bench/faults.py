@@ -47,8 +47,10 @@ class Soak:
         """A disturbed run came to its end: its weights must be those of the undisturbed one."""
         found = weights_of(self.path)
         if found != self.wanted:
-            raise RunFailed(f"{self.path} ended with other weights ({found[:12]}) than the undisturbed run "
-                            f"({self.wanted[:12]}) after {sum(self.kills.values())} kills")  # fmt: skip
+            raise RunFailed(
+                f"{self.path} ended with other weights ({found[:12]}) than the undisturbed run "
+                f"({self.wanted[:12]}) after {sum(self.kills.values())} kills"
+            )
 
 
 def run(config: FaultsConfig) -> int:
@@ -116,8 +118,10 @@ def _terminate(soak: Soak) -> None:
             soak.begin()
             continue
         if status != 75 or life.step() != life.saved_step():
-            raise RunFailed(f"SIGTERM gave status {status} at step {life.step()} with step {life.saved_step()} saved: "
-                            f"{text[-2000:]}")  # fmt: skip
+            raise RunFailed(
+                f"SIGTERM gave status {status} at step {life.step()}, step {life.saved_step()} being "
+                f"saved: {text[-2000:]}"
+            )
         soak.sigterms += 1
         console.say(f"sigterm {soak.sigterms}/{soak.config.sigterms}: saved at step {life.saved_step()}")
     _finish(soak, Life(soak.path))
@@ -195,6 +199,8 @@ def _report(summary: dict[str, Any], config: FaultsConfig) -> None:
         console.emit_json(summary)
         return
     kills = ", ".join(f"{count} of {kind}" for kind, count in summary["kills"].items()) or "none"
-    console.emit(f"kills: {kills}; SIGTERMs: {summary['sigterms']}; {summary['runs']} runs, all ended with the weights of "
-                 f"the undisturbed one, bit for bit; at most {summary['steps_lost_at_most']} steps done again after a kill; "
-                 f"{summary['seconds']:.0f} s")  # fmt: skip
+    console.emit(
+        f"kills: {kills}; SIGTERMs: {summary['sigterms']}; {summary['runs']} runs, all ended with the "
+        f"weights of the undisturbed one, bit for bit; at most {summary['steps_lost_at_most']} steps done "
+        f"again after a kill; {summary['seconds']:.0f} s"
+    )

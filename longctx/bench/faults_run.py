@@ -31,7 +31,8 @@ def make_run(run: Path, documents: Path, config: FaultsConfig) -> Path:
     values = {
         "name": run.name, "run_dir": str(run),
         "model": {"init": shape, "tokenizer": str(Path(__file__).parents[1] / "assets" / "tiny")},
-        "data": {"sources": {"text": {"kind": "text", "path": str(documents)}}, "mixes": {"default": {"text": 1.0}}},
+        "data": {"sources": {"text": {"kind": "text", "path": str(documents)}},
+                 "mixes": {"default": {"text": 1.0}}},
         "curriculum": {"scratch": True, "lr": {"peak": 3.0e-3}, "stages": stages},
         "parallel": {"stages": {"s64": 1, "s128": config.nproc}}, "logging": {"display": "none"},
         "checkpoint": {"every": 1, "minutes": 0, "keep": 2, "spare_gib": 0.0},
@@ -47,7 +48,21 @@ def _write_documents(folder: Path) -> None:
         return
     folder.mkdir(parents=True)
     rng = random.Random(1)
-    words = "a ring passes keys and values around until every query has met every key of its document".split()
+    words = [
+        "a",
+        "ring",
+        "passes",
+        "keys",
+        "and",
+        "values",
+        "around",
+        "until",
+        "every",
+        "query",
+        "has",
+        "met",
+        "them",
+    ]
     for number in range(60):
         text = " ".join(rng.choice(words) for _ in range(rng.randint(40, 200)))
         (folder / f"{number:03d}.txt").write_text(text)
@@ -71,7 +86,7 @@ class Life:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "longctx.train", "--resolved", str(run / "config.yaml")],
             stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=limit,
-            env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+            env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
         )  # fmt: skip
 
     def step(self) -> int:
@@ -105,7 +120,9 @@ class Life:
         return False
 
     def kill(self, kind: str, rng: random.Random) -> float:
-        """SIGKILL to everything, one rank, or the launcher; returns the seconds until nothing of it is left."""
+        """SIGKILL to everything, one rank, or the launcher; returns the seconds until nothing of it is
+        left.
+        """
         began = time.monotonic()
         ranks = children(self.process.pid)
         if kind == "rank" and ranks:

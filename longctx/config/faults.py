@@ -7,9 +7,11 @@ from longctx.config.base import Format, Text, schema
 
 @schema
 class FaultsConfig:
-    """kills: SIGKILLs at random instants; sigterms: requests to stop. damage: also spoil checkpoints and the disk.
+    """kills: SIGKILLs at random instants; sigterms: requests to stop. damage: also spoil checkpoints and the
+    disk.
 
-    nproc: ranks of the run. steps: its optimizer steps. seed: of the instants. keep: leave the folder `out` behind.
+    nproc: ranks of the run. steps: its optimizer steps. seed: of the instants. keep: leave the folder `out`
+    behind.
     """
 
     kills: int = 50

@@ -1,7 +1,7 @@
 """`python -m longctx.train key=value ...` under torchrun or srun: the same command on every node.
 
-Rank 0 composes the config and broadcasts it; the others compare a hash of their own command line with rank 0's,
-so that two nodes started with different settings are refused instead of training something in between.
+Rank 0 composes the config and broadcasts it; the others compare a hash of their own command line with rank
+0's, so that two nodes started with different settings are refused instead of training something in between.
 `--resolved FILE` is how `longctx train` hands the composed config to the ranks it starts itself.
 """
 
@@ -22,12 +22,25 @@ from longctx.train import runfolder
 from longctx.train.signals import INTERRUPTED, die_with_parent, leave_on_interrupt
 
 # What torch says on a rank whose peer has gone.
-PEER_GONE = ("Connection closed by peer", "Connection reset", "Connection refused", "Broken pipe", "remote process",
-             "gloo", "NCCL", "ProcessGroup", "Timed out waiting", "wait timeout", "store")  # fmt: skip
+PEER_GONE = (
+    "Connection closed by peer",
+    "Connection reset",
+    "Connection refused",
+    "Broken pipe",
+    "remote process",
+    "gloo",
+    "NCCL",
+    "ProcessGroup",
+    "Timed out waiting",
+    "wait timeout",
+    "store",
+)
 
 
 def main(words: Sequence[str]) -> int:
-    """One rank, from its command line to its exit status. Only rank 0 speaks, unless another has its own error."""
+    """One rank, from its command line to its exit status. Only rank 0 speaks, unless another has its own
+    error.
+    """
     die_with_parent()
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
@@ -110,8 +123,8 @@ def _agree_on_config(words: list[str], rank: int) -> Any:
     dist.all_gather_object(answers, same)
     if not all(answers):
         raise UserError(
-            f"rank {answers.index(False)} was started with another command line or version of longctx than rank 0; "
-            "run the same command on every node"
+            f"rank {answers.index(False)} was started with another command line or version of longctx than "
+            "rank 0; run the same command on every node"
         )
     return config
 

@@ -1,8 +1,9 @@
-"""From packed sequences to what one rank computes on: shifted labels, weights, positions, the layout, the shard.
+"""From packed sequences to what one rank computes on: shifted labels, weights, positions, the layout, the
+shard.
 
-Labels are shifted before the sequence is sharded, so the token after a shard's end is the right one. Sequences of
-one micro-batch become rows where they share their document boundaries, and one flattened row with the documents'
-boundaries otherwise: exact either way, since no document reads another.
+Labels are shifted before the sequence is sharded, so the token after a shard's end is the right one.
+Sequences of one micro-batch become rows where they share their document boundaries, and one flattened row
+with the documents' boundaries otherwise: exact either way, since no document reads another.
 
 Legend: B rows, S tokens per row, S_local tokens of a row on this rank.
 """
@@ -25,8 +26,8 @@ class MicroBatch:
     """One forward's worth on this rank. inputs: what LossModel.forward takes.
 
     weight: sum of loss weights on this rank; pairs: query-key pairs of the whole rows, for the FLOP count.
-    documents: the names of what is in it, looked up when asked for. tail: loss weights [B, S_local] of the last
-    quarter of each sequence only, where a stage asks for them.
+    documents: the names of what is in it, looked up when asked for. tail: loss weights [B, S_local] of the
+    last quarter of each sequence only, where a stage asks for them.
     """
 
     inputs: dict[str, Any]
@@ -49,8 +50,8 @@ def micro_batch(
 ) -> MicroBatch:
     """Sequences `indices` of a data.StageData as one forward of this rank (CPU tensors).
 
-    context: the ContextParallel of the stage. kind: layout of a row over its ranks. Only this rank's tokens are
-    read. tail: also give the loss weights of the last quarter of each sequence.
+    context: the ContextParallel of the stage. kind: layout of a row over its ranks. Only this rank's tokens
+    are read. tail: also give the loss weights of the last quarter of each sequence.
     """
     bounds = [np.asarray(data.boundaries(index), dtype=np.int64) for index in indices]
     length = data.seq_len
@@ -66,8 +67,9 @@ def micro_batch(
     parts = [_row(data, row, held, length) for row in rows]
     tokens, labels, weights = (np.stack(arrays) for arrays in zip(*parts, strict=True))
     labels[weights == 0] = IGNORED
-    inputs = {"input_ids": torch.from_numpy(tokens), "labels": torch.from_numpy(labels),
-              "weights": torch.from_numpy(weights), "positions": layout.positions, "layout": layout}  # fmt: skip
+    arrays = {"input_ids": tokens, "labels": labels, "weights": weights}
+    inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    inputs |= {"positions": layout.positions, "layout": layout}
     late = (
         torch.from_numpy(np.where(held % length >= length * 3 // 4, weights, np.float32(0))) if tail else None
     )
@@ -78,7 +80,8 @@ def micro_batch(
 def _row(
     data: Any, indices: Sequence[int], held: np.ndarray, length: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens int64, labels int64, weights float32, each [S_local], at the row's positions `held` (-1: padding).
+    """tokens int64, labels int64, weights float32, each [S_local], at the row's positions `held` (-1:
+    padding).
 
     A label is the token after its own within the same sequence, wherever that token lies.
     """

@@ -1,9 +1,10 @@
 """Checkpoints that a kill at any instant cannot spoil.
 
-Each rank writes its fragments into a temporary folder and syncs them; rank 0 adds the state and a manifest with
-every file's sha256, renames the folder, and only then moves the pointer. A folder without a valid manifest was
-never finished. On loading the ranks check every hash between them; a damaged file is named and the checkpoint
-before it is used. A save that fails (a full disk) leaves the last one intact and training goes on.
+Each rank writes its fragments into a temporary folder and syncs them; rank 0 adds the state and a manifest
+with every file's sha256, renames the folder, and only then moves the pointer. A folder without a valid
+manifest was never finished. On loading the ranks check every hash between them; a damaged file is named and
+the checkpoint before it is used. A save that fails (a full disk) leaves the last one intact and training goes
+on.
 """
 
 from __future__ import annotations
@@ -101,7 +102,8 @@ class Checkpoints:
             return f"{beside}: {error.strerror}"
         if free < self._size + self.spare:
             shutil.rmtree(beside, ignore_errors=True)
-            return (f"{free / GIB:.2f} GiB free under {self.run}, {(self._size + self.spare) / GIB:.2f} GiB needed "
+            needed = (self._size + self.spare) / GIB
+            return (f"{free / GIB:.2f} GiB free under {self.run}, {needed:.2f} GiB needed "
                     "(checkpoint.spare_gib is part of it)")  # fmt: skip
         return None
 
@@ -158,8 +160,10 @@ class Checkpoints:
                 continue
             return self._restore(folder, engine)
         if candidates:
-            raise RunFailed(f"none of the {len(candidates)} checkpoints under {self.run} is intact; "
-                            "take a new name=... to start over, or restore the folder from a copy")  # fmt: skip
+            raise RunFailed(
+                f"none of the {len(candidates)} checkpoints under {self.run} is intact; "
+                "take a new name=... to start over, or restore the folder from a copy"
+            )
         return None
 
     def _damage(self, folder: Path) -> Iterator[str]:

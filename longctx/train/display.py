@@ -1,4 +1,5 @@
-"""What a person sees while it trains: one bar per stage with loss, tokens/s and the time left; or plain lines.
+"""What a person sees while it trains: one bar per stage with loss, tokens/s and the time left; or plain
+lines.
 
 Rank 0 only, on standard error. `auto` draws bars on a terminal and prints a line now and then elsewhere.
 """

@@ -91,8 +91,8 @@ def check(config: EngineConfig) -> None:
     """What can be refused before anything is loaded."""
     where = "configs/engine"
     if config.name == "ddp" and config.zero:
-        raise UserError(f"engine.zero={config.zero} is not something engine=ddp can do, it replicates everything; "
-                        f"use engine=deepspeed or engine.zero=0 ({where}/ddp.yaml)")  # fmt: skip
+        raise UserError(f"engine.zero={config.zero} is not something engine=ddp can do, it replicates "
+                        f"everything; use engine=deepspeed or engine.zero=0 ({where}/ddp.yaml)")  # fmt: skip
     if config.name == "deepspeed" and not config.zero:
         raise UserError("engine.zero=0 shards nothing, which is engine=ddp; choose engine.zero=1, 2 or 3 "
                         f"({where}/deepspeed.yaml)")  # fmt: skip

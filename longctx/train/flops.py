@@ -1,11 +1,12 @@
 """Floating point operations of a training step, for MFU and HFU.
 
-MFU (PaLM, Chowdhery et al. 2204.02311, appendix B): forward and backward of every matrix product, 6 per weight
-and token, plus attention. Attention is counted causally and per document, as it is computed: a query-key pair
-costs 4 H D in the forward (scores and values, 2 each) and twice that in the backward; PaLM's formula counts the
-full square and would flatter long sequences. The embedding's gather is free, the head's product is not.
-HFU adds what is recomputed on purpose: with activation checkpointing every layer's products run forward once
-more, and the flash backward forms the scores again (2 H D per pair); the attention forward itself is kept.
+MFU (PaLM, Chowdhery et al. 2204.02311, appendix B): forward and backward of every matrix product, 6 per
+weight and token, plus attention. Attention is counted causally and per document, as it is computed: a
+query-key pair costs 4 H D in the forward (scores and values, 2 each) and twice that in the backward; PaLM's
+formula counts the full square and would flatter long sequences. The embedding's gather is free, the head's
+product is not. HFU adds what is recomputed on purpose: with activation checkpointing every layer's products
+run forward once more, and the flash backward forms the scores again (2 H D per pair); the attention forward
+itself is kept.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ PEAK = {
 
 @dataclass(frozen=True)
 class Flops:
-    """Per model. matmul_weights: weights used in matrix products, the head included; layer_weights: without it.
+    """Per model. matmul_weights: weights used in matrix products, the head included; layer_weights: without
+    it.
 
     pair: heads x head size, summed over layers.
     """

@@ -25,7 +25,9 @@ MINIMUM_HISTORY = 10
 
 
 class Guards:
-    """recent: losses of the last steps taken; part of the checkpoint, so that a resumed run decides the same."""
+    """recent: losses of the last steps taken; part of the checkpoint, so that a resumed run decides the
+    same.
+    """
 
     def __init__(self, config: GuardsConfig, run: Path, ranks: Ranks, recent: list[float]) -> None:
         self.config, self.run, self.ranks, self.recent = config, run, ranks, recent
@@ -50,8 +52,8 @@ class Guards:
             )
         where = f" on rank {culprits[0]}" if culprits else ""
         raise RunFailed(
-            f"{what} at step {step}{where}; the step was not taken. The batch's documents and ranks are in {path}. "
-            "The last checkpoint stands: lower curriculum.lr.peak, look at the documents, or skip them, and continue"
+            f"{what} at step {step}{where}; the step was not taken. The batch's documents and ranks are in "
+            f"{path}. The last checkpoint stands: lower curriculum.lr.peak or look at the documents"
         )
 
     def is_spike(self, loss: float) -> bool:

@@ -1,4 +1,5 @@
-"""Naming the rank that stalls. Every rank's watcher thread publishes where its main thread is; rank 0 compares.
+"""Naming the rank that stalls. Every rank's watcher thread publishes where its main thread is; rank 0
+compares.
 
 When nothing moves for `limit` seconds, all ranks but the culprit wait in a collective: the culprit is the one
 whose thread no longer reports at all, or else the one that is furthest behind. It is named and the run ends,
@@ -71,7 +72,8 @@ class Watcher:
         seen: dict[int, tuple[str, float]] = {}
         while not self._stop.wait(interval):
             now = time.monotonic()
-            own = f"{self.progress.moves}|{self.progress.step}|{self.progress.phase}|{now - self.progress.since:.1f}|{now}"
+            at = self.progress
+            own = f"{at.moves}|{at.step}|{at.phase}|{now - at.since:.1f}|{now}"
             try:
                 self._store.set(f"beat/{self.rank}", own)
                 if self.rank == 0 and (verdict := self._judge(seen)):
@@ -108,8 +110,11 @@ def verdict(beats: list[Beat], limit: float) -> str | None:
         else f"it has been in {culprit.phase!r} for {culprit.still:.0f} s"
     )
     others = sorted({beat.phase for beat in beats if beat.rank != culprit.rank})
-    return (f"rank {culprit.rank} stalls at step {culprit.step}: {why}, while the others wait in {', '.join(others)} "
-            f"(guards.stall_seconds={limit:g}). The last checkpoint stands; run the same command to continue")  # fmt: skip
+    return (
+        f"rank {culprit.rank} stalls at step {culprit.step}: {why}, while the others wait in "
+        f"{', '.join(others)} (guards.stall_seconds={limit:g}). The last checkpoint stands; run the same "
+        "command to continue"
+    )
 
 
 def _end_run(text: str) -> None:

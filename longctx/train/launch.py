@@ -1,8 +1,8 @@
 """Starting the ranks on this machine, through the agent of torch.distributed.run, and ending them together.
 
-The ranks read the resolved config from the run's folder. SIGTERM and SIGUSR1 are passed on to them (finish the
-step, save, leave with 75); ctrl-C ends them at once. When a rank dies its own error stands on the screen, the
-others are stopped within seconds, and one last line says what happened.
+The ranks read the resolved config from the run's folder. SIGTERM and SIGUSR1 are passed on to them (finish
+the step, save, leave with 75); ctrl-C ends them at once. When a rank dies its own error stands on the screen,
+the others are stopped within seconds, and one last line says what happened.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,7 +106,9 @@ def _forwarding() -> Iterator[list[int]]:
 
 @contextmanager
 def _reaper() -> Iterator[None]:
-    """Once a rank has failed, kill after PATIENCE whatever is still running (a rank stuck in a collective)."""
+    """Once a rank has failed, kill after PATIENCE whatever is still running (a rank stuck in a
+    collective).
+    """
     done = threading.Event()
 
     def watch() -> None:

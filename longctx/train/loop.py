@@ -1,8 +1,8 @@
 """The loop over stages: train, save, export, hand over. What it needs it is given, evaluation included.
 
-A stage hand-off rebuilds RoPE, the context-parallel groups, the layout and the data; weights, optimizer and the
-global data position carry over, and no parameter is resharded, because every engine spans all ranks whatever cp
-is. Everything at a stage's end leaves a mark, so a run killed there goes on exactly where it was.
+A stage hand-off rebuilds RoPE, the context-parallel groups, the layout and the data; weights, optimizer and
+the global data position carry over, and no parameter is resharded, because every engine spans all ranks
+whatever cp is. Everything at a stage's end leaves a mark, so a run killed there goes on exactly where it was.
 """
 
 from __future__ import annotations
@@ -162,8 +162,8 @@ def _log(job: Job, stage: Stage, opened: OpenStage, report: StepReport, lr: floa
     line = {
         "step": state.step, "stage": stage.name, "stage_index": stage.index, "stage_step": state.stage_step,
         "loss": report.loss, "tail_loss": report.tail_loss, "grad_norm": report.grad_norm, "lr": lr,
-        "skipped": report.skipped, "tokens": state.tokens, "step_tokens": report.tokens, "weight": report.weight,
-        "cursor": state.cursor, "tokens_per_second": report.tokens / seconds,
+        "skipped": report.skipped, "tokens": state.tokens, "step_tokens": report.tokens,
+        "weight": report.weight, "cursor": state.cursor, "tokens_per_second": report.tokens / seconds,
         "tokens_per_second_per_rank": report.tokens / seconds / world, "model_tflops": rate / 1e12,
         "mfu": rate / peak if peak else None, "hfu": executed / peak if peak else None,
         "memory_gib": memory_gib(job.ranks.device), "theta": stage.theta, "seq_len": stage.seq_len,
@@ -184,7 +184,8 @@ def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
     heldout = opened.heldout_loss(job.engine, job.ranks)
     opened.export(job.engine, job.ranks, folder / "model")
     facts = {
-        "stage": stage.name, "index": stage.index, "steps": job.state.stage_step, "tokens": job.state.cursor * stage.seq_len,
+        "stage": stage.name, "index": stage.index, "steps": job.state.stage_step,
+        "tokens": job.state.cursor * stage.seq_len,
         "seconds": job.state.stage_seconds, "seq_len": stage.seq_len, "theta": stage.theta,
         "heldout_loss": heldout, "model": str((folder / "model").relative_to(job.run)),
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """metrics.jsonl, one line per step: the truth. wandb, when wanted, mirrors it.
 
 Written by rank 0 only. A run that is continued cuts the lines after its checkpoint, so that each step stands
-there once and a killed run leaves the same file as an undisturbed one. wandb's keys stand under train/, speed/,
-memory/, rope/, data/ and eval/ with tokens as the x axis, and the run goes on under its own id.
+there once and a killed run leaves the same file as an undisturbed one. wandb's keys stand under train/,
+speed/, memory/, rope/, data/ and eval/ with tokens as the x axis, and the run goes on under its own id.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 WANDB_KEYS = {
     "loss": "train/loss", "grad_norm": "train/grad_norm", "lr": "train/lr", "skipped": "train/skipped",
     "stage_index": "train/stage", "stage_step": "train/stage_step",
-    "tokens_per_second": "speed/tokens_per_second", "tokens_per_second_per_rank": "speed/tokens_per_second_per_rank",
+    "tokens_per_second": "speed/tokens_per_second",
+    "tokens_per_second_per_rank": "speed/tokens_per_second_per_rank",
     "mfu": "speed/mfu", "hfu": "speed/hfu", "model_tflops": "speed/model_tflops_per_rank",
     "memory_gib": "memory/high_water_gib",
     "theta": "rope/theta", "seq_len": "rope/seq_len",
@@ -76,7 +77,7 @@ class Metrics:
             self._file.flush()
         except OSError as error:  # a full disk must not end a run
             console.warn(
-                f"{self.path} cannot be written ({error.strerror}); no more metrics until the run is restarted"
+                f"{self.path} cannot be written ({error.strerror}); no more metrics until the next start"
             )
             self._file = None
 

@@ -1,4 +1,6 @@
-"""A window of steps under torch.profiler: profile.steps=[10,12] writes RUN/profile/step10-12.json (Chrome, Perfetto)."""
+"""A window of steps under torch.profiler: profile.steps=[10,12] writes RUN/profile/step10-12.json (Chrome,
+Perfetto).
+"""
 
 from __future__ import annotations
 
@@ -46,5 +48,5 @@ class ProfileWindow:
 def check(config: ProfileConfig) -> None:
     steps = config.steps
     if steps is not None and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):
-        raise UserError(f"profile.steps={steps} must be two steps, first and end, such as 'profile.steps=[10,12]' "
-                        "(configs/train.yaml)")  # fmt: skip
+        raise UserError(f"profile.steps={steps} must be two steps, first and end, such as "
+                        "'profile.steps=[10,12]' (configs/train.yaml)")  # fmt: skip

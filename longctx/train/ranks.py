@@ -70,7 +70,8 @@ class Ranks:
 
     @contextmanager
     def agree(self, what: str) -> Iterator[None]:
-        """Run the body on every rank; if it fails on one, all raise that rank's error, so that none is left waiting.
+        """Run the body on every rank; if it fails on one, all raise that rank's error, so that none is left
+        waiting.
 
         Collectives must not stand inside the body unless all ranks reach them whatever happens.
         """

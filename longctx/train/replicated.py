@@ -1,8 +1,8 @@
 """engine=ddp: every rank holds everything; gradients live in one flat buffer, reduced once per step.
 
 For small models this beats bucketed DDP (one collective, no hooks) and, unlike it, adds in the same order
-before and after a restart, so that resuming is bit-identical on any number of ranks. With one process there is
-no wrapper and no collective. bf16 weights get fp32 master copies and fp32 gradient accumulation.
+before and after a restart, so that resuming is bit-identical on any number of ranks. With one process there
+is no wrapper and no collective. bf16 weights get fp32 master copies and fp32 gradient accumulation.
 """
 
 from __future__ import annotations

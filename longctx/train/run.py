@@ -1,7 +1,7 @@
 """`longctx train`: check what can be checked, start the ranks if need be, train, and hand over to the hooks.
 
-One process with launch.nproc > 1 and no launcher around it starts the ranks itself; under torchrun or srun each
-rank comes here on its own. Mistakes are refused before any rank starts.
+One process with launch.nproc > 1 and no launcher around it starts the ranks itself; under torchrun or srun
+each rank comes here on its own. Mistakes are refused before any rank starts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def train(config: TrainConfig) -> int:
 
 
 def _hooks() -> Any:
-    """What runs after stages and after training: named, not imported, for train and eval know nothing of each other."""
+    """What runs after stages and after training: named, not imported, for train and eval know nothing of
+    each other.
+    """
     return import_module("longctx.hooks")
 
 
@@ -95,8 +97,10 @@ def _tokenizer(model: ModelConfig) -> Any:
 
     source = model.tokenizer or model.path
     if source is None:
-        raise UserError("model.tokenizer is missing: a model drawn with model.init needs the folder or hub id of a "
-                        "tokenizer (configs/model)")  # fmt: skip
+        raise UserError(
+            "model.tokenizer is missing: a model drawn with model.init needs the folder or hub id of "
+            "a tokenizer (configs/model)"
+        )
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -163,8 +167,8 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     try:
         with Display(config.logging.display, config.logging.every, stages, first=ranks.first) as display:
             job = loop.Job(
-                config, run, ranks, stages, engine, tokenizer, checkpoints, state, metrics, display, stop, counted,
-                _hooks().after_stage(config), progress,
+                config, run, ranks, stages, engine, tokenizer, checkpoints, state, metrics, display, stop,
+                counted, _hooks().after_stage(config), progress,
             )  # fmt: skip
             status = loop.run_stages(job)
         ranks.barrier()

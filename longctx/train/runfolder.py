@@ -53,9 +53,10 @@ def prepare(config: TrainConfig) -> Path:
         if changed:
             listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in changed[:6])
             more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
+            keys = ",".join(key for key, _, _ in changed[:6])
             raise UserError(
-                f"{folder} holds a run made by another config: {listed}{more}. Take a new name=..., or, if the "
-                f"change is meant, continue with 'accept=[{','.join(key for key, _, _ in changed[:6])}]' ({stored})"
+                f"{folder} holds a run made by another config: {listed}{more}. Take a new name=..., or, if "
+                f"the change is meant, continue with 'accept=[{keys}]' ({stored})"
             )
     try:
         folder.mkdir(parents=True, exist_ok=True)

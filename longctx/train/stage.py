@@ -1,4 +1,5 @@
-"""One stage made ready on this rank: RoPE set, context-parallel group opened, documents packed; closed after it.
+"""One stage made ready on this rank: RoPE set, context-parallel group opened, documents packed; closed after
+it.
 
 cp is chosen per stage: as many ranks as a sequence needs to fit, so that short stages spend their ranks on
 different sequences instead. Groups are opened and closed with the stage, since undestroyed ones leak.
@@ -116,7 +117,7 @@ def open_stage(
     heldout = _open_data(config, stage, ranks, tokenizer, run, "heldout", count) if count else None
     context, group = _open_context(config.parallel, ranks, cp)
     words = (
-        f"{stage.seq_len:,} tokens, theta {stage.theta:,.0f}, {stage.steps} steps of {stage.batch} sequences, "
+        f"{stage.seq_len:,} tokens, theta {stage.theta:,.0f}, {stage.steps} steps of {stage.batch}, "
         f"dp {share.dp} x cp {cp}, {share.per} per forward"
     )
     return OpenStage(stage, cp, share, context, data, heldout, tokenizer, config.model, group, words)

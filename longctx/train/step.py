@@ -40,8 +40,8 @@ class Timer:
 class StepReport:
     """What a step did, equal on all ranks but for `seconds`.
 
-    tokens, weight, pairs: over all ranks and micro-batches; loss: mean over `weight`; tail_loss: the same over the
-    last quarter of each sequence, where asked for. votes: per question, whether any rank said yes.
+    tokens, weight, pairs: over all ranks and micro-batches; loss: mean over `weight`; tail_loss: the same
+    over the last quarter of each sequence, where asked for. votes: per question, whether any rank said yes.
     """
 
     loss: float
@@ -68,10 +68,11 @@ class Stepper:
     def take(
         self, window: Sequence[MicroBatch], lr: float, *, step: int, timer: Timer, votes: Sequence[bool] = ()
     ) -> StepReport:
-        """Forward, backward, reduce, guard, optimizer. window: this rank's micro-batches, as many on every rank.
+        """Forward, backward, reduce, guard, optimizer. window: this rank's micro-batches, as many on every
+        rank.
 
-        votes: questions (a signal came, a save is due) that ride on the count's message. Raises RunFailed when
-        the loss or the gradient is not finite; the optimizer is then untouched.
+        votes: questions (a signal came, a save is due) that ride on the count's message. Raises RunFailed
+        when the loss or the gradient is not finite; the optimizer is then untouched.
         """
         ranks, engine = self.ranks, self.engine
         weight, tokens, pairs, tail_weight, *ballot = ranks.sum([*self._counts(window), *map(float, votes)])

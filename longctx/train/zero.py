@@ -1,9 +1,10 @@
-"""engine=deepspeed: ZeRO 1, 2 or 3 over all dp x cp ranks, through accelerate, without a sequence-parallel mpu.
+"""engine=deepspeed: ZeRO 1, 2 or 3 over all dp x cp ranks, through accelerate, without a sequence-parallel
+mpu.
 
 To DeepSpeed every rank is data parallel, so it averages over the world, which is what the step expects;
 gradient_accumulation_steps stays 1 and the window's boundary is set here. Communication and accumulation of
-gradients are fp32. What was really obtained is asserted: accelerate turns into DDP in silence when CPU is asked
-for in the wrong way. Tried with deepspeed 0.19.8; fragments replace its pickled checkpoints.
+gradients are fp32. What was really obtained is asserted: accelerate turns into DDP in silence when CPU is
+asked for in the wrong way. Tried with deepspeed 0.19.8; fragments replace its pickled checkpoints.
 """
 
 from __future__ import annotations
@@ -52,21 +53,21 @@ class ZeroEngine:
 
     def _check(self, config: EngineConfig, dtype: torch.dtype) -> None:
         kind = str(self.accelerator.distributed_type).rsplit(".", 1)[-1]
-        found = {"distributed type": kind, "world": dist.get_world_size(), "stage": self.engine.zero_optimization_stage(),
-                 "shards over": dist.get_world_size(self.zero.dp_process_group)}  # fmt: skip
-        wanted = {"distributed type": "DEEPSPEED", "world": self.ranks.world, "stage": config.zero,
-                  "shards over": self.ranks.world}  # fmt: skip
+        shards = dist.get_world_size(self.zero.dp_process_group)
+        found = (kind, dist.get_world_size(), self.engine.zero_optimization_stage(), shards)
+        wanted = ("DEEPSPEED", self.ranks.world, config.zero, self.ranks.world)
         if found != wanted:
-            raise RunFailed(f"engine=deepspeed obtained {found} instead of {wanted}; DS_ACCELERATOR, ACCELERATE_USE_CPU "
-                            "or an accelerate config in the environment may have changed it")  # fmt: skip
+            raise RunFailed(
+                f"engine=deepspeed obtained (type, world, stage, shards) = {found} instead of {wanted}; DS_ACCELERATOR, "
+                "ACCELERATE_USE_CPU or an accelerate config in the environment may have changed it"
+            )
         if self.engine.communication_data_type != torch.float32:
             raise RunFailed(f"gradients travel as {self.engine.communication_data_type}, not as float32")
         self.facts: dict[str, Any] = {
             "deepspeed": "accelerate " + kind, "ZeRO": config.zero, "world": self.ranks.world,
             "device": str(self.ranks.device), "backend": str(dist.get_backend()),
             "weights": str(dtype).removeprefix("torch."), "gradients": "float32",
-            "offload": "+".join(part for part, on in (("optimizer", config.offload_optimizer),
-                                                      ("parameters", config.offload_parameters)) if on) or "none",
+            "offloaded": f"optimizer {config.offload_optimizer}, parameters {config.offload_parameters}",
             "trainable": sum(torch.Size(shape).numel() for shape in self._shapes.values()),
         }  # fmt: skip
 
@@ -139,7 +140,7 @@ class ZeroEngine:
                 whole = reader.read("weight", name, 0, parameter.numel())
                 parameter.data.copy_(whole.view_as(parameter))
             elif piece is not None:
-                start, numel, flat, offset = piece
+                _, numel, flat, offset = piece
                 parameter.ds_tensor.data.narrow(0, 0, numel).copy_(flat.detach().narrow(0, offset, numel))
         if self.stage == 3:
             self.zero._partition_all_parameters()
@@ -229,8 +230,10 @@ def _optimizer(
         from deepspeed.ops.op_builder import CPUAdamBuilder
 
         if not CPUAdamBuilder().is_compatible(verbose=False):
-            raise UserError("engine.offload_optimizer=true needs DeepSpeed's CPU Adam, which cannot be built here (a C++ "
-                            "compiler is missing); install one or set engine.offload_optimizer=false")  # fmt: skip
+            raise UserError(
+                "engine.offload_optimizer=true needs DeepSpeed's CPU Adam, which cannot be built here (a "
+                "C++ compiler is missing); install one or set engine.offload_optimizer=false"
+            )
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(groups, **options)
@@ -244,7 +247,9 @@ def _norm3(zero: Any) -> torch.Tensor:
 
 
 def _piece12(zero: Any, parameter: torch.Tensor) -> tuple[int, int, torch.Tensor, int] | None:
-    """(start in the parameter, elements, flat fp32 partition, offset in it) of this rank, None without any."""
+    """(start in the parameter, elements, flat fp32 partition, offset in it) of this rank, None without
+    any.
+    """
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return None

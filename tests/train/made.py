@@ -26,7 +26,8 @@ class Local:
 
 
 class MadeData:
-    """Stands in for data.StageData: random documents of uneven lengths, packed; answers weigh more than the rest.
+    """Stands in for data.StageData: random documents of uneven lengths, packed; answers weigh more than the
+    rest.
 
     mute: sequences whose tokens carry no loss at all.
     """
@@ -74,12 +75,16 @@ def write_documents(folder: Path, count: int = 40) -> Path:
 
 
 def config(folder: Path, documents: Path, **changes: Any) -> TrainConfig:
-    """A run of two stages on a model of two small layers; `changes` replace whole top-level keys or merge dicts."""
+    """A run of two stages on a model of two small layers; `changes` replace whole top-level keys or merge
+    dicts.
+    """
     values: dict[str, Any] = {
         "name": folder.name, "run_dir": str(folder), "seed": 5,
-        "model": {"init": {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "vocab": VOCAB, "window": 64},
+        "model": {"init": {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "vocab": VOCAB,
+                           "window": 64},
                   "tokenizer": TOKENIZER},
-        "data": {"sources": {"text": {"kind": "text", "path": str(documents)}}, "mixes": {"default": {"text": 1.0}}},
+        "data": {"sources": {"text": {"kind": "text", "path": str(documents)}},
+                 "mixes": {"default": {"text": 1.0}}},
         "curriculum": {"lr": {"peak": 3.0e-3}, "scratch": True, "stages": {
             "s64": {"seq_len": 64, "theta": 10000, "steps": 5, "batch": 4},
             "s128": {"seq_len": 128, "theta": 40000, "steps": 4, "batch": 2}}},

@@ -1,7 +1,8 @@
-"""Loss and every gradient of one optimizer step on ranks, against transformers in one process, document by document.
+"""Loss and every gradient of one optimizer step on ranks, against transformers in one process, document by
+document.
 
-The reference knows nothing of packing, rings or engines: each document alone through a plain fp64 transformers
-model, its token losses weighted and summed, divided by the sum of all weights.
+The reference knows nothing of packing, rings or engines: each document alone through a plain fp64
+transformers model, its token losses weighted and summed, divided by the sum of all weights.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ SHAPE = InitConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab=VOCAB
 
 @dataclass(frozen=True)
 class Case:
-    """variant: plain; mute (the first rank's tokens carry no label); frozen (embedding); lora (adapter only)."""
+    """variant: plain; mute (the first rank's tokens carry no label); frozen (embedding); lora (adapter
+    only).
+    """
 
     cp: int
     zero: int = 0
@@ -112,7 +115,9 @@ def check(rank: int, world: int, case: Case) -> None:
 
 @contextmanager
 def gradients(case: Case, ranks: Ranks) -> Any:
-    """An engine for the case, and the dict its full averaged gradients are put into when the step is taken."""
+    """An engine for the case, and the dict its full averaged gradients are put into when the step is
+    taken.
+    """
     model = LossModel(made_model(case, case.dtype, "longctx"), MemoryConfig(ffn_block=16, loss_chunk=8))
     config = EngineConfig(name="deepspeed" if case.zero else "ddp", zero=case.zero, device="cpu")
     engine: Any = engines.build(config, OptimConfig(clip=0.0), model, ranks)

@@ -67,8 +67,8 @@ def test_flops_are_what_torch_counts_for_a_plain_model() -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     shape = LlamaConfig(
-        num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-        vocab_size=64, head_dim=8,
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, vocab_size=64, head_dim=8,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(shape, attn_implementation="eager")
     tokens = 16

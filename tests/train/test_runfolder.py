@@ -46,5 +46,5 @@ def test_a_meant_change_is_accepted(tmp_path: Path) -> None:
     longer = {"stages": {"s64": {"seq_len": 64, "theta": 10000, "steps": 9, "batch": 4}}}
     meant = config(tmp_path / "run", tmp_path / "docs", curriculum=longer, accept=["curriculum.stages"])
     runfolder.prepare(meant)
-    with pytest.raises(UserError, match="curriculum.stages.s64.steps"):
+    with pytest.raises(UserError, match=r"curriculum\.stages\.s64\.steps"):
         runfolder.prepare(config(tmp_path / "run", tmp_path / "docs"))

@@ -1,0 +1,123 @@
+"""Ranks as processes: signals, deaths, ctrl-C, two torchrun agents, another number of ranks.
+
+The soak with many kills: `longctx bench faults kills=50 sigterms=10`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longctx.bench.faults_run import Life, alive, children
+from longctx.train import metrics, runfolder
+
+from .made import config, write_documents
+
+LONG = {"stages": {"s64": {"seq_len": 64, "theta": 10000, "steps": 4000, "batch": 4}}}
+TWO = {"nproc": 2, "threads": 1}
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("documents") / "docs")
+
+
+def start(run: Path, documents: Path, **changes: object) -> Life:
+    runfolder.prepare(config(run, documents, **{"launch": TWO, **changes}))
+    return Life(run)
+
+
+def test_a_dead_rank_takes_the_run_down_and_a_signal_saves_it(tmp_path: Path, documents: Path) -> None:
+    life = start(tmp_path / "run", documents, curriculum=LONG)
+    assert life.wait_for_step(3), life.wait()
+    ranks = children(life.process.pid)
+    assert len(ranks) == 2
+    began = time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    status, said = life.wait()
+    assert time.monotonic() - began < 30
+    assert status == 1
+    assert said.strip().splitlines()[-1].startswith("longctx: rank 1 was ended by SIGKILL")
+    assert "Traceback" not in said
+    assert not any(alive(pid) for pid in ranks)
+    again = Life(tmp_path / "run")
+    assert again.wait_for_step(again.saved_step() + 4), again.wait()
+    status, said = again.terminate()
+    assert status == 75, said
+    assert again.saved_step() == again.step() >= 6
+    assert f"saved at step {again.step()}" in said
+
+
+def test_ctrl_c_leaves_one_line_and_no_process(tmp_path: Path, documents: Path) -> None:
+    life = start(tmp_path / "run", documents, curriculum=LONG)
+    assert life.wait_for_step(2), life.wait()
+    ranks = children(life.process.pid)
+    os.killpg(life.process.pid, signal.SIGINT)  # a terminal sends it to the whole group
+    status, said = life.wait()
+    assert status == 130
+    assert said.strip().splitlines()[-1].startswith("longctx: interrupted; the checkpoint of step")
+    assert "Traceback" not in said
+    assert not any(alive(pid) for pid in ranks)
+
+
+def test_two_agents_as_two_nodes_then_another_number_of_ranks(tmp_path: Path, documents: Path) -> None:
+    """torchrun on two `nodes`, stopped; continued by one process: the losses go on as if nothing had
+    changed.
+    """
+    made = config(tmp_path / "run", documents)
+    alone = config(tmp_path / "alone", documents)
+    folder = tmp_path / "configs"
+    (folder / "experiment").mkdir(parents=True)
+    values = {key: value for key, value in runfolder.to_dict(made).items() if key != "launch"}
+    (folder / "experiment" / "made.yaml").write_text("# @package _global_\n" + yaml.safe_dump(values))
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
+             "--nproc-per-node", "1", "--master-addr", "localhost", "--master-port", str(port),
+             "-m", "longctx.train", "--config-dir", str(folder), "experiment=made"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for node in range(2)
+    ]  # fmt: skip
+    said = [agent.communicate(timeout=200)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    from longctx.train.run import train
+
+    assert train(alone) == 0
+    both = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("run", "alone")]
+    assert both[0][0]["dp"] == 2
+    assert both[0][0]["loss"] != 0
+    losses = [[line["loss"] for line in lines] for lines in both]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_a_different_command_on_one_node_is_refused(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "longctx.train", f"name=run{rank}", f"model.path={tmp_path}"],
+            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
+                 "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [rank.communicate(timeout=120)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2], said
+    assert "rank 1 was started with another command line" in said[0]
+    assert json.dumps(said[1]) == '""'

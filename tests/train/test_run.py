@@ -1,0 +1,209 @@
+"""Whole runs in this process: what they leave behind, and that stopping and continuing changes nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from longctx.config.train import TrainConfig
+from longctx.errors import RunFailed, UserError
+from longctx.train import loop, metrics
+from longctx.train.run import train
+from longctx.train.signals import SAVED_AND_REQUEUE
+
+from .made import config, write_documents
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("documents") / "docs")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, documents: Path) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train(config(run, documents)) == 0
+    return run
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics.read(run / "metrics.jsonl")]
+
+
+def weights(run: Path) -> dict[str, Any]:
+    return load_file(run / "stages/s128/model/model.safetensors")
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """A SIGTERM that arrives while step `steps` is being done."""
+    done = loop._advance
+
+    def advance(state: Any, *arguments: Any) -> None:
+        done(state, *arguments)
+        if state.step == steps:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop, "_advance", advance)
+
+
+def test_what_a_run_leaves(undisturbed: Path) -> None:
+    lines = metrics.read(undisturbed / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 10))
+    assert [line["stage"] for line in lines] == ["s64"] * 5 + ["s128"] * 4
+    assert lines[-1]["tokens"] == 5 * 4 * 64 + 4 * 2 * 128
+    assert lines[4]["cursor"] == 20
+    assert [line["theta"] for line in lines[4:6]] == [10000, 40000]
+    split = lines[-1]["seconds"]
+    assert {"step", "data", "forward", "backward", "reduce", "optimizer"} <= split.keys()
+    assert sum(value for key, value in split.items() if key != "step") <= split["step"] * 1.01
+    for name, seq_len, theta in (("s64", 64, 10000), ("s128", 128, 40000)):
+        shape = json.loads((undisturbed / f"stages/{name}/model/config.json").read_text())
+        assert shape["max_position_embeddings"] == seq_len
+        assert shape["rope_parameters"]["rope_theta"] == theta
+        mark = json.loads((undisturbed / f"stages/{name}/finished.json").read_text())
+        assert mark["heldout_loss"] > 0
+    assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_the_export_is_a_transformers_model(undisturbed: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = undisturbed / "stages/s128/model"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = AutoTokenizer.from_pretrained(folder)("a ring passes keys", return_tensors="pt").input_ids
+    assert torch.isfinite(model(tokens, labels=tokens).loss)
+    assert model.model.rotary_emb.inv_freq[1].item() == pytest.approx(40000 ** (-2 / 8))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 7])
+def test_stopped_and_continued_is_bit_identical(
+    tmp_path: Path, documents: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """The signal is seen in the step after the one it came in, before, at and after a hand-off."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        stop_after(patched, steps)
+        assert train(config(run, documents)) == SAVED_AND_REQUEUE
+    assert len(losses(run)) == steps + 1
+    assert train(config(run, documents)) == 0
+    assert losses(run) == losses(undisturbed)
+    assert all(value.equal(weights(run)[name]) for name, value in weights(undisturbed).items())
+
+
+def test_a_crash_without_warning_repeats_the_lost_steps(
+    tmp_path: Path, documents: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        done = loop._log
+
+        def crash(job: Any, *arguments: Any) -> None:
+            done(job, *arguments)
+            if job.state.step == 4:
+                raise RunFailed("the machine is gone")
+
+        patched.setattr(loop, "_log", crash)
+        with pytest.raises(RunFailed, match="gone"):
+            train(config(run, documents))
+    assert len(losses(run)) == 4  # saved at step 2: steps 3 and 4 are done again, and stand there once
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss"')  # half a line, as a kill leaves it
+    assert train(config(run, documents)) == 0
+    assert losses(run) == losses(undisturbed)
+    assert all(value.equal(weights(run)[name]) for name, value in weights(undisturbed).items())
+
+
+def test_a_finished_run_does_nothing_again(undisturbed: Path, documents: Path) -> None:
+    before = (undisturbed / "stages/s128/model/model.safetensors").stat().st_mtime_ns
+    assert train(config(undisturbed, documents)) == 0
+    assert (undisturbed / "stages/s128/model/model.safetensors").stat().st_mtime_ns == before
+    assert len(losses(undisturbed)) == 9
+
+
+def test_accumulation_and_rows_do_not_matter(tmp_path: Path, documents: Path, undisturbed: Path) -> None:
+    assert train(config(tmp_path / "run", documents, engine={"micro_batch": 1})) == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed), rel=1e-5)
+
+
+def test_a_nan_stops_before_the_optimizer(
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from longctx.train.replicated import ReplicatedEngine
+
+    monkeypatch.setattr(ReplicatedEngine, "grad_norm", lambda engine: float("nan"))
+    monkeypatch.setattr(ReplicatedEngine, "step", lambda engine, lr: pytest.fail("the step was taken"))
+    with pytest.raises(RunFailed, match=r"gradient norm=nan.*step 0"):
+        train(config(tmp_path / "run", documents))
+    written = json.loads((tmp_path / "run/failures/step00000000.json").read_text())
+    assert written["ranks"][0]["documents"][0].startswith("text:")
+
+
+def test_wandb_mirrors_metrics(tmp_path: Path, documents: Path) -> None:
+    """The keys as they stand in the offline run's own file, and one run id over two starts."""
+    pytest.importorskip("wandb")
+    logged = {"display": "none", "wandb": "offline"}
+    made = config(tmp_path / "run", documents, logging=logged, curriculum=one_stage(3))
+    assert train(made) == 0
+    files = list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
+    assert len(files) == 1
+    rows = wandb_rows(files[0])
+    first = metrics.read(tmp_path / "run/metrics.jsonl")[0]
+    assert rows[0]["train/loss"] == pytest.approx(first["loss"])
+    assert rows[0]["train/loss_by_stage/s64"] == pytest.approx(first["loss"])
+    wanted = {"train/lr", "train/grad_norm", "speed/tokens_per_second", "memory/high_water_gib", "rope/theta",
+              "data/tokens", "speed/seconds_forward"}  # fmt: skip
+    assert wanted <= rows[0].keys()
+    assert any("eval/heldout_loss" in row for row in rows)
+
+
+def one_stage(steps: int) -> dict[str, Any]:
+    return {"stages": {"s64": {"seq_len": 64, "theta": 10000, "steps": steps, "batch": 4}}}
+
+
+def wandb_rows(file: Path) -> list[dict[str, Any]]:
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    store = DataStore()
+    store.open_for_scan(str(file))
+    rows = []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append(
+                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+            )
+    return rows
+
+
+MISTAKES: list[tuple[dict[str, Any], str]] = [
+    ({"engine": {"name": "ddp", "zero": 2}}, "engine.zero=2 is not something engine=ddp can do"),
+    ({"engine": {"name": "deepspeed"}}, "engine.zero=0 shards nothing"),
+    ({"engine": {"offload_optimizer": True}}, "needs engine=deepspeed"),
+    ({"engine": {"name": "deepspeed", "zero": 2, "offload_parameters": True}}, "needs engine.zero=3"),
+    ({"engine": {"micro_batch": 3}}, "engine.micro_batch=3 does not divide the 4 sequences"),
+    ({"engine": {"device": "cuda"}}, "shows no CUDA device"),
+    ({"parallel": {"cp": 3}, "launch": {"nproc": 2}}, "parallel.cp=3 does not divide the 2 ranks"),
+    ({"parallel": {"stages": {"s65": 1}}}, "parallel.stages.s65 is no stage"),
+    ({"launch": {"nproc": 0}}, "launch.nproc=0 must be 1 or more"),
+    ({"profile": {"steps": [4, 2]}}, r"profile.steps=\[4, 2\] must be two steps"),
+    ({"optim": {"freeze": ["*nothing*"]}}, "matches no parameter"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES, ids=[text[:24] for _, text in MISTAKES])
+def test_mistakes_are_refused_in_one_paragraph(
+    tmp_path: Path, documents: Path, change: dict[str, Any], message: str
+) -> None:
+    made: TrainConfig = config(tmp_path / "run", documents, **change)
+    with pytest.raises(UserError, match=message) as raised:
+        train(made)
+    assert "\n" not in str(raised.value)
