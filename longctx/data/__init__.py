@@ -4,7 +4,8 @@ sequence i of a stage.
 Nothing here imports torch, transformers or datasets before it is needed.
 """
 
-from longctx.data.stage import LocalSequence, PackedSequence, StageData, open_stage
+from longctx.data.opening import open_stage
+from longctx.data.stage import LocalSequence, PackedSequence, StageData
 from longctx.data.synth import Answer, SynthDocument, make_task
 from longctx.data.writer import Writer
 

@@ -10,10 +10,10 @@ from typing import Any
 from longctx.config.data_verbs import SynthesizeConfig
 from longctx.console import emit, emit_json
 from longctx.data.mixing import rng_of
-from longctx.data.stage import corpus_haystack, open_source
+from longctx.data.opening import open_source
 from longctx.data.synth import SynthDocument, make_task
 from longctx.data.verb import load_tokenizer
-from longctx.data.writer import Writer
+from longctx.data.writer import Writer, corpus_haystack
 from longctx.errors import UserError
 
 

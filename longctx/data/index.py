@@ -6,63 +6,18 @@ tokenizing. D documents of this split.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from longctx.config.data import SourceConfig
 from longctx.data.files import Tally
+from longctx.data.shard import Shard
 from longctx.errors import UserError
 
 Split = Literal["train", "heldout"]
-
-
-class Shard:
-    """One shard's files, opened when first read."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
-        self.starts: np.ndarray = np.load(folder / "starts.npy", mmap_mode="r")
-        self.buckets: np.ndarray = np.load(folder / "buckets.npy", mmap_mode="r")
-        self._check()
-
-    def _check(self) -> None:
-        """Raises UserError when the tokens are not those that were indexed."""
-        path = self.folder / "tokens.bin"
-        size = self.meta["tokens"] * np.dtype(self.meta["dtype"]).itemsize
-        changed = not path.exists() or path.stat().st_size != size
-        if not changed and path.stat().st_mtime_ns != self.meta["modified"]:
-            with path.open("rb") as stream:
-                changed = hashlib.file_digest(stream, "sha256").hexdigest() != self.meta["sha256"]
-        if changed:
-            raise UserError(
-                f"the shard {self.folder} has changed since it was indexed ({path.name} should be {size} "
-                f"bytes with sha256 {self.meta['sha256'][:12]}...); delete that folder, and it is "
-                "tokenized again"
-            )
-
-    @cached_property
-    def tokens(self) -> np.ndarray:
-        if not self.meta["tokens"]:
-            return np.zeros(0, np.int32)
-        return np.memmap(self.folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")
-
-    @cached_property
-    def mask(self) -> np.ndarray | None:
-        path = self.folder / "mask.bin"
-        return np.memmap(path, dtype=np.uint8, mode="r") if path.exists() and self.meta["tokens"] else None
-
-    def name(self, document: int) -> str:
-        starts = np.load(self.folder / "names.npy", mmap_mode="r")
-        with (self.folder / "names.bin").open("rb") as stream:
-            stream.seek(int(starts[document]))
-            return stream.read(int(starts[document + 1] - starts[document])).decode()
 
 
 class Corpus:

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.data import DataConfig, SourceConfig
-from longctx.data import tokens as _tokens
 from longctx.data.files import Unit
+from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
 from longctx.errors import RunFailed, UserError
@@ -156,7 +156,7 @@ def shard_jobs(units: Sequence[Unit], spec: TokenizerSpec, cache: Path) -> list[
     jobs = []
     for group in groups:
         what = [[u.name, u.kind, u.column, u.start, u.end, hashes[u.path]] for u in group]
-        key = hashlib.sha256(json.dumps([_tokens._FORMAT, tokenizer, what]).encode()).hexdigest()[:32]
+        key = hashlib.sha256(json.dumps([FORMAT, tokenizer, what]).encode()).hexdigest()[:32]
         jobs.append(ShardJob(tuple(group), cache / "shards" / key))
     return jobs
 

@@ -12,20 +12,16 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from longctx.config.data import DataConfig
-from longctx.console import warn
-from longctx.data.index import Corpus, Split, check_tally, describe_tally
+from longctx.data.index import Corpus, Split
 from longctx.data.mixing import rng_of
-from longctx.data.plan import Plan, make_plan
-from longctx.data.prepare import build_source
+from longctx.data.plan import Plan
 from longctx.data.synth import SynthDocument, make_task
-from longctx.data.writer import Writer
-from longctx.errors import UserError
+from longctx.data.writer import Writer, corpus_haystack
 
 
 @dataclass(frozen=True)
@@ -53,7 +49,7 @@ class LocalSequence:
 
 
 class StageData:
-    """Packed sequences of one stage; see `open_stage`. Reading is safe from several threads."""
+    """Packed sequences of one stage; see longctx.data.opening. Reading is safe from several threads."""
 
     def __init__(
         self,
@@ -110,15 +106,24 @@ class StageData:
         return out
 
     def local(self, index: int, positions: np.ndarray) -> LocalSequence:
-        """What the rank that holds these positions needs for a training step."""
-        following = positions + 1
-        last = following == self.seq_len
-        following[last] = 0
-        labels = self.tokens(index, following).astype(np.int64)
-        weights = self.weights(index, following)
+        """What the rank that holds these positions needs for a training step: each run of positions is read
+        once, with the one token after it."""
+        if not len(positions):
+            raise ValueError(
+                "a rank without positions reads nothing; every rank holds a part of the sequence"
+            )
+        run = np.concatenate([[0], np.cumsum(np.diff(positions) != 1)])
+        place = np.arange(len(positions)) + run
+        wider = np.empty(len(positions) + int(run[-1]) + 1, np.int64)
+        wider[place] = positions
+        ends = np.concatenate([place[:-1][np.diff(run) > 0], place[-1:]])
+        wider[ends + 1] = np.minimum(wider[ends] + 1, self.seq_len - 1)
+        tokens, weights = self.tokens(index, wider), self.weights(index, wider)[place + 1]
+        labels = tokens[place + 1].astype(np.int64)
+        last = positions == self.seq_len - 1
         labels[last] = -100
         weights[last] = 0.0
-        return LocalSequence(self.tokens(index, positions), labels, weights, self.boundaries(index))
+        return LocalSequence(tokens[place], labels, weights, self.boundaries(index))
 
     def boundaries(self, index: int) -> np.ndarray:
         """int32 [spans+1]; padding is a span of its own."""
@@ -225,137 +230,3 @@ class StageData:
         if name in self._corpora:
             return f"{name}:{self._corpora[name].document_name(document)}" + (f"@{start}" if start else "")
         return f"{name}:{self._split}/{self._stage}/{document}"
-
-
-def corpus_haystack(corpus: Corpus, writer: Writer) -> Any:
-    """Straw out of a source's documents: from a random place on, document after document, without the marks
-    around them. A function (rng, n) -> int32 [n]."""
-    ends = np.cumsum(corpus.lengths, dtype=np.int64)
-    marks = [mark for mark in (writer.bos, writer.eos) if mark is not None]
-
-    def draw(rng: np.random.Generator, count: int) -> np.ndarray:
-        at = int(rng.integers(ends[-1]))
-        document = int(np.searchsorted(ends, at, side="right"))
-        start = at - int(ends[document] - corpus.lengths[document])
-        parts: list[np.ndarray] = []
-        have = 0
-        while have < count:
-            size = min(int(corpus.lengths[document]) - start, count - have + len(marks) + 256)
-            part = corpus.read(document, start, size)
-            if not parts:  # begin at a line
-                near = np.flatnonzero(writer.newline_after[part[:256]])
-                part = part[int(near[0]) + 1 if len(near) else 0 :]
-            for mark in marks:
-                part = part[part != mark]
-            parts.append(part.astype(np.int32))
-            have += len(part)
-            document, start = (document + 1) % len(ends), 0
-        return np.concatenate(parts)[:count]
-
-    return draw
-
-
-def open_stage(
-    data: DataConfig,
-    *,
-    mix: str,
-    seq_len: int,
-    sequences: int,
-    tokenizer: Any,
-    seed: int,
-    split: Split,
-    cache: Path,
-    stage: str,
-    vocab_size: int | None = None,
-    workers: int | None = None,
-    report: Any = None,
-) -> StageData:
-    """A stage's sequences, tokenizing what is not in `cache` yet.
-
-    sequences: how many the stage needs; sources are repeated where they are shorter, with a warning beyond
-    data.max_epochs. split: `heldout` reads the held-out documents and draws synthetic keys of the evaluation
-    side. vocab_size: the model's, to refuse a tokenizer that exceeds it. report(source, done, total): bytes.
-    Raises UserError for an unknown mix, unusable sources, or a policy that no document can fill.
-    """
-    chosen = choose_mix(data, mix, stage)
-    needed = [name for name, entry in chosen.items() if entry.weight > 0]
-    straw = [str(data.sources[name].haystack) for name in needed if data.sources[name].kind == "synth"]
-    texts = [name for name in dict.fromkeys([*needed, *straw]) if data.sources[name].kind != "synth"]
-    corpora = {
-        name: open_source(name, data, tokenizer, cache, split=split, workers=workers, report=report)
-        for name in texts
-    }
-    for name in straw:
-        if corpora[name].total <= 256:
-            raise UserError(
-                f"data.sources.{name} serves as haystack and has {corpora[name].total} tokens in its {split} "
-                "documents; give it more documents, or raise data.heldout"
-            )
-    writer = Writer(tokenizer) if straw else None
-    if vocab_size is not None:
-        largest = max(
-            [corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if straw else [])
-        )
-        check_vocabulary(largest, vocab_size)
-    lengths = {name: corpora[name].lengths for name in texts}
-    plan = make_plan(
-        data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}"
-    )
-    if split == "train":
-        for name, use in plan.use.items():
-            if use.epochs > data.max_epochs:
-                warn(
-                    f"stage {stage} reads source {name} {use.epochs:.1f} times, more than data.max_epochs="
-                    f"{data.max_epochs:g}; add documents or lower its weight in data.mixes.{mix}"
-                )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    return StageData(data, plan, corpora, writer, pad=pad, seed=seed, stage=stage, split=split)
-
-
-def choose_mix(data: DataConfig, mix: str, stage: str) -> Any:
-    """The mix a stage names. Raises UserError with the nearest known name."""
-    from longctx.errors import nearest
-
-    if mix not in data.mixes:
-        near = nearest(mix, data.mixes)
-        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(data.mixes)}"
-        raise UserError(
-            f"curriculum.stages.{stage}.mix={mix} is not one of data.mixes; {hint} (configs/data)"
-        )
-    return data.mixes[mix]
-
-
-def open_source(
-    name: str,
-    data: DataConfig,
-    tokenizer: Any,
-    cache: Path,
-    *,
-    split: Split,
-    workers: int | None = None,
-    report: Any = None,
-) -> Corpus:
-    """A source's documents of one split, tokenized where they are not yet; says what was skipped."""
-
-    def forward(done: int, total: int) -> None:
-        report(name, done, total)
-
-    folders, fresh = build_source(
-        name, data, tokenizer, cache, workers=workers, report=forward if report else None
-    )
-    corpus = Corpus(name, data.sources[name], folders, split=split, heldout=data.heldout)
-    everything = sum(shard.meta["documents"] for shard in corpus.shards)
-    check_tally(name, corpus.tally, data.max_bad, documents=everything)
-    skipped = describe_tally(name, corpus.tally)
-    if skipped and fresh:  # said once, not at every start and by every rank
-        warn(skipped)
-    return corpus
-
-
-def check_vocabulary(largest: int, vocab_size: int) -> None:
-    """Raises UserError when a token id has no row in the model's embedding."""
-    if largest >= vocab_size:
-        raise UserError(
-            f"the tokenizer gives ids up to {largest} and the model has vocab_size={vocab_size}; use the "
-            "model's own tokenizer, or resize its embeddings first (model.path)"
-        )

@@ -16,8 +16,8 @@ from longctx.config.data import DataConfig
 from longctx.config.data_verbs import StatsConfig
 from longctx.console import emit, emit_json, warn
 from longctx.data.index import Corpus
+from longctx.data.opening import choose_mix
 from longctx.data.plan import make_plan
-from longctx.data.stage import choose_mix
 from longctx.data.verb import load_tokenizer, open_both, summary
 
 

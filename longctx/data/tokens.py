@@ -3,31 +3,26 @@
 A shard's name is the hash of its files' contents, of how they are read and of the tokenizer, so that
 nothing is tokenized twice and nothing stale is used. A shard is written beside its place and renamed into
 it when complete: an interrupted run continues with the next shard, and two processes at once do no harm.
-
-shard/  tokens.bin  uint16 or uint32, all documents one after another
-        mask.bin    uint8, 1 where the assistant speaks (chat only)
-        starts.npy  int64 [D+1]    names.bin, names.npy [D+1]    buckets.npy uint32 [D]    meta.json
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from longctx.data.files import Document, Tally, Unit, read
+from longctx.data.shard import Row, write_shard
 
 _BATCH_CHARACTERS = 1 << 20
-_FORMAT = 1  # raise when the shard's layout or the reading of documents changes
 
 
 @dataclass(frozen=True)
@@ -60,19 +55,15 @@ class ShardJob:
         return sum(unit.size for unit in self.units)
 
 
-def bucket_of(group: str) -> int:
-    """A number in [0, 2^32) that decides between training and held-out documents."""
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big")
-
-
 def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
     """Read a shard's units, tokenize, and put the shard in place."""
     if (job.folder / "meta.json").exists():
         return
     temporary = job.folder.with_name(f".{job.folder.name}-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
     try:
-        _write(temporary, job, spec)
+        tally = Tally()
+        dtype = np.uint16 if spec.size <= 2**16 else np.uint32
+        write_shard(temporary, _rows(job, spec, tally), dtype, masked=spec.chat is not None, tally=tally)
         try:
             os.rename(temporary, job.folder)
         except OSError:
@@ -82,45 +73,11 @@ def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write(folder: Path, job: ShardJob, spec: TokenizerSpec) -> None:
-    dtype = np.uint16 if spec.size <= 2**16 else np.uint32
-    tally = Tally()
-    lengths: list[int] = []
-    names: list[bytes] = []
-    buckets: list[int] = []
-    digest = hashlib.sha256()
-    top = -1
+def _rows(job: ShardJob, spec: TokenizerSpec, tally: Tally) -> Iterator[Row]:
     encode = _chat_encoder(spec, tally) if spec.chat is not None else _text_encoder(spec, tally)
-    with (folder / "tokens.bin").open("wb") as out, (folder / "mask.bin").open("wb") as masks:
-        for batch in _batches(job, tally):
-            for document, tokens, mask in encode(batch):
-                data = tokens.astype(dtype).tobytes()
-                digest.update(data)
-                out.write(data)
-                if mask is not None:
-                    masks.write(mask.tobytes())
-                lengths.append(len(tokens))
-                names.append(document.id.encode())
-                buckets.append(bucket_of(document.group))
-                top = max(top, int(tokens.max()))
-        out.flush()
-        os.fsync(out.fileno())
-    if spec.chat is None:
-        (folder / "mask.bin").unlink()
-    np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
-    np.save(folder / "names.npy", np.concatenate([[0], np.cumsum([len(n) for n in names])]).astype(np.int64))
-    np.save(folder / "buckets.npy", np.array(buckets, np.uint32))
-    (folder / "names.bin").write_bytes(b"".join(names))
-    meta = {
-        "documents": len(lengths),
-        "tokens": sum(lengths),
-        "dtype": np.dtype(dtype).name,
-        "largest_id": top,
-        "sha256": digest.hexdigest(),
-        "modified": (folder / "tokens.bin").stat().st_mtime_ns,
-        "tally": asdict(tally),
-    }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    for batch in _batches(job, tally):
+        for document, tokens, mask in encode(batch):
+            yield Row(document.id, document.group, tokens, mask)
 
 
 def _batches(job: ShardJob, tally: Tally) -> Iterator[list[Document]]:

@@ -9,7 +9,7 @@ from longctx.config.data_verbs import PrepareConfig
 from longctx.config.model import ModelConfig
 from longctx.console import emit, emit_json, progress
 from longctx.data.index import Corpus
-from longctx.data.stage import check_vocabulary, open_source
+from longctx.data.opening import check_vocabulary, open_source
 from longctx.errors import UserError
 
 

@@ -7,11 +7,14 @@ of microseconds) however long it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from longctx.errors import UserError
+
+if TYPE_CHECKING:
+    from longctx.data.index import Corpus
 
 # (rng, n) -> exactly n tokens, int32
 Haystack = Callable[[np.random.Generator, int], np.ndarray]
@@ -85,3 +88,31 @@ def text_haystack(texts: Sequence[str], writer: Writer) -> Haystack:
     """A haystack over a few texts, tokenized once; long requests repeat them."""
     parts = [writer.tokens(text) for text in texts]
     return token_haystack(np.concatenate(parts) if parts else np.zeros(0, np.int32), writer.newline_after)
+
+
+def corpus_haystack(corpus: Corpus, writer: Writer) -> Haystack:
+    """Straw out of a source's documents: from a random place on, document after document, without the marks
+    around them."""
+    ends = np.cumsum(corpus.lengths, dtype=np.int64)
+    marks = [mark for mark in (writer.bos, writer.eos) if mark is not None]
+
+    def draw(rng: np.random.Generator, count: int) -> np.ndarray:
+        at = int(rng.integers(ends[-1]))
+        document = int(np.searchsorted(ends, at, side="right"))
+        start = at - int(ends[document] - corpus.lengths[document])
+        parts: list[np.ndarray] = []
+        have = 0
+        while have < count:
+            size = min(int(corpus.lengths[document]) - start, count - have + len(marks) + 256)
+            part = corpus.read(document, start, size)
+            if not parts:  # begin at a line
+                near = np.flatnonzero(writer.newline_after[part[:256]])
+                part = part[int(near[0]) + 1 if len(near) else 0 :]
+            for mark in marks:
+                part = part[part != mark]
+            parts.append(part.astype(np.int32))
+            have += len(part)
+            document, start = (document + 1) % len(ends), 0
+        return np.concatenate(parts)[:count]
+
+    return draw

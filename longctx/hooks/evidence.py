@@ -61,8 +61,8 @@ def open_ground(data: DataConfig, source: str, tokenizer: Path | str, cache: Pat
     """Held-out documents of a source as haystack."""
     from transformers import AutoTokenizer
 
-    from longctx.data.stage import corpus_haystack, open_source
-    from longctx.data.writer import Writer
+    from longctx.data.opening import open_source
+    from longctx.data.writer import Writer, corpus_haystack
 
     made = AutoTokenizer.from_pretrained(tokenizer)
     writer = Writer(made)

@@ -16,8 +16,8 @@ from longctx.config.data import DataConfig
 from longctx.config.eval import NeedleConfig
 from longctx.config.theta import SearchConfig
 from longctx.console import say
-from longctx.data.stage import choose_mix, corpus_haystack, open_source
-from longctx.data.writer import Writer
+from longctx.data.opening import choose_mix, open_source
+from longctx.data.writer import Writer, corpus_haystack
 from longctx.errors import UserError
 
 

@@ -38,7 +38,10 @@ def test_text_folders_with_every_kind_of_file(tmp_path):
         "sub/b.md": "# head",
     }
     assert [n for _, n in find_files(str(tmp_path), ["*.md"], [], "k")] == ["sub/b.md"]
-    assert [n for _, n in find_files(str(tmp_path), [], ["*.jsonl", "*.gz", "*.zst"], "k")] == ["a.txt", "sub/b.md"]
+    assert [n for _, n in find_files(str(tmp_path), [], ["*.jsonl", "*.gz", "*.zst"], "k")] == [
+        "a.txt",
+        "sub/b.md",
+    ]
     assert find_files(str(tmp_path / "a.txt"), [], [], "k") == [(tmp_path / "a.txt", "a.txt")]
 
 
@@ -57,7 +60,15 @@ def test_ranges_of_a_file_give_every_line_once_with_its_number(tmp_path, monkeyp
 
 def test_broken_lines_are_counted_and_named(tmp_path):
     path = tmp_path / "x.jsonl"
-    lines = [b'{"text": "fine"}', b'{"text": "cut', b'{"body": "other"}', b"[1, 2]", b'{"text": 7}', b'{"text": "\xff"}', b'{"text": "last"}']
+    lines = [
+        b'{"text": "fine"}',
+        b'{"text": "cut',
+        b'{"body": "other"}',
+        b"[1, 2]",
+        b'{"text": 7}',
+        b'{"text": "\xff"}',
+        b'{"text": "last"}',
+    ]
     path.write_bytes(b"\n".join(lines))
     documents, tally = _read_all(path, "x.jsonl")
     assert [d.content for d in documents] == ["fine", "last"]
@@ -87,7 +98,9 @@ def test_parquet_by_row_groups(tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
     path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"text": [f"row {i}" for i in range(25)], "n": list(range(25))}), path, row_group_size=4)
+    pq.write_table(
+        pa.table({"text": [f"row {i}" for i in range(25)], "n": list(range(25))}), path, row_group_size=4
+    )
     monkeypatch.setattr(files, "RANGE", 300)
     assert len(units_of(path, "x.parquet", "text")) > 1
     documents, tally = _read_all(path, "x.parquet")
@@ -112,7 +125,7 @@ def test_folders_without_a_usable_file_are_refused(tmp_path):
 
 
 def test_the_standard_library_is_text_without_its_tests():
-    found = dict((name, path) for path, name in stdlib_files())
+    found = {name: path for path, name in stdlib_files()}
     assert "json/decoder.py" in found
     assert "argparse.py" in found
     assert not any(part in name.split("/") for name in found for part in ("test", "site-packages"))

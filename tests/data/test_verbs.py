@@ -1,0 +1,87 @@
+import json
+
+import pytest
+
+from longctx.cli import main
+from longctx.data.keys import split_of
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "docs"
+    path.mkdir()
+    for number in range(30):
+        (path / f"{number}.txt").write_text(
+            f"document {number}\n" + "words and more words\n" * (20 + 9 * number)
+        )
+    return path
+
+
+def _run(capsys, *words):
+    status = main(list(words))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_data_then_stats_over_a_folder(folder, tmp_path, capsys):
+    common = ["data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "format=json", "workers=1"]
+    status, out, _ = _run(capsys, "data", *common)
+    assert status == 0
+    source = json.loads(out)["sources"]["text"]
+    assert source["documents"] + source["heldout_documents"] == 30
+    assert (tmp_path / "run/data/shards").is_dir()
+
+    status, out, err = _run(capsys, "data", "stats", *common)
+    document = json.loads(out)
+    assert status == 0
+    assert document["sources"]["text"]["tokens"] == source["tokens"]
+    assert set(document["stages"]) == {"s2048", "s8192"}
+    for stage in document["stages"].values():
+        use = stage["sources"]["text"]
+        assert use["epochs"] == pytest.approx(
+            stage["sequences"] * stage["seq_len"] / source["tokens"], rel=0.01
+        )
+    assert document["epochs"]["text"] > 4
+    assert "will be read" in err
+    assert (tmp_path / "run/data_stats.png").stat().st_size > 10_000
+
+
+def test_data_of_the_quickstart_is_the_data_of_its_training(tmp_path, capsys):
+    status, out, err = _run(capsys, "data", "experiment=quickstart", f"run_dir={tmp_path}/run", "format=json")
+    assert status == 0, err
+    assert json.loads(out)["sources"]["stdlib"]["tokens"] > 1_000_000
+
+
+def test_synthetic_documents_as_json_lines(folder, tmp_path, capsys):
+    out_path = tmp_path / "x/synth.jsonl"
+    words = ["data=text", f"data.path={folder}", "haystack=text", "length=600", "count=4",
+             "task.kind=needles",
+             "task.count=3", "task.questions=2", f"out={out_path}", f"cache={tmp_path}/c"]  # fmt: skip
+    status, _, err = _run(capsys, "data", "synth", *words)
+    assert status == 0, err
+    rows = [json.loads(line) for line in out_path.read_text().splitlines()]
+    assert len(rows) == 4
+    for row in rows:
+        assert len(row["tokens"]) == 600
+        assert len(row["answers"]) == 2
+        assert all(f"{a['key']}" in row["text"] and split_of(a["key"]) == "eval" for a in row["answers"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["data", "data=text"], "path is missing"),
+        (["data", "data=text", "data.path=/nowhere/at/all"], "does not exist"),
+        (["data", "data=txt"], "did you mean data=text?"),
+        (["data", "synth", "haystack=books"], "is not a source of text; known: stdlib"),
+        (["data", "synth", "length=40"], "take a longer length"),
+        (["data", "synth", "task.kind=needel"], "is not one of"),
+        (["data", "stats", "pgn=x.png"], "did you mean png?"),
+    ],
+)
+def test_mistakes_are_one_paragraph_and_status_2(words, message, tmp_path, capsys):
+    where = f"cache={tmp_path}/c" if "synth" in words else f"run_dir={tmp_path}/run"
+    status, _, err = _run(capsys, *words, where)
+    assert status == 2, err
+    assert message in err
+    assert "Traceback" not in err
