@@ -46,14 +46,15 @@ def stdlib_files(root: Path | None = None) -> list[tuple[Path, str]]:
 
 
 def documents(unit: Unit, tally: Tally) -> Iterator[Document]:
-    """A file's source and, if it has any, its docstrings."""
+    """A file's source and, if it has any, its docstrings; with column `docs` the docstrings alone."""
     source = read_text(Path(unit.path), unit.name, tally)
     if source is None:
         return
-    yield Document(unit.name, unit.name, source)
+    if unit.column != "docs":
+        yield Document(unit.name, unit.name, source)
     page = docstrings(source, unit.name)
     if page:
-        tally.seen += 1
+        tally.seen += unit.column != "docs"  # the file itself is counted once already
         yield Document(unit.name + "#docs", unit.name, page)
 
 
