@@ -86,7 +86,7 @@ def groups(extra_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
     for base in [config_dir(), *extra_dirs]:
         for folder in sorted(path for path in base.iterdir() if path.is_dir()):
-            found.setdefault(folder.name, set()).update(path.stem for path in folder.glob("*.yaml"))
+            found.setdefault(folder.name, set()).update(p.stem for p in folder.glob("[!_]*.yaml"))
     return {name: sorted(choices) for name, choices in found.items()}
 
 

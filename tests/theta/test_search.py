@@ -53,8 +53,8 @@ def text_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(model: Path, text: Path, out: Path, *more: str) -> list[str]:
     return [
-        "theta", "search=true", f"model.path={model}", "data=text", f"data.path={text}", "data.heldout=0.4",
-        "to=256", "rule=ntk", f"run_dir={out}", "trials.documents=2", "trials.needles=1", "trials.points=3",
+        "theta", "search=true", f"model.path={model}", "data=text", f"data.path={text}", "+data.heldout=0.4",
+        "to=512", "rule=ntk", f"run_dir={out}", "trials.documents=2", "trials.needles=1", "trials.points=3",
         "trials.rounds=1", "trials.attempts=1", "format=json", *more,
     ]  # fmt: skip
 
@@ -67,7 +67,7 @@ def searched(model_folder: Path, text_folder: Path, tmp_path_factory: pytest.Tem
 
 
 def trials_of(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "trials-s256.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "trials-s512.jsonl").read_text().splitlines()]
 
 
 def test_every_trial_is_written_and_the_best_chosen(searched: Path):
@@ -78,12 +78,12 @@ def test_every_trial_is_written_and_the_best_chosen(searched: Path):
     best = min(score, key=lambda theta: (score[theta], theta))
     assert f'"theta": {best}' in (searched / "theta.yaml").read_text()
     assert min(score) >= 10000
-    assert (searched / "search-s256.png").read_bytes()[:4] == b"\x89PNG"
+    assert (searched / "search-s512.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_a_curriculum_reads_the_chosen_theta(searched: Path):
     values = compose("theta", ["curriculum=tiny_16x", f"curriculum.theta_file={searched / 'theta.yaml'}"])
-    values["curriculum"]["stages"] = {"s256": {"seq_len": 256, "steps": 1, "batch": 1}}
+    values["curriculum"]["stages"] = {"s512": {"seq_len": 512, "steps": 1, "batch": 1}}
     config = build(CurriculumConfig, values["curriculum"], origin="test")
     stage = resolve(config, head_dim=16, rope=ROPE, window=64, file="test")[0]
     assert f'"theta": {stage.theta}' in (searched / "theta.yaml").read_text()
@@ -93,7 +93,7 @@ def test_it_resumes_from_the_last_whole_line(
     searched: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     shutil.copytree(searched, tmp_path / "again")
-    file = tmp_path / "again" / "trials-s256.jsonl"
+    file = tmp_path / "again" / "trials-s512.jsonl"
     before = trials_of(searched)
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + '\n{"key": "cut o')
     assert main(words(model_folder, text_folder, tmp_path / "again")) == 0
@@ -177,13 +177,17 @@ def test_adaptation_lowers_the_loss_and_is_undone(objective):
 
 def test_mistakes(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for more, message in (
-        (["trials.stage=s25"], "trials.stage='s25' is no stage; did you mean 's256'?"),
+        (["trials.stage=s51"], "trials.stage='s51' is no stage; did you mean 's512'?"),
         (["trials.bracket=1"], "trials: bracket=1.0 must be above 1"),
         (["to=1M"], "too few for documents of 1048576"),
         (["data=chat"], "data.mixes.default holds no text"),
         (["nproc=0"], "nproc=0 must be 1 or more ranks"),
     ):
-        given = [w for w in words(model_folder, text_folder, tmp_path / "x") if not w.startswith("data=")]
+        given = [
+            w
+            for w in words(model_folder, text_folder, tmp_path / "x")
+            if not w.startswith(("data=", "+data"))
+        ]
         data = [] if "data=chat" in more else ["data=text"]
         assert main([*given, *data, *more]) == 2, message
         err = capsys.readouterr().err
