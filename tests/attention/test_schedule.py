@@ -1,4 +1,4 @@
-"""Plans: simulated on all ranks at once, every block meets every query, every gradient comes home, bytes are formulas."""
+"""Plans, simulated on all ranks at once: every block meets every query, every gradient comes home."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plans(schedule: str, topology: Topology, backward: bool, work=None, ulysses=
 
 
 class Machine:
-    """Runs all ranks' ring steps on symbols: a KV buffer holds its owner, a dKV buffer the ranks that added to it."""
+    """All ranks' ring steps on symbols: a KV buffer holds its owner, a dKV buffer the ranks that added."""
 
     def __init__(self, every: list[Plan]) -> None:
         self.every = every
@@ -164,7 +164,7 @@ def test_buffers_stay_few(m, w):
     for backward in (False, True):
         assert build("flat_ring", topology, 0, backward=backward).kv_slots == 2
         assert build("double_ring", topology, 0, backward=backward).kv_slots <= 3
-        assert build("allgather_ring", topology, 0, backward=backward).kv_slots == w + 1
+        assert build("allgather_ring", topology, 0, backward=backward).kv_slots == w + (m > 2)
     assert build("flat_ring", topology, 0, backward=True).dkv_slots == 2
     assert build("double_ring", topology, 0, backward=True).dkv_slots <= 5
 

@@ -28,7 +28,7 @@ class Case(NamedTuple):
 
 
 def cases(world: int) -> list[Case]:
-    """Every (M, W), schedule and GQA ratio; lengths and documents vary along, each seen with each schedule."""
+    """Every (M, W), schedule, GQA ratio and sequence variant."""
     found = []
     for nodes in (m for m in (1, 2, 4, 8) if world % m == 0):
         for schedule in SCHEDULES:
@@ -81,7 +81,7 @@ def context(nodes: int, schedule: str, ulysses: int | None) -> ContextParallel:
 
 
 def check(rank: int, world: int, case: Case) -> None:
-    """out, lse, dq, dk, dv of this rank within 1e-10; bytes equal to the plan's; un-sharding gives the whole."""
+    """out, lse, dq, dk, dv of this rank within 1e-10; bytes as planned; un-sharding gives the whole."""
     cp = context(case.nodes, case.schedule, case.ulysses)
     layout = cp.layout(
         seq_len=case.seq_len, documents=list(case.documents) if case.documents else None, kind=case.kind

@@ -1,6 +1,7 @@
 """Starts N gloo ranks once, runs many cases on them and reports which case failed on which rank.
 
-The ranks are forked from a server that has imported torch and longctx once, so that starting eight of them is cheap.
+The ranks are forked from a server that has imported torch and longctx once, so that starting eight of them
+is cheap.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every schedule on every (M, W) equals dense attention in fp64, on gloo ranks started once per world size."""
+"""Every schedule on every (M, W) equals dense attention in fp64; ranks start once per world size."""
 
 from __future__ import annotations
 
