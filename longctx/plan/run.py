@@ -80,51 +80,45 @@ def _fits(hardware: HardwareConfig, item: Estimate) -> bool:
 
 
 def table(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> Any:
-    """One row per stage; memory in GiB per device."""
+    """One row per stage, 80 columns; GiB per device."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     hardware, world = config.hardware, config.nodes * config.ranks
     title = (
-        f"{shape.parameters / 1e9:.3g}B parameters on {config.nodes} x {config.ranks} {hardware.name}, "
-        f"{hardware.tflops * hardware.utilization:.3g} TFLOP/s each, engine {config.engine.name} "
-        f"ZeRO {config.engine.zero}"
+        f"{shape.parameters / 1e9:.3g}B parameters on {config.nodes} x {config.ranks} {hardware.name} at "
+        f"{hardware.tflops * hardware.utilization:.3g} TFLOP/s,\n{config.model.dtype}, engine "
+        f"{config.engine.name}, ZeRO {config.engine.zero}"
     )
-    made = Table(title=title, title_justify="left")
+    made = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     for column in ("stage", "schedule"):
-        made.add_column(column)
-    columns = (
-        "cp x dp",
-        "tokens/rank",
-        "weights+optimizer",
-        "saved",
-        "ring",
-        "GiB of all",
-        "s/step",
-        "on links",
-    )
-    for column in (*columns, "steps", "hours"):
-        made.add_column(column, justify="right")
+        made.add_column(column, no_wrap=True)
+    for column in ("cp x dp", "tok/rank", "owned", "saved", "GiB", "s/step", "links", "steps", "hours"):
+        made.add_column(column, justify="right", no_wrap=True)
     for item in estimates:
         memory = item.memory
         owned = memory.weights + memory.gradients + memory.optimizer
         made.add_row(
             item.stage.name,
-            item.attention.schedule + (f" h={item.attention.ulysses}" if item.attention.ulysses > 1 else ""),
+            item.attention.schedule.removesuffix("_ring")
+            + (f" {item.attention.ulysses}" if item.attention.ulysses > 1 else ""),
             f"{item.cp} x {item.dp}",
             f"{item.tokens_per_rank}",
-            f"{owned / GIB:.2f}",
-            f"{memory.saved / GIB:.2f}",
-            f"{memory.ring / GIB:.2f}",
-            f"{memory.total / GIB:.2f}" + ("" if _fits(hardware, item) else " too much"),
+            f"{owned / GIB:.3g}",
+            f"{memory.saved / GIB:.3g}",
+            f"{memory.total / GIB:.3g}" + ("" if _fits(hardware, item) else "!"),
             f"{item.seconds:.3g}",
             f"{item.exposed / item.seconds:.0%}",
             f"{item.stage.steps}",
-            f"{item.hours:.3g}",
+            f"{item.hours:.2g}",
         )
     hours = sum(item.hours for item in estimates)
-    made.caption = (
-        f"{hours:.3g} hours, {hours * world:.3g} device-hours; docs/benchmarks.md says what is counted"
-    )
+    lines = [f"{hours:.3g} hours, {hours * world:.3g} device-hours (docs/plan.md says what is counted)"]
+    if not all(_fits(hardware, item) for item in estimates):
+        lines.append(
+            f"! more than 92 % of {hardware.memory_gib:g} GiB: more ranks, a higher ZeRO or model.memory"
+        )
+    made.caption, made.caption_justify = "\n".join(lines), "left"
     return made
 
 

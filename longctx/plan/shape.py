@@ -70,6 +70,10 @@ def _from_init(init: InitConfig) -> Shape:
 
 
 def _read(path: str) -> tuple[dict[str, Any], str]:
+    if path == "???":  # Hydra's mark of a value that must be given
+        raise UserError(
+            "model.path is missing; give a folder or hub id as model.path=... (configs/model/path.yaml)"
+        )
     file = Path(path) / "config.json"
     if not file.is_file():
         if Path(path).is_dir() or path.startswith((".", "/", "~")) or path.count("/") != 1:

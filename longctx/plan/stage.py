@@ -112,8 +112,7 @@ def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
     world = config.nodes * config.ranks
     cp = choose_cp(stage, config.parallel, world)
     share = shares(stage, config.engine, world=world, cp=cp, rank=0, file="configs/parallel")
-    dtype = config.model.dtype if config.engine.dtype == "auto" else config.engine.dtype
-    b = BYTES[dtype]
+    b = BYTES[config.model.dtype]
     sizes = Sizes(stage.seq_len // cp, shape.heads, shape.kv_heads, shape.head_dim, share.per, b, max(b, 4))
     topology = topology_of(cp, config.ranks)
     if config.parallel.schedule == "auto":
@@ -128,7 +127,7 @@ def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
         shape,
         config.model.memory,
         tokens=tokens,
-        dtype=dtype,
+        dtype=config.model.dtype,
         zero=engine.zero,
         world=world,
         ring=attention.buffers,
@@ -142,6 +141,7 @@ def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
     micro_steps = -(-share.per_rank // share.per)
     one = tokens * products / rate + shape.layers * attention.computing
     exposed = micro_steps * shape.layers * attention.exposed
+    exposed += _weights_moved(shape, config, b, micro_steps, micro_steps * one)
     return Estimate(
         stage=stage,
         cp=cp,
@@ -167,6 +167,7 @@ def _weights_moved(shape: Shape, config: PlanConfig, b: int, micro_steps: int, c
         return 0.0
     gbytes = config.hardware.outer_gbytes if config.nodes > 1 else config.hardware.inner_gbytes
     gathers = 3 * micro_steps * b if config.engine.zero >= 3 else 0
-    reduction = 4 * (micro_steps if config.engine.zero >= 2 else 1)
-    moved = shape.parameters * (gathers + 2 * reduction) * (world - 1) / world
+    # fp32 gradients: scattered at every micro-step when they are sharded, else all-reduced once
+    reduction = 4 * micro_steps if config.engine.zero >= 2 else 2 * 4
+    moved = shape.parameters * (gathers + reduction) * (world - 1) / world
     return max(0.0, moved / (gbytes * 1e9) - computing)
