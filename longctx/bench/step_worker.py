@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from longctx.bench.step import BenchStepConfig
 from longctx.config.base import build
 from longctx.model import LossModel, init_from
+from longctx.model.host import return_freed_memory
 
 _WARM_UP = 256
 
@@ -27,9 +28,9 @@ def main(request: str) -> None:
     kind = values.pop("kind")
     config = build(BenchStepConfig, values, origin="bench step")
     torch.set_num_threads(config.threads)
+    return_freed_memory()  # on both sides
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loss_of = ours(config, device) if kind == "longctx" else theirs(config, device)
-    model, loss = loss_of
+    model, loss = ours(config, device) if kind == "longctx" else theirs(config, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     step(model, optimizer, loss, tokens(config, _WARM_UP, device))
     ids = tokens(config, config.tokens, device)

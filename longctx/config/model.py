@@ -21,7 +21,7 @@ class MemoryConfig:
 
     checkpoint: recompute every layer from its input, its attention output and lse; false keeps everything.
     keep_matmuls: the last n layers also keep what their matrix products gave (the dial towards speed);
-    "auto" takes as many as fit `budget_gib` per device beside the weights and optimizer.
+    "auto" takes as many as `budget_gib` allows for all that is saved from forward to backward.
     ffn_block: tokens that go through o_proj and the feed-forward block at once (0: all of them).
     loss_chunk: tokens whose logits exist at once. offload: keep the saved tensors in host memory.
     """
@@ -41,7 +41,7 @@ class MemoryConfig:
             )
         if self.keep_matmuls == "auto" and self.budget_gib is None:
             raise ValueError(
-                "keep_matmuls=auto needs budget_gib: the GiB of one device that training may use"
+                "keep_matmuls=auto needs budget_gib: the GiB of a device that saved tensors may take"
             )
         if self.keep_matmuls != "auto" and self.keep_matmuls < 0:
             raise ValueError(f"keep_matmuls={self.keep_matmuls} must be 0 or more layers, or auto")

@@ -47,7 +47,7 @@ def export(
         for _ in state:
             pass
         return out
-    config, generation = _configs(source)
+    config, generation = _configs(source, tokenizer)
     expected = _expected(config)
     beside = out.parent / f".{out.name}.writing"
     shutil.rmtree(beside, ignore_errors=True)
@@ -74,7 +74,9 @@ def export(
     return out
 
 
-def served_config(config: Mapping[str, Any], rope: Mapping[str, Any], window: int, dtype: str) -> dict[str, Any]:
+def served_config(
+    config: Mapping[str, Any], rope: Mapping[str, Any], window: int, dtype: str
+) -> dict[str, Any]:
     """`config` (a config.json's content) with rope, window and dtype in the new keys and in the older ones."""
     rope = {"rope_type": "default", **rope}
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
@@ -91,14 +93,19 @@ def served_config(config: Mapping[str, Any], rope: Mapping[str, Any], window: in
     return {**kept, **changed}
 
 
-def _configs(source: ModelConfig | str | Path) -> tuple[Any, Any]:
-    """The transformers config and generation config of the model that training began with."""
+def _configs(source: ModelConfig | str | Path, tokenizer: Any) -> tuple[Any, Any]:
+    """The transformers config and generation config of the model that training began with.
+
+    A model drawn at random knows no special tokens, so the tokenizer's are written.
+    """
     from transformers import GenerationConfig
 
     from longctx.model.load import config_of, read_config
 
     if isinstance(source, ModelConfig) and isinstance(source.init, InitConfig):
         config = config_of(source.init)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name, None))
         return config, GenerationConfig.from_model_config(config)
     path = str(source.path if isinstance(source, ModelConfig) else source)
     config = read_config(path)

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from longctx.attention.interface import attend
 from longctx.config.model import MemoryConfig
 from longctx.model.family import backbone_of, check_layers
+from longctx.model.footprint import footprint
+from longctx.model.offload import HostStore
 from longctx.model.rotary import Rotate
 from longctx.model.saved import KeepPlan, keep_everything, kept_checkpoint
 
@@ -43,13 +45,16 @@ class TrainedLayer:
             own: Any = super()
             return own.forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         plan = self.plan
-        out = kept_checkpoint(plan.attention, _attend, self, hidden_states, position_embeddings, layout)
-        block = plan.block // hidden_states.shape[0] or hidden_states.shape[1]
-        finished = [
-            kept_checkpoint(plan.feed_forward, _finish, self, *part)
-            for part in zip(hidden_states.split(block, 1), out.split(block, 1), strict=True)
-        ]
-        return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
+        with plan.saving():
+            out = kept_checkpoint(
+                plan.attention, plan.store, _attend, self, hidden_states, position_embeddings, layout
+            )
+            block = plan.block // hidden_states.shape[0] or hidden_states.shape[1]
+            parts = zip(hidden_states.split(block, 1), out.split(block, 1), strict=True)
+            finished = [
+                kept_checkpoint(plan.feed_forward, plan.store, _finish, self, *part) for part in parts
+            ]
+            return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
 
 
 def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any) -> Tensor:
@@ -78,18 +83,27 @@ def _finish(layer: Any, x: Tensor, out: Tensor) -> Tensor:
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
 
-def train_layers(model: nn.Module, memory: MemoryConfig) -> None:
-    """Make every decoder layer of `model` a TrainedLayer with its share of the memory plan, in place.
+def train_layers(model: nn.Module) -> None:
+    """Make every decoder layer of `model` a TrainedLayer, in place.
 
     The class of each layer changes, its modules and the names of its parameters do not.
     """
     check_layers(model)
-    layers = backbone_of(model).layers
-    kept = memory.keep_matmuls if memory.keep_matmuls != "auto" else 0
-    for index, layer in enumerate(layers):
+    for layer in backbone_of(model).layers:
         if not isinstance(layer, TrainedLayer):
             layer.__class__ = _trained(type(layer))
-        layer.plan = KeepPlan.of(memory, layer=index, layers=len(layers), keep_matmuls=kept)
+
+
+def plan_layers(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: HostStore | None) -> None:
+    """Tell every layer what to keep for a forward of `tokens` tokens (batch included)."""
+    base = backbone_of(model)
+    keep = memory.keep_matmuls
+    if keep == "auto":
+        cost = footprint(base.config, base.embed_tokens.weight.element_size())
+        keep = cost.fitting(tokens, (memory.budget_gib or 0.0) * 2**30)
+    count = len(base.layers)
+    for index, layer in enumerate(base.layers):
+        layer.plan = KeepPlan.of(memory, layer=index, layers=count, keep_matmuls=keep, store=store)
 
 
 @cache

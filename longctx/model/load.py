@@ -11,6 +11,7 @@ from typing import Any
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
 from longctx.model.family import check_config
+from longctx.model.norms import keep_norms_exact
 
 
 def load(path: str, *, dtype: str = "float32", attention: str = "longctx", device: str = "cpu") -> Any:
@@ -34,6 +35,8 @@ def load(path: str, *, dtype: str = "float32", attention: str = "longctx", devic
         output_loading_info=True,
     )
     _check_loaded(info, path)
+    if dtype == "float64":
+        keep_norms_exact(model)
     return model.to(device)
 
 
@@ -79,9 +82,12 @@ def init_from(spec: InitConfig, *, dtype: str = "float32", attention: str = "lon
     config = config_of(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config, dtype=getattr(torch, dtype), attn_implementation=attention
         )
+    if dtype == "float64":
+        keep_norms_exact(model)
+    return model
 
 
 def config_of(spec: InitConfig) -> Any:

@@ -9,6 +9,7 @@ policy that offloads (2.13); here both kinds of storage are one.
 from __future__ import annotations
 
 import contextlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from longctx.attention import SAVED_OPS
 from longctx.config.model import MemoryConfig
+from longctx.model.offload import HostStore, Saved
 
 Chooser = Callable[[Any, tuple[Any, ...]], bool]
 
@@ -44,20 +46,31 @@ def widening_products(op: Any, args: tuple[Any, ...]) -> bool:
 
 @dataclass(frozen=True)
 class KeepPlan:
-    """One layer's plan: what each of its two regions keeps (None: everything), and the tokens of a block."""
+    """One layer's plan: what each of its two regions keeps (None: everything), and the tokens of a block.
+
+    store: where kept tensors go, if not on the device; first: the forward pass begins with this layer.
+    """
 
     attention: Chooser | None
     feed_forward: Chooser | None
     block: int
+    store: HostStore | None = None
+    first: bool = False
 
     @classmethod
-    def of(cls, memory: MemoryConfig, *, layer: int, layers: int, keep_matmuls: int) -> KeepPlan:
+    def of(
+        cls, memory: MemoryConfig, *, layer: int, layers: int, keep_matmuls: int, store: HostStore | None
+    ) -> KeepPlan:
         """Layer `layer` of `layers`: the last `keep_matmuls` also keep their matrix products."""
         if not memory.checkpoint:
             return cls(None, None, memory.ffn_block)
         if layer >= layers - keep_matmuls:
-            return cls(attention_and_products, widening_products, memory.ffn_block)
-        return cls(attention_only, _nothing, memory.ffn_block)
+            return cls(attention_and_products, widening_products, memory.ffn_block, store, layer == 0)
+        return cls(attention_only, _nothing, memory.ffn_block, store, layer == 0)
+
+    def saving(self) -> Any:
+        """The context in which a layer's forward saves."""
+        return contextlib.nullcontext() if self.store is None else self.store.layer(first=self.first)
 
 
 def _nothing(op: Any, args: tuple[Any, ...]) -> bool:
@@ -67,21 +80,22 @@ def _nothing(op: Any, args: tuple[Any, ...]) -> bool:
 keep_everything = KeepPlan(None, None, 0)
 
 
-def kept_checkpoint(keep: Chooser | None, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """`function(*args)`, recomputed in the backward pass except for the outputs of the operators `keep` chooses.
+def kept_checkpoint(
+    keep: Chooser | None, store: HostStore | None, function: Callable[..., Tensor], *args: Any
+) -> Tensor:
+    """`function(*args)`, recomputed in the backward pass except for what the operators `keep` chooses gave.
 
     Only tensors given directly as arguments are saved through saved-tensor hooks; those inside tuples are
     held as they are. keep=None calls the function and lets autograd save what it likes.
     """
     if keep is None or not torch.is_grad_enabled():
         return function(*args)
-    context = contextlib.nullcontext if keep is _nothing else None
 
     def contexts() -> tuple[Any, Any]:
-        if context is not None:
-            return context(), context()
-        kept: list[Any] = []
-        return _Keep(keep, kept), _HandBack(keep, kept)
+        if keep is _nothing:
+            return contextlib.nullcontext(), contextlib.nullcontext()
+        kept: deque[Any] = deque()
+        return _Keep(keep, kept, store), _HandBack(keep, kept, store)
 
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
@@ -89,31 +103,31 @@ def kept_checkpoint(keep: Chooser | None, function: Callable[..., Tensor], *args
 class _Keep(TorchDispatchMode):
     """Keeps the outputs of the chosen operators, in order."""
 
-    def __init__(self, keep: Chooser, kept: list[Any]) -> None:
+    def __init__(self, keep: Chooser, kept: deque[Any], store: HostStore | None) -> None:
         super().__init__()
-        self.keep, self.kept = keep, kept
+        self.keep, self.kept, self.store = keep, kept, store
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if self.keep(func, args):
-            self.kept.append(tree_map(_detached, out))
+            self.kept.append(tree_map_only(Tensor, self._put, out))
         return out
+
+    def _put(self, tensor: Tensor) -> Tensor | Saved:
+        return tensor.detach() if self.store is None else self.store.put(tensor)
 
 
 class _HandBack(TorchDispatchMode):
-    """Gives the kept outputs back in place of computing them; the list is empty afterwards."""
+    """Gives the kept outputs back in place of computing them; none is left afterwards."""
 
-    def __init__(self, keep: Chooser, kept: list[Any]) -> None:
+    def __init__(self, keep: Chooser, kept: deque[Any], store: HostStore | None) -> None:
         super().__init__()
-        self.keep, self.kept = keep, kept
+        self.keep, self.kept, self.store = keep, kept, store
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.keep(func, args):
             return func(*args, **(kwargs or {}))
         if not self.kept:
             raise RuntimeError(f"{func} was kept once and has been handed back; backward ran twice")
-        return self.kept.pop(0)
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+        out = self.kept.popleft()
+        return out if self.store is None else tree_map_only(Saved, self.store.get, out)

@@ -8,7 +8,7 @@ Shapes: B batch, S this rank's tokens, E hidden size.
 
 from __future__ import annotations
 
-import weakref
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,9 @@ from longctx.attention import ContextParallel, Layout
 from longctx.comm import SoloWire
 from longctx.config.model import MemoryConfig
 from longctx.model.family import backbone_of, causal_lm_of
-from longctx.model.layer import train_layers
+from longctx.model.layer import plan_layers, train_layers
 from longctx.model.loss import IGNORED, token_losses
+from longctx.model.offload import HostStore
 from longctx.topology import split
 
 
@@ -50,8 +51,8 @@ class LossModel(nn.Module):
         self.model = model
         self.memory = memory
         self.z_loss = z_loss
-        self._alone: ContextParallel | None = None
-        train_layers(model, memory)
+        self._store = HostStore() if memory.offload else None
+        train_layers(model)
 
     def forward(
         self,
@@ -92,13 +93,13 @@ class LossModel(nn.Module):
         if positions.dim() == 1:
             positions = positions.expand(input_ids.shape[0], -1)
         base = backbone_of(self.model)
-        layout = layout or self._own_layout(input_ids.shape[1])
+        plan_layers(self.model, self.memory, tokens=input_ids.numel(), store=self._store)
+        layout = layout or _alone().layout(input_ids.shape[1])
         out = base(input_ids=input_ids, position_ids=positions, use_cache=False, layout=layout)
         return out.last_hidden_state
 
-    def _own_layout(self, length: int) -> Layout:
-        """One document of `length` tokens, all of them here, whatever the world."""
-        if self._alone is None:
-            self._alone = ContextParallel(SoloWire(), split(1, 1))
-            weakref.finalize(self, self._alone.close)
-        return self._alone.layout(length)
+
+@cache
+def _alone() -> ContextParallel:
+    """The context of sequences that are whole here, whatever the world; it has no communicators to close."""
+    return ContextParallel(SoloWire(), split(1, 1))

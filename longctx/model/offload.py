@@ -1,0 +1,113 @@
+"""Saved tensors of the layers in host memory, copied out behind the computation and fetched a layer ahead.
+
+A layer's input and its attention output are saved several times (whole, and as token blocks): their storage is
+copied once and the views are made again on the way back. On a GPU copies run on a stream of their own, through
+pinned memory; on a CPU "host memory" is a second copy, which serves the tests and nobody else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_AHEAD = 3  # storages of one layer: its input, the attention output, the lse
+
+
+class _Away:
+    """One storage on the host. views: saved tensors of it that backward has not asked for yet."""
+
+    def __init__(self, flat: Tensor, stream: Any) -> None:
+        self.device, self.stream, self.views = flat.device, stream, 0
+        self.back: Tensor | None = None
+        self.host = torch.empty(flat.shape, dtype=flat.dtype, pin_memory=stream is not None)
+        if stream is None:
+            self.host.copy_(flat)
+            return
+        stream.wait_stream(torch.cuda.current_stream(flat.device))
+        with torch.cuda.stream(stream):
+            self.host.copy_(flat, non_blocking=True)
+        flat.record_stream(stream)
+
+    def start(self) -> None:
+        """Begin the way back, if it has not begun."""
+        if self.back is not None:
+            return
+        if self.stream is None:
+            self.back = self.host
+            return
+        with torch.cuda.stream(self.stream):
+            self.back = self.host.to(self.device, non_blocking=True)
+
+    def take(self) -> Tensor:
+        """The storage on its device, for one of its views; dropped there after the last."""
+        self.start()
+        assert self.back is not None
+        back = self.back
+        if self.stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self.stream)
+            back.record_stream(current)
+        self.views -= 1
+        if self.views == 0:
+            self.back = None
+        return back
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A tensor as a view of a storage that is away."""
+
+    away: _Away
+    place: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class HostStore:
+    """One model's saved tensors, in the order of the forward pass."""
+
+    def __init__(self) -> None:
+        self._order: list[_Away] = []
+        self._here: dict[int, int] = {}
+        self._streams: dict[torch.device, Any] = {}
+
+    @contextmanager
+    def layer(self, *, first: bool) -> Iterator[None]:
+        """Save what autograd saves inside to the host; storages are told apart while the layer runs."""
+        if first:
+            self._order = []
+        self._here = {}
+        with torch.autograd.graph.saved_tensors_hooks(self.put, self.get):
+            yield
+        self._here = {}
+
+    def put(self, tensor: Tensor) -> Saved:
+        storage = tensor.untyped_storage()
+        place = self._here.get(storage.data_ptr())
+        if place is None:
+            flat = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+            place = self._here[storage.data_ptr()] = len(self._order)
+            self._order.append(_Away(flat, self._stream(tensor.device)))
+        away = self._order[place]
+        away.views += 1
+        return Saved(away, place, tensor.shape, tensor.stride(), tensor.storage_offset())
+
+    def get(self, saved: Saved) -> Tensor:
+        flat = saved.away.take()
+        for away in self._order[max(0, saved.place - _AHEAD) : saved.place]:
+            if away.views:
+                away.start()
+        return flat.as_strided(saved.size, saved.stride, saved.offset)
+
+    def _stream(self, device: torch.device) -> Any:
+        if device.type != "cuda":
+            return None
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]
