@@ -81,7 +81,6 @@ def _fits(hardware: HardwareConfig, item: Estimate) -> bool:
 
 def table(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> Any:
     """One row per stage, 80 columns; GiB per device."""
-    from rich.box import SIMPLE
     from rich.table import Table
 
     hardware, world = config.hardware, config.nodes * config.ranks
@@ -90,10 +89,10 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> Any:
         f"{hardware.tflops * hardware.utilization:.3g} TFLOP/s,\n{config.model.dtype}, engine "
         f"{config.engine.name}, ZeRO {config.engine.zero}"
     )
-    made = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    made = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("stage", "schedule"):
         made.add_column(column, no_wrap=True)
-    for column in ("cp x dp", "tok/rank", "owned", "saved", "GiB", "s/step", "links", "steps", "hours"):
+    for column in ("cp x dp", "tokens", "owned", "saved", "GiB", "s/step", "links", "steps", "h"):
         made.add_column(column, justify="right", no_wrap=True)
     for item in estimates:
         memory = item.memory
@@ -113,7 +112,10 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> Any:
             f"{item.hours:.2g}",
         )
     hours = sum(item.hours for item in estimates)
-    lines = [f"{hours:.3g} hours, {hours * world:.3g} device-hours (docs/plan.md says what is counted)"]
+    lines = [
+        "",
+        f"{hours:.3g} hours, {hours * world:.3g} device-hours; tokens and GiB per device (docs/plan.md)",
+    ]
     if not all(_fits(hardware, item) for item in estimates):
         lines.append(
             f"! more than 92 % of {hardware.memory_gib:g} GiB: more ranks, a higher ZeRO or model.memory"
