@@ -56,6 +56,7 @@ def _hooks() -> Any:
 
 def check(config: TrainConfig, stages: list[Stage], world: int) -> None:
     """Refuse at the door what would fail in every rank."""
+    from longctx.data.opening import choose_mix
     from longctx.train import profile
     from longctx.train.stage import check_parallel
 
@@ -64,6 +65,8 @@ def check(config: TrainConfig, stages: list[Stage], world: int) -> None:
     engines.check(config.engine)
     profile.check(config.profile)
     check_parallel(stages, config.parallel, config.engine, world)
+    for stage in stages:
+        choose_mix(config.data, stage.mix, stage.name)
 
 
 def resolve_stages(config: TrainConfig) -> list[Stage]:

@@ -58,7 +58,7 @@ class ZeroEngine:
         wanted = ("DEEPSPEED", self.ranks.world, config.zero, self.ranks.world)
         if found != wanted:
             raise RunFailed(
-                f"engine=deepspeed obtained (type, world, stage, shards) = {found} instead of {wanted}; DS_ACCELERATOR, "
+                f"engine=deepspeed obtained {found} instead of {wanted} (type, world, stage, shards); "
                 "ACCELERATE_USE_CPU or an accelerate config in the environment may have changed it"
             )
         if self.engine.communication_data_type != torch.float32:

@@ -49,7 +49,7 @@ class Case:
 
 
 def made_model(case: Case, dtype: str, attention: str) -> Any:
-    model = init_from(SHAPE, dtype=dtype, attention=attention)
+    model = init_from(SHAPE, attention=attention)  # drawn in fp32, or fp64 would draw other numbers
     if case.variant == "lora":
         from peft import LoraConfig, get_peft_model
 
@@ -58,7 +58,7 @@ def made_model(case: Case, dtype: str, attention: str) -> Any:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:  # starts as zero, which would hide lora_A's gradient
                 torch.nn.init.normal_(parameter, std=0.05)
-        model = model.to(getattr(torch, dtype))
+    model = model.to(getattr(torch, dtype))
     if case.variant == "frozen":
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("embed_tokens" not in name)
@@ -67,7 +67,7 @@ def made_model(case: Case, dtype: str, attention: str) -> Any:
 
 def reference(case: Case, data: MadeData) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients in one process and fp64."""
-    model = made_model(case, "float64", "eager")
+    model = made_model(case, "float64", "sdpa")  # eager would take its softmax in fp32
     total, weight = torch.zeros((), dtype=torch.float64), 0.0
     for index in range(len(data)):
         tokens = torch.from_numpy(data.tokens_of[index])
@@ -81,7 +81,9 @@ def reference(case: Case, data: MadeData) -> tuple[float, dict[str, torch.Tensor
             total = total + (nll * weights[low + 1 : high]).sum()
             weight += float(weights[low + 1 : high].sum())
     (total / weight).backward()
-    return float(total / weight), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return float(total.detach() / weight), {
+        n: p.grad for n, p in model.named_parameters() if p.grad is not None
+    }
 
 
 def check(rank: int, world: int, case: Case) -> None:

@@ -167,20 +167,27 @@ def one_stage(steps: int) -> dict[str, Any]:
 
 
 def wandb_rows(file: Path) -> list[dict[str, Any]]:
+    """The history of an offline run: a LevelDB log (blocks of 32 KiB, records of checksum, length, type)
+    of protobufs.
+    """
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store = DataStore()
-    store.open_for_scan(str(file))
-    rows = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
-            rows.append(
-                {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-            )
+    content, at, rows, whole = file.read_bytes(), 7, [], b""
+    while at + 7 <= len(content):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = int.from_bytes(content[at + 4 : at + 6], "little"), content[at + 6]
+        whole += content[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a full record, or the last part of one
+            record = wandb_internal_pb2.Record.FromString(whole)
+            whole = b""
+            if record.WhichOneof("record_type") == "history":
+                items = record.history.item
+                rows.append(
+                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
+                )
     return rows
 
 
