@@ -16,7 +16,7 @@ from longctx.config.data import DataConfig
 from longctx.config.eval import NeedleConfig
 from longctx.config.theta import SearchConfig
 from longctx.console import say
-from longctx.data.opening import choose_mix, open_source
+from longctx.data.opening import open_source
 from longctx.data.writer import Writer, corpus_haystack
 from longctx.errors import UserError
 
@@ -38,19 +38,20 @@ class Material:
 
 
 def gather(
-    data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: SearchConfig, cache: Path, stage: str
+    data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: SearchConfig, cache: Path
 ) -> Material:
     """Held-out texts and needle prompts of `length` tokens, the same for every theta.
 
-    Raises UserError when the mix has no text source or its held-out documents are too few.
+    Texts come from the largest text source of the mix (of all sources when there is no such mix). Raises UserError
+    when there is none or its held-out documents are too few.
     """
-    chosen = choose_mix(data, mix, stage)
+    chosen = list(data.mixes[mix]) if mix in data.mixes else list(data.sources)
     names = [str(data.sources[name].haystack or name) for name in chosen]
     texts = [name for name in dict.fromkeys(names) if data.sources[name].kind not in ("synth", "chat")]
     if not texts:
         raise UserError(
-            f"data.mixes.{mix} holds no text, and a search needs long held-out documents; choose "
-            "data=stdlib or data=text data.path=FOLDER"
+            f"data.mixes.{mix} holds no text, and a search needs long held-out documents; choose data=stdlib or "
+            "data=text data.path=FOLDER"
         )
     corpora = [open_source(name, data, tokenizer, cache, split="heldout") for name in texts]
     corpus = max(corpora, key=lambda corpus: corpus.total)

@@ -191,7 +191,6 @@ def _material(job: Job) -> tuple[Any, Any]:
         length=stage.seq_len,
         trials=settings,
         cache=cache,
-        stage=stage.name,
     )
     if not settings.adapt_steps:
         return material, None

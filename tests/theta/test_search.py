@@ -83,7 +83,7 @@ def test_every_trial_is_written_and_the_best_chosen(searched: Path):
 
 def test_a_curriculum_reads_the_chosen_theta(searched: Path):
     values = compose("theta", ["curriculum=tiny_16x", f"curriculum.theta_file={searched / 'theta.yaml'}"])
-    values["curriculum"]["stages"] = {"s512": {"seq_len": 512, "steps": 1, "batch": 1}}
+    values["curriculum"]["stages"] = {"s512": {"seq_len": 512, "steps": 4, "batch": 1}}
     config = build(CurriculumConfig, values["curriculum"], origin="test")
     stage = resolve(config, head_dim=16, rope=ROPE, window=64, file="test")[0]
     assert f'"theta": {stage.theta}' in (searched / "theta.yaml").read_text()
