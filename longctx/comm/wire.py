@@ -87,15 +87,9 @@ class ProcessWire:
         self.rank, self.size = dist.get_rank(parent), len(ranks)
         timeout = timeout or _timeout_of(parent)
         backend = dist.get_backend_config(parent)
+        self._ranks = tuple(ranks)
         self.groups = {
-            channel: dist.new_group(
-                ranks,
-                timeout=timeout,
-                backend=backend,
-                use_local_synchronization=True,
-                group_desc=f"longctx.{channel}",
-                sort_ranks=False,
-            )
+            channel: _take(self._ranks, channel, timeout=timeout, backend=backend)
             for channel in (*channels, "gather")
         }
 
@@ -124,9 +118,37 @@ class ProcessWire:
         return [part.view(tensor.dtype).view(tensor.shape) for part in parts]
 
     def close(self) -> None:
-        for group in self.groups.values():
-            dist.destroy_process_group(group)
+        for channel, group in self.groups.items():
+            _give_back(self._ranks, channel, group)
         self.groups = {}
+
+
+# Groups of closed wires, kept for the next wire over the same ranks. torch names a group that its members make alone
+# after its ranks and the number of groups alive, so one destroyed and made again would take its old name and find
+# its old addresses in the store. What is kept is bounded by the most wires ever open at once; it goes with the
+# default group it was made under.
+_idle: dict[tuple[tuple[int, ...], str], list[dist.ProcessGroup]] = {}
+_made_under: list[dist.ProcessGroup | None] = [None]
+
+
+def _take(
+    ranks: tuple[int, ...], channel: str, *, timeout: timedelta | None, backend: str
+) -> dist.ProcessGroup:
+    if _made_under[0] is not dist.group.WORLD:
+        _idle.clear()
+        _made_under[0] = dist.group.WORLD
+    kept = _idle.get((ranks, channel))
+    if kept:
+        return kept.pop()
+    return dist.new_group(
+        list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True,
+        group_desc=f"longctx.{channel}", sort_ranks=False,
+    )  # fmt: skip
+
+
+def _give_back(ranks: tuple[int, ...], channel: str, group: dist.ProcessGroup) -> None:
+    if _made_under[0] is dist.group.WORLD:
+        _idle.setdefault((ranks, channel), []).append(group)
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
