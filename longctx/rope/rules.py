@@ -212,8 +212,8 @@ class Llama3:
 class LongRope:
     """LongRoPE: lambda'_i = factor_i lambda_i, cos and sin times sqrt(1 + ln s / ln L0) (2402.13753).
 
-    The factors come from a search outside longctx, d/2 of them. Sequences within the window may have their own
-    short_factor when served; training wants one set, so that left out they are the long ones.
+    The factors come from a search outside longctx, d/2 of them. Sequences within the window may have their
+    own, short_factor, when served; training wants one set, so that left out they are the long ones.
     """
 
     name: ClassVar[str] = "longrope"

@@ -42,16 +42,16 @@ def gather(
 ) -> Material:
     """Held-out texts and needle prompts of `length` tokens, the same for every theta.
 
-    Texts come from the largest text source of the mix (of all sources when there is no such mix). Raises UserError
-    when there is none or its held-out documents are too few.
+    Texts come from the largest text source of the mix (of all sources when there is no such mix). Raises
+    UserError when there is none or its held-out documents are too few.
     """
     chosen = list(data.mixes[mix]) if mix in data.mixes else list(data.sources)
     names = [str(data.sources[name].haystack or name) for name in chosen]
     texts = [name for name in dict.fromkeys(names) if data.sources[name].kind not in ("synth", "chat")]
     if not texts:
         raise UserError(
-            f"data.mixes.{mix} holds no text, and a search needs long held-out documents; choose data=stdlib or "
-            "data=text data.path=FOLDER"
+            f"data.mixes.{mix} holds no text, and a search needs long held-out documents; choose "
+            "data=stdlib or data=text data.path=FOLDER"
         )
     corpora = [open_source(name, data, tokenizer, cache, split="heldout") for name in texts]
     corpus = max(corpora, key=lambda corpus: corpus.total)
