@@ -90,5 +90,9 @@ def from_file(path: str | Path) -> Topology:
     unknown = set(data) - {"nodes", "ranks", "inner", "outer"}
     if unknown:
         raise ValueError(f"{path}: unknown keys {sorted(unknown)}; known: nodes, ranks, inner, outer")
-    links = {name: Link(**data[name]) for name in ("inner", "outer") if data.get(name)}
+    links = {
+        name: Link(**{key: float(value) for key, value in data[name].items()})
+        for name in ("inner", "outer")
+        if data.get(name)
+    }
     return Topology(int(data.get("nodes", 1)), int(data.get("ranks", 1)), **links)

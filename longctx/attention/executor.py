@@ -58,6 +58,7 @@ class Ring:
         self.scale = scale
         self.position = plan.rank // plan.ulysses
         self.lent: list[Tensor] = []
+        self.joint: Tensor | None = None  # several blocks in ascending order: one buffer for the whole call
 
     def _take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         buffer = self.pool.take(shape, dtype, device)
@@ -81,13 +82,14 @@ class Ring:
         if len(compute.slots) == 1:
             block = blocks.get(compute.slots[0])
             return (k, v) if block is None else (block[0], block[1])
-        order = self.layout.gather_order(compute.blocks)
         length = len(compute.slots) * k.shape[2]
-        both = self._take((2, *k.shape[:2], length, k.shape[3]), k.dtype, k.device)
-        for copy in order:
+        shape = (2, *k.shape[:2], length, k.shape[3])
+        if self.joint is None or self.joint.shape != shape:
+            self.joint = self._take(shape, k.dtype, k.device)
+        for copy in self.layout.gather_order(compute.blocks):
             source = blocks[compute.slots[copy.block]][..., copy.source : copy.source + copy.length, :]
-            both[..., copy.target : copy.target + copy.length, :].copy_(source)
-        return both[0], both[1]
+            self.joint[..., copy.target : copy.target + copy.length, :].copy_(source)
+        return self.joint[0], self.joint[1]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """out (q's type and strides) and lse of all the rank's queries."""
@@ -101,12 +103,11 @@ class Ring:
             if compute is not None and (rects or compute.slots == (OWN,)):
                 with self.courier.span(number, f"block {compute.blocks}"):
                     keys, values = self._keys(compute, blocks, k, v) if rects else (k, v)
-                    parts = (self._attend(rect, q, keys, values) for rect in rects)
                     if compute.slots == (OWN,):
-                        acc.own(list(parts))
+                        acc.own([self._attend(rect, q, keys, values) for rect in rects])
                     else:
-                        for part in parts:
-                            acc.add(*part)
+                        for rect in rects:
+                            acc.add(*self._attend(rect, q, keys, values))
             self.courier.wait(number, step.wait)
         self._return()
         return acc.result()
@@ -199,4 +200,4 @@ class Ring:
 
     def _return(self) -> None:
         self.pool.give(self.lent)
-        self.lent = []
+        self.lent, self.joint = [], None

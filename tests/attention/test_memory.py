@@ -1,0 +1,124 @@
+"""The executor's memory is the formula of docs/attention.md: buffers exactly, the peak of a call within 5 %."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from longctx.attention import ContextParallel
+from longctx.comm import LocalWire, LocalWorld
+from longctx.topology import Topology
+
+HQ, HKV, D, N = 8, 2, 32, 512  # heads, head dimension, tokens per rank
+Q, KV = HQ * D * N * 4, 2 * HKV * D * N * 4  # bytes of fp32 queries and of one KV block (or its gradient)
+ROW = HQ * N * 4  # bytes of one lse
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes alive at once of the storages that operators made; `inputs` are not counted."""
+
+    def __init__(self, *inputs: torch.Tensor) -> None:
+        super().__init__()
+        self.inputs = {x.untyped_storage()._cdata for x in inputs}
+        self.alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, torch.Tensor) and x.device.type != "meta":
+                storage = x.untyped_storage()
+                if storage._cdata in self.inputs:
+                    continue
+                self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.alive = {key: entry for key, entry in self.alive.items() if not entry[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.alive.values()))
+        return result
+
+
+class Unseen:
+    """A wire whose own copies are not the executor's."""
+
+    def __init__(self, wire: LocalWire) -> None:
+        self.wire, self.rank, self.size = wire, wire.rank, wire.size
+
+    def post(self, *arguments):
+        with _disable_current_modes():
+            posted = self.wire.post(*arguments)
+        wait = posted.wait
+
+        def unseen() -> None:
+            with _disable_current_modes():
+                wait()
+
+        posted.wait = unseen
+        return posted
+
+    def close(self) -> None:
+        self.wire.close()
+
+
+def measure(schedule: str, m: int, w: int) -> tuple[int, int, int, int]:
+    """(buffers and peak of forward, buffers and peak of forward then backward), the largest over ranks."""
+
+    def work(wire):
+        cp = ContextParallel(Unseen(wire), Topology(m, w), schedule)
+        layout = cp.layout(seq_len=N * m * w)
+        prepared = layout.family.prepare(layout.arithmetic.boundaries)
+        q, k, v, dout = (torch.randn(1, heads, N, D) for heads in (HQ, HKV, HKV, HQ))
+        with Peak(q, k, v) as forward:
+            out, lse = prepared.forward(q, k, v, 0.2)
+        buffers = cp.pool.total
+        cp.pool.clear()
+        with Peak(dout, q, k, v, out, lse) as backward:
+            prepared.backward(dout, q, k, v, out, lse, 0.2)
+        return buffers, forward.peak - buffers, cp.pool.total, backward.peak - cp.pool.total
+
+    return tuple(max(column) for column in zip(*LocalWorld(m * w).run(work), strict=True))
+
+
+def kv_buffers(schedule: str, m: int, w: int) -> int:
+    """In KV blocks: the packed own one, the foreign ones, and the all-gather's copy in ascending order."""
+    if m * w == 1:
+        return 0
+    if schedule == "flat_ring":
+        return 1 + min(2, m * w - 1)
+    if schedule == "double_ring":
+        return 1 + (3 if m > 2 else 2)
+    return 1 + w + (m > 2) + (w - 1)
+
+
+def dkv_buffers(schedule: str, m: int, w: int) -> int:
+    """In blocks of travelling gradient: in flight and arriving, per ring; the sum a node keeps until it closes."""
+    if m * w == 1:
+        return 0
+    if schedule == "flat_ring":
+        return 2
+    inner = 2 if schedule == "double_ring" else 2 * (w - 1)
+    return inner + (3 if m > 2 else 1)
+
+
+CASES = [
+    ("flat_ring", 1, 1),
+    ("flat_ring", 1, 2),
+    ("flat_ring", 1, 4),
+    ("double_ring", 2, 2),
+    ("double_ring", 3, 3),
+    ("allgather_ring", 2, 3),
+    ("allgather_ring", 3, 3),
+]
+
+
+@pytest.mark.parametrize(("schedule", "m", "w"), CASES)
+def test_memory_is_the_formula(schedule, m, w):
+    kv, dkv = kv_buffers(schedule, m, w), dkv_buffers(schedule, m, w)
+    forward, forward_rest, backward, backward_rest = measure(schedule, m, w)
+    print(schedule, m, w, forward / KV, forward_rest / Q, backward / KV, backward_rest / Q)
+    assert forward == kv * KV
+    assert backward == (kv + dkv) * KV
+    alone = m * w == 1
+    assert forward_rest == pytest.approx(Q + ROW if alone else 2 * Q + 4 * ROW, rel=0.05)
+    joint = w - 1 if schedule == "allgather_ring" else 0.5
+    assert backward_rest == pytest.approx(2 * Q + KV + (1 if alone else joint) * KV, rel=0.05)
