@@ -40,11 +40,11 @@ class ExtractConfig:
     rslora: bool = False
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     precision: Literal["float32", "float64"] = "float32"
-    oversample: Annotated[int, Field(ge=0)] = 16
-    power_max: Positive = 6
+    oversample: Positive = 16
+    power_max: Positive = 8
     # Estimated gain of more iterations over the squared residual: 8e-3 leaves residuals within 0.4 % of the
     # optimum.
-    tolerance: Annotated[float, Field(gt=0)] = 8e-3
+    tolerance: Annotated[float, Field(gt=0)] = 4e-3
     seed: int = 0
     device: Text = "auto"
     workers: Positive | None = None

@@ -66,6 +66,7 @@ class Adapter:
         self._refuse_what_is_no_sum()
         self.pairs: dict[str, Pair] = {}
         self.replacements: dict[str, str] = {}
+        self.copies: list[str] = []
         self._sort_tensors()
 
     @property
@@ -127,8 +128,10 @@ class Adapter:
                     "LoRA factors and "
                     "saved modules only"
                 )
+            elif ".base_layer." in plain:
+                self.copies.append(plain.replace(".base_layer.", "."))
             else:
-                self.replacements[plain.replace(".base_layer.", ".")] = name
+                self.replacements[plain] = name
         lonely = [module for (module, _), pair in halves.items() if len(pair) != 2]
         if lonely:
             raise UserError(

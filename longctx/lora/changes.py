@@ -118,6 +118,9 @@ def match(adapter: Adapter, target: Checkpoint, *, tied: bool, scale: float, voc
                 f"rows {rows} and up" if vocab == "common" else "all; vocab=common merges the common rows"
             )
             found.skipped.append(f"{tensor}: {left_out} ({sizes})")
+    found.skipped += [
+        f"{name}: a copy of the base's own weights; the target keeps its own" for name in adapter.copies
+    ]
     found.missing = [] if adapter.partial else _missing(adapter, target)
     return found
 

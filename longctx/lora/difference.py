@@ -37,7 +37,7 @@ class Difference:
         shape = base.entries[name].shape
         self.shape = (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
         self.sha256 = ""
-        self._resident = prod(self.shape) * dtype.itemsize <= budget
+        self._resident = len(shape) == 1 or prod(self.shape) * dtype.itemsize <= budget
         self._kept: Tensor | None = None
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:

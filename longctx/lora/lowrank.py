@@ -1,9 +1,9 @@
 """The best rank-r approximation of a matrix seen only through row blocks: randomized subspace iteration.
 
-Halko, Martinsson & Tropp 2011 (0909.4061), algorithms 4.3/4.4, arranged for blocks: with Q [n, l]
-orthonormal one pass gives Y = X Q and Z = X^T Y, and orth(Z) is the next Q. Departures: whether to go on is
-decided by what the last half steps still gained, which costs no pass, either side may finish, and where the
-gain has not died out after `power_max` steps the exact SVD is taken.
+Halko, Martinsson & Tropp 2011 (0909.4061), algorithm 4.4: from a random Q [n, l] the bases of the rows and of
+the columns are multiplied and orthonormalized in turns. Departures: the first two products share one pass over
+the blocks, either side may finish, whether to go on is decided by what the last half step gained, at no extra
+pass, and where the gain has not died out after `power_max` steps the exact SVD is taken.
 
 X [m, n] the matrix (m rows in blocks)   r rank kept   l = r + oversample columns of the sketch
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import isfinite
 from typing import Protocol
 
 import torch
@@ -36,8 +37,8 @@ class Sketch:
     """How hard to try. tolerance: squared norm still to be gained (an estimate) over the squared residual."""
 
     oversample: int = 16
-    power_max: int = 6
-    tolerance: float = 8e-3
+    power_max: int = 8
+    tolerance: float = 4e-3
     seed: int = 0
 
 
@@ -66,74 +67,70 @@ def decompose(matrix: BlockMatrix, rank: int, sketch: Sketch) -> Factors:
         return _exact(matrix, rank)
     generator = torch.Generator().manual_seed(sketch.seed)
     draw = torch.randn(n, columns, generator=generator, dtype=torch.float32)
-    y, z, total = _fused_pass(matrix, torch.linalg.qr(draw.to(matrix.device, matrix.dtype))[0])
-    if total == 0.0:
-        return _zero(matrix)
+    z, total = _first_pass(matrix, torch.linalg.qr(draw.to(matrix.device, matrix.dtype))[0])
+    if total == 0.0 or not isfinite(total):
+        return _nothing(matrix, total)
     # A remainder this small is the rounding of the squares themselves.
     rounding = 8 * torch.finfo(matrix.dtype).eps * total
-    kept = _energy_after_half_step(y, z, rank)
-    gained = kept - _top(_gram(y), rank)
-    basis = torch.linalg.qr(z)[0]
+    kept, basis = float("-inf"), torch.linalg.qr(z)[0]
     for half in range(2, 2 * sketch.power_max + 1):
         forward = half % 2 == 0
         side = _product(matrix, basis) if forward else _transposed_product(matrix, basis)
         orthonormal, triangle = torch.linalg.qr(side)
         inner, values, outer = torch.linalg.svd(triangle)
-        before, kept = (kept, gained), float(values[:rank].double().square().sum())
-        gained = kept - before[0]
-        # The first gains are the strong directions'; only from the third on do they tell about the tail.
-        converged = half > 2 and _still_to_gain(gained, before[1]) <= sketch.tolerance * (total - kept)
-        if converged or total - kept <= rounding or half == 2 * sketch.power_max:
-            if not converged and total - kept > rounding and matrix.dense() is not None:
-                return _exact(matrix, rank)
-            new, old = orthonormal @ inner[:, :rank], basis @ outer[:rank].T
-            left, right = (new, old) if forward else (old, new)
-            sure = converged or total - kept <= rounding
-            return Factors(left, values[:rank], right, total, f"{half} half steps", sure)
-        basis = orthonormal
+        before, kept = kept, float(values[:rank].double().square().sum())
+        left_over = total - kept
+        sure = left_over <= rounding
+        sure = sure or _still_to_gain(kept - before, values, rank) <= sketch.tolerance * left_over
+        if not sure and half < 2 * sketch.power_max:
+            basis = orthonormal
+            continue
+        if not sure and matrix.dense() is not None:
+            return _exact(matrix, rank)
+        new, old = orthonormal @ inner[:, :rank], basis @ outer[:rank].T
+        left, right = (new, old) if forward else (old, new)
+        return Factors(left, values[:rank], right, total, f"{half} half steps", sure)
     raise AssertionError("the last half step returns")
 
 
-def _still_to_gain(gain: float, gain_before: float) -> float:
-    """What further half steps would add to the norm kept, if gains went on falling by sqrt(the last ratio)
-    each.
+def _still_to_gain(gain: float, values: Tensor, rank: int) -> float:
+    """What further half steps would add to the norm kept, after one that added `gain`.
 
-    Gains fall geometrically, faster at first: the square root keeps the estimate on the safe side (it was 2
-    to 10 times the truth where that was known).
+    What a half step leaves undone of component i shrinks by (sigma_l+1 / sigma_i)^2 (0909.4061, section 10.4), so
+    the gains to come are a geometric sum. The slowest kept component stands for sigma_i and the sketch's last value,
+    somewhat too small, for sigma_l+1: a flat spectrum may be left up to twice as far off as estimated.
     """
-    if gain <= 0:
+    slowest, last = float(values[rank - 1]), float(values[-1])
+    if gain <= 0 or slowest == 0:
         return 0.0
-    ratio = (gain / max(gain_before, gain)) ** 0.5
+    ratio = (last / slowest) ** 2
     return float("inf") if ratio >= 1 else gain * ratio / (1 - ratio)
 
 
 def _exact(matrix: BlockMatrix, rank: int) -> Factors:
     dense = matrix.dense()
     assert dense is not None
-    left, values, right = torch.linalg.svd(dense, full_matrices=False)
     total = float(torch.linalg.vector_norm(dense).double() ** 2)
-    if total == 0.0:
-        return _zero(matrix)
+    if total == 0.0 or not isfinite(total):
+        return _nothing(matrix, total)
+    left, values, right = torch.linalg.svd(dense, full_matrices=False)
     return Factors(left[:, :rank], values[:rank], right[:rank].T, total, "exact")
 
 
-def _zero(matrix: BlockMatrix) -> Factors:
+def _nothing(matrix: BlockMatrix, total: float) -> Factors:
+    """Zero of rank 1, for a matrix that is zero or not finite (then `total` says so)."""
     m, n = matrix.shape
     empty = torch.zeros(1, dtype=matrix.dtype, device=matrix.device)
-    return Factors(empty.new_zeros(m, 1), empty, empty.new_zeros(n, 1), 0.0, "unchanged")
+    return Factors(empty.new_zeros(m, 1), empty, empty.new_zeros(n, 1), total, "unchanged")
 
 
-def _fused_pass(matrix: BlockMatrix, basis: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Y = X Q, Z = X^T Y and ||X||_F^2, reading every block once."""
-    y = torch.empty(matrix.shape[0], basis.shape[1], dtype=matrix.dtype, device=matrix.device)
-    z = torch.zeros_like(basis)
-    total = 0.0
-    for start, block in matrix.blocks():
-        part = y[start : start + block.shape[0]]
-        torch.mm(block, basis, out=part)
-        z.addmm_(block.T, part)
+def _first_pass(matrix: BlockMatrix, draw: Tensor) -> tuple[Tensor, float]:
+    """Z = X^T (X Q) and ||X||_F^2, reading every block once."""
+    z, total = torch.zeros_like(draw), 0.0
+    for _, block in matrix.blocks():
+        z.addmm_(block.T, block @ draw)
         total += float(torch.linalg.vector_norm(block).double() ** 2)
-    return y, z, total
+    return z, total
 
 
 def _product(matrix: BlockMatrix, basis: Tensor) -> Tensor:
@@ -148,27 +145,3 @@ def _transposed_product(matrix: BlockMatrix, y: Tensor) -> Tensor:
     for start, block in matrix.blocks():
         z.addmm_(block.T, y[start : start + block.shape[0]])
     return z
-
-
-def _energy_after_half_step(y: Tensor, z: Tensor, rank: int) -> float:
-    """Squared norm that the best rank-r part of orth(Y) orth(Y)^T X keeps, from Z = X^T Y alone.
-
-    orth(Y) = Y T with T = V lambda^-1/2 from Y^T Y = V lambda V^T, so X^T orth(Y) = Z T.
-    """
-    eigenvalues, vectors = torch.linalg.eigh(_gram(y))
-    keep = eigenvalues > 1e-12 * eigenvalues[-1]
-    whiten = vectors[:, keep] * eigenvalues[keep].rsqrt()
-    return _top(whiten.T @ _gram(z) @ whiten, rank)
-
-
-def _gram(y: Tensor) -> Tensor:
-    """Y^T Y [l, l] in float64, on the CPU: small, and its small eigenvalues matter."""
-    gram = torch.zeros(y.shape[1], y.shape[1], dtype=torch.float64, device=y.device)
-    for part in y.split(16384):
-        wide = part.double()
-        gram.addmm_(wide.T, wide)
-    return gram.cpu()
-
-
-def _top(gram: Tensor, rank: int) -> float:
-    return float(torch.linalg.eigvalsh(gram)[-rank:].clamp_min(0).sum())

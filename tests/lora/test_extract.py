@@ -72,7 +72,7 @@ def test_residual_is_near_the_optimum_for_a_flat_spectrum(trio: Make, tmp_path: 
     pair = trio("llama")
     result = extract(
         ExtractConfig(
-            base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=4, oversample=8, dtype="float32"
+            base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=4, dtype="float32"
         )
     )
     base, tuned = tensors(pair.base), tensors(pair.tuned)

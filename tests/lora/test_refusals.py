@@ -1,0 +1,278 @@
+"""Bad input: every mistake is one UserError that names it, and nothing appears under the output's name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from longctx.config.lora import ExtractConfig, MergeConfig, MergeRope
+from longctx.errors import UserError
+from longctx.lora.extract import extract
+from longctx.lora.merge import merge
+
+from .conftest import Trio, build, change, save
+
+Make = Callable[..., Trio]
+
+
+def copy(path: str, to: Path) -> Path:
+    shutil.copytree(path, to)
+    return to
+
+
+def edit(folder: Path, file: str = "config.json", **values: Any) -> str:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return str(folder)
+
+
+def rewrite(folder: Path, change_tensors: Callable[[dict[str, torch.Tensor]], None]) -> str:
+    weights = load_file(folder / "model.safetensors")
+    change_tensors(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def refuse_extract(tmp_path: Path, base: str, tuned: str, match: str, **settings: Any) -> None:
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=match):
+        extract(ExtractConfig(base=base, tuned=tuned, out=str(tmp_path / "out"), rank=4, **settings))
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_another_architecture(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+    other = save(change(build("mistral"), seed=1), tmp_path / "t", dtype=torch.float32)
+    refuse_extract(tmp_path, pair.base, other, "model_type llama / mistral")
+
+
+def test_head_layout_with_equal_shapes(trio: Make, tmp_path: Path) -> None:
+    """8 heads of 8 give the same matrices as 4 of 16, and mean something else."""
+    pair = trio("llama")
+    other = edit(copy(pair.tuned, tmp_path / "t"), num_attention_heads=8, num_key_value_heads=4, head_dim=8)
+    refuse_extract(tmp_path, pair.base, other, "num_attention_heads 4 / 8")
+
+
+def test_shapes_and_tying(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+
+    def narrow(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"][
+            :80
+        ].contiguous()
+        del weights["model.norm.weight"]
+
+    other = rewrite(copy(pair.tuned, tmp_path / "t"), narrow)
+    refuse_extract(
+        tmp_path, pair.base, other, r"only in base: model\.norm\.weight.*of other shape: .*up_proj"
+    )
+    refuse_extract(tmp_path, pair.base, trio("llama", tied=True).tuned, "tie_word_embeddings False / True")
+
+
+def test_tokenizers(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+    base, tuned = copy(pair.base, tmp_path / "b"), copy(pair.tuned, tmp_path / "t")
+    vocabulary = {"model": {"vocab": {"a": 0, "b": 1}}, "added_tokens": [], "version": "1.0"}
+    (base / "tokenizer.json").write_text(json.dumps(vocabulary))
+    (tuned / "tokenizer.json").write_text(json.dumps({**vocabulary, "version": "2.0"}, indent=1))
+    extract(ExtractConfig(base=str(base), tuned=str(tuned), out=str(tmp_path / "fine"), rank=4))
+    vocabulary["model"] = {"vocab": {"a": 1, "b": 0}}
+    (tuned / "tokenizer.json").write_text(json.dumps(vocabulary))
+    refuse_extract(tmp_path, str(base), str(tuned), "different vocabularies")
+
+
+def test_swapped(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+    refuse_extract(tmp_path, pair.tuned, pair.base, r"look swapped.*reads 2048 tokens.*reads 512")
+    extract(
+        ExtractConfig(
+            base=pair.tuned, tuned=pair.base, out=str(tmp_path / "meant"), rank=4, allow_shorter=True
+        )
+    )
+
+
+def test_identical(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+    refuse_extract(tmp_path, pair.base, pair.base, "hold the same numbers in all 21 tensors")
+
+    def only_a_norm(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.norm.weight"] += 1
+
+    other = rewrite(copy(pair.base, tmp_path / "t"), only_a_norm)
+    refuse_extract(tmp_path, pair.base, other, "only norms, biases or embeddings differ")
+
+
+def test_quantized(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+    said = edit(copy(pair.tuned, tmp_path / "said"), quantization_config={"quant_method": "gptq", "bits": 4})
+    refuse_extract(tmp_path, pair.base, said, r"quantized \(gptq")
+
+    def codes(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(
+            torch.int8
+        )
+
+    unsaid = rewrite(copy(pair.tuned, tmp_path / "unsaid"), codes)
+    refuse_extract(tmp_path, pair.base, unsaid, "stored as I8")
+    with pytest.raises(UserError, match="quantized"):
+        merge(MergeConfig(target=said, adapter=["x"], out=str(tmp_path / "out")))
+
+
+def test_missing_and_corrupt_shards(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+    sharded = Path(
+        save(change(build("llama"), seed=1), tmp_path / "t", dtype=torch.float32, max_shard_size="60KB")
+    )
+    victim = sorted(sharded.glob("model-*.safetensors"))[1]
+    content = victim.read_bytes()
+    victim.unlink()
+    refuse_extract(tmp_path, pair.base, str(sharded), f"shard {victim.name} is missing")
+    victim.write_bytes(content[:-100])
+    refuse_extract(tmp_path, pair.base, str(sharded), f"{victim.name} is truncated")
+    victim.write_bytes(b"\xff" * len(content))
+    refuse_extract(tmp_path, pair.base, str(sharded), f"{victim.name} is not a whole safetensors file")
+    victim.write_bytes(content[:8] + b"#" * 40 + content[48:])
+    refuse_extract(tmp_path, pair.base, str(sharded), f"header of {victim.name} is damaged")
+    victim.write_bytes(content)
+    index = sharded / "model.safetensors.index.json"
+    table = json.loads(index.read_text())
+    table["weight_map"]["model.layers.9.mlp.up_proj.weight"] = victim.name
+    index.write_text(json.dumps(table))
+    refuse_extract(tmp_path, pair.base, str(sharded), r"promises 1 tensors .*layers\.9")
+
+
+def test_numbers_that_are_none(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+
+    def spoil(weights: dict[str, torch.Tensor]) -> None:
+        weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("nan")
+
+    spoiled = rewrite(copy(pair.tuned, tmp_path / "t"), spoil)
+    refuse_extract(tmp_path, pair.base, spoiled, r"layers\.1\.mlp\.up_proj\.weight is not finite")
+
+
+def test_folders_that_are_not_models(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refuse_extract(tmp_path, pair.base, str(empty), r"has no model\.safetensors")
+    (empty / "pytorch_model.bin").write_bytes(b"")
+    refuse_extract(tmp_path, pair.base, str(empty), "pickles")
+    refuse_extract(tmp_path, pair.base, str(tmp_path / "absent/one"), "is not a folder, and not a hub id")
+
+
+def test_settings_that_contradict(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+    refuse_extract(tmp_path, pair.base, pair.tuned, "share and size_mb", share=0.9, size_mb=1.0)
+    refuse_extract(tmp_path, pair.base, pair.tuned, "vLLM refuses", profile="serving", lm_head=True)
+    refuse_extract(tmp_path, pair.base, pair.tuned, "text=FILE", verify="loss")
+    refuse_extract(tmp_path, pair.base, pair.tuned, "rank 1 of every module needs", size_mb=0.001)
+
+
+def test_output_exists_and_disk_too_small(
+    trio: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = trio("llama")
+    (tmp_path / "out").mkdir()
+    refuse_extract(tmp_path, pair.base, pair.tuned, "exists already")
+    (tmp_path / "out").rmdir()
+
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(1000))
+    refuse_extract(tmp_path, pair.base, pair.tuned, r"the disk of .* has 0\.0 MB free")
+
+
+@pytest.fixture(scope="module")
+def adapter(trio: Make, tmp_path_factory: pytest.TempPathFactory) -> str:
+    pair, out = trio("llama"), str(tmp_path_factory.mktemp("adapter") / "a")
+    extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=out, rank=4))
+    return out
+
+
+def refuse_merge(tmp_path: Path, target: str, adapter: str, match: str, **settings: Any) -> None:
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match=match):
+        merge(MergeConfig(target=target, adapter=[adapter], out=str(tmp_path / "out"), **settings))
+    assert {path.name for path in tmp_path.iterdir()} == before
+
+
+def test_adapter_for_fewer_layers(trio: Make, tmp_path: Path, adapter: str) -> None:
+    deeper = save(build("llama", num_hidden_layers=3), tmp_path / "deeper", dtype=torch.float32)
+    refuse_merge(tmp_path, deeper, adapter, r"missing: model\.layers\.2\.")
+    shallow = save(build("llama", num_hidden_layers=1), tmp_path / "shallow", dtype=torch.float32)
+    refuse_merge(tmp_path, shallow, adapter, r"unexpected: model\.layers\.1\.")
+    wider = save(build("llama", intermediate_size=128), tmp_path / "wider", dtype=torch.float32)
+    refuse_merge(
+        tmp_path, wider, adapter, r"of another shape: .*\[96, 64\] for \[128, 64\]", allow_partial=True
+    )
+    merge(MergeConfig(target=shallow, adapter=[adapter], out=str(tmp_path / "fits"), allow_partial=True))
+
+
+def test_adapter_for_other_heads(trio: Make, tmp_path: Path, adapter: str) -> None:
+    other = edit(
+        copy(trio("llama").sibling, tmp_path / "t"), num_attention_heads=8, num_key_value_heads=4, head_dim=8
+    )
+    refuse_merge(tmp_path, other, adapter, "laid out differently: num_attention_heads 4 / 8")
+
+
+def test_adapter_with_half_a_pair(trio: Make, tmp_path: Path, adapter: str) -> None:
+    broken = copy(adapter, tmp_path / "broken")
+    weights = load_file(broken / "adapter_model.safetensors")
+    del weights["base_model.model.lm_head.lora_A.weight"]
+    save_file(weights, broken / "adapter_model.safetensors")
+    refuse_merge(tmp_path, trio("llama").sibling, str(broken), "one factor without the other: lm_head")
+    odd = copy(adapter, tmp_path / "odd")
+    edit(odd, "adapter_config.json", r=5)
+    refuse_merge(tmp_path, trio("llama").sibling, str(odd), "says rank 5")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"peft_type": "LOHA"}, "peft_type"),
+        ({"init_lora_weights": "pissa"}, "initialisation"),
+        ({"fan_in_fan_out": True}, "transposed"),
+    ],
+)
+def test_adapters_that_are_no_sum(
+    trio: Make, tmp_path: Path, adapter: str, settings: dict[str, Any], reason: str
+) -> None:
+    odd = edit(copy(adapter, tmp_path / "odd"), "adapter_config.json", **settings)
+    refuse_merge(tmp_path, trio("llama").sibling, odd, reason)
+
+
+def test_merge_output_exists(trio: Make, tmp_path: Path, adapter: str) -> None:
+    (tmp_path / "out").mkdir()
+    refuse_merge(tmp_path, trio("llama").sibling, adapter, "exists already")
+
+
+def test_rope_keep_with_a_theta(trio: Make, tmp_path: Path, adapter: str) -> None:
+    refuse_merge(
+        tmp_path,
+        trio("llama").sibling,
+        adapter,
+        "leaves rope and window alone",
+        rope=MergeRope(rule="keep", theta=1e6),
+    )
+
+
+def test_failure_while_writing_leaves_nothing(trio: Make, tmp_path: Path, adapter: str) -> None:
+    """The sum leaves fp16's range only when it is written, after much has been."""
+
+    def huge(weights: dict[str, torch.Tensor]) -> None:
+        for name in weights:
+            weights[name] = weights[name].half()
+        weights["lm_head.weight"][0] = 65504
+
+    target = rewrite(copy(trio("llama").sibling, tmp_path / "t"), huge)
+    refuse_merge(tmp_path, target, adapter, "is not finite after merging", scale=[1e6])
