@@ -93,7 +93,8 @@ def match(adapter: Adapter, target: Checkpoint, *, tied: bool, scale: float, voc
     differ.
     """
     found = Match()
-    parts = [(f"{name}.weight", name, "factors", pair.shape) for name, pair in adapter.pairs.items()]
+    parts: list[tuple[str, str, str, tuple[int, ...]]] = []
+    parts += [(f"{name}.weight", name, "factors", pair.shape) for name, pair in adapter.pairs.items()]
     if adapter.side is not None:
         parts += [(name, name, "exact", entry.shape) for name, entry in adapter.side.entries.items()]
     for name, stored in adapter.replacements.items():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longctx.errors import UserError
-from longctx.lora.tensors import Checkpoint, Scratch
+from longctx.lora.tensors import Checkpoint, Scratch, bytes_of
 
 _BLOCK_ELEMENTS = 2**20
 
@@ -95,7 +95,7 @@ class Difference:
             raw = self._scratch.bytes(side, size)
             sides.append(checkpoint.read(self.name, first, last, out=raw).view(stop - start, self.shape[1]))
             if side == "base" and digest is not None:
-                digest.update(memoryview(raw.numpy()))
+                digest.update(bytes_of(raw))
         block.copy_(sides[1])
         block.sub_(sides[0].to(self.device))
 

@@ -1,9 +1,9 @@
 """The best rank-r approximation of a matrix seen only through row blocks: randomized subspace iteration.
 
-Halko, Martinsson & Tropp 2011 (0909.4061), algorithm 4.4: from a random Q [n, l] the bases of the rows and of
-the columns are multiplied and orthonormalized in turns. Departures: the first two products share one pass over
-the blocks, either side may finish, whether to go on is decided by what the last half step gained, at no extra
-pass, and where the gain has not died out after `power_max` steps the exact SVD is taken.
+Halko, Martinsson & Tropp 2011 (0909.4061), algorithm 4.4: from a random Q [n, l] the bases of the rows and
+of the columns are multiplied and orthonormalized in turns. Departures: the first two products share one
+pass over the blocks, either side may finish, whether to go on is decided by what the last half step gained,
+at no extra pass, and where the gain has not died out after `power_max` steps the exact SVD is taken.
 
 X [m, n] the matrix (m rows in blocks)   r rank kept   l = r + oversample columns of the sketch
 """
@@ -96,9 +96,10 @@ def decompose(matrix: BlockMatrix, rank: int, sketch: Sketch) -> Factors:
 def _still_to_gain(gain: float, values: Tensor, rank: int) -> float:
     """What further half steps would add to the norm kept, after one that added `gain`.
 
-    What a half step leaves undone of component i shrinks by (sigma_l+1 / sigma_i)^2 (0909.4061, section 10.4), so
-    the gains to come are a geometric sum. The slowest kept component stands for sigma_i and the sketch's last value,
-    somewhat too small, for sigma_l+1: a flat spectrum may be left up to twice as far off as estimated.
+    What a half step leaves undone of component i shrinks by (sigma_l+1 / sigma_i)^2 (0909.4061, section
+    10.4), so the gains to come are a geometric sum. The slowest kept component stands for sigma_i and the
+    sketch's last value, somewhat too small, for sigma_l+1: a flat spectrum may be left up to twice as far
+    off as estimated.
     """
     slowest, last = float(values[rank - 1]), float(values[-1])
     if gain <= 0 or slowest == 0:

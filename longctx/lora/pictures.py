@@ -25,7 +25,7 @@ def draw(info: AdapterInfo, folder: Path) -> list[str]:
     by_leaf: dict[str, list[ModuleInfo]] = {}
     for item in info.modules:
         by_leaf.setdefault(item.module.rsplit(".", 1)[-1], []).append(item)
-    style: dict[str, Any] = {
+    style: Any = {
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _INK,
         "axes.grid": True, "grid.color": _GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,
     }  # fmt: skip

@@ -209,7 +209,7 @@ class Checkpoint:
 
     def _pread(self, entry: Entry, offset: int, buffer: torch.Tensor) -> None:
         descriptor, data_start = self._open(entry.file)
-        view = memoryview(buffer.numpy())
+        view = bytes_of(buffer)
         place, got = data_start + entry.start + offset, 0
         while got < len(view):
             count = os.preadv(descriptor, [view[got:]], place + got)
@@ -227,6 +227,12 @@ def row_blocks(entry: Entry, width: int = 4) -> Iterator[tuple[int, int]]:
     step = max(1, BLOCK_BYTES // max(1, columns * width))
     for start in range(0, entry.rows, step):
         yield start, min(entry.rows, start + step)
+
+
+def bytes_of(buffer: torch.Tensor) -> memoryview:
+    """The bytes of a uint8 tensor, without a copy."""
+    array: Any = buffer.numpy()
+    return memoryview(array)
 
 
 def _first_bytes(path: Path) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from longctx.errors import UserError
-from longctx.lora.tensors import DTYPE_NAMES
+from longctx.lora.tensors import DTYPE_NAMES, bytes_of
 
 
 class SafetensorsWriter:
@@ -41,8 +41,8 @@ class SafetensorsWriter:
 
     def write(self, data: torch.Tensor) -> None:
         """Append a contiguous CPU tensor's bytes to the tensor begun last."""
-        view = data.reshape(-1).view(torch.uint8).numpy() if data.numel() else b""
-        self._file.write(memoryview(view))
+        if data.numel():
+            self._file.write(bytes_of(data.reshape(-1).view(torch.uint8)))
         self._end += data.numel() * data.element_size()
         self._table[self._current]["data_offsets"][1] = self._end  # type: ignore[index]
 

@@ -71,9 +71,7 @@ def test_residual_is_near_the_optimum_for_a_flat_spectrum(trio: Make, tmp_path: 
     """Noise has no strong directions: the hardest spectrum for a sketch."""
     pair = trio("llama")
     result = extract(
-        ExtractConfig(
-            base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=4, dtype="float32"
-        )
+        ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=4, dtype="float32")
     )
     base, tuned = tensors(pair.base), tensors(pair.tuned)
     for row in result.rows:

@@ -1,4 +1,6 @@
-"""Merging: peft's own adapters give what merge_and_unload gives, siblings keep what is theirs, and config.json follows."""
+"""Merging: peft's own adapters give what merge_and_unload gives, siblings keep what is theirs, and
+config.json follows.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,7 @@ def test_peft_trained_adapters_equal_merge_and_unload(trio: Make, tmp_path: Path
     assert_same_as_peft(pair.base, adapter, str(tmp_path / "m"))
     assert len(result.applied) == 14 + len(head)
     assert result.untouched
-    # A sibling moves by as much; peft would give it the base's head, which it saves beside the head's factors.
+    # A sibling moves by as much; peft would give it the base's head, saved beside the factors.
     merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=str(tmp_path / "s"), rope=KEEP))
     base, merged = tensors(pair.base), tensors(str(tmp_path / "m"))
     sibling, moved = tensors(pair.sibling), tensors(str(tmp_path / "s"))
@@ -117,8 +119,8 @@ def test_window_and_rope_are_written_in_both_styles(trio: Make, tmp_path: Path) 
     "rope",
     [
         {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512},
-        {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-         "original_max_position_embeddings": 512},
+        {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, 
+         "high_freq_factor": 4.0, "original_max_position_embeddings": 512},
         {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     ],
     ids=lambda rope: rope["rope_type"],
@@ -222,7 +224,9 @@ def test_tied_models_get_the_difference_once(trio: Make, tmp_path: Path) -> None
 
 
 def test_an_lm_head_adapter_unties(trio: Make, tmp_path: Path) -> None:
-    """merge_and_unload changes the input embedding as well; the unmerged adapter does not, and that is what is kept."""
+    """merge_and_unload changes the input embedding as well; the unmerged adapter does not, and that is what
+    is kept.
+    """
     pair = trio("llama", tied=True)
     adapter = trained(pair.base, tmp_path / "a", r=4, target_modules=["lm_head", "q_proj"])
     want = logits(PeftModel.from_pretrained(load(pair.base), adapter).eval())
