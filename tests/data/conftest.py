@@ -47,6 +47,20 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def model(tmp_path_factory, tokenizer):
+    """A model's folder as the data verbs need it: a config.json and a tokenizer, no weights."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer.save_pretrained(folder)
+    LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=512,
+    ).save_pretrained(folder)  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="session")
 def writer(tokenizer):
     from longctx.data.writer import Writer
 

@@ -120,8 +120,14 @@ def test_held_out_documents_are_never_trained_on(books, cache, tokenizer):
         stage = _open(_config(folder), tokenizer, cache, split=split, sequences=200)
         seen[split] = {name.partition("@")[0] for i in range(200) for name in stage.documents(i)}
     assert not seen["train"] & seen["heldout"]
-    assert len(seen["train"] | seen["heldout"]) == 60
-    assert 4 <= len(seen["heldout"]) <= 22
+    names = {}
+    for split in ("train", "heldout"):
+        corpus = _corpus(_config(folder), tokenizer, cache, split)
+        names[split] = {corpus.document_name(i) for i in range(len(corpus))}
+        assert {name.removeprefix("books:") for name in seen[split]} <= names[split]
+    assert not names["train"] & names["heldout"]
+    assert len(names["train"] | names["heldout"]) == 60
+    assert 4 <= len(names["heldout"]) <= 22
 
 
 def test_one_text_file_of_two_is_held_out_when_the_hash_takes_none(tmp_path, tokenizer):

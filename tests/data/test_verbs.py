@@ -23,8 +23,15 @@ def _run(capsys, *words):
     return status, captured.out, captured.err
 
 
-def test_data_then_stats_over_a_folder(folder, tmp_path, capsys):
-    common = ["data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "format=json", "workers=1"]
+def test_data_then_stats_over_a_folder(folder, model, tmp_path, capsys):
+    common = [
+        f"model.path={model}",
+        "data=text",
+        f"data.path={folder}",
+        f"run_dir={tmp_path}/run",
+        "format=json",
+        "workers=1",
+    ]
     status, out, _ = _run(capsys, "data", *common)
     assert status == 0
     source = json.loads(out)["sources"]["text"]
@@ -46,10 +53,20 @@ def test_data_then_stats_over_a_folder(folder, tmp_path, capsys):
     assert (tmp_path / "run/data_stats.png").stat().st_size > 10_000
 
 
-def test_data_of_the_quickstart_is_the_data_of_its_training(tmp_path, capsys):
-    status, out, err = _run(capsys, "data", "experiment=quickstart", f"run_dir={tmp_path}/run", "format=json")
+def test_data_of_the_quickstart_is_the_data_of_its_training(model, tmp_path, capsys):
+    library = tmp_path / "library"
+    library.mkdir()
+    for number in range(20):
+        (library / f"module{number}.py").write_text(f'"""Module {number}."""\n' + "x = [1, 2, 3]\n" * 60)
+    paths = [f"data.sources.{name}.path={library}" for name in ("stdlib", "docs")]
+    words = ["experiment=quickstart", f"model.path={model}", *(f"+{path}" for path in paths)]
+    status, out, err = _run(capsys, "data", *words, f"run_dir={tmp_path}/run", "format=json")
     assert status == 0, err
-    assert json.loads(out)["sources"]["stdlib"]["tokens"] > 1_000_000
+    sources = json.loads(out)["sources"]
+    assert (
+        sources["stdlib"]["documents"] + sources["stdlib"]["heldout_documents"] == 40
+    )  # sources and docstrings
+    assert sources["docs"]["documents"] + sources["docs"]["heldout_documents"] == 20
 
 
 def test_synthetic_documents_as_json_lines(folder, tmp_path, capsys):
@@ -74,14 +91,15 @@ def test_synthetic_documents_as_json_lines(folder, tmp_path, capsys):
         (["data", "data=text", "data.path=/nowhere/at/all"], "does not exist"),
         (["data", "data=txt"], "did you mean data=text?"),
         (["data", "synth", "haystack=books"], "is not a source of text; known: stdlib"),
-        (["data", "synth", "length=40"], "take a longer length"),
+        (["data", "synth", "length=40", "data=text", "haystack=text"], "take a longer length"),
         (["data", "synth", "task.kind=needel"], "is not one of"),
         (["data", "stats", "pgn=x.png"], "did you mean png?"),
     ],
 )
-def test_mistakes_are_one_paragraph_and_status_2(words, message, tmp_path, capsys):
+def test_mistakes_are_one_paragraph_and_status_2(words, message, folder, tmp_path, capsys):
     where = f"cache={tmp_path}/c" if "synth" in words else f"run_dir={tmp_path}/run"
-    status, _, err = _run(capsys, *words, where)
+    more = [f"data.path={folder}"] if "haystack=text" in words else []
+    status, _, err = _run(capsys, *words, where, *more)
     assert status == 2, err
     assert message in err
     assert "Traceback" not in err
