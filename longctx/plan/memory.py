@@ -36,16 +36,29 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
+def pool_bytes(plan: Plan, sizes: Sizes) -> int:
+    """What the executor's pool lends to one call: the packed own block, foreign KV and dKV, gathered KV."""
+    k = (
+        sizes.batch
+        * sizes.tokens
+        * max(sizes.kv_heads, plan.ulysses if plan.ulysses > 1 else 0)
+        * sizes.head_dim
+    )
+    gathered = max((len(step.compute.slots) for step in plan.ring if step.compute is not None), default=1)
+    kv = (plan.kv_slots + 1 if plan.kv_slots else 0) + (gathered if gathered > 1 else 0)
+    return 2 * k * (kv * sizes.wire_bytes + plan.dkv_slots * sizes.grad_bytes)
+
+
 def ring_buffers(plans: Sequence[Plan], sizes: Sizes) -> float:
-    """Foreign KV and dKV blocks, and the fp32 accumulators of out, dq, dk and dv, at their larger pass."""
-    wide = 4 if sizes.wire_bytes < 8 else 8
-    h = max(plan.ulysses for plan in plans)
-    k = sizes.batch * sizes.tokens * max(sizes.kv_heads, h if h > 1 else 0) * sizes.head_dim
+    """The pool, fp32 accumulators of out, dq, dk and dv, and what Ulysses gathers, at the larger pass."""
+    wide = max(4, sizes.wire_bytes)
+    k = sizes.batch * sizes.tokens * sizes.kv_heads * sizes.head_dim
     q = sizes.batch * sizes.tokens * sizes.q_heads * sizes.head_dim
     totals = []
     for plan in plans:
-        blocks = plan.kv_slots * 2 * k * sizes.wire_bytes + plan.dkv_slots * 2 * k * sizes.grad_bytes
-        totals.append(blocks + (q + 2 * k if plan.backward else q) * wide)
+        exchanged = (3 * q if plan.backward else q) + 2 * k if plan.ulysses > 1 else 0
+        accumulators = (q + 2 * k if plan.backward else q) * wide
+        totals.append(pool_bytes(plan, sizes) + accumulators + exchanged * sizes.wire_bytes)
     return float(max(totals))
 
 

@@ -1,0 +1,61 @@
+"""bench attention: teams take turns, virtual ranks do the kernel's work, figures are consistent."""
+
+import pytest
+
+from longctx.bench.attention import Problem, measure_cpu
+from longctx.bench.attention_virtual import measure
+from longctx.bench.workers import Team
+from longctx.config.bench import BenchAttentionConfig
+from longctx.errors import RunFailed, UserError
+
+
+def echo(rank, world, port, settings):
+    def serve(order):
+        if order == "fail":
+            raise ValueError("asked to fail")
+        return rank, world, settings, order
+
+    return serve
+
+
+def test_a_team_answers_in_rank_order_and_reports_failures():
+    with Team(2, 1, echo, "settings") as team:
+        assert team.order("hello") == [(0, 2, "settings", "hello"), (1, 2, "settings", "hello")]
+        with pytest.raises(RunFailed, match="asked to fail"):
+            team.order("fail")
+
+
+def test_flop_count_is_the_causal_one():
+    assert Problem(16, 1, 2, 1, 4, "float32").flop == 7 * 16 * 16 * 2 * 4
+
+
+def test_ring_and_sdpa_take_turns():
+    config = BenchAttentionConfig(lengths=[256], heads=4, kv_heads=2, head_dim=16, repeats=2)
+    document = measure_cpu(config)
+    (row,) = document["rows"]
+    assert len(row["samples"]["ring"]) == len(row["samples"]["sdpa"]) == 2
+    assert row["ratio"] == pytest.approx(row["seconds"]["sdpa"] / row["seconds"]["ring"], rel=0.05)
+    assert document["matrix_gflops"] > 0
+
+
+def test_virtual_ranks_beside_the_bare_kernel():
+    config = BenchAttentionConfig(
+        lengths=[128], heads=4, kv_heads=2, head_dim=16, virtual_ranks=[1, 2, 4], repeats=1, device="cpu"
+    )
+    document = measure(config, "cpu")
+    assert [row["virtual_ranks"] for row in document["rows"]] == [0, 1, 2, 4]
+    assert {row["backend"] for row in document["rows"]} == {"torch_cpu"}
+    assert document["rows"][0]["of_kernel"] == 1.0
+    assert "needs CUDA tensors" in document["refused"]["cudnn"][0]
+
+
+def test_backends_are_refused_with_their_reasons():
+    with pytest.raises(UserError, match="backends: cudnn cannot serve: needs CUDA tensors"):
+        measure(BenchAttentionConfig(lengths=[128], backends=["cudnn"]), "cpu")
+    with pytest.raises(UserError, match="'flash' is not a kernel"):
+        measure(BenchAttentionConfig(lengths=[128], backends=["flash"]), "cpu")
+    config = BenchAttentionConfig(
+        lengths=[100], heads=2, kv_heads=2, head_dim=16, virtual_ranks=[4], repeats=1
+    )
+    with pytest.raises(UserError, match="100 is not divisible by 2 x virtual_ranks = 8"):
+        measure(config, "cpu")

@@ -1,0 +1,79 @@
+"""Memory terms: the pool against the executor's own, ZeRO's shares, parameters against a real model."""
+
+import pytest
+import torch
+
+from longctx.attention import ContextParallel
+from longctx.comm import LocalWorld
+from longctx.config.model import InitConfig, MemoryConfig, ModelConfig
+from longctx.plan.memory import pool_bytes, stage_memory
+from longctx.plan.shape import shape_of
+from longctx.schedule import Sizes, build
+from longctx.topology import Topology
+
+INIT = InitConfig(layers=3, hidden=64, heads=4, kv_heads=2, ffn=96, vocab=128, window=256)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "nodes", "ranks"),
+    [
+        ("flat_ring", 1, 2),
+        ("flat_ring", 2, 2),
+        ("double_ring", 2, 2),
+        ("double_ring", 3, 2),
+        ("allgather_ring", 2, 3),
+    ],
+)
+def test_the_pool_is_what_the_executor_allocates(schedule, nodes, ranks):
+    topology, tokens = Topology(nodes, ranks), 32
+    sizes = Sizes(tokens, 4, 2, 16, wire_bytes=4, grad_bytes=4)
+
+    def work(wire):
+        cp = ContextParallel(wire, topology, schedule)
+        layout = cp.layout(seq_len=tokens * topology.size)
+        q, k, v, grad = (torch.randn(1, heads, tokens, 16) for heads in (4, 2, 2, 4))
+        prepared = layout.family.prepare(layout.arithmetic.boundaries)
+        out, lse = prepared.forward(q, k, v, 0.25)
+        ahead = cp.pool.total
+        cp.pool.clear()
+        prepared.backward(grad, q, k, v, out, lse, 0.25)
+        return ahead, cp.pool.total
+
+    for rank, counted in enumerate(LocalWorld(topology.size).run(work)):
+        plans = [build(schedule, topology, rank, backward=backward) for backward in (False, True)]
+        assert counted == tuple(pool_bytes(plan, sizes) for plan in plans)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_are_those_of_the_model(tied):
+    from longctx.model.load import init_from
+
+    init = InitConfig(**{**vars(INIT), "tie_embeddings": tied})
+    model = init_from(init, attention="sdpa")
+    shape = shape_of(ModelConfig(init=init))
+    assert shape.parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_zero_divides_what_it_shards_and_nothing_else():
+    shape = shape_of(ModelConfig(init=INIT))
+    p = shape.parameters
+
+    def owned(zero, dtype="float32"):
+        m = stage_memory(shape, MemoryConfig(), tokens=64, dtype=dtype, zero=zero, world=4, ring=0.0)
+        return m.weights, m.gradients, m.optimizer
+
+    assert owned(0) == (4 * p, 4 * p, 8 * p)
+    assert owned(1) == (4 * p, 4 * p, 2 * p)
+    assert owned(2) == (4 * p, p, 2 * p)
+    assert owned(3)[0] == p + 2 * shape.layer_weights * 4
+    assert owned(0, "bfloat16") == (2 * p, 4 * p, 12 * p)
+
+
+def test_checkpoints_keep_input_output_and_lse_of_every_layer():
+    shape = shape_of(ModelConfig(init=INIT))
+    kept = stage_memory(shape, MemoryConfig(), tokens=64, dtype="float32", zero=0, world=1, ring=0.0)
+    assert kept.saved == 3 * 64 * (64 * 4 + 64 * 4 + 4 * 4)
+    whole = stage_memory(
+        shape, MemoryConfig(checkpoint=False), tokens=64, dtype="float32", zero=0, world=1, ring=0.0
+    )
+    assert whole.saved > 3 * kept.saved

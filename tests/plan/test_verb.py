@@ -1,0 +1,128 @@
+"""`longctx plan` as a user calls it: stages as JSON and table, a drawn schedule, and mistakes explained."""
+
+import json
+
+import pytest
+
+from longctx.cli import main
+from longctx.config.plan import HardwareConfig
+from longctx.plan.stage import choose_schedule, time_attention, topology_of
+from longctx.schedule import Sizes
+from longctx.topology import Topology
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "vocab_size": 128256,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 8192,
+}
+
+
+@pytest.fixture
+def model(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_8B))
+    return f"model.path={tmp_path}"
+
+
+def plan(capsys, *words):
+    status = main(["plan", *words])
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_every_stage_of_a_curriculum_is_estimated(capsys, model):
+    words = (
+        model,
+        "model.dtype=bfloat16",
+        "curriculum=8k_to_1048k",
+        "engine=deepspeed",
+        "engine.zero=3",
+        "nodes=4",
+    )
+    status, out, _ = plan(capsys, *words, "format=json")
+    assert status == 0
+    document = json.loads(out)
+    assert document["parameters"] == 8_030_261_248
+    stages = document["stages"]
+    assert list(stages)[-1] == "s1048k"
+    last = stages["s1048k"]
+    assert (last["cp"], last["dp"], last["tokens_per_rank"]) == (32, 1, 32768)
+    # published for an 8B model on 8 H100: 380 s for a step of 1,048,576 tokens; 4 of them on 32 take as long
+    assert 0.6 < last["seconds_per_step"] / 380 < 1.4
+    assert all(stage["fits"] for stage in stages.values())
+    assert document["hours"] == pytest.approx(sum(stage["hours"] for stage in stages.values()))
+    status, out, _ = plan(capsys, *words)
+    assert status == 0
+    assert "s1048k" in out
+    assert max(len(line) for line in out.splitlines()) <= 80
+
+
+def test_a_stage_that_does_not_fit_is_marked(capsys, model):
+    status, out, _ = plan(capsys, model, "curriculum=8k_to_1048k", "ranks=8", "hardware=l40s")
+    assert status == 0
+    assert "! more than 92 % of 48 GiB" in out
+
+
+def test_a_drawn_schedule_and_its_svg(capsys, tmp_path):
+    svg = tmp_path / "ring.svg"
+    status, out, _ = plan(
+        capsys,
+        "show=schedule",
+        "nodes=2",
+        "ranks=2",
+        "draw.schedule=double_ring",
+        f"draw.svg={svg}",
+        "draw.width=60",
+    )
+    assert status == 0
+    assert out.startswith("double_ring, backward, 2 nodes x 2 ranks")
+    assert sum(line.startswith("  rank") for line in out.splitlines()) == 4
+    assert svg.read_text().startswith("<svg")
+
+
+def test_the_schedule_of_a_stage(capsys, model):
+    words = (model, "curriculum=8k_to_1048k", "nodes=2", "show=schedule", "draw.stage=s64k", "format=json")
+    status, out, _ = plan(capsys, *words)
+    assert status == 0
+    assert json.loads(out)["spans"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["show=schedule", "nodes=3", "draw.tokens=64k"], "draw.tokens=65536 is not divisible by"),
+        (
+            ["show=schedule", "draw.schedule=ulysses_ring", "draw.ulysses=3"],
+            "draw.ulysses=3 must divide ranks=8",
+        ),
+        (["show=schedule", "draw.stage=s1", "curriculum=8k_to_1048k"], "draw.stage=s1 is no stage"),
+        (["hardware.utilization=2"], "utilization=2.0 must lie above 0"),
+        (["ranks=0"], "both must be 1 or more"),
+    ],
+)
+def test_mistakes_are_explained(capsys, model, words, message):
+    status, _, errors = plan(capsys, model, *words)
+    assert status == 2
+    assert message in errors
+
+
+def test_a_missing_model_is_named(capsys, tmp_path):
+    assert plan(capsys, f"model.path={tmp_path}/none")[2].count("has no config.json") == 1
+    assert "model.path is missing" in plan(capsys)[2]
+
+
+def test_the_planner_takes_the_hierarchy_when_the_network_is_slow():
+    sizes = Sizes(1024, 32, 32, 128)
+    slow = HardwareConfig(outer_gbytes=1.0)
+    flat = time_attention("flat_ring", Topology(4, 8), sizes, slow, 1)
+    best = choose_schedule(Topology(4, 8), sizes, slow)
+    assert best.schedule != "flat_ring"
+    assert best.computing + best.exposed < 0.5 * (flat.computing + flat.exposed)
+    long = Sizes(65536, 32, 8, 128)
+    assert choose_schedule(Topology(4, 8), long, HardwareConfig()).schedule == "flat_ring"
+    assert topology_of(4, 8) == Topology(1, 4)
+    assert topology_of(32, 8) == Topology(4, 8)
