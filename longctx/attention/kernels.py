@@ -265,6 +265,14 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
+def this_machine(head_dim: int = 128, q_heads: int = 32, kv_heads: int = 8) -> Problem:
+    """What a bf16 model would ask of this machine's first GPU, or an fp32 one of its CPU."""
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        return Problem("cuda", torch.bfloat16, head_dim, q_heads, kv_heads, capability)
+    return Problem("cpu", torch.float32, head_dim, q_heads, kv_heads)
+
+
 def explain(problem: Problem) -> dict[str, list[str]]:
     """Every kernel in order of preference with the reasons it cannot serve; an empty list means it can."""
     return {name: kernel.unsupported_reasons(problem) for name, kernel in KERNELS.items()}

@@ -1,4 +1,4 @@
-"""The public API: bad input is named before anything is sent, one rank needs no distribution, layouts restore."""
+"""The public API: bad input is named before anything is sent, one rank is enough, layouts restore."""
 
 from __future__ import annotations
 
