@@ -8,6 +8,7 @@ attention, plus what ZeRO moves when it cannot hide. An estimate to choose by, w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from longctx.config.plan import HardwareConfig, PlanConfig
 from longctx.curriculum import Stage
@@ -17,6 +18,8 @@ from longctx.plan.simulate import BACKWARD_WORK, evenly, simulate
 from longctx.plan.split import choose_cp, shares
 from longctx.schedule import SCHEDULES, Plan, Sizes, build
 from longctx.topology import Link, Topology
+
+NODES_SIMULATED = 4
 
 
 @dataclass(frozen=True)
@@ -68,22 +71,29 @@ def topology_of(cp: int, ranks: int) -> Topology:
     return Topology(1, cp) if cp <= ranks else Topology(cp // ranks, ranks)
 
 
+@lru_cache(maxsize=256)
 def time_attention(
     schedule: str, topology: Topology, sizes: Sizes, hardware: HardwareConfig, ulysses: int
 ) -> Attention:
-    """Simulate one layer, forward and backward, of one causal document."""
+    """Simulate one layer, forward and backward, of one causal document.
+
+    Beyond NODES_SIMULATED nodes so many stand for all, with blocks of true size and work: a ring's exposed
+    time grows with its hops, and its buffers do not grow.
+    """
     rate = hardware.tflops * 1e12 * hardware.utilization
     h = ulysses if schedule == "ulysses_ring" else 1
     whole = sizes.tokens * topology.size
     flop = 2.0 * sizes.batch * sizes.q_heads * sizes.head_dim * whole**2
     block = flop / topology.size / (topology.size // h) / rate
+    small = Topology(min(topology.nodes, NODES_SIMULATED), topology.ranks)
+    longer = (topology.size / h - 1) / max(1.0, small.size / h - 1)
     computing = exposed = 0.0
     everyone: list[list[Plan]] = []
     for backward, work in ((False, 1.0), (True, BACKWARD_WORK)):
-        plans = [build(schedule, topology, r, backward=backward, ulysses=h) for r in range(topology.size)]
+        plans = [build(schedule, small, r, backward=backward, ulysses=h) for r in range(small.size)]
         timeline = simulate(plans, sizes, evenly(block * work), links(hardware))
         computing += block * work * (topology.size // h)
-        exposed += timeline.exposed()
+        exposed += timeline.exposed() * max(1.0, longer)
         everyone.append(plans)
     buffers = max(ring_buffers(plans, sizes) for plans in zip(*everyone, strict=True))
     return Attention(schedule, h, computing, exposed, buffers)

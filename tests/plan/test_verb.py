@@ -126,3 +126,17 @@ def test_the_planner_takes_the_hierarchy_when_the_network_is_slow():
     assert choose_schedule(Topology(4, 8), long, HardwareConfig()).schedule == "flat_ring"
     assert topology_of(4, 8) == Topology(1, 4)
     assert topology_of(32, 8) == Topology(4, 8)
+
+
+@pytest.mark.parametrize("schedule", ["flat_ring", "double_ring", "ulysses_ring"])
+def test_four_nodes_stand_for_more(schedule, monkeypatch):
+    sizes, slow = Sizes(512, 8, 8, 128), HardwareConfig(outer_gbytes=2.0)
+    topology = Topology(8, 2)
+    short = time_attention(schedule, topology, sizes, slow, 2)
+    monkeypatch.setattr("longctx.plan.stage.NODES_SIMULATED", 8)
+    time_attention.cache_clear()
+    whole = time_attention(schedule, topology, sizes, slow, 2)
+    time_attention.cache_clear()
+    assert short.computing == pytest.approx(whole.computing)
+    assert short.exposed == pytest.approx(whole.exposed, rel=0.15)
+    assert short.buffers == whole.buffers
