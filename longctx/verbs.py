@@ -25,6 +25,8 @@ class Verb:
 _ALL = [
     Verb("train", "longctx.config.train:TrainConfig", "longctx.train.run:run",
          "extend a model's context, stage by stage"),
+    Verb("eval", "longctx.config.eval:EvalConfig", "longctx.eval.run:run",
+         "needles found and held-out loss of one model"),
     Verb("bench faults", "longctx.config.faults:FaultsConfig", "longctx.bench.faults:run",
          "a soak: kill a tiny run again and again, damage its checkpoints, compare the final weights"),
     Verb("plan", "longctx.config.plan:PlanConfig", "longctx.plan.run:run",

@@ -48,7 +48,7 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
     search = [f"hydra.searchpath=[{','.join('file://' + str(d.resolve()) for d in extra_dirs)}]"] if extra_dirs else []
     try:
         with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-            composed = hydra_compose(config_name=root, overrides=[*search, *overrides])
+            composed = hydra_compose(config_name=root, overrides=[*search, *(_forced(root, word) for word in overrides)])
             values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, root, overrides, extra_dirs)) from None
@@ -59,6 +59,23 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
 def _asset(name: str) -> str:
     """${asset:tiny}: a folder that ships inside the package, wherever the command is started."""
     return str(Path(__file__).resolve().parent.parent / "assets" / name)
+
+
+def _forced(root: str, override: str) -> str:
+    """`key=value` as `++key=value`: whether the key exists is for the schema to say, which knows the keys that a
+    root file leaves at their defaults and names the nearest one. Choices of the root's groups stay as they are.
+    """
+    key = override.split("=", 1)[0]
+    return override if override[0] in "+~" or key in _groups_of(root) else f"++{override}"
+
+
+def _groups_of(root: str) -> set[str]:
+    """The groups in a root file's defaults list."""
+    import yaml
+
+    defaults = (yaml.safe_load((config_dir() / f"{root}.yaml").read_text()) or {}).get("defaults", [])
+    names = [name for entry in defaults if isinstance(entry, dict) for name in entry]
+    return {name.split("@")[0].removeprefix("optional ").removeprefix("override ").strip("/ ") for name in names}
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[Path]]:

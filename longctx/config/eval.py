@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from longctx.config.base import Format, Length, Text, schema
+from longctx.config.data import DataConfig
+from longctx.config.model import ModelConfig
 
 NEEDLE = "The pass key of {key} is {value}."
 QUESTION = "What is the pass key of {key}? The pass key of {key} is {value}."
@@ -35,12 +37,19 @@ class NeedleConfig:
 
 @schema
 class EvalConfig:
-    """`longctx eval model=FOLDER`: the needle grid and held-out loss of one model."""
+    """`longctx eval model.path=FOLDER`: the needle grid and held-out loss of one model, as plain transformers loads it.
 
-    model: Text
-    out: Text | None = None
+    source: which of data's sources serves as haystack and as held-out text. loss_lengths, loss_windows: windows of
+    held-out text. bins: stretches of the window in the loss by position. out: folder for results (None: on screen).
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    source: Text = "stdlib"
     needle: NeedleConfig = NeedleConfig()
     loss_lengths: tuple[Length, ...] = (512,)
     loss_windows: int = 32
-    attention: str = "sdpa"
+    bins: int = 8
+    out: Text | None = None
+    cache: Text = "runs/data"
     format: Format = "text"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.eval.needle import Predict
@@ -22,3 +23,23 @@ def one_process(model: Any) -> Predict:
             return model.get_output_embeddings()(hidden[0, where.to(device)]).float()
 
     return predict
+
+
+def load_plain(folder: Path | str, rope: dict[str, Any] | None = None, window: int | None = None) -> Any:
+    """A model as plain transformers loads it, in float32, for inference.
+
+    rope, window: rope_parameters and max_position_embeddings instead of what its config.json says.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(folder)
+    if rope is not None:
+        config.rope_parameters = dict(rope)
+        config.max_position_embeddings = window
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return model.eval()

@@ -14,6 +14,7 @@ from typing import Any
 from longctx import console
 from longctx.config.hooks import EvidenceHook
 from longctx.config.train import TrainConfig
+from longctx.eval.ground import open_ground
 from longctx.hooks import evidence
 from longctx.hooks.adapter import extract_adapter, merge_sibling
 from longctx.hooks.evidence import Finding, Subject
@@ -68,7 +69,7 @@ def _examine_all(
 ) -> dict[str, Finding]:  # fmt: skip
     subjects = _subjects(config, hook, folder, stages, tuned, sibling, control)
     out = folder / "eval"
-    ground = evidence.open_ground(config.data, hook.source, tuned, folder / "data")
+    ground = open_ground(config.data, hook.source, tuned, folder / "data")
     found = {}
     with console.progress() as bar:
         task = bar.add_task("needles", total=sum(evidence.forwards(s, hook, out) for s in subjects))
@@ -93,7 +94,7 @@ def _subjects(
         subjects.append(Subject("control", control, "control: same tokens, old window and theta"))
     subjects.append(Subject("extended", tuned, "extended"))
     for stage in stages[:-1]:
-        subjects.append(Subject(f"stage_{stage['stage']}", folder / stage["model"], f"after stage {stage['stage']}"))
+        subjects.append(Subject(f"stage_{stage['stage']}", folder / stage["model"], f"after stage {stage['stage']}", grid=False))
     if sibling is not None:
         subjects.append(Subject("sibling", sibling, "sibling: another fine-tune of the base"))
         subjects.append(Subject("merged", folder / "merged", "sibling + adapter"))

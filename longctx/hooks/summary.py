@@ -23,12 +23,13 @@ def write_summary(
     needle: {subject: {length: accuracy pooled over depths and seeds}}; pooled, by_seed: the same over lengths.
     loss: {subject: {window: nats per token}} on the same held-out windows. seconds: per stage, and after them.
     """
+    grids = {name: found.grid for name, found in findings.items() if found.grid is not None}
     summary: dict[str, Any] = {
         "name": config.name,
-        "needle": {name: found.grid.by_length() for name, found in findings.items()},
-        "needle_pooled": {name: found.grid.pooled() for name, found in findings.items()},
-        "needle_by_seed": {name: found.grid.by_seed() for name, found in findings.items()},
-        "needles_per_cell_and_seed": _cell(findings),
+        "needle": {name: grid.by_length() for name, grid in grids.items()},
+        "needle_pooled": {name: grid.pooled() for name, grid in grids.items()},
+        "needle_by_seed": {name: grid.by_seed() for name, grid in grids.items()},
+        "needles_per_cell_and_seed": int(min(grid.asked.min() for grid in grids.values())),
         "loss": {name: found.losses for name, found in findings.items() if found.losses},
         "loss_by_stage": _by_stage(findings, stages),
         "theta": {stage["stage"]: stage["theta"] for stage in stages},
@@ -82,10 +83,6 @@ def tell(summary: Mapping[str, Any], picture: Path) -> None:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
-
-
-def _cell(findings: Mapping[str, Finding]) -> int:
-    return int(min(found.grid.asked.min() for found in findings.values()))
 
 
 def _by_stage(findings: Mapping[str, Finding], stages: list[dict[str, Any]]) -> dict[str, Any]:

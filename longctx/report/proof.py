@@ -17,10 +17,9 @@ def draw_proof(findings: Mapping[str, Finding], path: Path, *, trained: int, bas
     short = {"base", "control", "sibling"}  # models whose window is still the base's
     panels = [
         Panel(
-            findings[name].grid, findings[name].subject.title, findings[name].subject.note,
-            window=base if name in short else trained,
+            grid, findings[name].subject.title, findings[name].subject.note, window=base if name in short else trained
         )
         for name in ORDER
-        if name in findings
+        if name in findings and (grid := findings[name].grid) is not None
     ]  # fmt: skip
     draw(panels, path, title="Needle in a haystack: six-digit values found, in percent", columns=4)

@@ -1,0 +1,30 @@
+"""What every model is examined on: the held-out documents of a source, and a writer for the tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from longctx.config.data import DataConfig
+    from longctx.data.writer import Haystack, Writer
+
+
+@dataclass(frozen=True)
+class Ground:
+    writer: Writer
+    haystack: Haystack
+
+
+def open_ground(data: DataConfig, source: str, tokenizer: Path | str, cache: Path) -> Ground:
+    """Held-out documents of a source as haystack; tokenizer: a folder or hub id."""
+    from transformers import AutoTokenizer
+
+    from longctx.data.opening import open_source
+    from longctx.data.writer import Writer, corpus_haystack
+
+    made = AutoTokenizer.from_pretrained(tokenizer)
+    writer = Writer(made)
+    corpus = open_source(source, data, made, cache, split="heldout")
+    return Ground(writer, corpus_haystack(corpus, writer))
