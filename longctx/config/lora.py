@@ -48,7 +48,8 @@ class ExtractConfig:
     seed: int = 0
     device: Text = "auto"
     workers: Positive | None = None
-    # MiB of differences held at once, all workers together; larger tensors are read again on every pass.
+    # MiB of differences held at once, all workers together (on a GPU: half of what is free); larger tensors
+    # are read again on every pass.
     memory_mib: Positive = 384
     max_shard_mb: Annotated[float, Field(gt=0)] = 5000
     verify: Literal["modules", "loss"] = "modules"

@@ -114,7 +114,11 @@ class _Job:
         self.device = torch.device(_device(config.device))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.workers = config.workers or min(8, cores)
-        self.budget = config.memory_mib * 2**20 // self.workers
+        room = config.memory_mib * 2**20
+        if self.device.type == "cuda":
+            # On a GPU half of what is free now, since nothing else is kept there.
+            room = torch.cuda.mem_get_info(self.device)[0] // 2
+        self.budget = room // self.workers
         self._local = local()
 
     def carried(self, module: Module) -> str:

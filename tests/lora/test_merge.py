@@ -119,7 +119,7 @@ def test_window_and_rope_are_written_in_both_styles(trio: Make, tmp_path: Path) 
     "rope",
     [
         {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 512},
-        {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, 
+        {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
          "high_freq_factor": 4.0, "original_max_position_embeddings": 512},
         {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     ],
