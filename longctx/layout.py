@@ -57,16 +57,19 @@ class Pieces:
     end: np.ndarray
     local: np.ndarray
 
-    def runs(self) -> list[tuple[int, int, int]]:
-        """(document, first local token, past the last) of each document on this position."""
+    @cached_property
+    def edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """The first and the last piece of each document here; a document's pieces follow one another."""
+        change = np.flatnonzero(self.doc[1:] != self.doc[:-1]) + 1
         if not len(self.doc):
-            return []
-        first = np.flatnonzero(np.r_[True, self.doc[1:] != self.doc[:-1]])
-        last = np.r_[first[1:], len(self.doc)] - 1
+            return change, change
+        return np.r_[0, change], np.r_[change, len(self.doc)] - 1
+
+    def runs(self) -> list[tuple[int, int]]:
+        """(first local token, past the last) of each document on this position."""
+        first, last = self.edges
         ends = self.local[last] + self.end[last] - self.start[last]
-        return [
-            (int(d), int(a), int(b)) for d, a, b in zip(self.doc[first], self.local[first], ends, strict=True)
-        ]
+        return list(zip(self.local[first].tolist(), ends.tolist(), strict=True))
 
 
 class SequenceLayout:
@@ -90,7 +93,8 @@ class SequenceLayout:
             raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
         if seq_len < 2 * (size := positions * ulysses):
             raise ValueError(f"seq_len={seq_len} is shorter than 2N = {2 * size} for N = {size} ranks")
-        self.seq_len, self.count, self.kind, self.ulysses = seq_len, positions, kind, ulysses
+        self.seq_len, self.count, self.ulysses = seq_len, positions, ulysses
+        self.kind: Kind = kind
         self.boundaries = check_boundaries(boundaries, seq_len)
         self.position_len = _position_len(seq_len, positions, ulysses, kind)
         self.rank_len = self.position_len // ulysses
@@ -145,10 +149,10 @@ class SequenceLayout:
         meets = np.eye(self.count, dtype=bool)
         places: dict[int, list[tuple[int, int, int]]] = {}
         for position, pieces in enumerate(self.pieces):
-            for doc in np.unique(pieces.doc):
-                mine = pieces.doc == doc
-                span = (position, int(pieces.start[mine].min()), int(pieces.end[mine].max()))
-                places.setdefault(int(doc), []).append(span)
+            first, last = pieces.edges
+            columns = (pieces.doc[first], pieces.start[first], pieces.end[last])
+            for doc, start, end in zip(*(c.tolist() for c in columns), strict=True):
+                places.setdefault(doc, []).append((position, start, end))
         for spans in places.values():
             if len(spans) > 1:
                 at, first, past = np.array(spans).T
@@ -168,7 +172,7 @@ class SequenceLayout:
         return self._rects[key]
 
     def _diagonal(self, position: int, part: tuple[int, int]) -> list[Rect]:
-        whole = [Rect(a, b, a, b, True) for _, a, b in self.pieces[position].runs()]
+        whole = [Rect(a, b, a, b, True) for a, b in self.pieces[position].runs()]
         return whole if part[1] == 1 else _shares(whole, part[1])[part[0]]
 
     def _off(self, position: int, blocks: tuple[int, ...]) -> list[Rect]:

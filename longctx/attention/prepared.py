@@ -102,7 +102,8 @@ class Family:
     """All layouts of one (seq_len, kind): what a handle stands for; new boundaries need no new handle."""
 
     def __init__(self, cp: ContextParallel, seq_len: int, kind: Kind) -> None:
-        self.cp, self.seq_len, self.kind = cp, seq_len, kind
+        self.cp, self.seq_len = cp, seq_len
+        self.kind: Kind = kind
         self.handle = op.enter(self)
         self.recent: OrderedDict[bytes, Prepared] = OrderedDict()
 

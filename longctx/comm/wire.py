@@ -87,11 +87,10 @@ class ProcessWire:
         self.rank, self.size = dist.get_rank(parent), len(ranks)
         timeout = timeout or _timeout_of(parent)
         backend = dist.get_backend_config(parent)
-        self._ranks = tuple(ranks)
-        self.groups = {
-            channel: _take(self._ranks, channel, timeout=timeout, backend=backend)
-            for channel in (*channels, "gather")
+        self.keys = {
+            channel: (tuple(ranks), channel, timeout, str(backend)) for channel in (*channels, "gather")
         }
+        self.groups = {channel: _take(key) for channel, key in self.keys.items()}
 
     def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending:
         group = self.groups[channel]
@@ -119,7 +118,7 @@ class ProcessWire:
 
     def close(self) -> None:
         for channel, group in self.groups.items():
-            _give_back(self._ranks, channel, group)
+            _give_back(self.keys[channel], group)
         self.groups = {}
 
 
@@ -127,28 +126,33 @@ class ProcessWire:
 # after its ranks and the number of groups alive, so one destroyed and made again would take its old name and find
 # its old addresses in the store. What is kept is bounded by the most wires ever open at once; it goes with the
 # default group it was made under.
-_idle: dict[tuple[tuple[int, ...], str], list[dist.ProcessGroup]] = {}
+_Key = tuple[tuple[int, ...], str, timedelta | None, str]  # ranks, channel, timeout, backend
+_idle: dict[_Key, list[dist.ProcessGroup]] = {}
 _made_under: list[dist.ProcessGroup | None] = [None]
 
 
-def _take(
-    ranks: tuple[int, ...], channel: str, *, timeout: timedelta | None, backend: str
-) -> dist.ProcessGroup:
+def _take(key: _Key) -> dist.ProcessGroup:
     if _made_under[0] is not dist.group.WORLD:
         _idle.clear()
         _made_under[0] = dist.group.WORLD
-    kept = _idle.get((ranks, channel))
-    if kept:
+    if kept := _idle.get(key):
         return kept.pop()
-    return dist.new_group(
-        list(ranks), timeout=timeout, backend=backend, use_local_synchronization=True,
-        group_desc=f"longctx.{channel}", sort_ranks=False,
-    )  # fmt: skip
+    ranks, channel, timeout, backend = key
+    group = dist.new_group(
+        list(ranks),
+        timeout=timeout,
+        backend=backend,
+        use_local_synchronization=True,
+        group_desc=f"longctx.{channel}",
+        sort_ranks=False,
+    )
+    assert isinstance(group, dist.ProcessGroup), "this rank is a member"
+    return group
 
 
-def _give_back(ranks: tuple[int, ...], channel: str, group: dist.ProcessGroup) -> None:
+def _give_back(key: _Key, group: dist.ProcessGroup) -> None:
     if _made_under[0] is dist.group.WORLD:
-        _idle.setdefault((ranks, channel), []).append(group)
+        _idle.setdefault(key, []).append(group)
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:

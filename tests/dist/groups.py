@@ -59,6 +59,20 @@ def data_parallel_groups(rank: int, world: int) -> None:
         cp.close()
 
 
+def closed_and_opened_again(rank: int, world: int) -> None:
+    """Layouts change between stages: contexts come and go, of any schedule, beside others that stay open."""
+    x = oracle(64, None, 8, 8)
+    stays = ContextParallel.from_world(schedule="double_ring", nodes=2)
+    for schedule in ("flat_ring", "ulysses_ring", "double_ring", "flat_ring"):
+        cp = ContextParallel.from_world(schedule=schedule, nodes=2)
+        for one in (cp, stays):
+            layout = one.layout(seq_len=64)
+            q, k, v = (layout.shard(x[name], dim=2) for name in "qkv")
+            assert (layout.unshard(context_attention(q, k, v, layout), 2) - x["out"]).abs().max() < TOLERANCE
+        cp.close()
+    stays.close()
+
+
 def inside_ddp(rank: int, world: int) -> None:
     """Gradients under DDP, whose hooks reduce while the ring's backward runs, equal those of one process."""
     torch.manual_seed(0)
@@ -123,4 +137,13 @@ def peer_dies(rank: int, world: int) -> None:
         raise AssertionError("a dead peer went unnoticed")
 
 
-CASES = {f.__name__: f for f in (bad_input_raises_on_every_rank, data_parallel_groups, inside_ddp, peer_dies)}
+CASES = {
+    case.__name__: case
+    for case in (
+        bad_input_raises_on_every_rank,
+        data_parallel_groups,
+        closed_and_opened_again,
+        inside_ddp,
+        peer_dies,
+    )
+}
