@@ -3,6 +3,7 @@ the cells, so that nobody has to trust a colour. A dashed line marks the window 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,10 @@ from longctx.eval.grid import Grid
 
 @dataclass(frozen=True)
 class Panel:
-    """One grid with its title, a line below it, and the trained window in tokens (None: no mark)."""
+    """One grid with its title, and the trained window in tokens (None: no mark)."""
 
     grid: Grid
     title: str
-    note: str = ""
     window: int | None = None
 
 
@@ -60,11 +60,10 @@ def _panel(axis: object, panel: Panel) -> None:
     axis.set_yticks(range(len(grid.depths)), [f"{100 * depth:.0f} %" for depth in grid.depths])
     axis.set_xlabel("context length (tokens)")
     axis.set_ylabel("depth of the needle")
-    axis.set_title(f"{panel.title}\n{100 * grid.pooled():.0f} % found", fontsize=10)
+    title = textwrap.fill(panel.title, 34)
+    axis.set_title(f"{title}\n{100 * grid.pooled():.1f} % found", fontsize=10)
     if panel.window in grid.lengths and panel.window != grid.lengths[-1]:
         axis.axvline(grid.lengths.index(panel.window) + 0.5, color="black", linestyle="--", linewidth=1.2)
-    if panel.note:
-        axis.text(0.5, -0.31, panel.note, transform=axis.transAxes, ha="center", va="top", fontsize=8, wrap=True)
 
 
 def _short(length: int) -> str:

@@ -30,7 +30,6 @@ class Subject:
     name: str
     folder: Path
     title: str
-    note: str = ""
     rope: dict[str, Any] | None = None
     window: int | None = None
     needle: NeedleConfig | None = None

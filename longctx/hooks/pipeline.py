@@ -100,8 +100,8 @@ def _subjects(
         subjects.append(Subject("merged", folder / "merged", "sibling + adapter"))
     unseen = evidence.unseen_phrasing(hook)
     if unseen is not None:
-        note = "needle and question phrased as training never wrote them"
-        subjects.append(Subject("unseen", tuned, "extended, unseen phrasing", note, needle=unseen, losses=False))
+        title = "extended, asked in words that training never saw"
+        subjects.append(Subject("unseen", tuned, title, needle=unseen, losses=False))
     return subjects
 
 

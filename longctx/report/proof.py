@@ -17,7 +17,7 @@ def draw_proof(findings: Mapping[str, Finding], path: Path, *, trained: int, bas
     short = {"base", "control", "sibling"}  # models whose window is still the base's
     panels = [
         Panel(
-            grid, findings[name].subject.title, findings[name].subject.note, window=base if name in short else trained
+            grid, findings[name].subject.title, window=base if name in short else trained
         )
         for name in ORDER
         if name in findings and (grid := findings[name].grid) is not None

@@ -1,0 +1,15 @@
+"""What `longctx doctor` may be told: the shape of attention it shall judge kernels for."""
+
+from __future__ import annotations
+
+from longctx.config.base import Format, schema
+
+
+@schema
+class DoctorConfig:
+    """head_dim, heads, kv_heads: of the model whose attention kernels are asked about."""
+
+    head_dim: int = 128
+    heads: int = 32
+    kv_heads: int = 8
+    format: Format = "text"
