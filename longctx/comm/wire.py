@@ -122,10 +122,10 @@ class ProcessWire:
         self.groups = {}
 
 
-# Groups of closed wires, kept for the next wire over the same ranks. torch names a group that its members make alone
-# after its ranks and the number of groups alive, so one destroyed and made again would take its old name and find
-# its old addresses in the store. What is kept is bounded by the most wires ever open at once; it goes with the
-# default group it was made under.
+# Groups of closed wires, kept for the next wire over the same ranks. torch names a group that its members
+# make alone after its ranks and the number of groups alive, so one destroyed and made again would take its
+# old name and find its old addresses in the store. What is kept is bounded by the most wires ever open at
+# once; it goes with the default group it was made under.
 _Key = tuple[tuple[int, ...], str, timedelta | None, str]  # ranks, channel, timeout, backend
 _idle: dict[_Key, list[dist.ProcessGroup]] = {}
 _made_under: list[dist.ProcessGroup | None] = [None]

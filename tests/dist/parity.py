@@ -33,9 +33,8 @@ def cases(world: int) -> list[Case]:
     for nodes in (m for m in (1, 2, 4, 8) if world % m == 0):
         for schedule in SCHEDULES:
             local = world // nodes
-            for ulysses in (
-                (h for h in (2, 4, 8) if local % h == 0) if schedule == "ulysses_ring" else (None,)
-            ):
+            heads = [h for h in (2, 4, 8) if local % h == 0] if schedule == "ulysses_ring" else []
+            for ulysses in heads or [None]:
                 variants = product(((8, 8), (8, 2), (8, 1)), variants_of_sequence())
                 for (q_heads, kv_heads), (kind, seq_len, documents) in variants:
                     found.append(Case(nodes, schedule, ulysses, kind, seq_len, documents, q_heads, kv_heads))
