@@ -131,7 +131,7 @@ class Ring:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, wire: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in accumulator type (the kernel's when nothing is added); `wire`: that of travelling dKV."""
+        """dq, dk, dv in accumulator type, or the kernel's own; `wire` is the type of travelling dKV."""
         if self._is_one_call(q.shape[2]):
             with self.courier.span(0, "alone"):
                 return self.kernel.backward(dout, q, k, v, out, lse, causal=True, scale=self.scale)

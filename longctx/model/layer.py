@@ -20,6 +20,7 @@ from longctx.attention.interface import attend
 from longctx.config.model import MemoryConfig
 from longctx.model.family import backbone_of, check_layers
 from longctx.model.footprint import footprint
+from longctx.model.norms import train_norms
 from longctx.model.offload import HostStore
 from longctx.model.rotary import Rotate
 from longctx.model.saved import KeepPlan, keep_everything, kept_checkpoint
@@ -84,14 +85,15 @@ def _finish(layer: Any, x: Tensor, out: Tensor) -> Tensor:
 
 
 def train_layers(model: nn.Module) -> None:
-    """Make every decoder layer of `model` a TrainedLayer, in place.
+    """Make every decoder layer of `model` a TrainedLayer and every norm a TrainedNorm, in place.
 
-    The class of each layer changes, its modules and the names of its parameters do not.
+    Their classes change, modules and names of parameters do not.
     """
     check_layers(model)
     for layer in backbone_of(model).layers:
         if not isinstance(layer, TrainedLayer):
             layer.__class__ = _trained(type(layer))
+    train_norms(model)
 
 
 def plan_layers(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: HostStore | None) -> None:

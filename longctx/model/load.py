@@ -11,7 +11,7 @@ from typing import Any
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
 from longctx.model.family import check_config
-from longctx.model.norms import keep_norms_exact
+from longctx.model.norms import train_norms
 
 
 def load(path: str, *, dtype: str = "float32", attention: str = "longctx", device: str = "cpu") -> Any:
@@ -36,7 +36,7 @@ def load(path: str, *, dtype: str = "float32", attention: str = "longctx", devic
     )
     _check_loaded(info, path)
     if dtype == "float64":
-        keep_norms_exact(model)
+        train_norms(model)
     return model.to(device)
 
 
@@ -86,7 +86,7 @@ def init_from(spec: InitConfig, *, dtype: str = "float32", attention: str = "lon
             config, dtype=getattr(torch, dtype), attn_implementation=attention
         )
     if dtype == "float64":
-        keep_norms_exact(model)
+        train_norms(model)
     return model
 
 

@@ -1,6 +1,9 @@
-"""RMSNorm in fp64 for fp64 models: transformers' rounds its input to fp32 whatever the model's type.
+"""RMSNorm that saves its input and one number per token, in fp32 for half precision and in fp64 for fp64 models.
 
-With it an fp64 model is an oracle to 1e-10; without it, to 1e-8 at best.
+transformers' keeps two more tensors of the hidden size for the backward pass, and rounds to fp32 whatever the
+model's type: an fp64 model with it is an oracle to 1e-8 at best, with this one to 1e-10.
+
+Shapes: N rows (batch x tokens, x heads for Qwen3's q and k), E the normed dimension.
 """
 
 from __future__ import annotations
@@ -8,25 +11,72 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+_ROWS = 2048
 
-class _Exact:
+
+class TrainedNorm:
+    """Mixed into a family's RMSNorm class by `train_norms`; the same values, less kept."""
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         module: Any = self
-        eps = module.variance_epsilon if hasattr(module, "variance_epsilon") else module.eps
-        scale = 1.0 + module.weight if type(self).__name__.startswith("ExactGemma") else module.weight
-        variance = hidden_states.square().mean(-1, keepdim=True)
-        return hidden_states * (variance + eps).rsqrt() * scale
+        gemma = type(self).__name__.startswith("TrainedGemma")
+        eps = module.eps if gemma else module.variance_epsilon
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return _RmsNorm.apply(flat, module.weight, eps, gemma).view(hidden_states.shape)
 
 
-def keep_norms_exact(model: nn.Module) -> None:
-    """Make every RMSNorm of `model` compute in its input's type, in place; names and weights stay."""
+class _RmsNorm(torch.autograd.Function):
+    """y = x / rms(x) * w (Zhang & Sennrich 1910.07467, eq. 4); Gemma multiplies by 1 + w, before rounding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
+        wide = _wide(x.dtype)
+        out = torch.empty_like(x)
+        scale = torch.empty(len(x), 1, dtype=wide, device=x.device)
+        for rows in _blocks(x):
+            part = x[rows].to(wide)
+            scale[rows] = torch.rsqrt(part.square().mean(-1, keepdim=True) + eps)
+            normed = part * scale[rows]
+            out[rows] = normed * (1.0 + weight.to(wide)) if gemma else weight * normed.to(x.dtype)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.gemma = gemma
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        wide = scale.dtype
+        factor = weight.to(wide) + 1.0 if ctx.gemma else weight.to(wide)
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(factor) if ctx.needs_input_grad[1] else None
+        for rows in _blocks(x):
+            grad, rms = grads[0][rows].to(wide), scale[rows]
+            normed = x[rows].to(wide) * rms
+            if dw is not None:
+                dw += (grad * normed).sum(0)
+            grad = grad * factor
+            dx[rows] = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * rms
+        return dx, None if dw is None else dw.to(weight.dtype), None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _blocks(x: Tensor) -> list[slice]:
+    return [slice(start, start + _ROWS) for start in range(0, len(x), _ROWS)]
+
+
+def train_norms(model: nn.Module) -> None:
+    """Make every RMSNorm of `model` a TrainedNorm, in place; modules and parameter names stay."""
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and not isinstance(module, _Exact):
-            module.__class__ = _exact(type(module))
+        if type(module).__name__.endswith("RMSNorm") and not isinstance(module, TrainedNorm):
+            module.__class__ = _trained(type(module))
 
 
 @cache
-def _exact(norm: type) -> type:
-    return type(f"Exact{norm.__name__}", (_Exact, norm), {})
+def _trained(norm: type) -> type:
+    return type(f"Trained{norm.__name__}", (TrainedNorm, norm), {})

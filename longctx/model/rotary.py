@@ -105,10 +105,11 @@ def _transformers_rotary(base: nn.Module) -> type[nn.Module]:
 
 
 class Rotate(torch.autograd.Function):
-    """x [B, S, H, D] turned by cos, sin [B, S, D] -> [B, H, S, D] contiguous (Su et al. 2104.09864, eq. 34).
+    """x [B, S, H, D] turned by cos, sin [B, S, D] -> [B, H, S, D] (Su et al. 2104.09864, eq. 34).
 
     The same products and sums as transformers' q * cos + rotate_half(q) * sin, without its temporaries; the
-    backward pass turns by the opposite angle and saves nothing but cos and sin.
+    backward pass turns by the opposite angle and saves nothing but cos and sin. Memory stays in x's order,
+    which is the one the attention kernels write, so that nothing is copied on the way in or out.
     """
 
     @staticmethod
@@ -125,7 +126,7 @@ class Rotate(torch.autograd.Function):
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty_like(x)
     first, second = x[..., :half], x[..., half:]
     torch.mul(first, cos[..., :half], out=out[..., :half])
     out[..., :half].addcmul_(second, sin[..., :half], value=-1)
