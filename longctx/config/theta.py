@@ -36,7 +36,7 @@ class SearchConfig:
     points: int = 7
     rounds: int = 4
     attempts: int = 2
-    documents: int = 4
+    documents: int = 8
     needles: int = 4
     needle_weight: float = 0.25
     adapt_steps: int = 0
