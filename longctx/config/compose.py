@@ -70,12 +70,13 @@ def _forced(root: str, override: str) -> str:
 
 
 def _groups_of(root: str) -> set[str]:
-    """The groups in a root file's defaults list."""
+    """The groups in a root file's defaults list, and in those of the roots it builds on (plan on train)."""
     import yaml
 
     defaults = (yaml.safe_load((config_dir() / f"{root}.yaml").read_text()) or {}).get("defaults", [])
     names = [name for entry in defaults if isinstance(entry, dict) for name in entry]
-    return {name.split("@")[0].removeprefix("optional ").removeprefix("override ").strip("/ ") for name in names}
+    below = [_groups_of(entry) for entry in defaults if isinstance(entry, str) and entry != "_self_"]
+    return set().union(*below) | {name.split("@")[0].removeprefix("optional ").removeprefix("override ").strip("/ ") for name in names}
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[Path]]:

@@ -39,7 +39,7 @@ class SideRun:
 class SiblingHook:
     """A different fine-tune of the same base, into which the adapter is merged: a folder, or made by a run.
 
-    behaviour: name of the mix whose held-out loss says what the sibling is good at.
+    behaviour: the source of text whose held-out loss says what the sibling is good at.
     """
 
     path: Text | None = None
@@ -65,7 +65,7 @@ class EvidenceHook:
 
     control: a side run that spends the same tokens at the base's window and theta. unseen: another phrasing.
     heldout_lengths, heldout_windows: windows of held-out text for the loss of base and every stage.
-    mix: whose held-out documents are the haystack and the text.
+    source: whose held-out documents are the haystack and the text.
     """
 
     needle: NeedleConfig = field(default_factory=NeedleConfig)

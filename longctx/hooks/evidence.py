@@ -7,7 +7,7 @@ RUN/eval/NAME.json as soon as they are known, so a second start only fills what 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,19 @@ def held_out(model: Any, hook: EvidenceHook, ground: Ground) -> dict[int, float]
         length: float(loss.token_losses(model, held_out_rows(ground, length, hook.heldout_windows)).mean())
         for length in hook.heldout_lengths
     }
+
+
+def behaviour(subjects: Sequence[Subject], hook: EvidenceHook, ground: Ground, out: Path) -> None:
+    """behaviour.json: each subject's loss on held-out text of the kind the sibling was tuned on, at short length."""
+    stored = out / "behaviour.json"
+    if stored.exists():
+        return
+    found = {}
+    for subject in subjects:
+        model = load_plain(subject.folder, subject.rope, subject.window)
+        rows = held_out_rows(ground, hook.heldout_lengths[0], hook.heldout_windows)
+        found[subject.name] = float(loss.token_losses(model, rows).mean())
+    stored.write_text(json.dumps(found, indent=1))
 
 
 def unseen_phrasing(hook: EvidenceHook) -> NeedleConfig | None:

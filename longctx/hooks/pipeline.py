@@ -76,6 +76,10 @@ def _examine_all(
         for subject in subjects:
             bar.update(task, description=f"needles: {subject.name}")
             found[subject.name] = evidence.examine(subject, hook, ground, out, lambda: bar.advance(task))
+    if config.hooks.sibling is not None and config.hooks.sibling.behaviour is not None:
+        known = [subject for subject in subjects if subject.name in ("base", "sibling", "merged", "extended")]
+        own = open_ground(config.data, config.hooks.sibling.behaviour, tuned, folder / "data")
+        evidence.behaviour(known, hook, own, out)
     return found
 
 

@@ -144,6 +144,9 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     from longctx.train.heartbeat import Progress, Watcher
     from longctx.train.metrics import Metrics
 
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()  # a bar per rank and load says nothing that the run's own display does not
     torch.manual_seed(config.seed + ranks.rank)
     with ranks.agree("preparing the run's folder"):
         run = runfolder.prepare(config) if ranks.first else Path(config.folder)
