@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from longctx.config.data import DataConfig
+from longctx.data.balance import balanced_order
 from longctx.data.index import Corpus, Split
 from longctx.data.mixing import rng_of
 from longctx.data.plan import Plan
@@ -73,6 +74,7 @@ class StageData:
         self._stage = stage
         self._split: Split = split
         self._made: OrderedDict[tuple[int, int], SynthDocument] = OrderedDict()
+        self._orders: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -101,7 +103,7 @@ class StageData:
         out = np.zeros(len(positions), np.float32)
         for piece, where, at, count in self._overlaps(index, positions):
             out[where : where + count] = self._weigh(piece, at, count)
-            if at == 0 and (self._data.first_token == "skip" or piece == self.plan.first[index]):
+            if at == 0 and (self._data.first_token == "skip" or piece == self._order(index)[0][0]):
                 out[where] = 0.0
         return out
 
@@ -127,19 +129,16 @@ class StageData:
 
     def boundaries(self, index: int) -> np.ndarray:
         """int32 [spans+1]; padding is a span of its own."""
-        first, last = self._range(index)
+        pieces, ends = self._order(index)
         if not self._data.document_mask:
             return np.array([0, self.seq_len], np.int32)
-        ends = np.cumsum(self.plan.length[first:last])
-        own = ~self.plan.glued[first + 1 : last]
-        inner = ends[:-1][own]
+        inner = ends[:-1][~self.plan.glued[pieces[1:]]]
         full = [] if len(ends) and ends[-1] == self.seq_len else ends[-1:].tolist()
         return np.concatenate([[0], inner, full, [self.seq_len]]).astype(np.int32)
 
     def documents(self, index: int) -> tuple[str, ...]:
         """Names of the pieces in order: source:document, with @start for a piece that begins within it."""
-        first, last = self._range(index)
-        return tuple(self._name(piece) for piece in range(first, last))
+        return tuple(self._name(piece) for piece in self._order(index)[0].tolist())
 
     def stats(self) -> dict[str, Any]:
         """Padding, epochs and tokens of the stage, for metrics and the report."""
@@ -152,24 +151,39 @@ class StageData:
             "sources": {name: asdict(use) for name, use in plan.use.items()},
         }
 
-    def _range(self, index: int) -> tuple[int, int]:
+    def _order(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """The sequence's pieces, int64, as they stand in it, and where each ends. The order is the evenest
+        for zigzag ranks; joined pieces stay as they are. The last few are kept for tokens, weights and
+        boundaries."""
         if not 0 <= index < len(self.plan):
             raise IndexError(f"sequence {index} of a stage with {len(self.plan)}")
-        return int(self.plan.first[index]), int(self.plan.first[index + 1])
+        with self._lock:
+            known = self._orders.get(index)
+        if known is not None:
+            return known
+        pieces = np.arange(self.plan.first[index], self.plan.first[index + 1])
+        if self._data.document_mask and not self.plan.glued[pieces].any():
+            rng = rng_of(self._seed, self._stage, self._split, "order", index)
+            pieces = pieces[balanced_order(self.plan.length[pieces], self.seq_len, rng)]
+        made = pieces, np.cumsum(self.plan.length[pieces], dtype=np.int64)
+        with self._lock:
+            self._orders[index] = made
+            while len(self._orders) > 32:
+                self._orders.popitem(last=False)
+        return made
 
     def _overlaps(self, index: int, positions: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
         """(piece, place in the output, offset within the piece, count) that together cover the positions."""
-        first, last = self._range(index)
-        ends = np.cumsum(self.plan.length[first:last], dtype=np.int64)
+        pieces, ends = self._order(index)
         breaks = np.flatnonzero(np.diff(positions) != 1) + 1
         edges = [0, *breaks.tolist(), len(positions)] if len(positions) else []
         for a, b in pairwise(edges):
             low, high = int(positions[a]), int(positions[a]) + b - a
             piece = int(np.searchsorted(ends, low, side="right"))
             while low < high and piece < len(ends):
-                start = int(ends[piece]) - int(self.plan.length[first + piece])
+                start = int(ends[piece - 1]) if piece else 0
                 stop = min(high, int(ends[piece]))
-                yield first + piece, a + low - int(positions[a]), low - start, stop - low
+                yield int(pieces[piece]), a + low - int(positions[a]), low - start, stop - low
                 low, piece = stop, piece + 1
 
     def _read(self, piece: int, at: int, count: int) -> np.ndarray:
