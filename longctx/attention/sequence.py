@@ -11,6 +11,7 @@ sequence.
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -58,7 +59,7 @@ class Layout:
         """n, padding included; the same on every rank."""
         return self.arithmetic.rank_len
 
-    @property
+    @cached_property
     def indices(self) -> Tensor:
         """int64 [n]: where each local token stands in the sequence, -1 for padding (for data loading)."""
         return torch.from_numpy(self.arithmetic.indices(self.cp.rank))
@@ -68,7 +69,7 @@ class Layout:
         """bool [n]: False for padding."""
         return self.indices >= 0
 
-    @property
+    @cached_property
     def positions(self) -> Tensor:
         """int64 [n]: RoPE positions, 0 for padding."""
         return torch.from_numpy(self.arithmetic.positions(self.cp.rank, restart=self.restart))
@@ -189,4 +190,6 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
         raise ValueError(
             f"q has {q.shape[1]} heads, k has {k.shape[1]}: the kv heads must divide the query heads"
         )
+    if reason := layout.cp.wire.unsupported(q.device.type):
+        raise ValueError(f"q, k, v are on {q.device}: {reason}")
     check_heads(layout.cp.ulysses, q.shape[1], k.shape[1])

@@ -45,6 +45,10 @@ class Wire(Protocol):
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]: ...
 
+    def unsupported(self, device: str) -> str | None:
+        """Why tensors of this device type cannot travel, or None."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -58,6 +62,9 @@ class SoloWire:
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         return [tensor]
+
+    def unsupported(self, device: str) -> str | None:
+        return None
 
     def close(self) -> None:
         pass
@@ -87,6 +94,7 @@ class ProcessWire:
         self.rank, self.size = dist.get_rank(parent), len(ranks)
         timeout = timeout or _timeout_of(parent)
         backend = dist.get_backend_config(parent)
+        self.backends = dict(part.split(":") for part in str(backend).split(","))  # "cpu:gloo,cuda:nccl"
         self.keys = {
             channel: (tuple(ranks), channel, timeout, str(backend)) for channel in (*channels, "gather")
         }
@@ -115,6 +123,13 @@ class ProcessWire:
         except RuntimeError as error:
             raise PeerLost(f"all-gather over {self.size} ranks: {error}") from error
         return [part.view(tensor.dtype).view(tensor.shape) for part in parts]
+
+    def unsupported(self, device: str) -> str | None:
+        if device not in self.backends:
+            return f"the process group has backends for {', '.join(self.backends)} only"
+        if self.backends[device] == "gloo" and device != "cpu":
+            return "gloo sends CPU tensors only; initialise the process group with nccl"
+        return None
 
     def close(self) -> None:
         for channel, group in self.groups.items():
@@ -206,6 +221,9 @@ class LocalWire:
             if peer != self.rank:
                 _Letter(self.world, "gather", peer, self.rank, parts[peer]).wait()
         return parts
+
+    def unsupported(self, device: str) -> str | None:
+        return None
 
     def close(self) -> None:
         pass

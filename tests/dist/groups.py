@@ -39,6 +39,8 @@ def bad_input_raises_on_every_rank(rank: int, world: int) -> None:
             continue
         raise AssertionError("no ValueError")
     assert cp.bytes.per_level() == {"inner": 0, "outer": 0}
+    assert cp.wire.unsupported("cpu") is None
+    assert "gloo sends CPU tensors only" in (cp.wire.unsupported("cuda") or "")
     context_attention(x, x, x, layout)
     cp.close()
 
