@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from longctx.config.base import Format, Length, schema
 from longctx.config.model import Dtype, InitConfig, MemoryConfig
-from longctx.console import say
+from longctx.console import emit, emit_json, say
 from longctx.errors import RunFailed
 
 Kind = Literal["longctx", "transformers"]
@@ -43,7 +43,8 @@ class BenchStepConfig:
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.threads < 1 or self.tokens < 2:
             raise ValueError(
-                f"tokens={self.tokens} must be 2 or more, pairs={self.pairs} and threads={self.threads} 1 or more"
+                f"tokens={self.tokens} must be 2 or more, pairs={self.pairs} and threads={self.threads} "
+                "1 or more"
             )
 
 
@@ -59,7 +60,10 @@ def run(config: BenchStepConfig) -> int:
                 f"peak {result['peak_gib']:.2f} GiB"
             )
     report = summary(results, config)
-    print(json.dumps(report, indent=2) if config.format == "json" else _table(report))
+    if config.format == "json":
+        emit_json(report)
+    else:
+        emit(_table(report))
     return 0
 
 

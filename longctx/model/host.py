@@ -10,11 +10,11 @@ import ctypes
 import sys
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
-_THRESHOLD = 16 << 20
+_THRESHOLD = 4 << 20
 
 
 def return_freed_memory() -> None:
-    """Map blocks of 16 MiB and more separately from now on, in this process; only glibc knows how."""
+    """Map blocks of 4 MiB and more separately from now on, in this process; only glibc knows how."""
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)

@@ -1,0 +1,79 @@
+"""`longctx bench peak`: the matrix rate this device really reaches, the denominator of MFU where no table knows it.
+
+Square products of growing size are timed; the best median is the peak. A rate, not a data sheet: it includes
+the device's clocks as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from statistics import median
+from typing import Any, Literal
+
+from longctx.config.base import Format, schema
+from longctx.console import emit, emit_json
+
+
+@schema
+class BenchPeakConfig:
+    """sizes: edges of the square matrices. repeats: timed products per size, after one that is not."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    sizes: list[int] | None = None
+    repeats: int = 5
+    threads: int | None = None
+    format: Format = "text"
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or (self.sizes is not None and (not self.sizes or min(self.sizes) < 1)):
+            raise ValueError(f"repeats={self.repeats} and every one of sizes={self.sizes} must be 1 or more")
+
+
+def run(config: BenchPeakConfig) -> int:
+    report = measure_peak(config)
+    if config.format == "json":
+        emit_json(report)
+        return 0
+    lines = [f"{size:>7} {rate / 1e12:9.3f} TFLOP/s" for size, rate in report["flops_per_second"].items()]
+    lines.append(f"peak {report['peak'] / 1e12:.3f} TFLOP/s, {report['dtype']}, {report['device']}")
+    lines.append(f"for MFU: logging.peak_tflops={report['peak'] / 1e12:.3f}")
+    emit("\n".join(lines))
+    return 0
+
+
+def measure_peak(config: BenchPeakConfig) -> dict[str, Any]:
+    """FLOP/s per matrix edge, the best of them as `peak`, device and dtype."""
+    import torch
+
+    from longctx.bench.step_worker import device_name
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    on_gpu = device.type == "cuda"
+    name = config.dtype if config.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
+    sizes = config.sizes or ([4096, 8192, 16384] if on_gpu else [512, 1024, 2048])
+    rates = {}
+    for size in sizes:
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
+        seconds = [_seconds(a, b) for _ in range(config.repeats + 1)][1:]
+        rates[str(size)] = 2 * size**3 / median(seconds)
+    return {
+        "device": device_name(device),
+        "dtype": name,
+        "threads": None if on_gpu else torch.get_num_threads(),
+        "flops_per_second": rates,
+        "peak": max(rates.values()),
+    }
+
+
+def _seconds(a: Any, b: Any) -> float:
+    import torch
+
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)
+    start = time.perf_counter()
+    torch.mm(a, b)
+    if a.is_cuda:
+        torch.cuda.synchronize(a.device)
+    return time.perf_counter() - start

@@ -1,0 +1,120 @@
+"""What exists at once: no logits, no scores, attention run once per layer, and the bytes a token costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longctx.config.model import InitConfig, MemoryConfig
+from longctx.model import LossModel, init_from
+from longctx.model.footprint import footprint
+from tests.model.conftest import sequence, tiny
+
+TOKENS = 512
+
+
+class Watch(TorchDispatchMode):
+    """Counts operators and keeps the largest tensor any of them gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls[str(func)] += 1
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return out
+
+
+def step(model: LossModel, tokens: int = TOKENS) -> None:
+    ids, positions, labels = sequence(tokens)
+    model(ids, positions, labels).loss_sum.backward()
+
+
+def test_no_tensor_of_tokens_by_vocabulary_or_by_tokens():
+    model = LossModel(init_from(tiny(vocab=700, ffn=64)), MemoryConfig(ffn_block=64, loss_chunk=32))
+    with Watch() as watch:
+        step(model)
+    widest = max(TOKENS * 64, 700 * 32, 32 * 700)  # q at 4 heads x 16, the head's weight, a chunk's logits
+    assert watch.largest <= widest
+    assert widest * 8 < min(TOKENS * 700, TOKENS * TOKENS) or widest * 8 <= TOKENS * TOKENS
+
+    plain = init_from(tiny(vocab=700, ffn=64), attention="eager")
+    ids, _, _ = sequence(TOKENS)
+    with Watch() as watch:
+        plain(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert watch.largest >= TOKENS * 700  # the guard does see logits where they exist
+
+
+@pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig(keep_matmuls=1), MemoryConfig(offload=True)])
+def test_attention_forward_runs_once_per_layer(memory):
+    model = LossModel(init_from(tiny(layers=3)), memory)
+    with Watch() as watch:
+        step(model, 128)
+    assert watch.calls["longctx.context_attention.default"] == 3
+    assert watch.calls["longctx.context_attention_backward.default"] == 3
+
+
+def test_matrix_products_are_repeated_only_where_they_are_not_kept():
+    """Per layer q, k, v, o, gate, up, down: 7 forward and 14 backward; 6 are repeated (down never is)."""
+    counts = []
+    for kept in (0, 2):
+        model = LossModel(init_from(tiny()), MemoryConfig(keep_matmuls=kept, loss_chunk=TOKENS, ffn_block=0))
+        with Watch() as watch:
+            step(model)
+        counts.append(watch.calls["aten.mm.default"])
+    layers, head = 2, 2  # of the head: logits and the hidden states' gradient; its weight's is an addmm
+    assert counts[0] == layers * (7 + 14 + 6) + head
+    assert counts[1] == layers * (7 + 14 + 1) + head
+
+
+def peak_bytes(function: Callable[[], None]) -> int:
+    """The allocator's high-water mark during `function`, above what was allocated before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as made:
+        function()
+    events = []
+    stack = list(made.profiler.kineto_results.experimental_event_tree())
+    while stack:
+        event = stack.pop()
+        stack.extend(event.children)
+        if event.tag == torch._C._profiler._EventType.Allocation:
+            events.append((event.start_time_ns, event.extra_fields))
+    events.sort(key=lambda pair: pair[0])
+    before = events[0][1].total_allocated - events[0][1].alloc_size
+    return max(fields.total_allocated for _, fields in events) - before
+
+
+@pytest.mark.parametrize("keep", [0, 2])
+def test_bytes_per_token_are_the_formula_within_15_percent(keep):
+    spec = InitConfig(layers=4, hidden=128, heads=4, kv_heads=2, ffn=344, vocab=256)
+    model = LossModel(init_from(spec), MemoryConfig(ffn_block=128, loss_chunk=64, keep_matmuls=keep))
+    step(model, 128)
+    peaks = {}
+    for tokens in (1024, 2048):
+        model.zero_grad(set_to_none=True)
+        peaks[tokens] = peak_bytes(lambda count=tokens: step(model, count))
+    measured = (peaks[2048] - peaks[1024]) / 1024
+    expected = footprint(model.model.config, 4).per_token(keep)
+    assert measured == pytest.approx(expected, rel=0.15)
+
+
+def test_the_auto_dial_keeps_what_the_budget_allows():
+    model = init_from(tiny(layers=4))
+    cost = footprint(model.config, 4)
+    room = TOKENS * (cost.per_token() + 2.5 * cost.products) / 2**30
+    trained = LossModel(model, MemoryConfig(keep_matmuls="auto", budget_gib=room))
+    step(trained)
+    keeps = [layer.plan.feed_forward.__name__ == "widening_products" for layer in model.model.layers]
+    assert keeps == [False, False, True, True]
+    assert cost.fitting(TOKENS, 0.0) == 0 and cost.fitting(TOKENS, 1e12) == 4
