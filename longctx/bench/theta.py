@@ -134,7 +134,7 @@ class Examiner:
     """Grids and losses of Hugging Face folders on the same held-out material, kept in OUT/eval."""
 
     def __init__(self, config: BenchThetaConfig, out: Path) -> None:
-        from longctx.hooks.evidence import open_ground
+        from longctx.eval.ground import open_ground
 
         self.config, self.out = config, out / "eval"
         model = config.train.model
@@ -156,12 +156,11 @@ class Examiner:
 
     def _measure(self, name: str, folder: Path, stage: Stage | None) -> Examined:
         from longctx.eval import loss, needle
-        from longctx.eval.predict import one_process
-        from longctx.hooks.evidence import Subject, load
+        from longctx.eval.predict import load_plain, one_process
 
         config, ground = self.config, self.ground
         rope, window = (dict(stage.rope), stage.seq_len) if stage else (None, None)
-        model = load(Subject(name, folder, name, rope=rope, window=window))
+        model = load_plain(folder, rope, window)
         grid = needle.grid(one_process(model), config.needle, ground.writer, ground.haystack, label=name)
         longest = max(config.needle.lengths)
         far = loss.token_losses(model, self._rows(longest, config.documents))

@@ -17,7 +17,7 @@ def draw_curve(trials: Sequence[Trial], *, rule: int, best: int, length: int, pa
 
     ordered = sorted(trials, key=lambda trial: trial.theta)
     thetas = [trial.theta for trial in ordered]
-    figure, left = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    figure, left = plt.subplots(figsize=(8, 5.2), layout="constrained")
     left.plot(
         thetas,
         [trial.last_quarter_loss for trial in ordered],
@@ -39,7 +39,7 @@ def draw_curve(trials: Sequence[Trial], *, rule: int, best: int, length: int, pa
         right.set_ylabel("loss on needle answers (nats per token)", color="tab:orange")
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
-    left.legend(handles, labels, fontsize=9)
+    figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=2)
     left.grid(alpha=0.2)
     left.set_title(f"Which theta reads {length:,} tokens best")
     path.parent.mkdir(parents=True, exist_ok=True)

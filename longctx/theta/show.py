@@ -117,13 +117,13 @@ def picture(rope: Rope, rows: Sequence[Row], path: Path) -> None:
     pairs = np.arange(before.size)
     axes.plot(pairs, before, color="0.35", linestyle="--", linewidth=2, label=f"before: {_label(rope)}")
     axes.axhline(rope.window, color="0.35", linestyle=":", linewidth=1)
-    axes.text(0, rope.window * 1.12, f"window {rope.window:,}", color="0.35", fontsize=9)
+    axes.text(0.4, rope.window * 1.12, f"window {rope.window:,}", color="0.35", fontsize=9)
     for row, shade in zip(rows, shades, strict=True):
         after = Rope(row.rope_parameters, rope.head_dim, row.seq_len)
         axes.plot(pairs, wavelengths(after.frequencies()), color=shade, label=f"{row.name}: {_label(after)}")
         axes.axhline(row.seq_len, color=shade, linestyle=":", linewidth=1)
         if row.seq_len != rope.window:
-            axes.text(0, row.seq_len * 1.12, f"{row.seq_len:,}", color=shade, fontsize=9)
+            axes.text(0.4, row.seq_len * 1.12, f"{row.seq_len:,}", color=shade, fontsize=9)
     axes.set_yscale("log")
     axes.set_xlabel("rotary pair i (dimensions 2i and 2i+1)")
     axes.set_ylabel("wavelength in tokens")
