@@ -76,7 +76,7 @@ def oracle(seq_len: int, documents: tuple[int, ...] | None, q_heads: int, kv_hea
 
 @lru_cache(maxsize=4)
 def context(nodes: int, schedule: str, ulysses: int | None) -> ContextParallel:
-    return ContextParallel.from_world(nodes=nodes, schedule=schedule, ulysses=ulysses, timeout=60)
+    return ContextParallel.from_world(nodes=nodes, schedule=schedule, ulysses=ulysses, timeout=300)
 
 
 def check(rank: int, world: int, case: Case) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "longctx.attention", "tests.dist.parity"])
+CONTEXT.set_forkserver_preload(["torch.distributed", "torch._dynamo", "longctx.attention", "tests.dist.parity"])
 
 
 def run_ranks(
@@ -22,7 +22,7 @@ def run_ranks(
     body: Callable[..., Any],
     cases: Sequence[Any],
     store: Path,
-    timeout: float = 240.0,
+    timeout: float = 900.0,
     leaves: int = 0,
 ) -> dict[Any, list[str]]:
     """body(rank, world, case) on every rank for every case; the failures, {case: ["rank r: traceback"]}.
@@ -59,7 +59,7 @@ def _rank(rank: int, world: int, body: Callable, cases: list, store: str, result
     torch.set_num_threads(1)
     found = []
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=600)
     )
     for case in cases:
         try:
