@@ -22,9 +22,6 @@ from longctx.errors import UserError
 if TYPE_CHECKING:
     from longctx.bench.workers import Serve
 
-SKETCHES = {8192: 0.87, 16384: 1.13}  # ring / SDPA of an earlier sketch, facts of the field
-PUBLIC_CPU_RING = 0.13  # ring-attention-pytorch over gloo, 8192 tokens, the same heads
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -217,25 +214,18 @@ def _table(document: dict[str, Any]) -> Any:
         from longctx.bench.attention_virtual import table
 
         return table(document)
-    host_, ranks = document["host"], document["ranks"]
+    from rich.box import SIMPLE
+
+    at, ranks = document["host"], document["ranks"]
     title = (
-        f"causal attention, forward + backward, {host_['machine']}, {ranks} cores, torch {host_['torch']}, "
-        f"matrix rate {document['matrix_gflops']:.0f} GFLOP/s"
+        f"causal attention, forward + backward: {ranks} ranks x 1 thread beside SDPA x {ranks} threads,\n"
+        f"{at['machine']}, torch {at['torch']}, matrix rate {document['matrix_gflops']:.0f} GFLOP/s"
     )
-    table = Table(title=title, title_justify="left")
-    for column in (
-        "tokens",
-        "heads",
-        "ring s",
-        "SDPA s",
-        "ring GFLOP/s",
-        "SDPA GFLOP/s",
-        "ring / SDPA",
-        "of matrix rate",
-    ):
-        table.add_column(column, justify="right")
+    made = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("tokens", "heads", "ring s", "SDPA s", "ring GFLOP/s", "SDPA", "ring/SDPA", "of matrix"):
+        made.add_column(column, justify="right", no_wrap=True)
     for row in document["rows"]:
-        table.add_row(
+        made.add_row(
             f"{row['length']}",
             f"{row['heads']}/{row['kv_heads']} x {row['head_dim']}",
             f"{row['seconds']['ring']:.3f}",
@@ -245,4 +235,4 @@ def _table(document: dict[str, Any]) -> Any:
             f"{row['ratio']:.2f}",
             f"{row['share_of_matrix_rate']['ring']:.0%}",
         )
-    return table
+    return made

@@ -69,7 +69,8 @@ def as_svg(
 ) -> str:
     """The same timeline as a standalone SVG document."""
     shown = list(range(timeline.ranks)) if ranks is None else ranks
-    per_node = max(1, timeline.ranks // nodes)
+    blocks = 1 + max(span.blocks[0] for span in timeline.spans if span.kind == "compute")
+    per_node = max(1, blocks // nodes)  # a Ulysses group owns one block together
     right, y = width - 16, 56.0
     scale = (right - _LEFT) / timeline.seconds if timeline.seconds else 0.0
     parts: list[str] = []
@@ -116,7 +117,7 @@ def _text(x: float, y: float, text: str, size: int, anchor: str = "start") -> st
 
 
 def _legend() -> str:
-    items = [(_BLOCKS[0], "computes on the block of this rank; one colour per node")]
+    items = [(_BLOCKS[0], "computes on this rank's block; one colour per node")]
     items += [(_COLOURS["kv"], "KV"), (_COLOURS["dkv"], "dKV"), (_COLOURS["heads"], "heads (Ulysses)")]
     out, x = "", float(_LEFT)
     for colour, text in items:
@@ -126,7 +127,6 @@ def _legend() -> str:
 
 
 def _seconds(value: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
-        if value * factor >= 1 or unit == "us":
-            return f"{value * factor:.3g} {unit}"
-    return "0 s"
+    units = (("s", 1.0), ("ms", 1e3), ("us", 1e6))
+    unit, factor = next((pair for pair in units if value * pair[1] >= 1), units[-1])
+    return f"{value * factor:.3g} {unit}" if value else "0"
