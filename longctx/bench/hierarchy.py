@@ -22,7 +22,7 @@ from longctx.errors import UserError
 from longctx.plan.simulate import evenly, simulate
 from longctx.plan.volume import busiest
 from longctx.schedule import Plan, Sizes, build
-from longctx.topology import Link, Topology
+from longctx.topology import Level, Link, Topology
 
 # A full frame carries 1448 bytes of data in the 1514 that tc counts (Ethernet, IP, TCP with timestamps).
 PAYLOAD_SHARE = 1448 / 1514
@@ -195,7 +195,7 @@ def predict(config: BenchHierarchyConfig, schedule: str, unlimited: dict[str, fl
     sizes = sizes_of(config)
     blocks = config.nodes * config.ranks // (_ulysses(config) if schedule == "ulysses_ring" else 1)
     outer = Link(config.bytes_per_second * PAYLOAD_SHARE)
-    links = {"inner": None, "outer": outer if config.nodes > 1 else None}
+    links: dict[Level, Link | None] = {"inner": None, "outer": outer if config.nodes > 1 else None}
     ahead = simulate(plans_of(config, schedule, False), sizes, evenly(unlimited["forward"] / blocks), links)
     times = {"forward": round(ahead.seconds, 4)}
     if config.backward:

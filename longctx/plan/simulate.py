@@ -62,7 +62,7 @@ class Timeline:
 def blocks_of(compute: Compute) -> float:
     """Work of a computation in KV blocks: a zigzag diagonal costs the same as any other block.
 
-    Of a diagonal in n shares the last is half and the others are equal parts of the rest, as layout deals them.
+    Of a diagonal in n shares the last is half and the others are equal parts of the rest, as layout deals.
     """
     i, n = compute.part
     share = 1.0 if n == 1 else 0.5 if i == n - 1 else 0.5 / (n - 1)

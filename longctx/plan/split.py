@@ -25,7 +25,7 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
     of a sequence and the batch divides over the groups; else the largest for which the batch divides.
     """
     fixed = parallel.stages.get(stage.name, parallel.cp)
-    if fixed != "auto":
+    if not isinstance(fixed, str):  # a number, not "auto"
         if fixed < 1 or world % fixed:
             near = max(c for c in range(1, world + 1) if world % c == 0 and c <= max(fixed, 1))
             raise UserError(f"parallel.cp={fixed} does not divide the {world} ranks; {near} fits ({FILE})")
