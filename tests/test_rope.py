@@ -344,6 +344,32 @@ def test_frequencies_equal_transformers_through_a_saved_and_reloaded_model(tmp_p
             assert _ulps(grown, rotary.inv_freq.numpy()) <= (1 if rope["rope_type"] == "longrope" else 40)
 
 
+def test_frequencies_survive_longctxs_own_export(tmp_path: Path):
+    """Every rule's rope, exported from a model with another one and loaded by plain transformers."""
+    from transformers import AutoModelForCausalLM
+
+    from longctx.config.model import InitConfig, ModelConfig
+    from longctx.model import init_from
+    from longctx.model.export import export
+
+    shape = InitConfig(layers=1, hidden=64, heads=2, kv_heads=1, ffn=8, vocab=8, window=512)
+    model = init_from(shape, attention="sdpa")
+    start = Rope({"rope_type": "default", "rope_theta": 10000}, 32, 512)
+    for name in RULES:
+        values = {"long_factor": [1.5] * 16} if name == "longrope" else {}
+        rope = make_rule(name, values).to_hf(start, 8192)
+        out = export(
+            model.named_parameters(), ModelConfig(init=shape), None, tmp_path / name, rope=rope, window=8192
+        )
+        rotary = AutoModelForCausalLM.from_pretrained(out).model.rotary_emb
+        assert _ulps(inv_freq(rope, 32, window=8192, dtype=np.float32), rotary.inv_freq.numpy()) <= 1, name
+        assert read_rope(out).theta == rope["rope_theta"]
+        old = {
+            k: v for k, v in json.loads((out / "config.json").read_text()).items() if k != "rope_parameters"
+        }
+        assert np.array_equal(rope_of(old, "old style").frequencies(), read_rope(out).frequencies()), name
+
+
 def test_every_rope_type_of_transformers_is_known():
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
