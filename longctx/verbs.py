@@ -27,6 +27,8 @@ _ALL = [
          "extend a model's context, stage by stage"),
     Verb("eval", "longctx.config.eval:EvalConfig", "longctx.eval.run:run",
          "needles found and held-out loss of one model"),
+    Verb("report", "longctx.config.report:ReportConfig", "longctx.report.page:run",
+         "a run on one static page"),
     Verb("doctor", "longctx.config.doctor:DoctorConfig", "longctx.doctor:run",
          "what this machine offers, and which attention kernel would serve"),
     Verb("bench faults", "longctx.config.faults:FaultsConfig", "longctx.bench.faults:run",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
@@ -30,7 +30,7 @@ _CUSTOMARY["4194k"] = 2**22
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def schema(cls: type[T]) -> type[T]:
     """A frozen keyword-only dataclass that refuses unknown keys; field aliases (`from`) are accepted."""
-    made: Callable[[type[T]], type[T]] = _pydantic_dataclass(
+    made: Any = _pydantic_dataclass(
         frozen=True,
         kw_only=True,
         config=ConfigDict(extra="forbid", populate_by_name=True, arbitrary_types_allowed=False),
@@ -146,8 +146,12 @@ def _step_into(kind: Any, part: Any) -> Any:
 
 def _explain(kind: Any, item: Mapping[str, Any], origin: str) -> str:
     # pydantic adds the name of a union's member to the location; users know only the keys they wrote.
-    location = [part for part in item["loc"] if not (isinstance(part, str) and not re.match(r"^[\w-]+$", part))]
-    location = [part for part in location if not (isinstance(part, str) and re.match(r"^[A-Z]\w*Config$", part))]
+    location = [
+        part for part in item["loc"] if not (isinstance(part, str) and not re.match(r"^[\w-]+$", part))
+    ]
+    location = [
+        part for part in location if not (isinstance(part, str) and re.match(r"^[A-Z]\w*Config$", part))
+    ]
     where = ".".join(str(part) for part in location)
     value = item.get("input")
     if item["type"] == "unexpected_keyword_argument":

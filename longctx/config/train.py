@@ -130,6 +130,13 @@ class TrainConfig:
     hooks: HooksConfig = field(default_factory=HooksConfig)
     accept: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        if self.model.path is None and (self.hooks.sibling or self.hooks.evidence):
+            raise ValueError(
+                "hooks.sibling and hooks.evidence compare with the base, and a model drawn with model.init has none; "
+                "use hooks=none"
+            )
+
     @property
     def folder(self) -> str:
         """The run's folder."""

@@ -20,6 +20,7 @@ from longctx.eval.ground import Ground
 from longctx.eval.predict import load_plain, one_process
 from longctx.eval.run import held_out_rows
 
+
 @dataclass(frozen=True)
 class Subject:
     """A model to be examined. rope, window: replace what its config.json says (theta changed, nothing trained).

@@ -19,6 +19,9 @@ from longctx.hooks import evidence
 from longctx.hooks.adapter import extract_adapter, merge_sibling
 from longctx.hooks.evidence import Finding, Subject
 from longctx.hooks.side import train_side
+from longctx.hooks.summary import tell, write_summary
+from longctx.report.page import write_page
+from longctx.report.proof import draw_proof
 
 
 def run_hooks(config: TrainConfig, folder: Path) -> int:
@@ -40,6 +43,7 @@ def run_hooks(config: TrainConfig, folder: Path) -> int:
             sibling = train_side(config, folder, "sibling", hooks.sibling.run)
         merge_sibling(sibling, adapter, merged)
     if hooks.evidence is None:
+        console.say(f"the run on one page: {write_page(folder)}")
         return 0
     control = None
     if hooks.evidence.control is not None:
@@ -47,12 +51,10 @@ def run_hooks(config: TrainConfig, folder: Path) -> int:
         control = train_side(config, folder, "control", hooks.evidence.control)
     findings = _examine_all(config, hooks.evidence, folder, stages, tuned, sibling, control)
     seconds = time.monotonic() - began
-    from longctx.hooks.summary import tell, write_summary
-    from longctx.report.proof import draw_proof
-
     picture = folder / "eval" / "needle.png"
     draw_proof(findings, picture, trained=stages[-1]["seq_len"], base=_window(str(config.model.path)))
     summary = write_summary(config, folder, stages, findings, seconds)
+    write_page(folder)
     tell(summary, picture)
     return 0
 
@@ -98,7 +100,14 @@ def _subjects(
         subjects.append(Subject("control", control, "control: same tokens, old window and theta"))
     subjects.append(Subject("extended", tuned, "extended"))
     for stage in stages[:-1]:
-        subjects.append(Subject(f"stage_{stage['stage']}", folder / stage["model"], f"after stage {stage['stage']}", grid=False))
+        subjects.append(
+            Subject(
+                f"stage_{stage['stage']}",
+                folder / stage["model"],
+                f"after stage {stage['stage']}",
+                grid=False,
+            )
+        )
     if sibling is not None:
         subjects.append(Subject("sibling", sibling, "sibling: another fine-tune of the base"))
         subjects.append(Subject("merged", folder / "merged", "sibling + adapter"))

@@ -12,11 +12,24 @@ from longctx import console
 from longctx.config.train import TrainConfig
 from longctx.hooks.evidence import Finding
 
-LIBRARIES = ("longctx", "torch", "transformers", "accelerate", "deepspeed", "peft", "safetensors", "hydra-core")
+LIBRARIES = (
+    "longctx",
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "safetensors",
+    "hydra-core",
+)
 
 
 def write_summary(
-    config: TrainConfig, folder: Path, stages: list[dict[str, Any]], findings: Mapping[str, Finding], seconds: float
+    config: TrainConfig,
+    folder: Path,
+    stages: list[dict[str, Any]],
+    findings: Mapping[str, Finding],
+    seconds: float,
 ) -> dict[str, Any]:
     """Write RUN/summary.json and return it.
 
@@ -35,7 +48,10 @@ def write_summary(
         "theta": {stage["stage"]: stage["theta"] for stage in stages},
         "seq_len": {stage["stage"]: stage["seq_len"] for stage in stages},
         "tokens": {stage["stage"]: stage["tokens"] for stage in stages},
-        "seconds": {**{stage["stage"]: round(stage["seconds"], 1) for stage in stages}, "hooks": round(seconds, 1)},
+        "seconds": {
+            **{stage["stage"]: round(stage["seconds"], 1) for stage in stages},
+            "hooks": round(seconds, 1),
+        },
         "adapter": _adapter(folder / "adapter", config),
         "frozen": config.optim.freeze,
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},

@@ -1,0 +1,118 @@
+"""A run on one static page: what was reached, the pictures, the loss curve, the settings. No scripts, no network.
+
+Everything comes from the run's folder: summary.json, metrics.jsonl, finished.json of each stage, config.yaml.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from longctx import console
+from longctx.config.report import ReportConfig
+from longctx.errors import UserError
+
+STYLE = (
+    "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
+    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow:auto}"
+)
+
+
+def run(config: ReportConfig) -> int:
+    """Write RUN/report.html and say where it is."""
+    console.emit(str(write_page(Path(config.run))))
+    return 0
+
+
+def write_page(folder: Path) -> Path:
+    """Raises UserError when the folder holds no run."""
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"run={folder} holds no config.yaml, so it is no run's folder; a run's is runs/NAME")
+    parts = [f"<h1>{html.escape(folder.name)}</h1>", *_summary(folder), *_stages(folder), *_curve(folder)]
+    parts.append(f"<h2>Settings</h2><pre>{html.escape((folder / 'config.yaml').read_text())}</pre>")
+    title = f"longctx: {html.escape(folder.name)}"
+    page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>" + "\n".join(parts)
+    out = folder / "report.html"
+    beside = folder / ".report.html.part"
+    beside.write_text(page)
+    beside.replace(out)
+    return out
+
+
+def _summary(folder: Path) -> Iterable[str]:
+    stored = folder / "summary.json"
+    if not stored.exists():
+        return
+    summary = json.loads(stored.read_text())
+    lengths = list(next(iter(summary["needle"].values())))
+    yield "<h2>Needles found</h2>"
+    rows = [
+        [name, *(f"{100 * found[length]:.1f} %" for length in lengths), f"{100 * summary['needle_pooled'][name]:.1f} %"]
+        for name, found in summary["needle"].items()
+    ]
+    yield _table(["model", *(f"{int(length):,}" for length in lengths), "pooled"], rows)
+    picture = folder / "eval" / "needle.png"
+    if picture.exists():
+        yield _image(picture.read_bytes(), "needle grids")
+    yield "<h2>Loss on held-out text</h2>"
+    windows = sorted({window for losses in summary["loss"].values() for window in losses}, key=int)
+    losses = [[name, *(f"{found[w]:.4f}" for w in windows)] for name, found in summary["loss"].items()]
+    yield _table(["model", *(f"{int(w):,} tokens" for w in windows)], losses)
+    if summary.get("adapter"):
+        size = summary["adapter"]["bytes"] / 1e6
+        yield f"<p>Adapter: rank {summary['adapter']['rank']}, {size:.2f} MB, profile {summary['adapter']['profile']}.</p>"
+
+
+def _stages(folder: Path) -> Iterable[str]:
+    marks = [json.loads(path.read_text()) for path in (folder / "stages").glob("*/finished.json")]
+    if not marks:
+        return
+    marks.sort(key=lambda mark: (mark["seq_len"], mark["stage"]))
+    yield "<h2>Stages</h2>"
+    rows = [
+        [m["stage"], f"{m['seq_len']:,}", f"{m['theta']:,.0f}", f"{m['tokens']:,}", str(m["steps"]), f"{m['seconds']:.0f}"]
+        for m in marks
+    ]
+    yield _table(["stage", "length", "theta", "tokens", "steps", "seconds"], rows)
+
+
+def _curve(folder: Path) -> Iterable[str]:
+    """Loss over tokens, the stages told apart."""
+    stored = folder / "metrics.jsonl"
+    lines = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
+    steps = [line for line in lines if line.get("loss") is not None and "stage" in line]
+    if not steps:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9, 3.5), layout="constrained")
+    for stage in dict.fromkeys(line["stage"] for line in steps):
+        own = [line for line in steps if line["stage"] == stage]
+        axis.plot([line["tokens"] for line in own], [line["loss"] for line in own], label=stage, linewidth=1)
+    axis.set_xlabel("tokens")
+    axis.set_ylabel("training loss (weighted)")
+    axis.legend()
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    plt.close(figure)
+    yield "<h2>Training loss</h2>"
+    yield _image(buffer.getvalue(), "training loss")
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
+    return f"<table><tr>{top}</tr>{body}</table>"
+
+
+def _image(data: bytes, alt: str) -> str:
+    return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{base64.b64encode(data).decode()}">'
