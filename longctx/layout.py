@@ -100,6 +100,7 @@ class SequenceLayout:
         self.rank_len = self.position_len // ulysses
         self.padded_len = self.position_len * positions
         self._rects: dict[tuple, list[Rect]] = {}
+        self._orders: dict[tuple[int, ...], tuple[Pieces, list[Copy]]] = {}
 
     @property
     def padding(self) -> int:
@@ -197,6 +198,11 @@ class SequenceLayout:
         return self._gathered(blocks)[1]
 
     def _gathered(self, blocks: tuple[int, ...]) -> tuple[Pieces, list[Copy]]:
+        if blocks not in self._orders:
+            self._orders[blocks] = self._order(blocks)
+        return self._orders[blocks]
+
+    def _order(self, blocks: tuple[int, ...]) -> tuple[Pieces, list[Copy]]:
         if len(blocks) == 1:
             return self.pieces[blocks[0]], [Copy(0, 0, 0, self.position_len)]
         parts = [self.pieces[b] for b in blocks]
