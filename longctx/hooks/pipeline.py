@@ -18,10 +18,10 @@ from longctx.eval.ground import open_ground
 from longctx.hooks import evidence
 from longctx.hooks.adapter import extract_adapter, merge_sibling
 from longctx.hooks.evidence import Finding, Subject
+from longctx.hooks.proof import draw_proof
 from longctx.hooks.side import train_side
 from longctx.hooks.summary import tell, write_summary
 from longctx.report.page import write_page
-from longctx.report.proof import draw_proof
 
 
 def run_hooks(config: TrainConfig, folder: Path) -> int:

@@ -1,1 +1,1 @@
-"""What a run looks like: the proof as one picture, and the static page around it."""
+"""A run on one static page."""
