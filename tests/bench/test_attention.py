@@ -1,6 +1,7 @@
 """bench attention: teams take turns, virtual ranks do the kernel's work, figures are consistent."""
 
 import pytest
+import torch
 
 from longctx.bench.attention import Problem, measure_cpu
 from longctx.bench.attention_virtual import measure
@@ -59,3 +60,15 @@ def test_backends_are_refused_with_their_reasons():
     )
     with pytest.raises(UserError, match="100 is not divisible by 2 x virtual_ranks = 8"):
         measure(config, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_backend_of_the_gpu_is_timed():
+    config = BenchAttentionConfig(
+        lengths=[2048], heads=8, kv_heads=2, head_dim=64, virtual_ranks=[1, 4], repeats=2
+    )
+    document = measure(config, "cuda")
+    assert document["dtype"] == "bfloat16"
+    for backend in {row["backend"] for row in document["rows"]}:
+        assert [row["virtual_ranks"] for row in document["rows"] if row["backend"] == backend] == [0, 1, 4]
