@@ -10,6 +10,7 @@ asked for in the wrong way. Tried with deepspeed 0.19.8; fragments replace its p
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -46,10 +47,6 @@ class ZeroEngine:
         self.engine: Any = self.accelerator.prepare(model, optimizer)[0]
         self.zero: Any = self.engine.optimizer
         self._check(config, dtype)
-        for (
-            state
-        ) in self.zero.optimizer.state.values():  # ZeRO-3 has taken an empty step to allocate its moments
-            state["step"] = torch.zeros_like(torch.as_tensor(state["step"], dtype=torch.float32))
 
     def _check(self, config: EngineConfig, dtype: torch.dtype) -> None:
         kind = str(self.accelerator.distributed_type).rsplit(".", 1)[-1]
@@ -192,13 +189,18 @@ def _accelerator(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, r
     import deepspeed
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import InitProcessGroupKwargs
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # An all-reduce for inference that every CPU start would compile or load; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     plugin = DeepSpeedPlugin(hf_ds_config=_settings(config, optim, dtype, ranks), zero3_init_flag=False)
     backend = "gloo" if ranks.device.type == "cpu" else "nccl"
-    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
+    accelerator = Accelerator(
+        deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)]
+    )
+    unset_hf_deepspeed_config()  # or every model made from here on (an export's, a hook's) would be sharded too
+    return accelerator
 
 
 def _settings(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
@@ -240,10 +242,10 @@ def _optimizer(
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
-def _norm3(zero: Any) -> torch.Tensor:
-    from deepspeed.runtime.zero.utils import combine_grad_norm_groups
-
-    return combine_grad_norm_groups(zero._get_norm_groups())
+def _norm3(zero: Any) -> float:
+    """Norm over the sub-groups' norms, which already span all ranks; -1 if one of them is not finite."""
+    norms = [float(norm) for norm in zero._get_norm_groups()]
+    return -1.0 if min(norms) < 0 else math.hypot(*norms)
 
 
 def _piece12(zero: Any, parameter: torch.Tensor) -> tuple[int, int, torch.Tensor, int] | None:

@@ -95,11 +95,11 @@ def check(rank: int, world: int, case: Case) -> None:
     data = MadeData(SEQ, dp * per_rank, seed=world, mute=mute)
     share = Shares(dp, rank // case.cp, per_rank, case.rows)
     context, group = _open_context(ParallelConfig(), ranks, case.cp)
+    loss, wanted = reference(case, data)
     with gradients(case, ranks) as (engine, grads):
         window = [micro_batch(data, own, context, case.layout) for own in share.sequences(0)]
         stepper = Stepper(engine, ranks, Guards(GuardsConfig(), Path("."), ranks, []), Progress(), case.cp)
         report = stepper.take(window, 0.0, step=0, timer=Timer(ranks.device))
-        loss, wanted = reference(case, data)
         tight = case.dtype == "float64"
         assert abs(report.loss - loss) <= (1e-12 if tight else 1e-6) * loss, (
             f"loss {report.loss} against {loss}"
@@ -108,11 +108,39 @@ def check(rank: int, world: int, case: Case) -> None:
         for name, grad in wanted.items():
             error = float((grads[name].double() - grad).norm() / grad.norm().clamp_min(1e-30))
             assert error <= (1e-10 if tight else 1e-5), f"{name}: gradient off by {error:.2e}"
+        with torch.no_grad():
+            sums = [float(engine.forward(**batch.inputs).nll_sum) for batch in window]
+        evaluated = ranks.sum([sum(sums)])[0] / report.weight
+        assert abs(evaluated - loss) <= (1e-12 if tight else 1e-6) * loss, (
+            f"evaluation {evaluated} against {loss}"
+        )
         norm = float(torch.stack([grad.norm() for grad in wanted.values()]).norm())
         assert abs(report.grad_norm - norm) <= 1e-5 * norm, f"norm {report.grad_norm} against {norm}"
     context.close()
     if group is not None:
         dist.destroy_process_group(group)
+
+
+def check_isolation(rank: int, world: int, case: Case) -> None:
+    """Changing one document of a packed sequence leaves every other document's token losses as they were,
+    bit for bit.
+    """
+    ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
+    context, _ = _open_context(ParallelConfig(), ranks, case.cp)
+    model = LossModel(made_model(case, case.dtype, "longctx"), MemoryConfig())
+    data = MadeData(SEQ, 4, seed=3)
+    low, high = data.bounds_of[2][1:3]
+    losses = []
+    for _ in range(2):
+        batch = micro_batch(data, [2], context, case.layout)
+        with torch.no_grad():
+            losses.append(model(**batch.inputs, per_token=True).per_token[0])
+        data.tokens_of[2][low:high] = (data.tokens_of[2][low:high] + 17) % VOCAB
+    held = batch.inputs["layout"].indices
+    inside = (held >= low) & (held < high)
+    assert torch.equal(losses[0][~inside], losses[1][~inside])
+    assert ranks.any(bool((losses[0][inside] != losses[1][inside]).any()))
+    context.close()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 
 from tests.dist.ranks import run_ranks
 
-from .parity import Case, check
+from .parity import Case, check, check_isolation
 
 TWO = [
     Case(cp=2),
@@ -36,6 +36,12 @@ def told(failures: dict[Case, list[str]]) -> str:
 @pytest.mark.parametrize(("world", "cases"), [(2, TWO), (4, FOUR)], ids=["2", "4"])
 def test_a_step_equals_one_process(tmp_path: Path, world: int, cases: list[Case]) -> None:
     failures = run_ranks(world, check, cases, tmp_path / "store")
+    assert not failures, told(failures)
+
+
+def test_a_changed_document_leaves_the_others_bit_unchanged(tmp_path: Path) -> None:
+    cases = [Case(cp=2), Case(cp=2, layout="contiguous")]
+    failures = run_ranks(2, check_isolation, cases, tmp_path / "store")
     assert not failures, told(failures)
 
 
