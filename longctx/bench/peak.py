@@ -1,4 +1,5 @@
-"""`longctx bench peak`: the matrix rate this device really reaches, the denominator of MFU where no table knows it.
+"""`longctx bench peak`: the matrix rate this device really reaches, the denominator of MFU where no table
+knows it.
 
 Square products of growing size are timed; the best median is the peak. A rate, not a data sheet: it includes
 the device's clocks as they are.

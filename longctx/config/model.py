@@ -80,7 +80,8 @@ class InitConfig:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.head_dim is None and self.hidden % self.heads:
             raise ValueError(
-                f"hidden={self.hidden} is not a multiple of heads={self.heads}; change one of them or give head_dim"
+                f"hidden={self.hidden} is not a multiple of heads={self.heads}; change one of them or give "
+                "head_dim"
             )
         if (self.head_dim or self.hidden // self.heads) % 2:
             raise ValueError("head_dim must be even: rotary embeddings turn pairs of dimensions")

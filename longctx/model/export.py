@@ -1,8 +1,8 @@
 """A Hugging Face folder from a stream of tensors: what a stage hands to evaluation, extraction and users.
 
 Tensors are written as they come, so no rank ever holds the whole model. Theta and window stand in the config
-both as transformers 5 reads them (rope_parameters) and as older readers do (rope_theta, rope_scaling). The folder
-is written beside its place, read back, and renamed.
+both as transformers 5 reads them (rope_parameters) and as older readers do (rope_theta, rope_scaling). The
+folder is written beside its place, read back, and renamed.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ def export(
     write: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write the model whose (name, tensor) pairs `state` yields to the folder `out`, replacing one that is there.
+    """Write the model whose (name, tensor) pairs `state` yields to the folder `out`, replacing one that is
+    there.
 
-    source: where its config and generation config come from, a ModelConfig or a folder or hub id. tokenizer: a
-    transformers tokenizer, or None. rope, window: rope_parameters and max_position_embeddings to serve with.
-    write=False only draws the stream to its end, which the ranks beside the writing one owe to its collectives.
-    Names may carry the `model.` of a LossModel. Raises RunFailed when a weight is missing or unknown, when the
-    disk is too small, or when the folder does not read back as written.
+    source: where its config and generation config come from, a ModelConfig or a folder or hub id. tokenizer:
+    a transformers tokenizer, or None. rope, window: rope_parameters and max_position_embeddings to serve
+    with. write=False only draws the stream to its end, which the ranks beside the writing one owe to its
+    collectives. Names may carry the `model.` of a LossModel. Raises RunFailed when a weight is missing or
+    unknown, when the disk is too small, or when the folder does not read back as written.
     """
     out = Path(out)
     if not write:
@@ -77,7 +78,9 @@ def export(
 def served_config(
     config: Mapping[str, Any], rope: Mapping[str, Any], window: int, dtype: str
 ) -> dict[str, Any]:
-    """`config` (a config.json's content) with rope, window and dtype in the new keys and in the older ones."""
+    """`config` (a config.json's content) with rope, window and dtype in the new keys and in the older
+    ones.
+    """
     rope = {"rope_type": "default", **rope}
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     changed = {
@@ -116,7 +119,9 @@ def _configs(source: ModelConfig | str | Path, tokenizer: Any) -> tuple[Any, Any
 
 
 def _expected(config: Any) -> dict[str, int]:
-    """Bytes of every weight by name, from a model without storage; tied weights once. At most fp32 is counted."""
+    """Bytes of every weight by name, from a model without storage; tied weights once. At most fp32 is
+    counted.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -131,7 +136,8 @@ def _known(name: str, expected: Mapping[str, int]) -> str:
         if candidate in expected:
             return candidate
     raise RunFailed(
-        f"export: {name} is no weight of the model; adapters are merged (longctx lora-merge) before a folder in "
+        f"export: {name} is no weight of the model; adapters are merged (longctx lora-merge) before a "
+        "folder in "
         "Hugging Face format is written"
     )
 

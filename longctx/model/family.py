@@ -51,19 +51,22 @@ def check_config(config: Any, source: str) -> None:
             else "it has no rotary position embedding, so there is no theta to change"
         )
         raise UserError(
-            f"model.path={source} is a {kind!r} model, and longctx trains {', '.join(FAMILIES)}: {reason}; choose "
+            f"model.path={source} is a {kind!r} model, and longctx trains {', '.join(FAMILIES)}: {reason}; "
+            "choose "
             f"a model of one of these families ({source}/config.json)"
         )
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, name, None) is not None:
             raise UserError(
-                f"model.path={source} has {name}={getattr(config, name)}, and the attention has no soft-capping; "
+                f"model.path={source} has {name}={getattr(config, name)}, and the attention has no "
+                "soft-capping; "
                 f"every layer would differ from the model that was trained ({source}/config.json)"
             )
     layer = sliding_layer(config)
     if layer is not None:
         raise UserError(
-            f"model.path={source}: layer {layer} attends to a window of {config.sliding_window} tokens, which "
+            f"model.path={source}: layer {layer} attends to a window of {config.sliding_window} tokens, "
+            "which "
             "context-parallel attention would silently make full; use a model with full attention, or set "
             f"sliding_window to null there if full attention is what you mean to train ({source}/config.json)"
         )
@@ -87,6 +90,7 @@ def check_layers(model: nn.Module) -> None:
         projections = {name for name, _ in layer.self_attn.named_children()}
         if parts != _LAYER_PARTS or projections != _PROJECTIONS | extra:
             raise RuntimeError(
-                f"layer {index} of {type(base).__name__} is made of {sorted(parts | projections)}, not of what this "
+                f"layer {index} of {type(base).__name__} is made of {sorted(parts | projections)}, not of "
+                "what this "
                 "version of longctx knows; use the transformers version pinned in launch/"
             )

@@ -1,7 +1,7 @@
 """Host memory: give freed tensors back to the system instead of letting glibc's heap grow around them.
 
-glibc raises its mmap threshold to the largest block ever freed (up to 32 MiB), after which activations of that
-size live in its heap, between longer-lived ones, and the process keeps what it no longer needs.
+glibc raises its mmap threshold to the largest block ever freed (up to 32 MiB), after which activations of
+that size live in its heap, between longer-lived ones, and the process keeps what it no longer needs.
 """
 
 from __future__ import annotations

@@ -48,12 +48,14 @@ def read_config(path: str) -> Any:
         folder = Path(path)
         if not folder.is_dir():
             raise UserError(
-                f"model.path={path} does not exist; name a folder with config.json and safetensors, or a hub id "
+                f"model.path={path} does not exist; name a folder with config.json and safetensors, or a "
+                "hub id "
                 "such as meta-llama/Meta-Llama-3-8B"
             )
         if not (folder / "config.json").is_file():
             raise UserError(
-                f"model.path={path} has no config.json, so it is not a model in Hugging Face format; name the "
+                f"model.path={path} has no config.json, so it is not a model in Hugging Face format; name "
+                "the "
                 "folder that holds it (a run's are under stages/NAME/model)"
             )
     try:
@@ -61,7 +63,8 @@ def read_config(path: str) -> Any:
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.path={path} is neither a folder here nor a model that can be read: {first}; check the spelling, "
+            f"model.path={path} is neither a folder here nor a model that can be read: {first}; check the "
+            "spelling, "
             "and without network give a local folder (model.path=)"
         ) from None
 
@@ -143,6 +146,7 @@ def _check_loaded(info: dict[str, Any], path: str) -> None:
     if wrong:
         kind, names = next(iter(wrong.items()))
         raise UserError(
-            f"model.path={path}: {len(names)} weights are {kind.removesuffix('_keys')} in its safetensors, the "
+            f"model.path={path}: {len(names)} weights are {kind.removesuffix('_keys')} in its safetensors, "
+            "the "
             f"first {names[0]}; the folder is incomplete or belongs to another config.json ({path})"
         )

@@ -1,4 +1,5 @@
-"""RMSNorm that saves its input and one number per token, in fp32 for half precision and in fp64 for fp64 models.
+"""RMSNorm that saves its input and one number per token, in fp32 for half precision and in fp64 for fp64
+models.
 
 transformers' keeps two more tensors of the hidden size for the backward pass, and rounds to fp32 whatever the
 model's type: an fp64 model with it is an oracle to 1e-8 at best, with this one to 1e-10.

@@ -1,8 +1,8 @@
 """Saved tensors of the layers in host memory, copied out behind the computation and fetched a layer ahead.
 
-A layer's input and its attention output are saved several times (whole, and as token blocks): their storage is
-copied once and the views are made again on the way back. On a GPU copies run on a stream of their own, through
-pinned memory; on a CPU "host memory" is a second copy, which serves the tests and nobody else.
+A layer's input and its attention output are saved several times (whole, and as token blocks): their storage
+is copied once and the views are made again on the way back. On a GPU copies run on a stream of their own,
+through pinned memory; on a CPU "host memory" is a second copy, which serves the tests and nobody else.
 """
 
 from __future__ import annotations

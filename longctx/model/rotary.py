@@ -24,7 +24,9 @@ _TOLERANCE = 2e-6
 
 
 class ExactRotary(nn.Module):
-    """cos and sin [B, S, D] of positions [B, S], the angle formed in fp64; a stand-in for transformers' module."""
+    """cos and sin [B, S, D] of positions [B, S], the angle formed in fp64; a stand-in for transformers'
+    module.
+    """
 
     inv_freq: Tensor
 
@@ -65,8 +67,10 @@ def set_rope(
     kind = rope.get("rope_type", "default")
     if kind == "dynamic" or (kind == "longrope" and rope["short_factor"] != rope["long_factor"]):
         raise UserError(
-            f"rope_type={kind!r} changes inv_freq with the length of the sequence at run time, and a training "
-            "stage needs one fixed set of frequencies; give the stage a theta, another rule, or equal factors "
+            f"rope_type={kind!r} changes inv_freq with the length of the sequence at run time, and a "
+            "training "
+            "stage needs one fixed set of frequencies; give the stage a theta, another rule, or equal "
+            "factors "
             "(curriculum.stages.*.rule)"
         )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,7 +1,7 @@
 """What a layer keeps for its backward pass: checkpoints that save the outputs of chosen operators.
 
-`kept_checkpoint` is torch's non-reentrant checkpoint with two dispatch modes of our own: in the forward pass the
-outputs of the chosen operators are kept, in the recomputation they are handed back in the same order, so
+`kept_checkpoint` is torch's non-reentrant checkpoint with two dispatch modes of our own: in the forward pass
+the outputs of the chosen operators are kept, in the recomputation they are handed back in the same order, so
 attention never runs twice. torch's own selective checkpointing does the same but ignores, in eager mode, the
 policy that offloads (2.13); here both kinds of storage are one.
 """

@@ -1,7 +1,8 @@
 """Safetensors written one tensor at a time, and read back to be sure.
 
-A file's header has to stand before its data, so room for it is kept (the format allows trailing spaces) and it
-is filled in when the shard is full: no more than one tensor is ever in memory, and nothing is written twice.
+A file's header has to stand before its data, so room for it is kept (the format allows trailing spaces) and
+it is filled in when the shard is full: no more than one tensor is ever in memory, and nothing is written
+twice.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ _PIECE = 1 << 24
 class ShardWriter:
     """Writes `model-0000i-of-0000n.safetensors` and their index into `folder`.
 
-    limit: bytes of a shard before the next begins. names: how many tensors are coming at most, for the header.
+    limit: bytes of a shard before the next begins. names: how many tensors are coming at most, for the
+    header.
     """
 
     def __init__(self, folder: Path, *, limit: int, names: int) -> None:

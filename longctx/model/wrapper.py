@@ -1,7 +1,7 @@
 """The module an engine trains: input ids in, the sum of weighted token losses out.
 
-Head and loss are computed inside its forward, where ZeRO-3 has the weights gathered, and in chunks, so that no
-logits exist. The caller shifts labels before it shards the sequence and divides by the global weight.
+Head and loss are computed inside its forward, where ZeRO-3 has the weights gathered, and in chunks, so that
+no logits exist. The caller shifts labels before it shards the sequence and divides by the global weight.
 
 Shapes: B batch, S this rank's tokens, E hidden size.
 """
@@ -25,10 +25,11 @@ from longctx.topology import split
 
 
 class LossOutput(NamedTuple):
-    """loss_sum: sum of w x (nll + z lse^2) over this rank's labelled tokens, in the graph even if there are none.
+    """loss_sum: sum of w x (nll + z lse^2) over this rank's labelled tokens, in the graph even if there are
+    none.
 
-    Detached: tokens (how many are labelled), weight_sum (their w), nll_sum (of w x nll), z_sum; and on request
-    per_token [B, S], the plain nll, 0 where unlabelled, and logits [n, V].
+    Detached: tokens (how many are labelled), weight_sum (their w), nll_sum (of w x nll), z_sum; and on
+    request per_token [B, S], the plain nll, 0 where unlabelled, and logits [n, V].
     """
 
     loss_sum: Tensor
@@ -67,10 +68,10 @@ class LossModel(nn.Module):
     ) -> LossOutput:
         """Loss of this rank's tokens.
 
-        input_ids, labels, weights [B, S]; positions [B, S] or [S]; labels are already shifted (labels[i] follows
-        input_ids[i]) with -100 where nothing is predicted; weights None counts every label once. layout: this
-        rank's attention layout, None for one process and one document. logits_at: indices into B*S whose
-        logits [n, V] are wanted, for evaluation.
+        input_ids, labels, weights [B, S]; positions [B, S] or [S]; labels are already shifted (labels[i]
+        follows input_ids[i]) with -100 where nothing is predicted; weights None counts every label once.
+        layout: this rank's attention layout, None for one process and one document. logits_at: indices into
+        B*S whose logits [n, V] are wanted, for evaluation.
         """
         head = causal_lm_of(self.model).get_output_embeddings()
         hidden = self.hidden(input_ids, positions, layout).flatten(0, 1)

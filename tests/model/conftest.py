@@ -20,7 +20,16 @@ def _one_thread():
 
 
 def tiny(family: str = "llama", **changes) -> InitConfig:
-    shape = dict(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab=VOCAB, window=256, head_dim=16)
+    shape = {
+        "layers": 2,
+        "hidden": 32,
+        "heads": 4,
+        "kv_heads": 2,
+        "ffn": 48,
+        "vocab": VOCAB,
+        "window": 256,
+        "head_dim": 16,
+    }
     return InitConfig(**{"family": family, **shape, **changes})
 
 

@@ -42,7 +42,8 @@ def test_the_exported_model_is_the_trained_one(source, tmp_path, rope):
     )
     index = json.loads((out / "model.safetensors.index.json").read_text())
     shards = sorted(path.name for path in out.glob("*.safetensors"))
-    assert len(shards) > 2 and set(index["weight_map"].values()) == set(shards)
+    assert len(shards) > 2
+    assert set(index["weight_map"].values()) == set(shards)
     assert "lm_head.weight" not in index["weight_map"]
     with safe_open(out / shards[0], "pt") as file:
         assert all(index["weight_map"][name] == shards[0] for name in file.keys())  # noqa: SIM118
@@ -72,7 +73,8 @@ def test_ranks_that_do_not_write_only_draw_the_stream(source, tmp_path):
         (name, weight) for name, weight in model_of(source).named_parameters() if drawn.append(name) is None
     )
     export(stream, source, None, tmp_path / "out", rope=ROPE, window=512, write=False)
-    assert len(drawn) == 20 and not (tmp_path / "out").exists()
+    assert len(drawn) == 20
+    assert not (tmp_path / "out").exists()
 
 
 def test_missing_unknown_and_repeated_weights_fail_and_leave_the_old_folder(source, tmp_path):

@@ -48,7 +48,7 @@ def test_no_tensor_of_tokens_by_vocabulary_or_by_tokens():
         step(model)
     widest = max(TOKENS * 64, 700 * 32, 32 * 700)  # q at 4 heads x 16, the head's weight, a chunk's logits
     assert watch.largest <= widest
-    assert widest * 8 < min(TOKENS * 700, TOKENS * TOKENS) or widest * 8 <= TOKENS * TOKENS
+    assert widest * 8 <= TOKENS * TOKENS < TOKENS * 700
 
     plain = init_from(tiny(vocab=700, ffn=64), attention="eager")
     ids, _, _ = sequence(TOKENS)
@@ -97,14 +97,14 @@ def peak_bytes(function: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize("keep", [0, 2])
 def test_bytes_per_token_are_the_formula_within_15_percent(keep):
-    spec = InitConfig(layers=4, hidden=128, heads=4, kv_heads=2, ffn=344, vocab=256)
+    spec = InitConfig(layers=3, hidden=64, heads=4, kv_heads=2, ffn=172, vocab=256)
     model = LossModel(init_from(spec), MemoryConfig(ffn_block=128, loss_chunk=64, keep_matmuls=keep))
     step(model, 128)
     peaks = {}
-    for tokens in (1024, 2048):
+    for tokens in (1536, 3072):
         model.zero_grad(set_to_none=True)
         peaks[tokens] = peak_bytes(lambda count=tokens: step(model, count))
-    measured = (peaks[2048] - peaks[1024]) / 1024
+    measured = (peaks[3072] - peaks[1536]) / 1536
     expected = footprint(model.model.config, 4).per_token(keep)
     assert measured == pytest.approx(expected, rel=0.15)
 
@@ -112,9 +112,10 @@ def test_bytes_per_token_are_the_formula_within_15_percent(keep):
 def test_the_auto_dial_keeps_what_the_budget_allows():
     model = init_from(tiny(layers=4))
     cost = footprint(model.config, 4)
-    room = TOKENS * (cost.per_token() + 2.5 * cost.products) / 2**30
+    room = TOKENS * (cost.layers * cost.kept + cost.ends + 2.5 * cost.products) / 2**30
     trained = LossModel(model, MemoryConfig(keep_matmuls="auto", budget_gib=room))
     step(trained)
     keeps = [layer.plan.feed_forward.__name__ == "widening_products" for layer in model.model.layers]
     assert keeps == [False, False, True, True]
-    assert cost.fitting(TOKENS, 0.0) == 0 and cost.fitting(TOKENS, 1e12) == 4
+    assert cost.fitting(TOKENS, 0.0) == 0
+    assert cost.fitting(TOKENS, 1e12) == 4

@@ -1,4 +1,6 @@
-"""Loss and every gradient beside plain transformers, for every family and every setting of the memory dials."""
+"""Loss and every gradient beside plain transformers, for every family and every setting of the memory
+dials.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from longctx.model import LossModel, init_from
 from longctx.model.family import FAMILIES
 from tests.model.conftest import dense_mask, gradients, plain_token_losses, sequence, tiny, worst
 
-SMALL = dict(ffn_block=40, loss_chunk=24)
+SMALL = {"ffn_block": 40, "loss_chunk": 24}
 DIALS = {
     "recompute": MemoryConfig(**SMALL),
     "keep one layer's products": MemoryConfig(keep_matmuls=1, **SMALL),
@@ -141,7 +143,9 @@ def test_without_labels_the_loss_is_a_connected_zero():
     ids, positions, labels = sequence(64)
     out = LossModel(ours, DIALS["recompute"])(ids, positions, torch.full_like(labels, -100))
     out.loss_sum.backward()
-    assert out.loss_sum.item() == 0 and out.tokens == 0 and out.weight_sum == 0
+    assert out.loss_sum.item() == 0
+    assert out.tokens == 0
+    assert out.weight_sum == 0
     assert all(weight.grad is not None and not weight.grad.any() for weight in ours.parameters())
 
 

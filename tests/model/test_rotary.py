@@ -61,7 +61,7 @@ def test_a_rope_that_was_not_rebuilt_is_noticed():
 
 
 def test_a_rope_that_moves_with_the_length_is_refused():
-    with pytest.raises(UserError, match="dynamic.*one fixed set"):
+    with pytest.raises(UserError, match=r"dynamic.*one fixed set"):
         set_rope(init_from(tiny()), {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}, 1024)
 
 
