@@ -119,6 +119,7 @@ def _ours(config: BenchLoraConfig, base: Path, tuned: Path, out: Path, *, runs: 
     for number in range(runs):
         words = [f"base={base}", f"tuned={tuned}", f"out={out}-{number}", f"rank={config.rank}"]
         took, used = _child([*start, "lora-extract", *words, f"workers={config.threads}"], config.threads)
+        say(f"ours: {took:.2f} s, {used:.0f} MiB")
         seconds.append(took)
         peak = max(peak, used)
     code = "import longctx.cli, longctx.config.compose, hydra, omegaconf, longctx.lora.commands"
@@ -130,6 +131,7 @@ def _mergekit(config: BenchLoraConfig, base: Path, tuned: Path, out: Path) -> Pr
     assert config.mergekit is not None
     words = ["--model", str(tuned), "--base-model", str(base), "--out-path", str(out)]
     took, peak = _child([config.mergekit, *words, "--max-rank", str(config.rank)], config.threads)
+    say(f"mergekit: {took:.2f} s, {peak:.0f} MiB")
     python = Path(config.mergekit).parent / "python"
     imports, _ = _child([str(python), "-c", "import mergekit.scripts.extract_lora"], config.threads)
     return Process([took], imports, peak)
@@ -171,7 +173,9 @@ def _excess(base: Path, tuned: Path, adapters: dict[str, Path], rank: int) -> di
             best = float((squares.sum() - squares[-rank:].sum()).clamp_min(0).sqrt())
             del wide
             for who, adapter in opened.items():
-                pair = adapter.pairs[module]
+                # mergekit keeps lm_head whole by default, so it has no factors there.
+                if (pair := adapter.pairs.get(module)) is None:
+                    continue
                 left, right = adapter.factors(pair)
                 left_over = float(torch.linalg.vector_norm(difference - pair.scale * left @ right))
                 worst[who] = max(worst[who], left_over / best - 1)
