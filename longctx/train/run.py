@@ -136,6 +136,7 @@ def _set_threads(config: TrainConfig, ranks: worlds.Ranks) -> None:
 
 def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     import torch
+    from transformers.utils import logging as hf_logging
 
     from longctx.model import LossModel, model_of
     from longctx.train import flops, loop
@@ -144,9 +145,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     from longctx.train.heartbeat import Progress, Watcher
     from longctx.train.metrics import Metrics
 
-    from transformers.utils import logging as hf_logging
-
-    hf_logging.disable_progress_bar()  # a bar per rank and load says nothing that the run's own display does not
+    hf_logging.disable_progress_bar()  # a bar per rank says nothing that the run's own display does not
     torch.manual_seed(config.seed + ranks.rank)
     with ranks.agree("preparing the run's folder"):
         run = runfolder.prepare(config) if ranks.first else Path(config.folder)

@@ -199,7 +199,7 @@ def _accelerator(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, r
     accelerator = Accelerator(
         deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)]
     )
-    unset_hf_deepspeed_config()  # or every model made from here on (an export's, a hook's) would be sharded too
+    unset_hf_deepspeed_config()  # or every model made from here on (an export's) would be sharded too
     return accelerator
 
 
