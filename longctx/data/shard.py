@@ -113,17 +113,19 @@ class Shard:
     def tokens(self) -> np.ndarray:
         if not self.meta["tokens"]:
             return np.zeros(0, np.int32)
-        return np.memmap(self.folder / "tokens.bin", dtype=self.meta["dtype"], mode="r")
+        return np.asarray(np.memmap(self.folder / "tokens.bin", dtype=self.meta["dtype"], mode="r"))
 
     @cached_property
     def mask(self) -> np.ndarray | None:
         path = self.folder / "mask.bin"
-        return np.memmap(path, dtype=np.uint8, mode="r") if path.exists() and self.meta["tokens"] else None
+        if not path.exists() or not self.meta["tokens"]:
+            return None
+        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
 
     @cached_property
     def _names(self) -> tuple[np.ndarray, np.ndarray]:
         starts = np.load(self.folder / "names.npy", mmap_mode="r")
-        return starts, np.memmap(self.folder / "names.bin", dtype=np.uint8, mode="r")
+        return np.asarray(starts), np.asarray(np.memmap(self.folder / "names.bin", dtype=np.uint8, mode="r"))
 
     def name(self, document: int) -> str:
         starts, text = self._names

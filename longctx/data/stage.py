@@ -8,6 +8,7 @@ memory map that hold its own tokens. S tokens of a sequence, n positions asked f
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from longctx.config.data import DataConfig
+from longctx.config.data import DataConfig, SourceConfig
 from longctx.data.balance import balanced_order
 from longctx.data.index import Corpus, Split
 from longctx.data.mixing import rng_of
@@ -49,6 +50,19 @@ class LocalSequence:
     boundaries: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Placed:
+    """The pieces of one sequence in order: number in the plan, where each ends, its corpus (None: synthetic),
+    document, start within it, and whether its tokens weigh other than 1."""
+
+    pieces: list[int]
+    ends: list[int]
+    corpora: list[Corpus | None]
+    documents: list[int]
+    starts: list[int]
+    weighted: list[bool]
+
+
 class StageData:
     """Packed sequences of one stage; see longctx.data.opening. Reading is safe from several threads."""
 
@@ -74,7 +88,8 @@ class StageData:
         self._stage = stage
         self._split: Split = split
         self._made: OrderedDict[tuple[int, int], SynthDocument] = OrderedDict()
-        self._orders: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._recent: OrderedDict[int, _Placed] = OrderedDict()
+        self._weighted = {name for name in plan.names if _has_weights(data.sources[name])}
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
@@ -94,26 +109,36 @@ class StageData:
     def tokens(self, index: int, positions: np.ndarray) -> np.ndarray:
         """int32 [n] tokens at these positions, and nothing else is read."""
         out = np.full(len(positions), self._pad, np.int32)
-        for piece, where, at, count in self._overlaps(index, positions):
-            out[where : where + count] = self._read(piece, at, count)
+        placed = self._placed(index)
+        for slot, where, at, count in _overlaps(placed.ends, positions):
+            corpus = placed.corpora[slot]
+            if corpus is None:
+                part = self._synth(placed.pieces[slot]).tokens[at : at + count]
+            else:
+                part = corpus.read(placed.documents[slot], placed.starts[slot] + at, count)
+            out[where : where + count] = part
         return out
 
     def weights(self, index: int, positions: np.ndarray) -> np.ndarray:
         """float32 [n] loss weights of predicting the tokens at these positions."""
+        placed = self._placed(index)
         out = np.zeros(len(positions), np.float32)
-        for piece, where, at, count in self._overlaps(index, positions):
-            out[where : where + count] = self._weigh(piece, at, count)
-            if at == 0 and (self._data.first_token == "skip" or piece == self._order(index)[0][0]):
-                out[where] = 0.0
+        plain = not any(placed.weighted)
+        parts = _overlaps(placed.ends[-1:], positions) if plain else _overlaps(placed.ends, positions)
+        for slot, where, at, count in parts:
+            special = not plain and placed.weighted[slot]
+            out[where : where + count] = self._weigh(placed, slot, at, count) if special else 1.0
+        firsts = np.array([0, *placed.ends[:-1]] if self._data.first_token == "skip" else [0])
+        for where, low, high in _runs(positions):
+            inside = firsts[np.searchsorted(firsts, low) : np.searchsorted(firsts, high)]
+            out[inside + (where - low)] = 0.0
         return out
 
     def local(self, index: int, positions: np.ndarray) -> LocalSequence:
         """What the rank that holds these positions needs for a training step: each run of positions is read
         once, with the one token after it."""
         if not len(positions):
-            raise ValueError(
-                "a rank without positions reads nothing; every rank holds a part of the sequence"
-            )
+            raise ValueError("a rank without positions has nothing to train on")
         run = np.concatenate([[0], np.cumsum(np.diff(positions) != 1)])
         place = np.arange(len(positions)) + run
         wider = np.empty(len(positions) + int(run[-1]) + 1, np.int64)
@@ -129,16 +154,17 @@ class StageData:
 
     def boundaries(self, index: int) -> np.ndarray:
         """int32 [spans+1]; padding is a span of its own."""
-        pieces, ends = self._order(index)
+        placed = self._placed(index)
         if not self._data.document_mask:
             return np.array([0, self.seq_len], np.int32)
-        inner = ends[:-1][~self.plan.glued[pieces[1:]]]
-        full = [] if len(ends) and ends[-1] == self.seq_len else ends[-1:].tolist()
+        ends = np.array(placed.ends)
+        inner = ends[:-1][~self.plan.glued[placed.pieces[1:]]]
+        full = ends[-1:] if ends[-1] < self.seq_len else []
         return np.concatenate([[0], inner, full, [self.seq_len]]).astype(np.int32)
 
     def documents(self, index: int) -> tuple[str, ...]:
         """Names of the pieces in order: source:document, with @start for a piece that begins within it."""
-        return tuple(self._name(piece) for piece in self._order(index)[0].tolist())
+        return tuple(self._name(piece) for piece in self._placed(index).pieces)
 
     def stats(self) -> dict[str, Any]:
         """Padding, epochs and tokens of the stage, for metrics and the report."""
@@ -151,65 +177,50 @@ class StageData:
             "sources": {name: asdict(use) for name, use in plan.use.items()},
         }
 
-    def _order(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """The sequence's pieces, int64, as they stand in it, and where each ends. The order is the evenest
-        for zigzag ranks; joined pieces stay as they are. The last few are kept for tokens, weights and
-        boundaries."""
+    def _placed(self, index: int) -> _Placed:
+        """The pieces of a sequence as they stand in it. The order is the evenest for zigzag ranks; joined
+        pieces stay as they are. The last few are kept, since tokens, weights and boundaries ask for the
+        same one."""
         if not 0 <= index < len(self.plan):
             raise IndexError(f"sequence {index} of a stage with {len(self.plan)}")
         with self._lock:
-            known = self._orders.get(index)
+            known = self._recent.get(index)
         if known is not None:
             return known
-        pieces = np.arange(self.plan.first[index], self.plan.first[index + 1])
-        if self._data.document_mask and not self.plan.glued[pieces].any():
+        plan = self.plan
+        pieces = np.arange(plan.first[index], plan.first[index + 1])
+        if self._data.document_mask and not plan.glued[pieces].any():
             rng = rng_of(self._seed, self._stage, self._split, "order", index)
-            pieces = pieces[balanced_order(self.plan.length[pieces], self.seq_len, rng)]
-        made = pieces, np.cumsum(self.plan.length[pieces], dtype=np.int64)
+            pieces = pieces[balanced_order(plan.length[pieces], self.seq_len, rng)]
+        names = [plan.names[number] for number in plan.source[pieces].tolist()]
+        made = _Placed(
+            pieces.tolist(),
+            np.cumsum(plan.length[pieces], dtype=np.int64).tolist(),
+            [self._corpora.get(name) for name in names],
+            plan.document[pieces].tolist(),
+            plan.start[pieces].tolist(),
+            [name in self._weighted for name in names],
+        )
         with self._lock:
-            self._orders[index] = made
-            while len(self._orders) > 32:
-                self._orders.popitem(last=False)
+            self._recent[index] = made
+            while len(self._recent) > 32:
+                self._recent.popitem(last=False)
         return made
 
-    def _overlaps(self, index: int, positions: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-        """(piece, place in the output, offset within the piece, count) that together cover the positions."""
-        pieces, ends = self._order(index)
-        breaks = np.flatnonzero(np.diff(positions) != 1) + 1
-        edges = [0, *breaks.tolist(), len(positions)] if len(positions) else []
-        for a, b in pairwise(edges):
-            low, high = int(positions[a]), int(positions[a]) + b - a
-            piece = int(np.searchsorted(ends, low, side="right"))
-            while low < high and piece < len(ends):
-                start = int(ends[piece - 1]) if piece else 0
-                stop = min(high, int(ends[piece]))
-                yield int(pieces[piece]), a + low - int(positions[a]), low - start, stop - low
-                low, piece = stop, piece + 1
-
-    def _read(self, piece: int, at: int, count: int) -> np.ndarray:
-        name = self.plan.names[self.plan.source[piece]]
-        if name in self._corpora:
-            start = int(self.plan.start[piece]) + at
-            return self._corpora[name].read(int(self.plan.document[piece]), start, count)
-        return self._synth(piece).tokens[at : at + count]
-
-    def _weigh(self, piece: int, at: int, count: int) -> np.ndarray | float:
-        name = self.plan.names[self.plan.source[piece]]
-        source = self._data.sources[name]
-        if source.kind == "synth":
-            return self._synth(piece).weights[at : at + count]
-        if source.kind != "chat" or (source.loss == "all" and source.answer_weight is None):
-            return 1.0
-        corpus, document = self._corpora[name], int(self.plan.document[piece])
-        mask = corpus.read_mask(document, int(self.plan.start[piece]) + at, count)
+    def _weigh(self, placed: _Placed, slot: int, at: int, count: int) -> np.ndarray:
+        """Weights of a synthetic document, or of a conversation whose assistant weighs more."""
+        corpus, document = placed.corpora[slot], placed.documents[slot]
+        if corpus is None:
+            return self._synth(placed.pieces[slot]).weights[at : at + count]
+        mask = corpus.read_mask(document, placed.starts[slot] + at, count)
         assert mask is not None, "chat shards hold a mask"
-        if source.loss == "assistant":
+        if corpus.source.loss == "assistant":
             return mask.astype(np.float32)
         whole = corpus.read_mask(document, 0, int(corpus.lengths[document]))
         assert whole is not None
-        assert source.answer_weight is not None
+        assert corpus.source.answer_weight is not None
         spoken = int(whole.sum(dtype=np.int64))
-        ratio = source.answer_weight * (len(whole) - spoken) / max(spoken, 1)
+        ratio = corpus.source.answer_weight * (len(whole) - spoken) / max(spoken, 1)
         return np.where(mask, np.float32(ratio), np.float32(1.0))
 
     def _synth(self, piece: int) -> SynthDocument:
@@ -244,3 +255,29 @@ class StageData:
         if name in self._corpora:
             return f"{name}:{self._corpora[name].document_name(document)}" + (f"@{start}" if start else "")
         return f"{name}:{self._split}/{self._stage}/{document}"
+
+
+def _has_weights(source: SourceConfig) -> bool:
+    return source.kind == "synth" or source.loss == "assistant" or source.answer_weight is not None
+
+
+def _overlaps(ends: list[int], positions: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
+    """(slot, place in the output, offset within the slot, count) that together cover the positions; slot i
+    runs from ends[i-1] (0 for the first) to ends[i]."""
+    for where, low, high in _runs(positions):
+        shift = where - low
+        slot = bisect_right(ends, low)
+        while low < high and slot < len(ends):
+            start = ends[slot - 1] if slot else 0
+            stop = min(high, ends[slot])
+            yield slot, low + shift, low - start, stop - low
+            low, slot = stop, slot + 1
+
+
+def _runs(positions: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(place in the output, first position, past the last) of each run of consecutive positions."""
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    edges = [0, *breaks.tolist(), len(positions)] if len(positions) else []
+    for a, b in pairwise(edges):
+        low = int(positions[a])
+        yield a, low, low + b - a
