@@ -34,13 +34,14 @@ def main(request: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     step(model, optimizer, loss, tokens(config, _WARM_UP, device))
     ids = tokens(config, config.tokens, device)
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     value = step(model, optimizer, loss, ids)
-    seconds = time.perf_counter() - start
+    seconds, busy = time.perf_counter() - start, time.process_time() - busy
     print(
         json.dumps(
             {
                 "seconds": seconds,
+                "cpu_seconds": busy,
                 "tokens_per_second": config.tokens / seconds,
                 "peak_gib": peak_bytes(device) / 2**30,
                 "loss": value,

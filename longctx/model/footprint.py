@@ -4,9 +4,8 @@ b bytes per element, E hidden, Q = heads x head dim, K = kv heads x head dim, F 
 
     kept      = (E + Q) b + 4 H         every layer: its input, the attention output, the lse
     products  = (Q + 2 K + E + 2 F) b   a layer that keeps its matrix products: q k v, o, gate, up
-    working   = (2 E + 3 Q + 5 K) b     the layer whose attention runs backward: gradient of the residual,
-    normed
-                                        input; q, gradients of the attention output and of q; k, v, theirs
+    working   = (2 E + 3 Q + 5 K) b     the layer whose attention runs backward: the residual's gradient and
+                                        the normed input; q, gradients of attention output and q; k, v, theirs
     ends      = 2 E b                   at the loss: the last hidden states and their gradient
 """
 
