@@ -67,7 +67,8 @@ def measure(schedule: str, m: int, w: int) -> tuple[int, int, int, int]:
         cp = ContextParallel(Unseen(wire), Topology(m, w), schedule)
         layout = cp.layout(seq_len=N * m * w)
         prepared = layout.family.prepare(layout.arithmetic.boundaries)
-        q, k, v, dout = (torch.randn(1, heads, N, D) for heads in (HQ, HKV, HKV, HQ))
+        # Tokens before heads in memory, as a model's projections leave them.
+        q, k, v, dout = (torch.randn(1, N, heads, D).transpose(1, 2) for heads in (HQ, HKV, HKV, HQ))
         with Peak(q, k, v) as forward:
             out, lse = prepared.forward(q, k, v, 0.2)
         buffers = cp.pool.total
