@@ -1,15 +1,21 @@
-"""The tiny run that `longctx bench faults` disturbs, and one life of it as a process group."""
+"""The tiny run that `longctx bench faults` disturbs, and one life of it: ranks that are cheap to start.
+
+Importing torch and transformers is nearly all of a tiny run's life, so the ranks are forked from a server
+that has done it; they are processes of their own, killed like any other.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import multiprocessing.connection
 import os
 import random
 import resource
-import signal
-import subprocess
+import socket
 import sys
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from longctx.config.base import build
@@ -19,6 +25,20 @@ from longctx.train import runfolder
 
 VOCAB = 512
 PATIENCE = 300.0
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOAD = [
+    "torch",
+    "torch.distributed",
+    "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto",
+    "longctx.train.run",
+    "longctx.train.loop",
+    "longctx.train.replicated",
+    "longctx.model.export",
+    "longctx.attention",
+    "longctx.data.opening",
+]
+CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def make_run(run: Path, documents: Path, config: FaultsConfig) -> Path:
@@ -68,26 +88,11 @@ def _write_documents(folder: Path) -> None:
         (folder / f"{number:03d}.txt").write_text(text)
 
 
-class Life:
-    """One start of a run, launcher and ranks in a process group of their own.
+class Watched(ABC):
+    """What a run's files say about it while it lives."""
 
-    file_limit: bytes a file may have (RLIMIT_FSIZE), which fails a checkpoint as a full disk does.
-    """
-
-    def __init__(self, run: Path, *, file_limit: int | None = None) -> None:
+    def __init__(self, run: Path) -> None:
         self.run = run
-        self.log = run / "life.log"
-        self._file = open(self.log, "w+")  # noqa: SIM115
-
-        def limit() -> None:
-            if file_limit is not None:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "longctx.train", "--resolved", str(run / "config.yaml")],
-            stdout=self._file, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=limit,
-            env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
-        )  # fmt: skip
 
     def step(self) -> int:
         """The last step that metrics.jsonl holds."""
@@ -103,66 +108,77 @@ class Life:
             return 0
         return int(json.loads(pointer.read_text())["checkpoint"].rsplit("step", 1)[1])
 
+    @abstractmethod
     def wait_for(self, seconds: float) -> bool:
         """Whether the run still lives after so long."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return True
-        return False
 
     def wait_for_step(self, step: int) -> bool:
         """Whether it lives to do this step."""
         end = time.monotonic() + PATIENCE
-        while time.monotonic() < end and self.wait_for(0.02):
+        while time.monotonic() < end and self.wait_for(0.01):
             if self.step() >= step:
                 return True
         return False
 
+
+class Life(Watched):
+    """One start of a run: its ranks, forked from a server that has imported torch, as torchrun would start
+    them.
+
+    file_limit: bytes a file may have (RLIMIT_FSIZE), which fails a checkpoint as a full disk does.
+    """
+
+    def __init__(self, run: Path, ranks: int, *, file_limit: int | None = None) -> None:
+        super().__init__(run)
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.log = run / "life.log"
+        self.log.write_text("")
+        self.ranks = [
+            CONTEXT.Process(target=_rank, args=(run, rank, ranks, port, file_limit), daemon=True)
+            for rank in range(ranks)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def wait_for(self, seconds: float) -> bool:
+        multiprocessing.connection.wait([process.sentinel for process in self.ranks], seconds)
+        return all(process.is_alive() for process in self.ranks)
+
     def kill(self, kind: str, rng: random.Random) -> float:
-        """SIGKILL to everything, one rank, or the launcher; returns the seconds until nothing of it is
-        left.
-        """
+        """SIGKILL to everything or to one rank; returns the seconds until nothing of the run is left."""
         began = time.monotonic()
-        ranks = children(self.process.pid)
-        if kind == "rank" and ranks:
-            os.kill(rng.choice(ranks), signal.SIGKILL)
-        elif kind == "launcher":
-            self.process.kill()
-        else:
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(PATIENCE)
-        while any(alive(pid) for pid in ranks):
-            time.sleep(0.02)
-            if time.monotonic() - began > PATIENCE:
-                break
+        for process in self.ranks if kind == "everything" else [rng.choice(self.ranks)]:
+            process.kill()
+        for process in self.ranks:
+            process.join(PATIENCE)
         return time.monotonic() - began
 
     def terminate(self) -> tuple[int, str]:
-        self.process.terminate()
+        for process in self.ranks:
+            process.terminate()
         return self.wait()
 
     def wait(self) -> tuple[int, str]:
-        """(status, everything it said)."""
-        status = self.process.wait(PATIENCE)
-        self._file.seek(0)
-        return status, self._file.read()
+        """(status of the first rank that did not end with 0, or 0; everything the ranks said)."""
+        for process in self.ranks:
+            process.join(PATIENCE)
+        statuses = [process.exitcode for process in self.ranks]
+        return next((status for status in statuses if status != 0), 0) or 0, self.log.read_text()
 
 
-def children(pid: int) -> list[int]:
-    """Pids of a process's children, whichever of its threads started them."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        try:
-            found += [int(text) for text in (task / "children").read_text().split()]
-        except OSError:
-            continue
-    return found
+def _rank(run: Path, rank: int, world: int, port: int, file_limit: int | None) -> None:
+    """Body of a forked rank: torchrun's environment, its words into the log, the train module's own entry."""
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    log = os.open(run / "life.log", os.O_WRONLY | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+    )
+    os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    from longctx.train.__main__ import main
 
-
-def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    sys.exit(main(["--resolved", str(run / "config.yaml")]))

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from longctx.bench.faults_run import Life, alive, children
 from longctx.train import metrics, runfolder
 
+from .launched import Launched, alive, children
 from .made import config, write_documents
 
 LONG = {"stages": {"s64": {"seq_len": 64, "theta": 10000, "steps": 4000, "batch": 4}}}
@@ -31,9 +31,9 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_documents(tmp_path_factory.mktemp("documents") / "docs")
 
 
-def start(run: Path, documents: Path, **changes: object) -> Life:
+def start(run: Path, documents: Path, **changes: object) -> Launched:
     runfolder.prepare(config(run, documents, **{"launch": TWO, **changes}))
-    return Life(run)
+    return Launched(run)
 
 
 def test_a_dead_rank_takes_the_run_down_and_a_signal_saves_it(tmp_path: Path, documents: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_dead_rank_takes_the_run_down_and_a_signal_saves_it(tmp_path: Path, do
     assert said.strip().splitlines()[-1].startswith("longctx: rank 1 was ended by SIGKILL")
     assert "Traceback" not in said
     assert not any(alive(pid) for pid in ranks)
-    again = Life(tmp_path / "run")
+    again = Launched(tmp_path / "run")
     assert again.wait_for_step(again.saved_step() + 4), again.wait()
     status, said = again.terminate()
     assert status == 75, said
