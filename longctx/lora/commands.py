@@ -110,8 +110,8 @@ def _print_merge(result: MergeResult, seconds: float) -> None:
 
 
 def _span(values: list[Any], form: str) -> str:
-    low, high = min(values), max(values)
-    return format(low, form) if low == high else f"{low:{form}}-{high:{form}}"
+    low, high = format(min(values), form), format(max(values), form)
+    return low if low == high else f"{low}-{high}"
 
 
 @contextmanager
