@@ -85,7 +85,7 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> Any:
 
     hardware, world = config.hardware, config.nodes * config.ranks
     title = (
-        f"{shape.parameters / 1e9:.3g}B parameters on {config.nodes} x {config.ranks} {hardware.name} at "
+        f"{_count(shape.parameters)} parameters on {config.nodes} x {config.ranks} {hardware.name} at "
         f"{hardware.tflops * hardware.utilization:.3g} TFLOP/s,\n{config.model.dtype}, engine "
         f"{config.engine.name}, ZeRO {config.engine.zero}"
     )
@@ -103,9 +103,9 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> Any:
             + (f" {item.attention.ulysses}" if item.attention.ulysses > 1 else ""),
             f"{item.cp} x {item.dp}",
             f"{item.tokens_per_rank}",
-            f"{owned / GIB:.3g}",
-            f"{memory.saved / GIB:.3g}",
-            f"{memory.total / GIB:.3g}" + ("" if _fits(hardware, item) else "!"),
+            _gib(owned),
+            _gib(memory.saved),
+            _gib(memory.total) + ("" if _fits(hardware, item) else "!"),
             f"{item.seconds:.3g}",
             f"{item.exposed / item.seconds:.0%}",
             f"{item.stage.steps}",
@@ -122,6 +122,14 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> Any:
         )
     made.caption, made.caption_justify = "\n".join(lines), "left"
     return made
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.3g}B" if number >= 1e9 else f"{number / 1e6:.3g}M"
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f}" if count < 10 * GIB else f"{count / GIB:.1f}"
 
 
 def show_schedule(config: PlanConfig) -> int:
