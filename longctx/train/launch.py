@@ -1,8 +1,8 @@
 """Starting the ranks on this machine, through the agent of torch.distributed.run, and ending them together.
 
-The ranks read the resolved config from the run's folder. SIGTERM and SIGUSR1 are passed on to them (finish
-the step, save, leave with 75); ctrl-C ends them at once. When a rank dies its own error stands on the screen,
-the others are stopped within seconds, and one last line says what happened.
+The ranks read the resolved config from the run's folder. SIGTERM, SIGUSR1 and SIGHUP are passed on to them
+(finish the step, save, leave with 75); ctrl-C ends them at once. When a rank dies its own error stands on the
+screen, the others are stopped within seconds, and one last line says what happened.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from longctx import console
-from longctx.train.signals import INTERRUPTED, SAVED_AND_REQUEUE
+from longctx.train.signals import INTERRUPTED, SAVED_AND_REQUEUE, asking, go_silent
 
 if TYPE_CHECKING:
     from longctx.config.train import LaunchConfig
@@ -41,7 +41,7 @@ def start_ranks(launch: LaunchConfig, resolved: Path) -> int:
     agent = AgentConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=launch.nproc, run_id=f"longctx-{os.getpid()}",
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
-        start_method="spawn", signals_to_handle="SIGHUP,SIGQUIT", local_addr="localhost",
+        start_method="spawn", signals_to_handle="SIGQUIT", local_addr="localhost",
     )  # fmt: skip
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read by the ranks when they load torch
@@ -91,12 +91,12 @@ def _forwarding() -> Iterator[list[int]]:
 
     def forward(number: int, frame: FrameType | None) -> None:
         came.append(number)
+        if number == signal.SIGHUP:
+            go_silent()
         for pid in _children():
             _send(pid, number)
 
-    before = {
-        number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    }
+    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, *asking())}
     try:
         yield came
     finally:

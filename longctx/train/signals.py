@@ -1,7 +1,8 @@
-"""SIGTERM and SIGUSR1 ask a run to finish its step, save and leave with status 75 (to be requeued).
+"""SIGTERM, SIGUSR1 and SIGHUP ask a run to finish its step, save and leave with status 75 (to be requeued).
 
-SIGUSR1 is Slurm's usual grace signal (`--signal=USR1@120`). The handler only sets a flag; the loop looks at
-it between steps, on all ranks together. Ctrl-C leaves at once: the last checkpoint is what remains.
+SIGHUP is a terminal that was closed: what is said from there on goes nowhere, or the first word would end the
+run. SIGUSR1 is Slurm's usual grace signal (`--signal=USR1@120`). The handler only sets a flag; the loop looks
+at it between steps, on all ranks together. Ctrl-C leaves at once: the last checkpoint is what remains.
 """
 
 from __future__ import annotations
@@ -21,9 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._before = {
-            number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)
-        }
+        self._before = {number: signal.signal(number, self._note) for number in asking()}
 
     @property
     def asked(self) -> bool:
@@ -31,10 +30,25 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.name = signal.Signals(number).name
+        if number == signal.SIGHUP:
+            go_silent()
 
     def close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def asking() -> list[signal.Signals]:
+    """The signals that ask a run to stop; SIGHUP not under nohup, which has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGUSR1] + ([] if ignored else [signal.SIGHUP])
+
+
+def go_silent() -> None:
+    """Standard output and error to nowhere: their terminal is gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
 
 
 def die_with_parent() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,16 @@ def test_the_export_is_a_transformers_model(undisturbed: Path) -> None:
     tokens = AutoTokenizer.from_pretrained(folder)("a ring passes keys", return_tensors="pt").input_ids
     assert torch.isfinite(model(tokens, labels=tokens).loss)
     assert model.model.rotary_emb.inv_freq[1].item() == pytest.approx(40000 ** (-2 / 8))
+
+
+def test_a_closed_terminal_saves_too(tmp_path: Path) -> None:
+    """In a process of its own: the handler takes away standard output and error."""
+    code = (
+        "import signal, sys; from longctx.train.signals import StopRequest; stop = StopRequest(); "
+        "signal.raise_signal(signal.SIGHUP); print('nowhere'); sys.exit(75 if stop.name == 'SIGHUP' else 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (75, b"", b"")
 
 
 @pytest.mark.parametrize("steps", [1, 5, 7])
