@@ -130,12 +130,11 @@ class SourceConfig:
     kind `stdlib`: the Python standard library on this machine; `text`: path, a file or folder of .txt, .md,
     .jsonl or .parquet (each also .gz or .zst); `hub`: a dataset's name (subset, split) through Hugging Face
     datasets; `chat`: conversations ({role, content} lists) from path or name; `synth`: generated (task,
-    haystack: the source its straw comes from).
-    field: the column with the text or the messages (None: `text`, or `messages` for chat); for stdlib, `docs` takes
-    the docstrings alone. include, exclude:
-    patterns on file names below path. rows: read only so many rows of a hub dataset. min_tokens, max_tokens:
-    documents outside are left out. loss: `assistant` trains on the assistant's turns only; answer_weight: the
-    assistant's tokens weigh this multiple of all others of the conversation together.
+    haystack: the source its straw comes from). field: the column with the text or the messages (None:
+    `text`, or `messages` for chat); for stdlib, `docs` takes the docstrings alone. include, exclude:
+    patterns on file names below path. rows: read only so many rows of a hub dataset. min_tokens,
+    max_tokens: documents outside are left out. loss: `assistant` trains on the assistant's turns only;
+    answer_weight: the assistant's tokens weigh this multiple of all others of the conversation together.
     """
 
     kind: SourceKind
