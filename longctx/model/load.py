@@ -27,13 +27,14 @@ def load(path: str, *, dtype: str = "float32", attention: str = "longctx", devic
     config = read_config(path)
     check_config(config, path)
     _register(attention)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
         dtype=getattr(torch, dtype),
         attn_implementation=attention,
         output_loading_info=True,
     )
+    model, info = loaded
     _check_loaded(info, path)
     if dtype == "float64":
         train_norms(model)

@@ -96,7 +96,7 @@ class HostStore:
             self._order.append(_Away(flat, self._stream(tensor.device)))
         away = self._order[place]
         away.views += 1
-        return Saved(away, place, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return Saved(away, place, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
     def get(self, saved: Saved) -> Tensor:
         flat = saved.away.take()

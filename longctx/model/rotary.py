@@ -9,7 +9,7 @@ Shapes: B batch, S tokens, H heads, D head dim (all of it rotates).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -84,7 +84,7 @@ def set_rope(
         base.rotary_emb = ExactRotary(exact, scaling).to(device)
     else:
         base.rotary_emb = _transformers_rotary(base)(config=config).to(device)
-    check_inv_freq(base.rotary_emb.inv_freq, exact, f"rope {dict(config.rope_parameters)}")
+    check_inv_freq(cast(Tensor, base.rotary_emb.inv_freq), exact, f"rope {dict(config.rope_parameters)}")
 
 
 def check_inv_freq(found: Tensor, exact: np.ndarray, what: str) -> None:
