@@ -31,11 +31,10 @@ def draw_curve(trials: Sequence[Trial], *, rule: int, best: int, length: int, pa
     left.axvline(rule, color="0.45", linestyle="--", label=f"rule {rule:,}")
     left.axvline(best, color="tab:green", label=f"chosen {best:,}")
     handles, labels = left.get_legend_handles_labels()
-    if all(trial.needle_loss is not None for trial in ordered):
+    needles = [trial.needle_loss for trial in ordered if trial.needle_loss is not None]
+    if len(needles) == len(thetas):
         right = left.twinx()
-        right.plot(
-            thetas, [trial.needle_loss for trial in ordered], "s-", color="tab:orange", label="needle answers"
-        )
+        right.plot(thetas, needles, "s-", color="tab:orange", label="needle answers")
         right.set_ylabel("loss on needle answers (nats per token)", color="tab:orange")
         more = right.get_legend_handles_labels()
         handles, labels = handles + more[0], labels + more[1]
