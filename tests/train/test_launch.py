@@ -1,6 +1,6 @@
 """Ranks as processes: signals, deaths, ctrl-C, two torchrun agents, another number of ranks.
 
-The soak with many kills: `longctx bench faults kills=50 sigterms=10`.
+Those marked slow: `pytest -m slow tests/train/test_launch.py`. The soak with many kills: `longctx bench faults kills=50 sigterms=10`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from longctx.train import metrics, runfolder
 
@@ -57,6 +56,7 @@ def test_a_dead_rank_takes_the_run_down_and_a_signal_saves_it(tmp_path: Path, do
     assert f"saved at step {again.step()}" in said
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_one_line_and_no_process(tmp_path: Path, documents: Path) -> None:
     life = start(tmp_path / "run", documents, curriculum=LONG)
     assert life.wait_for_step(2), life.wait()
@@ -69,24 +69,20 @@ def test_ctrl_c_leaves_one_line_and_no_process(tmp_path: Path, documents: Path) 
     assert not any(alive(pid) for pid in ranks)
 
 
-def test_two_agents_as_two_nodes_then_another_number_of_ranks(tmp_path: Path, documents: Path) -> None:
-    """torchrun on two `nodes`, stopped; continued by one process: the losses go on as if nothing had
-    changed.
-    """
-    made = config(tmp_path / "run", documents)
-    alone = config(tmp_path / "alone", documents)
-    folder = tmp_path / "configs"
-    (folder / "experiment").mkdir(parents=True)
-    values = {key: value for key, value in runfolder.to_dict(made).items() if key != "launch"}
-    (folder / "experiment" / "made.yaml").write_text("# @package _global_\n" + yaml.safe_dump(values))
+@pytest.mark.slow
+def test_two_agents_as_two_nodes_give_the_losses_of_one_process(tmp_path: Path, documents: Path) -> None:
+    """torchrun twice, one rank each."""
+    made = config(tmp_path / "run", documents, parallel={"stages": {"s64": 1}})
+    runfolder.prepare(made)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--master-addr", "localhost", "--master-port", str(port)]
     agents = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank", str(node),
-             "--nproc-per-node", "1", "--master-addr", "localhost", "--master-port", str(port),
-             "-m", "longctx.train", "--config-dir", str(folder), "experiment=made"],
+            [*command, "--node-rank", str(node), "-m", "longctx.train", "--resolved",
+             str(tmp_path / "run" / "config.yaml")],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
@@ -96,14 +92,14 @@ def test_two_agents_as_two_nodes_then_another_number_of_ranks(tmp_path: Path, do
     assert [agent.returncode for agent in agents] == [0, 0], said
     from longctx.train.run import train
 
-    assert train(alone) == 0
+    assert train(config(tmp_path / "alone", documents)) == 0
     both = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("run", "alone")]
     assert both[0][0]["dp"] == 2
-    assert both[0][0]["loss"] != 0
     losses = [[line["loss"] for line in lines] for lines in both]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_different_command_on_one_node_is_refused(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
