@@ -24,19 +24,20 @@ _BLOCK_ELEMENTS = 2**20
 class Difference:
     """Rows x columns view of tuned - base (one-dimensional tensors are one row). A lowrank.BlockMatrix.
 
-    budget: bytes of difference this worker may keep. sha256: of the base tensor's bytes, after one whole
-    pass.
+    budget: bytes of difference this worker may keep. hashed: whether sha256 is wanted. sha256: of the base
+    tensor's bytes, after one whole pass.
     """
 
     def __init__(
         self, base: Checkpoint, tuned: Checkpoint, name: str, *, dtype: torch.dtype, device: torch.device,
-        budget: int, scratch: Scratch,
+        budget: int, scratch: Scratch, hashed: bool = True,
     ) -> None:  # fmt: skip
         self.name, self.dtype, self.device = name, dtype, device
         self._base, self._tuned, self._scratch = base, tuned, scratch
         shape = base.entries[name].shape
         self.shape = (shape[0], prod(shape[1:])) if len(shape) > 1 else (1, prod(shape))
         self.sha256 = ""
+        self._hashed = hashed
         self._resident = len(shape) == 1 or prod(self.shape) * dtype.itemsize <= budget
         self._kept: Tensor | None = None
 
@@ -52,9 +53,9 @@ class Difference:
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             block = whole[start:stop] if whole is not None else self._buffer("block", stop - start)
-            self._read(start, stop, block, None if self.sha256 else digest)
+            self._read(start, stop, block, digest if self._hashed and not self.sha256 else None)
             yield start, block
-        self.sha256 = self.sha256 or digest.hexdigest()
+        self.sha256 = self.sha256 or (digest.hexdigest() if self._hashed else "")
         self._kept = whole
 
     def dense(self) -> Tensor | None:

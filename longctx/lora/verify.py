@@ -19,8 +19,9 @@ import torch
 from longctx.errors import RunFailed, UserError
 from longctx.lora.adapter import Adapter
 from longctx.lora.changes import Change
+from longctx.lora.difference import Difference
 from longctx.lora.folder import Row
-from longctx.lora.tensors import Checkpoint, row_blocks
+from longctx.lora.tensors import Checkpoint, Scratch
 
 if TYPE_CHECKING:
     from longctx.config.lora import ExtractConfig
@@ -48,9 +49,10 @@ def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[Row]
     for row in sorted(rows, key=lambda row: (len(row.shape), torch.Size(row.shape).numel())):
         if row.carried != "no" and row.norm > 0:
             sample.setdefault(row.tensor.removesuffix(".weight").rsplit(".", 1)[-1], row)
+    scratch = Scratch()
     with Adapter(str(folder)) as adapter:
         for row in sample.values():
-            residual = _relative_residual(adapter, base, tuned, row)
+            residual = _relative_residual(adapter, base, tuned, row, scratch)
             if abs(residual - row.residual) > _SLACK:
                 raise RunFailed(
                     f"{row.tensor}: base + adapter, read back from the file, is {residual:.4f} of the "
@@ -61,20 +63,30 @@ def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[Row]
     return [row.tensor for row in sample.values()]
 
 
-def _relative_residual(adapter: Adapter, base: Checkpoint, tuned: Checkpoint, row: Row) -> float:
+def _relative_residual(
+    adapter: Adapter, base: Checkpoint, tuned: Checkpoint, row: Row, scratch: Scratch
+) -> float:
     """||tuned - (base + adapter)|| / ||tuned - base|| of one tensor."""
     entry = base.entries[row.tensor]
     module = row.tensor.removesuffix(".weight")
     key = module if row.carried == "factors" else row.tensor
     apply = Change(row.tensor, row.carried, adapter, key, 1.0, entry.rows).load()
-    left_over = difference = 0.0
-    for start, stop in row_blocks(entry):
-        goal = tuned.read(row.tensor, start, stop).float()
-        merged = base.read(row.tensor, start, stop).float()
-        difference += float((goal - merged).double().square().sum())
-        apply(merged, start)
-        left_over += float((goal - merged).double().square().sum())
-    return (left_over / difference) ** 0.5
+    # base - tuned, to which the adapter is added: what is left should be as small as the table says.
+    negative = Difference(
+        tuned,
+        base,
+        row.tensor,
+        dtype=torch.float32,
+        device=torch.device("cpu"),
+        budget=0,
+        scratch=scratch,
+        hashed=False,
+    )
+    left_over = 0.0
+    for start, block in negative.blocks():
+        apply(block.view(-1) if len(entry.shape) == 1 else block, start)
+        left_over += float(torch.linalg.vector_norm(block).double() ** 2)
+    return left_over**0.5 / row.norm
 
 
 def held_out_losses(config: ExtractConfig, folder: Path) -> Held:
