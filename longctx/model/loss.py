@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
@@ -65,9 +64,11 @@ class _LinearLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=acc) if wants[2] and bias is not None else None
         nll = torch.zeros(hidden.shape[0], dtype=acc, device=hidden.device)
         lse = torch.zeros_like(nll)
+        buffer = hidden.new_empty(min(chunk, len(labels)), len(weight))
         for rows in _labelled(labels, chunk):
             part, label, w = hidden[rows], labels[rows], weights[rows]
-            logits = F.linear(part, weight, bias).to(acc)
+            logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
+            logits = (logits if bias is None else logits.add_(bias)).to(acc)
             top = logits.amax(-1, keepdim=True)
             target = logits.gather(-1, label[:, None])
             total = logits.sub_(top).exp_().sum(-1, keepdim=True)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_ROWS = 2048
+_ROWS = 1024
 
 
 class TrainedNorm:
