@@ -75,7 +75,11 @@ def _find(words: list[str]) -> tuple[Verb, list[str]]:
         raise UserError(f"{two!r} is not a verb; {words[0]} has {', '.join(name.split()[1] for name in family)}"
                         + (f"; did you mean {near!r}?" if (near := nearest(given, [n.split()[1] for n in family])) else ""))  # fmt: skip
     near = nearest(words[0], {name.split()[0] for name in VERBS})
-    raise UserError(f"{words[0]!r} is not a verb; " + (f"did you mean {near!r}? " if near else "") + "`longctx --help` lists them")
+    raise UserError(
+        f"{words[0]!r} is not a verb; "
+        + (f"did you mean {near!r}? " if near else "")
+        + "`longctx --help` lists them"
+    )
 
 
 def _resolve(target: str) -> Any:
@@ -87,7 +91,10 @@ def _help() -> str:
     width = max(len(name) for name in VERBS)
     lines = ["usage: longctx VERB [SUBVERB] [group=choice] [key=value] ... [--config-dir FOLDER]", ""]
     lines += [f"  {name:<{width}}  {VERBS[name].help}" for name in VERBS]
-    lines += ["", "`longctx VERB --help` shows what can be set. Start with: longctx train experiment=quickstart"]
+    lines += [
+        "",
+        "`longctx VERB --help` shows what can be set. Start with: longctx train experiment=quickstart",
+    ]
     return "\n".join(lines)
 
 
@@ -102,7 +109,11 @@ def _verb_help(verb: Verb) -> str:
     if shown:
         lines += ["Groups (choose with group=choice):"]
         lines += [f"  {name:<12} {', '.join(choices)}" for name, choices in shown.items()] + [""]
-    lines += [f"Settings and their defaults (configs/{verb.root}.yaml); override any as key=value:", "", root.rstrip()]
+    lines += [
+        f"Settings and their defaults (configs/{verb.root}.yaml); override any as key=value:",
+        "",
+        root.rstrip(),
+    ]
     lines += ["", "Nested keys take dots: curriculum.stages.s2048.tokens=1e6. A stage is dropped with '~curriculum.stages.s2048'.",
               "Lists need quotes: 'key=[a,b]'. --config-dir FOLDER adds your own group files."]  # fmt: skip
     return "\n".join(lines)

@@ -67,10 +67,12 @@ def _tables(found: dict[str, Any]) -> object:
     for name, there in {**found["backends"], **found["tools"]}.items():
         machine.add_row(name, str(there) if there else "not here")
     packages = Table("package", "version", "for", title="packages")
-    purpose = {name: "train" for name in _TRAIN} | {name: "gpu" for name in _GPU}
+    purpose = dict.fromkeys(_TRAIN, "train") | dict.fromkeys(_GPU, "gpu")
     for name, installed in found["packages"].items():
         packages.add_row(name, installed or "not installed", purpose.get(name, "everything"))
-    kernels = Table("kernel", "", title=f"attention kernels in order of preference; chosen: {found['kernel']}")
+    kernels = Table(
+        "kernel", "", title=f"attention kernels in order of preference; chosen: {found['kernel']}"
+    )
     for name, reasons in found["kernels"].items():
         kernels.add_row(name, "; ".join(reasons) or "can serve")
     return Group(machine, packages, kernels)

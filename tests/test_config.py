@@ -23,7 +23,9 @@ def test_lengths_are_powers_of_two(text, value):
     assert parse_length(text) == value
 
 
-@pytest.mark.parametrize(("text", "value"), [("100M", 10**8), ("1e8", 10**8), (1e8, 10**8), ("2B", 2 * 10**9)])
+@pytest.mark.parametrize(
+    ("text", "value"), [("100M", 10**8), ("1e8", 10**8), (1e8, 10**8), ("2B", 2 * 10**9)]
+)
 def test_counts_are_powers_of_ten(text, value):
     assert parse_count(text) == value
 
@@ -77,11 +79,20 @@ def test_nearest_finds_what_was_meant():
     [
         (["trian"], "did you mean 'train'"),
         (["train", "experiment=quikstart"], "did you mean experiment=quickstart"),
-        (["train", "experiment=quickstart", "modle.path=x"], "modle is not a known key; did you mean 'model'"),
+        (
+            ["train", "experiment=quickstart", "modle.path=x"],
+            "modle is not a known key; did you mean 'model'",
+        ),
         (["train", "experiment=quickstart", "curriculum.stages.s2048.tokn=1"], "did you mean 'tokens'"),
         (["train", "experiment=quickstart", "launch.nproc=three"], "launch.nproc='three'"),
-        (["train", "experiment=quickstart", "~curriculum.stages.s204"], "did you mean curriculum.stages.s2048"),
-        (["train", "experiment=quickstart", "model=path", "model.path=/nowhere/x"], "/nowhere/x does not exist"),
+        (
+            ["train", "experiment=quickstart", "~curriculum.stages.s204"],
+            "did you mean curriculum.stages.s2048",
+        ),
+        (
+            ["train", "experiment=quickstart", "model=path", "model.path=/nowhere/x"],
+            "/nowhere/x does not exist",
+        ),
         (["train", "experiment=quickstart", "curriculum.mix=none"], "mix=none is not one of data.mixes"),
         (["train", "experiment=quickstart", "curriculum.stages.s2048.seq_len=2050"], "2050"),
         (["train", "-x"], "-x is not an option"),
@@ -106,7 +117,9 @@ def test_every_verb_has_a_root_config_and_help(verb, capsys):
 
 def test_a_folder_of_the_users_own_configs_adds_choices(tmp_path):
     (tmp_path / "curriculum").mkdir()
-    (tmp_path / "curriculum" / "mine.yaml").write_text("stages: {s1k: {seq_len: 1024, theta: 1e5, tokens: 1e6}}\n")
+    (tmp_path / "curriculum" / "mine.yaml").write_text(
+        "stages: {s1k: {seq_len: 1024, theta: 1e5, tokens: 1e6}}\n"
+    )
     assert "mine" in groups([tmp_path])["curriculum"]
     values = compose("train", ["experiment=quickstart", "curriculum=mine"], [tmp_path])
     assert values["curriculum"]["stages"]["s1k"]["seq_len"] == 1024

@@ -37,7 +37,9 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
 
     for folder in extra_dirs:
         if not folder.is_dir():
-            raise UserError(f"--config-dir {folder} is not a folder; give the folder that holds your group folders")
+            raise UserError(
+                f"--config-dir {folder} is not a folder; give the folder that holds your group folders"
+            )
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError(
@@ -45,10 +47,16 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
             )
     OmegaConf.register_new_resolver("asset", _asset, replace=True)
     GlobalHydra.instance().clear()
-    search = [f"hydra.searchpath=[{','.join('file://' + str(d.resolve()) for d in extra_dirs)}]"] if extra_dirs else []
+    search = (
+        [f"hydra.searchpath=[{','.join('file://' + str(d.resolve()) for d in extra_dirs)}]"]
+        if extra_dirs
+        else []
+    )
     try:
         with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-            composed = hydra_compose(config_name=root, overrides=[*search, *(_forced(root, word) for word in overrides)])
+            composed = hydra_compose(
+                config_name=root, overrides=[*search, *(_forced(root, word) for word in overrides)]
+            )
             values = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(_explain(error, root, overrides, extra_dirs)) from None
@@ -76,7 +84,9 @@ def _groups_of(root: str) -> set[str]:
     defaults = (yaml.safe_load((config_dir() / f"{root}.yaml").read_text()) or {}).get("defaults", [])
     names = [name for entry in defaults if isinstance(entry, dict) for name in entry]
     below = [_groups_of(entry) for entry in defaults if isinstance(entry, str) and entry != "_self_"]
-    return set().union(*below) | {name.split("@")[0].removeprefix("optional ").removeprefix("override ").strip("/ ") for name in names}
+    return set().union(*below) | {
+        name.split("@")[0].removeprefix("optional ").removeprefix("override ").strip("/ ") for name in names
+    }
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[Path]]:
@@ -118,7 +128,8 @@ def _explain(error: Exception, root: str, overrides: Sequence[str], extra_dirs: 
         hint = f"did you mean {missing[1]}={near}?" if near else ""
         return f"{missing[1]}={missing[2]} is not a choice; {hint} known: {', '.join(choices)} ({where})"
     unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text) or re.search(
-        r"Could not override '([^']+)'|Could not delete from config. '([^']+)'|In '[^']*': Could not (?:find|override) '?(\S+?)'", text
+        r"Could not override '([^']+)'|Could not delete from config. '([^']+)'|In '[^']*': Could not (?:find|override) '?(\S+?)'",
+        text,
     )
     if unknown:
         key = next(group for group in reversed(unknown.groups()) if group)

@@ -31,9 +31,7 @@ class Grid:
 
     def by_length(self) -> dict[int, float]:
         """{length: accuracy pooled over depths and seeds}."""
-        return {
-            length: float(np.nanmean(row)) for length, row in zip(self.lengths, self.cells, strict=True)
-        }
+        return {length: float(np.nanmean(row)) for length, row in zip(self.lengths, self.cells, strict=True)}
 
     def pooled(self) -> float:
         """Accuracy pooled over all cells."""

@@ -43,7 +43,11 @@ def run(config: EvalConfig) -> int:
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "needle.json").write_text(json.dumps(result, indent=1))
-        draw([Panel(grid, path, window=int(model.config.max_position_embeddings))], out / "needle.png", columns=1)
+        draw(
+            [Panel(grid, path, window=int(model.config.max_position_embeddings))],
+            out / "needle.png",
+            columns=1,
+        )
     if config.format == "json":
         console.emit_json(result)
     else:
