@@ -71,15 +71,13 @@ def _find(words: list[str]) -> tuple[Verb, list[str]]:
         return VERBS[words[0]], words[1:]
     family = sorted(name for name in VERBS if name.startswith(words[0] + " "))
     if family:
-        given = words[1] if len(words) > 1 else ""
-        raise UserError(f"{two!r} is not a verb; {words[0]} has {', '.join(name.split()[1] for name in family)}"
-                        + (f"; did you mean {near!r}?" if (near := nearest(given, [n.split()[1] for n in family])) else ""))  # fmt: skip
+        subverbs = [name.split()[1] for name in family]
+        near = nearest(words[1], subverbs) if len(words) > 1 else None
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise UserError(f"{two!r} is not a verb; {words[0]} has {', '.join(subverbs)}{hint}")
     near = nearest(words[0], {name.split()[0] for name in VERBS})
-    raise UserError(
-        f"{words[0]!r} is not a verb; "
-        + (f"did you mean {near!r}? " if near else "")
-        + "`longctx --help` lists them"
-    )
+    hint = f"did you mean {near!r}? " if near else ""
+    raise UserError(f"{words[0]!r} is not a verb; {hint}`longctx --help` lists them")
 
 
 def _resolve(target: str) -> Any:
@@ -99,11 +97,10 @@ def _help() -> str:
 
 
 def _verb_help(verb: Verb) -> str:
-    from longctx.config.compose import config_dir, groups
+    from longctx.config.compose import config_dir, groups, groups_of
 
     root = (config_dir() / f"{verb.root}.yaml").read_text()
-    used = {line.split("-", 1)[1].split(":")[0].split("@")[0].replace("optional", "").replace("override", "").strip(" /")
-            for line in root.splitlines() if line.strip().startswith("- ") and ":" in line}  # fmt: skip
+    used = groups_of(verb.root)
     lines = [f"longctx {verb.name}: {verb.help}", ""]
     shown = {name: choices for name, choices in groups().items() if name in used}
     if shown:
@@ -114,8 +111,11 @@ def _verb_help(verb: Verb) -> str:
         "",
         root.rstrip(),
     ]
-    lines += ["", "Nested keys take dots: curriculum.stages.s2048.tokens=1e6. A stage is dropped with '~curriculum.stages.s2048'.",
-              "Lists need quotes: 'key=[a,b]'. --config-dir FOLDER adds your own group files."]  # fmt: skip
+    lines += [
+        "",
+        "Nested keys take dots: curriculum.stages.s2048.tokens=1e6; '~curriculum.stages.s2048' drops a stage.",
+        "Lists need quotes: 'key=[a,b]'. --config-dir FOLDER adds your own group files.",
+    ]
     return "\n".join(lines)
 
 

@@ -70,9 +70,7 @@ def _tables(found: dict[str, Any]) -> object:
     purpose = dict.fromkeys(_TRAIN, "train") | dict.fromkeys(_GPU, "gpu")
     for name, installed in found["packages"].items():
         packages.add_row(name, installed or "not installed", purpose.get(name, "everything"))
-    kernels = Table(
-        "kernel", "", title=f"attention kernels in order of preference; chosen: {found['kernel']}"
-    )
+    kernels = Table("kernel", "", title=f"attention kernels in order of preference; chosen: {found['kernel']}")
     for name, reasons in found["kernels"].items():
         kernels.add_row(name, "; ".join(reasons) or "can serve")
     return Group(machine, packages, kernels)

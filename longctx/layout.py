@@ -140,9 +140,7 @@ class SequenceLayout:
         indices = self.indices(rank)
         real = indices[indices >= 0]
         doc = np.searchsorted(self.boundaries, real, side="right")
-        return np.r_[np.flatnonzero(np.r_[True, doc[1:] != doc[:-1]]) if len(doc) else [], len(real)].astype(
-            np.int64
-        )
+        return np.r_[np.flatnonzero(np.r_[True, doc[1:] != doc[:-1]]) if len(doc) else [], len(real)].astype(np.int64)
 
     @cached_property
     def work(self) -> np.ndarray:
@@ -276,9 +274,7 @@ def _cut(segments: np.ndarray, boundaries: np.ndarray) -> Pieces:
     """Cut segments at the document boundaries inside them."""
     starts, ends = [], []
     for start, length in segments:
-        inside = boundaries[
-            np.searchsorted(boundaries, start, "right") : np.searchsorted(boundaries, start + length)
-        ]
+        inside = boundaries[np.searchsorted(boundaries, start, "right") : np.searchsorted(boundaries, start + length)]
         edges = np.r_[start, inside, start + length]
         starts.append(edges[:-1])
         ends.append(edges[1:])

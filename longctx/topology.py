@@ -24,9 +24,7 @@ class Link:
 
     def __post_init__(self) -> None:
         if self.bandwidth <= 0 or self.latency < 0:
-            raise ValueError(
-                f"link bandwidth={self.bandwidth}, latency={self.latency}: bandwidth > 0 and latency >= 0"
-            )
+            raise ValueError(f"link bandwidth={self.bandwidth}, latency={self.latency}: bandwidth > 0 and latency >= 0")
 
 
 @dataclass(frozen=True)
@@ -63,9 +61,7 @@ class Topology:
 def split(world_size: int, nodes: int) -> Topology:
     """N ranks over `nodes` nodes of equal size; ValueError when N is not a product."""
     if nodes < 1 or world_size % nodes:
-        raise ValueError(
-            f"nodes={nodes} does not divide the {world_size} ranks: N must be nodes * ranks per node"
-        )
+        raise ValueError(f"nodes={nodes} does not divide the {world_size} ranks: N must be nodes * ranks per node")
     return Topology(nodes, world_size // nodes)
 
 

@@ -24,21 +24,15 @@ def check(run: Path) -> list[str]:
 
     needle, pooled = summary["needle"], summary["needle_pooled"]
     for name in ("base", "theta_only", "control", "extended", "sibling", "merged", "unseen"):
-        expect(
-            sorted(map(int, needle.get(name, {}))) == LENGTHS, f"needle.{name} has not the lengths {LENGTHS}"
-        )
-        expect(
-            len(summary["needle_by_seed"].get(name, {})) == 3, f"needle_by_seed.{name} has not three seeds"
-        )
+        expect(sorted(map(int, needle.get(name, {}))) == LENGTHS, f"needle.{name} has not the lengths {LENGTHS}")
+        expect(len(summary["needle_by_seed"].get(name, {})) == 3, f"needle_by_seed.{name} has not three seeds")
     if wrong:
         return wrong
     base = {int(length): found for length, found in needle["base"].items()}
     expect(summary["needles_per_cell_and_seed"] >= 10, "fewer than 10 needles a cell")
     expect(base[512] >= 0.98, f"the base finds {base[512]:.3f} at 512, not 0.98")
     for length in (2048, 4096, 8192):
-        expect(
-            base[length] <= 0.2, f"the base finds {base[length]:.3f} at {length}, so nothing is proven there"
-        )
+        expect(base[length] <= 0.2, f"the base finds {base[length]:.3f} at {length}, so nothing is proven there")
     expect(pooled["extended"] >= 0.95, f"extended finds {pooled['extended']:.3f} pooled, not 0.95")
     worst = min(needle["extended"].values())
     expect(worst >= 0.9, f"extended finds {worst:.3f} at its worst length, not 0.90")

@@ -23,9 +23,7 @@ def test_lengths_are_powers_of_two(text, value):
     assert parse_length(text) == value
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("100M", 10**8), ("1e8", 10**8), (1e8, 10**8), ("2B", 2 * 10**9)]
-)
+@pytest.mark.parametrize(("text", "value"), [("100M", 10**8), ("1e8", 10**8), (1e8, 10**8), ("2B", 2 * 10**9)])
 def test_counts_are_powers_of_ten(text, value):
     assert parse_count(text) == value
 
@@ -117,9 +115,7 @@ def test_every_verb_has_a_root_config_and_help(verb, capsys):
 
 def test_a_folder_of_the_users_own_configs_adds_choices(tmp_path):
     (tmp_path / "curriculum").mkdir()
-    (tmp_path / "curriculum" / "mine.yaml").write_text(
-        "stages: {s1k: {seq_len: 1024, theta: 1e5, tokens: 1e6}}\n"
-    )
+    (tmp_path / "curriculum" / "mine.yaml").write_text("stages: {s1k: {seq_len: 1024, theta: 1e5, tokens: 1e6}}\n")
     assert "mine" in groups([tmp_path])["curriculum"]
     values = compose("train", ["experiment=quickstart", "curriculum=mine"], [tmp_path])
     assert values["curriculum"]["stages"]["s1k"]["seq_len"] == 1024

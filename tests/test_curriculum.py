@@ -38,9 +38,7 @@ def stages_of(
 
 
 def packaged(name: str, *overrides: str) -> CurriculumConfig:
-    return build(
-        CurriculumConfig, compose("theta", [f"curriculum={name}", *overrides])["curriculum"], origin=name
-    )
+    return build(CurriculumConfig, compose("theta", [f"curriculum={name}", *overrides])["curriculum"], origin=name)
 
 
 def lengths(stages: list[Stage]) -> list[int]:
@@ -161,9 +159,7 @@ def test_scratch_lengths_may_repeat_and_lie_under_the_window():
 def test_theta_file_replaces_rules(tmp_path: Path):
     file = tmp_path / "theta.yaml"
     file.write_text("stages:\n  s8192: {theta: 1234567}\n")
-    stages = stages_of(
-        packaged("tiny_16x", f"curriculum.theta_file={file}"), head_dim=32, theta=10000, window=512
-    )
+    stages = stages_of(packaged("tiny_16x", f"curriculum.theta_file={file}"), head_dim=32, theta=10000, window=512)
     assert [s.theta for s in stages] == [154243, 1234567]
 
 
@@ -219,9 +215,7 @@ def test_advance_waits_for_a_flat_loss():
 
 def test_advance_is_off_unless_enabled():
     on = {"enabled": True, "steps": 7}
-    stages = stages_of(
-        config({"s64k": {"seq_len": 65536}, "s128k": {"seq_len": 131072, "advance": on}}, rule="ntk")
-    )
+    stages = stages_of(config({"s64k": {"seq_len": 65536}, "s128k": {"seq_len": 131072, "advance": on}}, rule="ntk"))
     assert stages[0].advance is None
     assert stages[1].advance == Advance(7, 0.002, 0.25)
 
@@ -238,15 +232,13 @@ GOOD = {"s64k": {"seq_len": 65536}, "s256k": {"seq_len": 262144}}
         (
             {"s64k": {"seq_len": 65536, "theta": 9e6}, "s256k": {"seq_len": 262144, "theta": 8e6}},
             {},
-            "curriculum.stages.s256k: theta=8000000 is below the 9000000 it starts from; a theta must not "
-            "fall",
+            "curriculum.stages.s256k: theta=8000000 is below the 9000000 it starts from; a theta must not fall",
         ),
         ({"s64k": {"seq_len": 65536, "theta": 10000}}, {}, "theta=10000 is below the 500000 it starts from"),
         (
             {"s64k": {"seq_len": 262144}, "s256k": {"seq_len": 65536}},
             {"rule": "ntk"},
-            "curriculum.stages.s256k.seq_len=65536 does not come after 262144: the lengths of the stages "
-            "must increase",
+            "curriculum.stages.s256k.seq_len=65536 does not come after 262144: the lengths of the stages must increase",
         ),
         (
             {"a": {"seq_len": 65536}, "b": {"seq_len": 65536}},

@@ -44,10 +44,7 @@ def test_exports_load_in_plain_transformers_with_theta_and_window(quickstart, st
     expected = 1.0 / theta ** (torch.arange(0, 32, 2, dtype=torch.float32) / 32)
     assert torch.allclose(model.model.rotary_emb.inv_freq, expected, rtol=1e-6)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert (
-        tokenizer.decode(tokenizer("pass key 123456")["input_ids"], skip_special_tokens=True)
-        == "pass key 123456"
-    )
+    assert tokenizer.decode(tokenizer("pass key 123456")["input_ids"], skip_special_tokens=True) == "pass key 123456"
 
 
 def test_the_adapter_loads_in_peft_and_carries_theta(quickstart):

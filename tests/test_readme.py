@@ -15,10 +15,7 @@ from longctx.assets import tiny_model
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
-    line.split("#")[0].strip()
-    for _, block in BLOCKS
-    for line in block.splitlines()
-    if line.startswith("longctx ")
+    line.split("#")[0].strip() for _, block in BLOCKS for line in block.splitlines() if line.startswith("longctx ")
 ]
 
 # What a command takes so long for: replaced by something small of the same kind.

@@ -152,9 +152,7 @@ def test_yarn_on_a_yarn_model_raises_the_factor_from_its_original_length():
 def test_longrope_wants_one_factor_per_pair():
     rule = make_rule("longrope", {"long_factor": [2.0] * 64})
     assert rule.to_hf(LLAMA3, 65536)["short_factor"] == [2.0] * 64
-    with pytest.raises(
-        UserError, match="long_factor has 3 numbers, but longrope needs one per rotary pair, 64"
-    ):
+    with pytest.raises(UserError, match="long_factor has 3 numbers, but longrope needs one per rotary pair, 64"):
         make_rule("longrope", {"long_factor": [1.0, 2.0, 3.0]}).to_hf(LLAMA3, 65536)
 
 
@@ -358,15 +356,11 @@ def test_frequencies_survive_longctxs_own_export(tmp_path: Path):
     for name in RULES:
         values = {"long_factor": [1.5] * 16} if name == "longrope" else {}
         rope = make_rule(name, values).to_hf(start, 8192)
-        out = export(
-            model.named_parameters(), ModelConfig(init=shape), None, tmp_path / name, rope=rope, window=8192
-        )
+        out = export(model.named_parameters(), ModelConfig(init=shape), None, tmp_path / name, rope=rope, window=8192)
         rotary = AutoModelForCausalLM.from_pretrained(out).model.rotary_emb
         assert _ulps(inv_freq(rope, 32, window=8192, dtype=np.float32), rotary.inv_freq.numpy()) <= 1, name
         assert read_rope(out).theta == rope["rope_theta"]
-        old = {
-            k: v for k, v in json.loads((out / "config.json").read_text()).items() if k != "rope_parameters"
-        }
+        old = {k: v for k, v in json.loads((out / "config.json").read_text()).items() if k != "rope_parameters"}
         assert np.array_equal(rope_of(old, "old style").frequencies(), read_rope(out).frequencies()), name
 
 

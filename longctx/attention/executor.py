@@ -75,9 +75,7 @@ class Ring:
         blocks[OWN][1].copy_(v)
         return blocks
 
-    def _keys(
-        self, compute: Compute, blocks: dict[int, Tensor], k: Tensor, v: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _keys(self, compute: Compute, blocks: dict[int, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """K and V the computation reads: a block as it lies, or several brought into ascending order."""
         if len(compute.slots) == 1:
             block = blocks.get(compute.slots[0])

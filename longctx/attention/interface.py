@@ -51,9 +51,7 @@ def attend(
     if dropout and module.training:
         raise ValueError(f"{where} has attention dropout={dropout}: context attention has none; set it to 0")
     if attention_mask is not None:
-        raise ValueError(
-            f"{where} got a dense mask of shape {tuple(attention_mask.shape)}: documents are the layout's"
-        )
+        raise ValueError(f"{where} got a dense mask of shape {tuple(attention_mask.shape)}: documents are the layout's")
     if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
         raise ValueError(f"{where} is not causal: context attention is")
     out = context_attention(query, key, value, layout, scale=scaling)

@@ -68,9 +68,7 @@ def _needs(problem: Problem, *, package: str | None = None, sm: int = 80, heads:
     if problem.dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"needs fp16 or bf16, got {problem.dtype}")
     if problem.head_dim % 8 or problem.head_dim > heads:
-        reasons.append(
-            f"needs a head dimension that is a multiple of 8 up to {heads}, got {problem.head_dim}"
-        )
+        reasons.append(f"needs a head dimension that is a multiple of 8 up to {heads}, got {problem.head_dim}")
     if package and find_spec(package) is None:
         reasons.append(f"the package {package} is not installed")
     return reasons
@@ -166,9 +164,7 @@ def _aten_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
 
 def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
     """The random state a backward asks for and, without dropout, never reads."""
-    return torch.zeros(2, dtype=torch.int64, device=q.device), torch.zeros(
-        (), dtype=torch.int64, device=q.device
-    )
+    return torch.zeros(2, dtype=torch.int64, device=q.device), torch.zeros((), dtype=torch.int64, device=q.device)
 
 
 def _aten_backward(
@@ -195,9 +191,7 @@ def _aten_backward(
 
 
 def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, causal, False, scale=scale
-    )
+    out, lse, *_ = aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
     return out, lse.reshape(q.shape[:3])
 
 
@@ -243,9 +237,7 @@ def _cpu_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float)
 def _cpu_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, causal, scale=scale
-    )
+    return aten._scaled_dot_product_flash_attention_for_cpu_backward(dout, q, k, v, out, lse, 0.0, causal, scale=scale)
 
 
 def _cpu_reasons(problem: Problem) -> list[str]:

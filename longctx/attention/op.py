@@ -59,17 +59,13 @@ def _find(handle: int) -> Family:
 
 
 @torch.library.custom_op("longctx::context_attention", mutates_args=())
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, handle: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, handle: int, scale: float) -> tuple[Tensor, Tensor]:
     """out [B, Hq, n, D] with the strides of `empty_like(q)`, and lse (gathered by heads under Ulysses)."""
     return _find(handle).run_forward(q, k, v, boundaries, scale)
 
 
 @attend.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, handle: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, handle: int, scale: float) -> tuple[Tensor, Tensor]:
     kind = torch.float64 if q.dtype == torch.float64 else torch.float32
     return torch.empty_like(q), q.new_empty(_find(handle).lse_shape(q), dtype=kind)
 

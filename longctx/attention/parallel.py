@@ -124,9 +124,7 @@ class ContextParallel:
             documents = documents.detach().cpu().numpy()
         elif documents is not None:
             documents = np.asarray(documents)
-        arithmetic = SequenceLayout(
-            seq_len, self.positions, kind=kind, boundaries=documents, ulysses=self.ulysses
-        )
+        arithmetic = SequenceLayout(seq_len, self.positions, kind=kind, boundaries=documents, ulysses=self.ulysses)
         key = (seq_len, kind)
         if key not in self.families:
             self.families[key] = Family(self, seq_len, kind)
@@ -154,9 +152,7 @@ def check(size: int, nodes: int, schedule: str, ulysses: int | None) -> int:
     local = split(size, nodes).ranks
     if schedule != "ulysses_ring":
         if ulysses not in (None, 1):
-            raise ValueError(
-                f"ulysses={ulysses} with schedule={schedule!r}: only ulysses_ring exchanges heads"
-            )
+            raise ValueError(f"ulysses={ulysses} with schedule={schedule!r}: only ulysses_ring exchanges heads")
         return 1
     h = local if ulysses is None else ulysses
     if h < 1 or local % h:

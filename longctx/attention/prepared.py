@@ -129,9 +129,7 @@ class Family:
         h = self.cp.ulysses
         return q.shape[0], q.shape[1] // h, q.shape[2] * h
 
-    def run_forward(
-        self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, scale: float
-    ) -> tuple[Tensor, Tensor]:
+    def run_forward(self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         with self.cp.lock:
             return self.prepare(boundaries.numpy()).forward(q, k, v, scale)
 

@@ -91,9 +91,7 @@ class Layout:
         loss ignores as a label: pass fill=0 (or a pad token) for token ids that are to be embedded.
         """
         if x.shape[dim] != self.seq_len:
-            raise ValueError(
-                f"x has {x.shape[dim]} tokens in dim={dim}, the layout's seq_len is {self.seq_len}"
-            )
+            raise ValueError(f"x has {x.shape[dim]} tokens in dim={dim}, the layout's seq_len is {self.seq_len}")
         indices = self.indices.to(x.device)
         if self.arithmetic.padding:
             if fill is None:
@@ -107,9 +105,7 @@ class Layout:
     def unshard(self, x: Tensor, dim: int) -> Tensor:
         """Every rank's local tokens in sequence order, padding gone; the backward takes this rank's slice."""
         if x.shape[dim] != self.local_len:
-            raise ValueError(
-                f"x has {x.shape[dim]} tokens in dim={dim}, the layout's local_len is {self.local_len}"
-            )
+            raise ValueError(f"x has {x.shape[dim]} tokens in dim={dim}, the layout's local_len is {self.local_len}")
         return _Unshard.apply(x, self, dim)  # type: ignore[return-value]
 
     def order(self) -> np.ndarray:
@@ -166,9 +162,7 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
     shapes = {"q": q, "k": k, "v": v}
     for name, x in shapes.items():
         if x.dim() != 4:
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}: it must be [batch, heads, tokens, head_dim]"
-            )
+            raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be [batch, heads, tokens, head_dim]")
         if x.shape[2] != layout.local_len:
             raise ValueError(
                 f"{name} has {x.shape[2]} tokens, this rank's share of the layout has {layout.local_len}: "
@@ -183,13 +177,9 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: they must be equal")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: batch and head_dim must be equal"
-        )
+        raise ValueError(f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}: batch and head_dim must be equal")
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(
-            f"q has {q.shape[1]} heads, k has {k.shape[1]}: the kv heads must divide the query heads"
-        )
+        raise ValueError(f"q has {q.shape[1]} heads, k has {k.shape[1]}: the kv heads must divide the query heads")
     if reason := layout.cp.wire.unsupported(q.device.type):
         raise ValueError(f"q, k, v are on {q.device}: {reason}")
     check_heads(layout.cp.ulysses, q.shape[1], k.shape[1])

@@ -45,9 +45,7 @@ def run(config: BenchAttentionConfig) -> int:
     import torch
 
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device=cuda, but this torch sees no CUDA device; leave device=auto or set device=cpu"
-        )
+        raise UserError("device=cuda, but this torch sees no CUDA device; leave device=auto or set device=cpu")
     if config.device != "cpu" and torch.cuda.is_available():
         from longctx.bench.attention_virtual import measure
 
@@ -122,9 +120,7 @@ def _row(problem: Problem, samples: dict[str, list[float]], rate: float) -> dict
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
         "samples": {name: [round(value, 4) for value in values] for name, values in samples.items()},
         "gflops": {name: round(problem.flop / value / 1e9, 1) for name, value in seconds.items()},
-        "share_of_matrix_rate": {
-            name: round(problem.flop / value / rate, 3) for name, value in seconds.items()
-        },
+        "share_of_matrix_rate": {name: round(problem.flop / value / rate, 3) for name, value in seconds.items()},
         "ratio": round(seconds["sdpa"] / seconds["ring"], 3),
     }
 
@@ -176,8 +172,7 @@ def _inputs(problem: Problem, tokens: int) -> list[Any]:
     shapes = [problem.heads, problem.kv_heads, problem.kv_heads]
     dtype = getattr(torch, problem.dtype)
     return [
-        torch.randn(problem.batch, heads, tokens, problem.head_dim, dtype=dtype, requires_grad=True)
-        for heads in shapes
+        torch.randn(problem.batch, heads, tokens, problem.head_dim, dtype=dtype, requires_grad=True) for heads in shapes
     ]
 
 

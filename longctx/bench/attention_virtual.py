@@ -84,9 +84,7 @@ def backends(
     return [kernels.KERNELS[name] for name in names], {name: why for name, why in reasons.items() if why}
 
 
-def _row(
-    problem: Problem, kernel: str, ranks: int, seconds: float, alone: float, rate: float
-) -> dict[str, Any]:
+def _row(problem: Problem, kernel: str, ranks: int, seconds: float, alone: float, rate: float) -> dict[str, Any]:
     return {
         "backend": kernel,
         "length": problem.length,
@@ -122,8 +120,7 @@ def _tensors(problem: Problem, tokens: int, device: torch.device) -> tuple[Tenso
     counts = (problem.heads, problem.kv_heads, problem.kv_heads, problem.heads)
     dtype = getattr(torch, problem.dtype)
     return tuple(
-        torch.randn(problem.batch, heads, tokens, problem.head_dim, device=device, dtype=dtype)
-        for heads in counts
+        torch.randn(problem.batch, heads, tokens, problem.head_dim, device=device, dtype=dtype) for heads in counts
     )
 
 

@@ -81,9 +81,7 @@ def run(
     errors: list[str] = []
     readers = [
         threading.Thread(target=_drain, args=(process.stdout, lines.put), daemon=True),
-        threading.Thread(
-            target=_drain, args=(process.stderr, lambda line: line and errors.append(line)), daemon=True
-        ),
+        threading.Thread(target=_drain, args=(process.stderr, lambda line: line and errors.append(line)), daemon=True),
     ]
     for reader in readers:
         reader.start()

@@ -176,9 +176,7 @@ def million(config: BenchDataConfig) -> dict[str, float]:
         peaks, seconds, seen = [], [], np.full(seq_len, -1, np.int32)
         for rank in range(ranks):
             late = (2 * ranks - 1 - rank) * chunk
-            positions = np.concatenate(
-                [np.arange(rank * chunk, (rank + 1) * chunk), np.arange(late, late + chunk)]
-            )
+            positions = np.concatenate([np.arange(rank * chunk, (rank + 1) * chunk), np.arange(late, late + chunk)])
             begin = time.perf_counter()
             seen[positions] = stage.local(0, positions).tokens
             seconds.append(time.perf_counter() - begin)
@@ -215,8 +213,7 @@ def random_stage(work: Path, seq_len: int, sequences: int, seed: int) -> Any:
     lengths = np.minimum(lengths, 2**18)
     folder = work / f"shard{seq_len}"
     rows = (
-        Row(f"doc/{i}", f"doc/{i}", rng.integers(0, 32000, n, dtype=np.uint16))
-        for i, n in enumerate(lengths.tolist())
+        Row(f"doc/{i}", f"doc/{i}", rng.integers(0, 32000, n, dtype=np.uint16)) for i, n in enumerate(lengths.tolist())
     )
     write_shard(folder, rows, np.uint16, masked=False, tally=Tally())
     values = {"sources": {"text": {"kind": "text", "path": "x"}}, "mixes": {"m": {"text": 1.0}}}
@@ -247,9 +244,7 @@ def _words(figures: dict[str, Any]) -> str:
             f"{part['peak_gib']:.2f} GiB, padding {part['padding']:.3%}"
         )
     for part in figures.get("read", []):
-        lines.append(
-            f"reading sequences of {part['seq_len']:,}: {part['tokens_per_s'] / 1e6:,.0f} M tokens/s"
-        )
+        lines.append(f"reading sequences of {part['seq_len']:,}: {part['tokens_per_s'] / 1e6:,.0f} M tokens/s")
     if part := figures.get("million"):
         lines.append(
             f"2^20 tokens to 8 ranks: {part['rank_mib']:.1f} MiB allocated by a rank, "

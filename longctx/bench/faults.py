@@ -150,11 +150,7 @@ def _damage(soak: Soak) -> dict[str, str]:
         else:
             spoil(soak.path, name)
         text = _finish(soak, Life(soak.path, soak.config.nproc, file_limit=limit))
-        told = [
-            line
-            for line in text.splitlines()
-            if "damaged" in line or "not written" in line or "failed" in line
-        ]
+        told = [line for line in text.splitlines() if "damaged" in line or "not written" in line or "failed" in line]
         if not told:
             raise RunFailed(f"nothing was said about the {name}: {text[-2000:]}")
         found[name] = " ".join(told[0].split())
@@ -163,9 +159,7 @@ def _damage(soak: Soak) -> dict[str, str]:
 
 
 def newest_rank_file(run: Path) -> Path:
-    return max(
-        run.glob("stages/*/checkpoints/step*/rank00000.safetensors"), key=lambda path: path.parent.name
-    )
+    return max(run.glob("stages/*/checkpoints/step*/rank00000.safetensors"), key=lambda path: path.parent.name)
 
 
 def largest_file(run: Path) -> int:

@@ -97,9 +97,7 @@ class Watched(ABC):
     def step(self) -> int:
         """The last step that metrics.jsonl holds."""
         path = self.run / "metrics.jsonl"
-        lines = (
-            [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-        )
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
         return json.loads(lines[-1])["step"] if lines else 0
 
     def saved_step(self) -> int:
@@ -175,9 +173,7 @@ def _rank(run: Path, rank: int, world: int, port: int, file_limit: int | None) -
     log = os.open(run / "life.log", os.O_WRONLY | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
-    )
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
     from longctx.train.__main__ import main
 

@@ -92,9 +92,7 @@ def _progress(line: str) -> None:
     except ValueError:
         say(line)
         return
-    passes = ", ".join(
-        f"{name} {told[name]:.3f} s" for name in ("forward", "forward_backward") if name in told
-    )
+    passes = ", ".join(f"{name} {told[name]:.3f} s" for name in ("forward", "forward_backward") if name in told)
     say(f"  {told['rate']:>8} {told['schedule']:<15} {passes}")
 
 
@@ -116,13 +114,11 @@ def evaluate(config: BenchHierarchyConfig, measured: dict[str, Any]) -> dict[str
     }
     if config.unlimited:
         document["predicted"] = {
-            schedule: predict(config, schedule, document["unlimited"][schedule])
-            for schedule in config.schedules
+            schedule: predict(config, schedule, document["unlimited"][schedule]) for schedule in config.schedules
         }
         document["prediction_error"] = {
             schedule: {
-                p: round(document["predicted"][schedule][p] / document["seconds"][schedule][p] - 1, 3)
-                for p in passes
+                p: round(document["predicted"][schedule][p] / document["seconds"][schedule][p] - 1, 3) for p in passes
             }
             for schedule in config.schedules
         }
@@ -160,9 +156,7 @@ def _bytes(config: BenchHierarchyConfig, counted: dict[str, Any], passes: list[s
     whole = passes[-1]
     bytes_, formula = {}, {}
     for schedule, per_rank in counted.items():
-        bytes_[schedule] = {
-            level: max(rank[whole][level] for rank in per_rank) for level in ("inner", "outer")
-        }
+        bytes_[schedule] = {level: max(rank[whole][level] for rank in per_rank) for level in ("inner", "outer")}
         h = _ulysses(config)
         parts = [
             busiest(schedule, topology, sizes, backward=b, ulysses=h)
@@ -249,9 +243,7 @@ def _byte_lines(document: dict[str, Any]) -> list[str]:
     for schedule, sent in document["bytes"].items():
         wanted = document["bytes_formula"][schedule]
         verdict = (
-            "= formula"
-            if sent == wanted
-            else f"formula {wanted['inner'] / 1e6:.2f} / {wanted['outer'] / 1e6:.2f}"
+            "= formula" if sent == wanted else f"formula {wanted['inner'] / 1e6:.2f} / {wanted['outer'] / 1e6:.2f}"
         )
         lines.append(f"  {schedule}: {sent['inner'] / 1e6:.2f} / {sent['outer'] / 1e6:.2f}, {verdict}")
     return lines

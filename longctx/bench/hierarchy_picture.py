@@ -30,9 +30,7 @@ def picture(document: dict[str, Any], path: Path) -> None:
     for i, (schedule, values) in enumerate(seconds.items()):
         for j, p in enumerate(passes):
             y = i + (j - (len(passes) - 1) / 2) * height
-            axes.barh(
-                y, values[p], height * 0.9, color=_COLOURS[p], label=p.replace("_", " + ") if i == 0 else None
-            )
+            axes.barh(y, values[p], height * 0.9, color=_COLOURS[p], label=p.replace("_", " + ") if i == 0 else None)
             note = f" {values[p]:.2f} s"
             if schedule in ratios and schedule != "flat_ring":
                 note += f"  ({ratios[schedule][p]:.1f} x flat)"

@@ -106,9 +106,7 @@ def _pair(config: BenchLoraConfig, folder: Path, layers: int) -> tuple[Path, Pat
     if not place.exists():
         say(f"making a pair of {layers} layers x {config.hidden} in {place}")
         making = place.with_name(place.name + ".partial")
-        make_pair(
-            making, layers=layers, hidden=config.hidden, vocab=config.vocab, delta_rank=config.delta_rank
-        )
+        make_pair(making, layers=layers, hidden=config.hidden, vocab=config.vocab, delta_rank=config.delta_rank)
         making.rename(place)
     return place / "base", place / "tuned"
 

@@ -43,8 +43,7 @@ class BenchStepConfig:
     def __post_init__(self) -> None:
         if self.pairs < 1 or self.threads < 1 or self.tokens < 2:
             raise ValueError(
-                f"tokens={self.tokens} must be 2 or more, pairs={self.pairs} and threads={self.threads} "
-                "1 or more"
+                f"tokens={self.tokens} must be 2 or more, pairs={self.pairs} and threads={self.threads} 1 or more"
             )
 
 
@@ -73,9 +72,7 @@ def measure(kind: Kind, config: BenchStepConfig) -> dict[str, Any]:
     command = [sys.executable, "-m", "longctx.bench.step_worker", request]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RunFailed(
-            f"bench step's {kind} process ended with status {done.returncode}:\n{done.stderr[-2000:]}"
-        )
+        raise RunFailed(f"bench step's {kind} process ended with status {done.returncode}:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

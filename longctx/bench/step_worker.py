@@ -70,9 +70,7 @@ def theirs(config: BenchStepConfig, device: torch.device) -> tuple[nn.Module, Ca
     return model, lambda ids: model(input_ids=ids, labels=ids, use_cache=False).loss
 
 
-def step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor], Tensor], ids: Tensor
-) -> float:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Callable[[Tensor], Tensor], ids: Tensor) -> float:
     value = loss(ids)
     value.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0, foreach=False)

@@ -138,9 +138,7 @@ class Examiner:
 
         self.config, self.out = config, out / "eval"
         model = config.train.model
-        self.ground = open_ground(
-            config.train.data, config.source, str(model.tokenizer or model.path), out / "data"
-        )
+        self.ground = open_ground(config.train.data, config.source, str(model.tokenizer or model.path), out / "data")
 
     def examine(self, name: str, folder: Path, stage: Stage | None = None) -> Examined:
         """The model at `folder`, with the stage's rope in place of its own where one is given."""

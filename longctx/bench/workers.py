@@ -87,9 +87,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _work(
-    pipe: Connection, prepare: Prepare, rank: int, size: int, port: int, settings: Any, threads: int
-) -> None:
+def _work(pipe: Connection, prepare: Prepare, rank: int, size: int, port: int, settings: Any, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)

@@ -95,9 +95,7 @@ class ProcessWire:
         timeout = timeout or _timeout_of(parent)
         backend = dist.get_backend_config(parent)
         self.backends = dict(part.split(":") for part in str(backend).split(","))  # "cpu:gloo,cuda:nccl"
-        self.keys = {
-            channel: (tuple(ranks), channel, timeout, str(backend)) for channel in (*channels, "gather")
-        }
+        self.keys = {channel: (tuple(ranks), channel, timeout, str(backend)) for channel in (*channels, "gather")}
         self.groups = {channel: _take(key) for channel, key in self.keys.items()}
 
     def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending:
@@ -240,9 +238,7 @@ class _Letter:
         try:
             self.recv.copy_(box.get(timeout=self.world.timeout))
         except queue.Empty as error:
-            raise PeerLost(
-                f"receiving from rank {self.source}: nothing within {self.world.timeout} s"
-            ) from error
+            raise PeerLost(f"receiving from rank {self.source}: nothing within {self.world.timeout} s") from error
         finally:
             if turn:
                 turn.acquire()

@@ -146,12 +146,8 @@ def _step_into(kind: Any, part: Any) -> Any:
 
 def _explain(kind: Any, item: Mapping[str, Any], origin: str) -> str:
     # pydantic adds the name of a union's member to the location; users know only the keys they wrote.
-    location = [
-        part for part in item["loc"] if not (isinstance(part, str) and not re.match(r"^[\w-]+$", part))
-    ]
-    location = [
-        part for part in location if not (isinstance(part, str) and re.match(r"^[A-Z]\w*Config$", part))
-    ]
+    location = [part for part in item["loc"] if not (isinstance(part, str) and not re.match(r"^[\w-]+$", part))]
+    location = [part for part in location if not (isinstance(part, str) and re.match(r"^[A-Z]\w*Config$", part))]
     where = ".".join(str(part) for part in location)
     value = item.get("input")
     if item["type"] == "unexpected_keyword_argument":

@@ -91,9 +91,7 @@ class BenchHierarchyConfig:
                 f"tokens={self.tokens} is not divisible by 2 x nodes x ranks = {2 * self.nodes * self.ranks}"
             )
         if self.ulysses is not None and (self.ulysses < 1 or (self.nodes * self.ranks) % self.ulysses):
-            raise ValueError(
-                f"ulysses={self.ulysses} does not divide nodes x ranks = {self.nodes * self.ranks}"
-            )
+            raise ValueError(f"ulysses={self.ulysses} does not divide nodes x ranks = {self.nodes * self.ranks}")
         bits_per_second(self.rate)
 
     @property

@@ -37,9 +37,7 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
 
     for folder in extra_dirs:
         if not folder.is_dir():
-            raise UserError(
-                f"--config-dir {folder} is not a folder; give the folder that holds your group folders"
-            )
+            raise UserError(f"--config-dir {folder} is not a folder; give the folder that holds your group folders")
     for override in overrides:
         if "=" not in override and not override.startswith("~"):
             raise UserError(
@@ -47,11 +45,7 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
             )
     OmegaConf.register_new_resolver("asset", _asset, replace=True)
     GlobalHydra.instance().clear()
-    search = (
-        [f"hydra.searchpath=[{','.join('file://' + str(d.resolve()) for d in extra_dirs)}]"]
-        if extra_dirs
-        else []
-    )
+    search = [f"hydra.searchpath=[{','.join('file://' + str(d.resolve()) for d in extra_dirs)}]"] if extra_dirs else []
     try:
         with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
             composed = hydra_compose(
@@ -74,16 +68,16 @@ def _forced(root: str, override: str) -> str:
     root file leaves at their defaults and names the nearest one. Choices of the root's groups stay as they are.
     """
     key = override.split("=", 1)[0]
-    return override if override[0] in "+~" or key in _groups_of(root) else f"++{override}"
+    return override if override[0] in "+~" or key in groups_of(root) else f"++{override}"
 
 
-def _groups_of(root: str) -> set[str]:
+def groups_of(root: str) -> set[str]:
     """The groups in a root file's defaults list, and in those of the roots it builds on (plan on train)."""
     import yaml
 
     defaults = (yaml.safe_load((config_dir() / f"{root}.yaml").read_text()) or {}).get("defaults", [])
     names = [name for entry in defaults if isinstance(entry, dict) for name in entry]
-    below = [_groups_of(entry) for entry in defaults if isinstance(entry, str) and entry != "_self_"]
+    below = [groups_of(entry) for entry in defaults if isinstance(entry, str) and entry != "_self_"]
     return set().union(*below) | {
         name.split("@")[0].removeprefix("optional ").removeprefix("override ").strip("/ ") for name in names
     }
@@ -128,7 +122,8 @@ def _explain(error: Exception, root: str, overrides: Sequence[str], extra_dirs: 
         hint = f"did you mean {missing[1]}={near}?" if near else ""
         return f"{missing[1]}={missing[2]} is not a choice; {hint} known: {', '.join(choices)} ({where})"
     unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text) or re.search(
-        r"Could not override '([^']+)'|Could not delete from config. '([^']+)'|In '[^']*': Could not (?:find|override) '?(\S+?)'",
+        r"Could not override '([^']+)'|Could not delete from config. '([^']+)'|"
+        r"In '[^']*': Could not (?:find|override) '?(\S+?)'",
         text,
     )
     if unknown:

@@ -138,6 +138,4 @@ class CurriculumConfig:
 
     def __post_init__(self) -> None:
         if not self.stages:
-            raise ValueError(
-                "stages is empty; a curriculum needs at least one, such as stages: {s64k: {...}}"
-            )
+            raise ValueError("stages is empty; a curriculum needs at least one, such as stages: {s64k: {...}}")

@@ -55,32 +55,22 @@ class SynthTask:
 
     def __post_init__(self) -> None:
         if self.count < 1 or self.questions < 1 or self.hops < 1:
-            raise ValueError(
-                f"count={self.count}, questions={self.questions} and hops={self.hops} must be 1 or more"
-            )
+            raise ValueError(f"count={self.count}, questions={self.questions} and hops={self.hops} must be 1 or more")
         if self.questions > self.count and self.kind != "chained":
-            raise ValueError(
-                f"questions={self.questions} asks for more than the count={self.count} needles hold"
-            )
+            raise ValueError(f"questions={self.questions} asks for more than the count={self.count} needles hold")
         if self.kind in ("needle", "chained") and self.questions > 1:
             raise ValueError(
                 f"questions={self.questions} does not fit kind={self.kind}, which asks one; use kind=needles"
             )
         if self.kind == "needle" and self.count != 1:
-            raise ValueError(
-                f"count={self.count} does not fit kind=needle, which hides one; use kind=needles"
-            )
+            raise ValueError(f"count={self.count} does not fit kind=needle, which hides one; use kind=needles")
         if self.depths is not None:
             if not all(0 <= depth <= 1 for depth in self.depths):
                 raise ValueError(f"depths={list(self.depths)} must lie between 0 (start) and 1 (end)")
             if len(self.depths) != self.inserts:
-                raise ValueError(
-                    f"depths={list(self.depths)} must name {self.inserts} places for kind={self.kind}"
-                )
+                raise ValueError(f"depths={list(self.depths)} must name {self.inserts} places for kind={self.kind}")
         if (self.answer_weight is not None and self.answer_weight < 0) or self.other_weight < 0:
-            raise ValueError(
-                f"answer_weight={self.answer_weight} and other_weight={self.other_weight} must be >= 0"
-            )
+            raise ValueError(f"answer_weight={self.answer_weight} and other_weight={self.other_weight} must be >= 0")
         if self.segment is not None and self.segment < 1:
             raise ValueError(f"segment={self.segment} must be 1 token or more")
         for name in ("needle", "question"):
@@ -107,17 +97,13 @@ def _check_template(name: str, template: str | None) -> None:
     try:
         fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
     except ValueError as error:
-        raise ValueError(
-            f"{name}={template!r} is not a template: {error}; write {{key}} and {{value}}"
-        ) from None
+        raise ValueError(f"{name}={template!r} is not a template: {error}; write {{key}} and {{value}}") from None
     # A question may repeat its key ("What is the key of X? The key of X is ..."); a needle states it once.
     keys = fields.count("key")
     enough = keys >= 1 if name == "question" else keys == 1
     if not enough or fields.count("value") != 1 or {*fields} != {"key", "value"}:
         often = "at least once" if name == "question" else "once"
-        raise ValueError(
-            f"{name}={template!r} must hold {{key}} {often} and {{value}} once, and no other field"
-        )
+        raise ValueError(f"{name}={template!r} must hold {{key}} {often} and {{value}} once, and no other field")
 
 
 SourceKind = Literal["stdlib", "text", "hub", "chat", "synth"]
@@ -155,9 +141,7 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         if self.kind == "text" and not self.path:
-            raise ValueError(
-                "path is missing; a text source is a file or folder, for example data.path=books"
-            )
+            raise ValueError("path is missing; a text source is a file or folder, for example data.path=books")
         if self.kind == "hub" and not self.name:
             raise ValueError("name is missing; a hub source is a dataset's name, for example name=wikitext")
         if self.kind == "chat" and bool(self.path) == bool(self.name):
@@ -270,8 +254,7 @@ class DataConfig:
             raise ValueError(f"heldout={self.heldout} and max_bad={self.max_bad} are shares between 0 and 1")
         if self.first_token == "predict" and self.document_mask:
             raise ValueError(
-                "first_token=predict would predict a token from nothing; "
-                "set document_mask=false or first_token=skip"
+                "first_token=predict would predict a token from nothing; set document_mask=false or first_token=skip"
             )
         for name, source in self.sources.items():
             self._check_haystack(name, source)
@@ -282,9 +265,7 @@ class DataConfig:
         straw = source.haystack
         if straw is not None and (straw not in self.sources or self.sources[straw].kind == "synth"):
             texts = [key for key, other in self.sources.items() if other.kind != "synth"]
-            raise ValueError(
-                f"sources.{name}.haystack={straw} is not a source of text; known: {', '.join(texts)}"
-            )
+            raise ValueError(f"sources.{name}.haystack={straw} is not a source of text; known: {', '.join(texts)}")
 
     def _check_mix(self, name: str, mix: Mix) -> None:
         for source, entry in mix.items():
@@ -297,9 +278,7 @@ class DataConfig:
             kind = "" if entry.length is None else entry.length.kind
             if kind and synth != (kind in ("full", "fixed", "loguniform")):
                 fits = "full, fixed or loguniform" if synth else "natural, upsample, prolong or joined"
-                raise ValueError(
-                    f"{where}.length={kind} does not fit a {self.sources[source].kind} source; use {fits}"
-                )
+                raise ValueError(f"{where}.length={kind} does not fit a {self.sources[source].kind} source; use {fits}")
         total = sum(entry.weight for entry in mix.values())
         if abs(total - 1) > 1e-3:
             parts = ", ".join(f"{key} {entry.weight:g}" for key, entry in mix.items())

@@ -27,6 +27,4 @@ class FaultsConfig:
         if min(self.kills, self.sigterms) < 0:
             raise ValueError(f"kills={self.kills} and sigterms={self.sigterms} must be 0 or more")
         if self.nproc < 1 or self.steps < 10 or self.steps % 2:
-            raise ValueError(
-                f"nproc={self.nproc} must be 1 or more, and steps={self.steps} even and 10 or more"
-            )
+            raise ValueError(f"nproc={self.nproc} must be 1 or more, and steps={self.steps} even and 10 or more")

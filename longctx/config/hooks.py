@@ -48,9 +48,7 @@ class SiblingHook:
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.run is None):
-            raise ValueError(
-                "a sibling is either a folder (path=...) or made by a run (run.stage=...), not both"
-            )
+            raise ValueError("a sibling is either a folder (path=...) or made by a run (run.stage=...), not both")
 
 
 @schema

@@ -36,13 +36,10 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.ffn_block < 0 or self.loss_chunk < 1:
             raise ValueError(
-                f"ffn_block={self.ffn_block} must be 0 (all tokens) or more and loss_chunk={self.loss_chunk} "
-                "1 or more"
+                f"ffn_block={self.ffn_block} must be 0 (all tokens) or more and loss_chunk={self.loss_chunk} 1 or more"
             )
         if self.keep_matmuls == "auto" and self.budget_gib is None:
-            raise ValueError(
-                "keep_matmuls=auto needs budget_gib: the GiB of a device that saved tensors may take"
-            )
+            raise ValueError("keep_matmuls=auto needs budget_gib: the GiB of a device that saved tensors may take")
         if self.keep_matmuls != "auto" and self.keep_matmuls < 0:
             raise ValueError(f"keep_matmuls={self.keep_matmuls} must be 0 or more layers, or auto")
         if not self.checkpoint and (self.keep_matmuls or self.offload):
@@ -80,8 +77,7 @@ class InitConfig:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.head_dim is None and self.hidden % self.heads:
             raise ValueError(
-                f"hidden={self.hidden} is not a multiple of heads={self.heads}; change one of them or give "
-                "head_dim"
+                f"hidden={self.hidden} is not a multiple of heads={self.heads}; change one of them or give head_dim"
             )
         if (self.head_dim or self.hidden // self.heads) % 2:
             raise ValueError("head_dim must be even: rotary embeddings turn pairs of dimensions")

@@ -58,9 +58,7 @@ class DrawConfig:
 
     def __post_init__(self) -> None:
         if self.width < 20 or self.show_ranks < 1:
-            raise ValueError(
-                f"width={self.width} must be 20 or more and show_ranks={self.show_ranks} 1 or more"
-            )
+            raise ValueError(f"width={self.width} must be 20 or more and show_ranks={self.show_ranks} 1 or more")
 
 
 @schema

@@ -45,9 +45,7 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         if self.bracket <= 1:
-            raise ValueError(
-                f"bracket={self.bracket} must be above 1: thetas from rule/bracket to rule*bracket"
-            )
+            raise ValueError(f"bracket={self.bracket} must be above 1: thetas from rule/bracket to rule*bracket")
         if self.points < 3:
             raise ValueError(f"points={self.points} must be 3 or more, or there is nothing between the edges")
         for name in ("rounds", "attempts", "needles", "adapt_steps"):

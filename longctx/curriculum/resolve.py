@@ -18,9 +18,7 @@ from longctx.errors import UserError
 from longctx.rope import ExplicitTheta, Rope, apply, make_rule
 
 
-def resolve(
-    config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any], window: int, file: str
-) -> list[Stage]:
+def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any], window: int, file: str) -> list[Stage]:
     """The stages of a curriculum for one model.
 
     head_dim, rope (rope_parameters), window (max_position_embeddings): what the model has before the first
@@ -65,9 +63,7 @@ def resolve(
     return stages
 
 
-def _check_length(
-    config: CurriculumConfig, where: str, length: int, before: int, *, first: bool, file: str
-) -> None:
+def _check_length(config: CurriculumConfig, where: str, length: int, before: int, *, first: bool, file: str) -> None:
     if length < 2:
         raise UserError(f"{where}.seq_len={length} is too short; a stage needs at least 2 tokens ({file})")
     if config.scratch and first:

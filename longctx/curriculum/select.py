@@ -17,13 +17,10 @@ def selected(config: CurriculumConfig, file: str) -> dict[str, StageConfig]:
             near = nearest(name, config.stages)
             hint = f"did you mean {near!r}? " if near else ""
             raise UserError(
-                f"curriculum.only names {name!r}, which is no stage; {hint}known: "
-                f"{', '.join(config.stages)} ({file})"
+                f"curriculum.only names {name!r}, which is no stage; {hint}known: {', '.join(config.stages)} ({file})"
             )
     if not wanted:
-        raise UserError(
-            f"curriculum.only=[] leaves no stage; name one of {', '.join(config.stages)} ({file})"
-        )
+        raise UserError(f"curriculum.only=[] leaves no stage; name one of {', '.join(config.stages)} ({file})")
     lengths = {name: _named_length(name) for name in config.stages}
     names = [name for name in config.stages if name in wanted]
     if all(length is not None for length in lengths.values()):
@@ -48,9 +45,7 @@ def read_theta_file(config: CurriculumConfig, file: str) -> dict[str, float]:
     except yaml.YAMLError:
         content = None
     stages = content.get("stages") if isinstance(content, dict) else None
-    if not isinstance(stages, dict) or not all(
-        isinstance(item, dict) and "theta" in item for item in stages.values()
-    ):
+    if not isinstance(stages, dict) or not all(isinstance(item, dict) and "theta" in item for item in stages.values()):
         raise UserError(f"{where} does not hold `stages: {{NAME: {{theta: NUMBER}}}}`; write it so ({path})")
     for name in stages:
         if name not in config.stages:

@@ -91,9 +91,7 @@ def check_divides(stage: Stage, cp: int, file: str) -> None:
     if stage.seq_len % parts == 0:
         return
     text = "2*cp" if stage.layout == "zigzag" else "cp"
-    fits = next(
-        n for n in range(cp, 0, -1) if stage.seq_len % ((2 if stage.layout == "zigzag" else 1) * n) == 0
-    )
+    fits = next(n for n in range(cp, 0, -1) if stage.seq_len % ((2 if stage.layout == "zigzag" else 1) * n) == 0)
     raise UserError(
         f"curriculum.stages.{stage.name}.seq_len={stage.seq_len} is not divisible by {text} = {parts}; "
         f"cp={fits} fits ({file})"

@@ -27,14 +27,10 @@ def schedules(config: CurriculumConfig, chosen: Mapping[str, StageConfig], file:
         where = f"curriculum.stages.{name}.lr"
         if kinds[name] == "continue":
             if position == 0:
-                raise UserError(
-                    f"{where}.kind=continue has no stage before it to continue; name a kind ({file})"
-                )
+                raise UserError(f"{where}.kind=continue has no stage before it to continue; name a kind ({file})")
             before = scheduled[names[position - 1]]
             at = before.rate
-            rate = LearningRate(
-                at.peak, at.final, at.warmup_steps, at.kind, at.offset + before.steps, at.span
-            )
+            rate = LearningRate(at.peak, at.final, at.warmup_steps, at.kind, at.offset + before.steps, at.span)
         else:
             span = steps[name]
             for later in names[position + 1 :]:
@@ -55,9 +51,7 @@ def _rate(
     if peak is None or peak <= 0:
         raise UserError(f"{where}.peak={peak} must be a learning rate above 0, such as 2e-5 ({file})")
     if not 0 <= warmup <= span:
-        raise UserError(
-            f"{where}.warmup_steps={warmup} must lie between 0 and the {span} steps it is part of ({file})"
-        )
+        raise UserError(f"{where}.warmup_steps={warmup} must lie between 0 and the {span} steps it is part of ({file})")
     if kind == "constant":
         if own.final is not None and own.final != peak:
             raise UserError(
@@ -74,8 +68,7 @@ def _rate(
 def batch_size(stage: StageConfig, where: str, file: str) -> int:
     if (stage.batch is None) == (stage.batch_tokens is None):
         raise UserError(
-            f"{where} needs exactly one of batch (sequences per step) and batch_tokens (the same in tokens) "
-            f"({file})"
+            f"{where} needs exactly one of batch (sequences per step) and batch_tokens (the same in tokens) ({file})"
         )
     if stage.batch is not None:
         if stage.batch < 1:
@@ -102,6 +95,4 @@ def _steps(stage: StageConfig, where: str, file: str) -> int:
         )
     if stage.steps is not None:
         return stage.steps
-    return math.ceil(
-        given / (batch_size(stage, where, file) * stage.seq_len)
-    )  # whole batches, never fewer tokens
+    return math.ceil(given / (batch_size(stage, where, file) * stage.seq_len))  # whole batches, never fewer tokens

@@ -51,11 +51,7 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[
     text = ""
     for count, message in enumerate(messages, 1):
         assistant = message["role"] == "assistant"
-        start = (
-            len(_render(messages[: count - 1], tokenizer, prompt=True))
-            if assistant and count > 1
-            else len(text)
-        )
+        start = len(_render(messages[: count - 1], tokenizer, prompt=True)) if assistant and count > 1 else len(text)
         longer = _render(messages[:count], tokenizer, prompt=False)
         if not longer.startswith(text):
             raise UserError(

@@ -124,9 +124,7 @@ def units_of(path: Path, name: str, column: str, *, rows_only: bool = False) -> 
         ranges = [(a, min(a + step, size)) for a in range(0, size, max(step, 1))]
         return [Unit(str(path), name, "jsonl", column, a, b, b - a) for a, b in ranges]
     if packed:
-        raise UserError(
-            f"{path} is a compressed {suffix} file; unpack it, {suffix} compresses its own columns"
-        )
+        raise UserError(f"{path} is a compressed {suffix} file; unpack it, {suffix} compresses its own columns")
     return _table_units(path, name, suffix[1:], column, size)
 
 
@@ -139,8 +137,7 @@ def _table_units(path: Path, name: str, kind: str, column: str, size: int) -> li
         raise UserError(f"{path} cannot be read as {kind}: {error}; remove or replace the file") from None
     if column not in columns:
         raise UserError(
-            f"{path} has no column {column!r}; it has {', '.join(columns)}: set the source's field to one "
-            "of them"
+            f"{path} has no column {column!r}; it has {', '.join(columns)}: set the source's field to one of them"
         )
     step = max(1, round(count * RANGE / max(size, 1)))
     spans = [(a, min(a + step, count)) for a in range(0, count, step)]

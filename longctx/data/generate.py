@@ -23,9 +23,7 @@ def run(config: SynthesizeConfig) -> int:
     split = "train" if config.keys == "train" else "heldout"
     corpus = open_source(config.haystack, config.data, tokenizer, Path(config.cache), split=split)
     if not len(corpus):
-        raise UserError(
-            f"haystack={config.haystack} has no {split} documents; raise data.heldout, or take keys=train"
-        )
+        raise UserError(f"haystack={config.haystack} has no {split} documents; raise data.heldout, or take keys=train")
     writer = Writer(tokenizer)
     straw = corpus_haystack(corpus, writer)
     path = Path(config.out)
@@ -39,8 +37,7 @@ def run(config: SynthesizeConfig) -> int:
         emit_json({"out": str(path), "documents": config.count, "tokens": config.count * config.length})
     else:
         emit(
-            f"{config.count} documents of {config.length:,} tokens, task {config.task.kind}, {config.keys} "
-            f"keys: {path}"
+            f"{config.count} documents of {config.length:,} tokens, task {config.task.kind}, {config.keys} keys: {path}"
         )
     return 0
 

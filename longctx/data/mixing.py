@@ -107,9 +107,7 @@ def cut(lengths: np.ndarray, seq_len: int) -> Pieces:
     return Pieces(owner, start, np.minimum(lengths[owner] - start, seq_len).astype(np.int32))
 
 
-def _take(
-    pieces: Pieces, pool: np.ndarray, target: int, kind: int, seed: int, words: tuple[str, ...]
-) -> Drawn:
+def _take(pieces: Pieces, pool: np.ndarray, target: int, kind: int, seed: int, words: tuple[str, ...]) -> Drawn:
     """Pieces of a pool, epoch after epoch, until `target` tokens are reached; the last one is cut to reach
     it."""
     total = int(pieces.length[pool].sum(dtype=np.int64))
@@ -128,9 +126,7 @@ def _take(
     if len(length):
         length[-1] -= int(length.sum(dtype=np.int64)) - target
     kinds = np.full(len(chosen), kind, np.int8)
-    return Drawn(
-        pieces.document[chosen], pieces.start[chosen], length, kinds, target / total if total else 0.0
-    )
+    return Drawn(pieces.document[chosen], pieces.start[chosen], length, kinds, target / total if total else 0.0)
 
 
 def _no_long(lengths: np.ndarray, wanted: int, where: str, setting: str) -> None:

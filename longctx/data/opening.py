@@ -42,8 +42,7 @@ def open_stage(
     straw = [str(data.sources[name].haystack) for name in needed if data.sources[name].kind == "synth"]
     texts = [name for name in dict.fromkeys([*needed, *straw]) if data.sources[name].kind != "synth"]
     corpora = {
-        name: open_source(name, data, tokenizer, cache, split=split, workers=workers, report=report)
-        for name in texts
+        name: open_source(name, data, tokenizer, cache, split=split, workers=workers, report=report) for name in texts
     }
     for name in straw:
         if corpora[name].total <= 256:
@@ -53,14 +52,10 @@ def open_stage(
             )
     writer = Writer(tokenizer) if straw else None
     if vocab_size is not None:
-        largest = max(
-            [corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if straw else [])
-        )
+        largest = max([corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if straw else []))
         check_vocabulary(largest, vocab_size)
     lengths = {name: corpora[name].lengths for name in texts}
-    plan = make_plan(
-        data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}"
-    )
+    plan = make_plan(data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}")
     if split == "train":
         for name, use in plan.use.items():
             if use.epochs > data.max_epochs:
@@ -77,9 +72,7 @@ def choose_mix(data: DataConfig, mix: str, stage: str) -> Mix:
     if mix not in data.mixes:
         near = nearest(mix, data.mixes)
         hint = f"did you mean {near!r}?" if near else f"known: {', '.join(data.mixes)}"
-        raise UserError(
-            f"curriculum.stages.{stage}.mix={mix} is not one of data.mixes; {hint} (configs/data)"
-        )
+        raise UserError(f"curriculum.stages.{stage}.mix={mix} is not one of data.mixes; {hint} (configs/data)")
     return data.mixes[mix]
 
 
@@ -98,9 +91,7 @@ def open_source(
     def forward(done: int, total: int) -> None:
         report(name, done, total)
 
-    folders, fresh = build_source(
-        name, data, tokenizer, cache, workers=workers, report=forward if report else None
-    )
+    folders, fresh = build_source(name, data, tokenizer, cache, workers=workers, report=forward if report else None)
     corpus = Corpus(name, data.sources[name], folders, split=split, heldout=data.heldout)
     everything = sum(shard.meta["documents"] for shard in corpus.shards)
     check_tally(name, corpus.tally, data.max_bad, documents=everything)

@@ -116,9 +116,7 @@ def _fill(
     return at
 
 
-def join_and_split(
-    lengths: np.ndarray, capacity: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def join_and_split(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Pieces of documents laid end to end and cut every C tokens.
 
     lengths: int [documents] in the order they are joined. Returns (document, start within it, length, bin) of

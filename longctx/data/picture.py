@@ -27,9 +27,7 @@ def draw_lengths(lengths: Mapping[str, np.ndarray], seq_lens: Mapping[str, int],
         weights = values / values.sum(dtype=np.int64)
         axis.hist(values, bins=edges, weights=weights, color=_COLOURS[number % len(_COLOURS)], rwidth=0.92)
         axis.set_ylabel("share of tokens")
-        axis.set_title(
-            f"{name}: {len(values):,} documents, {values.sum(dtype=np.int64):,} tokens", loc="left", size=10
-        )
+        axis.set_title(f"{name}: {len(values):,} documents, {values.sum(dtype=np.int64):,} tokens", loc="left", size=10)
         axis.spines[["top", "right"]].set_visible(False)
         for stage, seq_len in seq_lens.items():
             axis.axvline(seq_len, color="#444444", linewidth=0.9, linestyle="--")

@@ -135,9 +135,7 @@ def _draw_all(
     share = sum(mix[name].weight for name in texts)
     for number, name in enumerate(texts):
         before = sum(drawn[key].tokens for key in texts[:number])
-        target = (
-            max(left, 0) - before if name == texts[-1] else round(max(left, 0) * mix[name].weight / share)
-        )
+        target = max(left, 0) - before if name == texts[-1] else round(max(left, 0) * mix[name].weight / share)
         if target > 0 and not len(lengths[name]):
             raise UserError(
                 f"source {name} in stage {stage} has no document to draw, and {target:,} tokens are wanted; "
@@ -207,9 +205,7 @@ def _concatenate(parts: list[_Pieces]) -> _Pieces:
     )
 
 
-def _choose(
-    bins: np.ndarray, length: np.ndarray, count: int, sequences: int, rng: np.random.Generator
-) -> np.ndarray:
+def _choose(bins: np.ndarray, length: np.ndarray, count: int, sequences: int, rng: np.random.Generator) -> np.ndarray:
     """The sequence each bin becomes, int32 [bins], -1 for those not needed.
 
     Packing needs a few bins more than N; the emptiest go, unless so many would that it changed the mix.

@@ -94,9 +94,7 @@ def _run(jobs: Sequence[ShardJob], spec: TokenizerSpec, workers: int | None) -> 
         return
     # spawn: a fork would copy the threads of torch and of the tokenizers library in an unknown state.
     context = multiprocessing.get_context("spawn")
-    order = sorted(
-        range(len(jobs)), key=lambda i: -jobs[i].size
-    )  # longest first, so that workers end together
+    order = sorted(range(len(jobs)), key=lambda i: -jobs[i].size)  # longest first, so that workers end together
     todo, results = context.Queue(), context.Queue()
     for index in [*order, *[None] * count]:
         todo.put(None if index is None else jobs[index])
@@ -119,9 +117,7 @@ def _next_result(results: Any, crew: Sequence[Any]) -> ShardJob:
         except queue.Empty:
             dead = [worker.exitcode for worker in crew if worker.exitcode not in (None, 0)]
             if dead:
-                raise RunFailed(
-                    f"a tokenizing worker died with exit code {dead[0]} (-9: out of memory)"
-                ) from None
+                raise RunFailed(f"a tokenizing worker died with exit code {dead[0]} (-9: out of memory)") from None
             continue
         if error is not None:
             raise error

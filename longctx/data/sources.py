@@ -25,10 +25,7 @@ def source_units(name: str, source: SourceConfig, cache: Path) -> list[Unit]:
     where = f"data.sources.{name}"
     if source.kind == "stdlib":
         files = stdlib_files(Path(source.path) if source.path else None)
-        return [
-            Unit(str(path), file, "python", source.field or "", size=path.stat().st_size)
-            for path, file in files
-        ]
+        return [Unit(str(path), file, "python", source.field or "", size=path.stat().st_size) for path, file in files]
     if source.path:
         found = find_files(source.path, source.include, source.exclude, f"{where}.path")
     else:

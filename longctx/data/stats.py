@@ -111,9 +111,7 @@ def _warn_repeats(document: Mapping[str, Any], most: float) -> None:
             )
 
 
-def _tables(
-    document: Mapping[str, Any], train: Mapping[str, Corpus], seq_lens: Mapping[str, int]
-) -> list[Any]:
+def _tables(document: Mapping[str, Any], train: Mapping[str, Corpus], seq_lens: Mapping[str, int]) -> list[Any]:
     from rich.table import Table
 
     first = Table(box=None, pad_edge=False, header_style="bold", title="Documents", title_justify="left")

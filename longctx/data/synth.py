@@ -170,15 +170,11 @@ def _assemble(
         answers.append(Answer(at + low, at + high, question.key, question.answer, depth))
         parts.append(tokens)
         at += len(tokens)
-    weights = _weights(
-        length, answers, 2.0 if task.answer_weight is None else task.answer_weight, task.other_weight
-    )
+    weights = _weights(length, answers, 2.0 if task.answer_weight is None else task.answer_weight, task.other_weight)
     return SynthDocument(np.concatenate(parts), weights, tuple(answers), tuple(starts))
 
 
-def _places(
-    straw: np.ndarray, depths: np.ndarray, newline_after: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _places(straw: np.ndarray, depths: np.ndarray, newline_after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each needle goes: the line start nearest to its depth, or the token itself when none is near."""
     targets = np.round(depths * len(straw)).astype(np.int64)
     line_starts = np.concatenate([[0], np.flatnonzero(newline_after[straw]) + 1])
@@ -216,11 +212,7 @@ def _weights(length: int, answers: list[Answer], ratio: float | None, other: flo
     for span in spans:
         weights[span] = 0.0
     count = sum(answer.end - answer.start for answer in answers)
-    share = (
-        float(weights.sum(dtype=np.float64)) * (ratio or 0.0) / count
-        if ratio is not None and other > 0
-        else 1.0
-    )
+    share = float(weights.sum(dtype=np.float64)) * (ratio or 0.0) / count if ratio is not None and other > 0 else 1.0
     for span in spans:
         weights[span] = share
     return weights

@@ -107,9 +107,7 @@ def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
     """Text documents: marks such as <|end_of_text|> written inside a text are text, not tokens of command."""
     backend = _backend(spec)
     backend.encode_special_tokens = True
-    only_special = re.compile(
-        r"(?:\s|" + "|".join([re.escape(token) for token in spec.special] or [r"\s"]) + ")*"
-    )
+    only_special = re.compile(r"(?:\s|" + "|".join([re.escape(token) for token in spec.special] or [r"\s"]) + ")*")
     head = [] if spec.bos is None else [spec.bos]
     tail = [] if spec.eos is None else [spec.eos]
 

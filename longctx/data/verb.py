@@ -62,9 +62,7 @@ def load_tokenizer(model: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"model.tokenizer={source} cannot be read: {first}; give a folder or a hub id"
-        ) from None
+        raise UserError(f"model.tokenizer={source} cannot be read: {first}; give a folder or a hub id") from None
 
 
 def summary(train: Corpus, heldout: Corpus) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Every window is a whole document's beginning, so position p always has p tokens 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -55,5 +56,5 @@ def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def by_position(losses: np.ndarray, bins: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """Mean loss in `bins` equal stretches of the window: (right edges [bins], loss [bins])."""
     edges = np.linspace(0, losses.shape[1], bins + 1).astype(int)
-    means = [losses[:, a:b].mean() for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    means = [losses[:, a:b].mean() for a, b in pairwise(edges) if b > a]
     return edges[1:][: len(means)], np.array(means)

@@ -39,7 +39,5 @@ def load_plain(folder: Path | str, rope: dict[str, Any] | None = None, window: i
     if rope is not None:
         config.rope_parameters = dict(rope)
         config.max_position_embeddings = window
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
     return model.eval()

@@ -60,9 +60,7 @@ def examine(
     config = subject.needle or hook.needle
     grid = None
     if subject.grid:
-        grid = needle.grid(
-            one_process(model), config, ground.writer, ground.haystack, label=subject.name, tick=tick
-        )
+        grid = needle.grid(one_process(model), config, ground.writer, ground.haystack, label=subject.name, tick=tick)
     losses = held_out(model, hook, ground) if subject.losses else {}
     out.mkdir(parents=True, exist_ok=True)
     beside = stored.with_suffix(".part")

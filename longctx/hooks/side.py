@@ -35,7 +35,5 @@ def train_side(config: TrainConfig, folder: Path, name: str, side: SideRun) -> P
             )
         )  # fmt: skip
         if status != 0:
-            raise RunFailed(
-                f"the side run {name} stopped with status {status}; the same command continues it ({run})"
-            )
+            raise RunFailed(f"the side run {name} stopped with status {status}; the same command continues it ({run})")
     return model

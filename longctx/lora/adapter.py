@@ -190,6 +190,4 @@ class Adapter:
         }
         for reason, holds in reasons.items():
             if holds:
-                raise UserError(
-                    f"adapter={self.path} cannot be merged as a plain LoRA: {reason} (adapter_config.json)"
-                )
+                raise UserError(f"adapter={self.path} cannot be merged as a plain LoRA: {reason} (adapter_config.json)")

@@ -115,13 +115,9 @@ def match(adapter: Adapter, target: Checkpoint, *, tied: bool, scale: float, voc
             sizes = f"the adapter has {shape[0]} rows, the target {entry.rows}"
             if vocab == "common":
                 found.changes.append(Change(tensor, how, adapter, key, scale, rows))
-            left_out = (
-                f"rows {rows} and up" if vocab == "common" else "all; vocab=common merges the common rows"
-            )
+            left_out = f"rows {rows} and up" if vocab == "common" else "all; vocab=common merges the common rows"
             found.skipped.append(f"{tensor}: {left_out} ({sizes})")
-    found.skipped += [
-        f"{name}: a copy of the base's own weights; the target keeps its own" for name in adapter.copies
-    ]
+    found.skipped += [f"{name}: a copy of the base's own weights; the target keeps its own" for name in adapter.copies]
     found.missing = [] if adapter.partial else _missing(adapter, target)
     return found
 
@@ -146,8 +142,4 @@ def layout_differences(extension: Mapping[str, Any] | None, target: Mapping[str,
     """Where the adapter's base and the target lay out their heads differently though shapes agree."""
     known = (extension or {}).get("layout") or {}
     keys = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
-    return [
-        f"{key} {known[key]} / {target.get(key)}"
-        for key in keys
-        if key in known and known[key] != target.get(key)
-    ]
+    return [f"{key} {known[key]} / {target.get(key)}" for key in keys if key in known and known[key] != target.get(key)]

@@ -43,10 +43,7 @@ def run_merge(config: MergeConfig) -> int:
 
 def _print_extract(result: ExtractResult, seconds: float) -> None:
     factors = [row for row in result.rows if row.carried == "factors" and row.norm > 0]
-    print(
-        f"{result.out}: rank {result.rank}, {len(factors)} modules, {result.bytes / 1e6:.1f} MB, "
-        f"{seconds:.1f} s"
-    )
+    print(f"{result.out}: rank {result.rank}, {len(factors)} modules, {result.bytes / 1e6:.1f} MB, {seconds:.1f} s")
     print(f"  {'projection':<14} {'modules':>7} {'rank':>9} {'share kept':>16} {'relative residual':>19}")
     leaves: dict[str, list[Any]] = {}
     for row in sorted(factors, key=lambda row: row.tensor):
@@ -86,10 +83,7 @@ def _print_extract(result: ExtractResult, seconds: float) -> None:
 
 
 def _print_merge(result: MergeResult, seconds: float) -> None:
-    print(
-        f"{result.out}: {len(result.applied)} changes, {len(result.untouched)} tensors untouched, "
-        f"{seconds:.1f} s"
-    )
+    print(f"{result.out}: {len(result.applied)} changes, {len(result.untouched)} tensors untouched, {seconds:.1f} s")
     print(f"  reads {result.window} tokens, {describe_rope(result.rope)}")
     hows: dict[str, int] = {}
     for item in result.applied:

@@ -94,9 +94,7 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
             checked = read_back(partial, base, tuned, rows)
             losses = held_out_losses(config, partial) if config.verify == "loss" else None
             size = sum(path.stat().st_size for path in partial.glob("adapter_model*.safetensors"))
-    return ExtractResult(
-        config.out, described["r"], rows, extension, size, files.totals(rows), checked, losses
-    )
+    return ExtractResult(config.out, described["r"], rows, extension, size, files.totals(rows), checked, losses)
 
 
 class _Job:
@@ -122,9 +120,7 @@ class _Job:
         self._local = local()
 
     def carried(self, module: Module) -> str:
-        return files.carried_as(
-            module.kind, profile=self.config.profile, head=self.head, embeddings=self.embeddings
-        )
+        return files.carried_as(module.kind, profile=self.config.profile, head=self.head, embeddings=self.embeddings)
 
     def rank(self, module: Module, ranks: dict[str, int]) -> int:
         return min(ranks.get(module.entry.name, self.config.rank), *module.entry.shape)
@@ -298,9 +294,7 @@ def _refuse_identical(rows: list[Row], config: ExtractConfig) -> None:
 
 def _check_options(config: ExtractConfig) -> None:
     if config.share is not None and config.size_mb is not None:
-        raise UserError(
-            "share and size_mb both choose the ranks; give one of them (configs/lora_extract.yaml)"
-        )
+        raise UserError("share and size_mb both choose the ranks; give one of them (configs/lora_extract.yaml)")
     if config.profile == "serving" and (config.lm_head or config.embeddings):
         raise UserError(
             "profile=serving carries layers only, since vLLM refuses adapters with lm_head or embeddings; "
@@ -308,9 +302,7 @@ def _check_options(config: ExtractConfig) -> None:
             "leave lm_head and embeddings out (configs/lora_extract.yaml)"
         )
     if config.verify == "loss" and config.text is None:
-        raise UserError(
-            "verify=loss needs text=FILE, a text neither model was trained on (configs/lora_extract.yaml)"
-        )
+        raise UserError("verify=loss needs text=FILE, a text neither model was trained on (configs/lora_extract.yaml)")
 
 
 def _device(asked: str) -> str:

@@ -78,9 +78,7 @@ def describe(path: str) -> AdapterInfo:
 def run(config: InfoConfig) -> int:
     """`longctx lora-info`."""
     if (config.adapter is None) == (config.plan is None):
-        raise UserError(
-            "give adapter=FOLDER to describe one, or plan=MODEL to size one (configs/lora_info.yaml)"
-        )
+        raise UserError("give adapter=FOLDER to describe one, or plan=MODEL to size one (configs/lora_info.yaml)")
     if config.plan is not None:
         return _run_plan(config, config.plan)
     assert config.adapter is not None
@@ -98,9 +96,7 @@ def run(config: InfoConfig) -> int:
 
 
 def _run_plan(config: InfoConfig, plan: str) -> int:
-    size = plan_size(
-        plan, config.rank, dtype=config.dtype, lm_head=config.lm_head, embeddings=config.embeddings
-    )
+    size = plan_size(plan, config.rank, dtype=config.dtype, lm_head=config.lm_head, embeddings=config.embeddings)
     if config.measure:
         rate = measure_throughput(config.rank)
         size = replace(size, seconds=size.elements / rate, throughput=rate)
@@ -127,9 +123,7 @@ def _print(info: AdapterInfo, pictures: list[str]) -> None:
         told = "extends the window to" if info.extends else "window"
         print(f"  {told} {info.window} tokens ({info.rope})")
     else:
-        print(
-            "  no rope or window inside: lora-merge needs rope.theta and window, or like=MODEL, or rope=keep"
-        )
+        print("  no rope or window inside: lora-merge needs rope.theta and window, or like=MODEL, or rope=keep")
     if info.share is not None:
         print(f"  keeps {info.share:.4f} of the squared norm of these matrices' difference")
     print(f"  {info.exact} norms and biases as exact differences, {len(info.replaced)} tensors saved whole")

@@ -85,9 +85,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
             outputs, unties = _outputs(target, matches)
             after = _config(before, rope, window, unties=unties)
             if unties:
-                notes.append(
-                    f"{HEAD} is its own tensor now: an adapter changes the output layer of a tied model alone"
-                )
+                notes.append(f"{HEAD} is its own tensor now: an adapter changes the output layer of a tied model alone")
             needed = sum(output.source.nbytes for output in outputs) + 2**20
             with output_folder(config.out, needed=needed) as partial:
                 _write_weights(target, outputs, partial, progress)
@@ -141,9 +139,7 @@ def _refuse_misfits(
                 "written)"
             )
         if not found.changes:
-            raise UserError(
-                f"adapter={adapter.path} changes nothing in target={config.target} (nothing was written)"
-            )
+            raise UserError(f"adapter={adapter.path} changes nothing in target={config.target} (nothing was written)")
 
 
 def _rope(
@@ -228,9 +224,7 @@ def _config(
     return after
 
 
-def _write_weights(
-    target: Checkpoint, outputs: list[_Output], partial: Path, progress: Progress | None
-) -> None:
+def _write_weights(target: Checkpoint, outputs: list[_Output], partial: Path, progress: Progress | None) -> None:
     scratch, done, total_size = Scratch(), 0, 0
     for file in target.files:
         mine = [output for output in outputs if output.source.file == file]

@@ -97,9 +97,7 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> N
     first, second = base.config(), tuned.config()
     ours, theirs = layout(first), layout(second)
     ours["tie_word_embeddings"], theirs["tie_word_embeddings"] = is_tied(base, first), is_tied(tuned, second)
-    differing = [
-        f"{key} {ours.get(key)} / {theirs.get(key)}" for key in _IDENTITY if ours.get(key) != theirs.get(key)
-    ]
+    differing = [f"{key} {ours.get(key)} / {theirs.get(key)}" for key in _IDENTITY if ours.get(key) != theirs.get(key)]
     if differing:
         raise UserError(
             f"base={base.path} and tuned={tuned.path} are not one architecture: {', '.join(differing)} "
@@ -117,9 +115,7 @@ def check_weights(checkpoint: Checkpoint) -> None:
     config = checkpoint.config()
     quantized = config.get("quantization_config") or text_section(config).get("quantization_config")
     if quantized:
-        method = (
-            quantized.get("quant_method", "unknown method") if isinstance(quantized, Mapping) else quantized
-        )
+        method = quantized.get("quant_method", "unknown method") if isinstance(quantized, Mapping) else quantized
         raise UserError(
             f"{checkpoint.what}={checkpoint.path} is quantized ({method}, quantization_config in "
             "config.json); its numbers are "
@@ -182,9 +178,7 @@ def _vocabulary(content: bytes) -> Any:
     return model["vocab"], added
 
 
-def _check_direction(
-    base: Checkpoint, first: Mapping[str, Any], tuned: Checkpoint, second: Mapping[str, Any]
-) -> None:
+def _check_direction(base: Checkpoint, first: Mapping[str, Any], tuned: Checkpoint, second: Mapping[str, Any]) -> None:
     rope_base, window_base = rope_section(first)
     rope_tuned, window_tuned = rope_section(second)
     theta_base, theta_tuned = rope_base.get("rope_theta") or 0, rope_tuned.get("rope_theta") or 0

@@ -72,9 +72,7 @@ def _spectra(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> s
 
 def _shares(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> str:
     """Share of the squared norm kept: a row per projection, a column per layer."""
-    in_layers = {
-        leaf: items for leaf, items in sorted(by_leaf.items()) if layer_of(items[0].module) is not None
-    }
+    in_layers = {leaf: items for leaf, items in sorted(by_leaf.items()) if layer_of(items[0].module) is not None}
     outside = {leaf: items for leaf, items in sorted(by_leaf.items()) if leaf not in in_layers}
     last = max((layer_of(item.module) or 0 for items in in_layers.values() for item in items), default=0)
     grid = [[float("nan")] * (last + 1) for _ in in_layers]
@@ -89,12 +87,8 @@ def _shares(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> st
     axis.grid(False)
     axis.set_yticks(range(len(grid)), list(in_layers))
     axis.set_xlabel("layer")
-    others = ", ".join(
-        f"{leaf} {items[0].share:.3f}" for leaf, items in outside.items() if items[0].share is not None
-    )
-    axis.set_title(
-        "share of the squared norm kept" + (f"  ({others})" if others else ""), fontsize=9, color=_INK
-    )
+    others = ", ".join(f"{leaf} {items[0].share:.3f}" for leaf, items in outside.items() if items[0].share is not None)
+    axis.set_title("share of the squared norm kept" + (f"  ({others})" if others else ""), fontsize=9, color=_INK)
     figure.colorbar(image, ax=axis, shrink=0.9)
     figure.savefig(path, dpi=200)
     pyplot.close(figure)

@@ -32,10 +32,7 @@ class FactorWriter:
             else ("lora_A.weight", "lora_B.weight")
         )
         size = sum(half.numel() * half.element_size() for half in (a, b))
-        if (
-            not self._writers
-            or self._writers[-1].written + size > self._max_bytes > 0 < self._writers[-1].written
-        ):
+        if not self._writers or self._writers[-1].written + size > self._max_bytes > 0 < self._writers[-1].written:
             self._writers.append(SafetensorsWriter(self._part(len(self._writers) + 1), self._names))
         for suffix, half in zip(suffixes, (a, b), strict=True):
             self._writers[-1].add(f"{module}.{suffix}", half)
@@ -48,9 +45,7 @@ class FactorWriter:
         if count == 1:
             os.rename(self._part(1), self._folder / "adapter_model.safetensors")
             return
-        final = {
-            number: f"adapter_model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
-        }
+        final = {number: f"adapter_model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)}
         for number, name in final.items():
             os.rename(self._part(number), self._folder / name)
         if count:

@@ -59,9 +59,7 @@ def shapes_of(plan: str) -> list[tuple[str, int, int, int]]:
     try:
         return _from_config(json.loads((folder / "config.json").read_text()))
     except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"plan={plan}: its config.json does not say {error}; give a decoder's folder"
-        ) from None
+        raise UserError(f"plan={plan}: its config.json does not say {error}; give a decoder's folder") from None
 
 
 def plan_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bool) -> Size:

@@ -32,9 +32,7 @@ def open_source(path: str, what: str) -> Source:
         return Folder(Path(path))
     looks_like_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
     if Path(path).exists() or not looks_like_id:
-        raise UserError(
-            f"{what}={path} is not a folder, and not a hub id of the form owner/name; check the path"
-        )
+        raise UserError(f"{what}={path} is not a folder, and not a hub id of the form owner/name; check the path")
     return Hub(path, what)
 
 
@@ -60,9 +58,7 @@ class Folder:
         """Entries (name, dtype, shape, start, nbytes) of one safetensors file, checked against its length."""
         path = self.path / file
         if not path.is_file():
-            raise UserError(
-                f"{what}={self.path}: shard {file} is missing though the index names it; fetch it again"
-            )
+            raise UserError(f"{what}={self.path}: shard {file} is missing though the index names it; fetch it again")
         return read_header(path, f"{what}={self.path}")
 
 
@@ -72,9 +68,7 @@ def read_header(path: Path, where: str) -> list[dict[str, Any]]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
-            raise UserError(
-                f"{where}: {path.name} is not a whole safetensors file ({size} bytes); fetch it again"
-            )
+            raise UserError(f"{where}: {path.name} is not a whole safetensors file ({size} bytes); fetch it again")
         try:
             table = json.loads(file.read(length))
             table.pop("__metadata__", None)

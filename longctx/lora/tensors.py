@@ -167,16 +167,12 @@ class Checkpoint:
                 "safetensors first "
                 "(`model.save_pretrained(folder)` of transformers or peft does)"
             )
-        raise UserError(
-            f"{self.what}={self.path} has no {single} and no index of shards; is it the right folder?"
-        )
+        raise UserError(f"{self.what}={self.path} has no {single} and no index of shards; is it the right folder?")
 
     def _read_header(self, file: str) -> None:
         for entry in self.source.header(file, self.what):
             if entry["name"] in self.entries:
-                raise UserError(
-                    f"{self.what}={self.path}: {entry['name']} stands in two shards, {file} and another"
-                )
+                raise UserError(f"{self.what}={self.path}: {entry['name']} stands in two shards, {file} and another")
             self.entries[entry["name"]] = Entry(file=file, **entry)
             self._check_entry(self.entries[entry["name"]])
 

@@ -63,9 +63,7 @@ def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[Row]
     return [row.tensor for row in sample.values()]
 
 
-def _relative_residual(
-    adapter: Adapter, base: Checkpoint, tuned: Checkpoint, row: Row, scratch: Scratch
-) -> float:
+def _relative_residual(adapter: Adapter, base: Checkpoint, tuned: Checkpoint, row: Row, scratch: Scratch) -> float:
     """||tuned - (base + adapter)|| / ||tuned - base|| of one tensor."""
     entry = base.entries[row.tensor]
     module = row.tensor.removesuffix(".weight")

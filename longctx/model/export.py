@@ -75,9 +75,7 @@ def export(
     return out
 
 
-def served_config(
-    config: Mapping[str, Any], rope: Mapping[str, Any], window: int, dtype: str
-) -> dict[str, Any]:
+def served_config(config: Mapping[str, Any], rope: Mapping[str, Any], window: int, dtype: str) -> dict[str, Any]:
     """`config` (a config.json's content) with rope, window and dtype in the new keys and in the older
     ones.
     """

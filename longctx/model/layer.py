@@ -47,14 +47,10 @@ class TrainedLayer:
             return own.forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         plan = self.plan
         with plan.saving():
-            out = kept_checkpoint(
-                plan.attention, plan.store, _attend, self, hidden_states, position_embeddings, layout
-            )
+            out = kept_checkpoint(plan.attention, plan.store, _attend, self, hidden_states, position_embeddings, layout)
             block = plan.block // hidden_states.shape[0] or hidden_states.shape[1]
             parts = zip(hidden_states.split(block, 1), out.split(block, 1), strict=True)
-            finished = [
-                kept_checkpoint(plan.feed_forward, plan.store, _finish, self, *part) for part in parts
-            ]
+            finished = [kept_checkpoint(plan.feed_forward, plan.store, _finish, self, *part) for part in parts]
             return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
 
 

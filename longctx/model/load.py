@@ -72,9 +72,7 @@ def read_config(path: str) -> Any:
 
 def looks_local(path: str) -> bool:
     """A folder that exists, or a name no hub id can have: hub ids are NAME or OWNER/NAME."""
-    return (
-        Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
-    )
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
 
 
 def init_from(spec: InitConfig, *, dtype: str = "float32", attention: str = "longctx") -> Any:
@@ -86,9 +84,7 @@ def init_from(spec: InitConfig, *, dtype: str = "float32", attention: str = "lon
     config = config_of(spec)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, dtype), attn_implementation=attention
-        )
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     if dtype == "float64":
         train_norms(model)
     return model

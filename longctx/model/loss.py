@@ -40,9 +40,7 @@ def token_losses(
     weights = weights.to(_accumulator(hidden.dtype))
     if type(head) is nn.Linear:
         needed = torch.is_grad_enabled()
-        total, nll, z_total = _LinearLoss.apply(
-            hidden, head.weight, head.bias, labels, weights, chunk, z_loss, needed
-        )
+        total, nll, z_total = _LinearLoss.apply(hidden, head.weight, head.bias, labels, weights, chunk, z_loss, needed)
         return TokenLosses(total, nll, z_total)
     return _called_loss(hidden, head, labels, weights, chunk, z_loss)
 

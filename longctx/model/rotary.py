@@ -50,9 +50,7 @@ class ExactRotary(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
-def set_rope(
-    model: nn.Module, rope: Mapping[str, Any], window: int, *, precision: Precision = "float32"
-) -> None:
+def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precision: Precision = "float32") -> None:
     """Give a Hugging Face model `rope` (transformers' rope_parameters) and `window` tokens, in place.
 
     The config's rope_parameters and max_position_embeddings are replaced and the rotary module is rebuilt,
@@ -95,9 +93,7 @@ def check_inv_freq(found: Tensor, exact: np.ndarray, what: str) -> None:
         raise RuntimeError(f"{what}: inv_freq has shape {tuple(theirs.shape)}, expected {tuple(ours.shape)}")
     worst = ((theirs - ours).abs() / ours.abs().clamp_min(1e-300)).max().item()
     if not worst < _TOLERANCE:
-        raise RuntimeError(
-            f"{what}: inv_freq is off by {worst:.2e} relative; the rotary module was not rebuilt"
-        )
+        raise RuntimeError(f"{what}: inv_freq is off by {worst:.2e} relative; the rotary module was not rebuilt")
 
 
 def _transformers_rotary(base: nn.Module) -> type[nn.Module]:

@@ -97,9 +97,7 @@ class ShardWriter:
             return
         text = json.dumps({"__metadata__": {"format": "pt"}, **self._header}, separators=(",", ":")).encode()
         if len(text) > self._reserved():
-            raise RuntimeError(
-                f"the header of {self._files[-1]} needs {len(text)} bytes, {self._reserved()} were kept"
-            )
+            raise RuntimeError(f"the header of {self._files[-1]} needs {len(text)} bytes, {self._reserved()} were kept")
         self._file.seek(0)
         self._file.write(self._reserved().to_bytes(8, "little") + text.ljust(self._reserved()))
         self._file.flush()
@@ -126,14 +124,10 @@ def verify(folder: Path, hashes: Mapping[str, str]) -> None:
         for name, digest in hashes_of(path).items():
             found[name] = digest
     if missing := sorted(hashes.keys() - found.keys()) or sorted(found.keys() - hashes.keys()):
-        raise RuntimeError(
-            f"{folder}: {len(missing)} tensors differ from what was exported, the first {missing[0]}"
-        )
+        raise RuntimeError(f"{folder}: {len(missing)} tensors differ from what was exported, the first {missing[0]}")
     for name, digest in hashes.items():
         if found[name] != digest:
-            raise RuntimeError(
-                f"{folder}: {name} reads back differently from what was written; is the disk sound?"
-            )
+            raise RuntimeError(f"{folder}: {name} reads back differently from what was written; is the disk sound?")
 
 
 def hashes_of(path: Path) -> dict[str, str]:

@@ -64,9 +64,7 @@ def as_text(timeline: Timeline, *, width: int = 100, ranks: list[int] | None = N
     return "\n".join([*lines, f"{'':8}  0{_seconds(timeline.seconds):>{width - 1}}", f"{'':8}  {legend}"])
 
 
-def as_svg(
-    timeline: Timeline, title: str, *, nodes: int, width: int = 960, ranks: list[int] | None = None
-) -> str:
+def as_svg(timeline: Timeline, title: str, *, nodes: int, width: int = 960, ranks: list[int] | None = None) -> str:
     """The same timeline as a standalone SVG document."""
     shown = list(range(timeline.ranks)) if ranks is None else ranks
     blocks = 1 + max(span.blocks[0] for span in timeline.spans if span.kind == "compute")

@@ -38,12 +38,7 @@ class Memory:
 
 def pool_bytes(plan: Plan, sizes: Sizes) -> int:
     """What the executor's pool lends to one call: the packed own block, foreign KV and dKV, gathered KV."""
-    k = (
-        sizes.batch
-        * sizes.tokens
-        * max(sizes.kv_heads, plan.ulysses if plan.ulysses > 1 else 0)
-        * sizes.head_dim
-    )
+    k = sizes.batch * sizes.tokens * max(sizes.kv_heads, plan.ulysses if plan.ulysses > 1 else 0) * sizes.head_dim
     gathered = max((len(step.compute.slots) for step in plan.ring if step.compute is not None), default=1)
     kv = (plan.kv_slots + 1 if plan.kv_slots else 0) + (gathered if gathered > 1 else 0)
     return 2 * k * (kv * sizes.wire_bytes + plan.dkv_slots * sizes.grad_bytes)

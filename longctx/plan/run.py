@@ -39,9 +39,7 @@ def run(config: PlanConfig) -> int:
 def _stages(config: PlanConfig) -> tuple[Shape, list[Stage]]:
     shape = shape_of(config.model)
     file = "configs/curriculum"
-    return shape, resolve(
-        config.curriculum, head_dim=shape.head_dim, rope=shape.rope, window=shape.window, file=file
-    )
+    return shape, resolve(config.curriculum, head_dim=shape.head_dim, rope=shape.rope, window=shape.window, file=file)
 
 
 def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dict[str, Any]:
@@ -117,9 +115,7 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> Any:
         f"{hours:.3g} hours, {hours * world:.3g} device-hours; tokens and GiB per device (docs/plan.md)",
     ]
     if not all(_fits(hardware, item) for item in estimates):
-        lines.append(
-            f"! more than 92 % of {hardware.memory_gib:g} GiB: more ranks, a higher ZeRO or model.memory"
-        )
+        lines.append(f"! more than 92 % of {hardware.memory_gib:g} GiB: more ranks, a higher ZeRO or model.memory")
     made.caption, made.caption_justify = "\n".join(lines), "left"
     return made
 
@@ -138,13 +134,11 @@ def show_schedule(config: PlanConfig) -> int:
     schedule, topology, sizes, h = _drawn(config)
     if schedule == "ulysses_ring" and (topology.ranks % h or sizes.q_heads % h):
         raise UserError(
-            f"draw.ulysses={h} must divide ranks={topology.ranks} and heads={sizes.q_heads} "
-            "(configs/plan.yaml)"
+            f"draw.ulysses={h} must divide ranks={topology.ranks} and heads={sizes.q_heads} (configs/plan.yaml)"
         )
     if draw.tokens % (2 * topology.size):
         raise UserError(
-            f"draw.tokens={draw.tokens} is not divisible by 2 x nodes x ranks = {2 * topology.size} "
-            "(configs/plan.yaml)"
+            f"draw.tokens={draw.tokens} is not divisible by 2 x nodes x ranks = {2 * topology.size} (configs/plan.yaml)"
         )
     timeline = _time(config, schedule, topology, sizes, h)
     title = (
@@ -157,9 +151,7 @@ def show_schedule(config: PlanConfig) -> int:
         say(f"wrote {draw.svg}")
     if config.format == "json":
         spans = [asdict(span) for span in timeline.spans]
-        emit_json(
-            {"schedule": schedule, "seconds": timeline.seconds, "exposed": timeline.exposed(), "spans": spans}
-        )
+        emit_json({"schedule": schedule, "seconds": timeline.seconds, "exposed": timeline.exposed(), "spans": spans})
     else:
         print(title)
         print(as_text(timeline, width=draw.width, ranks=shown))
@@ -178,9 +170,7 @@ def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int]:
     stage = next((item for item in stages if item.name == draw.stage), None)
     if stage is None:
         known = ", ".join(item.name for item in stages)
-        raise UserError(
-            f"draw.stage={draw.stage} is no stage of the curriculum; known: {known} (configs/plan.yaml)"
-        )
+        raise UserError(f"draw.stage={draw.stage} is no stage of the curriculum; known: {known} (configs/plan.yaml)")
     planned = estimate(stage, shape, config)
     sizes = Sizes(planned.tokens_per_rank, shape.heads, shape.kv_heads, shape.head_dim)
     topology = topology_of(planned.cp, config.ranks)

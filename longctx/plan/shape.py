@@ -71,15 +71,11 @@ def _from_init(init: InitConfig) -> Shape:
 
 def _read(path: str) -> tuple[dict[str, Any], str]:
     if path == "???":  # Hydra's mark of a value that must be given
-        raise UserError(
-            "model.path is missing; give a folder or hub id as model.path=... (configs/model/path.yaml)"
-        )
+        raise UserError("model.path is missing; give a folder or hub id as model.path=... (configs/model/path.yaml)")
     file = Path(path) / "config.json"
     if not file.is_file():
         if Path(path).is_dir() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise UserError(
-                f"model.path={path} has no config.json; give a folder in Hugging Face format or a hub id"
-            )
+            raise UserError(f"model.path={path} has no config.json; give a folder in Hugging Face format or a hub id")
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 

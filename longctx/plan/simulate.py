@@ -96,9 +96,7 @@ def simulate(
     stuck = [rank for rank, plan in enumerate(plans) if clock.step[rank] < len(plan.steps)]
     if stuck:
         where = ", ".join(f"rank {rank} at step {clock.step[rank]}" for rank in stuck[:4])
-        raise ValueError(
-            f"schedule={plans[0].schedule} cannot finish: {where} wait for messages nobody sends"
-        )
+        raise ValueError(f"schedule={plans[0].schedule} cannot finish: {where} wait for messages nobody sends")
     spans = tuple(sorted(clock.spans, key=lambda span: (span.rank, span.start, span.end)))
     return Timeline(plans[0].schedule, tuple(clock.finished), spans)
 
@@ -152,9 +150,7 @@ class _Clock:
     def _leave(self, now: float, rank: int) -> None:
         """Go on to the next step once nothing of this one is awaited."""
         steps = self.plans[rank].steps
-        if self.computing[rank] or any(
-            self.halves.get((rank, number), 2) for number in steps[self.step[rank]].wait
-        ):
+        if self.computing[rank] or any(self.halves.get((rank, number), 2) for number in steps[self.step[rank]].wait):
             return
         self.step[rank] += 1
         self.finished[rank] = now

@@ -99,9 +99,7 @@ def time_attention(
     return Attention(schedule, h, computing, exposed, buffers)
 
 
-def choose_schedule(
-    topology: Topology, sizes: Sizes, hardware: HardwareConfig, ulysses: int = 0
-) -> Attention:
+def choose_schedule(topology: Topology, sizes: Sizes, hardware: HardwareConfig, ulysses: int = 0) -> Attention:
     """The quickest schedule by simulation; the earlier of SCHEDULES where two differ by less than 1 %."""
     found: list[Attention] = []
     for schedule in SCHEDULES:
@@ -128,9 +126,7 @@ def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
     if config.parallel.schedule == "auto":
         attention = choose_schedule(topology, sizes, config.hardware, config.parallel.ulysses)
     else:
-        attention = time_attention(
-            config.parallel.schedule, topology, sizes, config.hardware, config.parallel.ulysses
-        )
+        attention = time_attention(config.parallel.schedule, topology, sizes, config.hardware, config.parallel.ulysses)
     tokens = sizes.tokens * share.per
     engine, rate = config.engine, config.hardware.tflops * 1e12 * config.hardware.utilization
     memory = stage_memory(
@@ -144,9 +140,7 @@ def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,
     )
-    passes = (
-        8 if config.model.memory.checkpoint else 6
-    )  # with checkpoints every product runs forward once more
+    passes = 8 if config.model.memory.checkpoint else 6  # with checkpoints every product runs forward once more
     products = passes * shape.layers * shape.layer_weights + 6 * shape.vocab * shape.hidden
     micro_steps = -(-share.per_rank // share.per)
     one = tokens * products / rate + shape.layers * attention.computing
@@ -161,9 +155,7 @@ def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
         attention=attention,
         memory=memory,
         flop=micro_steps * one * rate * world,
-        seconds=micro_steps * one
-        + exposed
-        + _weights_moved(shape, config, b, micro_steps, micro_steps * one),
+        seconds=micro_steps * one + exposed + _weights_moved(shape, config, b, micro_steps, micro_steps * one),
         exposed=exposed,
     )
 

@@ -13,9 +13,7 @@ from longctx.schedule import Sizes
 from longctx.topology import Level, Topology
 
 
-def busiest(
-    schedule: str, topology: Topology, sizes: Sizes, *, backward: bool, ulysses: int = 1
-) -> dict[Level, int]:
+def busiest(schedule: str, topology: Topology, sizes: Sizes, *, backward: bool, ulysses: int = 1) -> dict[Level, int]:
     """Bytes the busiest rank of each level sends in one pass (backward: that pass alone), one document.
 
     A flat ring's messages inside a node and across are sent by different ranks: (N-1) x 2K each.

@@ -19,7 +19,8 @@ from longctx.errors import UserError
 
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;margin:1rem 0}td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right}"
+    "table{border-collapse:collapse;margin:1rem 0}"
+    "td,th{padding:.25rem .75rem;border-bottom:1px solid #ddd;text-align:right}"
     "td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:1rem;overflow:auto}"
 )
 
@@ -66,7 +67,8 @@ def _summary(folder: Path) -> Iterable[str]:
     yield _table(["model", *(f"{int(w):,} tokens" for w in windows)], losses)
     if summary.get("adapter"):
         size = summary["adapter"]["bytes"] / 1e6
-        yield f"<p>Adapter: rank {summary['adapter']['rank']}, {size:.2f} MB, profile {summary['adapter']['profile']}.</p>"
+        rank, profile = summary["adapter"]["rank"], summary["adapter"]["profile"]
+        yield f"<p>Adapter: rank {rank}, {size:.2f} MB, profile {profile}.</p>"
 
 
 def _stages(folder: Path) -> Iterable[str]:
@@ -76,7 +78,14 @@ def _stages(folder: Path) -> Iterable[str]:
     marks.sort(key=lambda mark: (mark["seq_len"], mark["stage"]))
     yield "<h2>Stages</h2>"
     rows = [
-        [m["stage"], f"{m['seq_len']:,}", f"{m['theta']:,.0f}", f"{m['tokens']:,}", str(m["steps"]), f"{m['seconds']:.0f}"]
+        [
+            m["stage"],
+            f"{m['seq_len']:,}",
+            f"{m['theta']:,.0f}",
+            f"{m['tokens']:,}",
+            str(m["steps"]),
+            f"{m['seconds']:.0f}",
+        ]
         for m in marks
     ]
     yield _table(["stage", "length", "theta", "tokens", "steps", "seconds"], rows)

@@ -134,9 +134,7 @@ def _llama3(rope: Parameters, head_dim: int, window: int, length: int | None, dt
     return np.where((waves >= original / high) & (waves <= original / low), blended, outer)
 
 
-def _proportional(
-    rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any
-) -> Frequencies:
+def _proportional(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
     angles = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
     turning = 1 / _wavelength_powers(rope["rope_theta"], head_dim, dtype, span=2 * angles)
     still = np.zeros(head_dim // 2 - angles, dtype=dtype)

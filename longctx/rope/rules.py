@@ -27,9 +27,7 @@ class Rule(Protocol):
     """A way from one rope to a longer one."""
 
     name: ClassVar[str]
-    start: ClassVar[
-        str
-    ]  # whether a chain of stages begins each step at the "previous" stage or the "original"
+    start: ClassVar[str]  # whether a chain of stages begins each step at the "previous" stage or the "original"
     extends: ClassVar[frozenset[str]]  # rope types it can begin from
 
     def to_hf(self, rope: Rope, length: int) -> Parameters: ...
@@ -254,8 +252,7 @@ class ExplicitTheta:
 
 
 RULES: dict[str, type[Rule]] = {
-    rule.name: rule
-    for rule in (Linear, Ntk, DynamicNtk, ScalingLaw, ByParts, Yarn, YarnPaper, Llama3, LongRope)
+    rule.name: rule for rule in (Linear, Ntk, DynamicNtk, ScalingLaw, ByParts, Yarn, YarnPaper, Llama3, LongRope)
 }
 
 
@@ -274,9 +271,7 @@ def make_rule(name: str, values: Mapping[str, Any], where: str = "rule") -> Rule
             has = f"it takes {', '.join(known)}" if known else "it takes no parameters"
             raise UserError(f"{where}.{key}={value} does not belong to rule {name!r}; {has}")
         if key == "factor" and value is not None and value < 1:
-            raise UserError(
-                f"{where}.factor={value} is below 1, which would shrink the window; give 1 or more"
-            )
+            raise UserError(f"{where}.factor={value} is below 1, which would shrink the window; give 1 or more")
     return RULES[name](**values)
 
 
@@ -292,7 +287,5 @@ def apply(rule: Rule, rope: Rope, length: int, where: str = "rule") -> Parameter
             f"from {rope.kind!r} these can: {', '.join([*able, 'an explicit theta'])} ({rope.source})"
         )
     if rope.dim <= 2:
-        raise UserError(
-            f"{where}: a rotary dimension of {rope.dim} leaves nothing to stretch ({rope.source})"
-        )
+        raise UserError(f"{where}: a rotary dimension of {rope.dim} leaves nothing to stretch ({rope.source})")
     return rule.to_hf(rope, length)

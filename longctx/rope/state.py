@@ -54,14 +54,12 @@ class Rope:
         original = self.parameters.get("original_max_position_embeddings")
         told = {
             "linear": f"positions are divided by {factor}; theta rules keep that and stretch on top of it",
-            "dynamic": "theta grows with the sequence at run time; a training stage fixes it, so the result "
-            "is plain",
+            "dynamic": "theta grows with the sequence at run time; a training stage fixes it, so the result is plain",
             "yarn": f"slow dimensions are already stretched {factor}x from {original}; theta rules keep "
             "that ramp and raise theta, rule yarn raises the factor instead",
             "llama3": f"wavelengths above {original} are already stretched {factor}x; theta rules keep that "
             f"and raise theta, and lengths count from the served window {self.window}, not from {original}",
-            "longrope": "its factors per dimension belong to its theta; only an explicit theta or new "
-            "factors apply",
+            "longrope": "its factors per dimension belong to its theta; only an explicit theta or new factors apply",
             "proportional": "part of the dimensions never turns; only an explicit theta applies",
         }
         return f"this model's rope is already {self.kind}: {told[self.kind]}" if self.kind in told else None
@@ -100,9 +98,7 @@ def rope_of(config: Mapping[str, Any], source: str) -> Rope:
     head_dim = config.get("head_dim") or (config["hidden_size"] // heads if heads else None)
     window = config.get("max_position_embeddings")
     if not head_dim or not window:
-        missing = (
-            "max_position_embeddings" if head_dim else "head_dim (or hidden_size and num_attention_heads)"
-        )
+        missing = "max_position_embeddings" if head_dim else "head_dim (or hidden_size and num_attention_heads)"
         raise UserError(f"{missing} is missing, without it no rule has a starting point; add it ({source})")
     if kind in ("yarn", "llama3", "longrope"):
         original = config.get("original_max_position_embeddings", window)

@@ -86,9 +86,7 @@ class _Draft:
 class _Builder:
     """Drafts the steps with named buffers, then gives buffers numbers by their lifetimes."""
 
-    def __init__(
-        self, topology: Topology, rank: int, h: int, grid: tuple[int, int], gathered: bool, work
-    ) -> None:
+    def __init__(self, topology: Topology, rank: int, h: int, grid: tuple[int, int], gathered: bool, work) -> None:
         self.topology, self.rank, self.h, self.grid, self.gathered = topology, rank, h, grid, gathered
         self.m, self.w = divmod(rank // h, grid[1])
         self.visits = _visits(grid, work)
@@ -159,9 +157,7 @@ class _Builder:
             self.steps[now].wait.append(self.exchange(now, "kv", "inner", send, recv))
         blocks = tuple(self.position(a, b) for b in members)
         names = tuple(("inner", a, b) for b in members)
-        self.steps.append(
-            _Draft(compute=(blocks, names, (0, 1), tuple(("travel", a, b) for b in members), True))
-        )
+        self.steps.append(_Draft(compute=(blocks, names, (0, 1), tuple(("travel", a, b) for b in members), True)))
 
     def _backward(self) -> None:
         """dKV follows the KV: inner sums close at the rank that received the block, then hop outwards."""
@@ -268,10 +264,7 @@ def _visits(grid: tuple[int, int], work: np.ndarray | None) -> list[tuple[int, l
 def _numbers(steps: list[_Draft], kind: Literal["kv", "dkv"]) -> dict:
     """Number the named buffers: two whose lifetimes (in steps) overlap never share a slot."""
     mine = {
-        number: (send[2], recv[2])
-        for step in steps
-        for number, payload, _, send, recv in step.post
-        if payload == kind
+        number: (send[2], recv[2]) for step in steps for number, payload, _, send, recv in step.post if payload == kind
     }
     life: dict = {}
     for index, step in enumerate(steps):

@@ -37,9 +37,7 @@ class Material:
     needles: list[Weighted]
 
 
-def gather(
-    data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: SearchConfig, cache: Path
-) -> Material:
+def gather(data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: SearchConfig, cache: Path) -> Material:
     """Held-out texts and needle prompts of `length` tokens, the same for every theta.
 
     Texts come from the largest text source of the mix (of all sources when there is no such mix). Raises

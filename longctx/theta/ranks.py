@@ -35,9 +35,7 @@ def start(nproc: int, entry: Callable[..., T], *arguments: Any) -> T:
         answers = elastic_launch(agent, guarded)(entry, *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise RunFailed(
-            f"rank {rank} of the search failed (status {failure.exitcode}): {failure.message}"
-        ) from None
+        raise RunFailed(f"rank {rank} of the search failed (status {failure.exitcode}): {failure.message}") from None
     found, problem = answers[0]
     if problem is not None:
         raise UserError(problem)

@@ -78,8 +78,7 @@ def job_of(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> Job:
     stage = chosen_stage(config, stages)
     if config.model is None or config.model.path is None:
         raise UserError(
-            "search=true reads documents with the model itself: give model.path=FOLDER or model=tiny "
-            "(the command line)"
+            "search=true reads documents with the model itself: give model.path=FOLDER or model=tiny (the command line)"
         )
     if config.data is None:
         raise UserError("search=true needs held-out documents: give data=stdlib (the command line)")
@@ -98,9 +97,7 @@ def chosen_stage(config: ThetaConfig, stages: Sequence[Stage]) -> Stage:
     if name not in known:
         near = nearest(name, known)
         hint = f"did you mean {near!r}? " if near else ""
-        raise UserError(
-            f"trials.stage={name!r} is no stage; {hint}known: {', '.join(known)} (configs/theta.yaml)"
-        )
+        raise UserError(f"trials.stage={name!r} is no stage; {hint}known: {', '.join(known)} (configs/theta.yaml)")
     return stages[known.index(name)]
 
 
@@ -170,9 +167,7 @@ def _run(job: Job, ranks: Any) -> Result:
 
 def _result(stage: Stage, found: Found, trials: dict[int, Trial]) -> Result:
     ordered = [trials[theta] for theta in sorted(trials)]
-    return Result(
-        stage.name, stage.seq_len, trials[int(stage.theta)], trials[found.theta], found.edge, ordered
-    )
+    return Result(stage.name, stage.seq_len, trials[int(stage.theta)], trials[found.theta], found.edge, ordered)
 
 
 def _material(job: Job) -> tuple[Any, Any]:

@@ -64,9 +64,7 @@ def rule_table(rows: Sequence[Row]) -> Table:
     for name in RULES:
         if name in rows[0].rules:
             table.add_row(name, *[_alternative(name, row.rules[name], row.seq_len) for row in rows])
-    table.caption = (
-        "theta where the rule changes it, and below it the supported length (! if within the stage)"
-    )
+    table.caption = "theta where the rule changes it, and below it the supported length (! if within the stage)"
     return table
 
 

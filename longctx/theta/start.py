@@ -24,8 +24,7 @@ def starting_rope(config: ThetaConfig) -> Rope:
     if config.model is not None and any(value is not None for value in numbers.values()):
         given = ", ".join(name for name, value in numbers.items() if value is not None)
         raise UserError(
-            f"{given} and a model are both given; a model's config.json already says them. Leave one out "
-            f"({COMMAND})"
+            f"{given} and a model are both given; a model's config.json already says them. Leave one out ({COMMAND})"
         )
     if config.model is not None:
         rope = _of_model(config)
@@ -74,8 +73,7 @@ def _curriculum(config: ThetaConfig, rope: Rope) -> tuple[CurriculumConfig, str]
     to = config.to or (rope.window * _SEARCH_STRETCH if config.search else None)
     if to is None:
         raise UserError(
-            "nothing says how long the context shall become: give to=131072, or curriculum=8k_to_1048k "
-            f"({COMMAND})"
+            f"nothing says how long the context shall become: give to=131072, or curriculum=8k_to_1048k ({COMMAND})"
         )
     stage = StageConfig(seq_len=to, steps=1, batch=1)
     rule = config.rule or RopeConfig(name="dynamic-ntk")

@@ -62,15 +62,11 @@ def main(words: Sequence[str]) -> int:
         _tell("interrupted", rank == 0)
         return INTERRUPTED
     except Exception as error:  # the last place that can say which rank it was
-        if world > 1 and (
-            type(error).__name__ == "PeerLost" or any(text in str(error) for text in PEER_GONE)
-        ):
+        if world > 1 and (type(error).__name__ == "PeerLost" or any(text in str(error) for text in PEER_GONE)):
             time.sleep(5.0)  # the rank that died speaks first, and its launcher ends this one
             print(f"longctx: rank {rank} lost its peers and stops", file=sys.stderr, flush=True)
             return 1
-        print(
-            f"longctx: rank {rank} of {world} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True
-        )
+        print(f"longctx: rank {rank} of {world} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
 
 
@@ -86,9 +82,7 @@ def _compose(words: list[str]) -> Any:
     from longctx.config.train import TrainConfig
 
     overrides, folders = split_options(words)
-    return build(
-        TrainConfig, compose("train", overrides, folders), origin="configs/train.yaml and the command line"
-    )
+    return build(TrainConfig, compose("train", overrides, folders), origin="configs/train.yaml and the command line")
 
 
 def _agree_on_config(words: list[str], rank: int) -> Any:

@@ -45,9 +45,7 @@ class MicroBatch:
         return replace(self, inputs=moved, tail=None if self.tail is None else self.tail.to(device))
 
 
-def micro_batch(
-    data: Any, indices: Sequence[int], context: Any, kind: str, *, tail: bool = False
-) -> MicroBatch:
+def micro_batch(data: Any, indices: Sequence[int], context: Any, kind: str, *, tail: bool = False) -> MicroBatch:
     """Sequences `indices` of a data.StageData as one forward of this rank (CPU tensors).
 
     context: the ContextParallel of the stage. kind: layout of a row over its ranks. Only this rank's tokens
@@ -70,16 +68,12 @@ def micro_batch(
     arrays = {"input_ids": tokens, "labels": labels, "weights": weights}
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     inputs |= {"positions": layout.positions, "layout": layout}
-    late = (
-        torch.from_numpy(np.where(held % length >= length * 3 // 4, weights, np.float32(0))) if tail else None
-    )
+    late = torch.from_numpy(np.where(held % length >= length * 3 // 4, weights, np.float32(0))) if tail else None
     weight = float(weights.sum(dtype=np.float64))
     return MicroBatch(inputs, weight, tokens.size, pairs, partial(_names, data, tuple(indices)), late)
 
 
-def _row(
-    data: Any, indices: Sequence[int], held: np.ndarray, length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _row(data: Any, indices: Sequence[int], held: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """tokens int64, labels int64, weights float32, each [S_local], at the row's positions `held` (-1:
     padding).
 

@@ -83,9 +83,7 @@ class Checkpoints:
         if failures:
             if self.ranks.first:
                 shutil.rmtree(beside, ignore_errors=True)
-            console.say(
-                f"[yellow]checkpoint at step {state.step} failed, the one before it stands:[/] {failures[0]}"
-            )
+            console.say(f"[yellow]checkpoint at step {state.step} failed, the one before it stands:[/] {failures[0]}")
             return None
         return final
 
@@ -115,9 +113,7 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             return {}, f"{path.name}: {error}"
 
-    def _publish(
-        self, beside: Path, final: Path, files: dict[str, Any], state: State, engine: Engine
-    ) -> list[str]:
+    def _publish(self, beside: Path, final: Path, files: dict[str, Any], state: State, engine: Engine) -> list[str]:
         try:
             write_text(beside / "state.json", json.dumps(asdict(state), indent=1))
             self._size = float(sum(entry["bytes"] for entry in files.values()))
@@ -154,9 +150,7 @@ class Checkpoints:
         for folder in map(Path, candidates):
             problems = [text for found in self.ranks.gather(list(self._damage(folder))) for text in found]
             if problems:
-                console.say(
-                    f"[yellow]checkpoint {folder} is damaged:[/] {problems[0]}; the one before it is used"
-                )
+                console.say(f"[yellow]checkpoint {folder} is damaged:[/] {problems[0]}; the one before it is used")
                 continue
             return self._restore(folder, engine)
         if candidates:
@@ -203,9 +197,7 @@ class Checkpoints:
 
 def check_same_model(stored: dict[str, list[int]], own: dict[str, list[int]], folder: Path) -> None:
     """Raises UserError when a checkpoint's trainable parameters are not this model's."""
-    wrong = [name for name in own if stored.get(name) != own[name]] + [
-        name for name in stored if name not in own
-    ]
+    wrong = [name for name in own if stored.get(name) != own[name]] + [name for name in stored if name not in own]
     if wrong:
         name = wrong[0]
         raise UserError(

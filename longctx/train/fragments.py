@@ -30,9 +30,7 @@ class Fragment:
     data: torch.Tensor
 
 
-def write(
-    path: Path, fragments: Iterator[Fragment], extra: Mapping[str, torch.Tensor]
-) -> list[dict[str, Any]]:
+def write(path: Path, fragments: Iterator[Fragment], extra: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
     """Write one rank's file; returns the index of its fragments for the manifest."""
     from safetensors.torch import save_file
 
@@ -80,9 +78,7 @@ class FragmentReader:
                 parts.append((low - start, piece))
                 found += high - low
         if found != numel:
-            raise KeyError(
-                f"{kind} of {name}: {found} of elements {start} to {start + numel} are in the checkpoint"
-            )
+            raise KeyError(f"{kind} of {name}: {found} of elements {start} to {start + numel} are in the checkpoint")
         if len(parts) == 1:
             return parts[0][1]
         whole = torch.empty(numel, dtype=parts[0][1].dtype)

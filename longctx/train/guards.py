@@ -32,24 +32,18 @@ class Guards:
     def __init__(self, config: GuardsConfig, run: Path, ranks: Ranks, recent: list[float]) -> None:
         self.config, self.run, self.ranks, self.recent = config, run, ranks, recent
 
-    def check_finite(
-        self, loss: float, norm: float, own: float, window: Sequence[MicroBatch], step: int
-    ) -> None:
+    def check_finite(self, loss: float, norm: float, own: float, window: Sequence[MicroBatch], step: int) -> None:
         """Raises RunFailed before the optimizer is touched. own: this rank's share of the loss."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
         documents = [name for batch in window for name in batch.documents()]
-        reports = self.ranks.gather(
-            {"rank": self.ranks.rank, "finite": math.isfinite(own), "documents": documents}
-        )
+        reports = self.ranks.gather({"rank": self.ranks.rank, "finite": math.isfinite(own), "documents": documents})
         culprits = [report["rank"] for report in reports if not report["finite"]]
         what = f"loss={loss}" if not math.isfinite(loss) else f"gradient norm={norm} (loss {loss:.4f})"
         path = self.run / "failures" / f"step{step:08d}.json"
         if self.ranks.first:
             path.parent.mkdir(exist_ok=True)
-            write_text(
-                path, json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "ranks": reports})
-            )
+            write_text(path, json.dumps({"step": step, "loss": str(loss), "grad_norm": str(norm), "ranks": reports}))
         where = f" on rank {culprits[0]}" if culprits else ""
         raise RunFailed(
             f"{what} at step {step}{where}; the step was not taken. The batch's documents and ranks are in "

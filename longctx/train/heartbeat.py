@@ -104,11 +104,7 @@ def verdict(beats: list[Beat], limit: float) -> str | None:
         return None
     silent = [beat for beat in beats if beat.age > limit / 2]
     culprit = max(silent, key=lambda beat: beat.age) if silent else min(beats, key=lambda beat: beat.moves)
-    why = (
-        "its process no longer answers"
-        if silent
-        else f"it has been in {culprit.phase!r} for {culprit.still:.0f} s"
-    )
+    why = "its process no longer answers" if silent else f"it has been in {culprit.phase!r} for {culprit.still:.0f} s"
     others = sorted({beat.phase for beat in beats if beat.rank != culprit.rank})
     return (
         f"rank {culprit.rank} stalls at step {culprit.step}: {why}, while the others wait in "

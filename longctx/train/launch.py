@@ -34,9 +34,7 @@ def start_ranks(launch: LaunchConfig, resolved: Path) -> int:
     from torch.distributed.launcher.api import LaunchConfig as AgentConfig
     from torch.distributed.launcher.api import elastic_launch
 
-    logging.getLogger("torch.distributed").setLevel(
-        logging.CRITICAL
-    )  # the agent's report would bury the rank's error
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the agent's report would bury the rank's error
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     agent = AgentConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=launch.nproc, run_id=f"longctx-{os.getpid()}",
@@ -68,9 +66,7 @@ def _explain(error: Any, forwarded: list[int], run: Path) -> int:
         name = signal.Signals(-failure.exitcode).name
         console.say(f"longctx: rank {rank} was ended by {name}, the others were stopped; {_where(run)}")
     else:
-        console.say(
-            f"longctx: rank {rank} failed (status {failure.exitcode}), the others were stopped; {_where(run)}"
-        )
+        console.say(f"longctx: rank {rank} failed (status {failure.exitcode}), the others were stopped; {_where(run)}")
     return 1
 
 

@@ -144,14 +144,8 @@ def _save(job: Job, stage: Stage) -> None:
 
 def _log(job: Job, stage: Stage, opened: OpenStage, report: StepReport, lr: float, seconds: float) -> None:
     if report.skipped:
-        why = (
-            "no token of the batch carries loss"
-            if report.weight == 0
-            else f"loss {report.loss:.4f} is a spike"
-        )
-        job.display.say(
-            f"[yellow]step {job.state.step} skipped:[/] {why} (guards.spike={job.config.guards.spike})"
-        )
+        why = "no token of the batch carries loss" if report.weight == 0 else f"loss {report.loss:.4f} is a spike"
+        job.display.say(f"[yellow]step {job.state.step} skipped:[/] {why} (guards.spike={job.config.guards.spike})")
     if job.metrics is None:
         return
     state, world = job.state, job.ranks.world
@@ -191,9 +185,7 @@ def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
     }  # fmt: skip
     if job.ranks.first:
         words = "" if heldout is None else f", held-out loss {heldout:.4f}"
-        job.display.say(
-            f"[bold]{stage.name}[/] done in {job.state.stage_seconds:.0f} s{words}: {folder / 'model'}"
-        )
+        job.display.say(f"[bold]{stage.name}[/] done in {job.state.stage_seconds:.0f} s{words}: {folder / 'model'}")
         if job.metrics and heldout is not None:
             job.metrics.evaluation({"heldout_loss": heldout, "tokens": job.state.tokens})
         if job.evaluate is not None:

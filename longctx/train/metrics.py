@@ -76,9 +76,7 @@ class Metrics:
             self._file.write(text + "\n")
             self._file.flush()
         except OSError as error:  # a full disk must not end a run
-            console.warn(
-                f"{self.path} cannot be written ({error.strerror}); no more metrics until the next start"
-            )
+            console.warn(f"{self.path} cannot be written ({error.strerror}); no more metrics until the next start")
             self._file = None
 
     def _keep_until(self, step: int) -> None:

@@ -92,9 +92,7 @@ class Ranks:
 def choose_device(wanted: str, local_rank: int) -> torch.device:
     """The device of this rank. Raises UserError when CUDA is asked for and there is none."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "engine.device=cuda, but this machine shows no CUDA device; use engine.device=cpu or auto"
-        )
+        raise UserError("engine.device=cuda, but this machine shows no CUDA device; use engine.device=cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())

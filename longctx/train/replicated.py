@@ -43,9 +43,7 @@ class ReplicatedEngine:
             offset += master.numel()
         names = [name for name, _ in self._named]
         groups = decay_groups(list(zip(names, self._masters, strict=True)), optim.weight_decay)
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
-        )
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
         self._norm = 0.0
         self.facts: dict[str, Any] = {
             "ddp": "replicated weights", "world": ranks.world, "ZeRO": 0, "device": str(ranks.device),
@@ -103,9 +101,7 @@ class ReplicatedEngine:
                 parameter.data.copy_(master.data)
             steps = float(reader.read("steps", name, 0, 1))
             if steps:
-                state: dict[str, Any] = {
-                    "step": torch.tensor(steps, dtype=torch.float32, device=master.device)
-                }
+                state: dict[str, Any] = {"step": torch.tensor(steps, dtype=torch.float32, device=master.device)}
                 for kind in MOMENTS:
                     flat = reader.read(kind, name, 0, master.numel()).to(master)
                     state[kind] = flat.view_as(master).clone()

@@ -166,9 +166,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     loop.say_resumed(state, stages)
     metrics = None
     if ranks.first:
-        metrics = Metrics(
-            run, config.logging, runfolder.to_dict(config), last_step=state.step, wandb_id=state.wandb_id
-        )
+        metrics = Metrics(run, config.logging, runfolder.to_dict(config), last_step=state.step, wandb_id=state.wandb_id)
     try:
         with Display(config.logging.display, config.logging.every, stages, first=ranks.first) as display:
             job = loop.Job(
@@ -178,9 +176,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
             status = loop.run_stages(job)
         ranks.barrier()
         if status == SAVED_AND_REQUEUE:
-            console.say(
-                f"{stop.name or 'a signal'}: saved at step {state.step}; the same command continues the run"
-            )
+            console.say(f"{stop.name or 'a signal'}: saved at step {state.step}; the same command continues the run")
         return status
     finally:
         watcher.close()

@@ -61,9 +61,7 @@ def prepare(config: TrainConfig) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            f"run_dir={folder} cannot be made: {error.strerror}; choose another run_dir="
-        ) from None
+        raise UserError(f"run_dir={folder} cannot be made: {error.strerror}; choose another run_dir=") from None
     write_text(stored, yaml.safe_dump(to_dict(config), sort_keys=False))
     return folder
 

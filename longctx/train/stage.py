@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from longctx.model import LossModel
 
 
-def check_parallel(
-    stages: Sequence[Stage], parallel: ParallelConfig, engine: EngineConfig, world: int
-) -> None:
+def check_parallel(stages: Sequence[Stage], parallel: ParallelConfig, engine: EngineConfig, world: int) -> None:
     """What can be refused before the ranks start: every stage's cp, batch share and micro-batch."""
     for name in parallel.stages:
         if name not in {stage.name for stage in stages}:
@@ -136,9 +134,7 @@ def _open_data(
 
     made: Any = None
     with ranks.agree(f"preparing the data of stage {stage.name}"):
-        made = (
-            opened() if ranks.local_rank == 0 else None
-        )  # one rank per node tokenizes and packs, the others read
+        made = opened() if ranks.local_rank == 0 else None  # one rank per node tokenizes and packs, the others read
     return made if made is not None else opened()
 
 

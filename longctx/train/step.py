@@ -104,9 +104,7 @@ class Stepper:
             engine.step(lr)
         timer.lap("optimizer")
         tail = tail_sum / tail_weight if tail_weight > 0 else None
-        return StepReport(
-            mean, tail, norm, int(tokens), weight, pairs, skipped, [v > 0 for v in ballot], timer.seconds
-        )
+        return StepReport(mean, tail, norm, int(tokens), weight, pairs, skipped, [v > 0 for v in ballot], timer.seconds)
 
     def _counts(self, window: Sequence[MicroBatch]) -> list[float]:
         weight = sum(batch.weight for batch in window)

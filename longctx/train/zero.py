@@ -39,9 +39,7 @@ class ZeroEngine:
         self._shapes = {name: list(parameter.shape) for name, parameter in self._named}
         dtype = self._named[0][1].dtype
         if dtype == torch.float64:
-            raise UserError(
-                "model.dtype=float64 is not something DeepSpeed trains; use engine=ddp (configs/engine)"
-            )
+            raise UserError("model.dtype=float64 is not something DeepSpeed trains; use engine=ddp (configs/engine)")
         self.accelerator = _accelerator(config, optim, dtype, ranks)
         optimizer = _optimizer(config, optim, self._named, ranks)
         self.engine: Any = self.accelerator.prepare(model, optimizer)[0]
@@ -107,11 +105,7 @@ class ZeroEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self._named:
-            piece = (
-                _piece3(self.zero, parameter, self.ranks)
-                if self.stage == 3
-                else _piece12(self.zero, parameter)
-            )
+            piece = _piece3(self.zero, parameter, self.ranks) if self.stage == 3 else _piece12(self.zero, parameter)
             if piece is None:
                 continue
             start, numel, flat, offset = piece
@@ -126,11 +120,7 @@ class ZeroEngine:
 
     def restore(self, reader: FragmentReader) -> None:
         for name, parameter in self._named:
-            piece = (
-                _piece3(self.zero, parameter, self.ranks)
-                if self.stage == 3
-                else _piece12(self.zero, parameter)
-            )
+            piece = _piece3(self.zero, parameter, self.ranks) if self.stage == 3 else _piece12(self.zero, parameter)
             if piece is not None:
                 self._restore_piece(reader, name, *piece)
             if self.stage < 3:
@@ -196,9 +186,7 @@ def _accelerator(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, r
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     plugin = DeepSpeedPlugin(hf_ds_config=_settings(config, optim, dtype, ranks), zero3_init_flag=False)
     backend = "gloo" if ranks.device.type == "cpu" else "nccl"
-    accelerator = Accelerator(
-        deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)]
-    )
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
     unset_hf_deepspeed_config()  # or every model made from here on (an export's) would be sharded too
     return accelerator
 
@@ -223,9 +211,7 @@ def _settings(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, rank
     }  # fmt: skip
 
 
-def _optimizer(
-    config: EngineConfig, optim: OptimConfig, named: list[Any], ranks: Ranks
-) -> torch.optim.Optimizer:
+def _optimizer(config: EngineConfig, optim: OptimConfig, named: list[Any], ranks: Ranks) -> torch.optim.Optimizer:
     groups = decay_groups(named, optim.weight_decay)
     options: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if config.offload_optimizer and ranks.device.type == "cuda":

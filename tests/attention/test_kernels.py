@@ -30,9 +30,7 @@ def block(kernel, dtype, causal, device="cpu", sq=96, sk=96, heads=(4, 2), dim=1
     return [x.cpu().double() for x in (mine, sums, *gradients)]
 
 
-@pytest.mark.parametrize(
-    ("sq", "sk", "causal"), [(96, 96, True), (96, 33, False), (5, 96, False), (1, 1, True)]
-)
+@pytest.mark.parametrize(("sq", "sk", "causal"), [(96, 96, True), (96, 33, False), (5, 96, False), (1, 1, True)])
 def test_the_cpu_kernel_equals_the_reference(sq, sk, causal):
     got = block(KERNELS["torch_cpu"], torch.float64, causal, sq=sq, sk=sk)
     want = block(KERNELS["reference"], torch.float64, causal, sq=sq, sk=sk)

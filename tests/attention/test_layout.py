@@ -16,9 +16,7 @@ def layouts(draw):
     seq_len = draw(st.integers(2 * positions * ulysses, 90))
     inner = draw(st.sets(st.integers(1, seq_len - 1), max_size=8))
     boundaries = np.array([0, *sorted(inner), seq_len])
-    return SequenceLayout(
-        seq_len, positions, kind=draw(st.sampled_from(KINDS)), boundaries=boundaries, ulysses=ulysses
-    )
+    return SequenceLayout(seq_len, positions, kind=draw(st.sampled_from(KINDS)), boundaries=boundaries, ulysses=ulysses)
 
 
 def position_indices(layout: SequenceLayout, position: int) -> np.ndarray:

@@ -18,8 +18,7 @@ NAMES = ("out", "dq", "dk", "dv")
 def problem():
     make = torch.Generator().manual_seed(5)
     q, k, v, dout = (
-        torch.randn(1, heads, S, D, generator=make, dtype=torch.float64).bfloat16()
-        for heads in (HQ, HKV, HKV, HQ)
+        torch.randn(1, heads, S, D, generator=make, dtype=torch.float64).bfloat16() for heads in (HQ, HKV, HKV, HQ)
     )
     exact = one_kernel("reference", q.double(), k.double(), v.double(), dout.double())
     single = one_kernel("torch_cpu", q, k, v, dout)
@@ -33,10 +32,7 @@ def one_kernel(name, q, k, v, dout):
 
 
 def errors(got, exact) -> dict[str, float]:
-    return {
-        name: (a.double() - b).square().mean().sqrt().item()
-        for name, a, b in zip(NAMES, got, exact, strict=True)
-    }
+    return {name: (a.double() - b).square().mean().sqrt().item() for name, a, b in zip(NAMES, got, exact, strict=True)}
 
 
 def ring_errors(problem, nodes: int, ranks: int, schedule: str, **options) -> dict[str, float]:

@@ -116,9 +116,7 @@ def test_packed_documents_visit_only_offsets_with_work(schedule, m, w, documents
         if schedule == "flat_ring":
             kv = [t for t in machine.every[0].transfers() if t.payload == "kv"]
             assert len(kv) == hops
-            assert len([t for t in machine.every[0].transfers() if t.payload == "dkv"]) == (
-                hops if backward else 0
-            )
+            assert len([t for t in machine.every[0].transfers() if t.payload == "dkv"]) == (hops if backward else 0)
     if documents == "short" and schedule == "flat_ring":
         assert hops <= 2
 
@@ -173,9 +171,7 @@ def test_buffers_stay_few(m, w):
 def test_the_outer_transfer_spans_the_inner_ring(schedule):
     for backward in (False, True):
         ring = build(schedule, Topology(3, 4), 5, backward=backward).ring
-        posted = {
-            t.id: i for i, s in enumerate(ring) for t in s.post if t.ring == "outer" and t.payload == "kv"
-        }
+        posted = {t.id: i for i, s in enumerate(ring) for t in s.post if t.ring == "outer" and t.payload == "kv"}
         awaited = {number: i for i, s in enumerate(ring) for number in s.wait}
         inner = 3 if schedule == "double_ring" else 1
         assert [awaited[number] - step for number, step in posted.items()] == [inner] * 2

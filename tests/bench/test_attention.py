@@ -55,9 +55,7 @@ def test_backends_are_refused_with_their_reasons():
         measure(BenchAttentionConfig(lengths=[128], backends=["cudnn"]), "cpu")
     with pytest.raises(UserError, match="'flash' is not a kernel"):
         measure(BenchAttentionConfig(lengths=[128], backends=["flash"]), "cpu")
-    config = BenchAttentionConfig(
-        lengths=[100], heads=2, kv_heads=2, head_dim=16, virtual_ranks=[4], repeats=1
-    )
+    config = BenchAttentionConfig(lengths=[100], heads=2, kv_heads=2, head_dim=16, virtual_ranks=[4], repeats=1)
     with pytest.raises(UserError, match="100 is not divisible by 2 x virtual_ranks = 8"):
         measure(config, "cpu")
 
@@ -65,9 +63,7 @@ def test_backends_are_refused_with_their_reasons():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_every_backend_of_the_gpu_is_timed():
-    config = BenchAttentionConfig(
-        lengths=[2048], heads=8, kv_heads=2, head_dim=64, virtual_ranks=[1, 4], repeats=2
-    )
+    config = BenchAttentionConfig(lengths=[2048], heads=8, kv_heads=2, head_dim=64, virtual_ranks=[1, 4], repeats=2)
     document = measure(config, "cuda")
     assert document["dtype"] == "bfloat16"
     for backend in {row["backend"] for row in document["rows"]}:

@@ -49,9 +49,7 @@ def test_every_rank_has_torchruns_environment_and_its_own_address():
 @pytest.mark.parametrize("how", ["terminate", "close", "fail"])
 def test_nothing_is_left_behind(how):
     command = 'test $RANK = 1 && test "$0" = fail && exit 7; sleep 60'
-    process = start(
-        "nodes=2", "ranks=1", "until=stdin", "--", "sh", "-c", command, how, stdin=subprocess.PIPE
-    )
+    process = start("nodes=2", "ranks=1", "until=stdin", "--", "sh", "-c", command, how, stdin=subprocess.PIPE)
     if how != "fail":
         wait_for(lambda: len(namespaces(process)) == 3)
     if how == "terminate":

@@ -21,8 +21,7 @@ def made(config, seconds):
     counted = {}
     for schedule in config.schedules:
         ahead, back = (
-            busiest(schedule, topology, sizes, backward=backward, ulysses=config.ranks)
-            for backward in (False, True)
+            busiest(schedule, topology, sizes, backward=backward, ulysses=config.ranks) for backward in (False, True)
         )
         whole = {level: ahead[level] + back[level] for level in ahead}
         counted[schedule] = [{"forward": ahead, "forward_backward": whole}]

@@ -98,9 +98,7 @@ def test_parquet_by_row_groups(tmp_path, monkeypatch):
     import pyarrow.parquet as pq
 
     path = tmp_path / "x.parquet"
-    pq.write_table(
-        pa.table({"text": [f"row {i}" for i in range(25)], "n": list(range(25))}), path, row_group_size=4
-    )
+    pq.write_table(pa.table({"text": [f"row {i}" for i in range(25)], "n": list(range(25))}), path, row_group_size=4)
     monkeypatch.setattr(files, "RANGE", 300)
     assert len(units_of(path, "x.parquet", "text")) > 1
     documents, tally = _read_all(path, "x.parquet")

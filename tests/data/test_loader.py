@@ -17,13 +17,9 @@ def stages(tmp_path_factory, tokenizer):
     """Two stages of a curriculum over the same documents."""
     folder = tmp_path_factory.mktemp("books")
     _write_books(folder, 40, seed=1)
-    config = _config(
-        folder, {"books": 0.7, "needles": {"weight": 0.3, "length": {"loguniform": {"min_len": 96}}}}
-    )
+    config = _config(folder, {"books": 0.7, "needles": {"weight": 0.3, "length": {"loguniform": {"min_len": 96}}}})
     cache = tmp_path_factory.mktemp("cache")
-    return [
-        _open(config, tokenizer, cache, seq_len=n, sequences=SEQUENCES, stage=f"s{n}") for n in (128, 256)
-    ]
+    return [_open(config, tokenizer, cache, seq_len=n, sequences=SEQUENCES, stage=f"s{n}") for n in (128, 256)]
 
 
 def _zigzag(seq_len: int, rank: int, ranks: int) -> np.ndarray:

@@ -21,9 +21,7 @@ def _config(mix, sources=None, **more):
 
 
 def _plan(config, lengths, seq_len, sequences, seed=0, stage="s"):
-    return make_plan(
-        config, config.mixes["m"], lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=stage
-    )
+    return make_plan(config, config.mixes["m"], lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=stage)
 
 
 def _lengths(count, seed, top=4000):
@@ -65,9 +63,7 @@ def test_plans_hold_exactly_what_they_promise(seed, seq_len, sequences, packing,
     for name in ("first", "source", "document", "start", "length", "glued"):
         assert np.array_equal(getattr(plan, name), getattr(again, name))
     for name in ("a", "b"):
-        mine = (
-            plan.source == plan.names.index(name) if name in plan.names else np.zeros(len(plan.source), bool)
-        )
+        mine = plan.source == plan.names.index(name) if name in plan.names else np.zeros(len(plan.source), bool)
         assert (plan.start[mine] + plan.length[mine] <= lengths[name][plan.document[mine]]).all()
 
 

@@ -284,9 +284,7 @@ def test_broken_lines_beyond_the_allowed_share_are_an_error(tmp_path, tokenizer)
     rows = [json.dumps({"text": "some words " * 30})] * 50
     rows[20] = rows[20][:-4]
     (folder / "x.jsonl").write_text("\n".join(rows))
-    with pytest.raises(
-        UserError, match=r"1 of 50 records are broken, more than data.max_bad=0.01.*x.jsonl:21: "
-    ):
+    with pytest.raises(UserError, match=r"1 of 50 records are broken, more than data.max_bad=0.01.*x.jsonl:21: "):
         _open(_config(folder), tokenizer, tmp_path / "c")
     assert len(_open(_config(folder, max_bad=0.05), tokenizer, tmp_path / "c", sequences=3)) == 3
 
@@ -338,9 +336,7 @@ def test_needles_in_a_stage_use_keys_of_their_split_and_its_own_straw(books, cac
     for split, side in (("train", "train"), ("heldout", "eval")):
         stage = _open(_config(folder, mix), tokenizer, cache, split=split, sequences=12)
         pool = _open(_config(folder), tokenizer, cache, split=split, sequences=200)
-        own = {
-            name.removeprefix("books:").partition("@")[0] for i in range(200) for name in pool.documents(i)
-        }
+        own = {name.removeprefix("books:").partition("@")[0] for i in range(200) for name in pool.documents(i)}
         for index in range(12):
             text = tokenizer.decode(stage.sequence(index).tokens)
             keys = re.findall(r"pass key of (\d{6})", text)

@@ -11,9 +11,7 @@ def folder(tmp_path):
     path = tmp_path / "docs"
     path.mkdir()
     for number in range(30):
-        (path / f"{number}.txt").write_text(
-            f"document {number}\n" + "words and more words\n" * (20 + 9 * number)
-        )
+        (path / f"{number}.txt").write_text(f"document {number}\n" + "words and more words\n" * (20 + 9 * number))
     return path
 
 
@@ -45,9 +43,7 @@ def test_data_then_stats_over_a_folder(folder, model, tmp_path, capsys):
     assert set(document["stages"]) == {"s2048", "s8192"}
     for stage in document["stages"].values():
         use = stage["sources"]["text"]
-        assert use["epochs"] == pytest.approx(
-            stage["sequences"] * stage["seq_len"] / source["tokens"], rel=0.01
-        )
+        assert use["epochs"] == pytest.approx(stage["sequences"] * stage["seq_len"] / source["tokens"], rel=0.01)
     assert document["epochs"]["text"] > 4
     assert "will be read" in err
     assert (tmp_path / "run/data_stats.png").stat().st_size > 10_000
@@ -63,9 +59,7 @@ def test_data_of_the_quickstart_is_the_data_of_its_training(model, tmp_path, cap
     status, out, err = _run(capsys, "data", *words, f"run_dir={tmp_path}/run", "format=json")
     assert status == 0, err
     sources = json.loads(out)["sources"]
-    assert (
-        sources["stdlib"]["documents"] + sources["stdlib"]["heldout_documents"] == 40
-    )  # sources and docstrings
+    assert sources["stdlib"]["documents"] + sources["stdlib"]["heldout_documents"] == 40  # sources and docstrings
     assert sources["docs"]["documents"] + sources["docs"]["heldout_documents"] == 20
 
 

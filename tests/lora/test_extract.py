@@ -23,16 +23,10 @@ Make = Callable[..., Trio]
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_full_rank_and_merge_reproduce_tuned(
-    trio: Make, tmp_path: Path, architecture: str, tied: bool
-) -> None:
+def test_full_rank_and_merge_reproduce_tuned(trio: Make, tmp_path: Path, architecture: str, tied: bool) -> None:
     pair = trio(architecture, tied=tied, dtype=torch.bfloat16)
     out, merged = str(tmp_path / "adapter"), str(tmp_path / "merged")
-    extract(
-        ExtractConfig(
-            base=pair.base, tuned=pair.tuned, out=out, rank=10_000, embeddings=True, dtype="float32"
-        )
-    )
+    extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=out, rank=10_000, embeddings=True, dtype="float32"))
     merge(MergeConfig(target=pair.base, adapter=[out], out=merged))
     want, got = tensors(pair.tuned), tensors(merged)
     assert want.keys() == got.keys()
@@ -70,9 +64,7 @@ def test_peft_reads_the_adapter_unchanged(trio: Make, tmp_path: Path, architectu
 def test_residual_is_near_the_optimum_for_a_flat_spectrum(trio: Make, tmp_path: Path) -> None:
     """Noise has no strong directions: the hardest spectrum for a sketch."""
     pair = trio("llama")
-    result = extract(
-        ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=4, dtype="float32")
-    )
+    result = extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=4, dtype="float32"))
     base, tuned = tensors(pair.base), tensors(pair.tuned)
     for row in result.rows:
         if row.carried == "factors":
@@ -147,14 +139,10 @@ def test_serving_carries_layers_only_and_lists_the_rest(trio: Make, tmp_path: Pa
 
 def test_share_and_size_choose_ranks(trio: Make, tmp_path: Path) -> None:
     pair = trio("llama", rank=4)
-    by_share = extract(
-        ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "share"), share=0.999)
-    )
+    by_share = extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "share"), share=0.999))
     ranks = {row.rank for row in by_share.rows if row.carried == "factors"}
     assert ranks <= {3, 4, 5}
-    whole = extract(
-        ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "whole"), rank=4)
-    ).bytes
+    whole = extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "whole"), rank=4)).bytes
     size = extract(
         ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "size"), size_mb=0.7 * whole / 1e6)
     )
@@ -184,9 +172,7 @@ def test_large_adapters_are_sharded(trio: Make, tmp_path: Path) -> None:
     assert len(list(Path(many).glob("adapter_model-*.safetensors"))) > 2
     merge(MergeConfig(target=pair.sibling, adapter=[one], out=str(tmp_path / "m1")))
     merge(MergeConfig(target=pair.sibling, adapter=[many], out=str(tmp_path / "m2")))
-    assert (tmp_path / "m1/model.safetensors").read_bytes() == (
-        tmp_path / "m2/model.safetensors"
-    ).read_bytes()
+    assert (tmp_path / "m1/model.safetensors").read_bytes() == (tmp_path / "m2/model.safetensors").read_bytes()
 
 
 def test_unchanged_modules_cost_nothing(trio: Make, tmp_path: Path) -> None:

@@ -44,9 +44,7 @@ def test_planned_size_is_the_written_size(trio: Make, tmp_path: Path) -> None:
 def test_spectra_are_those_of_the_product(trio: Make, tmp_path: Path) -> None:
     pair = trio("llama", rank=4)
     extract(
-        ExtractConfig(
-            base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=4, rslora=True, dtype="float32"
-        )
+        ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=4, rslora=True, dtype="float32")
     )
     base, tuned = tensors(pair.base), tensors(pair.tuned)
     info = describe(str(tmp_path / "a"))
@@ -58,12 +56,7 @@ def test_spectra_are_those_of_the_product(trio: Make, tmp_path: Path) -> None:
 
 def test_verbs_end_to_end(trio: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair, a, m = trio("llama"), tmp_path / "a", tmp_path / "m"
-    assert (
-        main(
-            ["lora-extract", f"base={pair.base}", f"tuned={pair.tuned}", f"out={a}", "rank=4", "format=json"]
-        )
-        == 0
-    )
+    assert main(["lora-extract", f"base={pair.base}", f"tuned={pair.tuned}", f"out={a}", "rank=4", "format=json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert 0 < document["share"]["factors"] < 1
     assert "rank=4" in (a / "README.md").read_text()

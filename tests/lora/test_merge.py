@@ -89,9 +89,7 @@ def test_peft_settings_equal_merge_and_unload(trio: Make, tmp_path: Path, settin
 def test_sibling_gains_linears_approximately_and_norms_exactly(trio: Make, tmp_path: Path) -> None:
     pair = trio("qwen3", rank=4)
     adapter = str(tmp_path / "a")
-    extract(
-        ExtractConfig(base=pair.base, tuned=pair.tuned, out=adapter, rank=4, embeddings=True, dtype="float32")
-    )
+    extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=adapter, rank=4, embeddings=True, dtype="float32"))
     merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=str(tmp_path / "m")))
     base, tuned, sibling, merged = (
         tensors(path) for path in (pair.base, pair.tuned, pair.sibling, str(tmp_path / "m"))
@@ -147,16 +145,12 @@ def test_adapters_without_theta_need_one_said(trio: Make, tmp_path: Path) -> Non
     pair = trio("llama")
     adapter = trained(pair.base, tmp_path / "a", r=4, target_modules=["q_proj"])
     out = str(tmp_path / "m")
-    with pytest.raises(
-        UserError, match=r"carries no rope and window.*rope\.theta=.* window=.*like=.*rope=keep"
-    ):
+    with pytest.raises(UserError, match=r"carries no rope and window.*rope\.theta=.* window=.*like=.*rope=keep"):
         merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=out))
     with pytest.raises(UserError, match="belong together"):
         merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=out, window=4096))
     assert not Path(out).exists()
-    given = MergeConfig(
-        target=pair.sibling, adapter=[adapter], out=out, rope=MergeRope(theta=154243.0), window=2048
-    )
+    given = MergeConfig(target=pair.sibling, adapter=[adapter], out=out, rope=MergeRope(theta=154243.0), window=2048)
     assert merge(given).rope == ROPE
     like = MergeConfig(target=pair.sibling, adapter=[adapter], out=str(tmp_path / "like"), like=pair.tuned)
     assert (merge(like).rope, merge_config(tmp_path / "like")["max_position_embeddings"]) == (ROPE, WINDOW)
@@ -204,9 +198,7 @@ def test_shards_stay_as_they_are_and_the_index_is_rebuilt(trio: Make, tmp_path: 
     merge(MergeConfig(target=sharded, adapter=[adapter], out=str(tmp_path / "m")))
     merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=str(tmp_path / "one")))
     index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {
-        path.name for path in Path(sharded).glob("model-*.safetensors")
-    }
+    assert set(index["weight_map"].values()) == {path.name for path in Path(sharded).glob("model-*.safetensors")}
     assert len(set(index["weight_map"].values())) > 2
     want, got = tensors(str(tmp_path / "one")), tensors(str(tmp_path / "m"))
     assert all(torch.equal(got[name], want[name]) for name in want)
@@ -238,20 +230,14 @@ def test_an_lm_head_adapter_unties(trio: Make, tmp_path: Path) -> None:
 def test_vocabularies_of_different_size(trio: Make, tmp_path: Path) -> None:
     pair = trio("llama")
     adapter = str(tmp_path / "a")
-    extract(
-        ExtractConfig(
-            base=pair.base, tuned=pair.tuned, out=adapter, rank=64, embeddings=True, dtype="float32"
-        )
-    )
+    extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=adapter, rank=64, embeddings=True, dtype="float32"))
     larger = change(build("llama", vocab_size=100), seed=2)
     target = save(larger, tmp_path / "larger", dtype=torch.float32)
     skipped = merge(MergeConfig(target=target, adapter=[adapter], out=str(tmp_path / "skip")))
     assert len(skipped.skipped) == 2
     before, after = tensors(target), tensors(str(tmp_path / "skip"))
     assert torch.equal(before["lm_head.weight"], after["lm_head.weight"])
-    assert not torch.equal(
-        before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"]
-    )
+    assert not torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
     merge(MergeConfig(target=target, adapter=[adapter], out=str(tmp_path / "common"), vocab="common"))
     after, base, tuned = tensors(str(tmp_path / "common")), tensors(pair.base), tensors(pair.tuned)
     for name in ("lm_head.weight", "model.embed_tokens.weight"):

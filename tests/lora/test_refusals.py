@@ -64,15 +64,11 @@ def test_shapes_and_tying(trio: Make, tmp_path: Path) -> None:
     pair = trio("llama")
 
     def narrow(weights: dict[str, torch.Tensor]) -> None:
-        weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"][
-            :80
-        ].contiguous()
+        weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"][:80].contiguous()
         del weights["model.norm.weight"]
 
     other = rewrite(copy(pair.tuned, tmp_path / "t"), narrow)
-    refuse_extract(
-        tmp_path, pair.base, other, r"only in base: model\.norm\.weight.*of other shape: .*up_proj"
-    )
+    refuse_extract(tmp_path, pair.base, other, r"only in base: model\.norm\.weight.*of other shape: .*up_proj")
     refuse_extract(tmp_path, pair.base, trio("llama", tied=True).tuned, "tie_word_embeddings False / True")
 
 
@@ -91,11 +87,7 @@ def test_tokenizers(trio: Make, tmp_path: Path) -> None:
 def test_swapped(trio: Make, tmp_path: Path) -> None:
     pair = trio("llama")
     refuse_extract(tmp_path, pair.tuned, pair.base, r"look swapped.*reads 2048 tokens.*reads 512")
-    extract(
-        ExtractConfig(
-            base=pair.tuned, tuned=pair.base, out=str(tmp_path / "meant"), rank=4, allow_shorter=True
-        )
-    )
+    extract(ExtractConfig(base=pair.tuned, tuned=pair.base, out=str(tmp_path / "meant"), rank=4, allow_shorter=True))
 
 
 def test_identical(trio: Make, tmp_path: Path) -> None:
@@ -115,9 +107,7 @@ def test_quantized(trio: Make, tmp_path: Path) -> None:
     refuse_extract(tmp_path, pair.base, said, r"quantized \(gptq")
 
     def codes(weights: dict[str, torch.Tensor]) -> None:
-        weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(
-            torch.int8
-        )
+        weights["model.layers.0.mlp.up_proj.weight"] = weights["model.layers.0.mlp.up_proj.weight"].to(torch.int8)
 
     unsaid = rewrite(copy(pair.tuned, tmp_path / "unsaid"), codes)
     refuse_extract(tmp_path, pair.base, unsaid, "stored as I8")
@@ -127,9 +117,7 @@ def test_quantized(trio: Make, tmp_path: Path) -> None:
 
 def test_missing_and_corrupt_shards(trio: Make, tmp_path: Path) -> None:
     pair = trio("llama")
-    sharded = Path(
-        save(change(build("llama"), seed=1), tmp_path / "t", dtype=torch.float32, max_shard_size="60KB")
-    )
+    sharded = Path(save(change(build("llama"), seed=1), tmp_path / "t", dtype=torch.float32, max_shard_size="60KB"))
     victim = sorted(sharded.glob("model-*.safetensors"))[1]
     content = victim.read_bytes()
     victim.unlink()
@@ -176,9 +164,7 @@ def test_settings_that_contradict(trio: Make, tmp_path: Path) -> None:
     refuse_extract(tmp_path, pair.base, pair.tuned, "rank 1 of every module needs", size_mb=0.001)
 
 
-def test_output_exists_and_disk_too_small(
-    trio: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_output_exists_and_disk_too_small(trio: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair = trio("llama")
     (tmp_path / "out").mkdir()
     refuse_extract(tmp_path, pair.base, pair.tuned, "exists already")
@@ -211,16 +197,12 @@ def test_adapter_for_fewer_layers(trio: Make, tmp_path: Path, adapter: str) -> N
     shallow = save(build("llama", num_hidden_layers=1), tmp_path / "shallow", dtype=torch.float32)
     refuse_merge(tmp_path, shallow, adapter, r"unexpected: model\.layers\.1\.")
     wider = save(build("llama", intermediate_size=128), tmp_path / "wider", dtype=torch.float32)
-    refuse_merge(
-        tmp_path, wider, adapter, r"of another shape: .*\[96, 64\] for \[128, 64\]", allow_partial=True
-    )
+    refuse_merge(tmp_path, wider, adapter, r"of another shape: .*\[96, 64\] for \[128, 64\]", allow_partial=True)
     merge(MergeConfig(target=shallow, adapter=[adapter], out=str(tmp_path / "fits"), allow_partial=True))
 
 
 def test_adapter_for_other_heads(trio: Make, tmp_path: Path, adapter: str) -> None:
-    other = edit(
-        copy(trio("llama").sibling, tmp_path / "t"), num_attention_heads=8, num_key_value_heads=4, head_dim=8
-    )
+    other = edit(copy(trio("llama").sibling, tmp_path / "t"), num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     refuse_merge(tmp_path, other, adapter, "laid out differently: num_attention_heads 4 / 8")
 
 

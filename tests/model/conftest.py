@@ -56,9 +56,7 @@ def plain_token_losses(model: nn.Module, ids: Tensor, positions: Tensor, labels:
     logits = model(
         input_ids=ids, position_ids=positions.expand(len(ids), -1), attention_mask=mask, use_cache=False
     ).logits
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none"
-    )
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none")
     return losses.view(labels.shape)
 
 

@@ -69,9 +69,7 @@ def test_exporting_again_replaces_the_folder_and_keeps_its_source(source, tmp_pa
 
 def test_ranks_that_do_not_write_only_draw_the_stream(source, tmp_path):
     drawn = []
-    stream = (
-        (name, weight) for name, weight in model_of(source).named_parameters() if drawn.append(name) is None
-    )
+    stream = ((name, weight) for name, weight in model_of(source).named_parameters() if drawn.append(name) is None)
     export(stream, source, None, tmp_path / "out", rope=ROPE, window=512, write=False)
     assert len(drawn) == 20
     assert not (tmp_path / "out").exists()

@@ -32,17 +32,13 @@ def pair(family: str, dtype: str, **changes):
     ours = init_from(tiny(family, **changes), dtype=dtype)
     with torch.no_grad():  # norms and biases begin at 1 and 0; give every weight a value of its own
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            b.add_(
-                0.02 * torch.randn(b.shape, dtype=b.dtype, generator=torch.Generator().manual_seed(b.numel()))
-            )
+            b.add_(0.02 * torch.randn(b.shape, dtype=b.dtype, generator=torch.Generator().manual_seed(b.numel())))
             a.copy_(b)
     return ours, theirs
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("dtype", "loss_bar", "gradient_bar"), [("float32", 1e-6, 1e-5), ("float64", 1e-12, 1e-10)]
-)
+@pytest.mark.parametrize(("dtype", "loss_bar", "gradient_bar"), [("float32", 1e-6, 1e-5), ("float64", 1e-12, 1e-10)])
 def test_loss_and_gradients_of_every_family(family, dtype, loss_bar, gradient_bar):
     ours, theirs = pair(family, dtype)
     ids, positions, labels = sequence(128, batch=2)

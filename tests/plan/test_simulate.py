@@ -69,9 +69,7 @@ def test_starting_later_shifts_the_end():
     inner=st.floats(1e3, 1e9),
     outer=st.floats(1e3, 1e9),
 )
-def test_bytes_of_the_spans_are_the_plans_and_time_is_bounded(
-    schedule, grid, backward, compute, inner, outer
-):
+def test_bytes_of_the_spans_are_the_plans_and_time_is_bounded(schedule, grid, backward, compute, inner, outer):
     made = plans(schedule, *grid, backward)
     links = {"inner": Link(inner), "outer": Link(outer)}
     timeline = simulate(made, SIZES, evenly(compute), links)

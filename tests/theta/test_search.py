@@ -31,9 +31,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("model")
     tokenizer = AutoTokenizer.from_pretrained(ASSET)
-    shape = InitConfig(
-        layers=2, hidden=32, heads=2, kv_heads=1, ffn=48, vocab=len(tokenizer), window=64, seed=1
-    )
+    shape = InitConfig(layers=2, hidden=32, heads=2, kv_heads=1, ffn=48, vocab=len(tokenizer), window=64, seed=1)
     init_from(shape, attention="sdpa").save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(ASSET / name, folder / name)
@@ -183,11 +181,7 @@ def test_mistakes(model_folder: Path, text_folder: Path, tmp_path: Path, capsys:
         (["data=chat"], "data.mixes.default holds no text"),
         (["nproc=0"], "nproc=0 must be 1 or more ranks"),
     ):
-        given = [
-            w
-            for w in words(model_folder, text_folder, tmp_path / "x")
-            if not w.startswith(("data=", "+data"))
-        ]
+        given = [w for w in words(model_folder, text_folder, tmp_path / "x") if not w.startswith(("data=", "+data"))]
         data = [] if "data=chat" in more else ["data=text"]
         assert main([*given, *data, *more]) == 2, message
         err = capsys.readouterr().err

@@ -189,6 +189,4 @@ def test_a_model_without_rotary_embeddings_is_refused(capsys: pytest.CaptureFixt
 
 def test_a_model_and_numbers_together_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     folder = model(tmp_path / "m", rope_theta=500000.0)
-    assert "theta and a model are both given" in refused(
-        capsys, f"model.path={folder}", "theta=1e6", "to=64k"
-    )
+    assert "theta and a model are both given" in refused(capsys, f"model.path={folder}", "theta=1e6", "to=64k")

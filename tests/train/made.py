@@ -13,9 +13,7 @@ from longctx.config.train import TrainConfig
 
 TOKENIZER = str(Path(__file__).parents[2] / "longctx" / "assets" / "tiny")
 VOCAB = 512
-WORDS = (
-    "ring attention passes every block of keys and values around the ranks until each query has seen them all"
-)
+WORDS = "ring attention passes every block of keys and values around the ranks until each query has seen them all"
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,7 @@ def reference(case: Case, data: MadeData) -> tuple[float, dict[str, torch.Tensor
             total = total + (nll * weights[low + 1 : high]).sum()
             weight += float(weights[low + 1 : high].sum())
     (total / weight).backward()
-    return float(total.detach() / weight), {
-        n: p.grad for n, p in model.named_parameters() if p.grad is not None
-    }
+    return float(total.detach() / weight), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
 def check(rank: int, world: int, case: Case) -> None:
@@ -101,9 +99,7 @@ def check(rank: int, world: int, case: Case) -> None:
         stepper = Stepper(engine, ranks, Guards(GuardsConfig(), Path("."), ranks, []), Progress(), case.cp)
         report = stepper.take(window, 0.0, step=0, timer=Timer(ranks.device))
         tight = case.dtype == "float64"
-        assert abs(report.loss - loss) <= (1e-12 if tight else 1e-6) * loss, (
-            f"loss {report.loss} against {loss}"
-        )
+        assert abs(report.loss - loss) <= (1e-12 if tight else 1e-6) * loss, f"loss {report.loss} against {loss}"
         assert grads.keys() == wanted.keys(), grads.keys() ^ wanted.keys()
         for name, grad in wanted.items():
             error = float((grads[name].double() - grad).norm() / grad.norm().clamp_min(1e-30))
@@ -111,9 +107,7 @@ def check(rank: int, world: int, case: Case) -> None:
         with torch.no_grad():
             sums = [float(engine.forward(**batch.inputs).nll_sum) for batch in window]
         evaluated = ranks.sum([sum(sums)])[0] / report.weight
-        assert abs(evaluated - loss) <= (1e-12 if tight else 1e-6) * loss, (
-            f"evaluation {evaluated} against {loss}"
-        )
+        assert abs(evaluated - loss) <= (1e-12 if tight else 1e-6) * loss, f"evaluation {evaluated} against {loss}"
         norm = float(torch.stack([grad.norm() for grad in wanted.values()]).norm())
         assert abs(report.grad_norm - norm) <= 1e-5 * norm, f"norm {report.grad_norm} against {norm}"
     context.close()

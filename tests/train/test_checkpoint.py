@@ -111,9 +111,7 @@ def test_nothing_intact_is_an_error_that_says_so(tmp_path: Path) -> None:
 def test_a_write_that_fails_leaves_the_last_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoints = saved(tmp_path, 1)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (64, before[1])
-    )  # any file beyond 64 bytes fails, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))  # any file beyond 64 bytes fails, as on a full disk
     try:
         assert checkpoints.save(TwoTensors(9.0), State(step=2), "s64") is None  # type: ignore[arg-type]
     finally:

@@ -143,9 +143,7 @@ def test_accumulation_and_rows_do_not_matter(tmp_path: Path, documents: Path, un
     assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
-def test_a_nan_stops_before_the_optimizer(
-    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_nan_stops_before_the_optimizer(tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from longctx.train.replicated import ReplicatedEngine
 
     monkeypatch.setattr(ReplicatedEngine, "grad_norm", lambda engine: float("nan"))
@@ -197,9 +195,7 @@ def wandb_rows(file: Path) -> list[dict[str, Any]]:
             whole = b""
             if record.WhichOneof("record_type") == "history":
                 items = record.history.item
-                rows.append(
-                    {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-                )
+                rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
     return rows
 
 
