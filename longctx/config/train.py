@@ -110,11 +110,12 @@ class EvaluateConfig:
 
 @schema
 class TrainConfig:
-    """The root of configs/train.yaml."""
+    """The root of configs/train.yaml. cache: folder of tokenized documents (none: RUN/data)."""
 
     name: Text
     seed: int = 0
     run_dir: str = ""
+    cache: str = ""
     model: ModelConfig
     data: DataConfig
     curriculum: CurriculumConfig

@@ -71,7 +71,8 @@ def _examine_all(
 ) -> dict[str, Finding]:  # fmt: skip
     subjects = _subjects(config, hook, folder, stages, tuned, sibling, control)
     out = folder / "eval"
-    ground = open_ground(config.data, hook.source, tuned, folder / "data")
+    cache = Path(config.cache) if config.cache else folder / "data"
+    ground = open_ground(config.data, hook.source, tuned, cache)
     found = {}
     with console.progress() as bar:
         task = bar.add_task("needles", total=sum(evidence.forwards(s, hook, out) for s in subjects))
@@ -80,7 +81,7 @@ def _examine_all(
             found[subject.name] = evidence.examine(subject, hook, ground, out, lambda: bar.advance(task))
     if config.hooks.sibling is not None and config.hooks.sibling.behaviour is not None:
         known = [subject for subject in subjects if subject.name in ("base", "sibling", "merged", "extended")]
-        own = open_ground(config.data, config.hooks.sibling.behaviour, tuned, folder / "data")
+        own = open_ground(config.data, config.hooks.sibling.behaviour, tuned, cache)
         evidence.behaviour(known, hook, own, out)
     return found
 

@@ -30,6 +30,7 @@ def train_side(config: TrainConfig, folder: Path, name: str, side: SideRun) -> P
         status = train(
             replace(
                 config, name=f"{config.name}-{name}", run_dir=str(run), curriculum=curriculum,
+                cache=config.cache or str(folder / "data"),
                 parallel=replace(config.parallel, stages={}) if config.parallel.stages else ParallelConfig(),
                 hooks=HooksConfig(lora=LoraHook(enabled=False)),
             )

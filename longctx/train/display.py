@@ -68,7 +68,7 @@ class Display:
             self._shown = now
             self._bars.update(
                 self._tasks[stage.name], completed=done, loss=f"{line['loss']:.4f}",
-                rate=f"{line['tokens_per_second']:,.0f}", left=_clock(self._rate * (stage.steps - done)),
+                rate=f"{line['tokens_per_second']:,.0f}", left=_clock((self._rate or 0.0) * (stage.steps - done)),
             )  # fmt: skip
             self._bars.refresh()
 

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch.distributed as dist
 
@@ -58,7 +59,7 @@ class Watcher:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         if world > 1 and limit > 0:
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            self._store = cast(Any, dist.distributed_c10d._get_default_store()).clone()
             self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
             self._thread.start()
 

@@ -108,7 +108,7 @@ def start(engine: EngineConfig) -> Ranks:
     device = choose_device(engine.device, local_rank)
     join(rank, world, engine.timeout_seconds)
     timeout = timedelta(seconds=engine.timeout_seconds)
-    control = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" and world > 1 else None
+    control: Any = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" and world > 1 else None
     return Ranks(rank, world, local_rank, local_world, device, control)
 
 

@@ -25,6 +25,7 @@ from longctx.train.ranks import Ranks
 if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, ParallelConfig, TrainConfig
     from longctx.curriculum import Stage
+    from longctx.data.index import Split
     from longctx.model import LossModel
 
 
@@ -122,14 +123,14 @@ def open_stage(
 
 
 def _open_data(
-    config: TrainConfig, stage: Stage, ranks: Ranks, tokenizer: Any, run: Path, split: str, sequences: int
+    config: TrainConfig, stage: Stage, ranks: Ranks, tokenizer: Any, run: Path, split: Split, sequences: int
 ) -> Any:
     from longctx.data import open_stage as open_data
 
     def opened() -> Any:
         return open_data(
             config.data, mix=stage.mix, seq_len=stage.seq_len, sequences=sequences, tokenizer=tokenizer,
-            seed=config.seed, split=split, cache=run / "data", stage=stage.name,
+            seed=config.seed, split=split, cache=Path(config.cache) if config.cache else run / "data", stage=stage.name,
         )  # fmt: skip
 
     made: Any = None
@@ -146,7 +147,7 @@ def _open_context(parallel: ParallelConfig, ranks: Ranks, cp: int) -> tuple[Any,
     own: dist.ProcessGroup | None = None
     if 1 < cp < ranks.world:
         for first in range(0, ranks.world, cp):
-            group = dist.new_group(list(range(first, first + cp)))
+            group: Any = dist.new_group(list(range(first, first + cp)))
             if first <= ranks.rank < first + cp:
                 own = group
     nodes = parallel.nodes

@@ -84,7 +84,7 @@ class Stepper:
             timer.lap("data")
             out = engine.forward(**batch.inputs, per_token=batch.tail is not None)
             sums[0] += out.loss_sum.detach()
-            if batch.tail is not None:
+            if batch.tail is not None and out.per_token is not None:
                 sums[1] += (out.per_token.double() * batch.tail).sum()
             timer.lap("forward")
             self.progress.at("backward", step)

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -128,7 +128,7 @@ class ZeroEngine:
                 parameter.data.copy_(whole.view_as(parameter))
             elif piece is not None:
                 _, numel, flat, offset = piece
-                parameter.ds_tensor.data.narrow(0, 0, numel).copy_(flat.detach().narrow(0, offset, numel))
+                cast(Any, parameter).ds_tensor.data.narrow(0, 0, numel).copy_(flat.detach().narrow(0, offset, numel))
         if self.stage == 3:
             self.zero._partition_all_parameters()
             if self.zero.persistent_parameters:
@@ -215,7 +215,7 @@ def _optimizer(config: EngineConfig, optim: OptimConfig, named: list[Any], ranks
     groups = decay_groups(named, optim.weight_decay)
     options: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if config.offload_optimizer and ranks.device.type == "cuda":
-        from deepspeed.ops.op_builder import CPUAdamBuilder
+        from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
 
         if not CPUAdamBuilder().is_compatible(verbose=False):
             raise UserError(
