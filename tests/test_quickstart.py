@@ -7,7 +7,8 @@ import math
 
 import pytest
 import torch
-from conftest import SHORT, longctx
+
+from tests.started import SHORT, longctx
 
 
 def test_the_summary_has_every_figure(quickstart):

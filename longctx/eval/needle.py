@@ -9,6 +9,8 @@ what greedy decoding would write. Logits are formed at the answers only. `single
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -67,32 +69,50 @@ def grid(
     label: str,
     rank: int = 0,
     world: int = 1,
+    workers: int | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Grid:
     """Ask every prompt whose number is `rank` modulo `world`; sum the grids of all ranks with `combine`.
 
-    predict: next-token scores, see Predict; tick is called after each haystack.
+    predict: next-token scores, see Predict; tick is called after each haystack. workers: prompts at once on a CPU
+    (None: as many as torch has threads; 1 on a GPU, whose memory one prompt may fill).
     """
     import torch
 
     shape = (len(config.seeds), len(config.lengths), len(config.depths))
     hits, asked = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    for number, prompt in enumerate(prompts(config, writer, haystack)):
-        if number % world != rank:
-            continue
+
+    def ask(prompt: Prompt) -> list[bool]:
         answers = prompt.document.answers
         where = np.concatenate([np.arange(a.start - 1, a.end - 1) for a in answers])
         tokens = torch.from_numpy(prompt.document.tokens.astype(np.int64))
         best = predict(tokens, torch.from_numpy(where)).argmax(-1).cpu().numpy()
         right = best == prompt.document.tokens[where + 1]
-        first = 0
-        for answer, depth in zip(answers, prompt.depth_index, strict=True):
-            size = answer.end - answer.start
-            hits[prompt.seed, prompt.length, depth] += int(right[first : first + size].all())
-            asked[prompt.seed, prompt.length, depth] += 1
-            first += size
-        tick()
+        ends = np.cumsum([a.end - a.start for a in answers])
+        return [bool(part.all()) for part in np.split(right, ends[:-1])]
+
+    mine = [prompt for number, prompt in enumerate(prompts(config, writer, haystack)) if number % world == rank]
+    with _threads(workers) as pool:
+        for prompt, found in zip(mine, pool.map(ask, mine), strict=True):
+            for hit, depth in zip(found, prompt.depth_index, strict=True):
+                hits[prompt.seed, prompt.length, depth] += hit
+                asked[prompt.seed, prompt.length, depth] += 1
+            tick()
     return Grid(label, config.lengths, config.depths, config.seeds, hits, asked)
+
+
+@contextmanager
+def _threads(workers: int | None) -> Iterator[ThreadPoolExecutor]:
+    """A prompt per thread, each computing with one: faster on a CPU than all threads on one small matrix."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if workers == 1 else 1)
+    try:
+        with ThreadPoolExecutor(workers or before) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def haystacks(config: NeedleConfig) -> int:

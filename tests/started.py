@@ -1,0 +1,29 @@
+"""The command line started as a user would, and what makes the quickstart short."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+SHORT = [
+    "curriculum.stages.s2048.tokens=40960",
+    "curriculum.stages.s8192.tokens=16384",
+    "hooks.sibling.run.stage.tokens=32768",
+    "hooks.evidence.control.stage.tokens=32768",
+    "hooks.evidence.needle.per_cell=1",
+    "hooks.evidence.needle.seeds=[11]",
+    "hooks.evidence.needle.lengths=[512,2048]",
+    "hooks.evidence.heldout_windows=4",
+    "evaluate.heldout_sequences=1",
+]
+
+
+def longctx(*words: str, timeout: float = 280, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`longctx WORDS` as a process of its own, on the test's own interpreter."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        [sys.executable, "-m", "longctx.cli", *words],
+        capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment,
+    )  # fmt: skip
