@@ -13,7 +13,7 @@ from longctx.eval import needle
 from longctx.eval.grid import from_json
 from longctx.eval.picture import Panel, draw
 
-CONFIG = NeedleConfig(lengths=(256, 512), per_cell=2, seeds=(1, 2))
+CONFIG = NeedleConfig(lengths=(384, 512), per_cell=2, seeds=(1, 2))
 
 
 @pytest.fixture(scope="module")
@@ -81,5 +81,5 @@ def test_grid_survives_json_and_is_drawn(writer, haystack, tmp_path):
     found = needle.grid(_oracle, CONFIG, writer, haystack, label="oracle")
     back = from_json(found.to_json())
     np.testing.assert_array_equal(back.cells, found.cells)
-    draw([Panel(found, "oracle", window=256)], tmp_path / "grid.png")
+    draw([Panel(found, "oracle", window=384)], tmp_path / "grid.png")
     assert (tmp_path / "grid.png").stat().st_size > 5000

@@ -49,15 +49,16 @@ class Case:
 
 
 def made_model(case: Case, dtype: str, attention: str) -> Any:
-    model = init_from(SHAPE, attention=attention)  # drawn in fp32, or fp64 would draw other numbers
+    model = init_from(SHAPE, dtype=dtype, attention=attention)  # made in its type: fp64 models have fp64 norms
+    model.load_state_dict(init_from(SHAPE).state_dict())  # drawn in fp32, or fp64 would draw other numbers
     if case.variant == "lora":
         from peft import LoraConfig, get_peft_model
 
         torch.manual_seed(11)
         model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]))
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # starts as zero, which would hide lora_A's gradient
-                torch.nn.init.normal_(parameter, std=0.05)
+            if "lora_" in name:  # B starts as zero, which would hide A's gradient; drawn in fp32 whatever the type
+                parameter.data.copy_(0.05 * torch.randn(parameter.shape, dtype=torch.float32))
     model = model.to(getattr(torch, dtype))
     if case.variant == "frozen":
         for name, parameter in model.named_parameters():
