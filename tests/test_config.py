@@ -92,7 +92,10 @@ def test_nearest_finds_what_was_meant():
             "/nowhere/x does not exist",
         ),
         (["train", "experiment=quickstart", "curriculum.mix=none"], "mix=none is not one of data.mixes"),
-        (["train", "experiment=quickstart", "curriculum.stages.s2048.seq_len=2050"], "2050"),
+        (
+            ["train", "experiment=quickstart", "curriculum.stages.s2048.seq_len=2050", "parallel.cp=2"],
+            "seq_len=2050 is not divisible",
+        ),
         (["train", "-x"], "-x is not an option"),
         (["train", "experiment"], "write key=value"),
         (["bench", "atention"], "did you mean 'attention'"),
