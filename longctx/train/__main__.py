@@ -116,6 +116,7 @@ def _agree_on_config(words: list[str], rank: int) -> Any:
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, same)
     if not all(answers):
+        ranks.stop()  # a rank that leaves with its group open is aborted by gloo's threads
         raise UserError(
             f"rank {answers.index(False)} was started with another command line or version of longctx than "
             "rank 0; run the same command on every node"
