@@ -131,9 +131,16 @@ class ZeroEngine:
                 cast(Any, parameter).ds_tensor.data.narrow(0, 0, numel).copy_(flat.detach().narrow(0, offset, numel))
         if self.stage == 3:
             self.zero._partition_all_parameters()
-            if self.zero.persistent_parameters:
-                self.zero.persistent_parameters[0].partition(self.zero.persistent_parameters)
-                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
+            self._gather_persistent()
+
+    def _gather_persistent(self) -> None:
+        """Whole again, as DeepSpeed keeps its small parameters between steps. Were they left cut, the next forward
+        would register some with modules that its recorded trace knows without them, and stop with a tracing error.
+        """
+        small = self.zero.persistent_parameters
+        if small:
+            small[0].partition(small)
+            small[0].all_gather(small)
 
     def _restore_piece(
         self, reader: FragmentReader, name: str, start: int, numel: int, flat: torch.Tensor, offset: int
@@ -161,6 +168,8 @@ class ZeroEngine:
                 yield name, tensor
             else:
                 yield name, parameter.detach()
+        if self.stage == 3:
+            self._gather_persistent()
 
     def close(self) -> None:
         from accelerate.state import AcceleratorState, GradientState, PartialState

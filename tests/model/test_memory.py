@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.model import LossModel, init_from
 from longctx.model.footprint import footprint
 from tests.model.conftest import sequence, tiny
+from tests.watch import Watch
 
 TOKENS = 512
-
-
-class Watch(TorchDispatchMode):
-    """Counts operators and keeps the largest tensor any of them gave."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        self.calls[str(func)] += 1
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
-                self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
-        return out
 
 
 def step(model: LossModel, tokens: int = TOKENS) -> None:

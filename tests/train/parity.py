@@ -26,6 +26,7 @@ from longctx.train.heartbeat import Progress
 from longctx.train.ranks import Ranks
 from longctx.train.stage import _open_context
 from longctx.train.step import Stepper, Timer
+from tests.watch import Watch
 
 from .made import VOCAB, MadeData
 
@@ -135,6 +136,24 @@ def check_isolation(rank: int, world: int, case: Case) -> None:
     inside = (held >= low) & (held < high)
     assert torch.equal(losses[0][~inside], losses[1][~inside])
     assert ranks.any(bool((losses[0][inside] != losses[1][inside]).any()))
+    context.close()
+
+
+def check_attention_once(rank: int, world: int, case: Case) -> None:
+    """Each layer's attention runs forward once and backward once per micro-batch of a step, checkpoints on."""
+    ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
+    context, _ = _open_context(ParallelConfig(), ranks, case.cp)
+    data = MadeData(SEQ, case.accumulation * world // case.cp, seed=3)
+    share = Shares(world // case.cp, rank // case.cp, case.accumulation, 1)
+    with gradients(case, ranks) as (engine, _):
+        stepper = Stepper(engine, ranks, Guards(GuardsConfig(), Path("."), ranks, []), Progress(), case.cp)
+        for step in range(2):  # ZeRO-3 records its trace in the first and follows it in the second
+            window = [micro_batch(data, own, context, case.layout) for own in share.sequences(0)]
+            with Watch() as watch:
+                stepper.take(window, 0.0, step=step, timer=Timer(ranks.device))
+            wanted = SHAPE.layers * case.accumulation
+            assert watch.calls["longctx.context_attention.default"] == wanted, watch.calls
+            assert watch.calls["longctx.context_attention_backward.default"] == wanted, watch.calls
     context.close()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.dist.ranks import run_ranks
 
-from .parity import Case, check, check_isolation
+from .parity import Case, check, check_attention_once, check_isolation
 
 TWO = [
     Case(cp=2),
@@ -43,6 +43,12 @@ def test_a_step_equals_one_process(tmp_path: Path, world: int, cases: list[Case]
 def test_a_changed_document_leaves_the_others_bit_unchanged(tmp_path: Path) -> None:
     cases = [Case(cp=2), Case(cp=2, layout="contiguous")]
     failures = run_ranks(2, check_isolation, cases, tmp_path / "store")
+    assert not failures, told(failures)
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_attention_runs_once_per_layer_and_step(tmp_path: Path, zero: int) -> None:
+    failures = run_ranks(2, check_attention_once, [Case(cp=2, zero=zero, accumulation=2)], tmp_path / "store")
     assert not failures, told(failures)
 
 

@@ -1,0 +1,100 @@
+"""A run continued on another number of ranks, another dp x cp, another ZeRO stage or engine is the same run."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longctx.train import metrics
+from longctx.train.run import train
+from longctx.train.signals import SAVED_AND_REQUEUE
+
+from .lives import live
+from .made import config, write_documents
+
+SEEN_AFTER = 1  # a signal is voted on in the step after the one it came in
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("documents") / "docs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, documents: Path) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train(config(run, documents)) == 0
+    return run
+
+
+def part(world: int, cp: int, zero: int) -> dict[str, Any]:
+    """Free keys of one life: ranks, ranks per sequence, engine."""
+    name = "deepspeed" if zero else "ddp"
+    return {"launch": {"nproc": world, "threads": 1}, "parallel": {"cp": cp}, "engine": {"name": name, "zero": zero}}
+
+
+def continued(run: Path, documents: Path, lives: list[tuple[int, int, int]], stops: list[int]) -> None:
+    """Train `run` to its end in `lives` (world, cp, ZeRO stage), stopped in between during steps `stops`."""
+    for (world, cp, zero), stop in itertools.zip_longest(lives, stops):
+        status = live(config(run, documents, **part(world, cp, zero)), world, stop_after=stop)
+        assert status == (0 if stop is None else SAVED_AND_REQUEUE), (world, cp, zero)
+        if stop is not None:
+            state = json.loads(next(newest(run).glob("state.json")).read_text())
+            assert state["step"] == stop + SEEN_AFTER
+            assert state["written_by"]["world"] == world
+            assert state["written_by"]["ZeRO"] == zero
+
+
+def newest(run: Path) -> Path:
+    return run / json.loads((run / "latest.json").read_text())["checkpoint"]
+
+
+def same(run: Path, undisturbed: Path) -> None:
+    """Every step's loss within 1e-5, nothing of the data skipped or repeated, the same weights but for rounding."""
+    found, wanted = metrics.read(run / "metrics.jsonl"), metrics.read(undisturbed / "metrics.jsonl")
+    assert [line["cursor"] for line in found] == [line["cursor"] for line in wanted]
+    assert [line["weight"] for line in found] == [line["weight"] for line in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), f"step {ours['step']}"
+    ours = load_file(run / "stages/s128/model/model.safetensors")
+    for name, weight in load_file(undisturbed / "stages/s128/model/model.safetensors").items():
+        # Adam's first steps divide gradients by their own size, so a rounding of the gradient is one of the weight.
+        assert torch.allclose(ours[name], weight, rtol=1e-3, atol=2e-4), name
+
+
+def test_other_ranks_stages_and_engines(tmp_path: Path, documents: Path, undisturbed: Path) -> None:
+    """One run: ring of two under ddp, ZeRO-2 on dp 2, ZeRO-3 on dp 2 x cp 2, one process; across a hand-off."""
+    run = tmp_path / "run"
+    continued(run, documents, [(2, 2, 0), (2, 1, 2), (4, 2, 3), (1, 1, 0)], [1, 3, 6])
+    same(run, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("second", [(1, 1, 0), (2, 2, 0), (4, 2, 0), (2, 1, 1), (2, 2, 2), (4, 4, 2), (2, 2, 3), (4, 2, 3)])
+@pytest.mark.parametrize("first", [(1, 1, 0), (4, 2, 0), (2, 2, 1), (4, 2, 2), (2, 1, 3), (4, 4, 3)])
+def test_every_pair(
+    tmp_path: Path, documents: Path, undisturbed: Path, first: tuple[int, int, int], second: tuple[int, int, int]
+) -> None:
+    """From each (world, cp, ZeRO) to each, with the stop inside the first stage."""
+    run = tmp_path / "run"
+    continued(run, documents, [first, second], [2])
+    same(run, undisturbed)
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_the_same_ranks_go_on_bit_for_bit_under_zero(tmp_path: Path, documents: Path, zero: int) -> None:
+    """Stopped and continued on two ranks, against a run on the same ranks that nobody stopped."""
+    where = (2, 2, zero)
+    continued(tmp_path / "whole", documents, [where], [])
+    continued(tmp_path / "stopped", documents, [where, where], [2])
+    losses = [[line["loss"] for line in metrics.read(tmp_path / run / "metrics.jsonl")] for run in ("whole", "stopped")]
+    assert losses[0] == losses[1]
+    ends = [load_file(tmp_path / run / "stages/s128/model/model.safetensors") for run in ("whole", "stopped")]
+    assert all(weight.equal(ends[1][name]) for name, weight in ends[0].items())
