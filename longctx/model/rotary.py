@@ -23,6 +23,11 @@ from longctx.rope.frequencies import attention_factor, inv_freq
 _TOLERANCE = 2e-6
 
 
+def torch_power(base: float, exponents: np.ndarray) -> np.ndarray:
+    """base^exponents as torch takes it, for longctx.rope.inv_freq(dtype=float32): transformers' bits on this machine."""
+    return torch.pow(base, torch.from_numpy(exponents)).numpy()
+
+
 class ExactRotary(nn.Module):
     """cos and sin [B, S, D] of positions [B, S], the angle formed in fp64; a stand-in for transformers'
     module.

@@ -1,7 +1,7 @@
 """Inverse frequencies and the cos/sin factor of every rope type transformers has, from its `rope_parameters`.
 
-float32 mirrors transformers' own arithmetic step by step (equal to 1 unit in the last place); float64 is the
-exact value the bounds are computed with. Shapes: d = rotary dimension, frequencies are [d/2].
+float32 mirrors transformers' own arithmetic step by step, bit for bit when given torch's power (longctx.model.rotary
+has it; this room does without torch); float64 is the exact value the bounds are computed with. Shapes: d = rotary dimension, frequencies are [d/2].
 Sources: Su et al. 2104.09864, and transformers modeling_rope_utils for the names of the keys.
 """
 
@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Frequencies = NDArray[np.floating[Any]]
 Parameters = Mapping[str, Any]
+# base^exponents for exponents [n] of a dtype, in that dtype
+Power = Callable[[float, Frequencies], Frequencies]
 
 
 def rotary_dim(rope: Parameters, head_dim: int) -> int:
@@ -26,19 +28,21 @@ def rotary_dim(rope: Parameters, head_dim: int) -> int:
 
 
 def inv_freq(
-    rope: Parameters, head_dim: int, *, window: int, length: int | None = None, dtype: Any = np.float64
-) -> Frequencies:
+    rope: Parameters, head_dim: int, *, window: int, length: int | None = None, dtype: Any = np.float64,
+    power: Power | None = None,
+) -> Frequencies:  # fmt: skip
     """Inverse frequencies [d/2] in radians per token.
 
     rope: transformers' rope_parameters (`rope_type`, `rope_theta`, ...). window: max_position_embeddings.
     length: the sequence's own length, which `dynamic` and `longrope` look at; None as at a model's start.
-    dtype: float64 for exact values, float32 for transformers' arithmetic.
+    dtype: float64 for exact values, float32 for transformers' arithmetic. power: how theta^(2i/d) is taken; None:
+    in float64, rounded once (torch's SIMD power in float32 differs from that by a unit in the last place at times).
     Raises ValueError for an unknown rope_type.
     """
     kind = rope.get("rope_type", "default")
     if kind not in _INV_FREQ:
         raise ValueError(f"rope_type {kind!r} is not one of {', '.join(_INV_FREQ)}")
-    return _INV_FREQ[kind](rope, head_dim, window, length, np.dtype(dtype))
+    return _INV_FREQ[kind](rope, head_dim, window, length, _Numbers(np.dtype(dtype), power or _power))
 
 
 def attention_factor(rope: Parameters, *, window: int) -> float:
@@ -86,62 +90,76 @@ def correction_range(rope: Parameters, dim: int) -> tuple[float, float]:
     return max(low, 0), min(high, dim - 1)
 
 
-def _wavelength_powers(theta: float, dim: int, dtype: Any, span: int | None = None) -> Frequencies:
-    """theta^(2i/d), the power taken in float64 and rounded once, from operands already in `dtype`."""
-    exponents = np.arange(0, span or dim, 2).astype(dtype) / dtype.type(dim)
-    return np.power(np.float64(dtype.type(theta)), exponents.astype(np.float64)).astype(dtype)
+def _power(base: float, exponents: Frequencies) -> Frequencies:
+    """In float64 and rounded once, from operands already in the exponents' dtype."""
+    dtype = exponents.dtype
+    return np.power(np.float64(dtype.type(base)), exponents.astype(np.float64)).astype(dtype)
 
 
-def _default(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
-    return 1 / _wavelength_powers(rope["rope_theta"], rotary_dim(rope, head_dim), dtype)
+class _Numbers(NamedTuple):
+    """dtype of every intermediate, and how powers are taken."""
+
+    dtype: np.dtype[Any]
+    power: Power
+
+    def type(self, value: float) -> Any:
+        return self.dtype.type(value)
+
+    def wavelengths(self, theta: float, dim: int, span: int | None = None) -> Frequencies:
+        """theta^(2i/d) for 2i < span (None: d)."""
+        return self.power(theta, np.arange(0, span or dim, 2).astype(self.dtype) / self.type(dim))
 
 
-def _linear(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
-    return _default(rope, head_dim, window, length, dtype) / dtype.type(rope["factor"])
+def _default(rope: Parameters, head_dim: int, window: int, length: int | None, n: _Numbers) -> Frequencies:
+    return 1 / n.wavelengths(rope["rope_theta"], rotary_dim(rope, head_dim))
 
 
-def _dynamic(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
+def _linear(rope: Parameters, head_dim: int, window: int, length: int | None, n: _Numbers) -> Frequencies:
+    return _default(rope, head_dim, window, length, n) / n.type(rope["factor"])
+
+
+def _dynamic(rope: Parameters, head_dim: int, window: int, length: int | None, n: _Numbers) -> Frequencies:
     dim, factor = rotary_dim(rope, head_dim), rope["factor"]
     seen = max(length or window, window)
     theta = rope["rope_theta"] * (factor * seen / window - (factor - 1)) ** (dim / (dim - 2))
-    return 1 / _wavelength_powers(theta, dim, dtype)
+    return 1 / n.wavelengths(theta, dim)
 
 
-def _yarn(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
+def _yarn(rope: Parameters, head_dim: int, window: int, length: int | None, n: _Numbers) -> Frequencies:
     dim = rotary_dim(rope, head_dim)
     factor = rope.get("factor") or window / rope["original_max_position_embeddings"]
-    powers = _wavelength_powers(rope["rope_theta"], dim, dtype)
-    kept, stretched = 1 / powers, 1 / (dtype.type(factor) * powers)
-    keep = 1 - ramp(*correction_range(rope, dim), dim // 2, dtype)
+    powers = n.wavelengths(rope["rope_theta"], dim)
+    kept, stretched = 1 / powers, 1 / (n.type(factor) * powers)
+    keep = 1 - ramp(*correction_range(rope, dim), dim // 2, n.dtype)
     return stretched * (1 - keep) + kept * keep
 
 
-def _longrope(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
+def _longrope(rope: Parameters, head_dim: int, window: int, length: int | None, n: _Numbers) -> Frequencies:
     beyond = length is not None and length > rope["original_max_position_embeddings"]
-    factors = np.array(rope["long_factor" if beyond else "short_factor"], dtype=dtype)
-    return 1 / (factors * _wavelength_powers(rope["rope_theta"], rotary_dim(rope, head_dim), dtype))
+    factors = np.array(rope["long_factor" if beyond else "short_factor"], dtype=n.dtype)
+    return 1 / (factors * n.wavelengths(rope["rope_theta"], rotary_dim(rope, head_dim)))
 
 
-def _llama3(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
-    plain = _default(rope, head_dim, window, length, dtype)
-    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], dtype.type(rope["factor"])
+def _llama3(rope: Parameters, head_dim: int, window: int, length: int | None, n: _Numbers) -> Frequencies:
+    plain = _default(rope, head_dim, window, length, n)
+    low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], n.type(rope["factor"])
     original = rope["original_max_position_embeddings"]
-    one = dtype.type(1)  # torch divides a number by a tensor as number * (1 / tensor)
-    waves = dtype.type(2 * math.pi) * (one / plain)
-    smooth = (dtype.type(original) * (one / waves) - dtype.type(low)) / dtype.type(high - low)
+    one = n.type(1)  # torch divides a number by a tensor as number * (1 / tensor)
+    waves = n.type(2 * math.pi) * (one / plain)
+    smooth = (n.type(original) * (one / waves) - n.type(low)) / n.type(high - low)
     blended = (1 - smooth) * plain / factor + smooth * plain
     outer = np.where(waves > original / low, plain / factor, plain)
     return np.where((waves >= original / high) & (waves <= original / low), blended, outer)
 
 
-def _proportional(rope: Parameters, head_dim: int, window: int, length: int | None, dtype: Any) -> Frequencies:
+def _proportional(rope: Parameters, head_dim: int, window: int, length: int | None, n: _Numbers) -> Frequencies:
     angles = int(rope.get("partial_rotary_factor", 1.0) * head_dim // 2)
-    turning = 1 / _wavelength_powers(rope["rope_theta"], head_dim, dtype, span=2 * angles)
-    still = np.zeros(head_dim // 2 - angles, dtype=dtype)
-    return np.concatenate([turning, still]) / dtype.type(rope.get("factor", 1.0))
+    turning = 1 / n.wavelengths(rope["rope_theta"], head_dim, span=2 * angles)
+    still = np.zeros(head_dim // 2 - angles, dtype=n.dtype)
+    return np.concatenate([turning, still]) / n.type(rope.get("factor", 1.0))
 
 
-_INV_FREQ: dict[str, Callable[[Parameters, int, int, int | None, Any], Frequencies]] = {
+_INV_FREQ: dict[str, Callable[[Parameters, int, int, int | None, _Numbers], Frequencies]] = {
     "default": _default,
     "linear": _linear,
     "dynamic": _dynamic,
