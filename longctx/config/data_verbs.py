@@ -51,7 +51,7 @@ class SynthesizeConfig:
     count: int = 10
     keys: Literal["train", "eval"] = "eval"
     seed: int = 0
-    out: Text = "synth.jsonl"
+    out: Text = "runs/synth.jsonl"
     cache: str = "runs/synth/data"
     format: Format = "text"
 

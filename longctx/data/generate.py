@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.data_verbs import SynthesizeConfig
-from longctx.console import emit, emit_json
+from longctx.console import emit, emit_json, progress
 from longctx.data.mixing import rng_of
 from longctx.data.opening import open_source
 from longctx.data.synth import SynthDocument, make_task
@@ -28,11 +28,16 @@ def run(config: SynthesizeConfig) -> int:
     straw = corpus_haystack(corpus, writer)
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", encoding="utf-8") as out:
-        for number in range(config.count):
-            rng = rng_of(config.seed, "synth", config.task.kind, config.keys, number)
-            made = make_task(config.task, config.length, rng, straw, keys=config.keys, tokenizer=writer)
-            out.write(json.dumps(_row(made, config, number, tokenizer), ensure_ascii=False) + "\n")
+    beside = path.with_name(f".{path.name}.partial")  # a refused length leaves no file behind
+    try:
+        with beside.open("w", encoding="utf-8") as out, progress() as bar:
+            for number in bar.track(range(config.count), description="documents"):
+                rng = rng_of(config.seed, "synth", config.task.kind, config.keys, number)
+                made = make_task(config.task, config.length, rng, straw, keys=config.keys, tokenizer=writer)
+                out.write(json.dumps(_row(made, config, number, tokenizer), ensure_ascii=False) + "\n")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
     if config.format == "json":
         emit_json({"out": str(path), "documents": config.count, "tokens": config.count * config.length})
     else:

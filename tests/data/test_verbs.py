@@ -90,10 +90,12 @@ def test_synthetic_documents_as_json_lines(folder, tmp_path, capsys):
         (["data", "stats", "pgn=x.png"], "did you mean 'png'?"),
     ],
 )
-def test_mistakes_are_one_paragraph_and_status_2(words, message, folder, tmp_path, capsys):
+def test_mistakes_are_one_paragraph_and_status_2(words, message, folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     where = f"cache={tmp_path}/c" if "synth" in words else f"run_dir={tmp_path}/run"
     more = [f"data.path={folder}"] if "haystack=text" in words else []
     status, _, err = _run(capsys, *words, where, *more)
     assert status == 2, err
     assert message in err
     assert "Traceback" not in err
+    assert not list(tmp_path.glob("**/*synth.jsonl*"))
