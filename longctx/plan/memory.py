@@ -85,13 +85,14 @@ def stage_memory(
     matmuls = memory.keep_matmuls if isinstance(memory.keep_matmuls, int) else 0
     saved = shape.layers * kept + (everything + min(matmuls, shape.layers)) * products
     block = min(memory.ffn_block or tokens, tokens)
-    working = tokens * (2 * (q + 2 * kv) + 3 * shape.hidden) * b + block * 5 * shape.ffn * b
+    attention = tokens * (2 * shape.hidden + 3 * q + 5 * kv) * b  # measured: docs/memory.md, "working"
+    feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
     return Memory(
         weights=0.0 if offload_parameters else weights + gathered,
         gradients=p * 4 / (world if zero >= 2 else 1),
         optimizer=0.0 if offload_optimizer else optimizer,
         saved=0.0 if memory.offload else saved,
-        working=working,
+        working=float(max(attention, feed_forward)),
         ring=ring,
         loss=min(memory.loss_chunk, tokens) * shape.vocab * 4.0 * 2,
     )
