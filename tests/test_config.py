@@ -99,6 +99,7 @@ def test_nearest_finds_what_was_meant():
         (["train", "-x"], "-x is not an option"),
         (["train", "experiment"], "write key=value"),
         (["bench", "atention"], "did you mean 'attention'"),
+        (["lora-merge", "target=a", "adapter=b", "out=c", "rope=kep"], "did you mean rope=keep"),
         (["train", "--config-dir", "/nowhere"], "/nowhere is not a folder"),
     ],
 )
