@@ -24,7 +24,7 @@ _TOLERANCE = 2e-6
 
 
 def torch_power(base: float, exponents: np.ndarray) -> np.ndarray:
-    """base^exponents as torch takes it, for longctx.rope.inv_freq(dtype=float32): transformers' bits on this machine."""
+    """base^exponents as torch takes it; with it longctx.rope.inv_freq(dtype=float32) gives transformers' own bits."""
     return torch.pow(base, torch.from_numpy(exponents)).numpy()
 
 

@@ -1,7 +1,8 @@
 """Inverse frequencies and the cos/sin factor of every rope type transformers has, from its `rope_parameters`.
 
 float32 mirrors transformers' own arithmetic step by step, bit for bit when given torch's power (longctx.model.rotary
-has it; this room does without torch); float64 is the exact value the bounds are computed with. Shapes: d = rotary dimension, frequencies are [d/2].
+has it; this room does without torch); float64 is the exact value the bounds are computed with. Shapes: d = rotary
+dimension, frequencies are [d/2].
 Sources: Su et al. 2104.09864, and transformers modeling_rope_utils for the names of the keys.
 """
 

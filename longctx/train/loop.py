@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longctx import console
-from longctx.train import batch as batches
+from longctx.data.loader import Loader
 from longctx.train import flops, runfolder
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.display import Display
@@ -90,13 +89,14 @@ def _train(job: Job, stage: Stage, opened: OpenStage) -> int:
     stepper = Stepper(job.engine, job.ranks, guards, job.progress, opened.cp_size)
     job.display.stage(stage, state.stage_step, opened.words)
     profile = ProfileWindow(config.profile, job.run, job.ranks)
-    with Ahead(opened, stage) as ahead:
+    end = stage.steps * stage.batch
+    with Loader(opened.window, batch=stage.batch, cursor=state.cursor, end=end) as loader:
         while not state.ended:
             timer = Timer(job.ranks.device)
             began = time.perf_counter()
             job.progress.at("data", state.step)
             profile.before(state.step)
-            window = ahead.window(state.cursor, more=state.stage_step + 1 < stage.steps)
+            window = next(loader)
             lr = stage.lr.at(state.stage_step)
             votes = [job.stop.asked, _save_due(job)]
             report = stepper.take(window, lr, step=state.step, timer=timer, votes=votes)
@@ -193,30 +193,6 @@ def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
             job.evaluate(stage, folder / "model", folder / "eval")
         runfolder.write_text(mark, json.dumps(facts, indent=1))
     job.ranks.barrier()
-
-
-class Ahead:
-    """Reads the next step's micro-batches while this one computes (one step ahead, one thread)."""
-
-    def __init__(self, opened: OpenStage, stage: Stage) -> None:
-        self.opened, self.stage = opened, stage
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="data")
-        self._next: tuple[int, Future[list[batches.MicroBatch]]] | None = None
-
-    def __enter__(self) -> Ahead:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def window(self, cursor: int, *, more: bool) -> list[batches.MicroBatch]:
-        if self._next is not None and self._next[0] == cursor:
-            window = self._next[1].result()
-        else:
-            window = self.opened.window(cursor)
-        following = cursor + self.stage.batch
-        self._next = (following, self._pool.submit(self.opened.window, following)) if more else None
-        return window
 
 
 def say_resumed(state: State, stages: Sequence[Stage]) -> None:

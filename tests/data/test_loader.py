@@ -1,3 +1,5 @@
+import contextlib
+import threading
 from collections import Counter
 
 import numpy as np
@@ -5,7 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from longctx.data.loader import Loader, multiset, share_of
+from longctx.data.loader import Loader, multiset
+from longctx.plan.split import Shares
 
 from .test_stage import _config, _open, _write_books
 
@@ -28,42 +31,42 @@ def _zigzag(seq_len: int, rank: int, ranks: int) -> np.ndarray:
     return np.r_[rank * chunk : (rank + 1) * chunk, late * chunk : (late + 1) * chunk]
 
 
+def _reader(stage, batch, dp, d, cp, c, per=1):
+    """What training reads on rank (d, c): [(index, LocalSequence)] of the step that begins at a cursor."""
+    share, positions = Shares(dp, d, batch // dp, per), _zigzag(stage.seq_len, c, cp)
+
+    def read(cursor):
+        return [(index, stage.local(index, positions)) for part in share.sequences(cursor) for index in part]
+
+    return read
+
+
 def _consume(stage, cursor, steps, batch, dp, cp, ahead):
     """Run `steps` steps on dp x cp ranks; returns the cursor and the sequences seen, their tokens checked."""
-    loaders = {
-        (d, c): Loader(
-            stage,
-            batch=batch,
-            cursor=cursor,
-            dp_rank=d,
-            dp=dp,
-            positions=_zigzag(stage.seq_len, c, cp),
-            ahead=ahead,
-        )
-        for d in range(dp)
-        for c in range(cp)
-    }
+    end = len(stage)
     seen: list[int] = []
-    try:
-        iterators = {rank: iter(loader) for rank, loader in loaders.items()}
+    with contextlib.ExitStack() as ranks:  # left like at a kill: what was read ahead is thrown away
+        loaders = {
+            (d, c): ranks.enter_context(
+                Loader(_reader(stage, batch, dp, d, cp, c), batch=batch, cursor=cursor, end=end, ahead=ahead)
+            )
+            for d in range(dp)
+            for c in range(cp)
+        }
         for _ in range(steps):
-            batches = {rank: next(iterator) for rank, iterator in iterators.items()}
+            read = {rank: next(loader) for rank, loader in loaders.items()}
             for d in range(dp):
-                indices = {batches[d, c].indices for c in range(cp)}
-                assert len(indices) == 1  # every rank of a group reads the same sequences
-                for place, index in enumerate(indices.pop()):
+                groups = {tuple(index for index, _ in read[d, c]) for c in range(cp)}
+                assert len(groups) == 1  # every rank of a group reads the same sequences
+                for place, index in enumerate(groups.pop()):
                     tokens = np.full(stage.seq_len, -1)
                     for c in range(cp):
-                        tokens[_zigzag(stage.seq_len, c, cp)] = batches[d, c].sequences[place].tokens
+                        tokens[_zigzag(stage.seq_len, c, cp)] = read[d, c][place][1].tokens
                     assert np.array_equal(tokens, stage.tokens(index, np.arange(stage.seq_len)))
                     seen.append(index)
-            cursors = {loader.cursor for loader in loaders.values()}
-            assert len(cursors) == 1
-            cursor = cursors.pop()
-    finally:
-        for loader in loaders.values():  # a kill: what was read ahead is thrown away
-            loader.close()
-    return cursor, seen
+        cursors = {loader.cursor for loader in loaders.values()}
+        assert len(cursors) == 1
+    return cursors.pop(), seen
 
 
 layouts = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(1, 3))
@@ -93,27 +96,29 @@ def test_kills_and_other_world_sizes_lose_and_repeat_nothing(data, stages):
         assert Counter(name.split(":")[0] for name, n in consumed.items() for _ in range(n)) == plan
 
 
-def test_the_order_of_the_batch_does_not_depend_on_dp():
-    for dp in (1, 2, 4, 8):
-        assert [i for d in range(dp) for i in share_of(40, 8, d, dp)] == list(range(40, 48))
-    with pytest.raises(ValueError, match="batch=6 sequences do not divide over dp=4"):
-        share_of(0, 6, 0, 4)
+@pytest.mark.parametrize("per", [1, 2])
+def test_the_order_of_the_batch_does_not_depend_on_dp(per):
+    for dp in (1, 2, 4):
+        shares = [Shares(dp, d, 8 // dp, per) for d in range(dp)]
+        assert [i for share in shares for part in share.sequences(40) for i in part] == list(range(40, 48))
 
 
 def test_the_loader_ends_with_the_last_whole_batch_and_reports_errors(stages, monkeypatch):
     stage = stages[0]
-    with Loader(stage, batch=5) as loader:
-        assert [batch.cursor for batch in loader] == list(range(5, SEQUENCES, 5))
-    with Loader(stage, batch=4, cursor=SEQUENCES - 4) as loader:
-        assert [batch.indices for batch in loader] == [tuple(range(SEQUENCES - 4, SEQUENCES))]
-    assert not loader._thread.is_alive()
+    with Loader(lambda cursor: cursor, batch=5, cursor=0, end=SEQUENCES) as loader:
+        assert list(loader) == list(range(0, SEQUENCES - 4, 5))
+        assert loader.cursor == 45
+    read = _reader(stage, 4, 1, 0, 1, 0)
+    with Loader(read, batch=4, cursor=SEQUENCES - 4, end=SEQUENCES) as loader:
+        assert [[index for index, _ in step] for step in loader] == [list(range(SEQUENCES - 4, SEQUENCES))]
+    assert not any(thread.name.startswith("longctx-loader") for thread in threading.enumerate())
 
     def fail(index, positions):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(stage, "local", fail)
-    with Loader(stage, batch=4) as loader, pytest.raises(OSError, match="the disk is gone"):
-        next(iter(loader))
+    with Loader(read, batch=4, cursor=0, end=SEQUENCES) as loader, pytest.raises(OSError, match="the disk is gone"):
+        next(loader)
 
 
 def test_resuming_reads_nothing_of_what_came_before(stages, monkeypatch):
@@ -121,6 +126,6 @@ def test_resuming_reads_nothing_of_what_came_before(stages, monkeypatch):
     read = []
     real = stage.local
     monkeypatch.setattr(stage, "local", lambda index, positions: read.append(index) or real(index, positions))
-    with Loader(stage, batch=2, cursor=40, ahead=1) as loader:
-        next(iter(loader))
+    with Loader(_reader(stage, 2, 1, 0, 1, 0), batch=2, cursor=40, end=SEQUENCES) as loader:
+        next(loader)
     assert min(read) == 40

@@ -1,4 +1,4 @@
-"""A hub dataset, read through Hugging Face datasets: here from a folder in the hub's layout, since there is no network."""
+"""A hub dataset, read through Hugging Face datasets; without a network, from a folder in the hub's layout."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def texts(folder: Path, tokenizer, cache: Path, **changes) -> list[str]:
     config = build(DataConfig, {"sources": {"hub": source}, "mixes": {"m": {"hub": 1.0}}}, origin="test")
     corpus = open_source("hub", config, tokenizer, cache, split="train")
     held = open_source("hub", config, tokenizer, cache, split="heldout")
-    documents = [part.read(number, 0, int(part.lengths[number])) for part in (corpus, held) for number in range(len(part))]
-    return sorted(tokenizer.decode(tokens, skip_special_tokens=True) for tokens in documents)
+    whole = [part.read(n, 0, int(part.lengths[n])) for part in (corpus, held) for n in range(len(part))]
+    return sorted(tokenizer.decode(tokens, skip_special_tokens=True) for tokens in whole)
 
 
 def test_every_row_of_a_hub_dataset_is_a_document(dataset, tokenizer, tmp_path):
