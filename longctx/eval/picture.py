@@ -29,6 +29,7 @@ def draw(panels: Sequence[Panel], path: Path, *, title: str = "", columns: int =
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
     width = 1.2 + 0.72 * max(len(panel.grid.lengths) for panel in panels)
     figure, axes = plt.subplots(
