@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _quiet = False
+_remarked: set[str] = set()
 
 
 def console() -> Console:
@@ -38,6 +39,13 @@ def say(*words: object) -> None:
 def warn(text: str) -> None:
     """A warning on standard error, also from silent ranks."""
     print(f"longctx: warning: {text}", file=sys.stderr, flush=True)
+
+
+def remark(text: str) -> None:
+    """A warning that every rank and every opening would give alike: once per process, and not from silent ranks."""
+    if not _quiet and text not in _remarked:
+        _remarked.add(text)
+        warn(text)
 
 
 def emit_json(document: Any) -> None:

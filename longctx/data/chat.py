@@ -1,7 +1,8 @@
 """Conversations through the tokenizer's own chat template, with the assistant's tokens marked.
 
-The template is rendered turn by turn, and what a turn adds to the text is that turn: this needs no template
-with `{% generation %}` marks. A template that rewrites earlier turns is refused, since the marks would lie.
+The template is rendered up to each of the assistant's turns, and what a turn adds to the text is that turn: this
+needs no template with `{% generation %}` marks. A template that rewrites earlier turns is refused, since the marks
+would lie. Beginnings that end elsewhere are not rendered: many templates refuse a system prompt by itself.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from longctx.data.files import Document, Tally
 from longctx.errors import UserError
@@ -23,13 +25,19 @@ def conversation(
     problem = _problem(messages)
     if problem:
         tally.broken += 1
-        tally.note(f"{document.id}: {problem}")
+        tally.note(document.place, problem)
         return None
     if not any(message["content"].strip() for message in messages):
         tally.empty += 1
         return None
-    text, spans = rendered(messages, tokenizer)
-    encoding = backend.encode(text, add_special_tokens=False)
+    try:
+        text, spans = rendered(messages, tokenizer)
+        text.encode()
+        encoding = backend.encode(text, add_special_tokens=False)
+    except (TemplateError, UnicodeEncodeError) as error:  # roles in an order the template refuses; half a character
+        tally.broken += 1
+        tally.note(document.place, error)
+        return None
     mask = np.zeros(len(encoding.ids), np.uint8)
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     for low, high in spans:
@@ -40,7 +48,8 @@ def conversation(
 def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """The conversation's text and the character ranges of the assistant's turns.
 
-    Raises UserError when the tokenizer has no template, or one that rewrites earlier turns.
+    Raises UserError when the tokenizer has no template, or one that rewrites earlier turns, and jinja2's
+    TemplateError when the template refuses the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -51,6 +60,8 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[
     text = ""
     for count, message in enumerate(messages, 1):
         assistant = message["role"] == "assistant"
+        if not assistant and count < len(messages):
+            continue
         start = len(_render(messages[: count - 1], tokenizer, prompt=True)) if assistant and count > 1 else len(text)
         longer = _render(messages[:count], tokenizer, prompt=False)
         if not longer.startswith(text):

@@ -12,10 +12,11 @@ import fnmatch
 import gzip
 import io
 import json
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longctx.errors import UserError
 
@@ -41,6 +42,27 @@ class Unit:
     size: int = 0
 
 
+class Place(NamedTuple):
+    """Where a record stands: its name, or the name of its .jsonl with the file and the byte its line begins at
+    (of the unpacked file).
+
+    For people it is a line number, which is counted only when it is told: whoever reads a large file in units
+    would otherwise read it again for every unit.
+    """
+
+    name: str
+    path: str = ""
+    byte: int = 0
+
+    def __str__(self) -> str:
+        if not self.path:
+            return self.name
+        try:
+            return f"{self.name}:{_line_at(Path(self.path), self.byte)}"
+        except damaged():  # moved since, or mended
+            return f"{self.name} (byte {self.byte})"
+
+
 @dataclass(frozen=True)
 class Document:
     """group decides between training and held-out; content is text, or messages of a conversation."""
@@ -48,27 +70,38 @@ class Document:
     id: str
     group: str
     content: Any
+    place: Place
 
 
 @dataclass
 class Tally:
-    """What reading met. seen: documents and broken records; where: the first few mistakes in words."""
+    """What reading met. seen: documents and broken records; mistakes: the first few, where and what."""
 
     seen: int = 0
     empty: int = 0
     special: int = 0
     broken: int = 0
     not_utf8: int = 0
-    where: list[str] = field(default_factory=list)
+    mistakes: list[tuple[Place, str]] = field(default_factory=list)
 
-    def note(self, text: str) -> None:
-        if len(self.where) < _SHOWN:
-            self.where.append(text)
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Tally:
+        """A tally out of JSON."""
+        return cls(**{**values, "mistakes": [(Place(*place), problem) for place, problem in values["mistakes"]]})
+
+    def note(self, place: Place, problem: object) -> None:
+        if len(self.mistakes) < _SHOWN:
+            self.mistakes.append((place, str(problem)))
 
     def add(self, other: Tally) -> None:
         for name in ("seen", "empty", "special", "broken", "not_utf8"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.where = (self.where + other.where)[:_SHOWN]
+        self.mistakes = (self.mistakes + other.mistakes)[:_SHOWN]
+
+    @property
+    def where(self) -> list[str]:
+        """The first mistakes in words; reads the files they stand in up to there."""
+        return [f"{place}: {problem}" for place, problem in self.mistakes]
 
 
 def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: str) -> list[tuple[Path, str]]:
@@ -162,7 +195,7 @@ def read(unit: Unit, tally: Tally) -> Iterator[Document]:
     if unit.kind == "text":
         text = read_text(Path(unit.path), unit.name, tally)
         if text is not None:
-            yield Document(unit.name, unit.name, text)
+            yield Document(unit.name, unit.name, text, Place(unit.name))
     elif unit.kind == "python":
         from longctx.data.stdlib import documents
 
@@ -176,16 +209,29 @@ def read(unit: Unit, tally: Tally) -> Iterator[Document]:
 def read_text(path: Path, name: str, tally: Tally) -> str | None:
     """A text file, or None (counted) when it is not UTF-8 or its compression is damaged."""
     tally.seen += 1
+    place = Place(name)
     try:
         with _open(path) as stream:
             return stream.read().decode("utf-8").removeprefix("\ufeff")
+    except UserError:
+        raise
     except UnicodeDecodeError as error:
         tally.not_utf8 += 1
-        tally.note(f"{name} is not UTF-8 (byte {error.start})")
-    except (gzip.BadGzipFile, EOFError, OSError, ValueError) as error:
+        tally.note(place, f"not UTF-8 (byte {error.start})")
+    except damaged() as error:
         tally.broken += 1
-        tally.note(f"{name}: {error}")
+        tally.note(place, error)
     return None
+
+
+def damaged() -> tuple[type[Exception], ...]:
+    """What reading a damaged file raises: not every unpacker's error is an OSError or a ValueError."""
+    kinds = (OSError, EOFError, ValueError, zlib.error)
+    try:
+        import zstandard
+    except ImportError:
+        return kinds
+    return (*kinds, zstandard.ZstdError)
 
 
 def _open(path: Path) -> io.BufferedIOBase | Any:
@@ -193,89 +239,134 @@ def _open(path: Path) -> io.BufferedIOBase | Any:
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
     if path.suffix.lower() == ".zst":
+        return io.BufferedReader(_Unpacked(path))
+    return path.open("rb")
+
+
+class _Unpacked(io.RawIOBase):
+    """A .zst as a stream of bytes: frame after frame, and an error where the last one is cut short (zstandard's
+    own reader stops after a frame, and ends silently in a cut one).
+    """
+
+    def __init__(self, path: Path) -> None:
         try:
             import zstandard
         except ImportError:
             raise UserError(f"{path} needs the package zstandard; pip install zstandard") from None
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(path.open("rb"), closefd=True))
-    return path.open("rb")
+        self._library = zstandard.ZstdDecompressor()
+        self._file = path.open("rb")
+        self._packed, self._frame, self._bytes = b"", None, b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._bytes:
+            self._packed = self._packed or self._file.read(1 << 16)
+            if not self._packed:
+                if self._frame is not None:
+                    raise EOFError("the file ends within a compressed frame")
+                return 0
+            frame: Any = self._frame or self._library.decompressobj()
+            self._bytes = frame.decompress(self._packed)
+            self._packed, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
+        count = min(len(buffer), len(self._bytes))
+        buffer[:count], self._bytes = self._bytes[:count], self._bytes[count:]
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _json_lines(unit: Unit, tally: Tally) -> Iterator[Document]:
     """Lines that *begin* within [start, end): neighbouring units share a file without sharing a line."""
     path = Path(unit.path)
     packed = path.suffix.lower() in PACKED
-    number = 0
+    byte = 0
+    errors = damaged()
     with _open(path) as stream:
         if unit.start and not packed:
-            number = _lines_before(path, unit.start)
             stream.seek(unit.start - 1)
-            stream.readline()
-        while packed or stream.tell() < unit.end:
+            byte = unit.start - 1 + len(stream.readline())
+        while packed or byte < unit.end:
+            place = Place(unit.name, unit.path, byte)
             try:
                 line = stream.readline()
-            except (gzip.BadGzipFile, EOFError, OSError, ValueError) as error:
+            except errors as error:
                 tally.seen += 1
                 tally.broken += 1
-                tally.note(f"{unit.name}:{number + 1}: {error}")
+                tally.note(place, f"{error}; the rest of the file is skipped")
                 return
             if not line:
                 return
-            number += 1
-            document = _json_line(line, unit, number, tally)
+            byte += len(line)
+            document = _json_line(line, unit, place, tally)
             if document is not None:
                 yield document
 
 
-def _lines_before(path: Path, offset: int) -> int:
-    """How many lines begin before `offset`; the partial one belongs to the unit before."""
-    count, left = 0, offset - 1
-    with path.open("rb") as stream:
-        while left > 0:
-            block = stream.read(min(left, 1 << 20))
-            count += block.count(b"\n")
-            left -= len(block)
-    return count + 1
+def _line_at(path: Path, byte: int) -> int:
+    """The number of the line that begins at a byte, from 1."""
+    number, at = 1, 0
+    with _open(path) as stream:
+        while at < byte and (line := stream.readline()):
+            number, at = number + 1, at + len(line)
+    return number
 
 
-def _json_line(line: bytes, unit: Unit, number: int, tally: Tally) -> Document | None:
+def _json_line(line: bytes, unit: Unit, place: Place, tally: Tally) -> Document | None:
     if not line.strip():
         return None
     tally.seen += 1
-    name = f"{unit.name}:{number}"
     try:
         row = json.loads(line)
-    except ValueError as error:  # UnicodeDecodeError is one too
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
         tally.broken += 1
-        tally.note(f"{name}: {error}")
+        tally.note(place, error)
         return None
     if not isinstance(row, dict) or unit.column not in row:
         tally.broken += 1
         has = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
-        tally.note(f"{name}: no field {unit.column!r} ({has})")
+        tally.note(place, f"no field {unit.column!r} ({has})")
         return None
-    return _content(row[unit.column], name, tally)
+    return _content(row[unit.column], f"{place.name}:byte{place.byte}", place, tally)
 
 
-def _content(value: Any, name: str, tally: Tally) -> Document | None:
+def _content(value: Any, name: str, place: Place, tally: Tally) -> Document | None:
     if isinstance(value, str | list):
-        return Document(name, name, value)
+        return Document(name, name, value, place)
     tally.broken += 1
-    tally.note(f"{name}: the field holds {type(value).__name__}, not text or messages")
+    tally.note(place, f"the field holds {type(value).__name__}, not text or messages")
     return None
 
 
 def _table_rows(unit: Unit, tally: Tally) -> Iterator[Document]:
-    for first, column in _columns(unit):
-        for offset, value in enumerate(column):
-            tally.seen += 1
-            document = _content(value.as_py(), f"{unit.name}:{first + offset}", tally)
-            if document is not None:
-                yield document
+    row = 0
+    try:
+        for first, column in _columns(unit):
+            for row, value in enumerate(column, first):
+                tally.seen += 1
+                name = f"{unit.name}:{row}"
+                try:
+                    content = value.as_py()
+                except UnicodeDecodeError as error:
+                    tally.broken += 1
+                    tally.note(Place(name), error)
+                    continue
+                document = _content(content, name, Place(name), tally)
+                if document is not None:
+                    yield document
+            row = first + len(column)
+    except (OSError, ValueError) as error:  # pyarrow's are among them
+        tally.seen += 1
+        tally.broken += 1
+        tally.note(Place(f"{unit.name}:{row}"), f"{error}; the rows after it are skipped")
 
 
 def _columns(unit: Unit) -> Iterator[tuple[int, Any]]:
-    """(number of the first row, column) per row group or record batch of the unit."""
+    """(number of the first row, column) per batch of the unit, and an empty one where a row group begins, so that
+    one that cannot be read has a number."""
     import pyarrow as pa
 
     if unit.kind == "parquet":
@@ -284,6 +375,7 @@ def _columns(unit: Unit) -> Iterator[tuple[int, Any]]:
         table = pq.ParquetFile(unit.path)
         first = sum(table.metadata.row_group(i).num_rows for i in range(unit.start))
         for group in range(unit.start, unit.end):
+            yield first, ()
             for batch in table.iter_batches(1024, row_groups=[group], columns=[unit.column]):
                 yield first, batch.column(0)
                 first += batch.num_rows

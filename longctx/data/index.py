@@ -34,7 +34,7 @@ class Corpus:
         self.shards = [Shard(folder) for folder in folders]
         self.tally = Tally()
         for shard in self.shards:
-            self.tally.add(Tally(**shard.meta["tally"]))
+            self.tally.add(Tally.of(shard.meta["tally"]))
         lengths = np.concatenate([np.diff(shard.starts) for shard in self.shards]).astype(np.int32)
         buckets = np.concatenate([shard.buckets for shard in self.shards])
         keep = held_out(buckets, heldout) == (split == "heldout")
@@ -88,13 +88,13 @@ def held_out(buckets: np.ndarray, share: float) -> np.ndarray:
 
 def check_tally(name: str, tally: Tally, max_bad: float, *, documents: int) -> None:
     """Raises UserError when too much was broken, or nothing is left."""
-    first = "; ".join(tally.where)
     if tally.seen and tally.broken > max_bad * tally.seen:
         raise UserError(
             f"data.sources.{name}: {tally.broken} of {tally.seen} records are broken, more than "
-            f"data.max_bad={max_bad:g} allows: {first}; mend them, or raise data.max_bad to skip them"
+            f"data.max_bad={max_bad:g} allows: {'; '.join(tally.where)}; mend them, or raise data.max_bad to skip them"
         )
     if documents == 0:
+        first = "; ".join(tally.where)
         raise UserError(
             f"data.sources.{name} has no usable document: of {tally.seen} records {tally.empty} are empty, "
             f"{tally.special} are only special tokens, {tally.not_utf8} are not UTF-8, {tally.broken} are "

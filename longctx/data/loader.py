@@ -8,12 +8,10 @@ nothing else is remembered: resuming is opening at a cursor, at any world size.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Generic, TypeVar
-
-from longctx.data.stage import StageData
 
 T = TypeVar("T")
 
@@ -57,12 +55,3 @@ class Loader(Generic[T]):
         while len(self._coming) < self._ahead and self._asked + self._batch <= self._end:
             self._coming.append(self._pool.submit(self._read, self._asked))
             self._asked += self._batch
-
-
-def multiset(stage: StageData, indices: Sequence[int]) -> dict[str, int]:
-    """How often each document's piece stands in these sequences: what no resume may change."""
-    counts: dict[str, int] = {}
-    for index in indices:
-        for name in stage.documents(index):
-            counts[name] = counts.get(name, 0) + 1
-    return counts

@@ -86,6 +86,13 @@ def draw(
     return Drawn(*joint, epochs=max(part.epochs for part in parts))
 
 
+def longest_wanted(policy: LengthPolicy | None, seq_len: int) -> int:
+    """Tokens that a source's longest document must have for a policy; 0 where any will do."""
+    if policy is None or not policy.share or policy.kind not in ("upsample", "prolong"):
+        return 0
+    return seq_len if policy.kind == "prolong" else policy.min_len or 0
+
+
 @dataclass(frozen=True)
 class Pieces:
     """Documents as pieces: int32 [P] each."""

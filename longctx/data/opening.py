@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from longctx.config.data import DataConfig, Mix
-from longctx.console import warn
+from longctx.config.data import DataConfig, LengthPolicy, Mix
+from longctx.console import remark, warn
 from longctx.data.index import Corpus, Split, check_tally, describe_tally
-from longctx.data.plan import make_plan
+from longctx.data.mixing import longest_wanted
+from longctx.data.plan import empty_plan, make_plan
 from longctx.data.prepare import build_source
 from longctx.data.stage import StageData
 from longctx.data.writer import Writer
 from longctx.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from longctx.curriculum import Stage
+
+_STRAW = 256  # tokens that a haystack must exceed
 
 
 def open_stage(
@@ -34,45 +42,125 @@ def open_stage(
 
     sequences: how many the stage needs; sources are repeated where they are shorter, with a warning beyond
     data.max_epochs. split: `heldout` reads the held-out documents and draws synthetic keys of the evaluation
-    side. vocab_size: the model's, to refuse a tokenizer that exceeds it. report(source, done, total): bytes.
+    side; it takes what the mix's held-out documents can give, and has no sequence where there are none.
+    vocab_size: the model's, to refuse a tokenizer that exceeds it. report(source, done, total): bytes.
     Raises UserError for an unknown mix, unusable sources, or a policy that no document can fill.
     """
     chosen = choose_mix(data, mix, stage)
-    needed = [name for name, entry in chosen.items() if entry.weight > 0]
-    straw = [str(data.sources[name].haystack) for name in needed if data.sources[name].kind == "synth"]
-    texts = [name for name in dict.fromkeys([*needed, *straw]) if data.sources[name].kind != "synth"]
+    texts = list(dict.fromkeys([*_texts(data, chosen), *_straw(data, chosen)]))
     corpora = {
         name: open_source(name, data, tokenizer, cache, split=split, workers=workers, report=report) for name in texts
     }
+    if split == "heldout":
+        chosen = _held_out_mix(data, chosen, corpora, seq_len=seq_len, stage=stage)
+    straw = _straw(data, chosen)
     for name in straw:
-        if corpora[name].total <= 256:
+        if corpora[name].total <= _STRAW:
             raise UserError(
-                f"data.sources.{name} serves as haystack and has {corpora[name].total} tokens in its {split} "
-                "documents; give it more documents, or raise data.heldout"
+                f"data.sources.{name} serves as haystack in stage {stage} and has {corpora[name].total} tokens in its "
+                f"{split} documents, {_STRAW + 1} are needed; give it more documents"
             )
     writer = Writer(tokenizer) if straw else None
     if vocab_size is not None:
         largest = max([corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if straw else []))
         check_vocabulary(largest, vocab_size)
     lengths = {name: corpora[name].lengths for name in texts}
-    plan = make_plan(data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}")
+    plan = (
+        make_plan(data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}")
+        if chosen
+        else empty_plan(seq_len)
+    )
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    opened = StageData(data, plan, corpora, writer, pad=pad, seed=seed, stage=stage, split=split)
     if split == "train":
+        opened.check_tasks()
         for name, use in plan.use.items():
             if use.epochs > data.max_epochs:
-                warn(
+                remark(
                     f"stage {stage} reads source {name} {use.epochs:.1f} times, more than data.max_epochs="
                     f"{data.max_epochs:g}; add documents or lower its weight in data.mixes.{mix}"
                 )
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    return StageData(data, plan, corpora, writer, pad=pad, seed=seed, stage=stage, split=split)
+    return opened
+
+
+def check_stages(
+    data: DataConfig,
+    stages: Sequence[Stage],
+    *,
+    tokenizer: Any,
+    seed: int,
+    cache: Path,
+    vocab_size: int | None = None,
+    workers: int | None = None,
+) -> None:
+    """Open the training data of these stages and forget it, tokenizing what is missing: a stage that cannot be filled
+    is refused before the first step, not after days of training. Raises what opening raises.
+    """
+    for stage in stages:
+        open_stage(
+            data,
+            mix=stage.mix,
+            seq_len=stage.seq_len,
+            sequences=stage.steps * stage.batch,
+            tokenizer=tokenizer,
+            seed=seed,
+            split="train",
+            cache=cache,
+            stage=stage.name,
+            vocab_size=vocab_size,
+            workers=workers,
+        )
+
+
+def _texts(data: DataConfig, mix: Mix) -> list[str]:
+    """The sources of a mix that have files."""
+    return [name for name, entry in mix.items() if entry.weight > 0 and data.sources[name].kind != "synth"]
+
+
+def _straw(data: DataConfig, mix: Mix) -> list[str]:
+    """The sources that a mix's synth sources hide their needles in."""
+    return [str(data.sources[n].haystack) for n, e in mix.items() if e.weight > 0 and data.sources[n].kind == "synth"]
+
+
+def _held_out_mix(data: DataConfig, mix: Mix, corpora: Mapping[str, Corpus], *, seq_len: int, stage: str) -> Mix:
+    """A mix as its held-out documents can give it: without the sources that hold out nothing, and with natural lengths
+    where no held-out document is as long as the policy asks for. Says so."""
+    kept: Mix = {}
+    missing: list[str] = []
+    for name, entry in mix.items():
+        if entry.weight <= 0:
+            continue
+        corpus = corpora[data.sources[name].haystack or name]
+        if corpus.total <= (_STRAW if data.sources[name].kind == "synth" else 0):
+            missing.append(corpus.name)
+            continue
+        wanted = longest_wanted(entry.length, seq_len)
+        if wanted > int(corpus.lengths.max()):
+            remark(
+                f"stage {stage}: no held-out document of source {name} has {wanted:,} tokens, so the held-out loss "
+                "reads them with natural lengths; raise data.heldout to hold out longer ones"
+            )
+            entry = replace(entry, length=LengthPolicy(kind="natural"))
+        kept[name] = entry
+    if missing:
+        names = ", ".join(dict.fromkeys(missing))
+        what = "lacks a part of its mix" if kept else "is not measured"
+        remark(
+            f"stage {stage}: the held-out loss {what}, since too few documents are held out of {names}; raise "
+            f"data.heldout={data.heldout:g}, or set evaluate.heldout_sequences=0"
+        )
+    return kept
 
 
 def choose_mix(data: DataConfig, mix: str, stage: str) -> Mix:
     """The mix a stage names. Raises UserError with the nearest known name."""
     if mix not in data.mixes:
         near = nearest(mix, data.mixes)
-        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(data.mixes)}"
-        raise UserError(f"curriculum.stages.{stage}.mix={mix} is not one of data.mixes; {hint} (configs/data)")
+        hint = f"did you mean {near!r}?" if near else f"known: {', '.join(data.mixes)}."
+        raise UserError(
+            f"curriculum.stages.{stage}.mix={mix} is not one of data.mixes; {hint} Name one of them there, or add "
+            f"data.mixes.{mix} (configs/data)"
+        )
     return data.mixes[mix]
 
 
@@ -95,8 +183,8 @@ def open_source(
     corpus = Corpus(name, data.sources[name], folders, split=split, heldout=data.heldout)
     everything = sum(shard.meta["documents"] for shard in corpus.shards)
     check_tally(name, corpus.tally, data.max_bad, documents=everything)
-    skipped = describe_tally(name, corpus.tally)
-    if skipped and fresh:  # said once, not at every start and by every rank
+    skipped = describe_tally(name, corpus.tally) if fresh else None  # once, not at every start and by every rank
+    if skipped:
         warn(skipped)
     return corpus
 

@@ -19,11 +19,13 @@ from longctx.errors import UserError
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a stage takes from a source. cuts: pieces that begin within a document."""
+    """What a stage takes from a source. cuts: pieces that begin within a document; cut: documents that do not stand
+    whole wherever they stand."""
 
     tokens: int
     documents: int
     cuts: int
+    cut: int
     epochs: float
 
 
@@ -88,9 +90,16 @@ def make_plan(
     return Plan(
         seq_len, names, first,
         pieces.source[order], pieces.document[order], pieces.start[order], length, glued,
-        use=_use(names, pieces, order, drawn), padding=1 - placed / (sequences * seq_len),
+        use=_use(names, pieces, order, drawn, lengths), padding=1 - placed / (sequences * seq_len),
         left_over=len(pieces.length) - len(order),
     )  # fmt: skip
+
+
+def empty_plan(seq_len: int) -> Plan:
+    """A plan without sequences."""
+    none = np.zeros(0, np.int32)
+    first, source, glued = np.zeros(1, np.int64), none.astype(np.int8), none.astype(bool)
+    return Plan(seq_len, (), first, source, none, none, none, glued, use={}, padding=0.0, left_over=0)
 
 
 @dataclass(frozen=True)
@@ -139,7 +148,7 @@ def _draw_all(
         if target > 0 and not len(lengths[name]):
             raise UserError(
                 f"source {name} in stage {stage} has no document to draw, and {target:,} tokens are wanted; "
-                "loosen its min_tokens and max_tokens, or raise data.heldout for held-out documents"
+                "loosen its min_tokens and max_tokens, or hold out fewer (data.heldout)"
             )
         policy = policy_of(data, mix, name)
         drawn[name] = draw(
@@ -222,18 +231,24 @@ def _choose(bins: np.ndarray, length: np.ndarray, count: int, sequences: int, rn
 
 
 def _use(
-    names: tuple[str, ...], pieces: _Pieces, order: np.ndarray, drawn: Mapping[str, Drawn]
+    names: tuple[str, ...],
+    pieces: _Pieces,
+    order: np.ndarray,
+    drawn: Mapping[str, Drawn],
+    lengths: Mapping[str, np.ndarray],
 ) -> dict[str, SourceUse]:
     use: dict[str, SourceUse] = {}
     for number, name in enumerate(names):
         mine = order[pieces.source[order] == number]
         documents = pieces.document[mine]
         count = np.bincount(documents) if len(documents) else np.zeros(0, int)
-        partial = (pieces.start[mine] > 0).sum()
+        later = (pieces.start[mine] > 0).sum()
+        part = documents[pieces.length[mine] < lengths[name][documents]] if name in lengths else documents[:0]
         use[name] = SourceUse(
             int(pieces.length[mine].sum(dtype=np.int64)),
             int((count > 0).sum()),
-            int(partial),
+            int(later),
+            int((np.bincount(part) > 0).sum()) if len(part) else 0,
             drawn[name].epochs,
         )
     return use

@@ -23,6 +23,7 @@ from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
 from longctx.errors import RunFailed, UserError
+from longctx.processes import die_with_parent
 
 SMALLEST_SHARD = 2**20  # bytes of input
 LARGEST_SHARD = 2**26
@@ -125,6 +126,7 @@ def _next_result(results: Any, crew: Sequence[Any]) -> ShardJob:
 
 
 def _work(spec: TokenizerSpec, todo: Any, results: Any) -> None:
+    die_with_parent(multiprocessing.parent_process())
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch; this process is one of many
     while (job := todo.get()) is not None:
         try:

@@ -4,12 +4,13 @@ tokens.bin   uint16 or uint32, all documents one after another
 mask.bin     uint8, 1 where the assistant speaks (chat only)
 starts.npy   int64 [D+1]          names.bin, names.npy   UTF-8 and int64 [D+1]
 buckets.npy  uint32 [D], decides between training and held-out
-meta.json    counts, the tokens' SHA-256, what was skipped and why
+meta.json    counts, size and SHA-256 of the other files, what was skipped and why; written last
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -23,7 +24,7 @@ import numpy as np
 from longctx.data.files import Tally
 from longctx.errors import UserError
 
-FORMAT = 1  # raise when the files' layout or the reading of documents changes
+FORMAT = 2  # raise when the files' layout or the reading of documents changes
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,37 @@ class Row:
 
 def bucket_of(group: str) -> int:
     """A number in [0, 2^32) that decides between training and held-out documents."""
-    return int.from_bytes(hashlib.sha256(group.encode()).digest()[:4], "big")
+    return int.from_bytes(hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()[:4], "big")
+
+
+class _Out:
+    """A file of a new shard: hashed as it is written, on the disk when closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file = path.open("wb")
+        self._digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> None:
+        self._digest.update(data)
+        self._file.write(data)
+
+    def close(self) -> dict[str, Any]:
+        """What meta.json says of it."""
+        with self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        stat = self._path.stat()
+        return {"bytes": stat.st_size, "sha256": self._digest.hexdigest(), "modified": stat.st_mtime_ns}
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in a folder on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def write_shard(folder: Path, rows: Iterable[Row], dtype: Any, *, masked: bool, tally: Tally) -> None:
@@ -47,37 +78,44 @@ def write_shard(folder: Path, rows: Iterable[Row], dtype: Any, *, masked: bool, 
     lengths: list[int] = []
     names: list[bytes] = []
     buckets: list[int] = []
-    digest = hashlib.sha256()
     top = -1
-    with (folder / "tokens.bin").open("wb") as out, (folder / "mask.bin").open("wb") as masks:
-        for row in rows:
-            data = row.tokens.astype(dtype).tobytes()
-            digest.update(data)
-            out.write(data)
-            if row.mask is not None:
-                masks.write(row.mask.tobytes())
-            lengths.append(len(row.tokens))
-            names.append(row.name.encode())
-            buckets.append(bucket_of(row.group))
-            top = max(top, int(row.tokens.max()))
-        out.flush()
-        os.fsync(out.fileno())
-    if not masked:
-        (folder / "mask.bin").unlink()
-    np.save(folder / "starts.npy", _starts(lengths))
-    np.save(folder / "names.npy", _starts([len(name) for name in names]))
-    np.save(folder / "buckets.npy", np.array(buckets, np.uint32))
-    (folder / "names.bin").write_bytes(b"".join(names))
+    files = {name: _Out(folder / name) for name in ("tokens.bin", "mask.bin")[: 1 + masked]}
+    for row in rows:
+        files["tokens.bin"].write(row.tokens.astype(dtype).tobytes())
+        if row.mask is not None:
+            files["mask.bin"].write(row.mask.tobytes())
+        lengths.append(len(row.tokens))
+        names.append(row.name.encode("utf-8", "surrogateescape"))  # as file names may be
+        buckets.append(bucket_of(row.group))
+        top = max(top, int(row.tokens.max()))
+    small = {
+        "starts.npy": _npy(_starts(lengths)),
+        "names.npy": _npy(_starts([len(name) for name in names])),
+        "buckets.npy": _npy(np.array(buckets, np.uint32)),
+        "names.bin": b"".join(names),
+    }
+    for name, data in small.items():
+        files[name] = _Out(folder / name)
+        files[name].write(data)
     meta = {
         "documents": len(lengths),
         "tokens": sum(lengths),
         "dtype": np.dtype(dtype).name,
         "largest_id": top,
-        "sha256": digest.hexdigest(),
-        "modified": (folder / "tokens.bin").stat().st_mtime_ns,
+        "files": {name: file.close() for name, file in files.items()},
         "tally": asdict(tally),
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1))
+    sync_folder(folder)
+    last = _Out(folder / "meta.json")
+    last.write(json.dumps(meta, indent=1).encode())
+    last.close()
+    sync_folder(folder)
+
+
+def _npy(values: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, values)
+    return out.getvalue()
 
 
 def _starts(lengths: list[int]) -> np.ndarray:
@@ -89,25 +127,34 @@ class Shard:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.meta: dict[str, Any] = json.loads((folder / "meta.json").read_text())
+        self.meta: dict[str, Any] = self._read_meta()
+        for name, known in self.meta["files"].items():
+            self._check(name, known)
         self.starts: np.ndarray = np.load(folder / "starts.npy", mmap_mode="r")
         self.buckets: np.ndarray = np.load(folder / "buckets.npy", mmap_mode="r")
-        self._check()
 
-    def _check(self) -> None:
-        """Raises UserError when the tokens are not those that were indexed."""
-        path = self.folder / "tokens.bin"
-        size = self.meta["tokens"] * np.dtype(self.meta["dtype"]).itemsize
-        changed = not path.exists() or path.stat().st_size != size
-        if not changed and path.stat().st_mtime_ns != self.meta["modified"]:
+    def _read_meta(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / "meta.json").read_text())
+        except ValueError:
+            raise self._changed("meta.json is no JSON") from None
+
+    def _check(self, name: str, known: dict[str, Any]) -> None:
+        """Raises UserError when a file is not the one that was indexed: by its size, and, where its time is another
+        one, by its SHA-256."""
+        path = self.folder / name
+        changed = not path.exists() or path.stat().st_size != known["bytes"]
+        if not changed and path.stat().st_mtime_ns != known["modified"]:
             with path.open("rb") as stream:
-                changed = hashlib.file_digest(stream, "sha256").hexdigest() != self.meta["sha256"]
+                changed = hashlib.file_digest(stream, "sha256").hexdigest() != known["sha256"]
         if changed:
-            raise UserError(
-                f"the shard {self.folder} has changed since it was indexed ({path.name} should be {size} "
-                f"bytes with sha256 {self.meta['sha256'][:12]}...); delete that folder, and it is "
-                "tokenized again"
-            )
+            raise self._changed(f"{name} should be {known['bytes']} bytes with sha256 {known['sha256'][:12]}...")
+
+    def _changed(self, what: str) -> UserError:
+        return UserError(
+            f"the shard {self.folder} has changed since it was indexed ({what}); delete that folder, and it is "
+            "tokenized again"
+        )
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -117,10 +164,9 @@ class Shard:
 
     @cached_property
     def mask(self) -> np.ndarray | None:
-        path = self.folder / "mask.bin"
-        if not path.exists() or not self.meta["tokens"]:
+        if "mask.bin" not in self.meta["files"] or not self.meta["tokens"]:
             return None
-        return np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+        return np.asarray(np.memmap(self.folder / "mask.bin", dtype=np.uint8, mode="r"))
 
     @cached_property
     def _names(self) -> tuple[np.ndarray, np.ndarray]:
@@ -129,4 +175,5 @@ class Shard:
 
     def name(self, document: int) -> str:
         starts, text = self._names
-        return text[int(starts[document]) : int(starts[document + 1])].tobytes().decode()
+        raw = text[int(starts[document]) : int(starts[document + 1])].tobytes()
+        return raw.decode("utf-8", "surrogateescape")

@@ -7,6 +7,7 @@ files, are then read by longctx.data.files, so that a broken record has a file a
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import uuid
 from pathlib import Path
@@ -34,12 +35,13 @@ def source_units(name: str, source: SourceConfig, cache: Path) -> list[Unit]:
     units = [unit for path, file in found for unit in units_of(path, file, source.column, rows_only=chat)]
     if not units:
         rule = "conversations come from .jsonl or .parquet" if chat else "all its files are empty"
-        raise UserError(f"{where}.path={source.path} holds nothing to read: {rule}")
+        what = f"path={source.path}" if source.path else f"name={source.name}"
+        raise UserError(f"{where}.{what} holds nothing to read: {rule}; give it documents, or leave the source out")
     return units
 
 
 def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path, str]]:
-    """The local files of a hub dataset: its Arrow files, or a .parquet of the rows asked for."""
+    """The local files of a hub dataset: its Arrow files, or a .jsonl of the rows asked for."""
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -48,7 +50,7 @@ def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path
     name = str(source.name)
     try:
         if source.rows is not None:
-            return [(_first_rows(source, cache), f"{name}.parquet")]
+            return [(_first_rows(source, cache), f"{name}.jsonl")]
         loaded = datasets.load_dataset(name, source.subset, split=source.split)
     except (ValueError, OSError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -61,16 +63,20 @@ def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path
 
 
 def _first_rows(source: SourceConfig, cache: Path) -> Path:
-    """Stream the first rows into a .parquet, once; a shorter dataset gives what it has."""
+    """Stream the first rows into a .jsonl, once; a shorter dataset gives what it has."""
     import datasets
 
     what = f"{source.name}|{source.subset}|{source.split}|{source.rows}|{source.column}"
-    path = cache / "hub" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.parquet"
+    path = cache / "hub" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}.jsonl"
     if not path.exists():
         stream = datasets.load_dataset(str(source.name), source.subset, split=source.split, streaming=True)
-        rows = list(stream.select_columns([source.column]).take(int(source.rows or 0)))
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{uuid.uuid4().hex}")
-        datasets.Dataset.from_list(rows).to_parquet(temporary)
-        os.replace(temporary, path)
+        try:
+            with temporary.open("w") as out:
+                for row in stream.select_columns([source.column]).take(int(source.rows or 0)):
+                    out.write(json.dumps(row, default=str) + "\n")
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path

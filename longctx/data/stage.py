@@ -91,6 +91,7 @@ class StageData:
         self._recent: OrderedDict[int, _Placed] = OrderedDict()
         self._weighted = {name for name in plan.names if _has_weights(data.sources[name])}
         self._lock = threading.Lock()
+        self._stats = _stats(plan)
 
     def __len__(self) -> int:
         """Sequences that exist; the plan has exactly as many as were asked for."""
@@ -167,15 +168,16 @@ class StageData:
         return tuple(self._name(piece) for piece in self._placed(index).pieces)
 
     def stats(self) -> dict[str, Any]:
-        """Padding, epochs and tokens of the stage, for metrics and the report."""
-        plan = self.plan
-        return {
-            "sequences": len(plan),
-            "seq_len": plan.seq_len,
-            "padding": plan.padding,
-            "left_over": plan.left_over,
-            "sources": {name: asdict(use) for name, use in plan.use.items()},
-        }
+        """What the plan comes to, for metrics and the report: padding (share of positions without a token), cut (share
+        of documents that do not stand whole), epochs (by source), and what else each source gave."""
+        return self._stats
+
+    def check_tasks(self) -> None:
+        """Write the shortest document of each synthetic source. Raises UserError when its task needs more room."""
+        for number, name in enumerate(self.plan.names):
+            mine = np.flatnonzero(self.plan.source == number)
+            if self._data.sources[name].kind == "synth" and len(mine):
+                self._synth(int(mine[np.argmin(self.plan.length[mine])]))
 
     def _placed(self, index: int) -> _Placed:
         """The pieces of a sequence as they stand in it. The order is the evenest for zigzag ranks; joined
@@ -255,6 +257,19 @@ class StageData:
         if name in self._corpora:
             return f"{name}:{self._corpora[name].document_name(document)}" + (f"@{start}" if start else "")
         return f"{name}:{self._split}/{self._stage}/{document}"
+
+
+def _stats(plan: Plan) -> dict[str, Any]:
+    documents = sum(use.documents for use in plan.use.values())
+    return {
+        "sequences": len(plan),
+        "seq_len": plan.seq_len,
+        "padding": plan.padding,
+        "cut": sum(use.cut for use in plan.use.values()) / max(documents, 1),
+        "epochs": {name: use.epochs for name, use in plan.use.items()},
+        "left_over": plan.left_over,
+        "sources": {name: asdict(use) for name, use in plan.use.items()},
+    }
 
 
 def _has_weights(source: SourceConfig) -> bool:

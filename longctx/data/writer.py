@@ -6,7 +6,7 @@ of microseconds) however long it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,12 +82,6 @@ def token_haystack(tokens: np.ndarray, line_end: np.ndarray | None = None) -> Ha
         )
 
     return draw
-
-
-def text_haystack(texts: Sequence[str], writer: Writer) -> Haystack:
-    """A haystack over a few texts, tokenized once; long requests repeat them."""
-    parts = [writer.tokens(text) for text in texts]
-    return token_haystack(np.concatenate(parts) if parts else np.zeros(0, np.int32), writer.newline_after)
 
 
 def corpus_haystack(corpus: Corpus, writer: Writer) -> Haystack:

@@ -67,11 +67,16 @@ def writer(tokenizer):
     return Writer(tokenizer)
 
 
+def text_haystack(texts, writer):
+    """A haystack over a few texts; long requests repeat them."""
+    from longctx.data.writer import token_haystack
+
+    return token_haystack(np.concatenate([writer.tokens(text) for text in texts]), writer.newline_after)
+
+
 @pytest.fixture(scope="session")
 def straw(writer):
     """A haystack of short lines of words."""
-    from longctx.data.writer import text_haystack
-
     rng = np.random.default_rng(0)
     words = ["apple", "river", "import", "return", "stone", "self", "window", "letter"]
     lines = [" ".join(rng.choice(words, size=int(rng.integers(2, 9)))) for _ in range(400)]

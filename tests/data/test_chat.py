@@ -72,6 +72,40 @@ def test_joined_conversations_train_on_the_assistant_only(folder, tokenizer, tmp
     assert "answer" not in silent
 
 
+STRICT = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate, the user first') }}{% endif %}"
+    "<|{{ message['role'] }}|>\n{{ message['content'] }}\n{% endfor %}"
+)
+
+
+def test_conversations_that_the_template_refuses_are_broken_records(folder, tmp_path, capsys):
+    strict = make_tokenizer()
+    strict.chat_template = STRICT
+    rows = [{"messages": _conversation(n)} for n in range(40)]
+    rows[7] = {"messages": _conversation(7)[1:]}
+    rows[9] = {"messages": [{"role": "user", "content": "half a character \ud800"}]}
+    (folder / "x.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    stage = _open(folder, strict, tmp_path)
+    said = capsys.readouterr().err
+    assert "of 40 records 2 broken" in said
+    assert "x.jsonl:8: roles must alternate" in said
+    assert "x.jsonl:10: " in said
+    assert sum(shard.meta["documents"] for shard in stage._corpora["chat"].shards) == 38
+
+
+def test_a_system_prompt_that_may_not_stand_alone_is_no_mistake(tokenizer):
+    """Templates that want a user are asked for whole turns of the assistant only."""
+    wants = make_tokenizer()
+    wants.chat_template = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no user') }}{% endif %}" + (
+        tokenizer.chat_template
+    )
+    talk = [{"role": "system", "content": "be short"}, *_conversation(1)]
+    text, spans = rendered(talk, wants)
+    assert text == tokenizer.apply_chat_template(talk, tokenize=False)
+    assert [text[a:b].split("\n")[-2] for a, b in spans] == ["answer 1 " * 6, "the end"]
+
+
 def test_answers_weigh_a_multiple_of_the_rest(folder, tokenizer, tmp_path):
     stage = _open(folder, tokenizer, tmp_path, length="natural", answer_weight=3.0)
     sequence = stage.sequence(0)

@@ -1,5 +1,8 @@
 import gzip
 import json
+import random
+from itertools import accumulate
+from pathlib import Path
 
 import pytest
 
@@ -33,8 +36,8 @@ def test_text_folders_with_every_kind_of_file(tmp_path):
         "a.txt": "plain \u00e9",
         "c.txt.gz": "packed",
         "d.md.zst": "zs",
-        "e.jsonl:1": "one",
-        "e.jsonl:3": "two",
+        "e.jsonl:byte0": "one",
+        "e.jsonl:byte17": "two",
         "sub/b.md": "# head",
     }
     assert [n for _, n in find_files(str(tmp_path), ["*.md"], [], "k")] == ["sub/b.md"]
@@ -46,14 +49,17 @@ def test_text_folders_with_every_kind_of_file(tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 7, 40, 64, 1000])
-def test_ranges_of_a_file_give_every_line_once_with_its_number(tmp_path, monkeypatch, size):
+def test_ranges_of_a_file_give_every_line_once_by_its_byte(tmp_path, monkeypatch, size):
     path = tmp_path / "x.jsonl"
-    path.write_text("".join(json.dumps({"text": "y" * (i % 13)}) + "\n" for i in range(60)))
+    lines = [json.dumps({"text": "y" * (i % 13)}) + "\n" for i in range(60)]
+    path.write_text("".join(lines))
     monkeypatch.setattr(files, "RANGE", size)
     units = units_of(path, "x.jsonl", "text")
     assert len(units) == -(-path.stat().st_size // size)
     documents, tally = _read_all(path, "x.jsonl")
-    assert [d.id for d in documents] == [f"x.jsonl:{i + 1}" for i in range(60)]
+    begins = [0, *accumulate(map(len, lines))]
+    assert [d.id for d in documents] == [f"x.jsonl:byte{at}" for at in begins[:60]]
+    assert [str(d.place) for d in documents] == [f"x.jsonl:{i + 1}" for i in range(60)]
     assert [len(d.content) for d in documents] == [i % 13 for i in range(60)]
     assert tally.seen == 60
 
@@ -84,13 +90,99 @@ def test_files_that_are_not_utf8_or_damaged_are_counted(tmp_path):
     (tmp_path / "b.txt.gz").write_bytes(packed[:-9])
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "q"}\n' * 3)[:-9])
     _, tally = _read_all(tmp_path / "a.txt", "a.txt")
-    assert (tally.not_utf8, tally.where) == (1, ["a.txt is not UTF-8 (byte 3)"])
+    assert (tally.not_utf8, tally.where) == (1, ["a.txt: not UTF-8 (byte 3)"])
     _, tally = _read_all(tmp_path / "b.txt.gz", "b.txt.gz")
     assert tally.broken == 1
     documents, tally = _read_all(tmp_path / "c.jsonl.gz", "c.jsonl.gz")
     assert tally.broken == 1
     assert "c.jsonl.gz:" in tally.where[0]
     assert len(documents) <= 3
+
+
+@pytest.mark.parametrize("size", [30, 100, 10_000])
+def test_a_mistake_in_a_later_range_is_named_by_its_line(tmp_path, monkeypatch, size):
+    path = tmp_path / "x.jsonl"
+    lines = [json.dumps({"text": f"line {i}"}) for i in range(1, 41)]
+    lines[29] = lines[29][:-1]
+    path.write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(files, "RANGE", size)
+    documents, tally = _read_all(path, "x.jsonl")
+    assert len(documents) == 39
+    assert tally.where[0].startswith("x.jsonl:30: ")
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux tells how much a process has read")
+def test_units_read_their_own_part_of_a_file(tmp_path, monkeypatch):
+    """However far into the file a unit begins, nothing before it is read, so that all of them read the file once."""
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps({"text": "z" * 1000}) + "\n" for _ in range(4000)))
+    monkeypatch.setattr(files, "RANGE", 2**16)
+    before = _bytes_read()
+    documents, _ = _read_all(path, "x.jsonl")
+    assert len(documents) == 4000
+    assert _bytes_read() - before < 2 * path.stat().st_size
+
+
+def _bytes_read():
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def _words(count):
+    rng = random.Random(0)
+    return [json.dumps({"text": " ".join(str(rng.random()) for _ in range(20))}) for _ in range(count)]
+
+
+@pytest.mark.parametrize("packing", ["gz", "zst"])
+def test_a_flipped_byte_within_an_archive_is_a_broken_record(tmp_path, packing):
+    import zstandard
+
+    lines = ("\n".join(_words(2000)) + "\n").encode()
+    pack = gzip.compress if packing == "gz" else zstandard.ZstdCompressor(write_checksum=True).compress
+    for name, data in ((f"a.jsonl.{packing}", lines), (f"b.txt.{packing}", lines)):
+        for share in (0.3, 0.5, 0.7):
+            packed = bytearray(pack(data))
+            at = int(share * len(packed))
+            packed[at : at + 8] = bytes(255 - byte for byte in packed[at : at + 8])
+            (tmp_path / name).write_bytes(packed)
+            documents, tally = _read_all(tmp_path / name, name)
+            assert tally.broken >= 1
+            assert tally.where[0].startswith(name + ":")
+            assert all(json.loads(lines.splitlines()[i])["text"] == d.content for i, d in enumerate(documents[:5]))
+
+
+def test_a_zst_of_several_frames_is_read_to_its_end_and_a_cut_one_is_broken(tmp_path):
+    import zstandard
+
+    lines = [line + "\n" for line in _words(3000)]
+    frames = [zstandard.ZstdCompressor().compress("".join(lines[a : a + 1000]).encode()) for a in range(0, 3000, 1000)]
+    path = tmp_path / "x.jsonl.zst"
+    path.write_bytes(b"".join(frames))
+    documents, tally = _read_all(path, "x.jsonl.zst")
+    assert (len(documents), tally.broken) == (3000, 0)
+    path.write_bytes(b"".join(frames)[: -len(frames[-1]) // 2])
+    documents, tally = _read_all(path, "x.jsonl.zst")
+    assert tally.broken == 1
+    assert 2000 <= len(documents) < 3000
+    assert tally.where[0].startswith(f"x.jsonl.zst:{len(documents) + 1}: the file ends within")
+
+
+def test_a_row_group_that_cannot_be_read_is_broken_and_the_others_are_read(tmp_path, monkeypatch):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "x.parquet"
+    rows = [f"row {i} " + "".join(map(str, random.Random(i).sample(range(100), 50))) for i in range(60)]
+    pq.write_table(pa.table({"text": rows}), path, row_group_size=10, compression="gzip", use_dictionary=False)
+    column = pq.ParquetFile(path).metadata.row_group(3).column(0)
+    data = bytearray(path.read_bytes())
+    middle = column.data_page_offset + column.total_compressed_size // 2
+    data[middle : middle + 40] = bytes(40)
+    path.write_bytes(data)
+    monkeypatch.setattr(files, "RANGE", 1)
+    documents, tally = _read_all(path, "x.parquet")
+    assert [d.content for d in documents] == rows[:30] + rows[40:]
+    assert (tally.seen, tally.broken) == (51, 1)
+    assert tally.where[0].startswith("x.parquet:30: ")
 
 
 def test_parquet_by_row_groups(tmp_path, monkeypatch):

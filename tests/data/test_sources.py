@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from longctx.config.base import build
 from longctx.config.data import DataConfig, SourceConfig
+from longctx.data.files import Tally, read
 from longctx.data.opening import open_source
 from longctx.data.sources import source_units
 from longctx.errors import UserError
@@ -43,6 +45,39 @@ def test_every_row_of_a_hub_dataset_is_a_document(dataset, tokenizer, tmp_path):
 
 def test_rows_reads_no_more_than_asked_for(dataset, tokenizer, tmp_path):
     assert texts(dataset, tokenizer, tmp_path / "cache", rows=7) == sorted(ROWS[:7])
+
+
+def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
+    """Asking for many rows costs the memory of a few."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    folder = tmp_path / "owner" / "name"
+    (folder / "data").mkdir(parents=True)
+    for number in range(8):
+        rows = [f"{number} {row} " + "x" * 20_000 for row in range(250)]
+        datasets.Dataset.from_dict({"body": rows}).to_parquet(folder / f"data/train-{number:05d}-of-00008.parquet")
+    source = SourceConfig(kind="hub", name=str(folder), field="body", rows=1900)
+    tracemalloc.start()
+    try:
+        (unit,) = source_units("x", source, tmp_path / "cache")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    documents = list(read(unit, Tally()))
+    assert [d.content.split()[:2] for d in documents] == [[str(n // 250), str(n % 250)] for n in range(1900)]
+    assert peak < 1900 * 20_000 / 2
+
+
+def test_a_dataset_without_rows_is_named(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+    (tmp_path / "name").mkdir()
+    datasets.Dataset.from_dict({"body": ["one"]}).to_json(tmp_path / "name/train.jsonl")
+    source = SourceConfig(kind="hub", name=str(tmp_path / "name"), field="body", rows=1)
+    (unit,) = source_units("x", source, tmp_path / "cache")
+    Path(unit.path).write_text("")
+    with pytest.raises(UserError, match=r"data\.sources\.x\.name=.*/name holds nothing to read"):
+        source_units("x", source, tmp_path / "cache")
 
 
 def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch):

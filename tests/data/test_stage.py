@@ -1,5 +1,7 @@
 import json
 import multiprocessing
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +229,72 @@ def test_two_processes_that_start_together_build_once(tmp_path):
     assert {path.name for path in (tmp_path / "c/shards").iterdir()} == {Path(p).name for p in found[0][0]}
 
 
+def _tokenize_pipes(pipes, out):
+    """Two shards, each of a file that never ends, by two workers."""
+    from longctx.data import prepare
+    from longctx.data.files import Unit
+    from longctx.data.tokens import ShardJob
+    from tests.data.conftest import make_tokenizer
+
+    data = _config(Path(pipes[0]))
+    spec = prepare.tokenizer_spec(make_tokenizer(), data, data.sources["books"])
+    jobs = [ShardJob((Unit(path, "x.txt", "text", size=2**24),), Path(out) / path[-1]) for path in pipes]
+    list(prepare._run(jobs, spec, 2))
+
+
+def _children(pid):
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def _working(pid):
+    """Whether a process is one of multiprocessing's workers, alive."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"spawn_main" in words and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="Linux tells a process's children")
+def test_tokenizing_workers_die_with_the_process_that_started_them(tmp_path):
+    pipes = [str(tmp_path / f"pipe{number}") for number in range(2)]
+    for path in pipes:
+        os.mkfifo(path)
+    parent = multiprocessing.get_context("spawn").Process(target=_tokenize_pipes, args=(pipes, str(tmp_path)))
+    parent.start()
+    workers, ends = [], []
+    try:
+        for path in pipes:  # opens once a worker reads at the other end
+            ends.append(_eventually(lambda path=path: _open_end(path)))
+        workers = [pid for pid in _children(parent.pid) if _working(pid)]
+        assert len(workers) == 2
+        parent.kill()
+        parent.join()
+        _eventually(lambda: not any(map(_working, workers)))
+    finally:
+        parent.kill()
+        for end in ends:
+            os.close(end)
+
+
+def _eventually(what, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def _open_end(path):
+    try:
+        return os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:  # nobody reads yet
+        return None
+
+
 def test_worker_processes_write_what_one_process_writes(tmp_path, tokenizer, monkeypatch):
     from longctx.data import prepare
 
@@ -243,21 +311,70 @@ def test_worker_processes_write_what_one_process_writes(tmp_path, tokenizer, mon
             assert (a / name).read_bytes() == (b / name).read_bytes()
 
 
-def test_a_changed_shard_is_noticed(tmp_path, tokenizer):
+@pytest.fixture
+def shard(tmp_path):
+    """A shard with every file a shard can have."""
+    from longctx.data.files import Tally
+    from longctx.data.shard import Row, write_shard
+
+    rows = [
+        Row(f"talk{n}", f"talk{n}", np.arange(30, dtype=np.uint16), np.arange(30, dtype=np.uint8) % 2) for n in range(6)
+    ]
+    write_shard(tmp_path / "shard", rows, np.uint16, masked=True, tally=Tally())
+    return tmp_path / "shard"
+
+
+FILES = ["tokens.bin", "mask.bin", "starts.npy", "names.npy", "names.bin", "buckets.npy"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_changed_shard_is_noticed(shard, name):
+    from longctx.data.shard import Shard
+
+    assert sorted(path.name for path in shard.iterdir()) == sorted([*FILES, "meta.json"])
+    whole = (shard / name).read_bytes()
+    (shard / name).write_bytes(whole)  # the same content at another time is fine
+    assert Shard(shard).name(3) == "talk3"
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for changed in (flipped, whole[:-1]):
+        (shard / name).write_bytes(changed)
+        with pytest.raises(UserError, match=f"has changed since it was indexed .{name} should be.*delete that folder"):
+            Shard(shard)
+    (shard / name).unlink()
+    with pytest.raises(UserError, match=f"{name} should be"):
+        Shard(shard)
+
+
+def test_a_shard_whose_meta_was_cut_is_refused(shard):
+    from longctx.data.shard import Shard
+
+    (shard / "meta.json").write_text((shard / "meta.json").read_text()[:40])
+    with pytest.raises(UserError, match=r"meta\.json is no JSON.*delete that folder"):
+        Shard(shard)
+
+
+def test_all_of_a_shard_is_on_the_disk_before_its_meta_is_written(tmp_path, monkeypatch):
+    """What fsync was called for, in order, as the kernel knows it."""
+    synced = []
+    real = os.fsync
+
+    def fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced.append((path.name, (path / "meta.json").exists() if path.is_dir() else None))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     (tmp_path / "d").mkdir()
-    _write_books(tmp_path / "d", 5)
-    config = _config(tmp_path / "d")
-    shard = build_source("books", config, tokenizer, tmp_path)[0][0]
-    raw = bytearray((shard / "tokens.bin").read_bytes())
-    (shard / "tokens.bin").write_bytes(raw)  # the same content at another time is fine
-    assert len(_corpus(config, tokenizer, tmp_path)) > 0
-    raw[10] ^= 1
-    (shard / "tokens.bin").write_bytes(raw)
-    with pytest.raises(UserError, match="has changed since it was indexed"):
-        _corpus(config, tokenizer, tmp_path)
-    (shard / "tokens.bin").write_bytes(raw[:-2])
-    with pytest.raises(UserError, match="delete that folder"):
-        _corpus(config, tokenizer, tmp_path)
+    _write_books(tmp_path / "d", 3)
+    shard = build_source("books", _config(tmp_path / "d"), make_tokenizer(), tmp_path, workers=1)[0][0]
+    names = [name for name, _ in synced]
+    assert sorted(names[:5]) == sorted(set(FILES) - {"mask.bin"})
+    assert [exists for _, exists in synced[5:]] == [False, None, True, False]
+    assert names[6] == "meta.json"
+    assert names[5] == names[7] != "shards"
+    assert names[8] == "shards"
+    assert (shard / "meta.json").exists()
 
 
 def test_useless_documents_are_skipped_and_an_empty_source_refused(tmp_path, tokenizer, capsys):
@@ -289,6 +406,22 @@ def test_broken_lines_beyond_the_allowed_share_are_an_error(tmp_path, tokenizer)
     assert len(_open(_config(folder, max_bad=0.05), tokenizer, tmp_path / "c", sequences=3)) == 3
 
 
+def test_half_a_character_is_a_broken_record(tmp_path, tokenizer, capsys):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    rows = [json.dumps({"text": "some words " * 30})] * 50
+    rows[20] = json.dumps({"text": "half \ud800 a character"})
+    rows[30] = json.dumps({"text": ["a", "list"]})
+    rows[40] = '{"text": ' + "[" * 100_000
+    (folder / "x.jsonl").write_text("\n".join(rows))
+    _open(_config(folder, max_bad=0.1), tokenizer, tmp_path / "c", sequences=3)
+    said = capsys.readouterr().err
+    assert "of 50 records 3 broken" in said
+    assert "x.jsonl:21: " in said
+    assert "x.jsonl:31: a list where text is expected" in said
+    assert "x.jsonl:41: " in said
+
+
 def test_a_missing_field_names_the_fields_there_are(tmp_path, tokenizer):
     folder = tmp_path / "d"
     folder.mkdir()
@@ -311,8 +444,111 @@ def test_what_does_not_fit_the_model_or_the_stage_is_refused(books, cache, token
     with pytest.raises(UserError, match="no document to draw"):
         _open(_config(folder, sources={"books": values}), tokenizer, cache)
     capsys.readouterr()
-    _open(_config(folder, max_epochs=2), tokenizer, cache, sequences=400)
-    assert "more than data.max_epochs=2" in capsys.readouterr().err
+    for _ in range(2):
+        _open(_config(folder, max_epochs=2), tokenizer, cache, sequences=400)
+    assert capsys.readouterr().err.count("more than data.max_epochs=2") == 1
+
+
+def test_ranks_other_than_the_first_do_not_repeat_its_warnings(books, cache, tokenizer, capsys, monkeypatch):
+    from longctx import console
+
+    monkeypatch.setattr(console, "_quiet", True)
+    _open(_config(books[0], max_epochs=3), tokenizer, cache, sequences=500)
+    assert "max_epochs" not in capsys.readouterr().err
+
+
+def test_a_task_that_does_not_fit_its_shortest_document_is_refused_at_opening(books, cache, tokenizer):
+    task = {"kind": "needles", "count": 20, "questions": 1}
+    sources = {
+        "books": {"kind": "text", "path": str(books[0])},
+        "needles": {"kind": "synth", "haystack": "books", "task": task},
+    }
+    mix = {"books": 0.2, "needles": {"weight": 0.8, "length": {"loguniform": {"min_len": 64}}}}
+    with pytest.raises(UserError, match="take a longer length or a smaller count"):
+        _open(_config(books[0], mix, sources=sources), tokenizer, cache)
+
+
+def test_held_out_documents_too_short_for_the_policy_are_read_as_they_come(books, tmp_path, tokenizer, capsys):
+    """Training has the long documents that the policy asks for; the held-out side need not."""
+    folder = tmp_path / "d"
+    folder.mkdir()
+    _write_books(folder, 20)
+    for number in range(6):
+        (folder / f"long{number}.txt").write_text("apple river import return\n" * 2000)
+    for length in ({"prolong": {"share": 0.75}}, {"upsample": {"min_len": 4096, "share": 0.5}}):
+        config = _config(folder, {"books": {"weight": 1.0, "length": length}}, heldout=0.05)
+        held = _corpus(config, tokenizer, tmp_path / "c", "heldout")
+        assert 0 < held.lengths.max() < 4096
+        stage = _open(config, tokenizer, tmp_path / "c", seq_len=4096, sequences=3)
+        assert stage.plan.length.max() == 4096
+        assert "held-out" not in capsys.readouterr().err
+        stage = _open(config, tokenizer, tmp_path / "c", seq_len=4096, sequences=3, split="heldout", stage=str(length))
+        assert len(stage) == 3
+        assert {name.partition("@")[0] for i in range(3) for name in stage.documents(i)} == {
+            f"books:{held.document_name(i)}" for i in range(len(held))
+        }
+        assert "natural lengths; raise data.heldout" in capsys.readouterr().err
+
+
+def test_without_held_out_documents_there_is_no_held_out_loss(books, tmp_path, cache, tokenizer, capsys):
+    folder, _ = books
+    for mix in ({"books": 1.0}, {"needles": 1.0}):
+        config = _config(folder, mix, heldout=0.0)
+        stage = _open(config, tokenizer, cache, split="heldout", stage=f"none{len(str(mix))}")
+        assert len(stage) == 0
+        assert stage.stats()["padding"] == 0
+        said = capsys.readouterr().err
+        assert "raise data.heldout=0, or set evaluate.heldout_sequences=0" in said
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/only.txt").write_text("a single document\n" * 50)
+    sources = {
+        "books": {"kind": "text", "path": str(folder)},
+        "one": {"kind": "text", "path": str(tmp_path / "one")},
+    }
+    stage = _open(_config(folder, {"books": 0.5, "one": 0.5}, sources=sources), tokenizer, cache, split="heldout")
+    assert len(stage) == 20
+    assert {name.split(":")[0] for i in range(20) for name in stage.documents(i)} == {"books"}
+    assert "lacks a part of its mix, since too few documents are held out of one" in capsys.readouterr().err
+
+
+def test_every_stage_is_planned_before_the_first(books, cache, tokenizer):
+    from dataclasses import dataclass
+
+    from longctx.data.opening import check_stages
+
+    @dataclass
+    class Stage:
+        name: str
+        seq_len: int
+        mix: str = "m"
+        steps: int = 4
+        batch: int = 2
+
+    mixes = {
+        "m": {"books": 1.0},
+        "long": {"books": {"weight": 1.0, "length": {"prolong": {"share": 0.5}}}},
+    }
+    config = _config(books[0], mixes=mixes)
+    stages = [Stage("short", 256), Stage("far", 2**17, mix="long")]
+    settings = {"tokenizer": tokenizer, "seed": 0, "cache": cache}
+    check_stages(config, stages[:1], **settings)
+    with pytest.raises(UserError, match=r"in stage far/train.*131,072 tokens and no document is that long"):
+        check_stages(config, stages, **settings)
+    with pytest.raises(UserError, match="vocab_size=100"):
+        check_stages(config, stages[:1], vocab_size=100, **settings)
+
+
+def test_what_a_stage_cuts_and_repeats_is_counted_once_from_its_plan(books, cache, tokenizer):
+    stage = _open(_config(books[0]), tokenizer, cache, seq_len=256, sequences=60)
+    plan, lengths = stage.plan, stage._corpora["books"].lengths
+    whole = {int(d) for d in plan.document}
+    cut = {int(d) for d, n in zip(plan.document, plan.length, strict=True) if n < lengths[d]}
+    stats = stage.stats()
+    assert 0 < len(cut) < len(whole)
+    assert stats["cut"] == len(cut) / len(whole)
+    assert stats["padding"] == plan.padding
+    assert stats["epochs"] == {"books": plan.use["books"].epochs}
+    assert stage.stats() is stats
 
 
 def test_filters_by_length_need_no_new_tokens(books, cache, tokenizer):

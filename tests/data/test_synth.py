@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from longctx.config.data import SynthTask
 from longctx.data.keys import draw_keys, split_of
 from longctx.data.synth import make_task
-from longctx.data.writer import Writer, text_haystack, token_haystack
+from longctx.data.writer import Writer, token_haystack
 from longctx.errors import UserError
 
-from .conftest import make_tokenizer
+from .conftest import make_tokenizer, text_haystack
 
 TASKS = [
     SynthTask(),

@@ -49,6 +49,28 @@ def test_data_then_stats_over_a_folder(folder, model, tmp_path, capsys):
     assert (tmp_path / "run/data_stats.png").stat().st_size > 10_000
 
 
+def test_the_prolong_preset_plans_both_of_its_stages(model, tmp_path, capsys):
+    web = ["fineweb_edu", "fineweb", "stackexchange", "wikipedia", "openwebmath"]
+    names = ["code", "books", "textbooks", "tulu", "arxiv", *web]
+    for name in names:
+        (tmp_path / "docs" / name).mkdir(parents=True)
+        for number in range(4):
+            count = 3000 if name in ("code", "books") and number % 2 else 100
+            (tmp_path / "docs" / name / f"{number}.txt").write_text(f"{name} {number}\n" + "words and more\n" * count)
+    status, out, err = _run(
+        capsys, "data", "stats", f"model.path={model}", "data=prolong", f"data.path={tmp_path}/docs",
+        "data.heldout=0.01", "curriculum.stages.s8192.mix=long",
+        f"run_dir={tmp_path}/run", "format=json", "workers=1",
+    )  # fmt: skip
+    assert status == 0, err
+    for name, stage in json.loads(out)["stages"].items():
+        tokens = {source: use["tokens"] for source, use in stage["sources"].items()}
+        total = stage["sequences"] * stage["seq_len"]
+        assert tokens["code"] / total == pytest.approx(0.3, abs=0.05), name
+        assert tokens["books"] / total == pytest.approx(0.3, abs=0.05), name
+        assert set(tokens) == set(names)
+
+
 def test_data_of_the_quickstart_is_the_data_of_its_training(model, tmp_path, capsys):
     library = tmp_path / "library"
     library.mkdir()
