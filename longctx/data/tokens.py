@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from longctx.data.files import Document, Tally, Unit, read
-from longctx.data.shard import Row, write_shard
+from longctx.data.shard import Row, sync_folder, write_shard
 
 _BATCH_CHARACTERS = 1 << 20
 
@@ -66,6 +66,7 @@ def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
         write_shard(temporary, _rows(job, spec, tally), dtype, masked=spec.chat is not None, tally=tally)
         try:
             os.rename(temporary, job.folder)
+            sync_folder(job.folder.parent)
         except OSError:
             if not (job.folder / "meta.json").exists():  # another process was faster: its shard is as good
                 raise
@@ -114,13 +115,19 @@ def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
     def usable(document: Document) -> bool:
         if not isinstance(document.content, str):
             tally.broken += 1
-            tally.note(f"{document.id}: a list where text is expected")
+            tally.note(document.place, "a list where text is expected")
             return False
         if not document.content.strip():
             tally.empty += 1
             return False
         if only_special.fullmatch(document.content):
             tally.special += 1
+            return False
+        try:
+            document.content.encode()
+        except UnicodeEncodeError as error:  # half a character, which JSON can hold and no tokenizer reads
+            tally.broken += 1
+            tally.note(document.place, error)
             return False
         return True
 

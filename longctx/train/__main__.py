@@ -18,8 +18,9 @@ from typing import Any
 
 from longctx import __version__
 from longctx.errors import RunFailed, UserError
+from longctx.processes import die_with_parent
 from longctx.train import runfolder
-from longctx.train.signals import INTERRUPTED, die_with_parent, leave_on_interrupt
+from longctx.train.signals import INTERRUPTED, leave_on_interrupt
 
 # What torch says on a rank whose peer has gone.
 PEER_GONE = (

@@ -28,7 +28,7 @@ from longctx.train.metrics import Metrics, memory_gib
 from longctx.train.profile import ProfileWindow
 from longctx.train.ranks import Ranks
 from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest
-from longctx.train.stage import OpenStage, open_stage
+from longctx.train.stage import OpenStage, check_data, open_stage
 from longctx.train.step import Stepper, StepReport, Timer
 
 if TYPE_CHECKING:
@@ -63,6 +63,9 @@ class Job:
 
 def run_stages(job: Job) -> int:
     """Train what is left. Returns 0, or 75 when a signal asked to stop (the state is saved)."""
+    job.progress.at("start", job.state.step)
+    later = job.stages[job.state.stage + 1 :]
+    check_data(job.config, later, job.ranks, job.engine.model, job.tokenizer, job.run)
     for stage in job.stages[job.state.stage :]:
         if stage.index > job.state.stage:
             _enter(job.state, stage)
@@ -162,6 +165,7 @@ def _log(job: Job, stage: Stage, opened: OpenStage, report: StepReport, lr: floa
         "mfu": rate / peak if peak else None, "hfu": executed / peak if peak else None,
         "memory_gib": memory_gib(job.ranks.device), "theta": stage.theta, "seq_len": stage.seq_len,
         "cp": opened.cp_size, "dp": world // opened.cp_size,
+        "data": {key: opened.data.stats()[key] for key in ("padding", "cut", "epochs")},
         "seconds": {"step": seconds, **report.seconds}, "time": time.time(),
     }  # fmt: skip
     job.metrics.step(line)

@@ -107,6 +107,7 @@ def wandb_line(line: Mapping[str, Any]) -> dict[str, Any]:
     """A line under wandb's keys; the split of a step's time becomes speed/seconds_*."""
     out = {WANDB_KEYS[key]: value for key, value in line.items() if key in WANDB_KEYS and value is not None}
     out |= {f"speed/seconds_{phase}": value for phase, value in line.get("seconds", {}).items()}
+    out |= {f"data/{key}": value for key, value in line.get("data", {}).items()}
     if "loss" in line:
         out[f"train/loss_by_stage/{line['stage']}"] = line["loss"]
     return out

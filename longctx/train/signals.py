@@ -7,10 +7,8 @@ at it between steps, on all ranks together. Ctrl-C leaves at once: the last chec
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
-import sys
 from types import FrameType
 
 SAVED_AND_REQUEUE = 75
@@ -49,12 +47,6 @@ def go_silent() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
-
-
-def die_with_parent() -> None:
-    """Linux: have the kernel kill this rank when its launcher dies, so that no rank is left behind."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def leave_on_interrupt() -> None:

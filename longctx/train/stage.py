@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -111,9 +112,10 @@ def open_stage(
     cp = choose_cp(stage, config.parallel, ranks.world)
     share = shares(stage, config.engine, world=ranks.world, cp=cp, rank=ranks.rank, file=FILE)
     set_rope(model.model, stage.rope, stage.seq_len, precision=config.model.rotary)
-    data = _open_data(config, stage, ranks, tokenizer, run, "train", stage.steps * stage.batch)
+    opened = partial(_open_data, config, stage, ranks, tokenizer, run, _vocabulary(model))
+    data = opened("train", stage.steps * stage.batch)
     count = config.evaluate.heldout_sequences
-    heldout = _open_data(config, stage, ranks, tokenizer, run, "heldout", count) if count else None
+    heldout = opened("heldout", count) if count else None
     context, group = _open_context(config.parallel, ranks, cp)
     words = (
         f"{stage.seq_len:,} tokens, theta {stage.theta:,.0f}, {stage.steps} steps of {stage.batch}, "
@@ -122,15 +124,39 @@ def open_stage(
     return OpenStage(stage, cp, share, context, data, heldout, tokenizer, config.model, group, words)
 
 
+def check_data(
+    config: TrainConfig, stages: Sequence[Stage], ranks: Ranks, model: LossModel, tokenizer: Any, run: Path
+) -> None:
+    """Tokenize and plan the data of these stages, to refuse now what could not be trained later; a collective."""
+    from longctx.data.opening import check_stages
+
+    with ranks.agree("preparing the data of later stages"):
+        if ranks.local_rank == 0:
+            cache = _cache(config, run)
+            vocabulary = _vocabulary(model)
+            check_stages(
+                config.data, stages, tokenizer=tokenizer, seed=config.seed, cache=cache, vocab_size=vocabulary
+            )
+
+
+def _cache(config: TrainConfig, run: Path) -> Path:
+    return Path(config.cache) if config.cache else run / "data"
+
+
+def _vocabulary(model: LossModel) -> int:
+    return model.model.config.vocab_size
+
+
 def _open_data(
-    config: TrainConfig, stage: Stage, ranks: Ranks, tokenizer: Any, run: Path, split: Split, sequences: int
-) -> Any:
+    config: TrainConfig, stage: Stage, ranks: Ranks, tokenizer: Any, run: Path, vocabulary: int, split: Split,
+    sequences: int,
+) -> Any:  # fmt: skip
     from longctx.data import open_stage as open_data
 
     def opened() -> Any:
         return open_data(
             config.data, mix=stage.mix, seq_len=stage.seq_len, sequences=sequences, tokenizer=tokenizer,
-            seed=config.seed, split=split, cache=Path(config.cache) if config.cache else run / "data", stage=stage.name,
+            seed=config.seed, split=split, cache=_cache(config, run), stage=stage.name, vocab_size=vocabulary,
         )  # fmt: skip
 
     made: Any = None
