@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -161,6 +162,40 @@ def test_theta_file_replaces_rules(tmp_path: Path):
     file.write_text("stages:\n  s8192: {theta: 1234567}\n")
     stages = stages_of(packaged("tiny_16x", f"curriculum.theta_file={file}"), head_dim=32, theta=10000, window=512)
     assert [s.theta for s in stages] == [154243, 1234567]
+
+
+@pytest.mark.parametrize("rule", ["yarn", "linear", "llama3"])
+def test_a_found_theta_is_trained_with_the_scaling_it_was_judged_with(tmp_path: Path, rule: str):
+    file = tmp_path / "theta.yaml"
+    file.write_text(f"stages:\n  s64k: {{theta: 1e6, rule: {rule}}}\n")  # YAML reads 1e6 as text
+    two = {"s64k": {"seq_len": 65536}, "s256k": {"seq_len": 262144}}
+    plain = stages_of(config(two, rule=rule))
+    found = stages_of(config({"s64k": two["s64k"]}, rule=rule, theta_file=str(file)))
+    assert found[0].rope == {**plain[0].rope, "rope_theta": 1000000}
+    assert found[0].theta == 1000000
+    assert found[0].rope["rope_type"] == rule == found[0].rule
+
+
+def test_a_theta_found_under_another_scaling_is_refused(tmp_path: Path):
+    file = tmp_path / "theta.yaml"
+    file.write_text("stages: {s64k: {theta: 1000000, rule: yarn}}\n")
+    with pytest.raises(UserError, match=r"searched under rule 'yarn' and the stage has rule 'ntk'.*theta\.yaml"):
+        stages_of(config({"s64k": {"seq_len": 65536}}, rule="ntk", theta_file=str(file)))
+    file.write_text("stages: {s64k: {theta: 90000000, rule: dynamic-ntk}}\n")  # neither scales anything but theta
+    stages = stages_of(config({"s64k": {"seq_len": 65536}}, rule="ntk", theta_file=str(file)))
+    assert stages[0].theta == 90000000
+    file.write_text("stages: {s64k: {theta: 90000000}}\n")  # a stage that names no rule takes the model's own rope
+    assert stages_of(config({"s64k": {"seq_len": 65536}}, theta_file=str(file)))[0].rope["rope_type"] == "default"
+
+
+def test_the_mixes_of_8k_to_1048k_go_by_length_and_stand_in_every_preset():
+    mixes = {stage.name: stage.mix for stage in stages_of(packaged("8k_to_1048k"))}
+    assert [name for name, mix in mixes.items() if mix == "default"] == ["s8k", "s16k", "s32k"]
+    assert [name for name, mix in mixes.items() if mix == "long"] == ["s64k", "s128k", "s256k", "s512k", "s1048k"]
+    for preset in ("text", "stdlib", "chat"):
+        assert set(mixes.values()) <= set(
+            yaml.safe_load((config_dir() / "data" / f"{preset}.yaml").read_text())["mixes"]
+        )
 
 
 # --- learning rate and advance
@@ -334,6 +369,8 @@ def test_mistakes_at_the_door(values: dict, message: str):
         ("stages:\n  s81: {theta: 5}\n", "stage 's81' is not in the curriculum; did you mean 's8192'?"),
         ("stages: [1, 2]\n", "does not hold `stages: {NAME: {theta: NUMBER}}`"),
         ("stages: {s8192: {theta: 5", "does not hold `stages"),
+        ("stages: {s8192: {theta: much}}", "stages.s8192.theta='much' is not a count"),
+        ("stages: {s8192: {theta: 1}}", "stages.s8192.theta=1 must be above 1"),
     ],
 )
 def test_a_wrong_theta_file(tmp_path: Path, content: str, message: str):

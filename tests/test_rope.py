@@ -230,6 +230,35 @@ def test_yarn_models_serve_original_times_factor():
     assert "already yarn" in (rope.note() or "")
 
 
+QWEN = {
+    "model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "num_hidden_layers": 28,
+    "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064,
+    "max_position_embeddings": 32768, "use_sliding_window": False, "tie_word_embeddings": False,
+}  # fmt: skip
+SERVED = {"factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {"rope_theta": 1000000.0, "rope_scaling": {"type": "yarn", **SERVED}},
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1000000.0, **SERVED}},
+    ],
+)
+def test_theta_plan_and_training_begin_at_the_same_rope(tmp_path: Path, written: dict):
+    from longctx.config.model import ModelConfig
+    from longctx.plan.shape import shape_of
+    from longctx.train.run import _geometry
+
+    (tmp_path / "config.json").write_text(json.dumps({**QWEN, **written}))
+    model = ModelConfig(path=str(tmp_path))
+    rope, shape = read_rope(tmp_path), shape_of(model)
+    expected = (128, {"rope_type": "yarn", "rope_theta": 1000000.0, **SERVED}, 131072)
+    assert (rope.head_dim, rope.parameters, rope.window) == expected
+    assert (shape.head_dim, shape.rope, shape.window) == expected
+    assert _geometry(model) == expected
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

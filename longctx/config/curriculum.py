@@ -121,7 +121,7 @@ class CurriculumConfig:
 
     rule, lr, mix, layout, advance: for stages that say nothing else. only: the names of the stages to run.
     scratch: the model is new, so that lengths may repeat and lie below its window. theta_file: what
-    `longctx theta search=true` wrote; its thetas replace the rules of the stages it names.
+    `longctx theta search=true` wrote; its thetas replace those of the stages it names, whose rule stays.
     made_for: the rope it was made for, which only `longctx theta` without a model looks at.
     """
 

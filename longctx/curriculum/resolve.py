@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from longctx.config.curriculum import AdvanceConfig, CurriculumConfig, StageConfig
-from longctx.curriculum.select import read_theta_file, selected
+from longctx.curriculum.select import FoundTheta, read_theta_file, selected
 from longctx.curriculum.stage import Advance, Stage
 from longctx.curriculum.steps import batch_size, schedules
 from longctx.errors import UserError
-from longctx.rope import ExplicitTheta, Rope, apply, make_rule
+from longctx.rope import THETA_ONLY, ExplicitTheta, Rope, apply, make_rule
 
 
 def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any], window: int, file: str) -> list[Stage]:
@@ -33,7 +33,9 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
     for index, (name, stage) in enumerate(chosen.items()):
         where = f"curriculum.stages.{name}"
         _check_length(config, where, stage.seq_len, previous.window, first=index == 0, file=file)
-        parameters = _rope(config, stage, overrides.get(name), original, previous, where, file)
+        parameters, rule = _rope(config, stage, original, previous, where, file, found=name in overrides)
+        if name in overrides:
+            parameters = _with_found(parameters, rule, overrides[name], where, config.theta_file)
         if parameters["rope_theta"] < previous.theta and (index or not config.scratch):
             raise UserError(
                 f"{where}: theta={parameters['rope_theta']:.0f} is below the {previous.theta:.0f} it starts "
@@ -57,6 +59,7 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
                 layout=stage.layout or config.layout,
                 advance=_advance(stage.advance or config.advance),
                 start_window=previous.window,
+                rule=rule,
             )
         )
         previous = Rope(parameters, head_dim, stage.seq_len, file)
@@ -84,33 +87,49 @@ def _check_length(config: CurriculumConfig, where: str, length: int, before: int
 def _rope(
     config: CurriculumConfig,
     stage: StageConfig,
-    override: float | None,
     original: Rope,
     previous: Rope,
     where: str,
     file: str,
-) -> dict[str, Any]:
+    *,
+    found: bool,
+) -> tuple[dict[str, Any], str]:
+    """(rope_parameters, name of the rule). found: a theta file has this stage's theta, so it need name none."""
     if stage.theta is not None and stage.rule is not None:
         raise UserError(
             f"{where} names both theta={stage.theta} and rule={stage.rule.name!r}; give exactly one of the "
             f"two and set the other to null ({file})"
         )
-    theta = stage.theta if override is None else override
-    if theta is not None:
-        if theta <= 1:
-            raise UserError(f"{where}.theta={theta} must be above 1 ({file})")
-        return apply(ExplicitTheta(theta), original, stage.seq_len, where)
+    if stage.theta is not None:
+        if stage.theta <= 1:
+            raise UserError(f"{where}.theta={stage.theta} must be above 1 ({file})")
+        return apply(ExplicitTheta(stage.theta), original, stage.seq_len, where), ExplicitTheta.name
     rule = stage.rule or config.rule
     if rule is None:
         if config.scratch:
-            return dict(previous.parameters)
+            return dict(previous.parameters), ExplicitTheta.name
+        if found:
+            return apply(ExplicitTheta(original.theta), original, stage.seq_len, where), ExplicitTheta.name
         raise UserError(
             f"{where} names neither theta nor rule, and the curriculum has no rule; give one of them, for "
             f"example {where}.rule=dynamic-ntk ({file})"
         )
     made = make_rule(rule.name, rule.parameters(), f"{where}.rule")
     start = previous if (rule.start or made.start) == "previous" else original
-    return apply(made, start, stage.seq_len, f"{where}.rule")
+    return apply(made, start, stage.seq_len, f"{where}.rule"), rule.name
+
+
+def _with_found(
+    parameters: dict[str, Any], rule: str, found: FoundTheta, where: str, path: str | None
+) -> dict[str, Any]:
+    """The stage's rope with the theta that was found under the same scaling."""
+    same = found.rule is None or found.rule == rule or {found.rule, rule} <= THETA_ONLY
+    if not same:
+        raise UserError(
+            f"{where}: its theta was searched under rule {found.rule!r} and the stage has rule {rule!r}, whose other "
+            f"scaling it was not judged with; set {where}.rule={found.rule}, or search again under {rule!r} ({path})"
+        )
+    return {**parameters, "rope_theta": found.theta}
 
 
 def _advance(config: AdvanceConfig) -> Advance | None:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from longctx.config.base import parse_length
+from longctx.config.base import parse_count, parse_length
 from longctx.config.curriculum import CurriculumConfig, StageConfig
 from longctx.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class FoundTheta:
+    """A theta of the file. rule: what it was searched under (None: written by hand, taken under any)."""
+
+    theta: int
+    rule: str | None
 
 
 def selected(config: CurriculumConfig, file: str) -> dict[str, StageConfig]:
@@ -28,7 +38,7 @@ def selected(config: CurriculumConfig, file: str) -> dict[str, StageConfig]:
     return {name: config.stages[name] for name in names}
 
 
-def read_theta_file(config: CurriculumConfig, file: str) -> dict[str, float]:
+def read_theta_file(config: CurriculumConfig, file: str) -> dict[str, FoundTheta]:
     """Thetas by stage from the file `longctx theta search=true` wrote; empty without one."""
     if config.theta_file is None:
         return {}
@@ -55,7 +65,18 @@ def read_theta_file(config: CurriculumConfig, file: str) -> dict[str, float]:
                 + (f"did you mean {near!r}? " if near else "")
                 + f"known: {', '.join(config.stages)} ({path})"
             )
-    return {name: item["theta"] for name, item in stages.items()}
+    return {name: _found(item, f"{where}: stages.{name}", path) for name, item in stages.items()}
+
+
+def _found(item: dict[str, Any], where: str, path: Path) -> FoundTheta:
+    try:
+        theta = parse_count(item["theta"])
+    except ValueError as error:
+        raise UserError(f"{where}.theta={item['theta']!r} {error} ({path})") from None
+    if theta <= 1:
+        raise UserError(f"{where}.theta={theta} must be above 1 ({path})")
+    rule = item.get("rule")
+    return FoundTheta(theta, None if rule is None else str(rule))
 
 
 def _named_length(name: str) -> int | None:

@@ -67,7 +67,7 @@ class Stage:
     """A stage as it will run. rope: transformers' rope_parameters; window before it: `start_window` tokens.
 
     tokens: whole batches, steps * batch * seq_len. batch: sequences per optimizer step. advance: None unless
-    on.
+    on. rule: the rule that made the rope ("theta": chosen outright).
     """
 
     name: str
@@ -83,6 +83,7 @@ class Stage:
     layout: str
     advance: Advance | None
     start_window: int
+    rule: str
 
 
 def check_divides(stage: Stage, cp: int, file: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
+from longctx.rope import rope_of, rope_of_init
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,18 @@ def shape_of(model: ModelConfig) -> Shape:
 
 
 def _from_init(init: InitConfig) -> Shape:
-    head_dim = init.head_dim or init.hidden // init.heads
-    rope = {"rope_type": "default", "rope_theta": init.theta}
+    rope = rope_of_init(init)
     return Shape(
         init.layers,
         init.hidden,
         init.heads,
         init.kv_heads,
-        head_dim,
+        rope.head_dim,
         init.ffn,
         init.vocab,
         init.tie_embeddings,
-        rope,
-        init.window,
+        dict(rope.parameters),
+        rope.window,
     )
 
 
@@ -90,22 +90,18 @@ def _read(path: str) -> tuple[dict[str, Any], str]:
 def _from_json(values: dict[str, Any], file: str) -> Shape:
     try:
         heads, hidden = values["num_attention_heads"], values["hidden_size"]
-        rope = values.get("rope_parameters") or {
-            "rope_type": "default",
-            "rope_theta": values.get("rope_theta", 10000.0),
-            **(values.get("rope_scaling") or {}),
-        }
+        rope = rope_of(values, file)
         return Shape(
             layers=values["num_hidden_layers"],
             hidden=hidden,
             heads=heads,
             kv_heads=values.get("num_key_value_heads") or heads,
-            head_dim=values.get("head_dim") or hidden // heads,
+            head_dim=rope.head_dim,
             ffn=values["intermediate_size"],
             vocab=values["vocab_size"],
             tied=bool(values.get("tie_word_embeddings", False)),
-            rope=rope,
-            window=values["max_position_embeddings"],
+            rope=dict(rope.parameters),
+            window=rope.window,
         )
     except KeyError as error:
         raise UserError(f"{file} has no {error}: not the config of a decoder this plan knows") from None

@@ -13,12 +13,13 @@ from longctx.rope.bound import (
     wavelengths,
 )
 from longctx.rope.frequencies import attention_factor, inv_freq
-from longctx.rope.rules import RULES, ExplicitTheta, Rule, apply, make_rule
-from longctx.rope.state import Rope, read_rope
+from longctx.rope.rules import RULES, THETA_ONLY, ExplicitTheta, Rule, apply, make_rule
+from longctx.rope.state import Rope, read_rope, rope_of, rope_of_init
 
 __all__ = [
     "PUBLISHED_BOUNDS",
     "RULES",
+    "THETA_ONLY",
     "ExplicitTheta",
     "Rope",
     "Rule",
@@ -29,6 +30,8 @@ __all__ = [
     "inv_freq",
     "make_rule",
     "read_rope",
+    "rope_of",
+    "rope_of_init",
     "supported_length",
     "wavelengths",
 ]

@@ -256,6 +256,10 @@ RULES: dict[str, type[Rule]] = {
 }
 
 
+# Rules that change theta and nothing else: a theta means the same under each of them.
+THETA_ONLY = frozenset({Ntk.name, DynamicNtk.name, ScalingLaw.name, ExplicitTheta.name})
+
+
 def make_rule(name: str, values: Mapping[str, Any], where: str = "rule") -> Rule:
     """The rule `name` with the parameters the user gave.
 

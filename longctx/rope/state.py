@@ -10,10 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longctx.errors import UserError
 from longctx.rope.frequencies import ROPE_TYPES, Frequencies, inv_freq, rotary_dim
+
+if TYPE_CHECKING:
+    from longctx.config.model import InitConfig
 
 # Architectures that rotate without saying so in old config.json files, all with theta 10000.
 _SILENT = {"llama", "mistral", "gpt_neox", "phi", "qwen2", "stablelm", "internlm", "baichuan", "falcon"}
@@ -83,8 +86,14 @@ def read_rope(path: str | Path) -> Rope:
     return rope_of(config, str(file))
 
 
+def rope_of_init(init: InitConfig) -> Rope:
+    """The rope of a model that is drawn at random."""
+    rope = {"rope_type": "default", "rope_theta": init.theta}
+    return Rope(rope, init.head_dim or init.hidden // init.heads, init.window, "model.init")
+
+
 def rope_of(config: Mapping[str, Any], source: str) -> Rope:
-    """The rope in a config.json's content."""
+    """The rope in a config.json's content, as it stands or as transformers' config.to_dict() gives it."""
     if isinstance(config.get("text_config"), Mapping):
         config = {**config["text_config"], "model_type": config["text_config"].get("model_type", "text")}
     parameters = _parameters(config, source)

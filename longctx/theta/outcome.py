@@ -23,14 +23,16 @@ class Result:
     trials: list[Trial]
 
 
-def write_override(path: Path, result: Result) -> None:
-    """Put the chosen theta into the stage override file, beside those of other stages already there."""
+def write_override(path: Path, result: Result, rule: str) -> None:
+    """Put the chosen theta and the rule it was searched under into the stage override file, beside those of other
+    stages already there.
+    """
     import yaml
 
     known: dict[str, Any] = {}
     if path.exists():
         known = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
-    known[result.stage] = {"theta": result.best.theta}
+    known[result.stage] = {"theta": result.best.theta, "rule": rule}
     lines = [
         "# Written by `longctx theta search=true`; read with curriculum.theta_file=THIS_FILE.",
         "stages:",

@@ -19,11 +19,12 @@ from longctx.config.model import ModelConfig
 from longctx.config.theta import ThetaConfig
 from longctx.curriculum import Stage
 from longctx.errors import UserError, nearest
+from longctx.identity import identity, key_of
 from longctx.rope import Rope
 from longctx.theta.bracket import Found, narrow
 from longctx.theta.curve import draw_curve
 from longctx.theta.outcome import Result, tell, write_override
-from longctx.theta.trials import Trial, TrialFile, key_of
+from longctx.theta.trials import Trial, TrialFile
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def find(job: Job) -> Result:
         if ranks.first:
             best, rule = result.best.theta, result.rule.theta
             draw_curve(result.trials, rule=rule, best=best, length=result.seq_len, path=job.png)
-            write_override(job.override, result)
+            write_override(job.override, result, job.stage.rule)
         return result
     finally:
         worlds.stop()
@@ -206,15 +207,16 @@ def _material(job: Job) -> tuple[Any, Any]:
 
 def _key(job: Job) -> str:
     """Everything that makes two trials' losses comparable; the bracket and the needles' weight do not."""
-    folder, stage = Path(str(job.model.path)), job.stage
+    model, stage = job.model, job.stage
     free = ("stage", "bracket", "points", "rounds", "attempts", "needle_weight")
     settings = {key: value for key, value in asdict(job.config.trials).items() if key not in free}
-    weights = {file.name: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
     rope = {key: value for key, value in stage.rope.items() if key != "rope_theta"}
     return key_of(
         {
-            "model": str(job.model.path),
-            "weights": weights,
+            "model": identity(str(model.path)),
+            "tokenizer": identity(str(model.tokenizer or model.path)),
+            "dtype": model.dtype,
+            "rotary": model.rotary,
             "length": stage.seq_len,
             "rope": rope,
             "mix": stage.mix,

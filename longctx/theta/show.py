@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longctx.rope import RULES, Rope, wavelengths
+from longctx.rope import RULES, THETA_ONLY, Rope, wavelengths
 from longctx.theta.paste import new_style, old_style
-from longctx.theta.table import THETA_RULES, Alternative, Row
+from longctx.theta.table import Alternative, Row
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -99,7 +99,7 @@ def _alternative(name: str, found: Alternative, needed: int) -> str:
     if found.rope_parameters is None:
         return "-"
     supported = _supported(found.supported_length, found.checked_to, needed)
-    return f"{found.theta:.0f}\n{supported}" if name in THETA_RULES else supported
+    return f"{found.theta:.0f}\n{supported}" if name in THETA_ONLY else supported
 
 
 def picture(rope: Rope, rows: Sequence[Row], path: Path) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 from longctx.config.curriculum import CurriculumConfig, LearningRateConfig, RopeConfig, StageConfig
 from longctx.config.theta import ThetaConfig
-from longctx.curriculum import Stage, resolve, selected
+from longctx.curriculum import Stage, resolve
 from longctx.errors import UserError
-from longctx.rope import Rope, read_rope
+from longctx.rope import ExplicitTheta, Rope, read_rope, rope_of_init
 
 COMMAND = "the command line"
 _SEARCH_STRETCH = 16  # the length searched for when none is named, in windows
@@ -48,17 +47,15 @@ def target_stages(config: ThetaConfig, rope: Rope) -> tuple[list[Stage], list[st
     """The stages to show and what chose each one's theta."""
     curriculum, file = _curriculum(config, rope)
     stages = resolve(curriculum, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=file)
-    return stages, _chosen_by(curriculum, stages, file)
+    return stages, ["explicit" if stage.rule == ExplicitTheta.name else stage.rule for stage in stages]
 
 
 def _of_model(config: ThetaConfig) -> Rope:
     assert config.model is not None
     if config.model.path is not None:
         return read_rope(config.model.path)
-    init = config.model.init
-    assert init is not None
-    head_dim = init.head_dim or init.hidden // init.heads
-    return Rope({"rope_type": "default", "rope_theta": init.theta}, head_dim, init.window, "model.init")
+    assert config.model.init is not None
+    return rope_of_init(config.model.init)
 
 
 def _curriculum(config: ThetaConfig, rope: Rope) -> tuple[CurriculumConfig, str]:
@@ -81,13 +78,3 @@ def _curriculum(config: ThetaConfig, rope: Rope) -> tuple[CurriculumConfig, str]
         CurriculumConfig(stages={f"s{to}": stage}, rule=rule, lr=LearningRateConfig(peak=1e-5)),
         COMMAND,
     )
-
-
-def _chosen_by(curriculum: CurriculumConfig, stages: Sequence[Stage], file: str) -> list[str]:
-    configs = selected(curriculum, file)
-    names: list[str] = []
-    for stage in stages:
-        own = configs[stage.name]
-        rule = own.rule or (None if own.theta is not None else curriculum.rule)
-        names.append(rule.name if rule is not None else "explicit")
-    return names

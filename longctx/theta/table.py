@@ -17,6 +17,7 @@ from longctx.errors import UserError
 from longctx.rope import (
     PUBLISHED_BOUNDS,
     RULES,
+    THETA_ONLY,
     Rope,
     apply,
     critical_dimension,
@@ -24,8 +25,6 @@ from longctx.rope import (
     make_rule,
     supported_length,
 )
-
-THETA_RULES = ("ntk", "dynamic-ntk", "scaling-law")
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def alternatives(name: str, rope: Rope, lengths: Sequence[int]) -> list[Alternat
             continue
         at = Rope(parameters, rope.head_dim, length, rope.source)
         limit = 2 * length
-        theta = parameters["rope_theta"] if name in THETA_RULES else None
+        theta = parameters["rope_theta"] if name in THETA_ONLY else None
         found.append(Alternative(theta, supported_length(at.frequencies(), limit), limit, parameters))
     return found
 

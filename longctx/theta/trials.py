@@ -6,13 +6,10 @@ that was cut off is dropped, with a word about it.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from longctx.console import say
 
@@ -30,12 +27,6 @@ class Trial:
     def score(self, needle_weight: float) -> float:
         """What the search lowers."""
         return self.last_quarter_loss + needle_weight * (self.needle_loss or 0.0)
-
-
-def key_of(values: Mapping[str, Any]) -> str:
-    """A short hash of what the trials of one search have in common."""
-    text = json.dumps(values, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 class TrialFile:

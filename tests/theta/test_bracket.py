@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longctx.identity import key_of
 from longctx.theta.bracket import narrow
-from longctx.theta.trials import Trial, TrialFile, key_of
+from longctx.theta.trials import Trial, TrialFile
 
 
 def valley(best: float):

@@ -112,6 +112,58 @@ def test_two_ranks_find_what_one_does(searched: Path, model_folder: Path, text_f
         assert two["needle_loss"] == pytest.approx(one["needle_loss"], rel=1e-5)
 
 
+def test_trials_of_other_weights_of_the_same_size_are_not_used(
+    searched: Path, model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(searched, tmp_path / "again")
+    other = shutil.copytree(model_folder, tmp_path / "model")
+    weights = load_file(other / "model.safetensors")
+    size = (other / "model.safetensors").stat().st_size
+    save_file({k: w * 1.5 for k, w in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    assert (other / "model.safetensors").stat().st_size == size
+    assert main(words(other, text_folder, tmp_path / "again")) == 0
+    before, after = trials_of(searched), trials_of(tmp_path / "again")
+    assert f"{len(before)} trials of another model, stage or setting are passed over" in capsys.readouterr().err
+    assert after[0]["theta"] == after[len(before)]["theta"]
+    assert after[0]["last_quarter_loss"] != after[len(before)]["last_quarter_loss"]
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float64"}, {"rotary": "float64"}, {"tokenizer": str(ASSET)}])
+def test_tokenizer_and_precision_belong_to_a_trial(model_folder: Path, tmp_path: Path, change: dict):
+    from longctx.config.data import DataConfig
+    from longctx.config.model import ModelConfig
+    from longctx.config.theta import ThetaConfig
+    from longctx.theta.search import _key, job_of
+    from longctx.theta.start import starting_rope, target_stages
+
+    def key(**values: str) -> str:
+        data = build(
+            DataConfig, {"sources": {"s": {"kind": "stdlib"}}, "mixes": {"default": {"s": 1.0}}}, origin="test"
+        )
+        config = ThetaConfig(model=ModelConfig(path=str(model_folder), **values), to=512, search=True, data=data)
+        rope = starting_rope(config)
+        return _key(job_of(config, rope, target_stages(config, rope)[0]))
+
+    assert key() == key()
+    assert key(**change) != key()
+
+
+def test_the_override_names_the_rule_and_training_keeps_its_scaling(
+    model_folder: Path, text_folder: Path, tmp_path: Path
+):
+    given = [word for word in words(model_folder, text_folder, tmp_path) if word != "rule=ntk"]
+    assert main([*given, "rule=yarn", "trials.rounds=0", "trials.attempts=0"]) == 0
+    file = tmp_path / "theta.yaml"
+    assert '"rule": "yarn"' in file.read_text()
+    curriculum = {"stages": {"s512": {"seq_len": 512, "steps": 4, "batch": 1}}, "rule": "yarn", "lr": {"peak": 1e-3}}
+    config = build(CurriculumConfig, {**curriculum, "theta_file": str(file)}, origin="test")
+    stage = resolve(config, head_dim=16, rope=ROPE, window=64, file="test")[0]
+    assert (stage.rope["rope_type"], stage.rope["factor"]) == ("yarn", 8.0)
+    assert f'"theta": {stage.theta}' in file.read_text()
+
+
 @pytest.fixture
 def objective(model_folder: Path):
     from longctx.attention import ContextParallel
