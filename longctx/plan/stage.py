@@ -155,7 +155,7 @@ def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
         attention=attention,
         memory=memory,
         flop=micro_steps * one * rate * world,
-        seconds=micro_steps * one + exposed + _weights_moved(shape, config, b, micro_steps, micro_steps * one),
+        seconds=micro_steps * one + exposed,
         exposed=exposed,
     )
 

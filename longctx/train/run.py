@@ -79,20 +79,17 @@ def resolve_stages(config: TrainConfig) -> list[Stage]:
 
 def _geometry(model: ModelConfig) -> tuple[int, dict[str, Any], int]:
     """(head_dim, rope_parameters, window) the run starts from."""
-    if model.init is not None:
-        init = model.init
-        return (
-            init.head_dim or init.hidden // init.heads,
-            {"rope_type": "default", "rope_theta": init.theta},
-            init.window,
-        )
     from longctx.model.family import check_config
     from longctx.model.load import read_config
+    from longctx.rope import rope_of, rope_of_init
 
-    hf = read_config(str(model.path))
-    check_config(hf, str(model.path))
-    head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-    return head_dim, dict(hf.rope_parameters), hf.max_position_embeddings
+    if model.init is not None:
+        rope = rope_of_init(model.init)
+    else:
+        hf = read_config(str(model.path))
+        check_config(hf, str(model.path))
+        rope = rope_of(hf.to_dict(), f"{model.path}/config.json")
+    return rope.head_dim, dict(rope.parameters), rope.window
 
 
 def _tokenizer(model: ModelConfig) -> Any:
