@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from longctx import console
 from longctx.config.bench_theta import BenchThetaConfig
@@ -23,6 +21,7 @@ from longctx.config.theta import ThetaConfig
 from longctx.config.train import TrainConfig
 from longctx.curriculum import Stage, resolve
 from longctx.errors import RunFailed
+from longctx.identity import identity, key_of
 from longctx.rope import Rope, read_rope, supported_length
 
 SEARCHED = "searched"
@@ -142,34 +141,32 @@ class Examiner:
 
     def examine(self, name: str, folder: Path, stage: Stage | None = None) -> Examined:
         """The model at `folder`, with the stage's rope in place of its own where one is given."""
-        stored = self.out / f"{name}.json"
-        if stored.exists():
-            return Examined(**json.loads(stored.read_text()))
-        found = self._measure(name, folder, stage)
-        self.out.mkdir(parents=True, exist_ok=True)
-        beside = stored.with_suffix(".part")
-        beside.write_text(json.dumps(asdict(found), indent=1))
-        beside.replace(stored)
-        return found
+        from longctx.eval.kept import keep, standing
+
+        config, stored = self.config, self.out / f"{name}.json"
+        asked = {"needle": asdict(config.needle), "windows": [config.documents, config.base_length]}
+        rope = (stage.rope, stage.seq_len) if stage else None
+        key = key_of({"model": identity(folder), "rope": rope, "ground": self.ground.key, **asked})
+        values = standing(stored, key)
+        if values is None:
+            values = asdict(self._measure(name, folder, stage))
+            keep(stored, key, values)
+        return Examined(**{field.name: values[field.name] for field in fields(Examined)})
 
     def _measure(self, name: str, folder: Path, stage: Stage | None) -> Examined:
-        from longctx.eval import loss, needle
-        from longctx.eval.predict import load_plain, one_process
+        from longctx.eval.loss import held_out_rows, token_losses
+        from longctx.eval.predict import grid_of, load_plain
 
         config, ground = self.config, self.ground
         rope, window = (dict(stage.rope), stage.seq_len) if stage else (None, None)
         model = load_plain(folder, rope, window)
-        grid = needle.grid(one_process(model), config.needle, ground.writer, ground.haystack, label=name)
+        grid = grid_of(model, config.needle, ground, label=name)
         longest = max(config.needle.lengths)
-        far = loss.token_losses(model, self._rows(longest, config.documents))
-        near = loss.token_losses(model, self._rows(config.base_length, 4 * config.documents))
+        far = token_losses(model, held_out_rows(ground, longest, config.documents))
+        near = token_losses(model, held_out_rows(ground, config.base_length, 4 * config.documents))
         tail = far[:, longest * 3 // 4 :]
         by_length = {str(length): share for length, share in grid.by_length().items()}
         return Examined(by_length, float(tail.mean()), float(near.mean()))
-
-    def _rows(self, length: int, count: int) -> np.ndarray:
-        rng = np.random.default_rng([7, length])
-        return np.stack([self.ground.haystack(rng, length) for _ in range(count)]).astype(np.int64)
 
 
 def markdown(base: Examined, lines: list[Line]) -> str:

@@ -1,7 +1,7 @@
 """What happens after training: the adapter, the merged sibling, and the evidence with its controls.
 
-All of it runs from exported folders, once each; a piece whose result stands in the run's folder is not done
-again, so that the same command continues here too.
+All of it runs from exported folders, once each; a piece that stands in the run's folder and was made from the same
+models and settings is not made again, so that the same command continues here too.
 """
 
 from __future__ import annotations
@@ -84,3 +84,7 @@ class HooksConfig:
     lora: LoraHook = field(default_factory=LoraHook)
     sibling: SiblingHook | None = None
     evidence: EvidenceHook | None = None
+
+    def __post_init__(self) -> None:
+        if self.sibling is not None and not self.lora.enabled:
+            raise ValueError("a sibling is what the adapter is merged into; set lora.enabled=true, or sibling=null")

@@ -1,1 +1,1 @@
-"""Evidence: needle grids, held-out loss, loss by position. Works on any Hugging Face model, or over the ring."""
+"""Evidence: needle grids, held-out loss, loss by position, of any Hugging Face model."""

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longctx.identity import key_of
+
 if TYPE_CHECKING:
     from longctx.config.data import DataConfig
     from longctx.data.writer import Haystack, Writer
@@ -13,8 +15,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ground:
+    """key: what the held-out documents and their tokens follow from."""
+
     writer: Writer
     haystack: Haystack
+    key: str
 
 
 def open_ground(data: DataConfig, source: str, tokenizer: Path | str, cache: Path) -> Ground:
@@ -27,4 +32,7 @@ def open_ground(data: DataConfig, source: str, tokenizer: Path | str, cache: Pat
     made = AutoTokenizer.from_pretrained(tokenizer)
     writer = Writer(made)
     corpus = open_source(source, data, made, cache, split="heldout")
-    return Ground(writer, corpus_haystack(corpus, writer))
+    # Shards are named by their documents' content and the tokenizer.
+    shards, entry = [shard.folder.name for shard in corpus.shards], data.sources[source]
+    key = key_of({"shards": shards, "heldout": data.heldout, "tokens": [entry.min_tokens, entry.max_tokens]})
+    return Ground(writer, corpus_haystack(corpus, writer), key)

@@ -1,6 +1,7 @@
 """Loss on held-out text: the mean over windows, and by position inside the window.
 
-Every window is a whole document's beginning, so position p always has p tokens of real context behind it.
+A window begins at a line somewhere in a held-out document and goes on with the documents after it, so position p
+always has p tokens of text before it, though not always of its own document.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
+    from longctx.eval.ground import Ground
 
-def windows(stream: np.ndarray, length: int, count: int, seed: int) -> np.ndarray:
-    """`count` stretches of `length` tokens [count, length] of a held-out stream, at places drawn from seed."""
-    rng = np.random.default_rng([seed, length])
-    starts = rng.integers(0, max(1, len(stream) - length), size=count)
-    return np.stack([np.resize(np.asarray(stream[s : s + length], np.int64), length) for s in starts])
+
+def held_out_rows(ground: Ground, length: int, count: int) -> np.ndarray:
+    """The same `count` windows [count, length] of held-out text for every model."""
+    rng = np.random.default_rng([7, length])
+    return np.stack([ground.haystack(rng, length) for _ in range(count)]).astype(np.int64)
 
 
 def token_losses(

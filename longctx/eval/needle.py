@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -120,13 +120,13 @@ def haystacks(config: NeedleConfig) -> int:
     return len(config.seeds) * len(config.lengths) * config.per_cell * len(_shares(config))
 
 
-def combine(part: Grid, group: Any = None) -> Grid:
+def combine(part: Grid) -> Grid:
     """The sum of every rank's part, on all ranks; the part itself when there is one process."""
     import torch
     import torch.distributed as dist
 
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
         return part
     both = torch.from_numpy(np.stack([part.hits, part.asked]))
-    dist.all_reduce(both, group=group)
+    dist.all_reduce(both)
     return replace(part, hits=both[0].numpy(), asked=both[1].numpy())

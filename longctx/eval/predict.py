@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longctx.config.eval import NeedleConfig
+from longctx.eval import needle
+from longctx.eval.grid import Grid
+from longctx.eval.ground import Ground
 from longctx.eval.needle import Predict
 
 if TYPE_CHECKING:
@@ -25,8 +31,29 @@ def one_process(model: Any) -> Predict:
     return predict
 
 
+def grid_of(
+    model: Any,
+    config: NeedleConfig,
+    ground: Ground,
+    *,
+    label: str,
+    rank: int = 0,
+    world: int = 1,
+    tick: Callable[[], None] = lambda: None,
+) -> Grid:
+    """A model's needle grid (of several ranks: this one's part): a prompt per thread on a CPU; one after the other
+    on a GPU, whose memory one prompt may fill.
+    """
+    workers = None if next(model.parameters()).device.type == "cpu" else 1
+    return needle.grid(
+        one_process(model), config, ground.writer, ground.haystack,
+        label=label, rank=rank, world=world, workers=workers, tick=tick,
+    )  # fmt: skip
+
+
 def load_plain(folder: Path | str, rope: dict[str, Any] | None = None, window: int | None = None) -> Any:
-    """A model as plain transformers loads it, in float32, for inference.
+    """A model as plain transformers loads it, for inference: on this process's GPU in the dtype of its weights,
+    without one on the CPU in float32.
 
     rope, window: rope_parameters and max_position_embeddings instead of what its config.json says.
     """
@@ -39,5 +66,10 @@ def load_plain(folder: Path | str, rope: dict[str, Any] | None = None, window: i
     if rope is not None:
         config.rope_parameters = dict(rope)
         config.max_position_embeddings = window
-    model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32, attn_implementation="sdpa")
-    return model.eval()
+    device, dtype = torch.device("cpu"), torch.float32
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        device, dtype = torch.device("cuda", local % torch.cuda.device_count()), "auto"
+    loader: Any = AutoModelForCausalLM
+    model = loader.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+    return model.to(device).eval()

@@ -1,7 +1,7 @@
 """The order of things after training: adapter, sibling, control, grids, one picture, one summary.
 
-Everything is skipped where its result stands already. The last lines on screen say in plain words what
-happened, and where the picture is.
+Everything is skipped where its result stands already and still belongs to the same models and settings. The last
+lines on screen say in plain words what happened, and where the picture is.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from longctx.hooks.proof import draw_proof
 from longctx.hooks.side import train_side
 from longctx.hooks.summary import tell, write_summary
 from longctx.report.page import write_page
+from longctx.rope import rope_of
 
 
 def run_hooks(config: TrainConfig, folder: Path) -> int:
@@ -75,7 +76,7 @@ def _examine_all(
     ground = open_ground(config.data, hook.source, tuned, cache)
     found = {}
     with console.progress() as bar:
-        task = bar.add_task("needles", total=sum(evidence.forwards(s, hook, out) for s in subjects))
+        task = bar.add_task("needles", total=sum(evidence.forwards(s, hook, ground, out) for s in subjects))
         for subject in subjects:
             bar.update(task, description=f"needles: {subject.name}")
             found[subject.name] = evidence.examine(subject, hook, ground, out, lambda: bar.advance(task))
@@ -122,4 +123,4 @@ def _subjects(
 def _window(model: str) -> int:
     from longctx.model.load import read_config
 
-    return int(read_config(model).max_position_embeddings)
+    return rope_of(read_config(model).to_dict(), model).window

@@ -56,9 +56,8 @@ def write_summary(
         "frozen": config.optim.freeze,
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
     }
-    behaviour = folder / "eval" / "behaviour.json"
-    if behaviour.exists():
-        summary["behaviour"] = json.loads(behaviour.read_text())
+    if config.hooks.sibling is not None and config.hooks.sibling.behaviour is not None:
+        summary["behaviour"] = json.loads((folder / "eval" / "behaviour.json").read_text())["losses"]
     beside = folder / "summary.json.part"
     beside.write_text(json.dumps(summary, indent=1))
     beside.replace(folder / "summary.json")

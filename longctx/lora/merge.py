@@ -17,6 +17,7 @@ import torch
 
 from longctx.config.lora import MergeConfig
 from longctx.errors import UserError
+from longctx.identity import RECORD
 from longctx.lora.adapter import Adapter
 from longctx.lora.changes import HEAD, Change, Match, layout_differences, match
 from longctx.lora.modelconfig import describe_rope, rope_section, text_section, with_rope
@@ -278,8 +279,8 @@ def _write_copied(target: Checkpoint, output: _Output, writer: SafetensorsWriter
 def _copy_others(target: Checkpoint, partial: Path, window: int | None, notes: list[str]) -> None:
     """Tokenizer, generation config, templates and the rest; tokenizer_config's length follows the window."""
     for name in target.source.names():
-        if name.endswith(_NOT_COPIED) or name in ("config.json", ".gitattributes"):
-            continue
+        if name.endswith(_NOT_COPIED) or name in ("config.json", ".gitattributes", "hashes.json", RECORD):
+            continue  # the last two are about the target's own weights
         (partial / name).write_bytes(target.source.fetch(name).read_bytes())
     if window is not None and (partial / "tokenizer_config.json").exists():
         settings = target.config("tokenizer_config.json")

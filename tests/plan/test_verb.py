@@ -61,6 +61,21 @@ def test_every_stage_of_a_curriculum_is_estimated(capsys, model):
     assert max(len(line) for line in out.splitlines()) <= 80
 
 
+def test_weights_over_a_slow_link_are_counted_once(capsys, model):
+    words = ("curriculum=8k_to_1048k", "curriculum.only=[s8k]", "engine=deepspeed", "engine.zero=3", "ranks=2")
+    status, out, _ = plan(capsys, model, *words, "model.dtype=bfloat16", "hardware.inner_gbytes=1", "format=json")
+    assert status == 0
+    document = json.loads(out)
+    stage, hardware = document["stages"]["s8k"], document["hardware"]
+    assert stage["cp"] == 1  # attention sends nothing
+    computing = stage["flop_per_step"] / (2 * hardware["tflops"] * 1e12 * hardware["utilization"])
+    # three gathers of bf16 weights and one reduction of fp32 gradients per micro-step, half of them from the other rank
+    moved = 8_030_261_248 * stage["micro_steps"] * (3 * 2 + 4) / 2 / 1e9
+    assert moved > computing
+    assert stage["link_seconds_per_step"] == pytest.approx(moved - computing)
+    assert stage["seconds_per_step"] == pytest.approx(moved)
+
+
 def test_a_stage_that_does_not_fit_is_marked(capsys, model):
     status, out, _ = plan(capsys, model, "curriculum=8k_to_1048k", "ranks=8", "hardware=l40s")
     assert status == 0

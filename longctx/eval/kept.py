@@ -1,0 +1,21 @@
+"""Findings kept as JSON files: measured once, and again when the key of what they follow from has changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def standing(path: Path, key: str) -> dict[str, Any] | None:
+    """What the file holds, if it was measured under this key."""
+    values = json.loads(path.read_text()) if path.exists() else {}
+    return values if values.get("key") == key else None
+
+
+def keep(path: Path, key: str, values: dict[str, Any]) -> None:
+    """Write the findings; a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps({"key": key, **values}, indent=1))
+    beside.replace(path)

@@ -1,0 +1,152 @@
+"""What follows training is made once, and again when the model or a setting behind it has changed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from longctx.assets import tiny_model
+from longctx.config.base import build
+from longctx.config.hooks import HooksConfig, SideRun
+from longctx.config.train import ParallelConfig, TrainConfig
+from longctx.errors import UserError
+from longctx.hooks.pipeline import run_hooks
+from longctx.hooks.side import side_config, train_side
+from longctx.train import runfolder
+from tests.train.made import config as run_config
+from tests.train.made import write_documents
+
+HOOKS = {
+    "lora": {"rank": 4, "embeddings": False},
+    "sibling": {"path": "???", "behaviour": "text"},
+    "evidence": {
+        "source": "text", "needle": {"lengths": [384], "per_cell": 1, "seeds": [1]}, "theta_only": False,
+        "unseen": None, "heldout_lengths": [64], "heldout_windows": 2,
+    },
+}  # fmt: skip
+
+
+def write_model(out: Path, seed: int, *, theta: float = 40000, window: int = 1024) -> None:
+    """The shipped model with every weight moved a little."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from longctx.model import export
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model())
+    generator = torch.Generator().manual_seed(seed)
+    state = ((n, p + 0.01 * torch.randn(p.shape, generator=generator)) for n, p in model.named_parameters())
+    rope = {"rope_type": "default", "rope_theta": theta}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    with torch.no_grad():
+        export(state, str(tiny_model()), tokenizer, out, rope=rope, window=window)
+
+
+def add_stage(run: Path, name: str, seq_len: int, seed: int) -> None:
+    """What training leaves of a stage."""
+    folder = run / "stages" / name
+    write_model(folder / "model", seed, window=seq_len)
+    mark = {"stage": name, "model": f"stages/{name}/model", "seq_len": seq_len, "theta": 40000, "tokens": 1, "steps": 1}
+    (folder / "finished.json").write_text(json.dumps({**mark, "seconds": 1.0}))
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("documents"))
+
+
+def make_run(folder: Path, documents: Path) -> TrainConfig:
+    write_model(folder / "sibling", 9, theta=10000, window=512)
+    add_stage(folder / "run", "s1024", 1024, seed=1)
+    made = run_config(
+        folder / "run", documents,
+        model={"init": None, "path": str(tiny_model()), "tokenizer": None},
+        data={"sources": {"text": {"kind": "text", "path": str(documents)}}, "heldout": 0.4},
+        hooks=with_sibling(HOOKS, folder),
+    )  # fmt: skip
+    runfolder.prepare(made)
+    return made
+
+
+def with_sibling(hooks: dict, folder: Path) -> dict:
+    return {**hooks, "sibling": {**hooks["sibling"], "path": str(folder / "sibling")}}
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """The pieces that hooks leave, by name."""
+    files = ["adapter/adapter_model.safetensors", "merged/model.safetensors", "eval/behaviour.json"]
+    files += [f"eval/{name}.json" for name in ("base", "extended", "sibling", "merged")]
+    return {name: (run / name).read_bytes() for name in files}
+
+
+def changed(before: dict[str, bytes], after: dict[str, bytes]) -> set[str]:
+    return {name for name in before if before[name] != after[name]}
+
+
+def test_what_stands_is_used_until_what_it_came_from_changes(
+    tmp_path: Path, documents: Path, capsys: pytest.CaptureFixture[str]
+):
+    made, run = make_run(tmp_path, documents), tmp_path / "run"
+    assert run_hooks(made, run) == 0
+    first, times = contents(run), [(run / name).stat().st_mtime_ns for name in contents(run)]
+    assert not (run / "merged" / "hashes.json").exists()  # the sibling has one, of other weights
+    capsys.readouterr()
+
+    assert run_hooks(made, run) == 0  # nothing has changed, nothing is made
+    assert [(run / name).stat().st_mtime_ns for name in first] == times
+    assert "again" not in capsys.readouterr().err
+
+    hooks = replace(made.hooks, lora=replace(made.hooks.lora, rank=6))
+    assert run_hooks(replace(made, hooks=hooks), run) == 0
+    other_rank = contents(run)
+    moved = {"adapter/adapter_model.safetensors", "merged/model.safetensors", "eval/merged.json", "eval/behaviour.json"}
+    assert changed(first, other_rank) == moved
+    assert json.loads((run / "summary.json").read_text())["adapter"]["rank"] == 6
+    assert "adapter was made from another model or with other settings" in capsys.readouterr().err.replace("\n", " ")
+
+    add_stage(run, "s2048", 2048, seed=2)
+    assert run_hooks(replace(made, hooks=hooks), run) == 0
+    longer = contents(run)
+    assert changed(other_rank, longer) == {*moved, "eval/extended.json"}
+    assert json.loads((run / "merged" / "config.json").read_text())["max_position_embeddings"] == 2048
+
+    assert hooks.evidence is not None
+    needle = replace(hooks.evidence.needle, lengths=(448,))
+    hooks = replace(hooks, evidence=replace(hooks.evidence, needle=needle))
+    assert run_hooks(replace(made, hooks=hooks), run) == 0
+    grids = {f"eval/{name}.json" for name in ("base", "extended", "sibling", "merged")}
+    assert changed(longer, contents(run)) == grids
+    assert set(json.loads((run / "summary.json").read_text())["needle"]["base"]) == {"448"}
+
+
+def test_a_sibling_without_an_adapter_is_refused(tmp_path: Path):
+    values = {**with_sibling(HOOKS, tmp_path), "lora": {"enabled": False}}
+    with pytest.raises(UserError, match="a sibling is what the adapter is merged into"):
+        build(HooksConfig, values, origin="test")
+
+
+SIDE = build(SideRun, {"stage": {"seq_len": 64, "theta": 10000, "steps": 1, "batch": 4}}, origin="test")
+
+
+@pytest.mark.parametrize("parallel", [{"cp": 2}, {"stages": {"s64": 1}}])
+def test_a_side_run_keeps_what_a_rank_holds_and_divides_its_own_ranks(tmp_path: Path, documents: Path, parallel: dict):
+    made = run_config(tmp_path / "run", documents, parallel={"tokens_per_rank": 4096, "ulysses": 2, **parallel})
+    own = side_config(made, tmp_path / "run", "control", SIDE)
+    assert own.parallel == ParallelConfig(tokens_per_rank=4096)
+    assert list(own.curriculum.stages) == ["control"]
+
+
+def test_a_finished_side_run_of_another_config_is_refused(tmp_path: Path, documents: Path):
+    made, run = run_config(tmp_path / "run", documents), tmp_path / "run"
+    own = side_config(made, run, "control", SIDE)
+    runfolder.prepare(own)
+    finished = run / "side" / "control" / "stages" / "control" / "finished.json"
+    finished.parent.mkdir(parents=True)
+    finished.write_text("{}")
+    assert train_side(made, run, "control", SIDE) == finished.parent / "model"
+    longer = replace(SIDE, stage=replace(SIDE.stage, steps=2))
+    with pytest.raises(UserError, match=r"curriculum.stages.control.steps was 1, now 2"):
+        train_side(made, run, "control", longer)
