@@ -7,11 +7,15 @@ nodes="${NODES:-1}" rank="${NODE_RANK:-0}" head="${HEAD:-localhost}" port="${POR
 per_node="${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c . || true)}"
 [ "${per_node:-0}" -gt 0 ] || per_node=1
 python="${PYTHON:-python}"
+# A rank of this node that leaves with 75 says so in this file: torchrun makes every status 1.
+export LONGCTX_REQUEUE="$(mktemp)"
+trap 'rm -f "$LONGCTX_REQUEUE"' EXIT
 for attempt in $(seq 0 "${REQUEUES:-3}"); do
   "$python" -m torch.distributed.run --nnodes "$nodes" --node-rank "$rank" --nproc-per-node "$per_node" \
     --master-addr "$head" --master-port "$port" -m longctx.train "$@"
   status=$?
-  [ "$status" -eq 75 ] || exit "$status"
+  [ -s "$LONGCTX_REQUEUE" ] || exit "$status"
+  : > "$LONGCTX_REQUEUE"
   echo "longctx: saved and requeued (attempt $((attempt + 1)))" >&2
 done
 exit 75

@@ -71,7 +71,7 @@ class BenchDataConfig:
     documents: Count = 10_000_000
     seq_lens: list[Length]
     parts: list[Literal["tokenize", "pack", "read", "million"]]
-    megabytes: int = 16
+    megabytes: int = 60
     workers: int | None = None
     seed: int = 0
     out: str = ""

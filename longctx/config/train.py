@@ -25,7 +25,7 @@ class ParallelConfig:
     tokens_per_rank: Length = 8192
     schedule: Literal["auto", "flat_ring", "double_ring", "allgather_ring", "ulysses_ring"] = "auto"
     nodes: int | Literal["auto"] = "auto"
-    ulysses: int = 1
+    ulysses: int | Literal["auto"] = "auto"
 
 
 @schema

@@ -14,6 +14,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +97,17 @@ def _batches(job: ShardJob, tally: Tally) -> Iterator[list[Document]]:
 
 
 def _backend(spec: TokenizerSpec) -> Any:
+    backend = _tokenizer(spec.json)
+    backend.encode_special_tokens = spec.chat is None
+    return backend
+
+
+@lru_cache(maxsize=2)
+def _tokenizer(json: str) -> Any:
+    """Kept from shard to shard: a tokenizer remembers the words it has seen, and is a third slower while it does not."""
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(spec.json)
+    backend = Tokenizer.from_str(json)
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -107,7 +116,6 @@ def _backend(spec: TokenizerSpec) -> Any:
 def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
     """Text documents: marks such as <|end_of_text|> written inside a text are text, not tokens of command."""
     backend = _backend(spec)
-    backend.encode_special_tokens = True
     only_special = re.compile(r"(?:\s|" + "|".join([re.escape(token) for token in spec.special] or [r"\s"]) + ")*")
     head = [] if spec.bos is None else [spec.bos]
     tail = [] if spec.eos is None else [spec.eos]

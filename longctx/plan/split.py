@@ -25,10 +25,11 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
     of a sequence and the batch divides over the groups; else the largest for which the batch divides.
     """
     fixed = parallel.stages.get(stage.name, parallel.cp)
+    key = f"parallel.stages.{stage.name}" if stage.name in parallel.stages else "parallel.cp"
     if not isinstance(fixed, str):  # a number, not "auto"
         if fixed < 1 or world % fixed:
             near = max(c for c in range(1, world + 1) if world % c == 0 and c <= max(fixed, 1))
-            raise UserError(f"parallel.cp={fixed} does not divide the {world} ranks; {near} fits ({FILE})")
+            raise UserError(f"{key}={fixed} does not divide the {world} ranks; {near} fits ({FILE})")
         check_divides(stage, fixed, FILE)
         return fixed
     parts = 2 if stage.layout == "zigzag" else 1
@@ -42,6 +43,53 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
         )
     small = [cp for cp in fits if stage.seq_len <= parallel.tokens_per_rank * cp]
     return small[0] if small else fits[-1]
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How cp ranks attend: over so many nodes, by which schedule, in groups of how many Ulysses ranks."""
+
+    nodes: int
+    schedule: str
+    ulysses: int
+
+
+def choose_ring(
+    parallel: ParallelConfig, *, cp: int, local_world: int, stage: str, heads: tuple[int, int] | None = None
+) -> Ring:
+    """local_world: ranks of a node. heads: (query, kv) heads, None: not looked at.
+
+    auto: a flat ring within a node, a double ring over several, ulysses_ring where parallel.ulysses is above 1; a
+    ulysses_ring takes all ranks of a node. Raises UserError for what does not divide.
+    """
+    if cp == 1:
+        return Ring(1, "flat_ring", 1)
+    nodes = parallel.nodes
+    if isinstance(nodes, str):
+        nodes = cp // local_world if cp > local_world and cp % local_world == 0 else 1
+    where = f"the {cp} ranks that share a sequence in stage {stage} ({FILE})"
+    if nodes < 1 or cp % nodes:
+        raise UserError(f"parallel.nodes={nodes} does not divide {where}")
+    wanted, schedule = parallel.ulysses, parallel.schedule
+    if schedule == "auto":
+        several = not isinstance(wanted, str) and wanted > 1
+        schedule = "ulysses_ring" if several else ("double_ring" if nodes > 1 else "flat_ring")
+    if schedule != "ulysses_ring":
+        if wanted not in ("auto", 1):
+            raise UserError(
+                f"parallel.ulysses={wanted} with parallel.schedule={schedule}: only ulysses_ring exchanges heads; set "
+                f"parallel.schedule=ulysses_ring or leave parallel.ulysses at auto ({FILE})"
+            )
+        return Ring(nodes, schedule, 1)
+    h = cp // nodes if isinstance(wanted, str) else wanted
+    if h < 1 or (cp // nodes) % h:
+        raise UserError(f"parallel.ulysses={h} does not divide the {cp // nodes} ranks of a node among {where}")
+    if heads is not None and (heads[0] % h or (heads[1] % h and h % heads[1])):
+        raise UserError(
+            f"parallel.ulysses={h} cannot share out {heads[0]} query and {heads[1]} kv heads: it must divide the "
+            f"first, and of it and the second one must divide the other ({FILE})"
+        )
+    return Ring(nodes, schedule, h)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from longctx.curriculum import Stage
 from longctx.plan.memory import BYTES, Memory, ring_buffers, stage_memory
 from longctx.plan.shape import Shape
 from longctx.plan.simulate import BACKWARD_WORK, evenly, simulate
-from longctx.plan.split import choose_cp, shares
+from longctx.plan.split import choose_cp, choose_ring, shares
 from longctx.schedule import SCHEDULES, Plan, Sizes, build
 from longctx.topology import Link, Topology
 
@@ -123,10 +123,12 @@ def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
     b = BYTES[config.model.dtype]
     sizes = Sizes(stage.seq_len // cp, shape.heads, shape.kv_heads, shape.head_dim, share.per, b, max(b, 4))
     topology = topology_of(cp, config.ranks)
+    heads = (shape.heads, shape.kv_heads)
+    ring = choose_ring(config.parallel, cp=cp, local_world=config.ranks, stage=stage.name, heads=heads)
     if config.parallel.schedule == "auto":
-        attention = choose_schedule(topology, sizes, config.hardware, config.parallel.ulysses)
+        attention = choose_schedule(topology, sizes, config.hardware, ring.ulysses)
     else:
-        attention = time_attention(config.parallel.schedule, topology, sizes, config.hardware, config.parallel.ulysses)
+        attention = time_attention(ring.schedule, topology, sizes, config.hardware, ring.ulysses)
     tokens = sizes.tokens * share.per
     engine, rate = config.engine, config.hardware.tflops * 1e12 * config.hardware.utilization
     memory = stage_memory(

@@ -20,22 +20,7 @@ from longctx import __version__
 from longctx.errors import RunFailed, UserError
 from longctx.processes import die_with_parent
 from longctx.train import runfolder
-from longctx.train.signals import INTERRUPTED, leave_on_interrupt
-
-# What torch says on a rank whose peer has gone.
-PEER_GONE = (
-    "Connection closed by peer",
-    "Connection reset",
-    "Connection refused",
-    "Broken pipe",
-    "remote process",
-    "gloo",
-    "NCCL",
-    "ProcessGroup",
-    "Timed out waiting",
-    "wait timeout",
-    "store",
-)
+from longctx.train.signals import INTERRUPTED, SAVED_AND_REQUEUE, leave_on_interrupt, note_requeue
 
 
 def main(words: Sequence[str]) -> int:
@@ -51,24 +36,45 @@ def main(words: Sequence[str]) -> int:
         from longctx.train.run import run, train
 
         if words[:1] == ["--resolved"]:  # started by `longctx train`, which runs the hooks itself
-            return train(runfolder.read(Path(words[1])))
-        return run(_config(list(words), rank, world))
+            status = train(runfolder.read(Path(words[1])))
+        else:
+            status = run(_config(list(words), rank, world))
+        if status == SAVED_AND_REQUEUE:
+            note_requeue()
+        return status
     except UserError as error:
         _tell(str(error), rank == 0)
+        _leave_group()
         return 2
     except RunFailed as error:
         _tell(str(error), rank == 0)
+        _leave_group()
         return 1
     except KeyboardInterrupt:
         _tell("interrupted", rank == 0)
         return INTERRUPTED
     except Exception as error:  # the last place that can say which rank it was
-        if world > 1 and (type(error).__name__ == "PeerLost" or any(text in str(error) for text in PEER_GONE)):
+        if world > 1 and _lost_peers(error):
             time.sleep(5.0)  # the rank that died speaks first, and its launcher ends this one
-            print(f"longctx: rank {rank} lost its peers and stops", file=sys.stderr, flush=True)
+            first = str(error).strip().partition("\n")[0]
+            print(f"longctx: rank {rank} lost its peers and stops ({first})", file=sys.stderr, flush=True)
             return 1
         print(f"longctx: rank {rank} of {world} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
         return 1
+
+
+def _lost_peers(error: Exception) -> bool:
+    """Whether this is how another rank's death looks from here: torch's own types, or gloo's RuntimeError, which
+    begins with the place in gloo's source.
+    """
+    import torch.distributed as dist
+
+    from longctx.comm import PeerLost
+
+    if isinstance(error, (PeerLost, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    place = str(error).partition("]")[0]
+    return isinstance(error, RuntimeError) and place.startswith("[") and "gloo" in place
 
 
 def _config(words: list[str], rank: int, world: int) -> Any:
@@ -117,12 +123,18 @@ def _agree_on_config(words: list[str], rank: int) -> Any:
     answers: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(answers, same)
     if not all(answers):
-        ranks.stop()  # a rank that leaves with its group open is aborted by gloo's threads
         raise UserError(
             f"rank {answers.index(False)} was started with another command line or version of longctx than "
             "rank 0; run the same command on every node"
         )
     return config
+
+
+def _leave_group() -> None:
+    """A rank that leaves with its group open may be aborted by gloo's threads, and its status with it."""
+    from longctx.train import ranks
+
+    ranks.stop()
 
 
 def _tell(text: str, speak: bool) -> None:

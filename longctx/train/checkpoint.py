@@ -39,11 +39,16 @@ GIB = 2**30
 class State:
     """Where a run stands. cursor: sequences of the current stage already used, whatever dp and cp were.
 
-    ended: the stage is trained to its end (perhaps early), its export may still be due.
+    stage: its place in the curriculum, which may move while the run rests; stage_name and planned (seq_len, batch,
+    steps) say which it is. trained: names of the stages whose end was reached. ended: the stage is trained to its
+    end (perhaps early), its export may still be due.
     """
 
     step: int = 0
     stage: int = 0
+    stage_name: str = ""
+    planned: list[int] = field(default_factory=list)
+    trained: list[str] = field(default_factory=list)
     stage_step: int = 0
     ended: bool = False
     cursor: int = 0
@@ -107,7 +112,7 @@ class Checkpoints:
 
     def _write_own(self, path: Path, engine: Engine) -> tuple[dict[str, Any], str | None]:
         try:
-            index = fragments.write(path, engine.fragments(), {"rng": torch.get_rng_state()})
+            index = fragments.write(path, engine.fragments(), _random_states(self.ranks.device))
             _sync(path)
             return {"sha256": _sha256(path), "bytes": path.stat().st_size, "fragments": index}, None
         except (OSError, SafetensorError) as error:
@@ -116,6 +121,8 @@ class Checkpoints:
     def _publish(self, beside: Path, final: Path, files: dict[str, Any], state: State, engine: Engine) -> list[str]:
         try:
             write_text(beside / "state.json", json.dumps(asdict(state), indent=1))
+            if (self.run / "config.yaml").exists():
+                write_text(beside / "config.yaml", (self.run / "config.yaml").read_text())
             self._size = float(sum(entry["bytes"] for entry in files.values()))
             manifest = {"format": FORMAT, "parameters": engine.shapes(), "files": files,
                         "state_sha256": _sha256(beside / "state.json")}  # fmt: skip
@@ -189,10 +196,20 @@ class Checkpoints:
         with fragments.FragmentReader(folder, manifest) as reader:
             engine.restore(reader)
             same_world = state.written_by.get("world") == self.ranks.world
-            rng = reader.extra(f"rank{self.ranks.rank:05d}.safetensors", "rng") if same_world else None
+            own = f"rank{self.ranks.rank:05d}.safetensors"
+            rng, on_device = (reader.extra(own, name) if same_world else None for name in ("rng", "cuda_rng"))
         if rng is not None:
             torch.set_rng_state(rng)
+        if on_device is not None and self.ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(on_device, self.ranks.device)
         return state
+
+
+def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    states = {"rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda_rng"] = torch.cuda.get_rng_state(device)
+    return states
 
 
 def check_same_model(stored: dict[str, list[int]], own: dict[str, list[int]], folder: Path) -> None:

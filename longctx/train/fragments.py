@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 import torch
 
+from longctx.lora.tensors import DTYPE_NAMES
+from longctx.lora.writer import SafetensorsWriter
+
 # steps: one number, the optimizer steps a parameter has seen (Adam's bias correction).
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "steps"]
 
@@ -31,20 +34,23 @@ class Fragment:
 
 
 def write(path: Path, fragments: Iterator[Fragment], extra: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """Write one rank's file; returns the index of its fragments for the manifest."""
-    from safetensors.torch import save_file
-
-    tensors: dict[str, torch.Tensor] = {f"extra/{name}": value for name, value in extra.items()}
-    index: list[dict[str, Any]] = []
-    for fragment in fragments:
-        if fragment.data.numel() == 0:
-            continue
-        key = f"{fragment.kind}/{fragment.start}/{fragment.name}"
-        tensors[key] = fragment.data.detach().to("cpu").contiguous().clone()
-        index.append({"key": key, "kind": fragment.kind, "name": fragment.name, "start": fragment.start,
-                      "numel": fragment.data.numel()})  # fmt: skip
-    save_file(tensors, path)
-    return index
+    """Write one rank's file, one fragment in memory at a time; returns the index of its fragments for the manifest."""
+    pieces = {f"{piece.kind}/{piece.start}/{piece.name}": piece for piece in fragments if piece.data.numel()}
+    tensors = {key: piece.data.detach() for key, piece in pieces.items()}
+    tensors |= {f"extra/{name}": value for name, value in extra.items()}
+    writer = SafetensorsWriter(path, tensors)
+    try:
+        # Wide types first, so that every tensor begins at a multiple of its own width, as readers expect.
+        for key in sorted(tensors, key=lambda key: -tensors[key].element_size()):
+            tensor = tensors[key].to("cpu").contiguous()
+            writer.begin(key, "U8" if tensor.dtype == torch.uint8 else DTYPE_NAMES[tensor.dtype], tensor.shape)
+            writer.write(tensor)
+    finally:
+        writer.close()
+    return [
+        {"key": key, "kind": piece.kind, "name": piece.name, "start": piece.start, "numel": piece.data.numel()}
+        for key, piece in pieces.items()
+    ]
 
 
 class FragmentReader:

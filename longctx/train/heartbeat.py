@@ -14,11 +14,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
 
-PHASES = ("start", "data", "forward", "backward", "reduce", "save", "hand-off")
+# Phases that may last longer than any limit (tokenizing, loading, an export, an adapter): only silence is judged.
+PATIENT = ("start", "hand-off")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Progress:
 
 
 class Watcher:
-    """A thread per rank; only rank 0 judges. limit: seconds without any rank moving."""
+    """A thread per rank. limit: seconds without any rank moving. Rank 0 judges, and rank 1 judges rank 0."""
 
     def __init__(
         self,
@@ -77,13 +78,13 @@ class Watcher:
             own = f"{at.moves}|{at.step}|{at.phase}|{now - at.since:.1f}|{now}"
             try:
                 self._store.set(f"beat/{self.rank}", own)
-                if self.rank == 0 and (verdict := self._judge(seen)):
-                    self._fail(verdict)
+                if self.rank < 2 and (found := self._judge(seen)) and (found.culprit == 0) == (self.rank == 1):
+                    self._fail(found.words)
                     return
             except (RuntimeError, OSError):  # the store went away: the run is ending
                 return
 
-    def _judge(self, seen: dict[int, tuple[str, float]]) -> str | None:
+    def _judge(self, seen: dict[int, tuple[str, float]]) -> Verdict | None:
         beats = []
         for rank in range(self.world):
             key = f"beat/{rank}"
@@ -99,18 +100,26 @@ class Watcher:
         return verdict(beats, self.limit)
 
 
-def verdict(beats: list[Beat], limit: float) -> str | None:
-    """Which rank stalls, in words; None while some rank still moves."""
+class Verdict(NamedTuple):
+    culprit: int
+    words: str
+
+
+def verdict(beats: list[Beat], limit: float) -> Verdict | None:
+    """Which rank stalls, and why; None while some rank still moves, or works at what may take long."""
     if min(beat.still for beat in beats) < limit:
         return None
     silent = [beat for beat in beats if beat.age > limit / 2]
     culprit = max(silent, key=lambda beat: beat.age) if silent else min(beats, key=lambda beat: beat.moves)
+    if not silent and culprit.phase in PATIENT:
+        return None
     why = "its process no longer answers" if silent else f"it has been in {culprit.phase!r} for {culprit.still:.0f} s"
     others = sorted({beat.phase for beat in beats if beat.rank != culprit.rank})
-    return (
+    return Verdict(
+        culprit.rank,
         f"rank {culprit.rank} stalls at step {culprit.step}: {why}, while the others wait in "
         f"{', '.join(others)} (guards.stall_seconds={limit:g}). The last checkpoint stands; run the same "
-        "command to continue"
+        "command to continue",
     )
 
 

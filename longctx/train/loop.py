@@ -18,6 +18,7 @@ import torch
 
 from longctx import console
 from longctx.data.loader import Loader
+from longctx.errors import UserError
 from longctx.train import flops, runfolder
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.display import Display
@@ -56,6 +57,7 @@ class Job:
     display: Display
     stop: StopRequest
     flops: flops.Flops
+    profile: ProfileWindow
     evaluate: Evaluate | None = None
     progress: Progress = field(default_factory=Progress)
     saved_at: float = field(default_factory=time.monotonic)
@@ -67,8 +69,11 @@ def run_stages(job: Job) -> int:
     later = job.stages[job.state.stage + 1 :]
     check_data(job.config, later, job.ranks, job.engine.model, job.tokenizer, job.run)
     for stage in job.stages[job.state.stage :]:
-        if stage.index > job.state.stage:
+        if job.ranks.any(job.stop.asked):  # what comes first here, tokenizing, may take long; all is saved
+            return SAVED_AND_REQUEUE
+        if stage.index > job.state.stage or not job.state.planned:
             _enter(job.state, stage)
+        job.progress.at("start", job.state.step)
         opened = open_stage(job.config, stage, job.ranks, job.engine.model, job.tokenizer, job.run)
         try:
             if not job.state.ended and (code := _train(job, stage, opened)):
@@ -81,8 +86,45 @@ def run_stages(job: Job) -> int:
 
 def _enter(state: State, stage: Stage) -> None:
     state.stage, state.stage_step, state.cursor, state.ended = stage.index, 0, 0, False
+    state.stage_name, state.planned = stage.name, planned(stage)
     state.stage_seconds = 0.0
     state.recent_losses, state.tail_losses = [], []
+
+
+def planned(stage: Stage) -> list[int]:
+    """What a stage's documents were drawn for: with other numbers the cursor would point into other documents."""
+    return [stage.seq_len, stage.batch, stage.steps]
+
+
+def find_place(state: State, stages: Sequence[Stage]) -> None:
+    """Let the state of a checkpoint point at its stage again, wherever the curriculum has it now.
+
+    Raises UserError when the stage is gone, was planned otherwise, or has untrained stages before it.
+    """
+    if not state.planned:
+        return
+    names, new_name = [stage.name for stage in stages], "or take a new name=..."
+    if state.stage_name not in names:
+        raise UserError(
+            f"the run stands in stage {state.stage_name}, which the curriculum no longer has (stages: "
+            f"{', '.join(names)}); put it back, {new_name} (configs/curriculum)"
+        )
+    index = names.index(state.stage_name)
+    if planned(stages[index]) != state.planned:
+        words = "seq_len={} batch={} steps={}"
+        was, now = words.format(*state.planned), words.format(*planned(stages[index]))
+        raise UserError(
+            f"curriculum.stages.{state.stage_name} was planned with {was} and stands at step {state.stage_step}; with "
+            f"{now} its documents would be drawn anew and some read twice. Leave it as it was and add a stage after "
+            f"it, {new_name} (configs/curriculum)"
+        )
+    untrained = [name for name in names[:index] if name not in state.trained]
+    if untrained:
+        raise UserError(
+            f"the run stands in stage {state.stage_name}, and {', '.join(untrained)} before it was never trained; give "
+            f"it a place after {state.stage_name}, {new_name} (configs/curriculum)"
+        )
+    state.stage = index
 
 
 def _train(job: Job, stage: Stage, opened: OpenStage) -> int:
@@ -91,21 +133,20 @@ def _train(job: Job, stage: Stage, opened: OpenStage) -> int:
     guards = Guards(config.guards, job.run, job.ranks, state.recent_losses)
     stepper = Stepper(job.engine, job.ranks, guards, job.progress, opened.cp_size)
     job.display.stage(stage, state.stage_step, opened.words)
-    profile = ProfileWindow(config.profile, job.run, job.ranks)
     end = stage.steps * stage.batch
     with Loader(opened.window, batch=stage.batch, cursor=state.cursor, end=end) as loader:
         while not state.ended:
             timer = Timer(job.ranks.device)
             began = time.perf_counter()
             job.progress.at("data", state.step)
-            profile.before(state.step)
+            job.profile.before(state.step)
             window = next(loader)
             lr = stage.lr.at(state.stage_step)
             votes = [job.stop.asked, _save_due(job)]
             report = stepper.take(window, lr, step=state.step, timer=timer, votes=votes)
             seconds = time.perf_counter() - began
             _advance(state, stage, report, seconds)
-            profile.after(state.step)
+            job.profile.after(state.step)
             _log(job, stage, opened, report, lr, seconds)
             stopping, due = report.votes
             if state.ended or stopping or due:
@@ -176,6 +217,8 @@ def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
     """Export, held-out loss and evaluation of a trained stage, once; finished.json is the mark."""
     folder = job.run / "stages" / stage.name
     mark = folder / "finished.json"
+    if stage.name not in job.state.trained:
+        job.state.trained.append(stage.name)
     if job.ranks.broadcast(mark.exists()):
         return
     job.progress.at("hand-off", job.state.step)
@@ -196,7 +239,7 @@ def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
             (folder / "eval").mkdir(exist_ok=True)
             job.evaluate(stage, folder / "model", folder / "eval")
         runfolder.write_text(mark, json.dumps(facts, indent=1))
-    job.ranks.barrier()
+    job.ranks.wait()
 
 
 def say_resumed(state: State, stages: Sequence[Stage]) -> None:

@@ -35,7 +35,12 @@ class ProfileWindow:
 
     def after(self, done: int) -> None:
         """done: steps finished so far."""
-        if self._active is None or self._steps is None or done < self._steps[1]:
+        if self._steps is not None and done >= self._steps[1]:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has been traced, also where the run ends inside the window."""
+        if self._active is None or self._steps is None:
             return
         self._active.__exit__(None, None, None)
         path = self._run / "profile" / f"step{self._steps[0]}-{self._steps[1]}.json"

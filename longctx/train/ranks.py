@@ -7,11 +7,12 @@ distributed. Ranks that fail together raise together: `agree` turns one rank's m
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -32,14 +33,26 @@ class Ranks:
     local_world: int
     device: torch.device
     control: dist.ProcessGroup | None = field(default=None, repr=False)
+    _meetings: int = field(default=0, repr=False)
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if self.world > 1:
-            dist.barrier(group=self.control)
+    def wait(self) -> None:
+        """Return when every rank is here, however long that takes: work of one rank (tokenizing, an export, an
+        adapter) may outlast any collective's timeout. A rank that died is its launcher's matter, one that answers
+        no more the watcher's.
+        """
+        if self.world == 1:
+            return
+        store = cast(Any, dist.distributed_c10d._get_default_store())
+        self._meetings += 1
+        key, pause = f"meeting/{self._meetings}", 0.001
+        store.add(key, 1)
+        while store.add(key, 0) < self.world:
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
 
     def gather(self, value: Any) -> list[Any]:
         """`value` of every rank, in order, on every rank."""
@@ -80,6 +93,7 @@ class Ranks:
             yield
         except (UserError, RunFailed, OSError, ValueError) as raised:
             error = raised
+        self.wait()
         reports = self.gather(None if error is None else (isinstance(error, UserError), str(error)))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report]
         if failed:
@@ -108,6 +122,7 @@ def start(engine: EngineConfig) -> Ranks:
     device = choose_device(engine.device, local_rank)
     join(rank, world, engine.timeout_seconds)
     timeout = timedelta(seconds=engine.timeout_seconds)
+    _set_timeout(timeout)
     control: Any = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" and world > 1 else None
     return Ranks(rank, world, local_rank, local_world, device, control)
 
@@ -122,6 +137,12 @@ def join(rank: int, world: int, timeout_seconds: float) -> None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+
+
+def _set_timeout(timeout: timedelta) -> None:
+    """Of the world's collectives: ranks under a launcher had to join it before they knew the config."""
+    if dist.get_world_size() > 1:
+        cast(Any, dist.distributed_c10d)._set_pg_timeout(timeout, dist.group.WORLD)
 
 
 def stop() -> None:

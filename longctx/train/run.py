@@ -7,7 +7,9 @@ each rank comes here on its own. Mistakes are refused before any rank starts.
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ from longctx.errors import UserError
 from longctx.train import engine as engines
 from longctx.train import ranks as worlds
 from longctx.train import runfolder
-from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest
+from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest, leaving_on_request
 
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig
@@ -29,16 +31,18 @@ def run(config: TrainConfig) -> int:
     status = train(config)
     if status == 0 and worlds.launcher_environment()["RANK"] == "0":
         worlds.leave_launcher()  # what the hooks train beside this run is theirs to start
-        status = int(_hooks().after_training(config, Path(config.folder)) or 0)
+        with leaving_on_request(), runfolder.held(Path(config.folder)):
+            status = int(_hooks().after_training(config, Path(config.folder)) or 0)
     return status
 
 
 def train(config: TrainConfig) -> int:
     """Train all stages, here or on ranks started for it; 0, or the status of what ended the run."""
     stages = resolve_stages(config)
-    world = int(worlds.launcher_environment()["WORLD_SIZE"])
+    environment = worlds.launcher_environment()
+    world, local_world = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
     starts_ranks = world == 1 and config.launch.nproc > 1
-    check(config, stages, config.launch.nproc if starts_ranks else world)
+    check(config, stages, *((config.launch.nproc,) * 2 if starts_ranks else (world, local_world)))
     if not starts_ranks:
         return run_rank(config)
     from longctx.train.launch import start_ranks
@@ -54,7 +58,7 @@ def _hooks() -> Any:
     return import_module("longctx.hooks")
 
 
-def check(config: TrainConfig, stages: list[Stage], world: int) -> None:
+def check(config: TrainConfig, stages: list[Stage], world: int, local_world: int) -> None:
     """Refuse at the door what would fail in every rank."""
     from longctx.data.opening import choose_mix
     from longctx.train import profile
@@ -62,9 +66,21 @@ def check(config: TrainConfig, stages: list[Stage], world: int) -> None:
 
     if config.launch.nproc < 1:
         raise UserError(f"launch.nproc={config.launch.nproc} must be 1 or more ranks (configs/train.yaml)")
+    if config.model.attention != "longctx":
+        raise UserError(
+            f"model.attention={config.model.attention} is for evaluation and comparison: training attends through "
+            "longctx, whose packed documents and ranks transformers' own kernels do not know; leave it at longctx "
+            "(configs/model)"
+        )
+    if config.logging.wandb != "disabled" and not find_spec("wandb"):
+        raise UserError(
+            f"logging.wandb={config.logging.wandb} needs the package wandb; pip install wandb, or set "
+            "logging.wandb=disabled (configs/logging)"
+        )
     engines.check(config.engine)
     profile.check(config.profile)
-    check_parallel(stages, config.parallel, config.engine, world)
+    heads = _heads(config.model)
+    check_parallel(stages, config.parallel, config.engine, world=world, local_world=local_world, heads=heads)
     for stage in stages:
         choose_mix(config.data, stage.mix, stage.name)
 
@@ -92,6 +108,16 @@ def _geometry(model: ModelConfig) -> tuple[int, dict[str, Any], int]:
     return rope.head_dim, dict(rope.parameters), rope.window
 
 
+def _heads(model: ModelConfig) -> tuple[int, int]:
+    """(query heads, kv heads)"""
+    from longctx.model.load import read_config
+
+    if model.init is not None:
+        return model.init.heads, model.init.kv_heads
+    hf = read_config(str(model.path))
+    return hf.num_attention_heads, getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
+
+
 def _tokenizer(model: ModelConfig) -> Any:
     from transformers import AutoTokenizer
 
@@ -116,7 +142,11 @@ def run_rank(config: TrainConfig) -> int:
         if not ranks.first:
             console.silence()
         _set_threads(config, ranks)
-        return _train(config, ranks, stop)
+        with ExitStack() as mine:
+            with ranks.agree("preparing the run's folder"):
+                if ranks.first:
+                    mine.enter_context(runfolder.held(runfolder.prepare(config)))
+            return _train(config, ranks, stop)
     finally:
         stop.close()
         worlds.stop()
@@ -141,42 +171,46 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     from longctx.train.display import Display
     from longctx.train.heartbeat import Progress, Watcher
     from longctx.train.metrics import Metrics
+    from longctx.train.profile import ProfileWindow
 
     hf_logging.disable_progress_bar()  # a bar per rank says nothing that the run's own display does not
     torch.manual_seed(config.seed + ranks.rank)
-    with ranks.agree("preparing the run's folder"):
-        run = runfolder.prepare(config) if ranks.first else Path(config.folder)
+    run = Path(config.folder)
     stages = resolve_stages(config)
-    check(config, stages, ranks.world)
+    check(config, stages, ranks.world, ranks.local_world)
+    place = engines.placer(config.engine, config.optim, config.model.dtype, ranks)
     with ranks.agree("loading the model"):
-        hf = model_of(config.model)
+        hf = model_of(config.model, place)
         tokenizer = _tokenizer(config.model)
-    counted = flops.of_model(
-        hf.config, sum(p.numel() for p in hf.parameters()), recompute=config.model.memory.checkpoint
-    )
+    elements = sum(engines.full_shape(parameter).numel() for parameter in hf.parameters())
+    counted = flops.of_model(hf.config, elements, recompute=config.model.memory.checkpoint)
     model = LossModel(hf, config.model.memory, z_loss=config.optim.z_loss)
     engine = engines.build(config.engine, config.optim, model, ranks)
     progress = Progress()
     watcher = Watcher(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
     checkpoints = Checkpoints(run, ranks, keep=config.checkpoint.keep, spare_gib=config.checkpoint.spare_gib)
     state = checkpoints.load(engine) or State()
+    loop.find_place(state, stages)
     loop.say_resumed(state, stages)
-    metrics = None
+    profile, metrics = ProfileWindow(config.profile, run, ranks), None
     if ranks.first:
         metrics = Metrics(run, config.logging, runfolder.to_dict(config), last_step=state.step, wandb_id=state.wandb_id)
     try:
         with Display(config.logging.display, config.logging.every, stages, first=ranks.first) as display:
             job = loop.Job(
                 config, run, ranks, stages, engine, tokenizer, checkpoints, state, metrics, display, stop,
-                counted, _hooks().after_stage(config), progress,
+                counted, profile, _hooks().after_stage(config), progress,
             )  # fmt: skip
             status = loop.run_stages(job)
-        ranks.barrier()
+        if ranks.any(stop.asked):  # also after the last step: what is due after training can be done later
+            status = SAVED_AND_REQUEUE
+        ranks.wait()
         if status == SAVED_AND_REQUEUE:
             console.say(f"{stop.name or 'a signal'}: saved at step {state.step}; the same command continues the run")
         return status
     finally:
         watcher.close()
+        profile.close()
         if metrics:
             metrics.close()
         engine.close()

@@ -7,10 +7,13 @@ A change is refused with the differing keys, unless `accept` names it or the use
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from longctx.errors import UserError
 
 IDENTITY = ("model", "data", "curriculum", "optim", "seed")
 # Parts of identity groups that change how fast, not what: they may differ.
-FREE_INSIDE = ("data.workers", "data.cache", "model.memory", "model.attention")
+FREE_INSIDE = ("model.memory", "model.attention")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -64,6 +67,30 @@ def prepare(config: TrainConfig) -> Path:
         raise UserError(f"run_dir={folder} cannot be made: {error.strerror}; choose another run_dir=") from None
     write_text(stored, yaml.safe_dump(to_dict(config), sort_keys=False))
     return folder
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """The run is this process's alone (rank 0 of a run): two of them would write over each other's checkpoints.
+
+    Raises UserError naming who has it. A file lock, so it ends with the process, whatever ends it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"{folder} is being written by {file.read().strip() or 'another process'}; wait for it, end it, or "
+                "take a new name=..."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 SAVED_AND_REQUEUE = 75
@@ -34,6 +36,31 @@ class StopRequest:
     def close(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def leaving_on_request() -> Iterator[None]:
+    """Where pieces of work are published when they are done, and skipped when they stand: leave at once with 75."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            go_silent()
+        note_requeue()
+        raise SystemExit(SAVED_AND_REQUEUE)
+
+    before = {number: signal.signal(number, leave) for number in asking()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def note_requeue() -> None:
+    """Tell the script that started this (launch/): torchrun and srun do not hand on the status of a rank."""
+    if path := os.environ.get("LONGCTX_REQUEUE"):
+        with open(path, "w") as file:
+            file.write(f"{SAVED_AND_REQUEUE}\n")
 
 
 def asking() -> list[signal.Signals]:

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 
 from longctx.errors import UserError
-from longctx.plan.split import FILE, Shares, choose_cp, shares
+from longctx.plan.split import FILE, Shares, choose_cp, choose_ring, shares
 from longctx.topology import split
 from longctx.train.batch import MicroBatch, micro_batch
 from longctx.train.engine import Engine
@@ -30,8 +30,14 @@ if TYPE_CHECKING:
     from longctx.model import LossModel
 
 
-def check_parallel(stages: Sequence[Stage], parallel: ParallelConfig, engine: EngineConfig, world: int) -> None:
-    """What can be refused before the ranks start: every stage's cp, batch share and micro-batch."""
+def check_parallel(
+    stages: Sequence[Stage], parallel: ParallelConfig, engine: EngineConfig, *,
+    world: int, local_world: int, heads: tuple[int, int],
+) -> None:  # fmt: skip
+    """What can be refused before the ranks start: every stage's cp, batch share, micro-batch and schedule.
+
+    heads: the model's (query, kv) heads.
+    """
     for name in parallel.stages:
         if name not in {stage.name for stage in stages}:
             raise UserError(
@@ -41,6 +47,7 @@ def check_parallel(stages: Sequence[Stage], parallel: ParallelConfig, engine: En
     for stage in stages:
         cp = choose_cp(stage, parallel, world)
         shares(stage, engine, world=world, cp=cp, rank=0, file=FILE)
+        choose_ring(parallel, cp=cp, local_world=local_world, stage=stage.name, heads=heads)
 
 
 @dataclass
@@ -134,9 +141,7 @@ def check_data(
         if ranks.local_rank == 0:
             cache = _cache(config, run)
             vocabulary = _vocabulary(model)
-            check_stages(
-                config.data, stages, tokenizer=tokenizer, seed=config.seed, cache=cache, vocab_size=vocabulary
-            )
+            check_stages(config.data, stages, tokenizer=tokenizer, seed=config.seed, cache=cache, vocab_size=vocabulary)
 
 
 def _cache(config: TrainConfig, run: Path) -> Path:
@@ -144,7 +149,7 @@ def _cache(config: TrainConfig, run: Path) -> Path:
 
 
 def _vocabulary(model: LossModel) -> int:
-    return model.model.config.vocab_size
+    return int(cast(Any, model.model).config.vocab_size)
 
 
 def _open_data(
@@ -176,13 +181,8 @@ def _open_context(parallel: ParallelConfig, ranks: Ranks, cp: int) -> tuple[Any,
             group: Any = dist.new_group(list(range(first, first + cp)))
             if first <= ranks.rank < first + cp:
                 own = group
-    nodes = parallel.nodes
-    if nodes == "auto":
-        nodes = cp // ranks.local_world if cp > ranks.local_world and cp % ranks.local_world == 0 else 1
-    schedule = parallel.schedule
-    if schedule == "auto":
-        schedule = "ulysses_ring" if parallel.ulysses > 1 else ("double_ring" if nodes > 1 else "flat_ring")
-    ulysses = parallel.ulysses if schedule == "ulysses_ring" else None
+    ring = choose_ring(parallel, cp=cp, local_world=ranks.local_world, stage="this one")
     if cp == 1:
         return ContextParallel(SoloWire(), split(1, 1)), None
-    return ContextParallel.from_world(nodes, schedule, ulysses, group=own), own
+    ulysses = ring.ulysses if ring.schedule == "ulysses_ring" else None
+    return ContextParallel.from_world(ring.nodes, cast(Any, ring.schedule), ulysses, group=own), own

@@ -51,14 +51,23 @@ def test_the_stalled_rank_is_the_one_behind_or_silent() -> None:
     waiting = [Beat(r, 40, 10, "reduce", 70.0, 1.0) for r in (0, 1, 3)]
     behind = Beat(2, 37, 10, "data", 71.0, 1.0)
     assert verdict([*waiting, behind], 100.0) is None
-    said = verdict([*waiting, behind], 60.0)
-    assert said is not None
-    assert said.startswith("rank 2 stalls at step 10: it has been in 'data' for 71 s")
+    found = verdict([*waiting, behind], 60.0)
+    assert found is not None
+    assert found.culprit == 2
+    assert found.words.startswith("rank 2 stalls at step 10: it has been in 'data' for 71 s")
     silent = Beat(2, 40, 10, "reduce", 70.0, 65.0)
-    said = verdict([*waiting, silent], 60.0)
-    assert said is not None
-    assert "rank 2" in said
-    assert "no longer answers" in said
+    found = verdict([*waiting, silent], 60.0)
+    assert found is not None
+    assert found.culprit == 2
+    assert "no longer answers" in found.words
+
+
+def test_what_may_take_long_is_no_stall_unless_the_process_is_silent() -> None:
+    waiting = [Beat(r, 3, 0, "start", 4000.0, 1.0) for r in (1, 2)]
+    assert verdict([Beat(0, 2, 0, "start", 4000.0, 1.0), *waiting], 1800.0) is None
+    found = verdict([Beat(0, 2, 0, "start", 4000.0, 1900.0), *waiting], 1800.0)
+    assert found is not None
+    assert found.culprit == 0
 
 
 def test_flops_are_what_torch_counts_for_a_plain_model() -> None:

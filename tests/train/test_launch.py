@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from longctx.bench.faults_run import Watched
 from longctx.train import metrics, runfolder
 
 from .launched import Launched, alive, children
@@ -115,3 +116,47 @@ def test_a_different_command_on_one_node_is_refused(tmp_path: Path) -> None:
     assert [rank.returncode for rank in ranks] == [2, 2], said
     assert "rank 1 was started with another command line" in said[0]
     assert json.dumps(said[1]) == '""'
+
+
+def test_the_torchrun_script_starts_again_what_was_saved_on_a_signal(tmp_path: Path, documents: Path) -> None:
+    """torchrun itself ends with 1 whatever its ranks said; the script knows better, and stops at REQUEUES."""
+    runfolder.prepare(config(tmp_path / "run", documents, curriculum=LONG))
+    script = Path(__file__).parents[2] / "launch" / "torchrun.sh"
+    environment = {
+        **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+        "GPUS": "2", "REQUEUES": "1", "PYTHON": sys.executable, "PORT": str(free_port()), "OMP_NUM_THREADS": "1",
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
+    }  # fmt: skip
+    with open(tmp_path / "log", "w+") as log:
+        words = ["bash", str(script), "--resolved", str(tmp_path / "run/config.yaml")]
+        life = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
+        watched = Watching(tmp_path / "run", life)
+        for _ in range(2):
+            assert watched.wait_for_step(watched.saved_step() + 4), (tmp_path / "log").read_text()
+            os.kill(children(life.pid)[0], signal.SIGTERM)  # the agent passes it on
+            gone = time.monotonic() + 60
+            while watched.saved_step() < watched.step() and time.monotonic() < gone:
+                time.sleep(0.1)
+        assert life.wait(120) == 75, (tmp_path / "log").read_text()
+        said = (tmp_path / "log").read_text()
+    assert said.count("saved and requeued") == 2
+    assert said.count("saved at step") == 2
+
+
+class Watching(Watched):
+    def __init__(self, run: Path, process: subprocess.Popen) -> None:
+        super().__init__(run)
+        self.process = process
+
+    def wait_for(self, seconds: float) -> bool:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -97,12 +98,12 @@ def test_a_closed_terminal_saves_too(tmp_path: Path) -> None:
 def test_stopped_and_continued_is_bit_identical(
     tmp_path: Path, documents: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    """The signal is seen in the step after the one it came in, before, at and after a hand-off."""
+    """The signal is seen in the step after the one it came in, or at the hand-off where that comes first."""
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         stop_after(patched, steps)
         assert train(config(run, documents)) == SAVED_AND_REQUEUE
-    assert len(losses(run)) == steps + 1
+    assert len(losses(run)) == {1: 2, 5: 5, 7: 8}[steps]
     assert train(config(run, documents)) == 0
     assert losses(run) == losses(undisturbed)
     assert all(value.equal(weights(run)[name]) for name, value in weights(undisturbed).items())
@@ -136,6 +137,88 @@ def test_a_finished_run_does_nothing_again(undisturbed: Path, documents: Path) -
     assert train(config(undisturbed, documents)) == 0
     assert (undisturbed / "stages/s128/model/model.safetensors").stat().st_mtime_ns == before
     assert len(losses(undisturbed)) == 9
+
+
+STAGES = {
+    "s64": {"seq_len": 64, "theta": 10000, "steps": 5, "batch": 4},
+    "s128": {"seq_len": 128, "theta": 40000, "steps": 4, "batch": 2},
+}
+
+
+def stages(**changed: dict[str, Any]) -> dict[str, Any]:
+    return {"accept": ["curriculum"], "curriculum": {"stages": {**STAGES, **changed}}}
+
+
+def test_a_stage_added_at_the_end_is_trained_and_nothing_else(
+    tmp_path: Path, documents: Path, undisturbed: Path
+) -> None:
+    run = tmp_path / "run"
+    assert train(config(run, documents)) == 0
+    more = stages(s256={"seq_len": 256, "theta": 90000, "steps": 2, "batch": 1})
+    assert train(config(run, documents, **more)) == 0
+    assert losses(run)[:9] == losses(undisturbed)
+    assert [line["stage"] for line in metrics.read(run / "metrics.jsonl")[9:]] == ["s256", "s256"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (stages(s128={**STAGES["s128"], "steps": 9}), "curriculum.stages.s128 was planned with.*steps=4.*steps=9"),
+        (stages(s128={**STAGES["s128"], "batch": 4}), "batch=2.*batch=4.*read twice"),
+        (stages(s96={**STAGES["s64"], "seq_len": 96}), "stands in stage s128, and s96 before it was never trained"),
+        ({"accept": ["curriculum"], "curriculum": {"stages": {"s64": STAGES["s64"]}}}, "s128, which the curriculum no"),
+    ],
+    ids=["longer", "batch", "inserted", "gone"],
+)
+def test_a_curriculum_changed_under_a_run_is_refused_or_meant(
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], message: str
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 6)
+        assert train(config(run, documents)) == SAVED_AND_REQUEUE
+    changed = {**changed, "curriculum": {"lr": {"peak": 3.0e-3}, **changed["curriculum"]}}
+    order = sorted(changed["curriculum"]["stages"].items(), key=lambda item: item[1]["seq_len"])
+    changed["curriculum"]["stages"] = dict(order)
+    with pytest.raises(UserError, match=message):
+        train(config(run, documents, **changed))
+
+
+def test_a_run_belongs_to_one_process(tmp_path: Path, documents: Path) -> None:
+    """The lock of another process; it goes with that process, however it ends."""
+    made = config(tmp_path / "run", documents)
+    code = (
+        "import sys, time; from pathlib import Path; from longctx.train.runfolder import held\n"
+        "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"being written by process {other.pid} on"):
+            train(made)
+    finally:
+        other.kill()
+        other.wait()
+    assert train(config(tmp_path / "run", documents, curriculum=one_stage(1), accept=["curriculum"])) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_work_after_training_is_left_at_once_and_asks_to_be_requeued(tmp_path: Path, number: signal.Signals) -> None:
+    code = (
+        "import signal, sys; from longctx.train.signals import leaving_on_request\n"
+        f"with leaving_on_request(): signal.raise_signal({int(number)}); print('not reached')"
+    )
+    note = tmp_path / "requeue"
+    environment = {**os.environ, "LONGCTX_REQUEUE": str(note)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (75, b"")
+    assert note.read_text() == "75\n"
+
+
+def test_a_profile_window_may_span_stages(tmp_path: Path, documents: Path) -> None:
+    assert train(config(tmp_path / "run", documents, profile={"steps": [4, 6]})) == 0
+    assert (tmp_path / "run/profile/step4-6.json").stat().st_size > 1000
 
 
 def test_accumulation_and_rows_do_not_matter(tmp_path: Path, documents: Path, undisturbed: Path) -> None:
@@ -211,6 +294,17 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"launch": {"nproc": 0}}, "launch.nproc=0 must be 1 or more"),
     ({"profile": {"steps": [4, 2]}}, r"profile.steps=\[4, 2\] must be two steps"),
     ({"optim": {"freeze": ["*nothing*"]}}, "matches no parameter"),
+    ({"parallel": {"stages": {"s64": 3}}, "launch": {"nproc": 2}}, "parallel.stages.s64=3 does not divide the 2 ranks"),
+    (
+        {"parallel": {"cp": 2, "ulysses": 2, "schedule": "flat_ring"}, "launch": {"nproc": 2}},
+        "parallel.ulysses=2 with parallel.schedule=flat_ring: only ulysses_ring",
+    ),
+    ({"parallel": {"cp": 2, "ulysses": 4}, "launch": {"nproc": 2}}, "parallel.ulysses=4 does not divide the 2 ranks"),
+    ({"parallel": {"cp": 2, "nodes": 3}, "launch": {"nproc": 2}}, "parallel.nodes=3 does not divide the 2 ranks"),
+    (
+        {"parallel": {"cp": 8, "schedule": "ulysses_ring"}, "launch": {"nproc": 8}},
+        "parallel.ulysses=8 cannot share out 4 query and 2 kv heads",
+    ),
 ]
 
 
