@@ -79,10 +79,13 @@ class CheckpointConfig:
 
 @schema
 class GuardsConfig:
-    """What stops or skips a step. spike: skip when the loss exceeds this multiple of the recent median."""
+    """What stops or skips a step. spike: skip when the loss exceeds this multiple of the median of the last
+    spike_window steps; spike_steps skips in a row end the run.
+    """
 
     spike: float | None = None
     spike_window: int = 50
+    spike_steps: int = 10
     stall_seconds: float = 1800.0
 
 

@@ -31,6 +31,7 @@ class Guards:
 
     def __init__(self, config: GuardsConfig, run: Path, ranks: Ranks, recent: list[float]) -> None:
         self.config, self.run, self.ranks, self.recent = config, run, ranks, recent
+        self.in_a_row = 0
 
     def check_finite(self, loss: float, norm: float, own: float, window: Sequence[MicroBatch], step: int) -> None:
         """Raises RunFailed before the optimizer is touched. own: this rank's share of the loss."""
@@ -51,10 +52,23 @@ class Guards:
         )
 
     def is_spike(self, loss: float) -> bool:
-        """Whether the step should be skipped; a step that is not skipped enters the history."""
+        """Whether the step should be skipped; a step that is not skipped enters the history.
+
+        Raises RunFailed at the guards.spike_steps-th skip in a row: the loss has risen, and would rise no further
+        only because nothing is trained.
+        """
         limit = self.config.spike
         if limit is not None and len(self.recent) >= MINIMUM_HISTORY and loss > limit * median(self.recent):
+            self.in_a_row += 1
+            if self.in_a_row >= self.config.spike_steps:
+                raise RunFailed(
+                    f"the loss ({loss:.4f}) has been above guards.spike={limit:g} times the recent median "
+                    f"({median(self.recent):.4f}) for {self.in_a_row} steps: this is no spike. The last checkpoint "
+                    "stands; lower curriculum.lr.peak, look at the data from here on, or raise guards.spike "
+                    "(configs/train.yaml)"
+                )
             return True
+        self.in_a_row = 0
         self.recent.append(loss)
         del self.recent[: -self.config.spike_window]
         return False

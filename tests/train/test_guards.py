@@ -42,6 +42,15 @@ def test_a_spike_is_skipped_and_not_remembered() -> None:
     assert not guards.is_spike(1.9)
 
 
+def test_a_loss_that_stays_high_ends_the_run() -> None:
+    guards = Guards(GuardsConfig(spike=2.0, spike_steps=3), Path("."), ALONE, [1.0] * 20)
+    assert guards.is_spike(5.0)
+    assert not guards.is_spike(1.0)
+    assert [guards.is_spike(5.0) for _ in range(2)] == [True, True]
+    with pytest.raises(RunFailed, match="guards.spike=2 times the recent median.*for 3 steps: this is no spike"):
+        guards.is_spike(5.0)
+
+
 def test_without_the_guard_nothing_is_skipped() -> None:
     guards = Guards(GuardsConfig(), Path("."), ALONE, [])
     assert not any(guards.is_spike(loss) for loss in [1.0] * 20 + [100.0])
