@@ -104,7 +104,7 @@ def _backend(spec: TokenizerSpec) -> Any:
 
 @lru_cache(maxsize=2)
 def _tokenizer(json: str) -> Any:
-    """Kept from shard to shard: a tokenizer remembers the words it has seen, and is a third slower while it does not."""
+    """Kept from shard to shard: a tokenizer remembers the words it has seen, and is a third slower without."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(json)

@@ -47,7 +47,7 @@ def test_a_loss_that_stays_high_ends_the_run() -> None:
     assert guards.is_spike(5.0)
     assert not guards.is_spike(1.0)
     assert [guards.is_spike(5.0) for _ in range(2)] == [True, True]
-    with pytest.raises(RunFailed, match="guards.spike=2 times the recent median.*for 3 steps: this is no spike"):
+    with pytest.raises(RunFailed, match=r"guards.spike=2 times the recent median.*for 3 steps: this is no spike"):
         guards.is_spike(5.0)
 
 
