@@ -115,3 +115,12 @@ def test_two_ranks_under_torchrun_find_what_one_does(tmp_path):
     assert np.sum(one["needle"]["asked"]) == 15
     assert two["loss"]["128"] == pytest.approx(one["loss"]["128"], rel=1e-6)
     assert two["loss_by_position"]["128"] == pytest.approx(one["loss_by_position"]["128"], rel=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_is_used_in_the_dtype_of_the_weights():
+    from longctx.eval.predict import load_plain
+
+    model = load_plain(tiny_model())
+    assert next(model.parameters()).device.type == "cuda"
+    assert str(model.dtype) == f"torch.{json.loads((tiny_model() / 'config.json').read_text())['dtype']}"
