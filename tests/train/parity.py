@@ -91,8 +91,13 @@ def check(rank: int, world: int, case: Case) -> None:
     ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
     dp = world // case.cp
     per_rank = case.rows * case.accumulation
-    mute = tuple(range(per_rank)) if case.variant == "mute" else ()
+    mute = tuple(range(per_rank)) if case.variant == "mute" and dp > 1 else ()
     data = MadeData(SEQ, dp * per_rank, seed=world, mute=mute)
+    if case.variant == "mute" and dp == 1:  # the first rank's two chunks of every sequence, under zigzag
+        chunk = SEQ // (2 * case.cp)
+        for weights in data.weights_of:
+            weights[: chunk + 1] = 0.0  # the last of them predicts the token after the chunk
+            weights[SEQ - chunk :] = 0.0
     share = Shares(dp, rank // case.cp, per_rank, case.rows)
     context, group = _open_context(ParallelConfig(), ranks, case.cp)
     loss, wanted = reference(case, data)
