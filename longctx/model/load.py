@@ -5,6 +5,7 @@ What longctx cannot train exactly is refused before any weight is read.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,18 @@ from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
 from longctx.model.family import check_config
 from longctx.model.norms import train_norms
+from longctx.model.single import Place, placed_as_drawn, placed_as_loaded
 
 
-def load(path: str, *, dtype: str = "float32", attention: str = "longctx", device: str = "cpu") -> Any:
+def load(
+    path: str, *, dtype: str = "float32", attention: str = "longctx", device: str = "cpu", place: Place | None = None
+) -> Any:
     """The causal LM at `path`: a local folder, or a hub id when no such folder exists.
 
-    dtype: float32, bfloat16 or float64. attention: "longctx", or transformers' "sdpa" or "eager".
-    Raises UserError for a missing path, a family that is not supported, sliding-window or soft-capped layers,
-    and a checkpoint that lacks weights.
+    dtype: float32, bfloat16 or float64. attention: "longctx", or transformers' "sdpa" or "eager". place: called
+    with each parameter as it is loaded, before the next is (longctx.model.single); the model stays where it puts
+    them, whatever `device`. Raises UserError for a missing path, a family that is not supported, sliding-window or
+    soft-capped layers, and a checkpoint that lacks weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -27,18 +32,23 @@ def load(path: str, *, dtype: str = "float32", attention: str = "longctx", devic
     config = read_config(path)
     check_config(config, path)
     _register(attention)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        path,
-        config=config,
-        dtype=getattr(torch, dtype),
-        attn_implementation=attention,
-        output_loading_info=True,
-    )
+    with placed_as_loaded(place, config) if place else nullcontext():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            config=config,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
+        )
     model, info = loaded
     _check_loaded(info, path)
     if dtype == "float64":
         train_norms(model)
-    return model.to(device)
+    if place is None:
+        return model.to(device)
+    for parameter in model.parameters():
+        place(parameter)
+    return model
 
 
 def read_config(path: str) -> Any:
@@ -75,14 +85,19 @@ def looks_local(path: str) -> bool:
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
 
 
-def init_from(spec: InitConfig, *, dtype: str = "float32", attention: str = "longctx") -> Any:
-    """A model of `spec`'s shape, random weights from its seed; the global random state is left alone."""
+def init_from(
+    spec: InitConfig, *, dtype: str = "float32", attention: str = "longctx", place: Place | None = None
+) -> Any:
+    """A model of `spec`'s shape, random weights from its seed; the global random state is left alone.
+
+    place: called with each parameter as it is drawn, before the next is; the numbers are the same.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     _register(attention)
     config = config_of(spec)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), placed_as_drawn(place) if place else nullcontext():
         torch.manual_seed(spec.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     if dtype == "float64":
@@ -114,14 +129,14 @@ def config_of(spec: InitConfig) -> Any:
     return config
 
 
-def model_of(config: ModelConfig) -> Any:
-    """The model a ModelConfig describes, with the rotary precision it asks for."""
+def model_of(config: ModelConfig, place: Place | None = None) -> Any:
+    """The model a ModelConfig describes, with the rotary precision it asks for; place: see load and init_from."""
     from longctx.model.rotary import set_rope
 
     if config.init is not None:
-        model = init_from(config.init, dtype=config.dtype, attention=config.attention)
+        model = init_from(config.init, dtype=config.dtype, attention=config.attention, place=place)
     else:
-        model = load(str(config.path), dtype=config.dtype, attention=config.attention)
+        model = load(str(config.path), dtype=config.dtype, attention=config.attention, place=place)
     if config.rotary == "float64":
         rope, window = model.config.rope_parameters, model.config.max_position_embeddings
         set_rope(model, rope, window, precision="float64")

@@ -20,6 +20,7 @@ from longctx.train.fragments import Fragment, FragmentReader
 if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, OptimConfig
     from longctx.model import LossModel, LossOutput
+    from longctx.model.single import Place
     from longctx.train.ranks import Ranks
 
 
@@ -87,6 +88,15 @@ def build(config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ran
     return engine
 
 
+def placer(config: EngineConfig, optim: OptimConfig, dtype: str, ranks: Ranks) -> Place | None:
+    """What cuts each parameter to this rank's share as it is loaded; None for engines that start from a whole model."""
+    if config.name != "deepspeed" or config.zero != 3:
+        return None
+    from longctx.train.zero import placer3
+
+    return placer3(config, optim, getattr(torch, dtype), ranks)
+
+
 def check(config: EngineConfig) -> None:
     """What can be refused before anything is loaded."""
     where = "configs/engine"
@@ -126,9 +136,14 @@ def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
+def full_shape(parameter: torch.Tensor) -> torch.Size:
+    """The parameter's shape, also when only a share of it is here."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay, vectors (norms, biases) do not."""
-    matrices = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) >= 2]
-    vectors = [p for _, p in named if len(getattr(p, "ds_shape", p.shape)) < 2]
+    matrices = [p for _, p in named if len(full_shape(p)) >= 2]
+    vectors = [p for _, p in named if len(full_shape(p)) < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from longctx.errors import RunFailed, UserError
-from longctx.train.engine import decay_groups, trainable
+from longctx.train.engine import decay_groups, full_shape, trainable
 from longctx.train.fragments import Fragment, FragmentReader, Kind
 
 if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, OptimConfig
     from longctx.model import LossModel, LossOutput
+    from longctx.model.single import Place
     from longctx.train.ranks import Ranks
 
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
@@ -36,12 +38,15 @@ class ZeroEngine:
     def __init__(self, config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ranks) -> None:
         self.model, self.ranks, self.stage = model, ranks, config.zero
         self._named = trainable(model)
-        self._shapes = {name: list(parameter.shape) for name, parameter in self._named}
+        self._shapes = {name: list(full_shape(parameter)) for name, parameter in self._named}
         dtype = self._named[0][1].dtype
         if dtype == torch.float64:
             raise UserError("model.dtype=float64 is not something DeepSpeed trains; use engine=ddp (configs/engine)")
         self.accelerator = _accelerator(config, optim, dtype, ranks)
         optimizer = _optimizer(config, optim, self._named, ranks)
+        self._in_shares = all(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        for buffer in model.buffers():  # DeepSpeed takes a model in shares to be on its device already
+            buffer.data = buffer.data.to(ranks.device)
         self.engine: Any = self.accelerator.prepare(model, optimizer)[0]
         self.zero: Any = self.engine.optimizer
         self._check(config, dtype)
@@ -63,6 +68,7 @@ class ZeroEngine:
             "device": str(self.ranks.device), "backend": str(dist.get_backend()),
             "weights": str(dtype).removeprefix("torch."), "gradients": "float32",
             "offloaded": f"optimizer {config.offload_optimizer}, parameters {config.offload_parameters}",
+            "loaded": "in shares" if self._in_shares else "whole",
             "trainable": sum(torch.Size(shape).numel() for shape in self._shapes.values()),
         }  # fmt: skip
 
@@ -179,23 +185,59 @@ class ZeroEngine:
             state._shared_state.clear()
 
 
-def _accelerator(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> Any:
+def placer3(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> Place:
+    """Cuts a parameter into the ranks' shares, of which this rank keeps its own, the way ZeRO-3 itself does to a whole
+    model; without its broadcast, since every rank has read or drawn the same numbers, so that a rank that cannot
+    leaves none waiting.
+    """
+    _prepare_deepspeed(ranks)
+    import deepspeed
+    from deepspeed.utils import groups
+
+    deepspeed.init_distributed(dist_backend=_backend(ranks), auto_mpi_discovery=False)
+    init: Any = deepspeed.zero.Init(
+        module=nn.Module(),  # one without parameters: a module it is given also gets the linear that frees weights
+        config_dict_or_path=_settings(config, optim, dtype, ranks),
+        zero_param_parallel_group=groups._get_zero_param_intra_parallel_group(),
+    )
+
+    def place(parameter: nn.Parameter) -> None:
+        if not hasattr(parameter, "ds_id"):
+            parameter.data = parameter.data.to(init.local_device)
+            init._convert_to_deepspeed_param(parameter)
+            cast(Any, parameter).partition()
+
+    return place
+
+
+def _backend(ranks: Ranks) -> str:
+    return "gloo" if ranks.device.type == "cpu" else "nccl"
+
+
+def _prepare_deepspeed(ranks: Ranks) -> None:
+    """What DeepSpeed reads of its surroundings."""
     if ranks.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's only switch
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world)):
         os.environ.setdefault(name, str(value))
     import deepspeed
-    from accelerate import Accelerator, DeepSpeedPlugin
-    from accelerate.utils import InitProcessGroupKwargs
-    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # An all-reduce for inference that every CPU start would compile or load; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def _accelerator(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> Any:
+    _prepare_deepspeed(ranks)
+    from accelerate import Accelerator, DeepSpeedPlugin
+    from accelerate.utils import InitProcessGroupKwargs
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
     plugin = DeepSpeedPlugin(hf_ds_config=_settings(config, optim, dtype, ranks), zero3_init_flag=False)
-    backend = "gloo" if ranks.device.type == "cpu" else "nccl"
-    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=backend)])
+    accelerator = Accelerator(
+        deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend=_backend(ranks))]
+    )
     unset_hf_deepspeed_config()  # or every model made from here on (an export's) would be sharded too
     return accelerator
 
