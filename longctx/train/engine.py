@@ -75,6 +75,12 @@ class Engine(Protocol):
 def build(config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ranks) -> Engine:
     """The engine the config names. Raises UserError for what it cannot do."""
     check(config)
+    kinds = {parameter.dtype for parameter in model.parameters()}
+    if torch.bfloat16 in kinds and ranks.device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        raise UserError(
+            f"model.dtype=bfloat16, but {torch.cuda.get_device_name(ranks.device)} has no bfloat16 units; use "
+            "model.dtype=float32 (configs/model)"
+        )
     freeze(model, optim.freeze)
     if config.name == "deepspeed":
         from longctx.train.zero import ZeroEngine
