@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from longctx import ContextParallel, context_attention
 from longctx.bench.cluster import ENVIRONMENT, set_rate
+from longctx.comm import leave_world
 
 
 def main(spec_file: str, result_file: str) -> int:
@@ -50,7 +51,7 @@ def main(spec_file: str, result_file: str) -> int:
     dist.barrier()
     for group in groups.values():
         group.close()
-    dist.destroy_process_group()
+    leave_world()
     return 0
 
 

@@ -1,7 +1,7 @@
 """Transfers between the ranks of a context-parallel group, and the count of what they moved."""
 
 from longctx.comm.counters import ByteCounter
-from longctx.comm.wire import CHANNELS, LocalWire, LocalWorld, PeerLost, ProcessWire, SoloWire, Wire
+from longctx.comm.wire import CHANNELS, LocalWire, LocalWorld, PeerLost, ProcessWire, SoloWire, Wire, leave_world
 
 __all__ = [
     "CHANNELS",
@@ -12,4 +12,5 @@ __all__ = [
     "ProcessWire",
     "SoloWire",
     "Wire",
+    "leave_world",
 ]

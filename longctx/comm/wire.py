@@ -163,6 +163,20 @@ def _take(key: _Key) -> dist.ProcessGroup:
     return group
 
 
+def leave_world() -> None:
+    """Destroy the default group and with it the groups kept here: left to the interpreter's end, their threads may
+    abort the process.
+    """
+    kept = [group for groups in _idle.values() for group in groups]
+    _idle.clear()
+    if dist.is_initialized():
+        if _made_under[0] is dist.group.WORLD:
+            for group in kept:
+                dist.destroy_process_group(group)
+        dist.destroy_process_group()
+    _made_under[0] = None
+
+
 def _give_back(key: _Key, group: dist.ProcessGroup) -> None:
     if _made_under[0] is dist.group.WORLD:
         _idle.setdefault(key, []).append(group)

@@ -146,8 +146,9 @@ def _set_timeout(timeout: timedelta) -> None:
 
 
 def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    from longctx.comm import leave_world
+
+    leave_world()
 
 
 def leave_launcher() -> None:

@@ -158,7 +158,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("source", ["drawn", "folder", "converted"])
 def test_no_rank_ever_has_the_whole_model(tmp_path: Path, large: str, world: int, source: str) -> None:
     """converted: to another type than the folder's, which copies every tensor."""
