@@ -164,15 +164,11 @@ def _take(key: _Key) -> dist.ProcessGroup:
 
 
 def leave_world() -> None:
-    """Destroy the default group and with it the groups kept here: left to the interpreter's end, their threads may
-    abort the process.
+    """Destroy the default group and let go of the groups kept here, which end with it: held until the interpreter
+    ends, their threads may abort the process.
     """
-    kept = [group for groups in _idle.values() for group in groups]
     _idle.clear()
     if dist.is_initialized():
-        if _made_under[0] is dist.group.WORLD:
-            for group in kept:
-                dist.destroy_process_group(group)
         dist.destroy_process_group()
     _made_under[0] = None
 

@@ -171,6 +171,7 @@ def test_no_rank_ever_has_the_whole_model(tmp_path: Path, large: str, world: int
     assert not failures, told(failures)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_folder_with_a_frozen_embedding(tmp_path: Path) -> None:
     """ZeRO-3 on two ranks, then on dp 2 x cp 2, against one process; each started in shares."""
     documents = write_documents(tmp_path / "docs")
