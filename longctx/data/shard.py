@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from longctx.data.files import Tally
+from longctx.durable import sync
 from longctx.errors import UserError
 
 FORMAT = 2  # raise when the files' layout or the reading of documents changes
@@ -63,15 +64,6 @@ class _Out:
         return {"bytes": stat.st_size, "sha256": self._digest.hexdigest(), "modified": stat.st_mtime_ns}
 
 
-def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_shard(folder: Path, rows: Iterable[Row], dtype: Any, *, masked: bool, tally: Tally) -> None:
     """Write a new shard. tally: what reading the rows met, complete once they are consumed."""
     folder.mkdir(parents=True)
@@ -105,11 +97,11 @@ def write_shard(folder: Path, rows: Iterable[Row], dtype: Any, *, masked: bool, 
         "files": {name: file.close() for name, file in files.items()},
         "tally": asdict(tally),
     }
-    sync_folder(folder)
+    sync(folder)
     last = _Out(folder / "meta.json")
     last.write(json.dumps(meta, indent=1).encode())
     last.close()
-    sync_folder(folder)
+    sync(folder)
 
 
 def _npy(values: np.ndarray) -> bytes:

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from longctx.data.files import Document, Tally, Unit, read
-from longctx.data.shard import Row, sync_folder, write_shard
+from longctx.data.shard import Row, write_shard
+from longctx.durable import sync
 
 _BATCH_CHARACTERS = 1 << 20
 
@@ -67,7 +68,7 @@ def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
         write_shard(temporary, _rows(job, spec, tally), dtype, masked=spec.chat is not None, tally=tally)
         try:
             os.rename(temporary, job.folder)
-            sync_folder(job.folder.parent)
+            sync(job.folder.parent)
         except OSError:
             if not (job.folder / "meta.json").exists():  # another process was faster: its shard is as good
                 raise

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from longctx.durable import sync
 from longctx.errors import UserError
 from longctx.lora.tensors import DTYPE_NAMES, bytes_of
 
@@ -93,15 +94,9 @@ def output_folder(out: str, *, needed: int) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        _sync(partial)
+        sync(partial)
         os.rename(partial, final)
-        _sync(parent)
+        sync(parent)
     finally:
         if partial.exists():
             shutil.rmtree(partial)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError
 
 from longctx import console
+from longctx.durable import sync
 from longctx.errors import RunFailed, UserError
 from longctx.train import fragments
 from longctx.train.runfolder import write_text
@@ -113,7 +114,7 @@ class Checkpoints:
     def _write_own(self, path: Path, engine: Engine) -> tuple[dict[str, Any], str | None]:
         try:
             index = fragments.write(path, engine.fragments(), _random_states(self.ranks.device))
-            _sync(path)
+            sync(path)
             return {"sha256": _sha256(path), "bytes": path.stat().st_size, "fragments": index}, None
         except (OSError, SafetensorError) as error:
             return {}, f"{path.name}: {error}"
@@ -127,11 +128,11 @@ class Checkpoints:
             manifest = {"format": FORMAT, "parameters": engine.shapes(), "files": files,
                         "state_sha256": _sha256(beside / "state.json")}  # fmt: skip
             write_text(beside / "manifest.json", json.dumps(manifest))
-            _sync(beside)
+            sync(beside)
             if final.exists():  # left by a run that was continued from an older checkpoint
                 shutil.rmtree(final)
             os.rename(beside, final)
-            _sync(final.parent)
+            sync(final.parent)
             write_text(self.run / "latest.json", json.dumps({"checkpoint": str(final.relative_to(self.run))}))
             self._prune(final)
         except OSError as error:
@@ -222,14 +223,6 @@ def check_same_model(stored: dict[str, list[int]], own: dict[str, list[int]], fo
             f"{own.get(name, 'absent or frozen')} here ({len(wrong)} parameters differ); "
             "set model.path and optim.freeze as they were, or take a new name=..."
         )
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sha256(path: Path) -> str:

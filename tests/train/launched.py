@@ -10,21 +10,12 @@ from pathlib import Path
 from longctx.bench.faults_run import Watched
 
 
-class Launched(Watched):
-    """`python -m longctx.train --resolved RUN/config.yaml`, which starts its ranks through
-    torch.distributed.run.
-    """
+class Started(Watched):
+    """Any process that trains in a run's folder."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, process: subprocess.Popen) -> None:
         super().__init__(run)
-        self._file = open(run / "life.log", "w+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "longctx.train", "--resolved", str(run / "config.yaml")],
-            stdout=self._file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
-        )
+        self.process = process
 
     def wait_for(self, seconds: float) -> bool:
         try:
@@ -32,6 +23,23 @@ class Launched(Watched):
         except subprocess.TimeoutExpired:
             return True
         return False
+
+
+class Launched(Started):
+    """`python -m longctx.train --resolved RUN/config.yaml`, which starts its ranks through
+    torch.distributed.run.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._file = open(run / "life.log", "w+")  # noqa: SIM115
+        process = subprocess.Popen(
+            [sys.executable, "-m", "longctx.train", "--resolved", str(run / "config.yaml")],
+            stdout=self._file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+        )
+        super().__init__(run, process)
 
     def terminate(self) -> tuple[int, str]:
         self.process.terminate()

@@ -17,10 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from longctx.bench.faults_run import Watched
 from longctx.train import metrics, runfolder
 
-from .launched import Launched, alive, children
+from .launched import Launched, Started, alive, children
 from .made import config, write_documents
 
 LONG = {"stages": {"s64": {"seq_len": 64, "theta": 10000, "steps": 4000, "batch": 4}}}
@@ -130,7 +129,7 @@ def test_the_torchrun_script_starts_again_what_was_saved_on_a_signal(tmp_path: P
     with open(tmp_path / "log", "w+") as log:
         words = ["bash", str(script), "--resolved", str(tmp_path / "run/config.yaml")]
         life = subprocess.Popen(words, stdout=log, stderr=log, env=environment, start_new_session=True)
-        watched = Watching(tmp_path / "run", life)
+        watched = Started(tmp_path / "run", life)
         for _ in range(2):
             assert watched.wait_for_step(watched.saved_step() + 4), (tmp_path / "log").read_text()
             os.kill(children(life.pid)[0], signal.SIGTERM)  # the agent passes it on
@@ -141,19 +140,6 @@ def test_the_torchrun_script_starts_again_what_was_saved_on_a_signal(tmp_path: P
         said = (tmp_path / "log").read_text()
     assert said.count("saved and requeued") == 2
     assert said.count("saved at step") == 2
-
-
-class Watching(Watched):
-    def __init__(self, run: Path, process: subprocess.Popen) -> None:
-        super().__init__(run)
-        self.process = process
-
-    def wait_for(self, seconds: float) -> bool:
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return True
-        return False
 
 
 def free_port() -> int:

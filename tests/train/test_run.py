@@ -19,19 +19,7 @@ from longctx.train import loop, metrics
 from longctx.train.run import train
 from longctx.train.signals import SAVED_AND_REQUEUE
 
-from .made import config, write_documents
-
-
-@pytest.fixture(scope="session")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_documents(tmp_path_factory.mktemp("documents") / "docs")
-
-
-@pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, documents: Path) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert train(config(run, documents)) == 0
-    return run
+from .made import config
 
 
 def losses(run: Path) -> list[float]:

@@ -183,7 +183,7 @@ def test_a_run_from_a_folder_with_a_frozen_embedding(tmp_path: Path) -> None:
     for world, cp, stop, status in ((2, 1, 3, SAVED_AND_REQUEUE), (4, 2, None, 0)):
         assert live(config(run, documents, **part(world, cp, 3), **changes), world, stop_after=stop) == status
     assert json.loads(next(newest(run).glob("state.json")).read_text())["written_by"]["loaded"] == "in shares"
-    same(run, tmp_path / "alone")
+    assert same(run, tmp_path / "alone")
     flop = [[floating(line) for line in metrics.read(of / "metrics.jsonl")] for of in (run, tmp_path / "alone")]
     assert flop[0] == pytest.approx(flop[1], rel=0.01)
 

@@ -12,25 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from longctx.train import metrics
-from longctx.train.run import train
 from longctx.train.signals import SAVED_AND_REQUEUE
 
 from .lives import live
-from .made import config, write_documents
+from .made import config
 
 SEEN_AFTER = 1  # a signal is voted on in the step after the one it came in
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_documents(tmp_path_factory.mktemp("documents") / "docs")
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory, documents: Path) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert train(config(run, documents)) == 0
-    return run
 
 
 def part(world: int, cp: int, zero: int) -> dict[str, Any]:
@@ -55,7 +42,7 @@ def newest(run: Path) -> Path:
     return run / json.loads((run / "latest.json").read_text())["checkpoint"]
 
 
-def same(run: Path, undisturbed: Path) -> None:
+def same(run: Path, undisturbed: Path) -> bool:
     """Every step's loss within 1e-5, nothing of the data skipped or repeated, the same weights but for rounding."""
     found, wanted = metrics.read(run / "metrics.jsonl"), metrics.read(undisturbed / "metrics.jsonl")
     assert [line["cursor"] for line in found] == [line["cursor"] for line in wanted]
@@ -66,13 +53,14 @@ def same(run: Path, undisturbed: Path) -> None:
     for name, weight in load_file(undisturbed / "stages/s128/model/model.safetensors").items():
         # Adam's first steps divide gradients by their own size, so a rounding of the gradient is one of the weight.
         assert torch.allclose(ours[name], weight, rtol=1e-3, atol=2e-4), name
+    return True
 
 
 def test_other_ranks_stages_and_engines(tmp_path: Path, documents: Path, undisturbed: Path) -> None:
     """One run: ring of two under ddp, ZeRO-2 on dp 2, ZeRO-3 on dp 2 x cp 2, one process; across a hand-off."""
     run = tmp_path / "run"
     continued(run, documents, [(2, 2, 0), (2, 1, 2), (4, 2, 3), (1, 1, 0)], [1, 3, 6])
-    same(run, undisturbed)
+    assert same(run, undisturbed)
 
 
 @pytest.mark.slow
@@ -85,7 +73,7 @@ def test_every_pair(
     """From each (world, cp, ZeRO) to each, with the stop inside the first stage."""
     run = tmp_path / "run"
     continued(run, documents, [first, second], [2])
-    same(run, undisturbed)
+    assert same(run, undisturbed)
 
 
 @pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
