@@ -20,8 +20,8 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-Kind = Literal["contiguous", "zigzag", "documents"]
-KINDS: tuple[Kind, ...] = ("contiguous", "zigzag", "documents")
+LayoutKind = Literal["contiguous", "zigzag", "documents"]
+LAYOUT_KINDS: tuple[LayoutKind, ...] = ("contiguous", "zigzag", "documents")
 
 
 class Rect(NamedTuple):
@@ -85,16 +85,16 @@ class SequenceLayout:
         seq_len: int,
         positions: int,
         *,
-        kind: Kind = "zigzag",
+        kind: LayoutKind = "zigzag",
         boundaries: np.ndarray | None = None,
         ulysses: int = 1,
     ) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}")
+        if kind not in LAYOUT_KINDS:
+            raise ValueError(f"kind={kind!r} is not one of {', '.join(LAYOUT_KINDS)}")
         if seq_len < 2 * (size := positions * ulysses):
             raise ValueError(f"seq_len={seq_len} is shorter than 2N = {2 * size} for N = {size} ranks")
         self.seq_len, self.count, self.ulysses = seq_len, positions, ulysses
-        self.kind: Kind = kind
+        self.kind: LayoutKind = kind
         self.boundaries = check_boundaries(boundaries, seq_len)
         self.position_len = _position_len(seq_len, positions, ulysses, kind)
         self.rank_len = self.position_len // ulysses
@@ -253,13 +253,13 @@ def check_boundaries(boundaries: np.ndarray | None, seq_len: int) -> np.ndarray:
     return array
 
 
-def _position_len(seq_len: int, positions: int, ulysses: int, kind: Kind) -> int:
+def _position_len(seq_len: int, positions: int, ulysses: int, kind: LayoutKind) -> int:
     """Tokens of a position: a multiple of 2 in zigzag (two equal chunks) and of the Ulysses ranks."""
     multiple = math.lcm(2, ulysses) if kind == "zigzag" else ulysses
     return -(-seq_len // (positions * multiple)) * multiple
 
 
-def _chunk_segments(seq_len: int, positions: int, length: int, kind: Kind) -> list[np.ndarray]:
+def _chunk_segments(seq_len: int, positions: int, length: int, kind: LayoutKind) -> list[np.ndarray]:
     chunk = length // 2 if kind == "zigzag" else length
     result = []
     for r in range(positions):

@@ -1,9 +1,8 @@
-"""Runs any plan: posts transfers, calls the block kernel on rectangles, waits, merges.
+"""Runs any schedule: posts transfers, calls the block kernel on rectangles, waits, merges.
 
-Blockwise attention over a ring is Ring Attention (2310.01889). The executor knows nothing of rings or nodes;
-`longctx.schedule` says what to send, `longctx.layout` what to compute. The backward is left nothing but q,
-k, v, out and lse: it asks for the KV blocks again and carries their gradient in fp32 (by default).
-Buffers come from a pool that outlives the call.
+Blockwise attention over a ring is Ring Attention (2310.01889). The executor knows neither rings nor nodes: the schedule
+says what to send, `longctx.layout` says what to compute. The backward needs only q, k, v, out and lse. It requests
+the KV blocks again and sends their gradient on in fp32 (by default). Buffers come from a pool that outlives the call.
 
     q [B, Hq, L, D]   k, v [B, Hkv, L, D]   a KV block [2, B, Hkv, L, D]   lse [B, Hq, L]
 """
@@ -17,16 +16,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from longctx.attention.courier import Courier
 from longctx.attention.kernels import Kernel
 from longctx.attention.merge import Accumulator, accumulator_dtype
+from longctx.attention.transfers import TransferQueue
 from longctx.layout import Rect, SequenceLayout
-from longctx.schedule import OWN, Compute, Plan
+from longctx.schedule import OWN, Compute, RankSchedule
 
 
 @dataclass
-class Pool:
-    """Buffers by shape and type, lent and given back, so that the layers of a model share one set."""
+class BufferPool:
+    """Buffers by shape and type, lent to a call and returned, so that the layers of a model share one set."""
 
     free: dict[tuple, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     total: int = 0  # bytes allocated so far: the communication buffers of the executor
@@ -48,15 +47,21 @@ class Pool:
         self.total = 0
 
 
-class Ring:
-    """One call's state: the plan, the rank's queries, and the KV blocks that are here at the moment."""
+class RingExecutor:
+    """The state of one call: the schedule, the transfers under way, and the buffers lent by the pool."""
 
     def __init__(
-        self, plan: Plan, layout: SequenceLayout, courier: Courier, kernel: Kernel, pool: Pool, scale: float
+        self,
+        schedule: RankSchedule,
+        layout: SequenceLayout,
+        transfers: TransferQueue,
+        kernel: Kernel,
+        pool: BufferPool,
+        scale: float,
     ) -> None:
-        self.plan, self.layout, self.courier, self.kernel, self.pool = plan, layout, courier, kernel, pool
+        self.schedule, self.layout, self.transfers, self.kernel, self.pool = schedule, layout, transfers, kernel, pool
         self.scale = scale
-        self.position = plan.rank // plan.ulysses
+        self.position = schedule.rank // schedule.ulysses
         self.lent: list[Tensor] = []
         self.joint: Tensor | None = None  # several blocks in ascending order: one buffer for the whole call
 
@@ -66,17 +71,17 @@ class Ring:
         return buffer
 
     def _blocks(self, k: Tensor, v: Tensor) -> dict[int, Tensor]:
-        """KV slots; the own block is packed once, to be sent and read. Alone, nothing is packed."""
-        if not self.plan.kv_slots:
+        """The KV slots. The own block is packed once, to be sent and read; a single rank packs nothing."""
+        if not self.schedule.kv_slots:
             return {}
         shape = (2, *k.shape)
-        blocks = {slot: self._take(shape, k.dtype, k.device) for slot in (OWN, *range(self.plan.kv_slots))}
+        blocks = {slot: self._take(shape, k.dtype, k.device) for slot in (OWN, *range(self.schedule.kv_slots))}
         blocks[OWN][0].copy_(k)
         blocks[OWN][1].copy_(v)
         return blocks
 
     def _keys(self, compute: Compute, blocks: dict[int, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V the computation reads: a block as it lies, or several brought into ascending order."""
+        """K and V that the computation reads: one block as it is, or several copied into ascending order."""
         if len(compute.slots) == 1:
             block = blocks.get(compute.slots[0])
             return (k, v) if block is None else (block[0], block[1])
@@ -93,28 +98,28 @@ class Ring:
         """out (q's type and strides) and lse of all the rank's queries."""
         blocks = self._blocks(k, v)
         acc = Accumulator(q)
-        for number, step in enumerate(self.plan.ring):
-            for transfer in step.post:
-                self.courier.post(number, transfer, blocks[transfer.send.slot], blocks[transfer.recv.slot])
-            compute = step.compute
+        for number, hop in enumerate(self.schedule.ring):
+            for transfer in hop.post:
+                self.transfers.post(number, transfer, blocks[transfer.send.slot], blocks[transfer.recv.slot])
+            compute = hop.compute
             rects = self._rects(compute)
             if compute is not None and (rects or compute.slots == (OWN,)):
-                with self.courier.span(number, f"block {compute.blocks}"):
+                with self.transfers.span(number, f"block {compute.blocks}"):
                     keys, values = self._keys(compute, blocks, k, v) if rects else (k, v)
                     if compute.slots == (OWN,):
                         acc.own([self._attend(rect, q, keys, values) for rect in rects])
                     else:
                         for rect in rects:
                             acc.add(*self._attend(rect, q, keys, values))
-            self.courier.wait(number, step.wait)
+            self.transfers.wait(number, hop.wait)
         self._return()
         return acc.result()
 
     def _is_one_call(self, rows: int) -> bool:
-        """A single causal rectangle is all there is: no sums, no buffers."""
-        if self.plan.kv_slots or len(self.plan.ring) != 1:
+        """Whether the whole call is a single causal rectangle, which needs neither sums nor buffers."""
+        if self.schedule.kv_slots or len(self.schedule.ring) != 1:
             return False
-        return self._rects(self.plan.ring[0].compute) == [Rect(0, rows, 0, rows, True)]
+        return self._rects(self.schedule.ring[0].compute) == [Rect(0, rows, 0, rows, True)]
 
     def _rects(self, compute: Compute | None) -> list[Rect]:
         return self.layout.rects(self.position, compute.blocks, compute.part) if compute is not None else []
@@ -127,38 +132,38 @@ class Ring:
         return rows, out, lse
 
     def backward(
-        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, wire: torch.dtype
+        self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dkv_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in accumulator type, or the kernel's own; `wire` is the type of travelling dKV."""
+        """dq, dk, dv in accumulator type, or the kernel's own; `dkv_dtype` is the type of a travelling dKV."""
         if self._is_one_call(q.shape[2]):
-            with self.courier.span(0, "alone"):
+            with self.transfers.span(0, "alone"):
                 return self.kernel.backward(dout, q, k, v, out, lse, causal=True, scale=self.scale)
         blocks = self._blocks(k, v)
         kind = accumulator_dtype(q.dtype)
         dq = torch.zeros_like(q, dtype=kind)
         own = (torch.zeros_like(k, dtype=kind), torch.zeros_like(v, dtype=kind))
         shape = (2, *k.shape)
-        travelling = {slot: self._take(shape, wire, k.device) for slot in range(self.plan.dkv_slots)}
+        travelling = {slot: self._take(shape, dkv_dtype, k.device) for slot in range(self.schedule.dkv_slots)}
         sums: dict[int, Sequence[Tensor]] = {
             OWN: own,
             **{slot: x.unbind(0) for slot, x in travelling.items()},
         }
-        for number, step in enumerate(self.plan.ring):
-            for transfer in step.post:
+        for number, hop in enumerate(self.schedule.ring):
+            for transfer in hop.post:
                 held = blocks if transfer.payload == "kv" else travelling
-                self.courier.post(number, transfer, held[transfer.send.slot], held[transfer.recv.slot])
-            compute = step.compute
+                self.transfers.post(number, transfer, held[transfer.send.slot], held[transfer.recv.slot])
+            compute = hop.compute
             found: list[tuple[Rect, Tensor, Tensor]] = []
             rects = self._rects(compute)
             if compute is not None and rects:
-                with self.courier.span(number, f"block {compute.blocks}"):
+                with self.transfers.span(number, f"block {compute.blocks}"):
                     keys, values = self._keys(compute, blocks, k, v)
                     for rect in rects:
                         found.append(self._differentiate(rect, dout, q, keys, values, out, lse, dq))
-            self.courier.wait(number, step.wait)
+            self.transfers.wait(number, hop.wait)
             if compute is not None:
                 self._collect(compute, found, sums)
-            for source, target in step.adds:
+            for source, target in hop.adds:
                 for total, part in zip(sums[target], sums[source], strict=True):
                     total.add_(part)
         self._return()
@@ -184,7 +189,7 @@ class Ring:
     def _collect(
         self, compute: Compute, found: list[tuple[Rect, Tensor, Tensor]], sums: dict[int, Sequence[Tensor]]
     ) -> None:
-        """Add a step's dK, dV to their sums; several blocks are taken out of their joint order."""
+        """Add the dK, dV of one hop to their sums; gradients of several blocks are split from their joint order."""
         targets = [sums[slot] for slot in compute.into]
         if compute.fresh:
             for target in targets:

@@ -12,7 +12,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from longctx.attention.sequence import Layout, context_attention
+from longctx.attention.context import context_attention
+from longctx.attention.local_layout import Layout
 
 NAME = "longctx"
 

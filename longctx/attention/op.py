@@ -1,6 +1,6 @@
 """Context attention as a `torch.library` op: selective checkpointing can save it, torch.compile pass over it.
 
-Ops take no process group, so one table maps an integer to what a ContextParallel knows (its `Family`);
+Ops take no process group, so one table maps an integer to what a ContextParallel knows (its `AttentionRunner`);
 close() takes its entries out. Boundaries travel as a tensor: an int list would recompile for every batch.
 The backward is an op too. With MUST_SAVE for `SAVED_OPS` the attention forward runs once per step: out and
 lse are its outputs.
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 
-class Family(Protocol):
+class AttentionRunner(Protocol):
     """What the op needs from the other side of the handle."""
 
     def run_forward(
@@ -37,14 +37,14 @@ class Family(Protocol):
     def lse_shape(self, q: Tensor) -> tuple[int, int, int]: ...
 
 
-_TABLE: dict[int, Family] = {}
+_TABLE: dict[int, AttentionRunner] = {}
 _NUMBERS = count(1)
 
 
-def enter(family: Family) -> int:
-    """Put a family in the table; its handle."""
+def enter(cache: AttentionRunner) -> int:
+    """Put a cache in the table; its handle."""
     handle = next(_NUMBERS)
-    _TABLE[handle] = family
+    _TABLE[handle] = cache
     return handle
 
 
@@ -52,7 +52,7 @@ def leave(handle: int) -> None:
     _TABLE.pop(handle, None)
 
 
-def _find(handle: int) -> Family:
+def _find(handle: int) -> AttentionRunner:
     if handle not in _TABLE:
         raise ValueError(f"layout handle {handle} is closed: its ContextParallel was closed before this call")
     return _TABLE[handle]

@@ -1,20 +1,16 @@
-"""The public API: a `ContextParallel` owns the ranks' communicators, its layouts say where tokens lie.
+"""The public API of the attention: a `ContextParallel` owns the ranks' communicators and makes layouts.
 
-    cp = ContextParallel.from_world(nodes=2, schedule="double_ring") layout = cp.layout(seq_len=S,
-    documents=boundaries, kind="zigzag") out_local = context_attention(layout.shard(q, dim=2),
-    layout.shard(k, dim=2), layout.shard(v, dim=2), layout) out = layout.unshard(out_local, dim=2)
+    cp = ContextParallel.from_world(nodes=2, schedule="double_ring")
+    layout = cp.layout(seq_len=S, documents=boundaries, kind="zigzag")
+    q, k, v = (layout.shard(x, dim=2) for x in (q, k, v))
+    out = layout.unshard(context_attention(q, k, v, layout), dim=2)
 
-Without torch.distributed, or with a world of one, everything works and nothing is sent. The schedule and
-the layout are derived from global values alone, so that all ranks raise the same errors and post the same
-transfers.
-
-    B batch, H heads, S tokens of the sequence, n = S_local tokens of this rank (padding included), D head
-    dimension
+Without torch.distributed, or with a world of one, everything works and nothing is sent. Schedule and layout follow
+from global values alone, so that all ranks raise the same errors and post the same transfers.
 """
 
 from __future__ import annotations
 
-import threading
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal
@@ -25,29 +21,29 @@ import torch.distributed as dist
 from torch import Tensor
 
 from longctx.attention import op
-from longctx.attention.courier import Trace
-from longctx.attention.executor import Pool
-from longctx.attention.prepared import Family
-from longctx.attention.sequence import Layout
-from longctx.comm import ByteCounter, ProcessWire, SoloWire, Wire
-from longctx.layout import Kind, SequenceLayout
+from longctx.attention.group import AttentionGroup
+from longctx.attention.local_layout import Layout
+from longctx.attention.rank_attention import LayoutCache
+from longctx.attention.transfers import Trace
+from longctx.comm import DistributedTransport, SingleRankTransport, Transport
+from longctx.layout import LayoutKind, SequenceLayout
 from longctx.schedule import SCHEDULES
 from longctx.topology import Topology, split
 
 Schedule = Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]
 
 
-class ContextParallel:
-    """One group of ranks that share sequences, and the schedule they attend by.
+class ContextParallel(AttentionGroup):
+    """A context-parallel group: the ranks that share sequences, and the schedule by which they attend.
 
-    `kernel` forces a backend by name; `grad_dtype` is the type travelling dKV has (default fp32, fp64 for
-    fp64); `timeout` in seconds bounds each transfer (default: the parent group's). Close it to free its
+    `kernel` forces a backend by name. `grad_dtype` is the type of a travelling dKV (default fp32, fp64 for fp64).
+    `timeout` (seconds) bounds each transfer; the default is that of the parent group. Close it to free its
     communicators.
     """
 
     def __init__(
         self,
-        wire: Wire,
+        transport: Transport,
         topology: Topology,
         schedule: Schedule = "flat_ring",
         *,
@@ -56,16 +52,16 @@ class ContextParallel:
         grad_dtype: torch.dtype | None = None,
         trace: bool = False,
     ) -> None:
-        self.topology, self.schedule = topology, schedule
-        self.ulysses = check(topology.size, topology.nodes, schedule, ulysses)
-        self.wire, self.kernel, self.grad_dtype = wire, kernel, grad_dtype
-        self.rank, self.size = wire.rank, wire.size
-        self.positions = self.size // self.ulysses
-        self.bytes = ByteCounter()
-        self.pool = Pool()
-        self.trace = Trace(wire.rank) if trace else None
-        self.lock = threading.Lock()  # one call at a time: backward may run on autograd's own thread
-        self.families: dict[tuple, Family] = {}
+        super().__init__(
+            transport,
+            topology,
+            schedule,
+            check(topology.size, topology.nodes, schedule, ulysses),
+            kernel=kernel,
+            grad_dtype=grad_dtype,
+            trace=Trace(transport.rank) if trace else None,
+        )
+        self.caches: dict[tuple[int, LayoutKind], LayoutCache] = {}
 
     @classmethod
     def from_world(
@@ -86,12 +82,12 @@ class ContextParallel:
         """
         size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         check(size, nodes, schedule, ulysses)
-        wire: Wire = SoloWire()
+        transport: Transport = SingleRankTransport()
         if size > 1:
             limit = timedelta(seconds=timeout) if timeout is not None else None
-            wire = ProcessWire(group, _channels(schedule), limit)
+            transport = DistributedTransport(group, _channels(schedule), limit)
         return cls(
-            wire,
+            transport,
             split(size, nodes),
             schedule,
             ulysses=ulysses,
@@ -109,7 +105,7 @@ class ContextParallel:
         self,
         seq_len: int,
         documents: Tensor | np.ndarray | list[int] | None = None,
-        kind: Kind = "zigzag",
+        kind: LayoutKind = "zigzag",
         positions: Literal["sequence", "document"] = "sequence",
     ) -> Layout:
         """Where the tokens of a sequence of `seq_len` lie. `documents`: cu_seqlens [0, ..., seq_len] or None.
@@ -126,9 +122,9 @@ class ContextParallel:
             documents = np.asarray(documents)
         arithmetic = SequenceLayout(seq_len, self.positions, kind=kind, boundaries=documents, ulysses=self.ulysses)
         key = (seq_len, kind)
-        if key not in self.families:
-            self.families[key] = Family(self, seq_len, kind)
-        return Layout(self.families[key], arithmetic, positions == "document")
+        if key not in self.caches:
+            self.caches[key] = LayoutCache(self, seq_len, kind)
+        return Layout(self.caches[key], arithmetic, positions == "document")
 
     def write_trace(self, path: str | Path) -> None:
         """Write this rank's Chrome trace (needs trace=True)."""
@@ -138,11 +134,11 @@ class ContextParallel:
 
     def close(self) -> None:
         """Destroy the communicators and forget the layouts; calling it again does nothing."""
-        for family in self.families.values():
-            op.leave(family.handle)
-        self.families.clear()
+        for cache in self.caches.values():
+            op.leave(cache.handle)
+        self.caches.clear()
         self.pool.clear()
-        self.wire.close()
+        self.transport.close()
 
 
 def check(size: int, nodes: int, schedule: str, ulysses: int | None) -> int:

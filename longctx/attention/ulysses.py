@@ -1,4 +1,4 @@
-"""Trading tokens for heads in a group of h ranks (Ulysses, 2309.14509): the plan's gather and scatter steps.
+"""Trading tokens for heads in a group of h ranks (Ulysses, 2309.14509): the plan's gather and scatter hops.
 
 Rank u of a group holds tokens [u n, (u+1) n) of its ring position and all heads; after the gather it holds
 all L = h n tokens and heads [u Hq/h, (u+1) Hq/h). Concatenation in rank order is the position's own order:
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longctx.attention.courier import Courier
-from longctx.schedule import Step
+from longctx.attention.transfers import TransferQueue
+from longctx.schedule import Hop
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def check_heads(h: int, q_heads: int, kv_heads: int) -> None:
         raise ValueError(f"ulysses={h} and the {kv_heads} kv heads: one must divide the other")
 
 
-def gather(step: Step, courier: Courier, heads: Heads, tensors: list[Tensor]) -> list[Tensor]:
+def gather(hop: Hop, transfers: TransferQueue, heads: Heads, tensors: list[Tensor]) -> list[Tensor]:
     """[B, H, n, D] each -> [B, H / h, h n, D] each; one message per peer carries them all."""
     n = tensors[0].shape[2]
     outs = []
@@ -62,13 +62,13 @@ def gather(step: Step, courier: Courier, heads: Heads, tensors: list[Tensor]) ->
         out[:, :, heads.me * n : (heads.me + 1) * n] = mine
         outs.append(out)
     received = []
-    for transfer in step.post:
+    for transfer in hop.post:
         to, source = transfer.send.peer % heads.h, transfer.recv.peer % heads.h
         send = torch.cat([heads.of(x, to).reshape(-1) for x in tensors])
         recv = torch.empty_like(send)
-        courier.post(-1, transfer, send, recv)
+        transfers.post(-1, transfer, send, recv)
         received.append((source, recv, send))
-    courier.wait(-1, step.wait)
+    transfers.wait(-1, hop.wait)
     for source, recv, _ in received:
         at = 0
         for out in outs:
@@ -78,19 +78,19 @@ def gather(step: Step, courier: Courier, heads: Heads, tensors: list[Tensor]) ->
     return outs
 
 
-def scatter(step: Step, courier: Courier, heads: Heads, tensors: list[Tensor], outs: list[Tensor]) -> None:
+def scatter(hop: Hop, transfers: TransferQueue, heads: Heads, tensors: list[Tensor], outs: list[Tensor]) -> None:
     """The way back: [B, H / h, h n, D] each is *added* into `outs` [B, H, n, D] at its own heads."""
     n = outs[0].shape[2]
     received = []
-    for transfer in step.post:
+    for transfer in hop.post:
         to, source = transfer.send.peer % heads.h, transfer.recv.peer % heads.h
         send = torch.cat([x[:, :, to * n : (to + 1) * n].reshape(-1) for x in tensors])
         recv = torch.empty_like(send)
-        courier.post(-1, transfer, send, recv)
+        transfers.post(-1, transfer, send, recv)
         received.append((source, recv, send))
     for x, out in zip(tensors, outs, strict=True):
         heads.of(out, heads.me).add_(x[:, :, heads.me * n : (heads.me + 1) * n])
-    courier.wait(-1, step.wait)
+    transfers.wait(-1, hop.wait)
     for source, recv, _ in received:
         at = 0
         for out in outs:

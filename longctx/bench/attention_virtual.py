@@ -140,9 +140,9 @@ def _virtual(problem: Problem, kernel: Kernel, device: torch.device, ranks: int)
     """The same work by `ranks` virtual ranks of a flat ring that take turns."""
     import torch
 
-    from longctx.attention.courier import Courier
-    from longctx.attention.executor import Pool, Ring
-    from longctx.comm import ByteCounter, LocalWire, LocalWorld, SoloWire, Wire
+    from longctx.attention.executor import BufferPool, RingExecutor
+    from longctx.attention.transfers import TransferQueue
+    from longctx.comm import ByteCounter, SingleRankTransport, ThreadTransport, ThreadWorld, Transport
     from longctx.layout import SequenceLayout
     from longctx.schedule import build
     from longctx.topology import Topology
@@ -150,33 +150,33 @@ def _virtual(problem: Problem, kernel: Kernel, device: torch.device, ranks: int)
     if problem.length % (2 * ranks):
         raise UserError(f"lengths: {problem.length} is not divisible by 2 x virtual_ranks = {2 * ranks}")
     layout, topology = SequenceLayout(problem.length, ranks), Topology(1, ranks)
-    plans = [[build("flat_ring", topology, r, backward=b) for r in range(ranks)] for b in (False, True)]
+    passes = [[build("flat_ring", topology, r, backward=b) for r in range(ranks)] for b in (False, True)]
     inputs = [_tensors(problem, problem.length // ranks, device) for _ in range(ranks)]
-    pools = [Pool() for _ in range(ranks)]
+    pools = [BufferPool() for _ in range(ranks)]
     scale = problem.head_dim**-0.5
 
-    def rank_work(wire: Wire) -> None:
-        q, k, v, grad = inputs[wire.rank]
+    def rank_work(transport: Transport) -> None:
+        q, k, v, grad = inputs[transport.rank]
         ahead, back = (
-            Ring(
-                plan[wire.rank],
+            RingExecutor(
+                schedules[transport.rank],
                 layout,
-                Courier(wire, ByteCounter(), "bench"),
+                TransferQueue(transport, ByteCounter(), "bench"),
                 kernel,
-                pools[wire.rank],
+                pools[transport.rank],
                 scale,
             )
-            for plan in plans
+            for schedules in passes
         )
         out, lse = ahead.forward(q, k, v)
         back.backward(grad, q, k, v, out, lse, torch.float32)
 
     def work() -> None:
         if ranks == 1:
-            rank_work(SoloWire())
+            rank_work(SingleRankTransport())
         else:
-            local: Callable[[LocalWire], None] = rank_work
-            LocalWorld(ranks, serial=True).run(local)
+            local: Callable[[ThreadTransport], None] = rank_work
+            ThreadWorld(ranks, serial=True).run(local)
 
     return work
 

@@ -21,7 +21,7 @@ from longctx.console import emit, emit_json, say
 from longctx.errors import UserError
 from longctx.plan.simulate import evenly, simulate
 from longctx.plan.volume import busiest
-from longctx.schedule import Plan, Sizes, build
+from longctx.schedule import RankSchedule, Sizes, build
 from longctx.topology import Level, Link, Topology
 
 # A full frame carries 1448 bytes of data in the 1514 that tc counts (Ethernet, IP, TCP with timestamps).
@@ -167,13 +167,13 @@ def _bytes(config: BenchHierarchyConfig, counted: dict[str, Any], passes: list[s
 
 
 def sizes_of(config: BenchHierarchyConfig) -> Sizes:
-    """fp32 on the wire, forward and backward."""
+    """fp32 on the transport, forward and backward."""
     tokens = config.tokens // (config.nodes * config.ranks)
     return Sizes(tokens, config.heads, config.kv_heads, config.head_dim, wire_bytes=4, grad_bytes=4)
 
 
-def plans_of(config: BenchHierarchyConfig, schedule: str, backward: bool) -> list[Plan]:
-    """The plans of all ranks."""
+def schedules_of(config: BenchHierarchyConfig, schedule: str, backward: bool) -> list[RankSchedule]:
+    """The schedules of all ranks."""
     topology = Topology(config.nodes, config.ranks)
     ranks = range(topology.size)
     return [build(schedule, topology, rank, backward=backward, ulysses=_ulysses(config)) for rank in ranks]
@@ -190,12 +190,12 @@ def predict(config: BenchHierarchyConfig, schedule: str, unlimited: dict[str, fl
     blocks = config.nodes * config.ranks // (_ulysses(config) if schedule == "ulysses_ring" else 1)
     outer = Link(config.bytes_per_second * PAYLOAD_SHARE)
     links: dict[Level, Link | None] = {"inner": None, "outer": outer if config.nodes > 1 else None}
-    ahead = simulate(plans_of(config, schedule, False), sizes, evenly(unlimited["forward"] / blocks), links)
+    ahead = simulate(schedules_of(config, schedule, False), sizes, evenly(unlimited["forward"] / blocks), links)
     times = {"forward": round(ahead.seconds, 4)}
     if config.backward:
         spent = unlimited["forward_backward"] - unlimited["forward"]
-        plans = plans_of(config, schedule, True)
-        back = simulate(plans, sizes, evenly(spent / blocks), links, starts=ahead.finished)
+        schedules = schedules_of(config, schedule, True)
+        back = simulate(schedules, sizes, evenly(spent / blocks), links, starts=ahead.finished)
         times["forward_backward"] = round(back.seconds, 4)
     return times
 

@@ -1,4 +1,4 @@
-"""What went over the wire, by link level and payload: always counted, so that tests hold it to formulas."""
+"""What went over the transport, by link level and payload: always counted, so that tests hold it to formulas."""
 
 from __future__ import annotations
 
@@ -21,12 +21,6 @@ class ByteCounter:
         for (level, _), count in self.sent.items():
             total[level] += count
         return total
-
-    def per_payload(self) -> dict[str, int]:
-        total: Counter[str] = Counter()
-        for (_, payload), count in self.sent.items():
-            total[payload] += count
-        return dict(total)
 
     def reset(self) -> None:
         self.sent.clear()

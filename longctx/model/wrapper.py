@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.attention import ContextParallel, Layout
-from longctx.comm import SoloWire
+from longctx.comm import SingleRankTransport
 from longctx.config.model import MemoryConfig
 from longctx.model.family import backbone_of, causal_lm_of
 from longctx.model.layer import plan_layers, train_layers
@@ -103,4 +103,4 @@ class LossModel(nn.Module):
 @cache
 def _alone() -> ContextParallel:
     """The context of sequences that are whole here, whatever the world; it has no communicators to close."""
-    return ContextParallel(SoloWire(), split(1, 1))
+    return ContextParallel(SingleRankTransport(), split(1, 1))

@@ -94,10 +94,10 @@ def _box(span: Span, y: float, height: float, scale: float, per_node: int) -> st
     block = span.blocks[0]
     if span.kind == "compute":
         fill = _BLOCKS[block // per_node % len(_BLOCKS)]
-        what = f"step {span.step}: computes on block {block}"
+        what = f"hop {span.hop}: computes on block {block}"
     else:
         fill = _COLOURS[kind_of(span)]
-        what = f"step {span.step}: {span.payload} of block {block} to rank {span.peer}"
+        what = f"hop {span.hop}: {span.payload} of block {block} to rank {span.peer}"
     tip = f"<title>{what}, {_seconds(span.start)} to {_seconds(span.end)}</title>"
     box = _rectangle(x, y, w, height, fill, tip)
     if span.kind == "compute" and w > 8 * len(str(block)):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 
 from longctx.config.model import MemoryConfig
 from longctx.plan.shape import Shape
-from longctx.schedule import Plan, Sizes
+from longctx.schedule import RankSchedule, Sizes
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -36,24 +36,29 @@ class Memory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def pool_bytes(plan: Plan, sizes: Sizes) -> int:
+def pool_bytes(schedule: RankSchedule, sizes: Sizes) -> int:
     """What the executor's pool lends to one call: the packed own block, foreign KV and dKV, gathered KV."""
-    k = sizes.batch * sizes.tokens * max(sizes.kv_heads, plan.ulysses if plan.ulysses > 1 else 0) * sizes.head_dim
-    gathered = max((len(step.compute.slots) for step in plan.ring if step.compute is not None), default=1)
-    kv = (plan.kv_slots + 1 if plan.kv_slots else 0) + (gathered if gathered > 1 else 0)
-    return 2 * k * (kv * sizes.wire_bytes + plan.dkv_slots * sizes.grad_bytes)
+    k = (
+        sizes.batch
+        * sizes.tokens
+        * max(sizes.kv_heads, schedule.ulysses if schedule.ulysses > 1 else 0)
+        * sizes.head_dim
+    )
+    gathered = max((len(hop.compute.slots) for hop in schedule.ring if hop.compute is not None), default=1)
+    kv = (schedule.kv_slots + 1 if schedule.kv_slots else 0) + (gathered if gathered > 1 else 0)
+    return 2 * k * (kv * sizes.wire_bytes + schedule.dkv_slots * sizes.grad_bytes)
 
 
-def ring_buffers(plans: Sequence[Plan], sizes: Sizes) -> float:
+def ring_buffers(schedules: Sequence[RankSchedule], sizes: Sizes) -> float:
     """The pool, fp32 accumulators of out, dq, dk and dv, and what Ulysses gathers, at the larger pass."""
     wide = max(4, sizes.wire_bytes)
     k = sizes.batch * sizes.tokens * sizes.kv_heads * sizes.head_dim
     q = sizes.batch * sizes.tokens * sizes.q_heads * sizes.head_dim
     totals = []
-    for plan in plans:
-        exchanged = (3 * q if plan.backward else q) + 2 * k if plan.ulysses > 1 else 0
-        accumulators = (q + 2 * k if plan.backward else q) * wide
-        totals.append(pool_bytes(plan, sizes) + accumulators + exchanged * sizes.wire_bytes)
+    for schedule in schedules:
+        exchanged = (3 * q if schedule.backward else q) + 2 * k if schedule.ulysses > 1 else 0
+        accumulators = (q + 2 * k if schedule.backward else q) * wide
+        totals.append(pool_bytes(schedule, sizes) + accumulators + exchanged * sizes.wire_bytes)
     return float(max(totals))
 
 

@@ -179,9 +179,9 @@ def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int]:
 
 def _time(config: PlanConfig, schedule: str, topology: Topology, sizes: Sizes, h: int) -> Timeline:
     backward = config.draw.direction == "backward"
-    plans = [build(schedule, topology, r, backward=backward, ulysses=h) for r in range(topology.size)]
+    schedules = [build(schedule, topology, r, backward=backward, ulysses=h) for r in range(topology.size)]
     rate = config.hardware.tflops * 1e12 * config.hardware.utilization
-    blocks = topology.size // plans[0].ulysses
+    blocks = topology.size // schedules[0].ulysses
     flop = 2.0 * sizes.q_heads * sizes.head_dim * float(sizes.tokens * topology.size) ** 2
     block = flop / topology.size / blocks / rate * (BACKWARD_WORK if backward else 1.0)
-    return simulate(plans, sizes, evenly(block), links(config.hardware))
+    return simulate(schedules, sizes, evenly(block), links(config.hardware))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from longctx.schedule import Compute, Payload, Plan, Sizes, Transfer, payload_bytes
+from longctx.schedule import Compute, Payload, RankSchedule, Sizes, Transfer, payload_bytes
 from longctx.topology import Level, Link
 
 BACKWARD_WORK = 2.5  # five matrix products instead of two
@@ -28,7 +28,7 @@ class Span:
     kind: Literal["compute", "inner", "outer"]
     start: float
     end: float
-    step: int
+    hop: int
     blocks: tuple[int, ...]
     payload: Payload | None = None
     peer: int = -1
@@ -75,38 +75,38 @@ def evenly(seconds_per_block: float) -> Callable[[int, Compute], float]:
 
 
 def simulate(
-    plans: Sequence[Plan],
+    schedules: Sequence[RankSchedule],
     sizes: Sizes,
     compute: Callable[[int, Compute], float],
     links: Mapping[Level, Link | None],
     starts: Sequence[float] | None = None,
 ) -> Timeline:
-    """Time the plans of all ranks (rank r's at index r), which start together or at `starts`.
+    """Time the schedules of all ranks (rank r's at index r), which start together or at `starts`.
 
     compute: seconds of one computation of a rank. links: one rank's link per level; None costs nothing.
     Raises ValueError when the schedule cannot finish: a receive without its send, or ranks waiting for
     one another.
     """
-    clock = _Clock(plans, sizes, compute, links)
-    for rank in range(len(plans)):
+    clock = _Clock(schedules, sizes, compute, links)
+    for rank in range(len(schedules)):
         clock.at(starts[rank] if starts else 0.0, clock.enter, rank)
     while clock.queue:
         now, _, action, arguments = heapq.heappop(clock.queue)
         action(now, *arguments)
-    stuck = [rank for rank, plan in enumerate(plans) if clock.step[rank] < len(plan.steps)]
+    stuck = [rank for rank, schedule in enumerate(schedules) if clock.hop[rank] < len(schedule.hops)]
     if stuck:
-        where = ", ".join(f"rank {rank} at step {clock.step[rank]}" for rank in stuck[:4])
-        raise ValueError(f"schedule={plans[0].schedule} cannot finish: {where} wait for messages nobody sends")
+        where = ", ".join(f"rank {rank} at hop {clock.hop[rank]}" for rank in stuck[:4])
+        raise ValueError(f"schedule={schedules[0].name} cannot finish: {where} wait for messages nobody sends")
     spans = tuple(sorted(clock.spans, key=lambda span: (span.rank, span.start, span.end)))
-    return Timeline(plans[0].schedule, tuple(clock.finished), spans)
+    return Timeline(schedules[0].name, tuple(clock.finished), spans)
 
 
-_Channel = tuple[int, int, str, str]  # source, target, communicator, payload
+_Lane = tuple[int, int, str, str]  # source, target, channel, payload
 
 
 @dataclass
 class _Clock:
-    plans: Sequence[Plan]
+    schedules: Sequence[RankSchedule]
     sizes: Sizes
     compute: Callable[[int, Compute], float]
     links: Mapping[Level, Link | None]
@@ -115,13 +115,13 @@ class _Clock:
     posted: int = 0
 
     def __post_init__(self) -> None:
-        n = len(self.plans)
-        self.step = [0] * n
+        n = len(self.schedules)
+        self.hop = [0] * n
         self.finished = [0.0] * n
         self.computing = [False] * n
         self.halves: dict[tuple[int, int], int] = {}  # (rank, transfer id) -> messages not yet through
-        self.sends: dict[_Channel, deque[tuple[int, Transfer]]] = defaultdict(deque)
-        self.receives: dict[_Channel, deque[Transfer]] = defaultdict(deque)
+        self.sends: dict[_Lane, deque[tuple[int, Transfer]]] = defaultdict(deque)
+        self.receives: dict[_Lane, deque[Transfer]] = defaultdict(deque)
         self.free: dict[tuple[int, Level], float] = defaultdict(float)
 
     def at(self, time: float, action: Callable, *arguments: object) -> None:
@@ -129,17 +129,17 @@ class _Clock:
         heapq.heappush(self.queue, (time, self.posted, action, arguments))
 
     def enter(self, now: float, rank: int) -> None:
-        """Begin the rank's current step: post its transfers, then compute."""
-        step = self.plans[rank].steps[self.step[rank]]
-        for transfer in step.post:
+        """Begin the rank's current hop: post its transfers, then compute."""
+        hop = self.schedules[rank].hops[self.hop[rank]]
+        for transfer in hop.post:
             self.halves[rank, transfer.id] = 2
-            name = (transfer.ring, transfer.payload)
-            self._match(now, (rank, transfer.send.peer, *name), send=(self.step[rank], transfer))
+            name = (transfer.channel, transfer.payload)
+            self._match(now, (rank, transfer.send.peer, *name), send=(self.hop[rank], transfer))
             self._match(now, (transfer.recv.peer, rank, *name), receive=transfer)
         end = now
-        if step.compute is not None:
-            end += self.compute(rank, step.compute)
-            self.spans.append(Span(rank, "compute", now, end, self.step[rank], step.compute.blocks))
+        if hop.compute is not None:
+            end += self.compute(rank, hop.compute)
+            self.spans.append(Span(rank, "compute", now, end, self.hop[rank], hop.compute.blocks))
         self.computing[rank] = True
         self.at(end, self.computed, rank)
 
@@ -148,48 +148,48 @@ class _Clock:
         self._leave(now, rank)
 
     def _leave(self, now: float, rank: int) -> None:
-        """Go on to the next step once nothing of this one is awaited."""
-        steps = self.plans[rank].steps
-        if self.computing[rank] or any(self.halves.get((rank, number), 2) for number in steps[self.step[rank]].wait):
+        """Go on to the next hop once nothing of this one is awaited."""
+        hops = self.schedules[rank].hops
+        if self.computing[rank] or any(self.halves.get((rank, number), 2) for number in hops[self.hop[rank]].wait):
             return
-        self.step[rank] += 1
+        self.hop[rank] += 1
         self.finished[rank] = now
-        if self.step[rank] < len(steps):
+        if self.hop[rank] < len(hops):
             self.computing[rank] = True  # nothing else may move the rank on before it enters
             self.at(now, self.enter, rank)
 
     def _match(
         self,
         now: float,
-        channel: _Channel,
+        lane: _Lane,
         send: tuple[int, Transfer] | None = None,
         receive: Transfer | None = None,
     ) -> None:
-        """Pair the k-th send of a channel with its k-th receive; a pair goes on its sender's link."""
-        sends, receives = self.sends[channel], self.receives[channel]
+        """Pair the k-th send of a lane with its k-th receive; a pair goes on its sender's link."""
+        sends, receives = self.sends[lane], self.receives[lane]
         if send is not None:
             sends.append(send)
         if receive is not None:
             receives.append(receive)
         if not (sends and receives):
             return
-        (step, sent), received = sends.popleft(), receives.popleft()
-        source, target = channel[:2]
+        (hop, sent), received = sends.popleft(), receives.popleft()
+        source, target = lane[:2]
         level = sent.send.level
         link = self.links.get(level)
         start = end = now
         if link is not None:
             start = max(now, self.free[source, level])
-            end = start + payload_bytes(sent.payload, self.sizes, self.plans[source].ulysses) / link.bandwidth
+            end = start + payload_bytes(sent.payload, self.sizes, self.schedules[source].ulysses) / link.bandwidth
             self.free[source, level] = end
             end += link.latency
         blocks = (sent.send.block,)
-        self.spans.append(Span(source, level, start, end, step, blocks, sent.payload, target))
+        self.spans.append(Span(source, level, start, end, hop, blocks, sent.payload, target))
         self.at(end, self.through, source, sent.id, target, received.id)
 
     def through(self, now: float, source: int, sent: int, target: int, received: int) -> None:
         """A message has arrived: both ends may be waiting for it."""
         for rank, number in ((source, sent), (target, received)):
             self.halves[rank, number] -= 1
-            if self.step[rank] < len(self.plans[rank].steps):
+            if self.hop[rank] < len(self.schedules[rank].hops):
                 self._leave(now, rank)

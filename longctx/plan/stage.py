@@ -16,7 +16,7 @@ from longctx.plan.memory import BYTES, Memory, ring_buffers, stage_memory
 from longctx.plan.shape import Shape
 from longctx.plan.simulate import BACKWARD_WORK, evenly, simulate
 from longctx.plan.split import choose_cp, choose_ring, shares
-from longctx.schedule import SCHEDULES, Plan, Sizes, build
+from longctx.schedule import SCHEDULES, RankSchedule, Sizes, build
 from longctx.topology import Link, Topology
 
 NODES_SIMULATED = 4
@@ -88,14 +88,14 @@ def time_attention(
     small = Topology(min(topology.nodes, NODES_SIMULATED), topology.ranks)
     longer = (topology.size / h - 1) / max(1.0, small.size / h - 1)
     computing = exposed = 0.0
-    everyone: list[list[Plan]] = []
+    everyone: list[list[RankSchedule]] = []
     for backward, work in ((False, 1.0), (True, BACKWARD_WORK)):
-        plans = [build(schedule, small, r, backward=backward, ulysses=h) for r in range(small.size)]
-        timeline = simulate(plans, sizes, evenly(block * work), links(hardware))
+        schedules = [build(schedule, small, r, backward=backward, ulysses=h) for r in range(small.size)]
+        timeline = simulate(schedules, sizes, evenly(block * work), links(hardware))
         computing += block * work * (topology.size // h)
         exposed += timeline.exposed() * max(1.0, longer)
-        everyone.append(plans)
-    buffers = max(ring_buffers(plans, sizes) for plans in zip(*everyone, strict=True))
+        everyone.append(schedules)
+    buffers = max(ring_buffers(both, sizes) for both in zip(*everyone, strict=True))
     return Attention(schedule, h, computing, exposed, buffers)
 
 

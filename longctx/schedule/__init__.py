@@ -1,16 +1,16 @@
-"""Schedules of context-parallel attention: the data (`plan`) and the one builder (`build`)."""
+"""Schedules of context-parallel attention: the data (`hops`) and the one builder (`build`)."""
 
 from longctx.schedule.build import build
-from longctx.schedule.plan import (
+from longctx.schedule.hops import (
     OWN,
     SCHEDULES,
+    Channel,
     Compute,
+    Hop,
     Message,
     Payload,
-    Plan,
-    Ring,
+    RankSchedule,
     Sizes,
-    Step,
     Transfer,
     payload_bytes,
 )
@@ -18,13 +18,13 @@ from longctx.schedule.plan import (
 __all__ = [
     "OWN",
     "SCHEDULES",
+    "Channel",
     "Compute",
+    "Hop",
     "Message",
     "Payload",
-    "Plan",
-    "Ring",
+    "RankSchedule",
     "Sizes",
-    "Step",
     "Transfer",
     "build",
     "payload_bytes",

@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from longctx.schedule.plan import OWN, SCHEDULES, Compute, Message, Payload, Plan, Ring, Step, Transfer
+from longctx.schedule.hops import OWN, SCHEDULES, Channel, Compute, Hop, Message, Payload, RankSchedule, Transfer
 from longctx.topology import Topology
 
 
@@ -27,11 +27,11 @@ def build(
     backward: bool = False,
     ulysses: int | None = None,
     work: np.ndarray | None = None,
-) -> Plan:
-    """The plan of `rank`.
+) -> RankSchedule:
+    """The schedule of `rank`.
 
-    `work[i, j]`: do queries of ring position i meet KV of position j (None: always)? Offsets at which no pair
-    meets are jumped over. `ulysses` (default: all ranks of a node) counts the ranks that split heads.
+    `work[i, j]` says whether queries of ring position i meet KV of position j (None: always). The ring jumps over
+    offsets at which no pair meets. `ulysses` counts the ranks that split heads (default: all ranks of a node).
     Raises ValueError for an unknown schedule and for an `ulysses` that does not divide the ranks of a node.
     """
     if schedule not in SCHEDULES:
@@ -43,24 +43,23 @@ def build(
     nested = schedule in ("double_ring", "allgather_ring")
     grid = (topology.nodes, topology.ranks) if nested else (1, positions)
     ring = _Builder(topology, rank, h, grid, schedule == "allgather_ring", work)
-    plan = ring.build(backward)
-    plan = replace(plan, schedule=schedule)
     return replace(
-        plan,
+        ring.build(backward),
+        name=schedule,
         gather=_heads(topology, rank, h, backward, True),
         scatter=_heads(topology, rank, h, backward, False),
     )
 
 
-def _heads(topology: Topology, rank: int, h: int, backward: bool, gather: bool) -> tuple[Step, ...]:
-    """The all-to-all exchanges of Ulysses (2309.14509) as pairwise transfers, one step per payload."""
+def _heads(topology: Topology, rank: int, h: int, backward: bool, gather: bool) -> tuple[Hop, ...]:
+    """The all-to-all exchanges of Ulysses (2309.14509) as pairwise transfers, one hop per payload."""
     if h == 1:
         return ()
     payloads: tuple[Payload, ...] = (
         (("saved",) if backward else ("qkv",)) if gather else (("dq", "dkv_heads") if backward else ("out",))
     )
     base, u = rank - rank % h, rank % h
-    steps, number = [], (0 if gather else 1000)
+    hops, number = [], (0 if gather else 1000)
     for payload in payloads:
         post = []
         for delta in range(1, h):
@@ -69,13 +68,13 @@ def _heads(topology: Topology, rank: int, h: int, backward: bool, gather: bool) 
             recv = Message(source, base // h, delta, topology.level(rank, source))
             post.append(Transfer(number + len(post), payload, "heads", send, recv))
         number += h
-        steps.append(Step(post=tuple(post), wait=tuple(t.id for t in post)))
-    return tuple(steps)
+        hops.append(Hop(post=tuple(post), wait=tuple(t.id for t in post)))
+    return tuple(hops)
 
 
 @dataclass
 class _Draft:
-    """A step under construction; slots are still names."""
+    """A hop under construction; slots are still names."""
 
     post: list = field(default_factory=list)
     compute: tuple | None = None  # (blocks, names, part, into names, fresh)
@@ -84,44 +83,44 @@ class _Draft:
 
 
 class _Builder:
-    """Drafts the steps with named buffers, then gives buffers numbers by their lifetimes."""
+    """Drafts the hops with named buffers, then gives buffers numbers by their lifetimes."""
 
     def __init__(self, topology: Topology, rank: int, h: int, grid: tuple[int, int], gathered: bool, work) -> None:
         self.topology, self.rank, self.h, self.grid, self.gathered = topology, rank, h, grid, gathered
         self.m, self.w = divmod(rank // h, grid[1])
         self.visits = _visits(grid, work)
-        self.steps: list[_Draft] = []
+        self.hops: list[_Draft] = []
         self.count = 100  # ids of ring transfers; the heads' are below 100 and above 1000
-        self.starts: list[int] = []  # per visit: index of its first step
+        self.starts: list[int] = []  # per visit: index of its first hop
 
     def position(self, a: int, b: int) -> int:
         """Ring position `a` groups and `b` members behind mine (negative: ahead)."""
         return (self.m - a) % self.grid[0] * self.grid[1] + (self.w - b) % self.grid[1]
 
-    def exchange(self, step: int, payload: Payload, ring: Ring, send: tuple, recv: tuple) -> int:
-        """Post at `step`: send = (to position, block, buffer), recv = (from position, block, buffer)."""
-        self._until(step)
+    def exchange(self, hop: int, payload: Payload, channel: Channel, send: tuple, recv: tuple) -> int:
+        """Post at `hop`: send = (to position, block, buffer), recv = (from position, block, buffer)."""
+        self._until(hop)
         self.count += 1
-        self.steps[step].post.append((self.count, payload, ring, send, recv))
+        self.hops[hop].post.append((self.count, payload, channel, send, recv))
         return self.count
 
-    def build(self, backward: bool) -> Plan:
+    def build(self, backward: bool) -> RankSchedule:
         self._forward()
         if backward:
             self._backward()
-        kv = _numbers(self.steps, "kv")
-        dkv = _numbers(self.steps, "dkv") if backward else {OWN: OWN}
-        ring = tuple(self._freeze(step, kv, dkv, backward) for step in self.steps)
-        return Plan("", self.rank, backward, self.h, _size(kv), _size(dkv), ring)
+        kv = _numbers(self.hops, "kv")
+        dkv = _numbers(self.hops, "dkv") if backward else {OWN: OWN}
+        ring = tuple(self._freeze(hop, kv, dkv, backward) for hop in self.hops)
+        return RankSchedule("", self.rank, backward, self.h, _size(kv), _size(dkv), ring)
 
     def _forward(self) -> None:
         """KV: outer transfers go straight from the owner, posted before the inner ring, awaited after it."""
         for k, (a, members) in enumerate(self.visits):
-            first = len(self.steps)
+            first = len(self.hops)
             self.starts.append(first)
             held = OWN if a == 0 else ("outer", a)
             block = self.position(a, 0)
-            self.steps.append(_Draft(compute=((block,), (held,), (0, 1), (("sum", a) if a else OWN,), a > 0)))
+            self.hops.append(_Draft(compute=((block,), (held,), (0, 1), (("sum", a) if a else OWN,), a > 0)))
             outer = None
             if k + 1 < len(self.visits):
                 after = self.visits[k + 1][0]
@@ -130,18 +129,18 @@ class _Builder:
                 outer = self.exchange(first, "kv", "outer", send, recv)
             self._gather(a, members, held) if self.gathered else self._circle(a, members, held)
             if outer is not None:
-                self.steps[-1].wait.append(outer)
+                self.hops[-1].wait.append(outer)
 
     def _circle(self, a: int, members: list[int], held) -> None:
         """The inner ring: the block hops on to the next member that has work for it."""
         before = 0
         for b in members:
-            now, hop = len(self.steps) - 1, b - before
-            send = (self.position(0, -hop), self.position(a, before), held)
+            now, distance = len(self.hops) - 1, b - before
+            send = (self.position(0, -distance), self.position(a, before), held)
             held = ("inner", a, b)
-            recv = (self.position(0, hop), self.position(a, b), held)
-            self.steps[now].wait.append(self.exchange(now, "kv", "inner", send, recv))
-            self.steps.append(
+            recv = (self.position(0, distance), self.position(a, b), held)
+            self.hops[now].wait.append(self.exchange(now, "kv", "inner", send, recv))
+            self.hops.append(
                 _Draft(compute=((self.position(a, b),), (held,), (0, 1), (("travel", a, b),), before == 0))
             )
             before = b
@@ -150,19 +149,19 @@ class _Builder:
         """All-gather inside the group, then one computation on all the gathered blocks."""
         if not members:
             return
-        now = len(self.steps) - 1
+        now = len(self.hops) - 1
         for b in members:
             send = (self.position(0, -b), self.position(a, 0), held)
             recv = (self.position(0, b), self.position(a, b), ("inner", a, b))
-            self.steps[now].wait.append(self.exchange(now, "kv", "inner", send, recv))
+            self.hops[now].wait.append(self.exchange(now, "kv", "inner", send, recv))
         blocks = tuple(self.position(a, b) for b in members)
         names = tuple(("inner", a, b) for b in members)
-        self.steps.append(_Draft(compute=(blocks, names, (0, 1), tuple(("travel", a, b) for b in members), True)))
+        self.hops.append(_Draft(compute=(blocks, names, (0, 1), tuple(("travel", a, b) for b in members), True)))
 
     def _backward(self) -> None:
         """dKV follows the KV: inner sums close at the rank that received the block, then hop outwards."""
-        computed = len(self.steps)
-        ready = -1  # step after which the previous visit's sum is complete
+        computed = len(self.hops)
+        ready = -1  # hop after which the previous visit's sum is complete
         previous = None
         for k, (a, members) in enumerate(self.visits):
             last = (self.starts[k + 1] if k + 1 < len(self.visits) else computed) - 1
@@ -170,25 +169,25 @@ class _Builder:
             if a == 0:
                 continue
             if previous is not None:
-                post, hop = ready + 1, a - previous
-                send = (self.position(-hop, 0), self.position(previous, 0), ("sum", previous))
-                recv = (self.position(hop, 0), self.position(a, 0), ("relay", a))
+                post, distance = ready + 1, a - previous
+                send = (self.position(-distance, 0), self.position(previous, 0), ("sum", previous))
+                recv = (self.position(distance, 0), self.position(a, 0), ("relay", a))
                 number = self.exchange(post, "dkv", "outer", send, recv)
                 wait = max(post, last)
-                self.steps[wait].wait.append(number)
-                self.steps[wait].adds.append((("relay", a), ("sum", a)))
+                self.hops[wait].wait.append(number)
+                self.hops[wait].adds.append((("relay", a), ("sum", a)))
                 done = max(done, wait)
             ready, previous = done, a
         if previous is not None:
             send = (self.position(previous, 0), self.position(previous, 0), ("sum", previous))
             recv = (self.position(-previous, 0), self.position(0, 0), ("home",))
             number = self.exchange(ready + 1, "dkv", "outer", send, recv)
-            self.steps[ready + 1].wait.append(number)
-            self.steps[ready + 1].adds.append((("home",), OWN))
+            self.hops[ready + 1].wait.append(number)
+            self.hops[ready + 1].adds.append((("home",), OWN))
         self._split_diagonal(computed)
 
     def _close(self, a: int, members: list[int], start: int, last: int) -> int:
-        """The inner dKV hops of one visit; returns the step after which the visit's own sum is complete."""
+        """The inner dKV hops of one visit; returns the hop after which the visit's own sum is complete."""
         target = ("sum", a) if a else OWN
         if not members:
             return start
@@ -197,50 +196,50 @@ class _Builder:
                 send = (self.position(0, b), self.position(a, b), ("travel", a, b))
                 recv = (self.position(0, -b), self.position(a, 0), ("close", a, b))
                 number = self.exchange(last + 1, "dkv", "inner", send, recv)
-                self.steps[last + 1].wait.append(number)
-                self.steps[last + 1].adds.append((("close", a, b), target))
+                self.hops[last + 1].wait.append(number)
+                self.hops[last + 1].adds.append((("close", a, b), target))
             return last + 1
         for i, b in enumerate(members[1:], start=1):
-            before, step = members[i - 1], start + 1 + i
+            before, hop = members[i - 1], start + 1 + i
             send = (self.position(0, before - b), self.position(a, before), ("travel", a, before))
             recv = (self.position(0, b - before), self.position(a, b), ("travel", a, b))
-            self.steps[step].wait.append(self.exchange(step, "dkv", "inner", send, recv))
+            self.hops[hop].wait.append(self.exchange(hop, "dkv", "inner", send, recv))
         b = members[-1]
         send = (self.position(0, b), self.position(a, b), ("travel", a, b))
         recv = (self.position(0, -b), self.position(a, 0), ("close", a))
         number = self.exchange(last + 1, "dkv", "inner", send, recv)
-        self.steps[last + 1].wait.append(number)
-        self.steps[last + 1].adds.append((("close", a), target))
+        self.hops[last + 1].wait.append(number)
+        self.hops[last + 1].adds.append((("close", a), target))
         return last + 1
 
-    def _until(self, step: int) -> None:
-        while len(self.steps) <= step:
-            self.steps.append(_Draft())
+    def _until(self, hop: int) -> None:
+        while len(self.hops) <= hop:
+            self.hops.append(_Draft())
 
     def _split_diagonal(self, computed: int) -> None:
-        """Homing hops hide behind shares of the diagonal block: the last tail steps get one share each."""
-        tail = list(range(computed, len(self.steps)))[-2:]
+        """Homing hops hide behind shares of the diagonal block: the last tail hops get one share each."""
+        tail = list(range(computed, len(self.hops)))[-2:]
         shares = len(tail) + 1
-        blocks, names, _, into, fresh = self.steps[0].compute  # type: ignore[misc]
-        for i, step in enumerate([0, *tail]):
-            self.steps[step].compute = (blocks, names, (i, shares), into, fresh)
+        blocks, names, _, into, fresh = self.hops[0].compute  # type: ignore[misc]
+        for i, hop in enumerate([0, *tail]):
+            self.hops[hop].compute = (blocks, names, (i, shares), into, fresh)
 
-    def _freeze(self, step: _Draft, kv: dict, dkv: dict, backward: bool) -> Step:
+    def _freeze(self, hop: _Draft, kv: dict, dkv: dict, backward: bool) -> Hop:
         post = []
-        for number, payload, ring, send, recv in step.post:
+        for number, payload, channel, send, recv in hop.post:
             names = kv if payload == "kv" else dkv
             messages = []
             for position, block, name in (send, recv):
                 peer = position * self.h + self.rank % self.h
                 messages.append(Message(peer, block, names[name], self.topology.level(self.rank, peer)))
-            post.append(Transfer(number, payload, ring, *messages))
+            post.append(Transfer(number, payload, channel, *messages))
         compute = None
-        if step.compute is not None:
-            blocks, names, part, into, fresh = step.compute
+        if hop.compute is not None:
+            blocks, names, part, into, fresh = hop.compute
             targets = tuple(dkv[name] for name in into) if backward else ()
             compute = Compute(blocks, tuple(kv[name] for name in names), part, targets, fresh)
-        adds = tuple((dkv[a], dkv[b]) for a, b in step.adds)
-        return Step(tuple(post), compute, tuple(step.wait), adds)
+        adds = tuple((dkv[a], dkv[b]) for a, b in hop.adds)
+        return Hop(tuple(post), compute, tuple(hop.wait), adds)
 
 
 def _visits(grid: tuple[int, int], work: np.ndarray | None) -> list[tuple[int, list[int]]]:
@@ -261,24 +260,24 @@ def _visits(grid: tuple[int, int], work: np.ndarray | None) -> list[tuple[int, l
     return visits
 
 
-def _numbers(steps: list[_Draft], kind: Literal["kv", "dkv"]) -> dict:
-    """Number the named buffers: two whose lifetimes (in steps) overlap never share a slot."""
+def _numbers(hops: list[_Draft], kind: Literal["kv", "dkv"]) -> dict:
+    """Number the named buffers: two whose lifetimes (in hops) overlap never share a slot."""
     mine = {
-        number: (send[2], recv[2]) for step in steps for number, payload, _, send, recv in step.post if payload == kind
+        number: (send[2], recv[2]) for hop in hops for number, payload, _, send, recv in hop.post if payload == kind
     }
     life: dict = {}
-    for index, step in enumerate(steps):
-        moved = [transfer[0] for transfer in step.post] + step.wait
+    for index, hop in enumerate(hops):
+        moved = [transfer[0] for transfer in hop.post] + hop.wait
         used = [name for number in moved if number in mine for name in mine[number]]
-        if step.compute is not None:
-            used += list(step.compute[1 if kind == "kv" else 3])
+        if hop.compute is not None:
+            used += list(hop.compute[1 if kind == "kv" else 3])
         if kind == "dkv":
-            used += [name for pair in step.adds for name in pair]
+            used += [name for pair in hop.adds for name in pair]
         for name in used:
             start, _ = life.get(name, (index, index))
             life[name] = (start, index)
     numbers: dict = {OWN: OWN}
-    free_at: list[int] = []  # per slot: the last step of its present buffer
+    free_at: list[int] = []  # per slot: the last hop of its present buffer
     for name, (start, end) in sorted(life.items(), key=lambda item: item[1][0]):
         if name == OWN:
             continue

@@ -173,7 +173,7 @@ def _open_data(
 def _open_context(parallel: ParallelConfig, ranks: Ranks, cp: int) -> tuple[Any, dist.ProcessGroup | None]:
     """The ContextParallel of this rank's group of cp neighbours."""
     from longctx.attention import ContextParallel
-    from longctx.comm import SoloWire
+    from longctx.comm import SingleRankTransport
 
     own: dist.ProcessGroup | None = None
     if 1 < cp < ranks.world:
@@ -183,6 +183,6 @@ def _open_context(parallel: ParallelConfig, ranks: Ranks, cp: int) -> tuple[Any,
                 own = group
     ring = choose_ring(parallel, cp=cp, local_world=ranks.local_world, stage="this one")
     if cp == 1:
-        return ContextParallel(SoloWire(), split(1, 1)), None
+        return ContextParallel(SingleRankTransport(), split(1, 1)), None
     ulysses = ring.ulysses if ring.schedule == "ulysses_ring" else None
     return ContextParallel.from_world(ring.nodes, cast(Any, ring.schedule), ulysses, group=own), own

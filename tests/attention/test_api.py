@@ -10,7 +10,7 @@ import torch
 
 import longctx
 from longctx.attention import ContextParallel, context_attention
-from longctx.comm import LocalWorld
+from longctx.comm import ThreadWorld
 from longctx.topology import Topology
 
 
@@ -74,8 +74,8 @@ def test_sharding_pads_integers_with_the_ignored_label(solo):
 def test_unshard_returns_the_whole_and_its_backward_this_ranks_slice():
     whole = torch.randn(2, 3, 21, dtype=torch.float64)
 
-    def work(wire):
-        cp = ContextParallel(wire, Topology(1, 4))
+    def work(transport):
+        cp = ContextParallel(transport, Topology(1, 4))
         layout = cp.layout(seq_len=21, documents=[0, 4, 21], kind="documents")
         local = layout.shard(whole, dim=2).requires_grad_()
         back = layout.unshard(local, dim=2)
@@ -84,7 +84,7 @@ def test_unshard_returns_the_whole_and_its_backward_this_ranks_slice():
         assert torch.equal(layout.shard(torch.arange(21), 0)[layout.valid], layout.indices[layout.valid])
         return back.detach()
 
-    for back in LocalWorld(4).run(work):
+    for back in ThreadWorld(4).run(work):
         assert torch.equal(back, whole)
 
 
@@ -125,16 +125,16 @@ def test_a_dense_mask_is_refused(solo):
 
 
 def test_bad_combinations_are_named(solo):
-    wire = LocalWorld(8).run(lambda wire: wire)[0]
+    transport = ThreadWorld(8).run(lambda transport: transport)[0]
     with pytest.raises(ValueError, match="nodes=3 does not divide the 1 ranks"):
         ContextParallel.from_world(nodes=3)
     with pytest.raises(ValueError, match="ulysses=3 does not divide the 4 ranks of a node"):
-        ContextParallel(wire, Topology(2, 4), "ulysses_ring", ulysses=3)
+        ContextParallel(transport, Topology(2, 4), "ulysses_ring", ulysses=3)
     with pytest.raises(ValueError, match="only ulysses_ring"):
-        ContextParallel(wire, Topology(2, 4), "flat_ring", ulysses=2)
+        ContextParallel(transport, Topology(2, 4), "flat_ring", ulysses=2)
     with pytest.raises(ValueError, match="schedule='star'"):
         ContextParallel.from_world(schedule="star")
-    cp = ContextParallel(wire, Topology(1, 8), "ulysses_ring")
+    cp = ContextParallel(transport, Topology(1, 8), "ulysses_ring")
     layout = cp.layout(seq_len=64)
     with pytest.raises(ValueError, match="ulysses=8 does not divide the 4 query heads"):
         context_attention(*qkv(layout), layout)
@@ -170,13 +170,13 @@ def test_positions_restart_per_document_when_asked(solo):
 def test_a_trace_shows_compute_and_transfers(tmp_path):
     import json
 
-    def work(wire):
-        cp = ContextParallel(wire, Topology(2, 2), "double_ring", trace=True)
+    def work(transport):
+        cp = ContextParallel(transport, Topology(2, 2), "double_ring", trace=True)
         layout = cp.layout(seq_len=64)
         context_attention(*qkv(layout), layout).sum().backward()
-        cp.write_trace(tmp_path / f"{wire.rank}.json")
+        cp.write_trace(tmp_path / f"{transport.rank}.json")
 
-    LocalWorld(4).run(work)
+    ThreadWorld(4).run(work)
     events = json.loads((tmp_path / "3.json").read_text())["traceEvents"]
     rows = {event["tid"] for event in events}
     assert rows == {"compute", "kv.inner", "kv.outer", "dkv.inner", "dkv.outer"}

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.layout import KINDS, SequenceLayout
+from longctx.layout import LAYOUT_KINDS, SequenceLayout
 
 
 @st.composite
@@ -16,7 +16,9 @@ def layouts(draw):
     seq_len = draw(st.integers(2 * positions * ulysses, 90))
     inner = draw(st.sets(st.integers(1, seq_len - 1), max_size=8))
     boundaries = np.array([0, *sorted(inner), seq_len])
-    return SequenceLayout(seq_len, positions, kind=draw(st.sampled_from(KINDS)), boundaries=boundaries, ulysses=ulysses)
+    return SequenceLayout(
+        seq_len, positions, kind=draw(st.sampled_from(LAYOUT_KINDS)), boundaries=boundaries, ulysses=ulysses
+    )
 
 
 def position_indices(layout: SequenceLayout, position: int) -> np.ndarray:

@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from longctx.attention import ContextParallel
-from longctx.comm import LocalWire, LocalWorld
+from longctx.comm import ThreadTransport, ThreadWorld
 from longctx.topology import Topology
 
 HQ, HKV, D, N = 8, 2, 32, 512  # heads, head dimension, tokens per rank
@@ -39,14 +39,14 @@ class Peak(TorchDispatchMode):
 
 
 class Unseen:
-    """A wire whose own copies are not the executor's."""
+    """A transport whose own copies are not the executor's."""
 
-    def __init__(self, wire: LocalWire) -> None:
-        self.wire, self.rank, self.size = wire, wire.rank, wire.size
+    def __init__(self, transport: ThreadTransport) -> None:
+        self.transport, self.rank, self.size = transport, transport.rank, transport.size
 
     def post(self, *arguments):
         with _disable_current_modes():
-            posted = self.wire.post(*arguments)
+            posted = self.transport.post(*arguments)
         wait = posted.wait
 
         def unseen() -> None:
@@ -57,16 +57,16 @@ class Unseen:
         return posted
 
     def close(self) -> None:
-        self.wire.close()
+        self.transport.close()
 
 
 def measure(schedule: str, m: int, w: int) -> tuple[int, int, int, int]:
     """(buffers and peak of forward, buffers and peak of forward then backward), the largest over ranks."""
 
-    def work(wire):
-        cp = ContextParallel(Unseen(wire), Topology(m, w), schedule)
+    def work(transport):
+        cp = ContextParallel(Unseen(transport), Topology(m, w), schedule)
         layout = cp.layout(seq_len=N * m * w)
-        prepared = layout.family.prepare(layout.arithmetic.boundaries)
+        prepared = layout.cache.prepare(layout.arithmetic.boundaries)
         # Tokens before heads in memory, as a model's projections leave them.
         q, k, v, dout = (torch.randn(1, N, heads, D).transpose(1, 2) for heads in (HQ, HKV, HKV, HQ))
         with Peak(q, k, v) as forward:
@@ -77,7 +77,7 @@ def measure(schedule: str, m: int, w: int) -> tuple[int, int, int, int]:
             prepared.backward(dout, q, k, v, out, lse, 0.2)
         return buffers, forward.peak - buffers, cp.pool.total, backward.peak - cp.pool.total
 
-    return tuple(max(column) for column in zip(*LocalWorld(m * w).run(work), strict=True))
+    return tuple(max(column) for column in zip(*ThreadWorld(m * w).run(work), strict=True))
 
 
 def kv_buffers(schedule: str, m: int, w: int) -> int:

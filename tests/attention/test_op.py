@@ -9,7 +9,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from longctx.attention import SAVED_OPS, ContextParallel, context_attention, op
-from longctx.attention.prepared import Prepared
+from longctx.attention.rank_attention import RankAttention
 
 
 @pytest.fixture
@@ -42,8 +42,8 @@ def test_the_fake_implementation_matches(layout, physical):
 
 def test_selective_checkpointing_runs_the_attention_forward_once(layout, monkeypatch):
     calls = []
-    forward = Prepared.forward
-    monkeypatch.setattr(Prepared, "forward", lambda *a: calls.append(1) or forward(*a))
+    forward = RankAttention.forward
+    monkeypatch.setattr(RankAttention, "forward", lambda *a: calls.append(1) or forward(*a))
 
     def policy(ctx, called, *args, **kwargs):
         return CheckpointPolicy.MUST_SAVE if called in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
@@ -95,7 +95,7 @@ def test_many_boundaries_are_forgotten_and_found_again(layout):
     first = context_attention(q, k, v, layout)
     for edge in range(1, 24):
         layout.cp.layout(seq_len=24, documents=[0, edge, 24])
-    assert len(layout.family.recent) == 16
+    assert len(layout.cache.recent) == 16
     again = context_attention(q, k, v, layout)
     assert torch.equal(first, again)
     again.sum().backward()

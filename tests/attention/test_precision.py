@@ -7,7 +7,7 @@ import torch
 
 from longctx.attention import ContextParallel, context_attention
 from longctx.attention.kernels import KERNELS
-from longctx.comm import LocalWorld
+from longctx.comm import ThreadWorld
 from longctx.topology import Topology
 
 S, HQ, HKV, D = 1024, 4, 2, 32
@@ -39,8 +39,8 @@ def ring_errors(problem, nodes: int, ranks: int, schedule: str, **options) -> di
     """RMS error over the whole sequence of `nodes` x `ranks` virtual ranks."""
     whole, exact, _ = problem
 
-    def work(wire):
-        cp = ContextParallel(wire, Topology(nodes, ranks), schedule, **options)
+    def work(transport):
+        cp = ContextParallel(transport, Topology(nodes, ranks), schedule, **options)
         layout = cp.layout(seq_len=S)
         q, k, v, dout = (layout.shard(x, dim=2) for x in whole)
         inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -48,7 +48,7 @@ def ring_errors(problem, nodes: int, ranks: int, schedule: str, **options) -> di
         out.backward(dout)
         return [layout.unshard(x.detach(), 2) for x in (out, *(x.grad for x in inputs))]
 
-    return errors(LocalWorld(nodes * ranks).run(work)[0], exact)
+    return errors(ThreadWorld(nodes * ranks).run(work)[0], exact)
 
 
 def test_bf16_errors_stay_near_the_single_kernels(problem):

@@ -8,24 +8,24 @@ import numpy as np
 import pytest
 
 from longctx.layout import SequenceLayout
-from longctx.schedule import OWN, SCHEDULES, Plan, Sizes, build
+from longctx.schedule import OWN, SCHEDULES, RankSchedule, Sizes, build
 from longctx.topology import Topology
 
 GRIDS = [(m, w) for m in (1, 2, 3, 4) for w in (1, 2, 3, 4)]
 
 
-def plans(schedule: str, topology: Topology, backward: bool, work=None, ulysses=None) -> list[Plan]:
+def schedules(schedule: str, topology: Topology, backward: bool, work=None, ulysses=None) -> list[RankSchedule]:
     ranks = range(topology.size)
     return [build(schedule, topology, r, backward=backward, ulysses=ulysses, work=work) for r in ranks]
 
 
 class Machine:
-    """All ranks' ring steps on symbols: a KV buffer holds its owner, a dKV buffer the ranks that added."""
+    """All ranks' ring hops on symbols: a KV buffer holds its owner, a dKV buffer the ranks that added."""
 
-    def __init__(self, every: list[Plan]) -> None:
+    def __init__(self, every: list[RankSchedule]) -> None:
         self.every = every
         h = every[0].ulysses
-        self.kv = [{OWN: plan.rank // h} for plan in every]
+        self.kv = [{OWN: schedule.rank // h} for schedule in every]
         self.dkv = [{OWN: Counter()} for _ in every]
         self.met = [Counter() for _ in every]
         self.wires: dict[tuple, deque] = {}
@@ -33,16 +33,16 @@ class Machine:
 
     def run(self) -> None:
         for number in range(len(self.every[0].ring)):
-            for r, plan in enumerate(self.every):
-                for t in plan.ring[number].post:
+            for r, schedule in enumerate(self.every):
+                for t in schedule.ring[number].post:
                     held = self.kv if t.payload == "kv" else self.dkv
                     content = held[r][t.send.slot]
                     content = content if t.payload == "kv" else Counter(content)
-                    box = self.wires.setdefault((r, t.send.peer, t.payload, t.ring), deque())
+                    box = self.wires.setdefault((r, t.send.peer, t.payload, t.channel), deque())
                     box.append((t.send.block, content))
                     self.waiting[r][t.id] = t
-            for r, plan in enumerate(self.every):
-                self.finish(r, plan.ring[number])
+            for r, schedule in enumerate(self.every):
+                self.finish(r, schedule.ring[number])
 
     def finish(self, r: int, step) -> None:
         compute = step.compute
@@ -52,7 +52,7 @@ class Machine:
                 self.met[r][block] += 1 / compute.part[1]
         for number in step.wait:
             t = self.waiting[r].pop(number)
-            block, content = self.wires[t.recv.peer, r, t.payload, t.ring].popleft()
+            block, content = self.wires[t.recv.peer, r, t.payload, t.channel].popleft()
             assert block == t.recv.block, "messages are mis-paired"
             (self.kv if t.payload == "kv" else self.dkv)[r][t.recv.slot] = content
         if compute and compute.into:
@@ -73,7 +73,7 @@ def pairs_met(machine: Machine) -> set[tuple[int, int]]:
 @pytest.mark.parametrize(("m", "w"), GRIDS)
 @pytest.mark.parametrize("backward", [False, True])
 def test_every_block_meets_every_rank_and_every_gradient_comes_home(schedule, m, w, backward):
-    every = plans(schedule, Topology(m, w), backward)
+    every = schedules(schedule, Topology(m, w), backward)
     machine = Machine(every)
     machine.run()
     assert not any(machine.waiting), "a transfer is never awaited"
@@ -104,7 +104,7 @@ def test_packed_documents_visit_only_offsets_with_work(schedule, m, w, documents
     boundaries = np.array([0, *inner[documents], size])
     layout = SequenceLayout(size, n, boundaries=boundaries, ulysses=h)
     for backward in (False, True):
-        machine = Machine(plans(schedule, topology, backward, layout.work))
+        machine = Machine(schedules(schedule, topology, backward, layout.work))
         machine.run()
         needed = {(int(i), int(j)) for i, j in zip(*np.nonzero(layout.work), strict=True)}
         assert needed <= pairs_met(machine)
@@ -171,7 +171,7 @@ def test_buffers_stay_few(m, w):
 def test_the_outer_transfer_spans_the_inner_ring(schedule):
     for backward in (False, True):
         ring = build(schedule, Topology(3, 4), 5, backward=backward).ring
-        posted = {t.id: i for i, s in enumerate(ring) for t in s.post if t.ring == "outer" and t.payload == "kv"}
+        posted = {t.id: i for i, s in enumerate(ring) for t in s.post if t.channel == "outer" and t.payload == "kv"}
         awaited = {number: i for i, s in enumerate(ring) for number in s.wait}
         inner = 3 if schedule == "double_ring" else 1
         assert [awaited[number] - step for number, step in posted.items()] == [inner] * 2
@@ -189,8 +189,8 @@ def test_the_homing_hop_hides_behind_the_diagonal():
 
 def test_every_rank_posts_in_the_same_order():
     for schedule in SCHEDULES:
-        every = plans(schedule, Topology(2, 4), True)
-        orders = {tuple((i, t.payload, t.ring) for i, s in enumerate(p.steps) for t in s.post) for p in every}
+        every = schedules(schedule, Topology(2, 4), True)
+        orders = {tuple((i, t.payload, t.channel) for i, s in enumerate(p.hops) for t in s.post) for p in every}
         assert len(orders) == 1
 
 

@@ -39,8 +39,8 @@ def bad_input_raises_on_every_rank(rank: int, world: int) -> None:
             continue
         raise AssertionError("no ValueError")
     assert cp.bytes.per_level() == {"inner": 0, "outer": 0}
-    assert cp.wire.unsupported("cpu") is None
-    assert "gloo sends CPU tensors only" in (cp.wire.unsupported("cuda") or "")
+    assert cp.transport.unsupported("cpu") is None
+    assert "gloo sends CPU tensors only" in (cp.transport.unsupported("cuda") or "")
     context_attention(x, x, x, layout)
     cp.close()
 
@@ -111,14 +111,14 @@ def inside_ddp(rank: int, world: int) -> None:
 
 
 def solo():
-    from longctx.comm import SoloWire
+    from longctx.comm import SingleRankTransport
     from longctx.topology import Topology
 
-    return SoloWire(), Topology()
+    return SingleRankTransport(), Topology()
 
 
 def peer_dies(rank: int, world: int) -> None:
-    """The last rank dies between two calls; the others raise PeerLost naming step and peer in time."""
+    """The last rank dies between two calls; the others raise PeerLost naming hop and peer in time."""
     cp = ContextParallel.from_world(timeout=5)
     layout = cp.layout(seq_len=64)
     x = torch.randn(1, 4, layout.local_len, 8)
@@ -131,7 +131,7 @@ def peer_dies(rank: int, world: int) -> None:
             context_attention(x, x, x, layout)
     except PeerLost as error:
         text = str(error)
-        assert "flat_ring forward, step" in text, text
+        assert "flat_ring forward, hop" in text, text
         assert "rank " + str(rank) in text
         assert "from rank" in text
         assert time.monotonic() - begin < 20

@@ -104,10 +104,10 @@ def check(rank: int, world: int, case: Case) -> None:
 
 
 def check_bytes(cp: ContextParallel, layout, case: Case) -> None:
-    """Counted bytes equal the plans' sums, plus the exchange of lse that was asked for under Ulysses."""
+    """Counted bytes equal the schedules' sums, plus the exchange of lse that was asked for under Ulysses."""
     sizes = Sizes(layout.local_len, case.q_heads, case.kv_heads, HEAD_DIM, BATCH, 8, 8)
-    plans = layout.family.prepare(layout.arithmetic.boundaries).plans
-    total = sum(sum(plan.bytes(sizes).values()) for plan in plans)
+    schedules = layout.cache.prepare(layout.arithmetic.boundaries).schedules
+    total = sum(sum(schedule.bytes(sizes).values()) for schedule in schedules)
     h = cp.ulysses
     total += (h - 1) * BATCH * layout.local_len * (case.q_heads // h) * 8
     assert sum(cp.bytes.per_level().values()) == total

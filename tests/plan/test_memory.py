@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longctx.attention import ContextParallel
-from longctx.comm import LocalWorld
+from longctx.comm import ThreadWorld
 from longctx.config.model import InitConfig, MemoryConfig, ModelConfig
 from longctx.plan.memory import pool_bytes, stage_memory
 from longctx.plan.shape import shape_of
@@ -28,20 +28,20 @@ def test_the_pool_is_what_the_executor_allocates(schedule, nodes, ranks):
     topology, tokens = Topology(nodes, ranks), 32
     sizes = Sizes(tokens, 4, 2, 16, wire_bytes=4, grad_bytes=4)
 
-    def work(wire):
-        cp = ContextParallel(wire, topology, schedule)
+    def work(transport):
+        cp = ContextParallel(transport, topology, schedule)
         layout = cp.layout(seq_len=tokens * topology.size)
         q, k, v, grad = (torch.randn(1, heads, tokens, 16) for heads in (4, 2, 2, 4))
-        prepared = layout.family.prepare(layout.arithmetic.boundaries)
-        out, lse = prepared.forward(q, k, v, 0.25)
+        attention = layout.cache.prepare(layout.arithmetic.boundaries)
+        out, lse = attention.forward(q, k, v, 0.25)
         ahead = cp.pool.total
         cp.pool.clear()
-        prepared.backward(grad, q, k, v, out, lse, 0.25)
+        attention.backward(grad, q, k, v, out, lse, 0.25)
         return ahead, cp.pool.total
 
-    for rank, counted in enumerate(LocalWorld(topology.size).run(work)):
-        plans = [build(schedule, topology, rank, backward=backward) for backward in (False, True)]
-        assert counted == tuple(pool_bytes(plan, sizes) for plan in plans)
+    for rank, counted in enumerate(ThreadWorld(topology.size).run(work)):
+        schedules = [build(schedule, topology, rank, backward=backward) for backward in (False, True)]
+        assert counted == tuple(pool_bytes(schedule, sizes) for schedule in schedules)
 
 
 @pytest.mark.parametrize("tied", [False, True])

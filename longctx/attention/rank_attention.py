@@ -1,35 +1,32 @@
-"""A layout with its two plans, ready to run on this rank: heads gathered if need be, the ring, and back."""
+"""Attention of this rank under one layout: gather heads (under Ulysses), run the ring, scatter the results."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from longctx.attention import op
-from longctx.attention.courier import Courier
-from longctx.attention.executor import Ring
+from longctx.attention.executor import RingExecutor
+from longctx.attention.group import AttentionGroup
 from longctx.attention.kernels import choose, problem_of
 from longctx.attention.merge import accumulator_dtype, like
+from longctx.attention.transfers import TransferQueue
 from longctx.attention.ulysses import Heads, gather, scatter
-from longctx.layout import Kind, SequenceLayout
-from longctx.schedule import Plan, build
+from longctx.layout import LayoutKind, SequenceLayout
+from longctx.schedule import RankSchedule, build
 
-if TYPE_CHECKING:
-    from longctx.attention.parallel import ContextParallel
-
-PLANS_KEPT = 16  # boundaries whose plans are remembered, per (seq_len, kind)
+LAYOUTS_KEPT = 16  # document boundaries whose schedules are remembered, per (seq_len, kind)
 
 
-class Prepared:
-    """The plans of one SequenceLayout on one rank."""
+class RankAttention:
+    """The forward and backward schedules of one SequenceLayout on one rank."""
 
-    def __init__(self, cp: ContextParallel, layout: SequenceLayout) -> None:
+    def __init__(self, cp: AttentionGroup, layout: SequenceLayout) -> None:
         self.cp, self.layout = cp, layout
-        self.plans = tuple(
+        self.schedules = tuple(
             build(
                 cp.schedule,
                 cp.topology,
@@ -41,74 +38,74 @@ class Prepared:
             for backward in (False, True)
         )
 
-    def _ring(self, plan: Plan, q: Tensor, k: Tensor, scale: float) -> Ring:
+    def _ring(self, schedule: RankSchedule, q: Tensor, k: Tensor, scale: float) -> RingExecutor:
         kernel = choose(problem_of(q, k), self.cp.kernel)
-        courier = Courier(
-            self.cp.wire,
+        transfers = TransferQueue(
+            self.cp.transport,
             self.cp.bytes,
-            f"{plan.schedule} {'backward' if plan.backward else 'forward'}",
+            f"{schedule.name} {'backward' if schedule.backward else 'forward'}",
             self.cp.trace,
         )
-        return Ring(plan, self.layout, courier, kernel, self.cp.pool, scale)
+        return RingExecutor(schedule, self.layout, transfers, kernel, self.cp.pool, scale)
 
     def _heads(self, q: Tensor, k: Tensor) -> Heads:
         return Heads(self.cp.rank % self.cp.ulysses, self.cp.ulysses, q.shape[1], k.shape[1])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """out [B, Hq, n, D] and lse, the latter over this rank's heads and the position's tokens."""
-        plan = self.plans[0]
-        ring = self._ring(plan, q, k, scale)
-        if not plan.gather:
+        """out [B, Hq, n, D] and lse [B, Hq / h, L], the latter over this rank's heads and the position's L tokens."""
+        schedule = self.schedules[0]
+        ring = self._ring(schedule, q, k, scale)
+        if not schedule.gather:
             return ring.forward(q, k, v)
         heads = self._heads(q, k)
-        gathered, lse = ring.forward(*gather(plan.gather[0], ring.courier, heads, [q, k, v]))
+        gathered, lse = ring.forward(*gather(schedule.gather[0], ring.transfers, heads, [q, k, v]))
         out = torch.zeros_like(q)
-        scatter(plan.scatter[0], ring.courier, heads, [gathered], [out])
+        scatter(schedule.scatter[0], ring.transfers, heads, [gathered], [out])
         return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk, dv of the inputs' types, from the global out and lse."""
-        plan = self.plans[1]
-        ring = self._ring(plan, q, k, scale)
-        wire = self.cp.grad_dtype or accumulator_dtype(q.dtype)
-        if not plan.gather:
-            dq, dk, dv = ring.backward(dout, q, k, v, out, lse, wire)
+        schedule = self.schedules[1]
+        ring = self._ring(schedule, q, k, scale)
+        dkv_dtype = self.cp.grad_dtype or accumulator_dtype(q.dtype)
+        if not schedule.gather:
+            dq, dk, dv = ring.backward(dout, q, k, v, out, lse, dkv_dtype)
             return like(dq, q), like(dk, k), like(dv, v)
         heads = self._heads(q, k)
-        saved = gather(plan.gather[0], ring.courier, heads, [q, out, dout, k, v])
+        saved = gather(schedule.gather[0], ring.transfers, heads, [q, out, dout, k, v])
         qg, outg, doutg, kg, vg = saved
-        dq_part, *dkv_part = ring.backward(doutg, qg, kg, vg, outg, lse, wire)
+        dq_part, *dkv_part = ring.backward(doutg, qg, kg, vg, outg, lse, dkv_dtype)
         dq = torch.zeros_like(q)
-        scatter(plan.scatter[0], ring.courier, heads, [dq_part.to(q.dtype)], [dq])
+        scatter(schedule.scatter[0], ring.transfers, heads, [dq_part.to(q.dtype)], [dq])
         dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (k, v))
-        scatter(plan.scatter[1], ring.courier, heads, [part.to(wire) for part in dkv_part], [dk, dv])
+        scatter(schedule.scatter[1], ring.transfers, heads, [part.to(dkv_dtype) for part in dkv_part], [dk, dv])
         return dq, like(dk, k), like(dv, v)
 
     def local_lse(self, lse: Tensor, q_heads: int) -> Tensor:
-        """[B, Hq / h, L] -> [B, Hq, n]: the one exchange lse ever needs, made only when it is asked for."""
+        """Exchange lse [B, Hq / h, L] to [B, Hq, n]. Only a caller that asks for lse pays for this exchange."""
         if self.cp.ulysses == 1:
             return lse
         h, me = self.cp.ulysses, self.cp.rank % self.cp.ulysses
         heads = Heads(me, h, q_heads, q_heads)
         out = lse.new_zeros((lse.shape[0], q_heads, lse.shape[2] // h, 1))
-        courier = Courier(self.cp.wire, self.cp.bytes, "lse", self.cp.trace)
-        scatter(self.plans[0].scatter[0], courier, heads, [lse[..., None]], [out])
+        transfers = TransferQueue(self.cp.transport, self.cp.bytes, "lse", self.cp.trace)
+        scatter(self.schedules[0].scatter[0], transfers, heads, [lse[..., None]], [out])
         return out[..., 0]
 
 
-class Family:
-    """All layouts of one (seq_len, kind): what a handle stands for; new boundaries need no new handle."""
+class LayoutCache:
+    """The layouts of one (seq_len, kind) that were used lately, by document boundaries; an op's handle names it."""
 
-    def __init__(self, cp: ContextParallel, seq_len: int, kind: Kind) -> None:
+    def __init__(self, cp: AttentionGroup, seq_len: int, kind: LayoutKind) -> None:
         self.cp, self.seq_len = cp, seq_len
-        self.kind: Kind = kind
+        self.kind: LayoutKind = kind
         self.handle = op.enter(self)
-        self.recent: OrderedDict[bytes, Prepared] = OrderedDict()
+        self.recent: OrderedDict[bytes, RankAttention] = OrderedDict()
 
-    def prepare(self, boundaries: np.ndarray, arithmetic: SequenceLayout | None = None) -> Prepared:
-        """The layout and both plans of these boundaries, from memory if they were used lately."""
+    def prepare(self, boundaries: np.ndarray, arithmetic: SequenceLayout | None = None) -> RankAttention:
+        """The attention under these boundaries; built unless it was used lately."""
         key = boundaries.tobytes()
         if key not in self.recent:
             if arithmetic is None:
@@ -119,8 +116,8 @@ class Family:
                     boundaries=boundaries,
                     ulysses=self.cp.ulysses,
                 )
-            self.recent[key] = Prepared(self.cp, arithmetic)
-            while len(self.recent) > PLANS_KEPT:
+            self.recent[key] = RankAttention(self.cp, arithmetic)
+            while len(self.recent) > LAYOUTS_KEPT:
                 self.recent.popitem(last=False)
         self.recent.move_to_end(key)
         return self.recent[key]

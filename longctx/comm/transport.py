@@ -1,10 +1,9 @@
 """Point-to-point transfers between the ranks of one context-parallel group.
 
-A wire posts a send and a receive together on a named channel and hands back something to wait for. Channels
-that may be busy at once (each ring level, KV and dKV) are separate communicators, so that they overlap and
-never mis-pair: NCCL ignores tags. Every rank posts in the same order. `ProcessWire` runs on
-torch.distributed; `LocalWire` joins virtual ranks that are threads of one process (benchmarks without a
-network, tests).
+A transport posts a send and a receive together on a named channel and returns a handle to wait for. Channels that may
+be busy at the same time (each ring level, KV and dKV) are separate communicators, so that they overlap and never
+mis-pair: NCCL ignores tags. Every rank posts in the same order. `DistributedTransport` runs on torch.distributed.
+`ThreadTransport` joins virtual ranks that are threads of one process, for tests and for benchmarks without a network.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-CHANNELS = ("kv.inner", "kv.outer", "dkv.inner", "dkv.outer", "heads")
-
 
 class PeerLost(RuntimeError):
     """A transfer failed or timed out; the message names the step, the payload and the peer."""
@@ -35,7 +32,7 @@ class Pending(Protocol):
     def wait(self) -> None: ...
 
 
-class Wire(Protocol):
+class Transport(Protocol):
     """`rank` of `size`; `post` exchanges one tensor with each of two peers (they may be the same one)."""
 
     rank: int
@@ -52,8 +49,8 @@ class Wire(Protocol):
     def close(self) -> None: ...
 
 
-class SoloWire:
-    """One rank: there is nobody to talk to."""
+class SingleRankTransport:
+    """The transport of a single rank, which has no peer."""
 
     rank, size = 0, 1
 
@@ -82,8 +79,8 @@ class _Posted:
                 raise PeerLost(f"{peer}: {error}") from error
 
 
-class ProcessWire:
-    """torch.distributed underneath: one process group per channel, made by the members alone."""
+class DistributedTransport:
+    """A transport on torch.distributed: one process group per channel, made by its members alone."""
 
     def __init__(
         self, group: dist.ProcessGroup | None, channels: Sequence[str], timeout: timedelta | None = None
@@ -113,7 +110,7 @@ class ProcessWire:
         return _Posted(works, names if len(works) == 2 else [", ".join(names)])
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every rank's tensor; as bytes, because gloo does not know every type."""
+        """The tensor of every rank, sent as bytes because gloo does not know every type."""
         flat = tensor.contiguous().view(-1).view(torch.uint8)
         parts = [torch.empty_like(flat) for _ in range(self.size)]
         try:
@@ -135,10 +132,10 @@ class ProcessWire:
         self.groups = {}
 
 
-# Groups of closed wires, kept for the next wire over the same ranks. torch names a group that its members
-# make alone after its ranks and the number of groups alive, so one destroyed and made again would take its
-# old name and find its old addresses in the store. What is kept is bounded by the most wires ever open at
-# once; it goes with the default group it was made under.
+# Groups of closed transports are kept for the next transport over the same ranks. torch names a group that its members
+# make alone after its ranks and the number of live groups, so a group that is destroyed and made again would take its
+# old name and find its old addresses in the store. At most as many are kept as were ever open at once. They belong to
+# the default group under which they were made.
 _Key = tuple[tuple[int, ...], str, timedelta | None, str]  # ranks, channel, timeout, backend
 _idle: dict[_Key, list[dist.ProcessGroup]] = {}
 _made_under: list[dist.ProcessGroup | None] = [None]
@@ -164,8 +161,9 @@ def _take(key: _Key) -> dist.ProcessGroup:
 
 
 def leave_world() -> None:
-    """Destroy the default group and let go of the groups kept here, which end with it: held until the interpreter
-    ends, their threads may abort the process.
+    """Destroy the default group and drop the groups kept here.
+
+    A group that lives until the interpreter ends may abort the process from one of its threads.
     """
     _idle.clear()
     if dist.is_initialized():
@@ -179,14 +177,14 @@ def _give_back(key: _Key, group: dist.ProcessGroup) -> None:
 
 
 def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
-    """The parent group's own timeout, which new groups would not inherit."""
+    """The timeout of the parent group, which torch does not pass on to new groups."""
     device = torch.device("cuda" if "nccl" in str(dist.get_backend(group)) else "cpu")
     options = getattr(group._get_backend(device), "options", None)
     return getattr(options, "_timeout", None)
 
 
-class LocalWorld:
-    """Virtual ranks as threads of one process; `serial` lets one run at a time, so that times add up."""
+class ThreadWorld:
+    """Virtual ranks as threads of one process. With `serial` one runs at a time, so that their times add up."""
 
     def __init__(self, size: int, *, serial: bool = False, timeout: float = 60.0) -> None:
         self.size, self.timeout = size, timeout
@@ -194,40 +192,40 @@ class LocalWorld:
         self.turn = threading.Lock() if serial else None
         self.guard = threading.Lock()
 
-    def box(self, channel: str, source: int, to: int) -> queue.Queue[Tensor]:
+    def mailbox(self, channel: str, source: int, to: int) -> queue.Queue[Tensor]:
         with self.guard:
             return self.mail[channel, source, to]
 
-    def run(self, work: Callable[[LocalWire], object]) -> list:
-        """work(wire) on every virtual rank; the results by rank, or the first failed rank's exception."""
+    def run(self, work: Callable[[ThreadTransport], object]) -> list:
+        """work(transport) on every virtual rank; the results by rank, or the first failed rank's exception."""
 
         def body(rank: int) -> object:
             with self.turn or nullcontext():
-                return work(LocalWire(self, rank))
+                return work(ThreadTransport(self, rank))
 
         with ThreadPoolExecutor(self.size) as pool:
             futures = [pool.submit(body, rank) for rank in range(self.size)]
         return [future.result() for future in futures]
 
 
-class LocalWire:
-    """One virtual rank's end of a LocalWorld."""
+class ThreadTransport:
+    """The transport of one virtual rank of a ThreadWorld."""
 
-    def __init__(self, world: LocalWorld, rank: int) -> None:
+    def __init__(self, world: ThreadWorld, rank: int) -> None:
         self.world, self.rank, self.size = world, rank, world.size
 
     def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending:
-        self.world.box(channel, self.rank, to).put(send.clone())
-        return _Letter(self.world, channel, source, self.rank, recv)
+        self.world.mailbox(channel, self.rank, to).put(send.clone())
+        return _PendingReceive(self.world, channel, source, self.rank, recv)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         parts = [tensor if peer == self.rank else torch.empty_like(tensor) for peer in range(self.size)]
         for peer in range(self.size):
             if peer != self.rank:
-                self.world.box("gather", self.rank, peer).put(tensor.clone())
+                self.world.mailbox("gather", self.rank, peer).put(tensor.clone())
         for peer in range(self.size):
             if peer != self.rank:
-                _Letter(self.world, "gather", peer, self.rank, parts[peer]).wait()
+                _PendingReceive(self.world, "gather", peer, self.rank, parts[peer]).wait()
         return parts
 
     def unsupported(self, device: str) -> str | None:
@@ -237,12 +235,12 @@ class LocalWire:
         pass
 
 
-class _Letter:
-    def __init__(self, world: LocalWorld, channel: str, source: int, to: int, recv: Tensor) -> None:
+class _PendingReceive:
+    def __init__(self, world: ThreadWorld, channel: str, source: int, to: int, recv: Tensor) -> None:
         self.world, self.channel, self.source, self.to, self.recv = world, channel, source, to, recv
 
     def wait(self) -> None:
-        box, turn = self.world.box(self.channel, self.source, self.to), self.world.turn
+        box, turn = self.world.mailbox(self.channel, self.source, self.to), self.world.turn
         if turn:
             turn.release()
         try:

@@ -1,7 +1,7 @@
-"""Posts a plan's transfers on a wire, counts their bytes, names step and peer when one fails, keeps a trace.
+"""The transfers of one call: posts them on a transport, counts their bytes, names hop and peer when one fails.
 
-The trace is a list of Chrome trace events (open it in Perfetto): one row of computation and one per channel
-of transfers. A transfer's end is the moment its wait returned, an upper bound.
+With a trace it also records Chrome trace events (Perfetto opens them): one row of computation and one per channel of
+transfers. A transfer ends in the trace when its wait returns, which is an upper bound.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from longctx.comm import ByteCounter, PeerLost, Wire
+from longctx.comm import ByteCounter, PeerLost, Transport
 from longctx.schedule import Transfer
 
 
@@ -40,46 +40,46 @@ class Trace:
         Path(path).write_text(json.dumps({"traceEvents": self.events}))
 
 
-class Courier:
-    """Carries one call's transfers; `label` names the call in errors ("double_ring backward")."""
+class TransferQueue:
+    """Posts and awaits the transfers of one call. `label` names the call in errors ("double_ring backward")."""
 
-    def __init__(self, wire: Wire, counter: ByteCounter, label: str, trace: Trace | None = None) -> None:
-        self.wire, self.counter, self.label, self.trace = wire, counter, label, trace
+    def __init__(self, transport: Transport, counter: ByteCounter, label: str, trace: Trace | None = None) -> None:
+        self.transport, self.counter, self.label, self.trace = transport, counter, label, trace
         self.pending: dict[int, tuple] = {}
 
-    def post(self, step: int, transfer: Transfer, send: Tensor, recv: Tensor) -> None:
+    def post(self, hop: int, transfer: Transfer, send: Tensor, recv: Tensor) -> None:
         """Start a transfer; `send` and `recv` must stay untouched until its wait."""
-        channel = "heads" if transfer.ring == "heads" else f"{transfer.payload}.{transfer.ring}"
+        channel = "heads" if transfer.channel == "heads" else f"{transfer.payload}.{transfer.channel}"
         begin = time.perf_counter()
         try:
-            posted = self.wire.post(channel, send, transfer.send.peer, recv, transfer.recv.peer)
+            posted = self.transport.post(channel, send, transfer.send.peer, recv, transfer.recv.peer)
         except PeerLost as error:
-            raise self._lost(step, transfer, error) from error
+            raise self._lost(hop, transfer, error) from error
         self.counter.add(transfer.send.level, transfer.payload, send.nbytes)
         self.pending[transfer.id] = (posted, transfer, channel, begin)
 
-    def wait(self, step: int, ids: Iterable[int]) -> None:
+    def wait(self, hop: int, ids: Iterable[int]) -> None:
         for number in ids:
             posted, transfer, channel, begin = self.pending.pop(number)
             try:
                 posted.wait()
             except PeerLost as error:
-                raise self._lost(step, transfer, error) from error
+                raise self._lost(hop, transfer, error) from error
             if self.trace:
                 name = f"{transfer.payload} to {transfer.send.peer}, from {transfer.recv.peer}"
                 self.trace.add(channel, name, begin, time.perf_counter())
 
     @contextmanager
-    def span(self, step: int, name: str) -> Iterator[None]:
+    def span(self, hop: int, name: str) -> Iterator[None]:
         begin = time.perf_counter()
         yield
         if self.trace:
-            self.trace.add("compute", f"step {step}: {name}", begin, time.perf_counter())
+            self.trace.add("compute", f"hop {hop}: {name}", begin, time.perf_counter())
 
-    def _lost(self, step: int, transfer: Transfer, error: PeerLost) -> PeerLost:
+    def _lost(self, hop: int, transfer: Transfer, error: PeerLost) -> PeerLost:
         send, recv = transfer.send, transfer.recv
         return PeerLost(
-            f"rank {self.wire.rank}, {self.label}, step {step}: the {transfer.payload} transfer on the "
-            f"{transfer.ring} ring failed (block {send.block} to rank {send.peer}, block {recv.block} from "
+            f"rank {self.transport.rank}, {self.label}, hop {hop}: the {transfer.payload} transfer on the "
+            f"{transfer.channel} channel failed (block {send.block} to rank {send.peer}, block {recv.block} from "
             f"rank {recv.peer}) while {error}"
         )

@@ -1,0 +1,47 @@
+"""The ranks that share a sequence: their transport, topology and schedule, and the state that their calls share."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import torch
+
+from longctx.attention.executor import BufferPool
+from longctx.attention.transfers import Trace
+from longctx.comm import ByteCounter, Transport
+from longctx.topology import Topology
+
+
+@dataclass(eq=False)
+class AttentionGroup:
+    """One rank's view of its context-parallel group.
+
+    ulysses: ranks that split heads. kernel: a backend forced by name. grad_dtype: the type of a travelling dKV
+    (None: fp32, fp64 for fp64). bytes: what this rank has sent.
+    """
+
+    transport: Transport
+    topology: Topology
+    schedule: str
+    ulysses: int
+    kernel: str | None = None
+    grad_dtype: torch.dtype | None = None
+    trace: Trace | None = None
+    bytes: ByteCounter = field(default_factory=ByteCounter)
+    pool: BufferPool = field(default_factory=BufferPool)
+    # Calls are serialised: autograd may run a backward on a thread of its own.
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def rank(self) -> int:
+        return self.transport.rank
+
+    @property
+    def size(self) -> int:
+        return self.transport.size
+
+    @property
+    def positions(self) -> int:
+        """Ring positions: ranks divided by the Ulysses ranks of a position."""
+        return self.size // self.ulysses

@@ -1,0 +1,117 @@
+"""A sequence layout as one rank sees it: which tokens it holds, and how tensors are sharded and gathered by it.
+
+Sharding is an index_select, so it is differentiable. Un-sharding gathers the tokens of every rank and drops the
+padding. Its backward takes this rank's slice, because each rank is expected to compute the same loss of the whole
+sequence.
+
+    S tokens of the sequence, n = S_local tokens of this rank (padding included)
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longctx.attention.group import AttentionGroup
+from longctx.attention.rank_attention import LayoutCache
+from longctx.layout import SequenceLayout
+
+
+class Layout:
+    """This rank's tokens of one sequence. `arithmetic` holds the layout of all ranks."""
+
+    def __init__(self, cache: LayoutCache, arithmetic: SequenceLayout, restart: bool) -> None:
+        self.cache, self.arithmetic, self.restart = cache, arithmetic, restart
+        cache.prepare(arithmetic.boundaries, arithmetic)
+        self.boundaries = torch.from_numpy(arithmetic.boundaries)
+
+    @property
+    def cp(self) -> AttentionGroup:
+        return self.cache.cp
+
+    @property
+    def handle(self) -> int:
+        return self.cache.handle
+
+    @property
+    def seq_len(self) -> int:
+        """S, without padding."""
+        return self.arithmetic.seq_len
+
+    @property
+    def padded_len(self) -> int:
+        return self.arithmetic.padded_len
+
+    @property
+    def local_len(self) -> int:
+        """n, padding included; the same on every rank."""
+        return self.arithmetic.rank_len
+
+    @cached_property
+    def indices(self) -> Tensor:
+        """int64 [n]: the index in the sequence of each local token, -1 for padding (for data loading)."""
+        return torch.from_numpy(self.arithmetic.indices(self.cp.rank))
+
+    @property
+    def valid(self) -> Tensor:
+        """bool [n]: False for padding."""
+        return self.indices >= 0
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int64 [n]: RoPE positions, 0 for padding."""
+        return torch.from_numpy(self.arithmetic.positions(self.cp.rank, restart=self.restart))
+
+    @property
+    def local_boundaries(self) -> Tensor:
+        """int64 [d + 1]: cu_seqlens of the documents among the local tokens, padding excluded."""
+        return torch.from_numpy(self.arithmetic.local_boundaries(self.cp.rank))
+
+    @property
+    def imbalance(self) -> float:
+        """max / mean over ranks of the attention work; 1.0 is perfect."""
+        return self.arithmetic.imbalance()
+
+    def shard(self, x: Tensor, dim: int, fill: float | None = None) -> Tensor:
+        """The local tokens of `x`, whose dimension `dim` is the whole sequence; differentiable.
+
+        Padding takes the value `fill`. The default is 0 for floats and bools, and -100 for integers, which a loss
+        ignores as a label. Pass fill=0 (or a pad token) for token ids that will be embedded.
+        """
+        if x.shape[dim] != self.seq_len:
+            raise ValueError(f"x has {x.shape[dim]} tokens in dim={dim}, the layout's seq_len is {self.seq_len}")
+        indices = self.indices.to(x.device)
+        if self.arithmetic.padding:
+            if fill is None:
+                fill = 0 if x.dtype.is_floating_point or x.dtype == torch.bool else -100
+            shape = list(x.shape)
+            shape[dim] = 1
+            x = torch.cat([x, x.new_full(shape, fill)], dim)
+            indices = torch.where(indices < 0, self.seq_len, indices)
+        return x.index_select(dim, indices)
+
+    def unshard(self, x: Tensor, dim: int) -> Tensor:
+        """All tokens of the sequence, in order and without padding. The backward takes this rank's slice."""
+        if x.shape[dim] != self.local_len:
+            raise ValueError(f"x has {x.shape[dim]} tokens in dim={dim}, the layout's local_len is {self.local_len}")
+        return _Unshard.apply(x, self, dim)  # type: ignore[return-value]
+
+    def order(self) -> np.ndarray:
+        """int64 [S]: the index of each token of the sequence in the concatenation of all ranks' tokens."""
+        everyone = np.concatenate([self.arithmetic.indices(rank) for rank in range(self.cp.size)])
+        return np.argsort(np.where(everyone < 0, self.padded_len, everyone), kind="stable")[: self.seq_len]
+
+
+class _Unshard(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, layout: Layout, dim: int) -> Tensor:
+        ctx.layout, ctx.dim = layout, dim
+        whole = torch.cat(layout.cp.transport.all_gather(x.detach()), dim)
+        return whole.index_select(dim, torch.from_numpy(layout.order()).to(x.device))
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        return ctx.layout.shard(grads[0], ctx.dim), None, None
