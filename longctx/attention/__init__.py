@@ -3,6 +3,6 @@
 from longctx.attention.op import SAVED_OPS
 from longctx.attention.parallel import ContextParallel
 from longctx.attention.sequence import Layout, context_attention
-from longctx.comm import PeerLost
+from longctx.distributed.wire import PeerLost
 
 __all__ = ["SAVED_OPS", "ContextParallel", "Layout", "PeerLost", "context_attention"]

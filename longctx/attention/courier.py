@@ -14,7 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from longctx.comm import ByteCounter, PeerLost, Wire
+from longctx.distributed.counters import ByteCounter
+from longctx.distributed.wire import PeerLost, Wire
 from longctx.schedule import Transfer
 
 

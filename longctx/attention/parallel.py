@@ -29,7 +29,8 @@ from longctx.attention.courier import Trace
 from longctx.attention.executor import Pool
 from longctx.attention.prepared import Family
 from longctx.attention.sequence import Layout
-from longctx.comm import ByteCounter, ProcessWire, SoloWire, Wire
+from longctx.distributed.counters import ByteCounter
+from longctx.distributed.wire import ProcessWire, SoloWire, Wire
 from longctx.layout import Kind, SequenceLayout
 from longctx.schedule import SCHEDULES
 from longctx.topology import Topology, split

@@ -142,7 +142,8 @@ def _virtual(problem: Problem, kernel: Kernel, device: torch.device, ranks: int)
 
     from longctx.attention.courier import Courier
     from longctx.attention.executor import Pool, Ring
-    from longctx.comm import ByteCounter, LocalWire, LocalWorld, SoloWire, Wire
+    from longctx.distributed.counters import ByteCounter
+    from longctx.distributed.wire import LocalWire, LocalWorld, SoloWire, Wire
     from longctx.layout import SequenceLayout
     from longctx.schedule import build
     from longctx.topology import Topology

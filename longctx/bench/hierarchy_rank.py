@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from longctx import ContextParallel, context_attention
 from longctx.bench.cluster import ENVIRONMENT, set_rate
-from longctx.comm import leave_world
+from longctx.distributed.wire import leave_world
 
 
 def main(spec_file: str, result_file: str) -> int:

@@ -69,7 +69,7 @@ def _lost_peers(error: Exception) -> bool:
     """
     import torch.distributed as dist
 
-    from longctx.comm import PeerLost
+    from longctx.distributed.wire import PeerLost
 
     if isinstance(error, (PeerLost, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
@@ -98,7 +98,7 @@ def _agree_on_config(words: list[str], rank: int) -> Any:
 
     from longctx.config.base import build
     from longctx.config.train import EngineConfig, TrainConfig
-    from longctx.train import ranks
+    from longctx.distributed import ranks
 
     ranks.join(rank, int(ranks.launcher_environment()["WORLD_SIZE"]), EngineConfig().timeout_seconds)
     spoken = hashlib.sha256(repr((__version__, words)).encode()).hexdigest()
@@ -132,7 +132,7 @@ def _agree_on_config(words: list[str], rank: int) -> Any:
 
 def _leave_group() -> None:
     """A rank that leaves with its group open may be aborted by gloo's threads, and its status with it."""
-    from longctx.train import ranks
+    from longctx.distributed import ranks
 
     ranks.stop()
 

@@ -10,7 +10,7 @@ import torch
 
 import longctx
 from longctx.attention import ContextParallel, context_attention
-from longctx.comm import LocalWorld
+from longctx.distributed.wire import LocalWorld
 from longctx.topology import Topology
 
 

@@ -7,7 +7,7 @@ import torch
 
 from longctx.attention import ContextParallel, context_attention
 from longctx.attention.kernels import KERNELS
-from longctx.comm import LocalWorld
+from longctx.distributed.wire import LocalWorld
 from longctx.topology import Topology
 
 S, HQ, HKV, D = 1024, 4, 2, 32

@@ -111,7 +111,7 @@ def inside_ddp(rank: int, world: int) -> None:
 
 
 def solo():
-    from longctx.comm import SoloWire
+    from longctx.distributed.wire import SoloWire
     from longctx.topology import Topology
 
     return SoloWire(), Topology()

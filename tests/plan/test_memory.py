@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from longctx.attention import ContextParallel
-from longctx.comm import LocalWorld
 from longctx.config.model import InitConfig, MemoryConfig, ModelConfig
+from longctx.distributed.wire import LocalWorld
 from longctx.plan.memory import pool_bytes, stage_memory
 from longctx.plan.shape import shape_of
 from longctx.schedule import Sizes, build

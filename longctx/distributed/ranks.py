@@ -146,7 +146,7 @@ def _set_timeout(timeout: timedelta) -> None:
 
 
 def stop() -> None:
-    from longctx.comm import leave_world
+    from longctx.distributed.wire import leave_world
 
     leave_world()
 
