@@ -1,4 +1,4 @@
-"""Starting the ranks of a search on this machine, through torch.distributed's own agent."""
+"""Ranks started on this machine, through torch.distributed's own agent."""
 
 from __future__ import annotations
 
@@ -11,31 +11,30 @@ from longctx.errors import RunFailed, UserError
 T = TypeVar("T")
 
 
+def agent(nproc: int, **changes: Any) -> Any:
+    """The configuration of torch's agent for `nproc` ranks on this machine that are never restarted."""
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=f"longctx-{os.getpid()}",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
+        start_method="spawn", local_addr="localhost", **changes,
+    )  # fmt: skip
+
+
 def start(nproc: int, entry: Callable[..., T], *arguments: Any) -> T:
     """Run entry(*arguments) on `nproc` ranks over gloo; returns what rank 0's returned.
 
     Raises UserError or RunFailed with the first failing rank's own message.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
-    agent = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=f"longctx-theta-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-        local_addr="localhost",
-    )
     try:
-        answers = elastic_launch(agent, guarded)(entry, *arguments)
+        answers = elastic_launch(agent(nproc), guarded)(entry, *arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        raise RunFailed(f"rank {rank} of the search failed (status {failure.exitcode}): {failure.message}") from None
+        raise RunFailed(f"rank {rank} of {nproc} failed (status {failure.exitcode}): {failure.message}") from None
     found, problem = answers[0]
     if problem is not None:
         raise UserError(problem)
@@ -43,7 +42,7 @@ def start(nproc: int, entry: Callable[..., T], *arguments: Any) -> T:
 
 
 def guarded(entry: Callable[..., T], *arguments: Any) -> tuple[T | None, str | None]:
-    """(what entry returned, None), or (None, the message) of a user's mistake, which crosses as text."""
+    """Returns (what entry returned, None), or (None, the message) of a user's mistake, which crosses as text."""
     try:
         return entry(*arguments), None
     except UserError as error:

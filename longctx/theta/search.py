@@ -53,7 +53,7 @@ class Job:
 
 def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
     """The search, on this process or on nproc ranks it starts, and what it found in words."""
-    from longctx.distributed.ranks import launcher_environment
+    from longctx.distributed.launcher import launcher_environment
 
     job = job_of(config, rope, stages)
     environment = launcher_environment()
@@ -104,10 +104,9 @@ def chosen_stage(config: ThetaConfig, stages: Sequence[Stage]) -> Stage:
 
 def find(job: Job) -> Result:
     """One rank's part; rank 0 writes the curve and the stage override file."""
-    from longctx.config.train import EngineConfig
     from longctx.distributed import ranks as worlds
 
-    ranks = worlds.start(EngineConfig())
+    ranks = worlds.start()
     try:
         if not ranks.first:
             console.silence()

@@ -136,7 +136,7 @@ def _tokenizer(model: ModelConfig) -> Any:
 
 def run_rank(config: TrainConfig) -> int:
     """This rank's part of the run, from joining the others to leaving them."""
-    ranks = worlds.start(config.engine)
+    ranks = worlds.start(config.engine.device, config.engine.timeout_seconds)
     stop = StopRequest()
     try:
         if not ranks.first:
