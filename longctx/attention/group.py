@@ -9,7 +9,8 @@ import torch
 
 from longctx.attention.executor import BufferPool
 from longctx.attention.transfers import Trace
-from longctx.comm import ByteCounter, Transport
+from longctx.distributed.counters import ByteCounter
+from longctx.distributed.transport import Transport
 from longctx.topology import Topology
 
 

@@ -25,7 +25,7 @@ from longctx.attention.group import AttentionGroup
 from longctx.attention.local_layout import Layout
 from longctx.attention.rank_attention import LayoutCache
 from longctx.attention.transfers import Trace
-from longctx.comm import DistributedTransport, SingleRankTransport, Transport
+from longctx.distributed.transport import DistributedTransport, SingleRankTransport, Transport
 from longctx.layout import LayoutKind, SequenceLayout
 from longctx.schedule import SCHEDULES
 from longctx.topology import Topology, split

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from longctx.comm import ByteCounter, PeerLost, Transport
+from longctx.distributed.counters import ByteCounter
+from longctx.distributed.transport import PeerLost, Transport
 from longctx.schedule import Transfer
 
 

@@ -8,6 +8,7 @@ S^2 Hq D flop forward and 2.5 times that backward.
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from dataclasses import dataclass
@@ -149,8 +150,10 @@ def prepare_ring(rank: int, world: int, port: int, settings: Any) -> Serve:
     import torch.distributed as dist
 
     from longctx import ContextParallel, context_attention
+    from longctx.distributed import ranks as worlds
 
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    worlds.start("cpu")
     cp = ContextParallel.from_world(nodes=1, schedule="flat_ring")
 
     def serve(order: Problem) -> float:

@@ -142,7 +142,8 @@ def _virtual(problem: Problem, kernel: Kernel, device: torch.device, ranks: int)
 
     from longctx.attention.executor import BufferPool, RingExecutor
     from longctx.attention.transfers import TransferQueue
-    from longctx.comm import ByteCounter, SingleRankTransport, ThreadTransport, ThreadWorld, Transport
+    from longctx.distributed.counters import ByteCounter
+    from longctx.distributed.transport import SingleRankTransport, ThreadTransport, ThreadWorld, Transport
     from longctx.layout import SequenceLayout
     from longctx.schedule import build
     from longctx.topology import Topology

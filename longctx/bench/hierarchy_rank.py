@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from longctx import ContextParallel, context_attention
 from longctx.bench.cluster import ENVIRONMENT, set_rate
-from longctx.comm import leave_world
+from longctx.distributed import ranks as worlds
 
 
 def main(spec_file: str, result_file: str) -> int:
@@ -28,8 +28,7 @@ def main(spec_file: str, result_file: str) -> int:
     counts.
     """
     spec = json.loads(Path(spec_file).read_text())
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank = worlds.start("cpu").rank
     groups = {schedule: _group(spec, schedule) for schedule in spec["schedules"]}
     measured: dict[str, Any] = {"seconds": {}, "bytes": {}, "links": {}}
     for rate in spec["rates"]:
@@ -51,7 +50,7 @@ def main(spec_file: str, result_file: str) -> int:
     dist.barrier()
     for group in groups.values():
         group.close()
-    leave_world()
+    worlds.stop()
     return 0
 
 

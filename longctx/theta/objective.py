@@ -22,7 +22,7 @@ from longctx.theta.material import Material, Weighted
 
 if TYPE_CHECKING:
     from longctx.attention import ContextParallel
-    from longctx.train.ranks import Ranks
+    from longctx.distributed.ranks import Ranks
 
 
 @dataclass(frozen=True)

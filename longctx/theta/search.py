@@ -53,12 +53,12 @@ class Job:
 
 def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
     """The search, on this process or on nproc ranks it starts, and what it found in words."""
-    from longctx.train.ranks import launcher_environment
+    from longctx.distributed.launcher import launcher_environment
 
     job = job_of(config, rope, stages)
     environment = launcher_environment()
     if config.nproc > 1 and environment["WORLD_SIZE"] == "1":
-        from longctx.theta.ranks import start
+        from longctx.distributed.local import start
 
         result = start(config.nproc, find, job)
     else:
@@ -104,10 +104,9 @@ def chosen_stage(config: ThetaConfig, stages: Sequence[Stage]) -> Stage:
 
 def find(job: Job) -> Result:
     """One rank's part; rank 0 writes the curve and the stage override file."""
-    from longctx.config.train import EngineConfig
-    from longctx.train import ranks as worlds
+    from longctx.distributed import ranks as worlds
 
-    ranks = worlds.start(EngineConfig())
+    ranks = worlds.start()
     try:
         if not ranks.first:
             console.silence()

@@ -8,7 +8,6 @@ Rank 0 composes the config and broadcasts it; the others compare a hash of their
 from __future__ import annotations
 
 import hashlib
-import os
 import sys
 import time
 import traceback
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import __version__
+from longctx.distributed.launcher import launcher_environment
 from longctx.errors import RunFailed, UserError
 from longctx.processes import die_with_parent
 from longctx.train import runfolder
@@ -28,8 +28,8 @@ def main(words: Sequence[str]) -> int:
     error.
     """
     die_with_parent()
-    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
-    world = int(os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")))
+    environment = launcher_environment()
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     if world > 1:
         leave_on_interrupt()
     try:
@@ -69,7 +69,7 @@ def _lost_peers(error: Exception) -> bool:
     """
     import torch.distributed as dist
 
-    from longctx.comm import PeerLost
+    from longctx.distributed.transport import PeerLost
 
     if isinstance(error, (PeerLost, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
         return True
@@ -98,9 +98,9 @@ def _agree_on_config(words: list[str], rank: int) -> Any:
 
     from longctx.config.base import build
     from longctx.config.train import EngineConfig, TrainConfig
-    from longctx.train import ranks
+    from longctx.distributed import ranks
 
-    ranks.join(rank, int(ranks.launcher_environment()["WORLD_SIZE"]), EngineConfig().timeout_seconds)
+    ranks.join(rank, int(launcher_environment()["WORLD_SIZE"]), EngineConfig().timeout_seconds)
     spoken = hashlib.sha256(repr((__version__, words)).encode()).hexdigest()
     box: list[Any] = [None]
     if rank == 0:
@@ -132,7 +132,7 @@ def _agree_on_config(words: list[str], rank: int) -> Any:
 
 def _leave_group() -> None:
     """A rank that leaves with its group open may be aborted by gloo's threads, and its status with it."""
-    from longctx.train import ranks
+    from longctx.distributed import ranks
 
     ranks.stop()
 

@@ -29,8 +29,8 @@ from longctx.train import fragments
 from longctx.train.runfolder import write_text
 
 if TYPE_CHECKING:
+    from longctx.distributed.ranks import Ranks
     from longctx.train.engine import Engine
-    from longctx.train.ranks import Ranks
 
 FORMAT = 1
 GIB = 2**30

@@ -19,9 +19,9 @@ from longctx.train.fragments import Fragment, FragmentReader
 
 if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, OptimConfig
+    from longctx.distributed.ranks import Ranks
     from longctx.model import LossModel, LossOutput
     from longctx.model.single import Place
-    from longctx.train.ranks import Ranks
 
 
 class Engine(Protocol):

@@ -19,7 +19,7 @@ from longctx.train.runfolder import write_text
 
 if TYPE_CHECKING:
     from longctx.config.train import GuardsConfig
-    from longctx.train.ranks import Ranks
+    from longctx.distributed.ranks import Ranks
 
 MINIMUM_HISTORY = 10
 

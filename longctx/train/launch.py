@@ -31,21 +31,18 @@ def start_ranks(launch: LaunchConfig, resolved: Path) -> int:
     import logging
 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig as AgentConfig
     from torch.distributed.launcher.api import elastic_launch
+
+    from longctx.distributed.local import agent
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the agent's report would bury the rank's error
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    agent = AgentConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=launch.nproc, run_id=f"longctx-{os.getpid()}",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
-        start_method="spawn", signals_to_handle="SIGQUIT", local_addr="localhost",
-    )  # fmt: skip
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read by the ranks when they load torch
     with _forwarding() as forwarded, _reaper():
         try:
-            elastic_launch(agent, sys.executable)("-m", "longctx.train", "--resolved", str(resolved))
+            configured = agent(launch.nproc, signals_to_handle="SIGQUIT")
+            elastic_launch(configured, sys.executable)("-m", "longctx.train", "--resolved", str(resolved))
             return 0
         except ChildFailedError as error:
             return _explain(error, forwarded, resolved.parent)

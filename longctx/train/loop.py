@@ -18,6 +18,7 @@ import torch
 
 from longctx import console
 from longctx.data.loader import Loader
+from longctx.distributed.ranks import Ranks
 from longctx.errors import UserError
 from longctx.train import flops, runfolder
 from longctx.train.checkpoint import Checkpoints, State
@@ -27,7 +28,6 @@ from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
 from longctx.train.metrics import Metrics, memory_gib
 from longctx.train.profile import ProfileWindow
-from longctx.train.ranks import Ranks
 from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest
 from longctx.train.stage import OpenStage, check_data, open_stage
 from longctx.train.step import Stepper, StepReport, Timer

@@ -14,7 +14,7 @@ from longctx.errors import UserError
 
 if TYPE_CHECKING:
     from longctx.config.train import ProfileConfig
-    from longctx.train.ranks import Ranks
+    from longctx.distributed.ranks import Ranks
 
 
 class ProfileWindow:

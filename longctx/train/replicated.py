@@ -19,8 +19,8 @@ from longctx.train.fragments import Fragment, FragmentReader, Kind
 
 if TYPE_CHECKING:
     from longctx.config.train import OptimConfig
+    from longctx.distributed.ranks import Ranks
     from longctx.model import LossModel, LossOutput
-    from longctx.train.ranks import Ranks
 
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
+from longctx.distributed import ranks as worlds
 from longctx.errors import UserError
 from longctx.train import engine as engines
-from longctx.train import ranks as worlds
 from longctx.train import runfolder
 from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest, leaving_on_request
 
@@ -136,7 +136,7 @@ def _tokenizer(model: ModelConfig) -> Any:
 
 def run_rank(config: TrainConfig) -> int:
     """This rank's part of the run, from joining the others to leaving them."""
-    ranks = worlds.start(config.engine)
+    ranks = worlds.start(config.engine.device, config.engine.timeout_seconds)
     stop = StopRequest()
     try:
         if not ranks.first:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
+from longctx.distributed.ranks import Ranks
 from longctx.errors import UserError
 from longctx.plan.split import FILE, Shares, choose_cp, choose_ring, shares
 from longctx.topology import split
 from longctx.train.batch import MicroBatch, micro_batch
 from longctx.train.engine import Engine
-from longctx.train.ranks import Ranks
 
 if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, ParallelConfig, TrainConfig
@@ -173,7 +173,7 @@ def _open_data(
 def _open_context(parallel: ParallelConfig, ranks: Ranks, cp: int) -> tuple[Any, dist.ProcessGroup | None]:
     """The ContextParallel of this rank's group of cp neighbours."""
     from longctx.attention import ContextParallel
-    from longctx.comm import SingleRankTransport
+    from longctx.distributed.transport import SingleRankTransport
 
     own: dist.ProcessGroup | None = None
     if 1 < cp < ranks.world:

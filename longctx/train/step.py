@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from longctx.distributed.ranks import Ranks
 from longctx.train.batch import MicroBatch
 from longctx.train.engine import Engine
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
-from longctx.train.ranks import Ranks
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 
 import longctx
 from longctx.attention import ContextParallel, context_attention
-from longctx.comm import ThreadWorld
+from longctx.distributed.transport import ThreadWorld
 from longctx.topology import Topology
 
 

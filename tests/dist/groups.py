@@ -111,7 +111,7 @@ def inside_ddp(rank: int, world: int) -> None:
 
 
 def solo():
-    from longctx.comm import SingleRankTransport
+    from longctx.distributed.transport import SingleRankTransport
     from longctx.topology import Topology
 
     return SingleRankTransport(), Topology()

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from longctx.attention import ContextParallel
-from longctx.comm import ThreadWorld
 from longctx.config.model import InitConfig, MemoryConfig, ModelConfig
+from longctx.distributed.transport import ThreadWorld
 from longctx.plan.memory import pool_bytes, stage_memory
 from longctx.plan.shape import shape_of
 from longctx.schedule import Sizes, build

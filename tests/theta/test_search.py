@@ -167,9 +167,9 @@ def test_the_override_names_the_rule_and_training_keeps_its_scaling(
 @pytest.fixture
 def objective(model_folder: Path):
     from longctx.attention import ContextParallel
+    from longctx.distributed.ranks import Ranks
     from longctx.model import load
     from longctx.theta.objective import Objective
-    from longctx.train.ranks import Ranks
 
     context = ContextParallel.from_world()
     ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))

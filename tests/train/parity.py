@@ -17,13 +17,13 @@ import torch.distributed as dist
 
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig, ParallelConfig
+from longctx.distributed.ranks import Ranks
 from longctx.model import LossModel, init_from
 from longctx.plan.split import Shares
 from longctx.train import engine as engines
 from longctx.train.batch import micro_batch
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
-from longctx.train.ranks import Ranks
 from longctx.train.stage import _open_context
 from longctx.train.step import Stepper, Timer
 from tests.watch import Watch

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx.distributed.ranks import Ranks
 from longctx.errors import RunFailed, UserError
 from longctx.train import fragments
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.fragments import Fragment, FragmentReader
-from longctx.train.ranks import Ranks
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from longctx.config.train import GuardsConfig
+from longctx.distributed.ranks import Ranks
 from longctx.errors import RunFailed
 from longctx.train.batch import MicroBatch
 from longctx.train.flops import Flops, of_model, peak_flops
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Beat, verdict
-from longctx.train.ranks import Ranks
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 

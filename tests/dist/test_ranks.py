@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.comm import wire
-from longctx.train import ranks as worlds
-from longctx.train.ranks import Ranks
+from longctx.distributed import wire
+from longctx.distributed import ranks as worlds
+from longctx.distributed.ranks import Ranks
 from tests.dist.ranks import run_ranks
 
 

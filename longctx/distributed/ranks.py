@@ -12,15 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
+from longctx.distributed.launcher import launcher_environment
 from longctx.errors import RunFailed, UserError
-
-if TYPE_CHECKING:
-    from longctx.config.train import EngineConfig
 
 
 @dataclass
@@ -114,21 +112,30 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
-def start(engine: EngineConfig) -> Ranks:
-    """Join the others (unless joined already) and say where this rank stands."""
+def start(device: str = "auto", timeout_seconds: float = 1800.0) -> Ranks:
+    """Join the other ranks (unless joined already) and return this rank's view of the world.
+
+    device: auto, cuda or cpu. timeout_seconds: how long a collective waits for a late rank.
+    Raises UserError when device=cuda and there is none.
+    """
     env = launcher_environment()
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
     local_rank, local_world = int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
-    device = choose_device(engine.device, local_rank)
-    join(rank, world, engine.timeout_seconds)
-    timeout = timedelta(seconds=engine.timeout_seconds)
+    chosen = choose_device(device, local_rank)
+    join(rank, world, timeout_seconds)
+    timeout = timedelta(seconds=timeout_seconds)
     _set_timeout(timeout)
-    control: Any = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" and world > 1 else None
-    return Ranks(rank, world, local_rank, local_world, device, control)
+    control: Any = dist.new_group(backend="gloo", timeout=timeout) if chosen.type == "cuda" and world > 1 else None
+    return Ranks(rank, world, local_rank, local_world, chosen, control)
+
+
+def alone(device: str = "auto") -> Ranks:
+    """A world of this process only, without a process group."""
+    return Ranks(0, 1, 0, 1, choose_device(device, 0))
 
 
 def join(rank: int, world: int, timeout_seconds: float) -> None:
-    """The process group that the launcher's environment describes, or one of a single process."""
+    """Make the process group that the launcher's environment describes, or one of a single process."""
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -146,7 +153,7 @@ def _set_timeout(timeout: timedelta) -> None:
 
 
 def stop() -> None:
-    from longctx.comm import leave_world
+    from longctx.distributed.transport import leave_world
 
     leave_world()
 
@@ -157,27 +164,3 @@ def leave_launcher() -> None:
         del os.environ[name]
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)
-
-
-def launcher_environment() -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun or srun; one process otherwise.
-
-    srun gives SLURM_* names: they are copied to torch's, and the first host of the step list is the master.
-    """
-    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-        os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
-        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return {name: os.environ.get(name, default) for name, default in defaults.items()}
-
-
-def _first_host(nodes: str) -> str:
-    """`node[03-05,9]` -> `node03`; `a,b` -> `a`."""
-    head, bracket, rest = nodes.partition("[")
-    if not bracket or "," in head:
-        return head.split(",")[0]
-    return head + rest.split("]")[0].split(",")[0].split("-")[0]
