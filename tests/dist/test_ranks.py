@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.distributed import wire
+from longctx.distributed import transport
 from longctx.distributed import ranks as worlds
 from longctx.distributed.ranks import Ranks
 from tests.dist.ranks import run_ranks
@@ -19,7 +19,7 @@ from tests.dist.ranks import run_ranks
 def check_patience(rank: int, world: int, seconds: float) -> None:
     """Work of one rank outlasts the timeout of collectives, which `start` has set on the world that stood already."""
     worlds._set_timeout(timedelta(seconds=seconds))
-    assert wire._timeout_of(dist.group.WORLD) == timedelta(seconds=seconds)
+    assert transport._timeout_of(dist.group.WORLD) == timedelta(seconds=seconds)
     here = Ranks(rank, world, rank, world, torch.device("cpu"))
     with here.agree("something long"):
         if rank == 1:
