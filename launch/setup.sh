@@ -15,10 +15,17 @@ fi
 [ -n "$python" ] || { echo "longctx needs Python 3.11, 3.12 or 3.13; none was found on PATH (or set LONGCTX_PYTHON)" >&2; exit 2; }
 
 PYTHON="$PWD/.venv/bin/python"
-# The stamp holds what the environment was made from; a second run with the same files starts at once.
+# The stamp holds the extras and a checksum of what the environment was made from. A later start reuses it when nothing
+# changed and it has at least the extras that are asked for now.
 stamp=".venv/.longctx-stamp"
-wanted="$(cat pyproject.toml launch/constraints.txt launch/setup.sh | cksum) $extras $("$python" -V 2>&1)"
-if [ ! -x "$PYTHON" ] || [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ]; then
+made_from="$(cat pyproject.toml launch/constraints.txt launch/setup.sh | cksum) $("$python" -V 2>&1)"
+ready() {
+  local have from extra
+  { read -r have && read -r from; } <"$stamp" 2>/dev/null || return 1
+  [ -x "$PYTHON" ] && [ "$from" = "$made_from" ] || return 1
+  for extra in ${extras//,/ }; do case ",$have," in *",$extra,"*) ;; *) return 1 ;; esac; done
+}
+if ! ready; then
   echo "setting up .venv (once; a few minutes) ..." >&2
   [ -x "$PYTHON" ] || "$python" -m venv .venv
   pip() { "$PYTHON" -m pip --disable-pip-version-check --quiet "$@"; }
@@ -36,5 +43,5 @@ if [ ! -x "$PYTHON" ] || [ "$(cat "$stamp" 2>/dev/null || true)" != "$wanted" ];
   # deepspeed comes as source: nothing of it is compiled now, and its build sees the torch that is installed.
   case ",$extras," in *,train,*) DS_BUILD_OPS=0 pip install -c launch/constraints.txt --no-build-isolation deepspeed ;; esac
   pip install -c launch/constraints.txt --no-build-isolation -e ".[$extras]"
-  printf '%s' "$wanted" > "$stamp"
+  printf '%s\n' "$extras" "$made_from" > "$stamp"
 fi

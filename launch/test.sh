@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# The same set-up as the quickstart, then format, lint, types, import layers and the tests. Arguments go to
-# pytest: launch/test.sh tests/attention -k zigzag
+# Sets up .venv as the quickstart does, then checks format, lint, import layers and types, and runs the tests on every
+# core. Arguments go to pytest instead: launch/test.sh tests/attention -k zigzag
 . "$(dirname "$0")/setup.sh" train,dev
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 bin="$PWD/.venv/bin"
-if [ $# -eq 0 ]; then
-  "$bin/ruff" format --check .
-  "$bin/ruff" check .
-  "$bin/lint-imports"
-  "$bin/pyright"
+if [ $# -gt 0 ]; then
+  exec "$PYTHON" -m pytest "$@"
 fi
-exec "$PYTHON" -m pytest "$@"
+"$bin/ruff" format --check .
+"$bin/ruff" check .
+"$bin/lint-imports"
+"$bin/pyright"
+# A file's tests share fixtures, so each file goes to one worker.
+exec "$PYTHON" -m pytest -n "$(nproc)" --maxprocesses 8 --dist loadfile

@@ -1,7 +1,11 @@
-"""What several parts' tests share: the shortened quickstart, run once as a user would start it."""
+"""Fixtures that several rooms share: the quickstart, run once as a user would start it."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -9,11 +13,28 @@ import pytest
 from tests.started import SHORT, longctx
 
 
+@dataclass(frozen=True)
+class Quickstart:
+    """A finished quickstart: its folder, and the overrides it was started with."""
+
+    folder: Path
+    overrides: list[str]
+
+
 @pytest.fixture(scope="session")
-def quickstart(tmp_path_factory) -> Path:
-    """The folder of a quickstart with shortened stages."""
-    run = tmp_path_factory.mktemp("quickstart") / "run"
-    done = longctx("train", "experiment=quickstart", f"run_dir={run}", *SHORT)
-    assert done.returncode == 0, done.stderr[-4000:]
-    (run.parent / "stderr.txt").write_text(done.stderr)
-    return run
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
+    """The quickstart that LONGCTX_QUICKSTART names, copied; otherwise one with shortened stages, run by one worker."""
+    if made := os.environ.get("LONGCTX_QUICKSTART"):
+        folder = tmp_path_factory.mktemp("quickstart") / "run"
+        shutil.copytree(made, folder)
+        return Quickstart(folder, [])
+    shared = (
+        tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else tmp_path_factory.getbasetemp()
+    )
+    folder = shared / "quickstart"
+    with open(shared / "quickstart.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "summary.json").exists():
+            done = longctx("train", "experiment=quickstart", f"run_dir={folder}", *SHORT)
+            assert done.returncode == 0, done.stderr[-4000:]
+    return Quickstart(folder, SHORT)

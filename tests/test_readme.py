@@ -34,11 +34,11 @@ def test_a_command_of_the_readme_runs(command, quickstart, tmp_path):
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "a.txt").write_text("A line of text about nothing in particular.\n" * 4000)
     (tmp_path / "docs" / "b.txt").write_text("Another one, so that one file can be held out.\n" * 4000)
-    sibling = quickstart / "side" / "sibling" / "stages" / "sibling" / "model"
+    sibling = quickstart.folder / "side" / "sibling" / "stages" / "sibling" / "model"
     places = {
-        "SIBLING-1048k": str(quickstart / "merged") if "eval" in command else str(tmp_path / "out"),
+        "SIBLING-1048k": str(quickstart.folder / "merged") if "eval" in command else str(tmp_path / "out"),
         "SIBLING": str(sibling), "MODEL": str(tiny_model()), "DOCS": str(tmp_path / "docs"),
-        "runs/run/adapter": str(quickstart / "adapter"), "8k_to_1048k": "tiny_16x", "nproc=8": "nproc=2",
+        "runs/run/adapter": str(quickstart.folder / "adapter"), "8k_to_1048k": "tiny_16x", "nproc=8": "nproc=2",
         "[8192,131072]": "[512,1024]", "from=8192 to=131072": "from=512 to=8192",
     }  # fmt: skip
     for name, place in places.items():

@@ -11,34 +11,19 @@ from __future__ import annotations
 import os
 import platform
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
+from longctx.bench.attention_case import AttentionCase, matrix_rate
+from longctx.bench.attention_virtual import measure
+from longctx.bench.attention_virtual import table as virtual_table
 from longctx.config.bench import BenchAttentionConfig
 from longctx.console import emit, emit_json, say
 from longctx.errors import UserError
 
 if TYPE_CHECKING:
     from longctx.bench.workers import Serve
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One measurement: causal attention, forward and backward, of `length` tokens."""
-
-    length: int
-    batch: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: str
-
-    @property
-    def flop(self) -> float:
-        """Forward and backward: 2 + 5 times S^2 Hq D per sequence (half of the square is masked)."""
-        return 7.0 * self.batch * self.heads * self.head_dim * float(self.length) ** 2
 
 
 def run(config: BenchAttentionConfig) -> int:
@@ -48,8 +33,6 @@ def run(config: BenchAttentionConfig) -> int:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but this torch sees no CUDA device; leave device=auto or set device=cpu")
     if config.device != "cpu" and torch.cuda.is_available():
-        from longctx.bench.attention_virtual import measure
-
         document = measure(config, "cuda")
     else:
         document = measure_cpu(config)
@@ -89,7 +72,7 @@ def measure_cpu(config: BenchAttentionConfig) -> dict[str, Any]:
 
     dtype = "float32" if config.dtype == "auto" else config.dtype
     problems = [
-        Problem(length, config.batch, config.heads, config.kv_heads, config.head_dim, dtype)
+        AttentionCase(length, config.batch, config.heads, config.kv_heads, config.head_dim, dtype)
         for length in config.lengths
     ]
     rows: list[dict[str, Any]] = []
@@ -110,7 +93,7 @@ def measure_cpu(config: BenchAttentionConfig) -> dict[str, Any]:
     return {"device": "cpu", "ranks": config.ranks, "matrix_gflops": round(rate / 1e9, 1), "rows": rows}
 
 
-def _row(problem: Problem, samples: dict[str, list[float]], rate: float) -> dict[str, Any]:
+def _row(problem: AttentionCase, samples: dict[str, list[float]], rate: float) -> dict[str, Any]:
     seconds = {name: median(values) for name, values in samples.items()}
     return {
         "length": problem.length,
@@ -131,7 +114,7 @@ def prepare_sdpa(rank: int, world: int, port: int, settings: Any) -> Serve:
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-    def serve(order: Problem | str) -> float:
+    def serve(order: AttentionCase | str) -> float:
         if isinstance(order, str):
             return matrix_rate(torch.device("cpu"), torch.float32, 2048)
         q, k, v = _inputs(order, order.length)
@@ -156,7 +139,7 @@ def prepare_ring(rank: int, world: int, port: int, settings: Any) -> Serve:
     worlds.start("cpu")
     cp = ContextParallel.from_world(nodes=1, schedule="flat_ring")
 
-    def serve(order: Problem) -> float:
+    def serve(order: AttentionCase) -> float:
         layout = cp.layout(seq_len=order.length, documents=None, kind="zigzag")
         q, k, v = _inputs(order, order.length // world)
         grad = torch.randn_like(q)
@@ -169,7 +152,7 @@ def prepare_ring(rank: int, world: int, port: int, settings: Any) -> Serve:
     return serve
 
 
-def _inputs(problem: Problem, tokens: int) -> list[Any]:
+def _inputs(problem: AttentionCase, tokens: int) -> list[Any]:
     import torch
 
     shapes = [problem.heads, problem.kv_heads, problem.kv_heads]
@@ -177,24 +160,6 @@ def _inputs(problem: Problem, tokens: int) -> list[Any]:
     return [
         torch.randn(problem.batch, heads, tokens, problem.head_dim, dtype=dtype, requires_grad=True) for heads in shapes
     ]
-
-
-def matrix_rate(device: Any, dtype: Any, size: int) -> float:
-    """flop/s of a square matrix product: the best of several."""
-    import torch
-
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    b = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch.mm(a, b)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
 
 
 def _cpu_name() -> str:
@@ -209,9 +174,7 @@ def _table(document: dict[str, Any]) -> Any:
     from rich.table import Table
 
     if document["device"] != "cpu":
-        from longctx.bench.attention_virtual import table
-
-        return table(document)
+        return virtual_table(document)
     from rich.box import SIMPLE
 
     at, ranks = document["host"], document["ranks"]

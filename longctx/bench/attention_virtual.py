@@ -14,7 +14,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from longctx.bench.attention import Problem, matrix_rate
+from longctx.bench.attention_case import AttentionCase, matrix_rate
 from longctx.config.bench import BenchAttentionConfig
 from longctx.console import say
 from longctx.errors import UserError
@@ -41,7 +41,7 @@ def measure(config: BenchAttentionConfig, device_name: str) -> dict[str, Any]:
     for name, reasons in refused.items():
         say(f"{name} cannot serve: {'; '.join(reasons)}")
     for length in config.lengths:
-        problem = Problem(length, config.batch, config.heads, config.kv_heads, config.head_dim, wanted)
+        problem = AttentionCase(length, config.batch, config.heads, config.kv_heads, config.head_dim, wanted)
         for kernel in kernels:
             say(f"{length} tokens, {kernel.name} ...")
             alone = _median(_single(problem, kernel, device), config.repeats, device)
@@ -84,7 +84,7 @@ def backends(
     return [kernels.KERNELS[name] for name in names], {name: why for name, why in reasons.items() if why}
 
 
-def _row(problem: Problem, kernel: str, ranks: int, seconds: float, alone: float, rate: float) -> dict[str, Any]:
+def _row(problem: AttentionCase, kernel: str, ranks: int, seconds: float, alone: float, rate: float) -> dict[str, Any]:
     return {
         "backend": kernel,
         "length": problem.length,
@@ -113,7 +113,7 @@ def _median(work: Callable[[], None], repeats: int, device: torch.device) -> flo
     return median(taken)
 
 
-def _tensors(problem: Problem, tokens: int, device: torch.device) -> tuple[Tensor, ...]:
+def _tensors(problem: AttentionCase, tokens: int, device: torch.device) -> tuple[Tensor, ...]:
     """q, k, v and the gradient of out for `tokens` tokens."""
     import torch
 
@@ -124,7 +124,7 @@ def _tensors(problem: Problem, tokens: int, device: torch.device) -> tuple[Tenso
     )
 
 
-def _single(problem: Problem, kernel: Kernel, device: torch.device) -> Callable[[], None]:
+def _single(problem: AttentionCase, kernel: Kernel, device: torch.device) -> Callable[[], None]:
     """One causal call of the kernel, forward and backward."""
     q, k, v, grad = _tensors(problem, problem.length, device)
     scale = problem.head_dim**-0.5
@@ -136,7 +136,7 @@ def _single(problem: Problem, kernel: Kernel, device: torch.device) -> Callable[
     return work
 
 
-def _virtual(problem: Problem, kernel: Kernel, device: torch.device, ranks: int) -> Callable[[], None]:
+def _virtual(problem: AttentionCase, kernel: Kernel, device: torch.device, ranks: int) -> Callable[[], None]:
     """The same work by `ranks` virtual ranks of a flat ring that take turns."""
     import torch
 

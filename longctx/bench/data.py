@@ -53,7 +53,7 @@ def run(config: BenchDataConfig) -> int:
 def tokenize(config: BenchDataConfig) -> dict[str, float]:
     """Standard-library text through the pipeline (reading, workers, writing shards) and through the tokenizer
     alone with its own threads; twice each, alternated, the better of each."""
-    from longctx.data.files import Tally, read_text
+    from longctx.data.documents import Tally, read_text
     from longctx.data.prepare import build_source
     from longctx.data.stdlib import stdlib_files
     from longctx.data.verb import load_tokenizer
@@ -202,7 +202,7 @@ def _peak(call: Callable[[], Any]) -> int:
 
 def random_stage(work: Path, seq_len: int, sequences: int, seed: int) -> Any:
     """A stage over one shard of random tokens with realistic document lengths, enough for these sequences."""
-    from longctx.data.files import Tally
+    from longctx.data.documents import Tally
     from longctx.data.index import Corpus
     from longctx.data.plan import make_plan
     from longctx.data.shard import Row, write_shard

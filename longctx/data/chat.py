@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jinja2 import TemplateError
 
-from longctx.data.files import Document, Tally
+from longctx.data.documents import Document, Tally
 from longctx.errors import UserError
 
 

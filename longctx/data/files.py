@@ -1,107 +1,26 @@
-"""Documents out of files: which files a source has, in which units they are read, and what was wrong with
-them.
+"""Documents from files: which files a source has, in which units they are read, and the readers of each kind.
 
-A unit is the smallest thing a worker reads: a text file, a byte range of a .jsonl, row groups of a .parquet
-or record batches of an .arrow file. Units depend on the files only, never on the number of workers, so that
-their tokens can be stored by content.
+A unit is the smallest thing a worker reads: a text file, a byte range of a .jsonl, row groups of a .parquet or record
+batches of an .arrow file. Units depend on the files only, never on the number of workers, so that their tokens can be
+stored by content.
 """
 
 from __future__ import annotations
 
 import fnmatch
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from longctx.data import stdlib
+from longctx.data.documents import Document, Place, Tally, Unit, damaged, open_unpacked, read_text
 from longctx.errors import UserError
 
 TEXT = (".txt", ".md", ".markdown", ".rst")
 ROWS = (".jsonl", ".ndjson", ".parquet", ".arrow")
 PACKED = (".gz", ".zst")
 RANGE = 64 * 2**20  # bytes of a .jsonl or .parquet in one unit
-_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class Unit:
-    """path: the file; name: as documents are named; kind: text, python, jsonl, parquet or arrow; column: of
-    the text or messages; [start, end): bytes, row groups or record batches; size: bytes, for the progress
-    bar."""
-
-    path: str
-    name: str
-    kind: str
-    column: str = ""
-    start: int = 0
-    end: int = 0
-    size: int = 0
-
-
-class Place(NamedTuple):
-    """Where a record stands: its name, or the name of its .jsonl with the file and the byte its line begins at
-    (of the unpacked file).
-
-    For people it is a line number, which is counted only when it is told: whoever reads a large file in units
-    would otherwise read it again for every unit.
-    """
-
-    name: str
-    path: str = ""
-    byte: int = 0
-
-    def __str__(self) -> str:
-        if not self.path:
-            return self.name
-        try:
-            return f"{self.name}:{_line_at(Path(self.path), self.byte)}"
-        except damaged():  # moved since, or mended
-            return f"{self.name} (byte {self.byte})"
-
-
-@dataclass(frozen=True)
-class Document:
-    """group decides between training and held-out; content is text, or messages of a conversation."""
-
-    id: str
-    group: str
-    content: Any
-    place: Place
-
-
-@dataclass
-class Tally:
-    """What reading met. seen: documents and broken records; mistakes: the first few, where and what."""
-
-    seen: int = 0
-    empty: int = 0
-    special: int = 0
-    broken: int = 0
-    not_utf8: int = 0
-    mistakes: list[tuple[Place, str]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Tally:
-        """A tally out of JSON."""
-        return cls(**{**values, "mistakes": [(Place(*place), problem) for place, problem in values["mistakes"]]})
-
-    def note(self, place: Place, problem: object) -> None:
-        if len(self.mistakes) < _SHOWN:
-            self.mistakes.append((place, str(problem)))
-
-    def add(self, other: Tally) -> None:
-        for name in ("seen", "empty", "special", "broken", "not_utf8"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.mistakes = (self.mistakes + other.mistakes)[:_SHOWN]
-
-    @property
-    def where(self) -> list[str]:
-        """The first mistakes in words; reads the files they stand in up to there."""
-        return [f"{place}: {problem}" for place, problem in self.mistakes]
 
 
 def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: str) -> list[tuple[Path, str]]:
@@ -197,86 +116,11 @@ def read(unit: Unit, tally: Tally) -> Iterator[Document]:
         if text is not None:
             yield Document(unit.name, unit.name, text, Place(unit.name))
     elif unit.kind == "python":
-        from longctx.data.stdlib import documents
-
-        yield from documents(unit, tally)
+        yield from stdlib.documents(unit, tally)
     elif unit.kind == "jsonl":
         yield from _json_lines(unit, tally)
     else:
         yield from _table_rows(unit, tally)
-
-
-def read_text(path: Path, name: str, tally: Tally) -> str | None:
-    """A text file, or None (counted) when it is not UTF-8 or its compression is damaged."""
-    tally.seen += 1
-    place = Place(name)
-    try:
-        with _open(path) as stream:
-            return stream.read().decode("utf-8").removeprefix("\ufeff")
-    except UserError:
-        raise
-    except UnicodeDecodeError as error:
-        tally.not_utf8 += 1
-        tally.note(place, f"not UTF-8 (byte {error.start})")
-    except damaged() as error:
-        tally.broken += 1
-        tally.note(place, error)
-    return None
-
-
-def damaged() -> tuple[type[Exception], ...]:
-    """What reading a damaged file raises: not every unpacker's error is an OSError or a ValueError."""
-    kinds = (OSError, EOFError, ValueError, zlib.error)
-    try:
-        import zstandard
-    except ImportError:
-        return kinds
-    return (*kinds, zstandard.ZstdError)
-
-
-def _open(path: Path) -> io.BufferedIOBase | Any:
-    """A file's bytes, unpacked."""
-    if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_Unpacked(path))
-    return path.open("rb")
-
-
-class _Unpacked(io.RawIOBase):
-    """A .zst as a stream of bytes: frame after frame, and an error where the last one is cut short (zstandard's
-    own reader stops after a frame, and ends silently in a cut one).
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            import zstandard
-        except ImportError:
-            raise UserError(f"{path} needs the package zstandard; pip install zstandard") from None
-        self._library = zstandard.ZstdDecompressor()
-        self._file = path.open("rb")
-        self._packed, self._frame, self._bytes = b"", None, b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._bytes:
-            self._packed = self._packed or self._file.read(1 << 16)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the file ends within a compressed frame")
-                return 0
-            frame: Any = self._frame or self._library.decompressobj()
-            self._bytes = frame.decompress(self._packed)
-            self._packed, self._frame = (frame.unused_data, None) if frame.eof else (b"", frame)
-        count = min(len(buffer), len(self._bytes))
-        buffer[:count], self._bytes = self._bytes[:count], self._bytes[count:]
-        return count
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _json_lines(unit: Unit, tally: Tally) -> Iterator[Document]:
@@ -285,7 +129,7 @@ def _json_lines(unit: Unit, tally: Tally) -> Iterator[Document]:
     packed = path.suffix.lower() in PACKED
     byte = 0
     errors = damaged()
-    with _open(path) as stream:
+    with open_unpacked(path) as stream:
         if unit.start and not packed:
             stream.seek(unit.start - 1)
             byte = unit.start - 1 + len(stream.readline())
@@ -304,15 +148,6 @@ def _json_lines(unit: Unit, tally: Tally) -> Iterator[Document]:
             document = _json_line(line, unit, place, tally)
             if document is not None:
                 yield document
-
-
-def _line_at(path: Path, byte: int) -> int:
-    """The number of the line that begins at a byte, from 1."""
-    number, at = 1, 0
-    with _open(path) as stream:
-        while at < byte and (line := stream.readline()):
-            number, at = number + 1, at + len(line)
-    return number
 
 
 def _json_line(line: bytes, unit: Unit, place: Place, tally: Tally) -> Document | None:

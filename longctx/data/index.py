@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from longctx.config.data import SourceConfig
-from longctx.data.files import Tally
+from longctx.data.documents import Tally
 from longctx.data.shard import Shard
 from longctx.errors import UserError
 

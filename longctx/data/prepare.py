@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.data import DataConfig, SourceConfig
-from longctx.data.files import Unit
+from longctx.data.documents import Unit
 from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from longctx.data.files import Tally
+from longctx.data.documents import Tally
 from longctx.durable import sync
 from longctx.errors import UserError
 

@@ -13,7 +13,8 @@ import uuid
 from pathlib import Path
 
 from longctx.config.data import SourceConfig
-from longctx.data.files import Unit, find_files, units_of
+from longctx.data.documents import Unit
+from longctx.data.files import find_files, units_of
 from longctx.data.stdlib import stdlib_files
 from longctx.errors import UserError
 

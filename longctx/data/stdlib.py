@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from longctx.data.files import Document, Place, Tally, Unit, read_text
+from longctx.data.documents import Document, Place, Tally, Unit, read_text
 from longctx.errors import UserError
 
 _SKIPPED = {

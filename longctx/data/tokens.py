@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from longctx.data.files import Document, Tally, Unit, read
+from longctx.data.documents import Document, Tally, Unit
+from longctx.data.files import read
 from longctx.data.shard import Row, write_shard
 from longctx.durable import sync
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from longctx.bench.attention import Problem, measure_cpu
+from longctx.bench.attention import measure_cpu
+from longctx.bench.attention_case import AttentionCase
 from longctx.bench.attention_virtual import measure
 from longctx.bench.workers import Team
 from longctx.config.bench import BenchAttentionConfig
@@ -27,7 +28,7 @@ def test_a_team_answers_in_rank_order_and_reports_failures():
 
 
 def test_flop_count_is_the_causal_one():
-    assert Problem(16, 1, 2, 1, 4, "float32").flop == 7 * 16 * 16 * 2 * 4
+    assert AttentionCase(16, 1, 2, 1, 4, "float32").flop == 7 * 16 * 16 * 2 * 4
 
 
 def test_ring_and_sdpa_take_turns():

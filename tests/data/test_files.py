@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from longctx.data import files
-from longctx.data.files import Tally, find_files, read, units_of
+from longctx.data.documents import Tally
+from longctx.data.files import find_files, read, units_of
 from longctx.data.stdlib import docstrings, stdlib_files
 from longctx.errors import UserError
 

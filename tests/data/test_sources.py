@@ -9,7 +9,8 @@ import pytest
 
 from longctx.config.base import build
 from longctx.config.data import DataConfig, SourceConfig
-from longctx.data.files import Tally, read
+from longctx.data.documents import Tally
+from longctx.data.files import read
 from longctx.data.opening import open_source
 from longctx.data.sources import source_units
 from longctx.errors import UserError

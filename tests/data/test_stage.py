@@ -232,7 +232,7 @@ def test_two_processes_that_start_together_build_once(tmp_path):
 def _tokenize_pipes(pipes, out):
     """Two shards, each of a file that never ends, by two workers."""
     from longctx.data import prepare
-    from longctx.data.files import Unit
+    from longctx.data.documents import Unit
     from longctx.data.tokens import ShardJob
     from tests.data.conftest import make_tokenizer
 
@@ -314,7 +314,7 @@ def test_worker_processes_write_what_one_process_writes(tmp_path, tokenizer, mon
 @pytest.fixture
 def shard(tmp_path):
     """A shard with every file a shard can have."""
-    from longctx.data.files import Tally
+    from longctx.data.documents import Tally
     from longctx.data.shard import Row, write_shard
 
     rows = [
