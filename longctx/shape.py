@@ -24,22 +24,22 @@ class Defaults(NamedTuple):
     """What a family's configuration class in transformers 5.23 takes for keys that config.json leaves out.
 
     window: max_position_embeddings. head_dim, kv_heads: None where they follow from hidden_size and the heads.
-    null_head_dim: whether `"head_dim": null` builds a model.
+    not_null: those of head_dim and num_key_value_heads with which no model is built when they are null.
     """
 
     window: int
     head_dim: int | None
     kv_heads: int | None
     tied: bool
-    null_head_dim: bool
+    not_null: frozenset[str]
 
 
 DEFAULTS: dict[str, Defaults] = {
-    "llama": Defaults(2048, None, None, False, True),
-    "mistral": Defaults(131072, None, 8, False, True),
-    "qwen2": Defaults(32768, None, 32, False, False),
-    "qwen3": Defaults(32768, 128, 32, False, False),
-    "gemma": Defaults(8192, 256, 16, True, False),
+    "llama": Defaults(2048, None, None, False, frozenset()),
+    "mistral": Defaults(131072, None, 8, False, frozenset({"num_key_value_heads"})),
+    "qwen2": Defaults(32768, None, 32, False, frozenset({"head_dim"})),
+    "qwen3": Defaults(32768, 128, 32, False, frozenset({"head_dim"})),
+    "gemma": Defaults(8192, 256, 16, True, frozenset({"head_dim", "num_key_value_heads"})),
 }
 # Biases beside those that attention_bias and mlp_bias ask for, and norms per head.
 _QKV_BIAS = {"qwen2"}
@@ -234,15 +234,10 @@ def shape_of_model(model: ModelConfig) -> Shape:
 
 def head_dim_of(config: Mapping[str, Any], source: str) -> int:
     """The size of an attention head: head_dim, the family's own, or hidden_size / num_attention_heads."""
-    inner, family = text_section(config), model_type_of(config)
-    known = DEFAULTS.get(family)
-    if inner.get("head_dim") is not None:
-        return integer(inner, "head_dim", source)
-    if "head_dim" in inner and known and not known.null_head_dim:
-        raise UserError(
-            f"head_dim=null, and transformers builds no {family} model without the number; write it, or leave "
-            f"the key out ({source})"
-        )
+    inner, known = text_section(config), DEFAULTS.get(model_type_of(config))
+    said = _said(config, "head_dim", source)
+    if said is not None:
+        return said
     if known and known.head_dim and "head_dim" not in inner:
         return known.head_dim
     hidden, heads = integer(inner, "hidden_size", source), integer(inner, "num_attention_heads", source)
@@ -256,12 +251,9 @@ def head_dim_of(config: Mapping[str, Any], source: str) -> int:
 
 def kv_heads_of(config: Mapping[str, Any], source: str) -> int:
     """Key and value heads: num_key_value_heads, the family's own number, or as many as query heads."""
-    inner = text_section(config)
-    if inner.get("num_key_value_heads") is not None:
-        return integer(inner, "num_key_value_heads", source)
-    known = DEFAULTS.get(model_type_of(config))
+    inner, known = text_section(config), DEFAULTS.get(model_type_of(config))
     own = known.kv_heads if known and "num_key_value_heads" not in inner else None
-    return own or integer(inner, "num_attention_heads", source)
+    return _said(config, "num_key_value_heads", source) or own or integer(inner, "num_attention_heads", source)
 
 
 def tied_of(config: Mapping[str, Any]) -> bool:
@@ -321,6 +313,20 @@ def integer(config: Mapping[str, Any], key: str, source: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{key}={json.dumps(value)} is not a positive integer; write it as a plain number ({source})")
     return value
+
+
+def _said(config: Mapping[str, Any], key: str, source: str) -> int | None:
+    """The number under `key`, None where it is absent or null; UserError for a null that builds no model."""
+    inner, family = text_section(config), model_type_of(config)
+    if inner.get(key) is not None:
+        return integer(inner, key, source)
+    known = DEFAULTS.get(family)
+    if key in inner and known and key in known.not_null:
+        raise UserError(
+            f"{key}=null, and transformers builds no {family} model without the number; write it, or leave the key "
+            f"out ({source})"
+        )
+    return None
 
 
 def _vectors(inner: Mapping[str, Any], hidden: int, query: int, kv: int, ffn: int, head_dim: int) -> int:

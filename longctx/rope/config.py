@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from longctx.errors import UserError
 from longctx.rope.frequencies import ROPE_TYPES, Frequencies, inv_freq, rotary_dim
@@ -371,5 +371,5 @@ def _check_factors(parameters: Mapping[str, Any], head_dim: int, source: str) ->
             )
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
