@@ -267,34 +267,49 @@ def test_odd_rope_values_are_read_as_transformers_reads_them_or_refused(family: 
             check_round_trip(config, WRITTEN[index % len(WRITTEN)], rope.head_dim)
 
 
-ABSENT = st.just("absent")
-THETAS = ABSENT | st.sampled_from([1e4, 500000, 1.5e7, None, "1e6", 0, True])
-SHARES = ABSENT | st.sampled_from([0.5, 1.0, 1, None, "0.5"])
-WINDOWS = ABSENT | st.sampled_from([512, 2048, 4096])
-KINDS = ABSENT | st.sampled_from(["default", "linear", "dynamic", "yarn", "llama3", "proportional", "su", None])
+ABSENT = object()
+POOL: dict[str, list[Any]] = {
+    "rope_type": [ABSENT, "linear", "default", "yarn", None],
+    "type": [ABSENT, "dynamic", "default", None],
+    "rope_theta": [ABSENT, 500000, 1.5e7, None, "1e6"],
+    "factor": [ABSENT, 1.0, 2, None, "4", 0],
+    "original_max_position_embeddings": [ABSENT, 128, 1024, None],
+    "partial_rotary_factor": [0.5, 1.0, 1, None],
+    "attention_factor": [1, None],
+    "high_freq_factor": [ABSENT, 8, None],
+}
+TOP = {
+    **{key: POOL[key] for key in ("rope_theta", "original_max_position_embeddings", "partial_rotary_factor")},
+    "head_dim": [16, 32, 128, None],
+    "max_position_embeddings": [ABSENT, 512, 4096],
+}
 
 
-def present(**keys: Any) -> st.SearchStrategy[dict[str, Any]]:
-    return st.fixed_dictionaries(keys).map(lambda found: {k: v for k, v in found.items() if v != "absent"})
+def changes(pool: dict[str, list[Any]]) -> st.SearchStrategy[list[tuple[str, Any]]]:
+    """At most two keys set to another value, or taken out."""
+    one = st.sampled_from(sorted(pool)).flatmap(lambda key: st.tuples(st.just(key), st.sampled_from(pool[key])))
+    return st.lists(one, max_size=2)
 
 
-SECTION = ABSENT | st.none() | present(
-    rope_type=KINDS, type=KINDS, rope_theta=THETAS, factor=ABSENT | st.sampled_from([1.0, 4.0, 8, None, "4", 0]),
-    original_max_position_embeddings=ABSENT | st.sampled_from([256, 512, None]),
-    low_freq_factor=ABSENT | st.sampled_from([1.0, 2]), high_freq_factor=ABSENT | st.sampled_from([4.0, 8]),
-    partial_rotary_factor=SHARES, attention_factor=ABSENT | st.sampled_from([1.2, None, 1]),
-)  # fmt: skip
-FILES = present(
-    model_type=st.sampled_from(sorted(FAMILIES)), rope_parameters=SECTION, rope_scaling=SECTION, rope_theta=THETAS,
-    max_position_embeddings=WINDOWS, original_max_position_embeddings=ABSENT | st.sampled_from([256, 1024, None]),
-    partial_rotary_factor=SHARES, head_dim=ABSENT | st.sampled_from([16, 32, None]),
-)  # fmt: skip
+def changed(values: dict[str, Any], what: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {key: value for key, value in {**values, **dict(what)}.items() if value is not ABSENT}
 
 
-@settings(max_examples=100, deadline=None)
-@given(FILES, st.sampled_from(WRITTEN))
-def test_any_mixture_of_rope_keys_is_read_as_transformers_reads_it(file: dict[str, Any], rope: dict[str, Any]):
-    config = {**NUMBERS, **file}
+@st.composite
+def files(draw: st.DrawFn) -> dict[str, Any]:
+    """A family's config.json: sections that are right or changed a little, in one place or in both."""
+    family = draw(st.sampled_from(sorted(FAMILIES)))
+    kinds = st.sampled_from(sections(family))
+    section = kinds.flatmap(lambda values: changes(POOL).map(lambda what: changed(values, what)))
+    config = {"model_type": family, **NUMBERS, "max_position_embeddings": 2048, "rope_theta": 1e6}
+    for key in ("rope_parameters", "rope_scaling"):
+        config[key] = draw(st.none() | section)
+    return changed(config, draw(changes(TOP)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(files(), st.sampled_from(WRITTEN))
+def test_any_mixture_of_rope_keys_is_read_as_transformers_reads_it(config: dict[str, Any], rope: dict[str, Any]):
     read = compare(config)
     if read is not None:
         check_round_trip(config, rope, read.head_dim)

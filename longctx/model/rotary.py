@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from longctx.config.model import Precision
 from longctx.errors import UserError
-from longctx.rope.frequencies import attention_factor, inv_freq
-from longctx.shape import head_dim_of
+from longctx.rope import attention_factor, inv_freq, rope_of
 
 # transformers evaluates theta^(2i/d) in fp32, a few units in the last place from the exact value.
 _TOLERANCE = 2e-6
@@ -78,11 +77,12 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
             "(curriculum.stages.*.rule)"
         )
     give_rope(config, {"rope_type": kind, **rope}, window)
-    exact = inv_freq(config.rope_parameters, head_dim_of(config.to_dict(), "the model's config"), window=window)
+    read = rope_of(config.to_dict(), "the model's config")
+    exact = inv_freq(read.parameters, read.head_dim, window=window)
     old = base.rotary_emb
     device = old.inv_freq.device
     if precision == "float64":
-        scaling = attention_factor(config.rope_parameters, window=window)
+        scaling = attention_factor(read.parameters, window=window)
         base.rotary_emb = ExactRotary(exact, scaling).to(device)
     else:
         base.rotary_emb = _transformers_rotary(base)(config=config).to(device)
