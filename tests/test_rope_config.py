@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import itertools
 import json
 import re
 from typing import Any
@@ -23,7 +24,7 @@ from longctx.errors import UserError
 from longctx.model.family import FAMILIES
 from longctx.model.rotary import torch_power
 from longctx.rope import Rope, attention_factor, inv_freq
-from longctx.rope.config import rope_of, with_rope
+from longctx.rope.config import new_keys, old_keys, rope_of, rope_to_carry, with_rope
 
 Found = tuple[np.ndarray, float, int]
 NUMBERS = {
@@ -313,3 +314,76 @@ def test_any_mixture_of_rope_keys_is_read_as_transformers_reads_it(config: dict[
     read = compare(config)
     if read is not None:
         check_round_trip(config, rope, read.head_dim)
+
+
+# --- other families, which adapters and theta meet
+# ---------------------------------------------------------------------------------------
+
+SHARED: dict[str, list[dict[str, Any]]] = {
+    "phi": [{}, {"partial_rotary_factor": 0.25}],
+    "stablelm": [{}, {"partial_rotary_factor": 1.0}, {"rope_theta": 1e6}],
+    "gpt_neox": [{"rotary_pct": 1.0, "rotary_emb_base": 50000}, {}],
+    "glm": [{"rope_theta": 1e4}],
+}
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_families_that_turn_part_of_a_head_are_read_and_written_as_transformers_does(family: str):
+    scaled = [None, {"type": "linear", "factor": 2.0}, {"type": "yarn", **EIGHT}]
+    for written, section in itertools.product(SHARED[family], scaled):
+        config = {"model_type": family, **NUMBERS, "max_position_embeddings": 2048, **written, "head_dim": 16}
+        config |= {"rope_scaling": section} if section else {}
+        rope, theirs = rope_of(config, "m/config.json"), rotary_of(config)
+        assert np.array_equal(ours(rope)[0], theirs[0]), config
+        assert rope.dim == 2 * len(theirs[0])
+        for kept in (rope.parameters, {"rope_type": "yarn", "rope_theta": 3e5, **EIGHT, "partial_rotary_factor": 0.5}):
+            found = with_rope(config, kept, 4096)
+            expected = ours(Rope(kept, rope.head_dim, 4096))
+            assert np.array_equal(rotary_of(found)[0], expected[0]), (config, kept)
+            assert np.array_equal(ours(rope_of(found, "m/config.json"))[0], expected[0])
+
+
+def test_phi3_prefers_its_own_original_length_and_has_one_when_the_file_has_none():
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    config = {
+        "model_type": "phi3", **NUMBERS, "max_position_embeddings": 8192, "original_max_position_embeddings": 2048,
+        "rope_scaling": {"type": "longrope", **factors},
+    }  # fmt: skip
+    for file in (config, {key: value for key, value in config.items() if key != "original_max_position_embeddings"}):
+        rope, theirs = rope_of(file, "m/config.json"), rotary_of(file)
+        assert rope.kind == "longrope"
+        assert np.array_equal(ours(rope)[0], theirs[0])
+        assert ours(rope)[1] == pytest.approx(theirs[1], rel=1e-12)
+        written = with_rope(file, {**rope.parameters, "original_max_position_embeddings": 1024}, 16384)
+        assert rotary_of(written)[1] == pytest.approx((1 + np.log(16) / np.log(1024)) ** 0.5)
+
+
+LAYERS = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 2e6, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "olmo3"])
+@pytest.mark.parametrize("before", [{}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 1e6}])
+def test_ropes_that_differ_by_layer_are_carried_word_for_word(family: str, before: dict[str, Any]):
+    config = {"model_type": family, **NUMBERS, "max_position_embeddings": 512, **before}
+    written = with_rope(config, LAYERS, 8192)
+    read = CONFIG_MAPPING[family].from_dict(copy.deepcopy(written))
+    for kind, rope in LAYERS.items():
+        assert {key: read.rope_parameters[kind][key] for key in rope} == rope
+    assert read.max_position_embeddings == 8192
+    older = {key: value for key, value in written.items() if key != "rope_parameters"}
+    read_older = rope_to_carry(older, "m")[0]["full_attention"]
+    assert {key: read_older[key] for key in LAYERS["full_attention"]} == LAYERS["full_attention"]
+    full = CONFIG_MAPPING[family].from_dict(older).rope_parameters["full_attention"]
+    assert {key: full[key] for key in LAYERS["full_attention"]} == LAYERS["full_attention"]
+    assert rope_to_carry(written, "m") == (LAYERS, 8192)
+    with pytest.raises(UserError, match="rope_parameters differ by layer"):
+        rope_of(written, "m/config.json")
+
+
+def test_lines_to_paste_are_the_keys_that_are_written():
+    for rope in WRITTEN:
+        written = with_rope({}, rope, 4096)
+        assert {**old_keys(rope, 4096), **new_keys(rope, 4096)} == written

@@ -12,9 +12,10 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 from longctx.errors import UserError
+from longctx.rope.checks import ORIGINAL, check_rope, is_number
 from longctx.rope.frequencies import ROPE_TYPES, Frequencies, inv_freq, rotary_dim
 from longctx.shape import DEFAULTS, config_json, head_dim_of, integer, model_type_of, shape_of_init, text_section
 
@@ -35,29 +36,15 @@ PARTIAL = {
 }  # fmt: skip
 _NEOX = {"gpt_neox", "gpt_neox_japanese"}  # rotary_emb_base and rotary_pct in place of the usual keys
 _PHI3 = {"phi3", "phi4_multimodal"}  # their class always has a top-level original_max_position_embeddings
-# Families with a rope per kind of layer whose older config.json has full attention's scaling in rope_scaling.
-_SCALES_FULL_ATTENTION = {"gemma3", "gemma3n", "olmo3"}
+# Families with a rope for sliding and one for full attention, which rope_scaling adds to. Theta of full attention,
+# the key of the sliding one in older files, and its theta.
+_LAYERED = {
+    "gemma3": (1e6, "rope_local_base_freq", 1e4),
+    "gemma3n": (1e6, "rope_local_base_freq", 1e4),
+    "olmo3": (5e5, "", 5e5),
+}
 
-_ORIGINAL = "original_max_position_embeddings"
-_REQUIRED = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "yarn": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "longrope": ("short_factor", "long_factor"),
-}
 _HAS_ORIGINAL = ("yarn", "llama3", "longrope")
-# Numbers that transformers computes with, by rope_type; the others' values are not looked at.
-_NUMBERS = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "proportional": ("factor",),
-    "yarn": ("factor", _ORIGINAL, "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
-    "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
-    "longrope": ("factor", _ORIGINAL, "attention_factor"),
-}
-_MAY_BE_NULL = {("yarn", "factor"), ("longrope", "factor")}
-_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
 @dataclass(frozen=True)
@@ -92,7 +79,7 @@ class Rope:
     def note(self) -> str | None:
         """What it means that this rope is already scaled, or None when it is plain."""
         factor = self.parameters.get("factor")
-        original = self.parameters.get(_ORIGINAL)
+        original = self.parameters.get(ORIGINAL)
         told = {
             "linear": f"positions are divided by {factor}; theta rules keep that and stretch on top of it",
             "dynamic": "theta grows with the sequence at run time; a training stage fixes it, so the result is plain",
@@ -146,7 +133,7 @@ def rope_of(config: Mapping[str, Any], source: str) -> Rope:
         raise UserError(
             f"max_position_embeddings is missing, without it no rule has a starting point; add it ({source})"
         )
-    _check(parameters, head_dim, family, source)
+    check_rope(parameters, head_dim, family, source)
     return Rope(parameters, head_dim, window, source)
 
 
@@ -161,7 +148,7 @@ def rope_section(config: Mapping[str, Any], source: str) -> tuple[Parameters, in
     that is longer: such files keep the length before the extension (Qwen2.5's model card, vLLM).
     """
     inner, family = text_section(config), model_type_of(config)
-    section = _section(inner, source)
+    section = _layered(inner, family, source) if family in _LAYERED else _section(inner, source)
     known = DEFAULTS.get(family)
     window = known.window if known else None
     if "max_position_embeddings" in inner:
@@ -169,7 +156,6 @@ def rope_section(config: Mapping[str, Any], source: str) -> tuple[Parameters, in
     if is_nested(section):
         return section, window
     kind = section.get("rope_type", section.get("type", "default"))
-    kind = "longrope" if family in _PHI3 and kind in ("su", "yarn") else kind
     parameters: Parameters = {"rope_type": kind, **_theta(inner, section, family)}
     parameters.update({key: value for key, value in section.items() if key != "type" and key not in parameters})
     share = _share(inner, section, family)
@@ -177,12 +163,12 @@ def rope_section(config: Mapping[str, Any], source: str) -> tuple[Parameters, in
     if share != 1.0 and (family in PARTIAL or kind != "default"):
         parameters["partial_rotary_factor"] = share
     if kind in _HAS_ORIGINAL:
-        if _ORIGINAL in inner:
-            parameters[_ORIGINAL] = inner[_ORIGINAL]
+        if ORIGINAL in inner:
+            parameters[ORIGINAL] = inner[ORIGINAL]
         elif family in _PHI3:
-            parameters[_ORIGINAL] = 4096
+            parameters[ORIGINAL] = 4096
         else:
-            parameters.setdefault(_ORIGINAL, window)
+            parameters.setdefault(ORIGINAL, window)
     return parameters, _served(parameters, window)
 
 
@@ -191,7 +177,7 @@ def rope_to_carry(config: Mapping[str, Any], source: str) -> tuple[Parameters, i
     parameters, window = rope_section(config, source)
     known = not is_nested(parameters) and parameters["rope_type"] in ROPE_TYPES and "rope_theta" in parameters
     if known:
-        _check(parameters, head_dim_of(config, source), model_type_of(config), source)
+        check_rope(parameters, head_dim_of(config, source), model_type_of(config), source)
     return parameters, window
 
 
@@ -208,7 +194,7 @@ def with_rope(config: Mapping[str, Any], rope: Mapping[str, Any], window: int) -
     if is_nested(rope):
         inner.update(new_keys(rope, window))
         old = old_keys(_main(rope), window)
-        inner.update(old if family in _SCALES_FULL_ATTENTION else {**old, "rope_scaling": None})
+        inner.update(old if family in _LAYERED else {**old, "rope_scaling": None})
         return changed
     rope = dict(rope)
     if family in PARTIAL:
@@ -219,10 +205,10 @@ def with_rope(config: Mapping[str, Any], rope: Mapping[str, Any], window: int) -
             rope.pop("partial_rotary_factor", None)
     if family in _NEOX:
         inner.update(rotary_emb_base=rope["rope_theta"], rotary_pct=rope["partial_rotary_factor"])
-    if _ORIGINAL in rope and (_ORIGINAL in inner or family in _PHI3):
-        inner[_ORIGINAL] = rope[_ORIGINAL]
+    if ORIGINAL in rope and (ORIGINAL in inner or family in _PHI3):
+        inner[ORIGINAL] = rope[ORIGINAL]
     else:
-        inner.pop(_ORIGINAL, None)
+        inner.pop(ORIGINAL, None)
     inner.update({**new_keys(rope, window), **old_keys(rope, window)})
     return changed
 
@@ -267,14 +253,30 @@ def _main(rope: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _section(inner: Mapping[str, Any], source: str) -> Parameters:
-    for key in ("rope_scaling", "rope_parameters"):
-        found = inner.get(key)
-        if found is not None and not isinstance(found, Mapping):
-            raise UserError(
-                f"{key}={json.dumps(found)} is not an object with rope_type and its numbers; write one, or leave the "
-                f"key out ({source})"
-            )
-    return dict(inner.get("rope_scaling") or inner.get("rope_parameters") or {})
+    return _object(inner, "rope_scaling", source) or _object(inner, "rope_parameters", source)
+
+
+def _layered(inner: Mapping[str, Any], family: str, source: str) -> Parameters:
+    theta, key, local = _LAYERED[family]
+    found, scaling = _object(inner, "rope_parameters", source), _object(inner, "rope_scaling", source)
+    thetas = {"sliding_attention": inner.get(key, local), "full_attention": inner.get("rope_theta", theta)}
+    layers: Parameters = {}
+    for name, own in thetas.items():
+        section = {**(found.get(name) or {"rope_type": "default"}), **(scaling if name == "full_attention" else {})}
+        kind = section.get("rope_type", section.get("type", "default"))
+        rest = {key: value for key, value in section.items() if key != "type"}
+        layers[name] = {"rope_theta": own, **rest, "rope_type": kind}
+    return layers
+
+
+def _object(inner: Mapping[str, Any], key: str, source: str) -> Parameters:
+    found = inner.get(key)
+    if found is not None and not isinstance(found, Mapping):
+        raise UserError(
+            f"{key}={json.dumps(found)} is not an object with rope_type and its numbers; write one, or leave the "
+            f"key out ({source})"
+        )
+    return dict(found or {})
 
 
 def _theta(inner: Mapping[str, Any], section: Mapping[str, Any], family: str) -> Parameters:
@@ -296,80 +298,7 @@ def _share(inner: Mapping[str, Any], section: Mapping[str, Any], family: str) ->
 
 
 def _served(parameters: Mapping[str, Any], window: int | None) -> int | None:
-    factor, original = parameters.get("factor"), parameters.get(_ORIGINAL)
-    if parameters["rope_type"] == "yarn" and window is not None and _number(factor) and _number(original):
+    factor, original = parameters.get("factor"), parameters.get(ORIGINAL)
+    if parameters["rope_type"] == "yarn" and window is not None and is_number(factor) and is_number(original):
         return max(window, int(original * factor))
     return window
-
-
-def _check(parameters: Mapping[str, Any], head_dim: int, family: str, source: str) -> None:
-    """Raise UserError for values of the section that transformers cannot compute with."""
-    kind, theta = parameters["rope_type"], parameters.get("rope_theta")
-    if not isinstance(kind, str) or kind not in ROPE_TYPES:
-        raise UserError(
-            f"rope_type={json.dumps(kind) if kind is None else repr(kind)} is not one longctx knows "
-            f"({', '.join(ROPE_TYPES)}); this model cannot be extended by a rule ({source})"
-        )
-    if "rope_theta" not in parameters:
-        raise UserError(
-            f"rope_theta is missing, and what model_type={family!r} takes without it is not known here; write it "
-            f"into the file ({source})"
-        )
-    if not _number(theta) or theta <= 1:
-        raise UserError(
-            f"rope_theta={json.dumps(theta)} is not a number above 1; write it as a plain number, such as 500000.0 "
-            f"({source})"
-        )
-    for key in _REQUIRED.get(kind, ()):
-        if key not in parameters:
-            raise UserError(f"{key} is missing: rope_type={kind!r} needs it; add it to the rope section ({source})")
-    for key in _NUMBERS.get(kind, ()):
-        value = parameters.get(key, 1.0)
-        if value is None and (key in _OPTIONAL or (kind, key) in _MAY_BE_NULL):
-            continue
-        if not _number(value) or value < 0 or (value == 0 and key not in _OPTIONAL):
-            raise UserError(
-                f"{key}={json.dumps(value)} is not a positive number, and rope_type={kind!r} computes with it; write "
-                f"it as a plain number ({source})"
-            )
-    _check_share(parameters, head_dim, family, source)
-    if kind == "longrope":
-        _check_factors(parameters, head_dim, source)
-
-
-def _check_share(parameters: Mapping[str, Any], head_dim: int, family: str, source: str) -> None:
-    """A family that turns whole heads has no room for a part, and rotary pairs need an even number."""
-    kind, share = parameters["rope_type"], parameters.get("partial_rotary_factor", 1.0)
-    if not _number(share) or not 0 < share <= 1:
-        raise UserError(
-            f"partial_rotary_factor={json.dumps(share)} is not a number above 0 and at most 1; it is the share of a "
-            f"head that turns ({source})"
-        )
-    dim = rotary_dim(parameters, head_dim)
-    if family in DEFAULTS and kind != "proportional" and dim != head_dim:
-        raise UserError(
-            f"partial_rotary_factor={share} with rope_type={kind!r}: the attention of {family} turns all {head_dim} "
-            f"dimensions of a head, and transformers fails on {dim}; leave partial_rotary_factor out ({source})"
-        )
-    if dim < (4 if kind == "dynamic" else 2) or (dim == head_dim and dim % 2):
-        raise UserError(
-            f"{dim} of the head's {head_dim} dimensions turn, and rotary embeddings turn pairs of them; head_dim "
-            f"must be even ({source})"
-        )
-
-
-def _check_factors(parameters: Mapping[str, Any], head_dim: int, source: str) -> None:
-    pairs = rotary_dim(parameters, head_dim) // 2
-    for key in ("short_factor", "long_factor"):
-        factors = parameters[key]
-        if not isinstance(factors, list) or not all(_number(item) and item > 0 for item in factors):
-            raise UserError(f"{key} is not a list of positive numbers; rope_type='longrope' needs one ({source})")
-        if len(factors) != pairs:
-            raise UserError(
-                f"{key} has {len(factors)} numbers, and rope_type='longrope' needs one per rotary pair, {pairs} for "
-                f"this model ({source})"
-            )
-
-
-def _number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
