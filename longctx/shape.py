@@ -287,7 +287,10 @@ def config_json(path: str | Path) -> tuple[dict[str, Any], str]:
     file = Path(text) if text.endswith(".json") else Path(text) / "config.json"
     if not file.is_file():
         if Path(text).is_dir() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-            raise UserError(f"model.path={text} has no config.json; give a folder in Hugging Face format or a hub id")
+            missing = "" if Path(text).exists() else " does not exist, and so"
+            raise UserError(
+                f"model.path={text}{missing} has no config.json; give a folder in Hugging Face format or a hub id"
+            )
         from huggingface_hub import hf_hub_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
