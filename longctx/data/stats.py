@@ -25,14 +25,14 @@ def run(config: StatsConfig) -> int:
     """Print tables (or one JSON document) and draw the histogram of lengths per source."""
     from longctx.curriculum import resolve
     from longctx.data.picture import draw_lengths
-    from longctx.plan.shape import shape_of
+    from longctx.rope import rope_of_model
 
-    shape = shape_of(config.model)
+    rope = rope_of_model(config.model)
     stages = resolve(
         config.curriculum,
-        head_dim=shape.head_dim,
-        rope=shape.rope,
-        window=shape.window,
+        head_dim=rope.head_dim,
+        rope=rope.parameters,
+        window=rope.window,
         file="configs/curriculum",
     )
     train, heldout = open_both(config, load_tokenizer(config.model))

@@ -15,11 +15,11 @@ from longctx.errors import UserError
 
 def run(config: PrepareConfig) -> int:
     """Build the shards of all sources with files; prints a table, or one JSON document."""
-    from longctx.plan.shape import shape_of
+    from longctx.shape import shape_of_model
 
     tokenizer = load_tokenizer(config.model)
     train, heldout = open_both(config, tokenizer)
-    check_vocabulary(max(corpus.largest_id for corpus in train.values()), shape_of(config.model).vocab)
+    check_vocabulary(max(corpus.largest_id for corpus in train.values()), shape_of_model(config.model).vocab)
     document = {name: summary(train[name], heldout[name]) for name in train}
     if config.format == "json":
         emit_json({"cache": config.shards, "tokenizer": len(tokenizer), "sources": document})

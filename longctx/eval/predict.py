@@ -61,11 +61,12 @@ def load_plain(folder: Path | str, rope: dict[str, Any] | None = None, window: i
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
+    from longctx.model.rotary import give_rope
+
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder)
     if rope is not None:
-        config.rope_parameters = dict(rope)
-        config.max_position_embeddings = window
+        give_rope(config, rope, window or config.max_position_embeddings)
     device, dtype = torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))

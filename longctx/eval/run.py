@@ -24,7 +24,7 @@ from longctx.eval.picture import Panel, draw
 from longctx.eval.predict import grid_of, load_plain
 from longctx.model.family import check_config
 from longctx.model.load import read_config
-from longctx.rope import rope_of
+from longctx.rope import read_rope
 
 
 def run(config: EvalConfig) -> int:
@@ -34,7 +34,7 @@ def run(config: EvalConfig) -> int:
         raise UserError("model.path is missing; an evaluation takes a trained model (configs/eval.yaml)")
     hf = read_config(path)
     check_config(hf, path)
-    window = rope_of(hf.to_dict(), path).window
+    window = read_rope(path).window
     with _joined() as (rank, world):
         ground = _ground(config, path)
         model = load_plain(path)

@@ -22,7 +22,7 @@ from longctx.hooks.proof import draw_proof
 from longctx.hooks.side import train_side
 from longctx.hooks.summary import tell, write_summary
 from longctx.report.page import write_page
-from longctx.rope import rope_of
+from longctx.rope import read_rope
 
 
 def run_hooks(config: TrainConfig, folder: Path) -> int:
@@ -95,7 +95,7 @@ def _subjects(
     base, last = Path(str(config.model.path)), stages[-1]
     subjects = [Subject("base", base, "base")]
     if hook.theta_only:
-        rope = json.loads((tuned / "config.json").read_text())["rope_parameters"]
+        rope = dict(read_rope(tuned).parameters)
         title = "control: theta changed, nothing trained"
         subjects.append(Subject("theta_only", base, title, rope=rope, window=last["seq_len"]))
     if control is not None:
@@ -121,6 +121,4 @@ def _subjects(
 
 
 def _window(model: str) -> int:
-    from longctx.model.load import read_config
-
-    return rope_of(read_config(model).to_dict(), model).window
+    return read_rope(model).window

@@ -12,7 +12,7 @@ from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.console import emit_json, say, warn
 from longctx.lora.extract import ExtractResult, extract
 from longctx.lora.merge import MergeResult, merge
-from longctx.lora.modelconfig import describe_rope
+from longctx.rope.config import describe_rope
 
 
 def run_extract(config: ExtractConfig) -> int:

@@ -29,8 +29,7 @@ from longctx.lora.adapter import NORM_STEM
 from longctx.lora.difference import Difference, require_finite
 from longctx.lora.folder import Extension, Row
 from longctx.lora.lowrank import Factors, Sketch, decompose
-from longctx.lora.modelconfig import rope_section
-from longctx.lora.modules import Kind, Module, check_pair, is_tied, layout, modules_of
+from longctx.lora.modules import Kind, Module, carried_rope, check_pair, is_tied, layout, modules_of
 from longctx.lora.ranks import fit_size, rank_for_share
 from longctx.lora.shards import FactorWriter
 from longctx.lora.tensors import Checkpoint, Scratch
@@ -259,8 +258,8 @@ def _row(module: Module, difference: Difference, *, rank: int, norm: float, kept
 
 
 def _extension(base: Checkpoint, tuned: Checkpoint) -> Extension:
-    rope, window = rope_section(tuned.config())
-    base_rope, base_window = rope_section(base.config())
+    rope, window = carried_rope(tuned)
+    base_rope, base_window = carried_rope(base)
     return Extension(rope, window, base_rope, base_window)
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import longctx
 from longctx.lora.adapter import SIDE_FILE
-from longctx.lora.modelconfig import describe_rope
 from longctx.lora.modules import Kind
 from longctx.lora.writer import write_json
+from longctx.rope.config import describe_rope
 
 if TYPE_CHECKING:
     from longctx.config.lora import ExtractConfig

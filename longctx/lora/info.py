@@ -16,8 +16,8 @@ from longctx.config.lora import InfoConfig
 from longctx.console import emit_json
 from longctx.errors import UserError
 from longctx.lora.adapter import Adapter
-from longctx.lora.modelconfig import describe_rope
 from longctx.lora.sizes import measure_throughput, plan_size
+from longctx.rope.config import describe_rope
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from longctx.errors import UserError
 from longctx.identity import RECORD
 from longctx.lora.adapter import Adapter
 from longctx.lora.changes import HEAD, Change, Match, layout_differences, match
-from longctx.lora.modelconfig import describe_rope, rope_section, text_section, with_rope
-from longctx.lora.modules import Kind, check_weights, classify, is_tied, layout
+from longctx.lora.modules import Kind, carried_rope, check_weights, classify, is_tied, layout
 from longctx.lora.tensors import Checkpoint, Entry, Scratch, row_blocks
 from longctx.lora.writer import SafetensorsWriter, output_folder, write_json
+from longctx.rope.config import describe_rope, rope_to_carry, with_rope
+from longctx.shape import text_section
 
 Progress = Callable[[int, int, str], None]
 _NOT_COPIED = (
@@ -96,7 +97,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
             for adapter in adapters:
                 adapter.close()
     changed = {change.tensor for found in matches for change in found.changes}
-    final_rope, final_window = rope_section(after)
+    final_rope, final_window = rope_to_carry(after, f"{config.out}/config.json")
     return MergeResult(
         out=config.out,
         applied=[f"{change.tensor} ({change.how})" for found in matches for change in found.changes],
@@ -147,7 +148,7 @@ def _rope(
     config: MergeConfig, adapters: list[Adapter], before: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, int | None, list[str]]:
     """(rope or None to leave the target's, window, notes)."""
-    own_rope, own_window = rope_section(before)
+    own_rope, own_window = rope_to_carry(before, f"target={config.target}, config.json")
     if config.rope.rule == "keep":
         if config.like is not None or config.rope.theta is not None or config.window is not None:
             raise UserError(
@@ -160,7 +161,7 @@ def _rope(
         )
     if config.like is not None:
         with Checkpoint(config.like, what="like") as like:
-            rope, window = rope_section(like.config())
+            rope, window = carried_rope(like)
         return rope, window, []
     if config.rope.theta is not None or config.window is not None:
         if config.rope.theta is None or config.window is None:

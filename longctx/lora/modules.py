@@ -13,8 +13,9 @@ from enum import Enum
 from typing import Any
 
 from longctx.errors import UserError
-from longctx.lora.modelconfig import describe_rope, rope_section, text_section
 from longctx.lora.tensors import Checkpoint, Entry
+from longctx.rope.config import describe_rope, rope_to_carry
+from longctx.shape import head_dim_of, kv_heads_of, text_section
 
 # Input embeddings by their usual names; everything else two-dimensional is a linear layer.
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
@@ -81,13 +82,18 @@ def is_tied(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
 
 
 def layout(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity keys of a config.json, head_dim filled in where it follows from the others."""
+    """The identity keys of a config.json, head_dim and num_key_value_heads filled in as transformers does."""
     inner = {**config, **text_section(config)}
     values = {key: inner[key] for key in _IDENTITY if inner.get(key) is not None}
-    if "head_dim" not in values and values.get("num_attention_heads"):
-        values["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
-    values.setdefault("num_key_value_heads", values.get("num_attention_heads"))
+    if "num_attention_heads" in values:
+        values["head_dim"] = head_dim_of(config, "config.json")
+        values["num_key_value_heads"] = kv_heads_of(config, "config.json")
     return values
+
+
+def carried_rope(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
+    """(rope_parameters, window) of a checkpoint as an adapter records them."""
+    return rope_to_carry(checkpoint.config(), f"{checkpoint.what}={checkpoint.path}, config.json")
 
 
 def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> None:
@@ -107,7 +113,7 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> N
     _check_tensors(base, tuned)
     _check_tokenizers(base, tuned)
     if not allow_shorter:
-        _check_direction(base, first, tuned, second)
+        _check_direction(base, tuned)
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
@@ -178,9 +184,8 @@ def _vocabulary(content: bytes) -> Any:
     return model["vocab"], added
 
 
-def _check_direction(base: Checkpoint, first: Mapping[str, Any], tuned: Checkpoint, second: Mapping[str, Any]) -> None:
-    rope_base, window_base = rope_section(first)
-    rope_tuned, window_tuned = rope_section(second)
+def _check_direction(base: Checkpoint, tuned: Checkpoint) -> None:
+    (rope_base, window_base), (rope_tuned, window_tuned) = carried_rope(base), carried_rope(tuned)
     theta_base, theta_tuned = rope_base.get("rope_theta") or 0, rope_tuned.get("rope_theta") or 0
     shorter = (window_base or 0) > (window_tuned or 0) > 0
     smaller = window_base == window_tuned and theta_base > theta_tuned

@@ -7,22 +7,28 @@ Llama-3-70B with lm_head weigh 837 MB, which this reproduces.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from longctx.errors import UserError, nearest
+from longctx.shape import Shape, config_json, shape_of
 
-# hidden, inner, layers, heads, kv heads, vocabulary (head_dim 128 in all), from the models' config.json.
-_PRESETS: dict[str, tuple[int, int, int, int, int, int]] = {
-    "llama3_8b": (4096, 14336, 32, 32, 8, 128256),
-    "llama3_70b": (8192, 28672, 80, 64, 8, 128256),
-    "llama3_405b": (16384, 53248, 126, 128, 8, 128256),
-    "mistral_7b": (4096, 14336, 32, 32, 8, 32768),
-    "qwen2_7b": (3584, 18944, 28, 28, 4, 152064),
+
+def _preset(family: str, *sizes: int) -> Shape:
+    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    values = dict(zip((*keys, "vocab_size"), sizes, strict=True))
+    return shape_of({"model_type": family, "head_dim": 128, **values}, "configs/lora_info.yaml")
+
+
+# Layers, hidden size, heads, kv heads, feed-forward size and vocabulary from the models' config.json.
+_PRESETS = {
+    "llama3_8b": _preset("llama", 32, 4096, 32, 8, 14336, 128256),
+    "llama3_70b": _preset("llama", 80, 8192, 64, 8, 28672, 128256),
+    "llama3_405b": _preset("llama", 126, 16384, 128, 8, 53248, 128256),
+    "mistral_7b": _preset("mistral", 32, 4096, 32, 8, 14336, 32768),
+    "qwen2_7b": _preset("qwen2", 28, 3584, 28, 4, 18944, 152064),
 }
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -45,9 +51,15 @@ class Size:
 
 def shapes_of(plan: str) -> list[tuple[str, int, int, int]]:
     """(projection, rows, columns, how many) of a preset, or of the model in a folder."""
+    shape = _shape(plan)
+    found = [(name, rows, columns, shape.layers) for name, (rows, columns) in shape.projections.items()]
+    found.append(("embed_tokens", shape.vocab, shape.hidden, 1))
+    return found if shape.tied else [*found, ("lm_head", shape.vocab, shape.hidden, 1)]
+
+
+def _shape(plan: str) -> Shape:
     if plan in _PRESETS:
-        hidden, inner, layers, heads, kv, vocab = _PRESETS[plan]
-        return _decoder(hidden, inner, layers, heads * 128, kv * 128, vocab, tied=False)
+        return _PRESETS[plan]
     folder = Path(plan)
     if not (folder / "config.json").is_file():
         near = nearest(plan, _PRESETS)
@@ -56,10 +68,7 @@ def shapes_of(plan: str) -> list[tuple[str, int, int, int]]:
             + (f"; did you mean {near}?" if near else "")
             + " (configs/lora_info.yaml)"
         )
-    try:
-        return _from_config(json.loads((folder / "config.json").read_text()))
-    except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"plan={plan}: its config.json does not say {error}; give a decoder's folder") from None
+    return shape_of(*config_json(folder))
 
 
 def plan_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bool) -> Size:
@@ -123,30 +132,3 @@ class _Sample:
 
     def dense(self) -> None:
         return None
-
-
-def _from_config(config: Mapping[str, Any]) -> list[tuple[str, int, int, int]]:
-    inner = {**config, **(config.get("text_config") or {})}
-    heads = inner["num_attention_heads"]
-    head_dim = inner.get("head_dim") or inner["hidden_size"] // heads
-    kv = inner.get("num_key_value_heads") or heads
-    return _decoder(
-        inner["hidden_size"], inner["intermediate_size"], inner["num_hidden_layers"], heads * head_dim,
-        kv * head_dim, inner["vocab_size"], tied=bool(inner.get("tie_word_embeddings")),
-    )  # fmt: skip
-
-
-def _decoder(
-    hidden: int, inner: int, layers: int, query: int, kv: int, vocab: int, *, tied: bool
-) -> list[tuple[str, int, int, int]]:
-    shapes = [
-        ("q_proj", query, hidden, layers),
-        ("k_proj", kv, hidden, layers),
-        ("v_proj", kv, hidden, layers),
-        ("o_proj", hidden, query, layers),
-        ("gate_proj", inner, hidden, layers),
-        ("up_proj", inner, hidden, layers),
-        ("down_proj", hidden, inner, layers),
-        ("embed_tokens", vocab, hidden, 1),
-    ]
-    return shapes if tied else [*shapes, ("lm_head", vocab, hidden, 1)]

@@ -19,6 +19,7 @@ from torch import Tensor
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import RunFailed
 from longctx.model.shards import ShardWriter, verify, write_json
+from longctx.rope.config import with_rope
 
 SHARD_BYTES = 4 << 30
 
@@ -76,22 +77,10 @@ def export(
 
 
 def served_config(config: Mapping[str, Any], rope: Mapping[str, Any], window: int, dtype: str) -> dict[str, Any]:
-    """`config` (a config.json's content) with rope, window and dtype in the new keys and in the older
-    ones.
-    """
-    rope = {"rope_type": "default", **rope}
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    changed = {
-        "rope_parameters": rope,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else {**scaling, "type": rope["rope_type"]},
-        "max_position_embeddings": int(window),
-        "dtype": dtype,
-        "torch_dtype": dtype,
-        "use_cache": True,
-    }
+    """`config` (a config.json's content) with rope, window and dtype in the new keys and in the older ones."""
     kept = {key: value for key, value in config.items() if not key.startswith("_attn")}
-    return {**kept, **changed}
+    changed = with_rope(kept, {"rope_type": "default", **rope}, window)
+    return {**changed, "dtype": dtype, "torch_dtype": dtype, "use_cache": True}
 
 
 def _configs(source: ModelConfig | str | Path, tokenizer: Any) -> tuple[Any, Any]:

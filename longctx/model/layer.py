@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from longctx.attention.interface import attend
 from longctx.config.model import MemoryConfig
 from longctx.model.family import backbone_of, check_layers
-from longctx.model.footprint import footprint
 from longctx.model.norms import train_norms
 from longctx.model.offload import HostStore
 from longctx.model.rotary import Rotate
 from longctx.model.saved import KeepPlan, keep_everything, kept_checkpoint
+from longctx.shape import shape_of
 
 
 class TrainedLayer:
@@ -97,7 +97,8 @@ def plan_layers(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: H
     base = backbone_of(model)
     keep = memory.keep_matmuls
     if keep == "auto":
-        cost = footprint(base.config, base.embed_tokens.weight.element_size())
+        shape = shape_of(base.config.to_dict(), "the model's config")
+        cost = shape.footprint(base.embed_tokens.weight.element_size())
         keep = cost.fitting(tokens, (memory.budget_gib or 0.0) * 2**30)
     count = len(base.layers)
     for index, layer in enumerate(base.layers):

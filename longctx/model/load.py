@@ -132,14 +132,15 @@ def config_of(spec: InitConfig) -> Any:
 def model_of(config: ModelConfig, place: Place | None = None) -> Any:
     """The model a ModelConfig describes, with the rotary precision it asks for; place: see load and init_from."""
     from longctx.model.rotary import set_rope
+    from longctx.rope import rope_of_model
 
     if config.init is not None:
         model = init_from(config.init, dtype=config.dtype, attention=config.attention, place=place)
     else:
         model = load(str(config.path), dtype=config.dtype, attention=config.attention, place=place)
     if config.rotary == "float64":
-        rope, window = model.config.rope_parameters, model.config.max_position_embeddings
-        set_rope(model, rope, window, precision="float64")
+        rope = rope_of_model(config)
+        set_rope(model, rope.parameters, rope.window, precision="float64")
     return model
 
 

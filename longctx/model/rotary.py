@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from longctx.config.model import Precision
 from longctx.errors import UserError
-from longctx.rope.frequencies import attention_factor, inv_freq
+from longctx.rope import attention_factor, inv_freq, rope_of
 
 # transformers evaluates theta^(2i/d) in fp32, a few units in the last place from the exact value.
 _TOLERANCE = 2e-6
@@ -76,18 +76,29 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
             "factors "
             "(curriculum.stages.*.rule)"
         )
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    config.rope_parameters = {"rope_type": kind, **rope}
-    config.max_position_embeddings = int(window)
-    exact = inv_freq(config.rope_parameters, head_dim, window=window)
+    give_rope(config, {"rope_type": kind, **rope}, window)
+    read = rope_of(config.to_dict(), "the model's config")
+    exact = inv_freq(read.parameters, read.head_dim, window=window)
     old = base.rotary_emb
     device = old.inv_freq.device
     if precision == "float64":
-        scaling = attention_factor(config.rope_parameters, window=window)
+        scaling = attention_factor(read.parameters, window=window)
         base.rotary_emb = ExactRotary(exact, scaling).to(device)
     else:
         base.rotary_emb = _transformers_rotary(base)(config=config).to(device)
     check_inv_freq(cast(Tensor, base.rotary_emb.inv_freq), exact, f"rope {dict(config.rope_parameters)}")
+
+
+def give_rope(config: Any, rope: Mapping[str, Any], window: int) -> None:
+    """Set a transformers configuration's rope_parameters and max_position_embeddings, in place.
+
+    transformers prefers a top-level original_max_position_embeddings, which such an object may carry from its file.
+    """
+    config.rope_parameters = dict(rope)
+    config.max_position_embeddings = int(window)
+    if hasattr(config, "original_max_position_embeddings"):
+        original = rope.get("original_max_position_embeddings", int(window))
+        config.original_max_position_embeddings = original
 
 
 def check_inv_freq(found: Tensor, exact: np.ndarray, what: str) -> None:

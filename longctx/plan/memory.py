@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 from longctx.config.model import MemoryConfig
-from longctx.plan.shape import Shape
 from longctx.schedule import RankSchedule, Sizes
+from longctx.shape import Shape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 
@@ -83,21 +83,18 @@ def stage_memory(
     optimizer = p * (8 if b >= 4 else 12) / (world if zero >= 1 else 1)
     weights = p * b / (world if zero >= 3 else 1)
     gathered = 2 * shape.layer_weights * b if zero >= 3 else 0  # the layer at work and the one fetched ahead
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    kept = tokens * (shape.hidden * b + q * b + shape.heads * 4)  # a layer's input, attention output, lse
-    products = tokens * (q + 2 * kv + shape.hidden + 2 * shape.ffn) * b
+    cost = shape.footprint(b)
     everything = shape.layers if not memory.checkpoint else 0
     matmuls = memory.keep_matmuls if isinstance(memory.keep_matmuls, int) else 0
-    saved = shape.layers * kept + (everything + min(matmuls, shape.layers)) * products
+    saved = tokens * (shape.layers * cost.kept + (everything + min(matmuls, shape.layers)) * cost.products)
     block = min(memory.ffn_block or tokens, tokens)
-    attention = tokens * (2 * shape.hidden + 3 * q + 5 * kv) * b  # measured: docs/memory.md, "working"
     feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
     return Memory(
         weights=0.0 if offload_parameters else weights + gathered,
         gradients=p * 4 / (world if zero >= 2 else 1),
         optimizer=0.0 if offload_optimizer else optimizer,
         saved=0.0 if memory.offload else saved,
-        working=float(max(attention, feed_forward)),
+        working=float(max(tokens * cost.working, feed_forward)),
         ring=ring,
         loss=min(memory.loss_chunk, tokens) * shape.vocab * 4.0 * 2,
     )

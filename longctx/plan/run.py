@@ -14,10 +14,11 @@ from longctx.console import emit, emit_json, say
 from longctx.curriculum import Stage, resolve
 from longctx.errors import UserError
 from longctx.plan.draw import as_svg, as_text
-from longctx.plan.shape import Shape, shape_of
 from longctx.plan.simulate import BACKWARD_WORK, Timeline, evenly, simulate
 from longctx.plan.stage import Estimate, estimate, links, topology_of
+from longctx.rope import rope_of_model
 from longctx.schedule import Sizes, build
+from longctx.shape import Shape, shape_of_model
 from longctx.topology import Topology
 
 GIB = 2.0**30
@@ -37,9 +38,11 @@ def run(config: PlanConfig) -> int:
 
 
 def _stages(config: PlanConfig) -> tuple[Shape, list[Stage]]:
-    shape = shape_of(config.model)
+    shape, rope = shape_of_model(config.model), rope_of_model(config.model)
     file = "configs/curriculum"
-    return shape, resolve(config.curriculum, head_dim=shape.head_dim, rope=shape.rope, window=shape.window, file=file)
+    return shape, resolve(
+        config.curriculum, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=file
+    )
 
 
 def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from functools import lru_cache
 from longctx.config.plan import HardwareConfig, PlanConfig
 from longctx.curriculum import Stage
 from longctx.plan.memory import BYTES, Memory, ring_buffers, stage_memory
-from longctx.plan.shape import Shape
 from longctx.plan.simulate import BACKWARD_WORK, evenly, simulate
 from longctx.plan.split import choose_cp, choose_ring, shares
 from longctx.schedule import SCHEDULES, RankSchedule, Sizes, build
+from longctx.shape import Shape
 from longctx.topology import Link, Topology
 
 NODES_SIMULATED = 4
@@ -142,10 +142,9 @@ def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
         offload_optimizer=engine.offload_optimizer,
         offload_parameters=engine.offload_parameters,
     )
-    passes = 8 if config.model.memory.checkpoint else 6  # with checkpoints every product runs forward once more
-    products = passes * shape.layers * shape.layer_weights + 6 * shape.vocab * shape.hidden
+    products = shape.flops(recompute=config.model.memory.checkpoint).products(tokens)
     micro_steps = -(-share.per_rank // share.per)
-    one = tokens * products / rate + shape.layers * attention.computing
+    one = products / rate + shape.layers * attention.computing
     exposed = micro_steps * shape.layers * attention.exposed
     exposed += _weights_moved(shape, config, b, micro_steps, micro_steps * one)
     return Estimate(

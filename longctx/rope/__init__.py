@@ -1,7 +1,8 @@
 """Rotary position embeddings as arithmetic: what a model has, the rules that stretch it, what a theta
 supports.
 
-Plain numpy on the dicts transformers calls `rope_parameters`; imports neither torch nor transformers, so that
+Plain numpy on the dicts that transformers calls `rope_parameters`; config.json's are read and written in
+longctx.rope.config. Imports neither torch nor transformers, so that
 `longctx theta` answers at once and the planner can use it.
 """
 
@@ -12,9 +13,9 @@ from longctx.rope.bound import (
     supported_length,
     wavelengths,
 )
+from longctx.rope.config import Rope, read_rope, rope_of, rope_of_init, rope_of_model
 from longctx.rope.frequencies import attention_factor, inv_freq
 from longctx.rope.rules import RULES, THETA_ONLY, ExplicitTheta, Rule, apply, make_rule
-from longctx.rope.state import Rope, read_rope, rope_of, rope_of_init
 
 __all__ = [
     "PUBLISHED_BOUNDS",
@@ -32,6 +33,7 @@ __all__ = [
     "read_rope",
     "rope_of",
     "rope_of_init",
+    "rope_of_model",
     "supported_length",
     "wavelengths",
 ]

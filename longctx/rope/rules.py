@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from longctx.errors import UserError, nearest
+from longctx.rope.config import Rope
 from longctx.rope.frequencies import ROPE_TYPES
-from longctx.rope.state import Rope
 
 Parameters = dict[str, Any]
 _THETA_EXTENDS = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})

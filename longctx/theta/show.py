@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longctx.rope import RULES, THETA_ONLY, Rope, wavelengths
-from longctx.theta.paste import new_style, old_style
+from longctx.rope.config import new_keys, old_keys
 from longctx.theta.table import Alternative, Row
 
 if TYPE_CHECKING:
@@ -31,8 +31,8 @@ def document(rope: Rope, rows: Sequence[Row]) -> dict[str, Any]:
         },
         "stages": [asdict(row) for row in rows],
         "paste": {
-            "transformers_5": new_style(last.rope_parameters, last.seq_len),
-            "transformers_4": old_style(last.rope_parameters, last.seq_len),
+            "transformers_5": new_keys(last.rope_parameters, last.seq_len),
+            "transformers_4": old_keys(last.rope_parameters, last.seq_len),
         },
     }
 
@@ -81,8 +81,8 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def paste_text(rows: Sequence[Row]) -> str:
     """The last stage's lines for config.json, both styles."""
     last = rows[-1]
-    new = json.dumps(new_style(last.rope_parameters, last.seq_len), indent=2)
-    old = json.dumps(old_style(last.rope_parameters, last.seq_len), indent=2)
+    new = json.dumps(new_keys(last.rope_parameters, last.seq_len), indent=2)
+    old = json.dumps(old_keys(last.rope_parameters, last.seq_len), indent=2)
     return (
         f"config.json for {last.seq_len:,} tokens, transformers 5:\n{new}\n\n"
         f"the same for transformers 4 and readers of its style:\n{old}"

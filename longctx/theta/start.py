@@ -8,7 +8,7 @@ from longctx.config.curriculum import CurriculumConfig, LearningRateConfig, Rope
 from longctx.config.theta import ThetaConfig
 from longctx.curriculum import Stage, resolve
 from longctx.errors import UserError
-from longctx.rope import ExplicitTheta, Rope, read_rope, rope_of_init
+from longctx.rope import ExplicitTheta, Rope, rope_of_model
 
 COMMAND = "the command line"
 _SEARCH_STRETCH = 16  # the length searched for when none is named, in windows
@@ -26,7 +26,7 @@ def starting_rope(config: ThetaConfig) -> Rope:
             f"{given} and a model are both given; a model's config.json already says them. Leave one out ({COMMAND})"
         )
     if config.model is not None:
-        rope = _of_model(config)
+        rope = rope_of_model(config.model)
         return rope if config.from_ is None else dataclasses.replace(rope, window=config.from_)
     made_for = config.curriculum.made_for if config.curriculum is not None else None
     head_dim = config.head_dim or (made_for and made_for.head_dim)
@@ -48,14 +48,6 @@ def target_stages(config: ThetaConfig, rope: Rope) -> tuple[list[Stage], list[st
     curriculum, file = _curriculum(config, rope)
     stages = resolve(curriculum, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=file)
     return stages, ["explicit" if stage.rule == ExplicitTheta.name else stage.rule for stage in stages]
-
-
-def _of_model(config: ThetaConfig) -> Rope:
-    assert config.model is not None
-    if config.model.path is not None:
-        return read_rope(config.model.path)
-    assert config.model.init is not None
-    return rope_of_init(config.model.init)
 
 
 def _curriculum(config: ThetaConfig, rope: Rope) -> tuple[CurriculumConfig, str]:

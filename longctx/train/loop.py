@@ -20,6 +20,7 @@ from longctx import console
 from longctx.data.loader import Loader
 from longctx.distributed.ranks import Ranks
 from longctx.errors import UserError
+from longctx.shape import Flops
 from longctx.train import flops, runfolder
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.display import Display
@@ -56,7 +57,7 @@ class Job:
     metrics: Metrics | None
     display: Display
     stop: StopRequest
-    flops: flops.Flops
+    flops: Flops
     profile: ProfileWindow
     evaluate: Evaluate | None = None
     progress: Progress = field(default_factory=Progress)

@@ -17,6 +17,7 @@ from longctx import console
 from longctx.config.train import TrainConfig
 from longctx.distributed import ranks as worlds
 from longctx.errors import UserError
+from longctx.shape import shape_of_model
 from longctx.train import engine as engines
 from longctx.train import runfolder
 from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest, leaving_on_request
@@ -88,34 +89,21 @@ def check(config: TrainConfig, stages: list[Stage], world: int, local_world: int
 def resolve_stages(config: TrainConfig) -> list[Stage]:
     """The curriculum in numbers, from the model's config alone."""
     from longctx.curriculum import resolve
-
-    head_dim, rope, window = _geometry(config.model)
-    return resolve(config.curriculum, head_dim=head_dim, rope=rope, window=window, file="configs/curriculum")
-
-
-def _geometry(model: ModelConfig) -> tuple[int, dict[str, Any], int]:
-    """(head_dim, rope_parameters, window) the run starts from."""
     from longctx.model.family import check_config
     from longctx.model.load import read_config
-    from longctx.rope import rope_of, rope_of_init
+    from longctx.rope import rope_of_model
 
-    if model.init is not None:
-        rope = rope_of_init(model.init)
-    else:
-        hf = read_config(str(model.path))
-        check_config(hf, str(model.path))
-        rope = rope_of(hf.to_dict(), f"{model.path}/config.json")
-    return rope.head_dim, dict(rope.parameters), rope.window
+    rope = rope_of_model(config.model)
+    if config.model.path is not None:
+        check_config(read_config(config.model.path), config.model.path)
+    file = "configs/curriculum"
+    return resolve(config.curriculum, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=file)
 
 
 def _heads(model: ModelConfig) -> tuple[int, int]:
     """(query heads, kv heads)"""
-    from longctx.model.load import read_config
-
-    if model.init is not None:
-        return model.init.heads, model.init.kv_heads
-    hf = read_config(str(model.path))
-    return hf.num_attention_heads, getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
+    shape = shape_of_model(model)
+    return shape.heads, shape.kv_heads
 
 
 def _tokenizer(model: ModelConfig) -> Any:
@@ -166,7 +154,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     from transformers.utils import logging as hf_logging
 
     from longctx.model import LossModel, model_of
-    from longctx.train import flops, loop
+    from longctx.train import loop
     from longctx.train.checkpoint import Checkpoints, State
     from longctx.train.display import Display
     from longctx.train.heartbeat import Progress, Watcher
@@ -182,8 +170,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     with ranks.agree("loading the model"):
         hf = model_of(config.model, place)
         tokenizer = _tokenizer(config.model)
-    elements = sum(engines.full_shape(parameter).numel() for parameter in hf.parameters())
-    counted = flops.of_model(hf.config, elements, recompute=config.model.memory.checkpoint)
+    counted = shape_of_model(config.model).flops(recompute=config.model.memory.checkpoint)
     model = LossModel(hf, config.model.memory, z_loss=config.optim.z_loss)
     engine = engines.build(config.engine, config.optim, model, ranks)
     progress = Progress()

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from longctx.lora.modelconfig import with_rope
+from longctx.rope.config import with_rope
 
 ARCHITECTURES: dict[str, type[PretrainedConfig]] = {
     "llama": LlamaConfig,

@@ -127,15 +127,15 @@ def test_scaled_ropes_survive_being_written_twice(tmp_path: Path, rope: dict[str
     """transformers reads the file with both styles as it reads the one with its own style alone."""
     from transformers import AutoConfig
 
-    from longctx.lora.modelconfig import rope_section, with_rope
+    from longctx.rope.config import rope_section, with_rope
 
     save(build("llama"), tmp_path, dtype=torch.float32)
     file = tmp_path / "config.json"
     written = with_rope(json.loads(file.read_text()), rope, 2048)
     file.write_text(json.dumps(written))
-    assert rope_section(written) == (rope, 2048)
+    assert rope_section(written, "x") == (rope, 2048)
     older = {key: value for key, value in written.items() if key != "rope_parameters"}
-    assert rope_section(older) == (rope, 2048)
+    assert rope_section(older, "x") == (rope, 2048)
     read = AutoConfig.from_pretrained(tmp_path)
     assert {key: read.rope_parameters[key] for key in rope} == rope
     assert read.max_position_embeddings == 2048

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.model import LossModel, init_from
-from longctx.model.footprint import footprint
+from longctx.shape import shape_of
 from tests.model.conftest import sequence, tiny
 from tests.watch import Watch
 
@@ -85,13 +85,13 @@ def test_bytes_per_token_are_the_formula_within_15_percent(keep):
         model.zero_grad(set_to_none=True)
         peaks[tokens] = peak_bytes(lambda count=tokens: step(model, count))
     measured = (peaks[3072] - peaks[1536]) / 1536
-    expected = footprint(model.model.config, 4).per_token(keep)
+    expected = shape_of(model.model.config.to_dict(), "model").footprint(4).per_token(keep)
     assert measured == pytest.approx(expected, rel=0.15)
 
 
 def test_the_auto_dial_keeps_what_the_budget_allows():
     model = init_from(tiny(layers=4))
-    cost = footprint(model.config, 4)
+    cost = shape_of(model.config.to_dict(), "model").footprint(4)
     room = TOKENS * (cost.layers * cost.kept + cost.ends + 2.5 * cost.products) / 2**30
     trained = LossModel(model, MemoryConfig(keep_matmuls="auto", budget_gib=room))
     step(trained)

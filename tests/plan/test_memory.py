@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from longctx.attention import ContextParallel
-from longctx.config.model import InitConfig, MemoryConfig, ModelConfig
+from longctx.config.model import InitConfig, MemoryConfig
 from longctx.distributed.transport import ThreadWorld
 from longctx.plan.memory import pool_bytes, stage_memory
-from longctx.plan.shape import shape_of
 from longctx.schedule import Sizes, build
+from longctx.shape import shape_of_init
 from longctx.topology import Topology
 
 INIT = InitConfig(layers=3, hidden=64, heads=4, kv_heads=2, ffn=96, vocab=128, window=256)
@@ -50,12 +50,12 @@ def test_parameters_are_those_of_the_model(tied):
 
     init = InitConfig(**{**vars(INIT), "tie_embeddings": tied})
     model = init_from(init, attention="sdpa")
-    shape = shape_of(ModelConfig(init=init))
+    shape = shape_of_init(init)
     assert shape.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_zero_divides_what_it_shards_and_nothing_else():
-    shape = shape_of(ModelConfig(init=INIT))
+    shape = shape_of_init(INIT)
     p = shape.parameters
 
     def owned(zero, dtype="float32"):
@@ -70,7 +70,7 @@ def test_zero_divides_what_it_shards_and_nothing_else():
 
 
 def test_checkpoints_keep_input_output_and_lse_of_every_layer():
-    shape = shape_of(ModelConfig(init=INIT))
+    shape = shape_of_init(INIT)
     kept = stage_memory(shape, MemoryConfig(), tokens=64, dtype="float32", zero=0, world=1, ring=0.0)
     assert kept.saved == 3 * 64 * (64 * 4 + 64 * 4 + 4 * 4)
     whole = stage_memory(shape, MemoryConfig(checkpoint=False), tokens=64, dtype="float32", zero=0, world=1, ring=0.0)
