@@ -84,6 +84,10 @@ class MergeConfig:
     window: Length | None = None
     like: Text | None = None
     vocab: Literal["skip", "common"] = "skip"
+    # Asked for where it matters: the target's own embeddings or the adapter's copy of its base's; and whether
+    # an output layer with a weight of its own moves with the embedding of an adapter made for one weight.
+    copies: Literal["own", "adapter"] | None = None
+    head: Literal["follow", "leave"] | None = None
     allow_partial: bool = False
     format: Format = "text"
 

@@ -30,10 +30,11 @@ from longctx.lora.difference import Difference, require_finite
 from longctx.lora.folder import Extension, Row
 from longctx.lora.lowrank import Factors, Sketch, decompose
 from longctx.lora.modelconfig import rope_section
-from longctx.lora.modules import Kind, Module, check_pair, is_tied, layout, modules_of
+from longctx.lora.modules import Kind, Module, check_pair, check_weights, layout, modules_of
 from longctx.lora.ranks import fit_size, rank_for_share
 from longctx.lora.shards import FactorWriter
 from longctx.lora.tensors import Checkpoint, Scratch
+from longctx.lora.ties import settle_pair
 from longctx.lora.verify import Held, held_out_losses, read_back
 from longctx.lora.writer import SafetensorsWriter, output_folder, write_json
 
@@ -78,18 +79,21 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     """
     _check_options(config)
     with Checkpoint(config.base, what="base") as base, Checkpoint(config.tuned, what="tuned") as tuned:
+        for checkpoint in (base, tuned):
+            check_weights(checkpoint)
+        one, tied = settle_pair(base, tuned)
         check_pair(base, tuned, allow_shorter=config.allow_shorter)
         modules = sorted(modules_of(base), key=lambda m: (-prod(m.entry.shape), m.entry.name))
-        job = _Job(config, base, tuned)
+        job = _Job(config, base, tuned, tied)
         ranks = _ranks_for_size(job, modules) if config.size_mb is not None else {}
         with output_folder(config.out, needed=_bytes_needed(job, modules, ranks)) as partial:
             parts = list(_write_tensors(job, modules, ranks, partial, progress))
             rows = [part.row for part in parts]
             _refuse_identical(rows, config)
             extension = _extension(base, tuned)
-            described = files.adapter_config(rows, config.base, rslora=config.rslora)
+            described = files.adapter_config(rows, config.base, rslora=config.rslora, tied=one)
             write_json(partial / "adapter_config.json", described)
-            files.write_side_file(partial, rows, extension, layout(base.config()), config)
+            files.write_side_file(partial, rows, extension, layout(base.config()), config, tied=one)
             files.write_card(partial, rows, extension, config)
             checked = read_back(partial, base, tuned, rows)
             losses = held_out_losses(config, partial) if config.verify == "loss" else None
@@ -100,13 +104,12 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
 class _Job:
     """What every tensor's work needs: the pair, the precision, the device, one scratch per worker."""
 
-    def __init__(self, config: ExtractConfig, base: Checkpoint, tuned: Checkpoint) -> None:
+    def __init__(self, config: ExtractConfig, base: Checkpoint, tuned: Checkpoint, tied: bool) -> None:
         self.config, self.base, self.tuned = config, base, tuned
-        self.tied = is_tied(base, base.config())
         serving = config.profile == "serving"
         self.head = not serving if config.lm_head is None else config.lm_head
         # With tied embeddings the embedding is the output layer as well.
-        self.embeddings = (self.tied and not serving) if config.embeddings is None else config.embeddings
+        self.embeddings = (tied and not serving) if config.embeddings is None else config.embeddings
         self.dtype = getattr(torch, config.precision)
         self.stored = getattr(torch, config.dtype)
         self.device = torch.device(_device(config.device))

@@ -54,11 +54,19 @@ class Extension:
         return (self.rope_parameters, self.window) != (self.base_rope_parameters, self.base_window)
 
 
-def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool) -> dict[str, Any]:
-    """PEFT's adapter_config.json; alpha equals the rank, module by module."""
+def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool, tied: bool) -> dict[str, Any]:
+    """PEFT's adapter_config.json; alpha equals the rank, module by module.
+
+    tied: an embedding's factors are the output layer's too. PEFT then gives lm_head the same factors, with the
+    rank that its own name has here.
+    """
     carried = [row for row in rows if row.carried == "factors"]
     rank = max(row.rank for row in carried)
     module = {row.tensor.removesuffix(".weight"): row.rank for row in carried}
+    targets = sorted({name.rsplit(".", 1)[-1] for name in module})
+    embedding = next((row for row in carried if row.kind == Kind.EMBEDDING.value and tied), None)
+    if embedding is not None:
+        module["lm_head"] = embedding.rank
     different = {name: r for name, r in module.items() if r != rank}
     return {
         "base_model_name_or_path": base,
@@ -68,7 +76,8 @@ def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool) -> dict[str,
         "lora_alpha": rank,
         "rank_pattern": different,
         "alpha_pattern": different,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in module}),
+        "target_modules": targets,
+        "ensure_weight_tying": embedding is not None,
         "use_rslora": rslora,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -89,7 +98,7 @@ def totals(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, layout: Mapping[str, Any],
-                    config: ExtractConfig) -> None:  # fmt: skip
+                    config: ExtractConfig, *, tied: bool) -> None:  # fmt: skip
     document = {
         "format": 1,
         "longctx_version": longctx.__version__,
@@ -101,6 +110,7 @@ def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, lay
         **asdict(extension),
         "extends": extension.changed,
         "layout": dict(layout),
+        "tied": tied,
         "share": totals(rows),
         "tensors": {row.tensor: {k: v for k, v in asdict(row).items() if k != "tensor"} for row in rows},
     }

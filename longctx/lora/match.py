@@ -1,0 +1,325 @@
+"""Which tensor of a target each part of an adapter changes, as PEFT would; and what does not fit, all of it listed.
+
+PEFT takes the modules from adapter_config.json and then loads whatever the file holds under their names: what
+is missing stays at its start, what is too much is ignored. Both are listed here, and the caller refuses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from longctx.errors import UserError
+from longctx.lora.adapter import Adapter, Pair
+from longctx.lora.changes import ORDER, Change
+from longctx.lora.modules import Kind, classify
+from longctx.lora.tensors import Checkpoint, Entry, row_blocks
+from longctx.lora.ties import Tables
+
+_MATRICES = (Kind.LINEAR, Kind.HEAD, Kind.EMBEDDING)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What the user decides: scale; vocab (`skip` or `common` rows); copies and head, None where not said."""
+
+    scale: float = 1.0
+    vocab: str = "skip"
+    copies: str | None = None
+    head: str | None = None
+
+
+@dataclass
+class Match:
+    """Changes in the order in which they take effect, and the parts that do not fit, by what is wrong."""
+
+    changes: list[Change] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    misshaped: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        titles = (
+            ("missing", self.missing),
+            ("unexpected", self.unexpected),
+            ("not asked for by adapter_config.json, so peft ignores them", self.ignored),
+            ("of another shape", self.misshaped),
+        )
+        return [f"{title}: {', '.join(names)}" for title, names in titles if names]
+
+
+def match(adapter: Adapter, target: Checkpoint, tables: Tables, choices: Choices) -> Match:
+    """Hold the adapter's parts against the target's tensors.
+
+    Raises UserError where a choice is needed that the user has not made, and where parts contradict.
+    """
+    matcher = _Matcher(adapter, target, tables, choices)
+    matcher.compare_with_config()
+    matcher.stored_tensors()
+    matcher.inner_tensors()
+    matcher.single_rows()
+    matcher.factors()
+    matcher.side_file()
+    matcher.found.changes.sort(key=lambda change: ORDER.index(change.how))
+    return matcher.found
+
+
+class _Matcher:
+    def __init__(self, adapter: Adapter, target: Checkpoint, tables: Tables, choices: Choices) -> None:
+        self.adapter, self.target, self.tables, self.choices = adapter, target, tables, choices
+        self.settings, self.found = adapter.settings, Match()
+        self.ties_factors = tables.declared and self.settings.ties_factors
+        self.ties_saved = tables.declared and self.settings.ties_saved
+        self.names = list(target.entries)
+        if tables.shared and tables.head is not None:
+            self.names.append(tables.head)
+
+    def entry(self, tensor: str) -> Entry | None:
+        """The target's tensor; the embedding's stands for the output layer that shares it."""
+        if self.tables.shared and tensor == self.tables.head:
+            tensor = str(self.tables.embedding)
+        return self.target.entries.get(tensor)
+
+    def compare_with_config(self) -> None:
+        """Modules that the config names and the file lacks, or that the file holds and the config does not
+        name.
+        """
+        self._refuse_older_ours()
+        for tensor in self.names:
+            entry = self.entry(tensor)
+            assert entry is not None
+            kind = Kind.HEAD if tensor == self.tables.head else classify(entry)
+            module, tied = tensor.removesuffix(".weight"), self.ties_factors and tensor in self.tables.both
+            if kind in _MATRICES and tensor.endswith(".weight"):
+                wanted = self.settings.targets(module, linear=kind is Kind.LINEAR)
+                wanted = tensor == self.tables.embedding if tied else wanted
+                if wanted and module not in self.adapter.pairs:
+                    self.found.missing.append(module)
+                if not wanted and module in self.adapter.pairs and not tied:
+                    self.found.ignored.append(module)
+                if self.settings.token_rows(module, _module(self.tables.embedding)) and self._lacks_rows(tensor):
+                    self.found.missing.append(f"{module}.token_adapter")
+            optional = self.ties_saved and tensor == self.tables.head
+            if self._saved(tensor) and tensor not in self.adapter.whole and not optional:
+                self.found.missing.append(tensor)
+
+    def stored_tensors(self) -> None:
+        """modules_to_save get a weight of their own; anything else is loaded into the model's."""
+        whole = self.adapter.whole
+        for tensor, stored in whole.items():
+            entry = self.adapter.weights.entries[stored]
+            if not self._saved(tensor) and self._wrapped(_module(tensor)):
+                self.found.ignored.append(tensor)
+                continue
+            if tensor == self.tables.head and self._one_for_both(tensor) and self.tables.embedding in whole:
+                self._require_equal(tensor, whole[str(self.tables.embedding)], stored)
+                continue
+            for name in self._spread(tensor, both=self._one_for_both(tensor)):
+                self.put(name, "replaced", stored, entry.shape)
+
+    def inner_tensors(self) -> None:
+        """What is loaded into a wrapped layer, below the adapter: trained biases, and copies of the base's."""
+        for tensor, stored in self.adapter.inner.items():
+            saved = self._saved(tensor)
+            if not saved and not self._wrapped(_module(tensor)):
+                self.found.ignored.append(f"{_module(tensor)}.base_layer.{tensor.rsplit('.', 1)[1]}")
+                continue
+            shared = self.tables.shared and tensor in self.tables.both
+            names = [name for name in (self.tables.both if shared else (tensor,)) if not self._saved(name)]
+            if tensor.endswith(".weight"):
+                names = names if names and self._use_copy(tensor, stored) else []
+            for name in names:
+                self.put(name, "replaced", stored, self.adapter.weights.entries[stored].shape)
+
+    def single_rows(self) -> None:
+        """trainable_token_indices; in a tied model PEFT replaces the rows of both layers."""
+        embedding = _module(self.tables.embedding)
+        for module, stored in self.adapter.rows.items():
+            tensor, shape = f"{module}.weight", self.adapter.weights.entries[stored].shape
+            indices = self.settings.token_rows(module, embedding)
+            twice = tensor == self.tables.head and self.tables.declared and embedding in self.adapter.rows
+            if indices is None or (twice and indices == self.settings.token_rows(str(embedding), embedding)):
+                self.found.ignored.append(f"{module}.token_adapter")
+                continue
+            entry = self.entry(tensor)
+            self._check_rows(tensor, indices, shape, entry)
+            alone = _module(self.tables.head) in self.adapter.rows
+            both = self.tables.declared and tensor == self.tables.embedding and not alone
+            for name in self._spread(tensor, both=both):
+                if name == self.tables.head and f"{_module(name)}.bias" in self.target.entries:
+                    raise self._contradiction("peft leaves out the bias of an output layer with trained rows")
+                self.put(name, "rows", stored, entry and entry.shape, indices=tuple(indices))
+
+    def factors(self) -> None:
+        embedding = self.adapter.pairs.get(str(_module(self.tables.embedding)))
+        for module, pair in self.adapter.pairs.items():
+            tensor, used = f"{module}.weight", pair
+            if tensor == self.tables.head and embedding is not None:
+                twins = self._twins(embedding, pair)
+                if self.ties_factors:
+                    if not twins:
+                        raise self._contradiction(f"{module} and {embedding.module} are tied and differ")
+                    continue
+                # The same change under two names keeps a tied model tied.
+                used = replace(embedding, module=module, scale=pair.scale) if twins else pair
+            for name in self._spread(tensor, both=self.ties_factors and tensor in self.tables.both):
+                own = used
+                if self.ties_factors and name == self.tables.head:
+                    # A tied output layer has the embedding's factors and a scale of its own.
+                    own = replace(
+                        used, module=name.removesuffix(".weight"), scale=self.settings.scale(str(_module(name)))
+                    )
+                self.put(name, "factors", own, own.shape)
+        for module, stored in self.adapter.biases.items():
+            self._factor_bias(module, stored)
+        if self.adapter.config.get("lora_bias"):
+            self.found.missing += [f"{m}.lora_B.bias" for m in self.adapter.pairs if m not in self.adapter.biases]
+
+    def side_file(self) -> None:
+        if self.adapter.side is not None:
+            for name, entry in self.adapter.side.entries.items():
+                self.put(name, "exact", name, entry.shape)
+
+    def put(self, tensor: str, how: str, source: Pair | str, shape: Any, **more: Any) -> None:
+        entry = self.entry(tensor)
+        if entry is None:
+            self.found.unexpected.append(tensor)
+        elif entry.shape == shape:
+            change = Change(tensor, how, self.adapter, source, self.choices.scale, entry.rows, **more)
+            self.found.changes.append(change)
+        elif not _only_vocabulary_differs(entry, shape):
+            self.found.misshaped.append(f"{tensor} {list(shape)} for {list(entry.shape)}")
+        else:
+            common, rows = self.choices.vocab == "common", min(entry.rows, shape[0])
+            if common:
+                self.found.changes.append(Change(tensor, how, self.adapter, source, self.choices.scale, rows, **more))
+            left_out = f"rows {rows} and up" if common else "all; vocab=common merges the common rows"
+            sizes = f"the adapter has {shape[0]} rows, the target {entry.rows}"
+            self.found.skipped.append(f"{tensor}: {left_out} ({sizes})")
+
+    def _spread(self, tensor: str, *, both: bool) -> tuple[str, ...]:
+        """The tensors a part of `tensor` changes: in a tied pair both, where that is what it means."""
+        if both and tensor in self.tables.both:
+            return self.tables.both
+        head = self.tables.head
+        if tensor != self.tables.embedding or head is None or not self.adapter.of_tied_pair:
+            return (tensor,)
+        if self.tables.shared or head in self.adapter.whole or _module(head) in self.adapter.pairs:
+            return (tensor,)
+        if self.choices.head is None:
+            raise UserError(
+                f"adapter={self.adapter.path} was made for a base whose output layer is its embedding, and in "
+                f"target={self.target.path} {head} is a weight of its own: the tuned model moves both, while peft "
+                f"moves {tensor} alone; say head=follow to move {head} by as much, or head=leave to leave it as peft "
+                "does (configs/lora_merge.yaml; nothing was written)"
+            )
+        return self.tables.both if self.choices.head == "follow" else (tensor,)
+
+    def _saved(self, tensor: str) -> bool:
+        return self.settings.saves(tensor) or (self.ties_saved and tensor in self.tables.both)
+
+    def _one_for_both(self, tensor: str) -> bool:
+        """Whether a stored tensor is embedding and output layer at once."""
+        return self.ties_saved if self._saved(tensor) else self.tables.shared
+
+    def _wrapped(self, module: str | None) -> bool:
+        return module in self.adapter.pairs or module in self.adapter.rows
+
+    def _lacks_rows(self, tensor: str) -> bool:
+        embedding = _module(self.tables.embedding)
+        tied = self.tables.declared and tensor == self.tables.head and embedding in self.adapter.rows
+        return _module(tensor) not in self.adapter.rows and not tied
+
+    def _use_copy(self, tensor: str, stored: str) -> bool:
+        """Whether a copy of the base's own weights takes the place of the target's: peft says yes."""
+        entry, copy = self.entry(tensor), self.adapter.weights.entries[stored]
+        if entry is None or _equal(self.target, entry, self.adapter.weights, copy):
+            return entry is None
+        if self.choices.copies is None:
+            raise UserError(
+                f"adapter={self.adapter.path} holds a copy of its base's {tensor} beside what it adds to it, peft puts "
+                f"that copy into the model, and target={self.target.path} has other numbers there; say copies=own to "
+                "keep the target's, as for another fine-tune of the same base, or copies=adapter to do as peft does "
+                "(configs/lora_merge.yaml; nothing was written)"
+            )
+        if self.choices.copies == "own":
+            self.found.skipped.append(f"{tensor}: a copy of the base's own weights; the target keeps its own")
+        return self.choices.copies == "adapter"
+
+    def _twins(self, embedding: Pair, head: Pair) -> bool:
+        read = self.adapter.weights.read
+        if not embedding.embedding or head.embedding or embedding.rank != head.rank or embedding.shape != head.shape:
+            return False
+        return torch.equal(read(embedding.a), read(head.b).T) and torch.equal(read(embedding.b), read(head.a).T)
+
+    def _factor_bias(self, module: str, stored: str) -> None:
+        pair = self.adapter.pairs.get(module)
+        if pair is None or not self.adapter.config.get("lora_bias"):
+            self.found.ignored.append(f"{module}.lora_B.bias")
+        elif f"{module}.bias" not in self.target.entries:
+            self.found.unexpected.append(f"{module}.lora_B.bias (the target's module has no bias to add it to)")
+        else:
+            shape = self.adapter.weights.entries[stored].shape
+            self.put(f"{module}.bias", "bias", stored, shape, factor=pair.scale)
+
+    def _check_rows(self, tensor: str, indices: list[int], shape: tuple[int, ...], entry: Entry | None) -> None:
+        outside = [row for row in indices if entry is not None and not 0 <= row < entry.rows]
+        width = () if entry is None else entry.shape[1:]
+        if len(set(indices)) != len(indices) or outside or shape != (len(indices), *(width or shape[1:])):
+            raise self._contradiction(
+                f"trainable_token_indices says rows {indices[:8]} of {tensor} "
+                f"{list(entry.shape) if entry else ''} and the file holds {list(shape)}"
+            )
+
+    def _refuse_older_ours(self) -> None:
+        told = ((self.adapter.extension or {}).get("layout") or {}).get("tie_word_embeddings")
+        embedding, head = _module(self.tables.embedding), _module(self.tables.head)
+        pairs = self.adapter.pairs
+        if told and self.tables.declared and embedding in pairs and head not in pairs and not self.ties_factors:
+            raise UserError(
+                f"adapter={self.adapter.path} was made by an older longctx for a base whose output layer is its "
+                "embedding, without telling peft so: peft would move the embedding alone. Extract it again, or write "
+                '"ensure_weight_tying": true into its adapter_config.json (nothing was written)'
+            )
+
+    def _require_equal(self, tensor: str, first: str, second: str) -> None:
+        weights = self.adapter.weights
+        if not _equal(weights, weights.entries[first], weights, weights.entries[second]):
+            raise self._contradiction(f"{tensor} and {self.tables.embedding} are one weight and the file holds two")
+
+    def _contradiction(self, what: str) -> UserError:
+        return UserError(
+            f"adapter={self.adapter.path} cannot be merged into target={self.target.path}: {what}; file and "
+            "adapter_config.json do not belong together, save the adapter again (nothing was written)"
+        )
+
+
+def _module(tensor: str | None) -> str | None:
+    return tensor.rsplit(".", 1)[0] if tensor is not None else None
+
+
+def _only_vocabulary_differs(entry: Entry, shape: tuple[int, ...]) -> bool:
+    return classify(entry) in (Kind.EMBEDDING, Kind.HEAD) and entry.shape[1:] == shape[1:]
+
+
+def _equal(left: Checkpoint, first: Entry, right: Checkpoint, second: Entry) -> bool:
+    """Whether two tensors hold the same numbers in the dtype of the first."""
+    if first.shape != second.shape:
+        return False
+    return all(
+        torch.equal(left.read(first.name, *rows), right.read(second.name, *rows).to(first.torch_dtype()))
+        for rows in row_blocks(first)
+    )
+
+
+def layout_differences(extension: Mapping[str, Any] | None, target: Mapping[str, Any]) -> list[str]:
+    """Where the adapter's base and the target lay out their heads differently though shapes agree."""
+    known = (extension or {}).get("layout") or {}
+    keys = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
+    return [f"{key} {known[key]} / {target.get(key)}" for key in keys if key in known and known[key] != target.get(key)]
