@@ -23,7 +23,7 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.(?:lora_([AB])(?:\.default)?\.weight|lora_embedding_([AB])(?:\.default)?)")
 _FACTOR_BIAS = re.compile(r"(.+)\.lora_B(?:\.default)?\.bias")
 _ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
-_INNER = re.compile(r"(.+)\.(token_adapter\.base_layer|base_layer|original_module)\.(weight|bias)")
+_INNER = re.compile(r"(.+?)\.(token_adapter\.base_layer|base_layer|original_module)\.(weight|bias)")
 # Written when embeddings are saved whole: copies of what also stands under the plain name, and a buffer.
 _UNREAD = re.compile(r".+\.(modules_to_save\.\w+|token_adapter\.trainable_tokens_original(?:\.default)?)")
 

@@ -111,29 +111,31 @@ class _Matcher:
 
     def stored_tensors(self) -> None:
         """modules_to_save get a weight of their own; anything else is loaded into the model's."""
-        whole = self.adapter.whole
-        for tensor, stored in whole.items():
-            entry = self.adapter.weights.entries[stored]
-            if not self._saved(tensor) and self._wrapped(_module(tensor)):
+        for tensor, stored in self.adapter.whole.items():
+            saved, shape = self._saved(tensor), self.adapter.weights.entries[stored].shape
+            if not saved and self._wrapped(_module(tensor)):
                 self.found.ignored.append(tensor)
                 continue
-            if tensor == self.tables.head and self._one_for_both(tensor) and self.tables.embedding in whole:
-                self._require_equal(tensor, whole[str(self.tables.embedding)], stored)
+            names = self._spread(tensor, both=self.ties_saved) if saved else self._storage(tensor)
+            other = self.adapter.whole.get(str(self.tables.embedding))
+            if tensor == self.tables.head and self.tables.embedding in names and other is not None:
+                if not _equal(self.adapter.weights, other, self.adapter.weights, stored):
+                    raise self._contradiction(
+                        f"{tensor} and {self.tables.embedding} are one weight and the file has two"
+                    )
                 continue
-            for name in self._spread(tensor, both=self._one_for_both(tensor)):
-                self.put(name, "replaced", stored, entry.shape)
+            for name in names:
+                self.put(name, "replaced", stored, shape)
 
     def inner_tensors(self) -> None:
         """What is loaded into a wrapped layer, below the adapter: trained biases, and copies of the base's."""
         for tensor, stored in self.adapter.inner.items():
-            saved = self._saved(tensor)
-            if not saved and not self._wrapped(_module(tensor)):
+            if not self._saved(tensor) and not self._wrapped(_module(tensor)):
                 self.found.ignored.append(f"{_module(tensor)}.base_layer.{tensor.rsplit('.', 1)[1]}")
                 continue
-            shared = self.tables.shared and tensor in self.tables.both
-            names = [name for name in (self.tables.both if shared else (tensor,)) if not self._saved(name)]
-            if tensor.endswith(".weight"):
-                names = names if names and self._use_copy(tensor, stored) else []
+            names = self._storage(tensor)
+            if tensor.endswith(".weight") and names and not self._use_copy(tensor, stored):
+                continue
             for name in names:
                 self.put(name, "replaced", stored, self.adapter.weights.entries[stored].shape)
 
@@ -143,13 +145,17 @@ class _Matcher:
         for module, stored in self.adapter.rows.items():
             tensor, shape = f"{module}.weight", self.adapter.weights.entries[stored].shape
             indices = self.settings.token_rows(module, embedding)
-            twice = tensor == self.tables.head and self.tables.declared and embedding in self.adapter.rows
-            if indices is None or (twice and indices == self.settings.token_rows(str(embedding), embedding)):
+            tied = tensor == self.tables.head and self.tables.declared and embedding in self.adapter.rows
+            twice = tied and indices in (None, self.settings.token_rows(str(embedding), embedding))
+            if twice and _equal(self.adapter.weights, stored, self.adapter.weights, self.adapter.rows[str(embedding)]):
+                continue
+            if indices is None or twice:
                 self.found.ignored.append(f"{module}.token_adapter")
                 continue
             entry = self.entry(tensor)
             self._check_rows(tensor, indices, shape, entry)
-            alone = _module(self.tables.head) in self.adapter.rows
+            of_head = self.settings.token_rows(str(_module(self.tables.head)), embedding)
+            alone = of_head is not None and of_head != indices
             both = self.tables.declared and tensor == self.tables.embedding and not alone
             for name in self._spread(tensor, both=both):
                 if name == self.tables.head and f"{_module(name)}.bias" in self.target.entries:
@@ -224,12 +230,15 @@ class _Matcher:
     def _saved(self, tensor: str) -> bool:
         return self.settings.saves(tensor) or (self.ties_saved and tensor in self.tables.both)
 
-    def _one_for_both(self, tensor: str) -> bool:
-        """Whether a stored tensor is embedding and output layer at once."""
-        return self.ties_saved if self._saved(tensor) else self.tables.shared
+    def _storage(self, tensor: str) -> tuple[str, ...]:
+        """The tensors that the model's own weight under this name is used as."""
+        names = self.tables.both if self.tables.shared and tensor in self.tables.both else (tensor,)
+        return tuple(name for name in names if not self._saved(name))
 
     def _wrapped(self, module: str | None) -> bool:
-        return module in self.adapter.pairs or module in self.adapter.rows
+        tied = self.tables.declared and module == _module(self.tables.head)
+        rows = {module, _module(self.tables.embedding)} if tied else {module}
+        return module in self.adapter.pairs or bool(rows & self.adapter.rows.keys())
 
     def _lacks_rows(self, tensor: str) -> bool:
         embedding = _module(self.tables.embedding)
@@ -238,8 +247,8 @@ class _Matcher:
 
     def _use_copy(self, tensor: str, stored: str) -> bool:
         """Whether a copy of the base's own weights takes the place of the target's: peft says yes."""
-        entry, copy = self.entry(tensor), self.adapter.weights.entries[stored]
-        if entry is None or _equal(self.target, entry, self.adapter.weights, copy):
+        entry = self.entry(tensor)
+        if entry is None or _equal(self.target, entry.name, self.adapter.weights, stored):
             return entry is None
         if self.choices.copies is None:
             raise UserError(
@@ -288,11 +297,6 @@ class _Matcher:
                 '"ensure_weight_tying": true into its adapter_config.json (nothing was written)'
             )
 
-    def _require_equal(self, tensor: str, first: str, second: str) -> None:
-        weights = self.adapter.weights
-        if not _equal(weights, weights.entries[first], weights, weights.entries[second]):
-            raise self._contradiction(f"{tensor} and {self.tables.embedding} are one weight and the file holds two")
-
     def _contradiction(self, what: str) -> UserError:
         return UserError(
             f"adapter={self.adapter.path} cannot be merged into target={self.target.path}: {what}; file and "
@@ -308,14 +312,12 @@ def _only_vocabulary_differs(entry: Entry, shape: tuple[int, ...]) -> bool:
     return classify(entry) in (Kind.EMBEDDING, Kind.HEAD) and entry.shape[1:] == shape[1:]
 
 
-def _equal(left: Checkpoint, first: Entry, right: Checkpoint, second: Entry) -> bool:
+def _equal(left: Checkpoint, first: str, right: Checkpoint, second: str) -> bool:
     """Whether two tensors hold the same numbers in the dtype of the first."""
-    if first.shape != second.shape:
+    one, dtype = left.entries[first], left.entries[first].torch_dtype()
+    if one.shape != right.entries[second].shape:
         return False
-    return all(
-        torch.equal(left.read(first.name, *rows), right.read(second.name, *rows).to(first.torch_dtype()))
-        for rows in row_blocks(first)
-    )
+    return all(torch.equal(left.read(first, *rows), right.read(second, *rows).to(dtype)) for rows in row_blocks(one))
 
 
 def layout_differences(extension: Mapping[str, Any] | None, target: Mapping[str, Any]) -> list[str]:
