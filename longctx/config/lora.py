@@ -84,10 +84,8 @@ class MergeConfig:
     window: Length | None = None
     like: Text | None = None
     vocab: Literal["skip", "common"] = "skip"
-    # Asked for where it matters: the target's own embeddings or the adapter's copy of its base's; and whether
-    # an output layer with a weight of its own moves with the embedding of an adapter made for one weight.
+    # Asked for where an adapter holds other embeddings of its base than the target has.
     copies: Literal["own", "adapter"] | None = None
-    head: Literal["follow", "leave"] | None = None
     allow_partial: bool = False
     format: Format = "text"
 

@@ -41,7 +41,7 @@ def merge_sibling(sibling: Path, adapter: Path, out: Path) -> None:
         return
     from longctx.lora.merge import merge
 
-    merge(MergeConfig(target=str(sibling), adapter=[str(adapter)], out=str(out), head="follow"))
+    merge(MergeConfig(target=str(sibling), adapter=[str(adapter)], out=str(out)))
     _record(out, key)
 
 

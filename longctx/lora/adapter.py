@@ -77,11 +77,6 @@ class Adapter:
     def deltas(self) -> list[str]:
         return list(self.side.entries) if self.side is not None else []
 
-    @property
-    def of_tied_pair(self) -> bool:
-        """Whether it was made for a base whose embedding and output layer are one weight."""
-        return self.settings.ensure_weight_tying or bool((self.extension or {}).get("tied"))
-
     def factors(self, pair: Pair, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(left [rows, r], right [r, columns]) with delta = pair.scale * left @ right."""
         a, b = self.weights.read(pair.a).to(dtype), self.weights.read(pair.b).to(dtype)

@@ -54,19 +54,18 @@ class Extension:
         return (self.rope_parameters, self.window) != (self.base_rope_parameters, self.base_window)
 
 
-def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool, tied: bool) -> dict[str, Any]:
+def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool, tied_head: str | None) -> dict[str, Any]:
     """PEFT's adapter_config.json; alpha equals the rank, module by module.
 
-    tied: an embedding's factors are the output layer's too. PEFT then gives lm_head the same factors, with the
-    rank that its own name has here.
+    tied_head: the output layer that has the embedding's factors; PEFT is told to keep the two one.
     """
     carried = [row for row in rows if row.carried == "factors"]
     rank = max(row.rank for row in carried)
     module = {row.tensor.removesuffix(".weight"): row.rank for row in carried}
-    targets = sorted({name.rsplit(".", 1)[-1] for name in module})
-    embedding = next((row for row in carried if row.kind == Kind.EMBEDDING.value and tied), None)
-    if embedding is not None:
-        module["lm_head"] = embedding.rank
+    embedding = next((row for row in carried if row.kind == Kind.EMBEDDING.value), None)
+    tied = embedding is not None and tied_head is not None
+    if embedding is not None and tied_head is not None:
+        module[tied_head.removesuffix(".weight")] = embedding.rank
     different = {name: r for name, r in module.items() if r != rank}
     return {
         "base_model_name_or_path": base,
@@ -76,8 +75,8 @@ def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool, tied: bool) 
         "lora_alpha": rank,
         "rank_pattern": different,
         "alpha_pattern": different,
-        "target_modules": targets,
-        "ensure_weight_tying": embedding is not None,
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in module}),
+        "ensure_weight_tying": tied,
         "use_rslora": rslora,
         "lora_dropout": 0.0,
         "bias": "none",

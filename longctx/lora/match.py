@@ -24,12 +24,11 @@ _MATRICES = (Kind.LINEAR, Kind.HEAD, Kind.EMBEDDING)
 
 @dataclass(frozen=True)
 class Choices:
-    """What the user decides: scale; vocab (`skip` or `common` rows); copies and head, None where not said."""
+    """What the user decides: scale; vocab (`skip` or `common` rows); copies (`own`, `adapter`, None: not said)."""
 
     scale: float = 1.0
     vocab: str = "skip"
     copies: str | None = None
-    head: str | None = None
 
 
 @dataclass
@@ -213,19 +212,7 @@ class _Matcher:
         """The tensors a part of `tensor` changes: in a tied pair both, where that is what it means."""
         if both and tensor in self.tables.both:
             return self.tables.both
-        head = self.tables.head
-        if tensor != self.tables.embedding or head is None or not self.adapter.of_tied_pair:
-            return (tensor,)
-        if self.tables.shared or head in self.adapter.whole or _module(head) in self.adapter.pairs:
-            return (tensor,)
-        if self.choices.head is None:
-            raise UserError(
-                f"adapter={self.adapter.path} was made for a base whose output layer is its embedding, and in "
-                f"target={self.target.path} {head} is a weight of its own: the tuned model moves both, while peft "
-                f"moves {tensor} alone; say head=follow to move {head} by as much, or head=leave to leave it as peft "
-                "does (configs/lora_merge.yaml; nothing was written)"
-            )
-        return self.tables.both if self.choices.head == "follow" else (tensor,)
+        return (tensor,)
 
     def _saved(self, tensor: str) -> bool:
         return self.settings.saves(tensor) or (self.ties_saved and tensor in self.tables.both)

@@ -79,7 +79,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
         adapters = [Adapter(path) for path in config.adapter]
         try:
             matches = [
-                match(adapter, target, tables, Choices(scale, config.vocab, config.copies, config.head))
+                match(adapter, target, tables, Choices(scale, config.vocab, config.copies))
                 for adapter, scale in zip(adapters, scales, strict=True)
             ]
             _refuse_misfits(config, matches, adapters, layout(before))

@@ -16,7 +16,6 @@ import torch
 from longctx.errors import UserError
 from longctx.lora.modelconfig import text_section
 from longctx.lora.modules import Kind, classify
-from longctx.lora.peftconfig import TIED_LEAVES
 from longctx.lora.tensors import Checkpoint, Entry, row_blocks
 
 # Rotary decoders whose config class ties by default, for a config.json that does not say.
@@ -71,19 +70,18 @@ def settle(checkpoint: Checkpoint) -> Tables:
     return Tables(name, stored.name, True, True, f"{stored.name} is the tied weight's stored name; it is {name} now")
 
 
-def settle_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[bool, bool]:
-    """(whether one difference is both the embedding's and the output layer's, whether either model is tied).
+def settle_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, bool]:
+    """(output layer that one difference changes together with the embedding, whether either model is tied).
 
-    Where only one of the two models is tied, or PEFT has no way to tie an embedding of that name, its weight
-    gets both names and the two differences travel separately.
+    Where only one of the two models is tied, its weight gets both names and the two differences travel
+    separately.
     """
     first, second = settle(base), settle(tuned)
-    leaf = (first.embedding or "").removesuffix(".weight").rsplit(".", 1)[-1]
-    one = first.shared and second.shared and leaf in TIED_LEAVES
-    if not one:
-        _separate(base, first)
-        _separate(tuned, second)
-    return one, first.shared or second.shared
+    if first.shared and second.shared:
+        return first.head, True
+    _separate(base, first)
+    _separate(tuned, second)
+    return None, first.shared or second.shared
 
 
 def _separate(checkpoint: Checkpoint, tables: Tables) -> None:
