@@ -73,6 +73,8 @@ class _Matcher:
     def __init__(self, adapter: Adapter, target: Checkpoint, tables: Tables, choices: Choices) -> None:
         self.adapter, self.target, self.tables, self.choices = adapter, target, tables, choices
         self.settings, self.found = adapter.settings, Match()
+        # Less those that peft ignores, once compare_with_config has found them.
+        self.pairs = dict(adapter.pairs)
         self.ties_factors = tables.declared and self.settings.ties_factors
         self.ties_saved = tables.declared and self.settings.ties_saved
         self.names = list(target.entries)
@@ -102,6 +104,7 @@ class _Matcher:
                     self.found.missing.append(module)
                 if not wanted and module in self.adapter.pairs and not tied:
                     self.found.ignored.append(module)
+                    del self.pairs[module]
                 if self.settings.token_rows(module, _module(self.tables.embedding)) and self._lacks_rows(tensor):
                     self.found.missing.append(f"{module}.token_adapter")
             optional = self.ties_saved and tensor == self.tables.head
@@ -162,8 +165,8 @@ class _Matcher:
                 self.put(name, "rows", stored, entry and entry.shape, indices=tuple(indices))
 
     def factors(self) -> None:
-        embedding = self.adapter.pairs.get(str(_module(self.tables.embedding)))
-        for module, pair in self.adapter.pairs.items():
+        embedding = self.pairs.get(str(_module(self.tables.embedding)))
+        for module, pair in self.pairs.items():
             tensor, used = f"{module}.weight", pair
             if tensor == self.tables.head and embedding is not None:
                 twins = self._twins(embedding, pair)
@@ -184,7 +187,7 @@ class _Matcher:
         for module, stored in self.adapter.biases.items():
             self._factor_bias(module, stored)
         if self.adapter.config.get("lora_bias"):
-            self.found.missing += [f"{m}.lora_B.bias" for m in self.adapter.pairs if m not in self.adapter.biases]
+            self.found.missing += [f"{m}.lora_B.bias" for m in self.pairs if m not in self.adapter.biases]
 
     def side_file(self) -> None:
         if self.adapter.side is not None:
@@ -225,7 +228,7 @@ class _Matcher:
     def _wrapped(self, module: str | None) -> bool:
         tied = self.tables.declared and module == _module(self.tables.head)
         rows = {module, _module(self.tables.embedding)} if tied else {module}
-        return module in self.adapter.pairs or bool(rows & self.adapter.rows.keys())
+        return module in self.pairs or bool(rows & self.adapter.rows.keys())
 
     def _lacks_rows(self, tensor: str) -> bool:
         embedding = _module(self.tables.embedding)
@@ -255,7 +258,7 @@ class _Matcher:
         return torch.equal(read(embedding.a), read(head.b).T) and torch.equal(read(embedding.b), read(head.a).T)
 
     def _factor_bias(self, module: str, stored: str) -> None:
-        pair = self.adapter.pairs.get(module)
+        pair = self.pairs.get(module)
         if pair is None or not self.adapter.config.get("lora_bias"):
             self.found.ignored.append(f"{module}.lora_B.bias")
         elif f"{module}.bias" not in self.target.entries:
@@ -276,7 +279,7 @@ class _Matcher:
     def _refuse_older_ours(self) -> None:
         told = ((self.adapter.extension or {}).get("layout") or {}).get("tie_word_embeddings")
         embedding, head = _module(self.tables.embedding), _module(self.tables.head)
-        pairs = self.adapter.pairs
+        pairs = self.pairs
         if told and self.tables.declared and embedding in pairs and head not in pairs and not self.ties_factors:
             raise UserError(
                 f"adapter={self.adapter.path} was made by an older longctx for a base whose output layer is its "

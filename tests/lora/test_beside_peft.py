@@ -324,6 +324,16 @@ def test_what_fits_of_a_file_is_what_peft_takes(plain: tuple[str, str], tmp_path
     assert torch.allclose(got, unmerged(target, adapter), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("config", [{"target_modules": ["q_proj"]}, {"layers_to_transform": [1]}], ids=str)
+def test_what_the_config_does_not_name_is_left_out_as_peft_does(
+    plain: tuple[str, str], tmp_path: Path, config: dict[str, Any]
+) -> None:
+    target, adapter = plain
+    edit(adapter, **config)
+    got = merged(target, adapter, tmp_path / "m", allow_partial=True)
+    assert torch.allclose(got, unmerged(target, adapter), rtol=0, atol=1e-5)
+
+
 def test_factors_with_a_bias_need_a_layer_with_one(bases: Callable[[str], str], tmp_path: Path) -> None:
     adapter = train(bases("untied"), tmp_path / "a", target_modules=QV, lora_bias=True)
     assert "the target's module has no bias to add it to" in refusal(bases("untied"), adapter, tmp_path / "m")
