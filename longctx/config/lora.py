@@ -84,6 +84,8 @@ class MergeConfig:
     window: Length | None = None
     like: Text | None = None
     vocab: Literal["skip", "common"] = "skip"
+    # Asked for where an adapter holds other embeddings of its base than the target has.
+    copies: Literal["own", "adapter"] | None = None
     allow_partial: bool = False
     format: Format = "text"
 

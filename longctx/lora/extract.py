@@ -29,10 +29,11 @@ from longctx.lora.adapter import NORM_STEM
 from longctx.lora.difference import Difference, require_finite
 from longctx.lora.folder import Extension, Row
 from longctx.lora.lowrank import Factors, Sketch, decompose
-from longctx.lora.modules import Kind, Module, carried_rope, check_pair, is_tied, layout, modules_of
+from longctx.lora.modules import Kind, Module, carried_rope, check_pair, check_weights, layout, modules_of
 from longctx.lora.ranks import fit_size, rank_for_share
 from longctx.lora.shards import FactorWriter
 from longctx.lora.tensors import Checkpoint, Scratch
+from longctx.lora.ties import settle_pair
 from longctx.lora.verify import Held, held_out_losses, read_back
 from longctx.lora.writer import SafetensorsWriter, output_folder, write_json
 
@@ -77,18 +78,21 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     """
     _check_options(config)
     with Checkpoint(config.base, what="base") as base, Checkpoint(config.tuned, what="tuned") as tuned:
+        for checkpoint in (base, tuned):
+            check_weights(checkpoint)
+        tied_head, tied = settle_pair(base, tuned)
         check_pair(base, tuned, allow_shorter=config.allow_shorter)
         modules = sorted(modules_of(base), key=lambda m: (-prod(m.entry.shape), m.entry.name))
-        job = _Job(config, base, tuned)
+        job = _Job(config, base, tuned, tied, tied_head)
         ranks = _ranks_for_size(job, modules) if config.size_mb is not None else {}
         with output_folder(config.out, needed=_bytes_needed(job, modules, ranks)) as partial:
             parts = list(_write_tensors(job, modules, ranks, partial, progress))
             rows = [part.row for part in parts]
             _refuse_identical(rows, config)
             extension = _extension(base, tuned)
-            described = files.adapter_config(rows, config.base, rslora=config.rslora)
+            described = files.adapter_config(rows, config.base, rslora=config.rslora, tied_head=tied_head)
             write_json(partial / "adapter_config.json", described)
-            files.write_side_file(partial, rows, extension, layout(base.config()), config)
+            files.write_side_file(partial, rows, extension, layout(base.config()), config, tied=tied_head is not None)
             files.write_card(partial, rows, extension, config)
             checked = read_back(partial, base, tuned, rows)
             losses = held_out_losses(config, partial) if config.verify == "loss" else None
@@ -97,15 +101,19 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
 
 
 class _Job:
-    """What every tensor's work needs: the pair, the precision, the device, one scratch per worker."""
+    """What every tensor's work needs: the pair, the precision, the device, one scratch per worker.
 
-    def __init__(self, config: ExtractConfig, base: Checkpoint, tuned: Checkpoint) -> None:
-        self.config, self.base, self.tuned = config, base, tuned
-        self.tied = is_tied(base, base.config())
+    tied_head: the output layer whose factors are the embedding's.
+    """
+
+    def __init__(
+        self, config: ExtractConfig, base: Checkpoint, tuned: Checkpoint, tied: bool, tied_head: str | None
+    ) -> None:
+        self.config, self.base, self.tuned, self.tied_head = config, base, tuned, tied_head
         serving = config.profile == "serving"
         self.head = not serving if config.lm_head is None else config.lm_head
         # With tied embeddings the embedding is the output layer as well.
-        self.embeddings = (self.tied and not serving) if config.embeddings is None else config.embeddings
+        self.embeddings = (tied and not serving) if config.embeddings is None else config.embeddings
         self.dtype = getattr(torch, config.precision)
         self.stored = getattr(torch, config.dtype)
         self.device = torch.device(_device(config.device))
@@ -123,6 +131,11 @@ class _Job:
 
     def rank(self, module: Module, ranks: dict[str, int]) -> int:
         return min(ranks.get(module.entry.name, self.config.rank), *module.entry.shape)
+
+    def bytes_per_rank(self, module: Module) -> int:
+        """An embedding's factors are written for a tied output layer as well."""
+        twice = module.kind is Kind.EMBEDDING and self.tied_head is not None
+        return sum(module.entry.shape) * self.stored.itemsize * (2 if twice else 1)
 
     def difference(self, module: Module) -> Difference:
         if not hasattr(self._local, "scratch"):
@@ -158,6 +171,7 @@ def _write_tensors(
 ) -> Iterator[_Part]:
     """Factors and exact differences go to their files as they come; rows are handed on without them."""
     names = [module.name for module in modules if job.carried(module) == "factors"]
+    names += [job.tied_head] if job.tied_head else []
     vectors = [module.entry.name for module in modules if job.carried(module) == "exact"]
     writer = FactorWriter(partial, names, max_bytes=int(job.config.max_shard_mb * 1e6))
     exact = SafetensorsWriter(partial / f"{NORM_STEM}.safetensors", vectors) if vectors else None
@@ -170,6 +184,8 @@ def _write_tensors(
             else:
                 changed_leaves.add(_leaf(part.row.tensor))
                 writer.add(part.row.tensor, part.row.kind, part.a, part.b)
+                if part.row.kind == Kind.EMBEDDING.value and job.tied_head is not None:
+                    writer.add(job.tied_head, Kind.HEAD.value, part.b.T.contiguous(), part.a.T.contiguous())
         elif part.exact is not None and exact is not None and part.row.norm > 0:
             exact.add(part.row.tensor, part.exact)
         if part.row.norm > 0 or part.a is None:
@@ -248,8 +264,8 @@ def _ranks_for_size(job: _Job, modules: list[Module]) -> dict[str, int]:
 
     spectra = {part.row.tensor: part.values for part in job.map(spectrum, chosen) if part.values is not None}
     assert job.config.size_mb is not None
-    shapes = {module.entry.name: (module.entry.shape[0], module.entry.shape[1]) for module in chosen}
-    return fit_size(spectra, shapes, job.config.size_mb * 1e6, job.stored.itemsize)
+    cost = {module.entry.name: job.bytes_per_rank(module) for module in chosen}
+    return fit_size(spectra, cost, job.config.size_mb * 1e6)
 
 
 def _row(module: Module, difference: Difference, *, rank: int, norm: float, kept: bool, carried: str) -> Row:
@@ -270,7 +286,7 @@ def _bytes_needed(job: _Job, modules: list[Module], ranks: dict[str, int]) -> in
         how = job.carried(module)
         if how == "factors":
             rank = job.config.max_rank if job.config.share is not None else job.rank(module, ranks)
-            total += min(rank, *module.entry.shape) * sum(module.entry.shape) * job.stored.itemsize
+            total += min(rank, *module.entry.shape) * job.bytes_per_rank(module)
         elif how == "exact":
             total += prod(module.entry.shape) * 4
     return total

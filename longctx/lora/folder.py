@@ -54,11 +54,18 @@ class Extension:
         return (self.rope_parameters, self.window) != (self.base_rope_parameters, self.base_window)
 
 
-def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool) -> dict[str, Any]:
-    """PEFT's adapter_config.json; alpha equals the rank, module by module."""
+def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool, tied_head: str | None) -> dict[str, Any]:
+    """PEFT's adapter_config.json; alpha equals the rank, module by module.
+
+    tied_head: the output layer that has the embedding's factors; PEFT is told to keep the two one.
+    """
     carried = [row for row in rows if row.carried == "factors"]
     rank = max(row.rank for row in carried)
     module = {row.tensor.removesuffix(".weight"): row.rank for row in carried}
+    embedding = next((row for row in carried if row.kind == Kind.EMBEDDING.value), None)
+    tied = embedding is not None and tied_head is not None
+    if embedding is not None and tied_head is not None:
+        module[tied_head.removesuffix(".weight")] = embedding.rank
     different = {name: r for name, r in module.items() if r != rank}
     return {
         "base_model_name_or_path": base,
@@ -69,6 +76,7 @@ def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool) -> dict[str,
         "rank_pattern": different,
         "alpha_pattern": different,
         "target_modules": sorted({name.rsplit(".", 1)[-1] for name in module}),
+        "ensure_weight_tying": tied,
         "use_rslora": rslora,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -89,7 +97,7 @@ def totals(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, layout: Mapping[str, Any],
-                    config: ExtractConfig) -> None:  # fmt: skip
+                    config: ExtractConfig, *, tied: bool) -> None:  # fmt: skip
     document = {
         "format": 1,
         "longctx_version": longctx.__version__,
@@ -101,6 +109,7 @@ def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, lay
         **asdict(extension),
         "extends": extension.changed,
         "layout": dict(layout),
+        "tied": tied,
         "share": totals(rows),
         "tensors": {row.tensor: {k: v for k, v in asdict(row).items() if k != "tensor"} for row in rows},
     }

@@ -67,7 +67,7 @@ def describe(path: str) -> AdapterInfo:
             bytes=sum(entry.nbytes for entry in adapter.weights.entries.values()),
             modules=sorted(modules, key=lambda item: _place(item.module)),
             exact=len(adapter.deltas),
-            replaced=list(adapter.replacements),
+            replaced=[*adapter.whole, *adapter.inner, *(f"{module} (rows)" for module in adapter.rows)],
             window=side.get("window"),
             rope=describe_rope(rope) if rope else None,
             share=side.get("share", {}).get("factors"),

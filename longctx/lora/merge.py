@@ -19,12 +19,13 @@ from longctx.config.lora import MergeConfig
 from longctx.errors import UserError
 from longctx.identity import RECORD
 from longctx.lora.adapter import Adapter
-from longctx.lora.changes import HEAD, Change, Match, layout_differences, match
-from longctx.lora.modules import Kind, carried_rope, check_weights, classify, is_tied, layout
+from longctx.lora.changes import ORDER, Change
+from longctx.lora.match import Choices, Match, layout_differences, match
+from longctx.lora.modules import carried_rope, check_weights, layout
 from longctx.lora.tensors import Checkpoint, Entry, Scratch, row_blocks
+from longctx.lora.ties import Tables, settle
 from longctx.lora.writer import SafetensorsWriter, output_folder, write_json
 from longctx.rope.config import describe_rope, rope_to_carry, with_rope
-from longctx.shape import text_section
 
 Progress = Callable[[int, int, str], None]
 _NOT_COPIED = (
@@ -74,20 +75,18 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
     scales = _scales(config)
     with Checkpoint(config.target, what="target") as target:
         check_weights(target)
-        before = target.config()
-        tied = is_tied(target, before)
+        before, tables = target.config(), settle(target)
         adapters = [Adapter(path) for path in config.adapter]
         try:
             matches = [
-                match(adapter, target, tied=tied, scale=scale, vocab=config.vocab)
+                match(adapter, target, tables, Choices(scale, config.vocab, config.copies))
                 for adapter, scale in zip(adapters, scales, strict=True)
             ]
             _refuse_misfits(config, matches, adapters, layout(before))
             rope, window, notes = _rope(config, adapters, before)
-            outputs, unties = _outputs(target, matches)
+            outputs, unties = _outputs(target, tables, matches)
             after = _config(before, rope, window, unties=unties)
-            if unties:
-                notes.append(f"{HEAD} is its own tensor now: an adapter changes the output layer of a tied model alone")
+            notes += _notes(tables, adapters, unties=unties)
             needed = sum(output.source.nbytes for output in outputs) + 2**20
             with output_folder(config.out, needed=needed) as partial:
                 _write_weights(target, outputs, partial, progress)
@@ -198,18 +197,35 @@ def _rope(
     return dict(rope), window, []
 
 
-def _outputs(target: Checkpoint, matches: list[Match]) -> tuple[list[_Output], bool]:
+def _outputs(target: Checkpoint, tables: Tables, matches: list[Match]) -> tuple[list[_Output], bool]:
+    """(tensors to write, whether the config must not tie): a shared weight stays one while both of its names
+    change alike.
+    """
     by_tensor: dict[str, list[Change]] = {}
-    for found in matches:
-        for change in found.changes:
-            by_tensor.setdefault(change.tensor, []).append(change)
-    outputs = [_Output(name, entry, by_tensor.pop(name, [])) for name, entry in target.entries.items()]
-    unties = any(found.unties for found in matches)
-    if unties:
-        embedding = next(e for e in target.entries.values() if classify(e) is Kind.EMBEDDING)
-        outputs.append(_Output(HEAD, embedding, by_tensor.pop(HEAD)))
-    assert not by_tensor, f"changes of {list(by_tensor)} were not used"
-    return outputs, unties
+    for change in sorted((c for found in matches for c in found.changes), key=lambda c: ORDER.index(c.how)):
+        by_tensor.setdefault(change.tensor, []).append(change)
+    outputs = [_Output(name, entry, by_tensor.get(name, [])) for name, entry in target.entries.items()]
+    if not tables.shared:
+        return outputs, tables.declared
+    assert tables.embedding is not None
+    assert tables.head is not None
+    ours, heads = by_tensor.get(tables.embedding, []), by_tensor.get(tables.head, [])
+    if [change.effect for change in ours] == [change.effect for change in heads]:
+        return outputs, False
+    return [*outputs, _Output(tables.head, target.entries[tables.embedding], heads)], True
+
+
+def _notes(tables: Tables, adapters: list[Adapter], *, unties: bool) -> list[str]:
+    notes = [tables.note] if tables.note else []
+    if unties and tables.shared:
+        notes.append(
+            f"{tables.head} is its own tensor now: an adapter does not change embedding and output layer alike "
+            "(peft computes the same unmerged)"
+        )
+    exact = sum(len(adapter.deltas) for adapter in adapters)
+    if exact:
+        notes.append(f"{exact} exact differences of norms and biases are added; peft, which has no place for them, not")
+    return notes
 
 
 def _config(
@@ -221,7 +237,7 @@ def _config(
         after = with_rope(before, rope, window)
     if unties:
         after["tie_word_embeddings"] = False
-        if "text_config" in after and "tie_word_embeddings" in text_section(after):
+        if isinstance(after.get("text_config"), Mapping):
             after["text_config"] = {**after["text_config"], "tie_word_embeddings": False}
     return after
 
@@ -230,6 +246,8 @@ def _write_weights(target: Checkpoint, outputs: list[_Output], partial: Path, pr
     scratch, done, total_size = Scratch(), 0, 0
     for file in target.files:
         mine = [output for output in outputs if output.source.file == file]
+        if not mine:
+            continue
         writer = SafetensorsWriter(partial / file, [output.name for output in mine])
         for output in mine:
             writer.begin(output.name, output.source.dtype, output.source.shape)

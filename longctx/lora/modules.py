@@ -28,7 +28,6 @@ _IDENTITY += (
     "head_dim",
     "intermediate_size",
     "vocab_size",
-    "tie_word_embeddings",
     "num_local_experts",
     "num_experts",
 )
@@ -74,13 +73,6 @@ def modules_of(checkpoint: Checkpoint) -> list[Module]:
     return [Module(entry, classify(entry)) for entry in checkpoint.entries.values()]
 
 
-def is_tied(checkpoint: Checkpoint, config: Mapping[str, Any]) -> bool:
-    """Whether output and input embeddings are one tensor: said by the config, or by the absent head."""
-    has_head = any(module.kind is Kind.HEAD for module in modules_of(checkpoint))
-    tied = config.get("tie_word_embeddings", text_section(config).get("tie_word_embeddings"))
-    return not has_head if tied is None else bool(tied)
-
-
 def layout(config: Mapping[str, Any]) -> dict[str, Any]:
     """The identity keys of a config.json, head_dim and num_key_value_heads filled in as transformers does."""
     inner = {**config, **text_section(config)}
@@ -98,11 +90,8 @@ def carried_rope(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
 
 def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> None:
     """UserError unless tuned can be a training of base."""
-    for checkpoint in (base, tuned):
-        check_weights(checkpoint)
     first, second = base.config(), tuned.config()
     ours, theirs = layout(first), layout(second)
-    ours["tie_word_embeddings"], theirs["tie_word_embeddings"] = is_tied(base, first), is_tied(tuned, second)
     differing = [f"{key} {ours.get(key)} / {theirs.get(key)}" for key in _IDENTITY if ours.get(key) != theirs.get(key)]
     if differing:
         raise UserError(
@@ -117,8 +106,13 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> N
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Refuse quantized weights and transposed linears."""
+    """Refuse quantized weights, transposed linears and folders that transformers reads as an adapter."""
     config = checkpoint.config()
+    if checkpoint.source.exists("adapter_config.json"):
+        raise UserError(
+            f"{checkpoint.what}={checkpoint.path} holds an adapter_config.json beside a model, and transformers then "
+            "loads the adapter's base instead of these weights; move the adapter's files to a folder of their own"
+        )
     quantized = config.get("quantization_config") or text_section(config).get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, Mapping) else quantized

@@ -36,16 +36,13 @@ def rank_for_share(matrix: BlockMatrix, share: float, max_rank: int, sketch: Ske
         rank = min(2 * rank, limit)
 
 
-def fit_size(
-    spectra: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], size: float, itemsize: int
-) -> dict[str, int]:
+def fit_size(spectra: Mapping[str, Tensor], cost: Mapping[str, int], size: float) -> dict[str, int]:
     """Ranks per module whose factors fit `size` bytes: always the component with most squared norm per byte
     next.
 
-    spectra: singular values, descending. Every module gets at least rank 1.
+    spectra: singular values, descending. cost: bytes of one rank. Every module gets at least rank 1.
     Raises UserError when not even that fits.
     """
-    cost = {name: (rows + columns) * itemsize for name, (rows, columns) in shapes.items()}
     ranks = dict.fromkeys(spectra, 1)
     left = size - sum(cost[name] + _BYTES_PER_MODULE for name in spectra)
     if left < 0:

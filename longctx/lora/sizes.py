@@ -75,20 +75,24 @@ def plan_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bo
     """The size of a rank-`rank` adapter of the model's linear layers, and of lm_head and embeddings if
     asked.
     """
+    shapes = shapes_of(plan)
+    tied = all(name != "lm_head" for name, *_ in shapes)
     chosen = [
         (name, min(rank, rows, columns), rows, columns, count)
-        for name, rows, columns, count in shapes_of(plan)
+        for name, rows, columns, count in shapes
         if (lm_head or name != "lm_head") and (embeddings or name != "embed_tokens")
     ]
-    total = sum(count * r * (rows + columns) for _, r, rows, columns, count in chosen) * ITEMSIZE[dtype]
-    one = sum(count * (rows + columns) for _, _, rows, columns, count in chosen) * ITEMSIZE[dtype]
+    # A tied embedding's factors are written for the output layer as well.
+    times = {name: 2 if tied and name == "embed_tokens" else 1 for name, *_ in chosen}
+    total = sum(times[name] * count * r * (rows + columns) for name, r, rows, columns, count in chosen)
+    one = sum(times[name] * count * (rows + columns) for name, _, rows, columns, count in chosen)
     return Size(
         model=plan,
         rank=rank,
         matrices=sum(count for *_, count in chosen),
         elements=sum(rows * columns * count for _, _, rows, columns, count in chosen),
-        bytes=total,
-        bytes_per_rank=one,
+        bytes=total * ITEMSIZE[dtype],
+        bytes_per_rank=one * ITEMSIZE[dtype],
     )
 
 

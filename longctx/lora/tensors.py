@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,12 @@ class Checkpoint:
                     f"({entry.file})"
                 )
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Give tensors other names; the file keeps its own."""
+        self.entries = {
+            names.get(name, name): replace(entry, name=names.get(name, name)) for name, entry in self.entries.items()
+        }
+
     def close(self) -> None:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
@@ -147,17 +153,18 @@ class Checkpoint:
         self.close()
 
     def _list_files(self) -> list[str]:
-        index = self.source.text(f"{self.stem}.safetensors.index.json")
-        if index is not None:
-            try:
-                self._index: dict[str, str] = json.loads(index)["weight_map"]
-            except (json.JSONDecodeError, KeyError) as error:
-                raise UserError(f"{self.what}={self.path}: the shard index is damaged ({error!r})") from None
-            return sorted(set(self._index.values()))
-        self._index = {}
+        # A single file goes before an index left beside it, as in transformers and peft.
+        self._index: dict[str, str] = {}
         single = f"{self.stem}.safetensors"
         if self.source.exists(single):
             return [single]
+        index = self.source.text(f"{self.stem}.safetensors.index.json")
+        if index is not None:
+            try:
+                self._index = json.loads(index)["weight_map"]
+            except (json.JSONDecodeError, KeyError) as error:
+                raise UserError(f"{self.what}={self.path}: the shard index is damaged ({error!r})") from None
+            return sorted(set(self._index.values()))
         if any(
             self.source.exists(name)
             for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin")

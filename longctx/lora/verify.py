@@ -67,8 +67,8 @@ def _relative_residual(adapter: Adapter, base: Checkpoint, tuned: Checkpoint, ro
     """||tuned - (base + adapter)|| / ||tuned - base|| of one tensor."""
     entry = base.entries[row.tensor]
     module = row.tensor.removesuffix(".weight")
-    key = module if row.carried == "factors" else row.tensor
-    apply = Change(row.tensor, row.carried, adapter, key, 1.0, entry.rows).load()
+    source = adapter.pairs[module] if row.carried == "factors" else row.tensor
+    apply = Change(row.tensor, row.carried, adapter, source, 1.0, entry.rows).load()
     # base - tuned, to which the adapter is added: what is left should be as small as the table says.
     negative = Difference(
         tuned,

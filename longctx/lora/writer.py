@@ -91,8 +91,8 @@ def output_folder(out: str, *, needed: int) -> Iterator[Path]:
         )
     parent.mkdir(parents=True, exist_ok=True)
     partial = parent / f".{final.name}.partial-{os.getpid()}"
-    partial.mkdir()
     try:
+        partial.mkdir()
         yield partial
         sync(partial)
         os.rename(partial, final)

@@ -87,8 +87,8 @@ def test_share_takes_the_fewest_components() -> None:
 
 def test_sizes_are_spent_where_they_keep_most() -> None:
     spectra = {"strong": torch.tensor([9.0, 8.0, 7.0, 6.0]), "weak": torch.tensor([1.0, 0.9, 0.8, 0.7])}
-    shapes = {"strong": (100, 100), "weak": (100, 100)}
-    ranks = fit_size(spectra, shapes, 5 * 400 + 2 * 640, 2)
+    cost = {"strong": 400, "weak": 400}
+    ranks = fit_size(spectra, cost, 5 * 400 + 2 * 640)
     assert ranks == {"strong": 4, "weak": 1}
-    wide = fit_size(spectra, {"strong": (100, 10_000), "weak": (100, 100)}, 2 * 640 + 20_200 + 4 * 400, 2)
+    wide = fit_size(spectra, {"strong": 20_200, "weak": 400}, 2 * 640 + 20_200 + 4 * 400)
     assert wide == {"strong": 1, "weak": 4}

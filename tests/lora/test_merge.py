@@ -55,7 +55,15 @@ def test_peft_trained_adapters_equal_merge_and_unload(trio: Make, tmp_path: Path
     assert len(result.applied) == 14 + len(head)
     assert result.untouched
     # A sibling moves by as much; peft would give it the base's head, saved beside the factors.
-    merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=str(tmp_path / "s"), rope=KEEP))
+    if head:
+        with pytest.raises(UserError, match="copies=own to keep the target's"):
+            merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=str(tmp_path / "s"), rope=KEEP))
+        theirs = MergeConfig(
+            target=pair.sibling, adapter=[adapter], out=str(tmp_path / "p"), rope=KEEP, copies="adapter"
+        )
+        merge(theirs)
+        assert_same_as_peft(pair.sibling, adapter, theirs.out)
+    merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=str(tmp_path / "s"), rope=KEEP, copies="own"))
     base, merged = tensors(pair.base), tensors(str(tmp_path / "m"))
     sibling, moved = tensors(pair.sibling), tensors(str(tmp_path / "s"))
     for name in base:
