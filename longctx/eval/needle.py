@@ -64,7 +64,7 @@ def check_lengths(config: NeedleConfig, writer: Writer, haystack: Haystack) -> N
         for _ in prompts(shortest, writer, haystack):
             pass
     except UserError as error:
-        raise UserError(f"lengths: {error}; or ask for one needle a prompt (single)") from None
+        raise UserError(f"lengths: {error}, or ask for one needle a prompt (single)") from None
 
 
 def _shares(config: NeedleConfig) -> list[tuple[int, ...]]:
