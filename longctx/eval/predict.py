@@ -31,10 +31,10 @@ def one_process(model: Any) -> Predict:
 
         with torch.inference_mode():
             device = next(model.parameters()).device
-            ids, at = tokens[None].to(device), where.to(device)
-            if keeps:
-                return model(input_ids=ids, use_cache=False, logits_to_keep=at).logits[0].float()
-            return model(input_ids=ids, use_cache=False).logits[0, at].float()
+            ids = tokens[None].to(device)
+            if keeps:  # an index on the CPU fits whichever device holds the last layer
+                return model(input_ids=ids, use_cache=False, logits_to_keep=where).logits[0].float()
+            return model(input_ids=ids, use_cache=False).logits[0, where].float()
 
     return predict
 

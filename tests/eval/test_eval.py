@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,28 @@ def test_a_result_is_kept_until_its_own_model_or_question_changes(text, two):
     assert kept["base"].stat().st_mtime_ns == before["base"]
     assert kept["theta_only"].stat().st_mtime_ns > before["theta_only"]
     assert "theta_only.json is of another model" in said
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_model_it_was_at(text, two, tmp_path):
+    """Ctrl-C as soon as the first model's result is kept."""
+    kept, more = tmp_path / "models" / "base.json", "needle.per_cell=10"
+
+    def interrupt() -> None:
+        while not kept.exists():
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(config(*text, THREE, more, f"out={tmp_path}"))
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+    assert [path.name for path in kept.parent.iterdir()] == ["base.json"]
+    before = kept.stat().st_mtime_ns
+    run(config(*text, THREE, more, f"out={tmp_path}"))
+    assert kept.stat().st_mtime_ns == before
+    document = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert np.sum(document["theta_only"]["needle"]["asked"]) == 2 * 5 * 10
+    assert document["base"]["loss"] == json.loads((two[0] / "eval.json").read_text())["models"]["base"]["loss"]
 
 
 def test_loss_by_position_is_the_mean_of_each_doubling_bucket():

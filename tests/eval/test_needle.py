@@ -78,6 +78,20 @@ def test_single_hides_one_needle_per_haystack(writer, haystack):
     assert all(len(p.document.answers) == 1 for p in needle.prompts(single, writer, haystack))
 
 
+def test_prompts_that_have_not_begun_are_dropped_when_one_fails(writer, haystack):
+    from dataclasses import replace
+
+    many, begun = replace(CONFIG, per_cell=20), []
+
+    def fail(tokens, where):
+        begun.append(len(tokens))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        needle.grid(fail, many, writer, haystack, label="", workers=1)
+    assert len(begun) < needle.haystacks(many)
+
+
 def test_grid_survives_json_and_is_drawn(writer, haystack, tmp_path):
     found = needle.grid(_oracle, CONFIG, writer, haystack, label="oracle")
     back = from_json(found.to_json())
