@@ -23,6 +23,7 @@ from longctx.eval.ground import Ground
 from longctx.eval.kept import keep, standing
 from longctx.eval.predict import grid_of, load_plain
 from longctx.identity import identity, key_of
+from longctx.rope import rope_of
 
 Tick = Callable[[], None]
 
@@ -140,11 +141,20 @@ def check_text(ground: Ground, questions: Questions, source: str) -> None:
         needle.check_lengths(questions.needle, ground.writer, ground.haystack)
 
 
+def window_of(model: Any) -> int | None:
+    """The window in tokens that a loaded model's config states; None where it states none."""
+    values = model.config.to_dict()
+    try:
+        return rope_of(values, "the model's config").window
+    except UserError:  # no rotary embedding
+        return values.get("max_position_embeddings") or values.get("n_positions")
+
+
 def _measure(
     model: Any, target: Target, questions: Questions, ground: Ground, ranks: Ranks, tick: Tick
 ) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "window": getattr(model.config, "max_position_embeddings", None),
+        "window": window_of(model),
         "grid": None,
         "losses": {},
         "loss_by_position": {},

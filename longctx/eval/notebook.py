@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class NeedleGrid:
     """The share of needles found per depth and context length.
 
-    grid: the counts behind it. window: the model's window in tokens (max_position_embeddings of its config), or None.
+    grid: the counts behind it. window: the model's window in tokens by its config, or None.
     """
 
     grid: Grid
@@ -103,6 +103,7 @@ def needle_grid(
     """
     from longctx.data.writer import Writer, token_haystack
     from longctx.eval import needle
+    from longctx.eval.examine import window_of
     from longctx.eval.predict import one_process
 
     values = {"lengths": tuple(lengths), "depths": tuple(depths), "seeds": (seed,)}
@@ -122,7 +123,7 @@ def needle_grid(
         grid = needle.grid(one_process(model), config, writer, haystack, label=label, workers=workers)
     finally:
         model.train(was_training)
-    return NeedleGrid(grid, getattr(model.config, "max_position_embeddings", None))
+    return NeedleGrid(grid, window_of(model))
 
 
 def _tokens(text: str | Sequence[str] | None, writer: Writer, longest: int) -> np.ndarray:

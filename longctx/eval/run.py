@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks
     from longctx.eval.examine import Questions, Result, Target
     from longctx.eval.ground import Ground
+    from longctx.rope import Rope
 
 DAY = 86400.0  # seconds that a rank with a longer prompt is waited for
 
@@ -74,20 +75,30 @@ def target_of(config: EvalConfig, name: str, model: EvalModel) -> Target:
     try:
         hf = read_config(model.path)
         check_config(hf, model.path)
-        own = dict(rope_of(hf.to_dict(), f"{model.path}/config.json").parameters)
+        own = rope_of(hf.to_dict(), f"{model.path}/config.json")
     except UserError as error:
         if config.models is None:
             raise
         text = str(error).replace(f"model.path={model.path}", f"models.{name}.path={model.path}")
         raise UserError(text) from None
     changed = {**(model.rope or {}), **({"rope_theta": model.theta} if model.theta is not None else {})}
-    rope = {**own, **changed} if changed else None
-    title = name
-    if model.theta is not None:
-        title += f" (theta {model.theta:,.0f})"
-    elif model.rope is not None:
-        title += " (another rope)"
-    return Target(name, model.path, title, rope, model.window)
+    if not changed:
+        return Target(name, model.path, name, window=model.window)
+    title = f"{name} (theta {model.theta:,.0f})" if model.theta is not None else f"{name} (another rope)"
+    rope = _checked({**hf.to_dict(), "rope_parameters": {**own.parameters, **changed}, "rope_scaling": None}, name)
+    return Target(name, model.path, title, dict(rope.parameters), model.window or rope.window)
+
+
+def _checked(values: dict[str, Any], name: str) -> Rope:
+    """The rope of a changed config.json. Raises UserError when the rope_type lacks a key."""
+    where = f"models.{name}.rope, the command line"
+    rope = rope_of(values, where)
+    try:
+        rope.frequencies()
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"lacks the key {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"rope_type={rope.kind} {what}; write it beside rope_type ({where})") from None
+    return rope
 
 
 def _examine_all(

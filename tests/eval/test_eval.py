@@ -20,8 +20,10 @@ from longctx.assets import tiny_model
 from longctx.cli import load
 from longctx.config.eval import EvalConfig
 from longctx.errors import UserError
+from longctx.eval.examine import window_of
 from longctx.eval.loss import by_position
-from longctx.eval.run import run
+from longctx.eval.predict import load_plain
+from longctx.eval.run import run, target_of
 from longctx.verbs import VERBS
 from tests.data.conftest import make_tokenizer
 from tests.train.made import write_documents
@@ -183,6 +185,22 @@ def test_models_of_different_tokenizers_are_asked_in_their_own(text, tmp_path, c
     assert said.count("the models have different tokenizers") == 1
 
 
+def test_another_rope_has_the_window_it_serves():
+    models = config(f"models={{a: {{path: {TINY}, rope: {{rope_type: yarn, factor: 4}}}}}}").models or {}
+    target = target_of(config(f"models.a={TINY}"), "a", models["a"])
+    assert target.window == 2048
+    assert target.rope == {
+        "rope_type": "yarn", "rope_theta": 10000, "factor": 4, "original_max_position_embeddings": 512
+    }  # fmt: skip
+    model = load_plain(TINY, target.rope, target.window)
+    own = load_plain(TINY)
+    assert window_of(model) == 2048
+    assert window_of(own) == 512
+    inv_freq = [found.model.rotary_emb.inv_freq for found in (model, own)]
+    assert inv_freq[0][0] == inv_freq[1][0]
+    assert inv_freq[0][-1] == pytest.approx(inv_freq[1][-1] / 4)
+
+
 WRONG: dict[str, tuple[list[str], str]] = {
     "nothing given": ([], r"model.path is missing"),
     "both given": ([f"model.path={TINY}", f"models=[{TINY}]"], r"model and models are both given"),
@@ -190,6 +208,11 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "one name twice": ([f"models=[{TINY},{TINY}]"], r"models=.* holds two models named 'tiny' .* give names"),
     "no path": (["models={a: {theta: 5}}"], r"models\.a\.path is missing"),
     "an unknown key": ([f"models={{a: {{path: {TINY}, thta: 5}}}}"], r"models\.a\.thta is not a known key; .*'theta'"),
+    "an unknown rope": ([f"models={{a: {{path: {TINY}, rope: {{rope_type: yarnn}}}}}}"], r"'yarnn' is not one longctx"),
+    "a rope without its factor": (
+        [f"models={{a: {{path: {TINY}, rope: {{rope_type: linear}}}}}}"],
+        r"linear lacks the key 'factor'.*models\.a\.rope",
+    ),
     "a name that is no file's": (["models={../a: A}"], r"'\.\./a' names files and titles"),
     "no such source": (
         [f"model.path={TINY}", "source=txt"],
