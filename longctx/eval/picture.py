@@ -97,7 +97,7 @@ def _grid(axis: Axes, panel: Panel, letters: int) -> None:
     axis.set_yticks(range(len(grid.depths)), [f"{100 * depth:.0f} %" for depth in grid.depths])
     axis.set_xlabel("context length (tokens)")
     axis.set_ylabel("depth of the needle")
-    title = textwrap.fill(panel.title, letters)
+    title = textwrap.fill(panel.title, letters, break_on_hyphens=False)
     axis.set_title(_plain(f"{title}\n{100 * grid.pooled():.1f} % found"), fontsize=10)
     within = sum(length not in beyond for length in grid.lengths)
     if beyond and within and sorted(grid.lengths) == list(grid.lengths):
