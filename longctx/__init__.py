@@ -12,15 +12,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from longctx.attention import ContextParallel as ContextParallel
     from longctx.attention import context_attention as context_attention
+    from longctx.eval.notebook import NeedleGrid as NeedleGrid
+    from longctx.eval.notebook import needle_grid as needle_grid
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "ContextParallel": "longctx.attention",
+    "NeedleGrid": "longctx.eval.notebook",
     "context_attention": "longctx.attention",
+    "needle_grid": "longctx.eval.notebook",
 }
 
-__all__ = ["ContextParallel", "__version__", "context_attention"]
+__all__ = ["ContextParallel", "NeedleGrid", "__version__", "context_attention", "needle_grid"]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
 from typing import Any
 
 from longctx import console
 from longctx.config.doctor import DoctorConfig
 
-_LIGHT = ("torch", "transformers", "hydra-core", "peft", "safetensors")
-_TRAIN = ("accelerate", "deepspeed", "datasets", "wandb")
-_GPU = ("flash-attn", "flash-attn-3", "ring-flash-attn", "liger-kernel")
+_EVERYTHING = "everything"
+_UNDECLARED = {"flash-attn-3": "gpu"}  # built from source, on no index
 
 
 def run(config: DoctorConfig) -> int:
@@ -27,7 +28,11 @@ def run(config: DoctorConfig) -> int:
 
 
 def findings(config: DoctorConfig) -> dict[str, Any]:
-    """Machine, packages (None: not installed), process-group backends, kernels with their reasons, tools."""
+    """What is here, as plain values.
+
+    machine: memory in GiB that this process may use; packages: {name: version, or None: not installed}; backends:
+    of process groups; kernels: {name: why it cannot serve}; kernel: the one that would; tools: {name: path or None}.
+    """
     import torch
     import torch.distributed as dist
 
@@ -39,15 +44,38 @@ def findings(config: DoctorConfig) -> dict[str, Any]:
         "machine": {
             "python": platform.python_version(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+            "memory_gib": round(memory_bytes() / 2**30, 1),
             "devices": devices or ["cpu"],
         },
-        "packages": {name: _version(name) for name in (*_LIGHT, *_TRAIN, *_GPU)},
+        "packages": {name: _version(name) for name in declared_packages()},
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "kernels": explain(problem),
         "kernel": choose(problem).name,
         "tools": {name: shutil.which(name) for name in ("ip", "tc", "srun", "nvidia-smi")},
     }
+
+
+def declared_packages() -> dict[str, str]:
+    """{package: what it is for}, as pyproject.toml declares them: `everything`, or the extra `train` or `gpu`."""
+    found = {"longctx": _EVERYTHING}
+    try:
+        declared = requires("longctx") or []
+    except PackageNotFoundError:  # a checkout on the path, not installed
+        declared = ["torch", "transformers"]
+    for line in declared:
+        name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
+        extra = re.search(r"extra == ['\"](\w+)['\"]", line)
+        if extra is None or extra[1] in ("train", "gpu"):
+            found[name] = extra[1] if extra else _EVERYTHING
+    return found | _UNDECLARED
+
+
+def memory_bytes() -> int:
+    """The machine's memory, or less where a container's limit (cgroup v2) is below it."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return machine if text == "max" else min(machine, int(text))
 
 
 def _version(name: str) -> str | None:
@@ -67,9 +95,9 @@ def _tables(found: dict[str, Any]) -> object:
     for name, there in {**found["backends"], **found["tools"]}.items():
         machine.add_row(name, str(there) if there else "not here")
     packages = Table("package", "version", "for", title="packages")
-    purpose = dict.fromkeys(_TRAIN, "train") | dict.fromkeys(_GPU, "gpu")
+    purpose = declared_packages()
     for name, installed in found["packages"].items():
-        packages.add_row(name, installed or "not installed", purpose.get(name, "everything"))
+        packages.add_row(name, installed or "not installed", purpose[name])
     kernels = Table("kernel", "", title=f"attention kernels in order of preference; chosen: {found['kernel']}")
     for name, reasons in found["kernels"].items():
         kernels.add_row(name, "; ".join(reasons) or "can serve")

@@ -26,7 +26,7 @@ _ALL = [
     Verb("train", "longctx.config.train:TrainConfig", "longctx.train.run:run",
          "extend a model's context, stage by stage"),
     Verb("eval", "longctx.config.eval:EvalConfig", "longctx.eval.run:run",
-         "needles found and held-out loss of one model"),
+         "needles found and loss by position, of one model or of several side by side"),
     Verb("report", "longctx.config.report:ReportConfig", "longctx.report.page:run",
          "a run on one static page"),
     Verb("doctor", "longctx.config.doctor:DoctorConfig", "longctx.doctor:run",

@@ -13,3 +13,10 @@ class DoctorConfig:
     heads: int = 32
     kv_heads: int = 8
     format: Format = "text"
+
+    def __post_init__(self) -> None:
+        for name in ("head_dim", "heads", "kv_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")

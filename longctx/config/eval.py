@@ -1,6 +1,13 @@
-"""What an evaluation may say: which lengths and depths, how many needles a cell, which phrasing."""
+"""What an evaluation may say: which models, which lengths and depths, how many needles a cell, which phrasing."""
 
 from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from longctx.config.base import Format, Length, Text, schema
 from longctx.config.data import DataConfig
@@ -33,23 +40,85 @@ class NeedleConfig:
             raise ValueError(f"depths={list(self.depths)} must be different numbers between 0 and 1")
         if not self.lengths or not self.seeds or not self.depths:
             raise ValueError("lengths, depths and seeds need at least one entry each")
+        if len(set(self.lengths)) != len(self.lengths) or min(self.lengths) < 1:
+            raise ValueError(f"lengths={list(self.lengths)} must be different numbers of 1 token or more")
+
+
+@schema
+class EvalModel:
+    """One of several models. path: a folder or hub id; tokenizer: None looks in `path`.
+
+    theta, rope, window: evaluate the model with another rope than its config.json says, nothing trained. theta
+    replaces rope_theta; rope is merged over the model's rope_parameters; window replaces max_position_embeddings.
+    """
+
+    path: Text
+    tokenizer: Text | None = None
+    theta: float | None = None
+    rope: dict[str, Any] | None = None
+    window: Length | None = None
+
+    def __post_init__(self) -> None:
+        if self.theta is not None and self.theta <= 0:
+            raise ValueError(f"theta={self.theta:g} must be above 0")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window} must be 1 token or more")
+
+
+def default_name(path: str) -> str:
+    """A model's name where none is given: its folder's, or its stage's where the folder is RUN/stages/STAGE/model."""
+    parts = PurePath(path).parts
+    if len(parts) >= 3 and parts[-1] == "model" and parts[-3] == "stages":
+        return parts[-2]
+    return parts[-1] if parts else path
+
+
+def _named(value: Any) -> Any:
+    """[A, {name: b, path: B}] or {a: A, b: {path: B}} as {name: {path: ...}}. Raises ValueError for two of one name."""
+    if isinstance(value, Mapping):
+        return {name: {"path": entry} if isinstance(entry, str) else entry for name, entry in value.items()}
+    if not isinstance(value, list | tuple):
+        return value
+    found: dict[str, Any] = {}
+    for entry in value:
+        settings = {"path": entry} if isinstance(entry, str) else dict(entry)
+        name = str(settings.pop("name", None) or default_name(str(settings.get("path", ""))))
+        if name in found:
+            raise ValueError(
+                f"holds two models named {name!r} ({found[name].get('path')} and {settings.get('path')}); give names: "
+                "'models={base: FOLDER, tuned: FOLDER}'"
+            )
+        found[name] = settings
+    return found
 
 
 @schema
 class EvalConfig:
-    """`longctx eval model.path=FOLDER`: the needle grid and held-out loss of one model, as plain transformers loads it.
+    """`longctx eval model.path=FOLDER`, or several models as 'models=[A,B]' or 'models={base: A, tuned: B}', each as
+    plain transformers loads it: needle grids, held-out loss and loss by position.
 
-    source: which of data's sources serves as haystack and as held-out text. loss_lengths, loss_windows: windows of
-    held-out text. bins: stretches of the window in the loss by position. out: folder for results (None: on screen).
+    source: which of data's sources serves as haystack and as held-out text. loss_lengths: lengths of held-out windows
+    in tokens; loss_windows: how many of each. out: folder for results (None: on screen only).
     """
 
-    model: ModelConfig
+    model: ModelConfig | None = None
+    models: Annotated[dict[str, EvalModel] | None, BeforeValidator(_named)] = None
     data: DataConfig
     source: Text = "stdlib"
     needle: NeedleConfig = NeedleConfig()
-    loss_lengths: tuple[Length, ...] = (512,)
+    loss_lengths: tuple[Length, ...] = (512, 8192)
     loss_windows: int = 32
-    bins: int = 8
     out: Text | None = None
     cache: Text = "runs/data"
     format: Format = "text"
+
+    def __post_init__(self) -> None:
+        if self.models is not None and not self.models:
+            raise ValueError("models is empty; name at least one")
+        for name in self.models or {}:
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(f"models: {name!r} names files and titles; use letters, digits, '.', '_' and '-'")
+        if self.loss_windows < 1:
+            raise ValueError(f"loss_windows={self.loss_windows} must be 1 or more")
+        if len(set(self.loss_lengths)) != len(self.loss_lengths) or min(self.loss_lengths, default=2) < 2:
+            raise ValueError(f"loss_lengths={list(self.loss_lengths)} must be different numbers of 2 tokens or more")

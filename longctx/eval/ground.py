@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longctx.config.model import ModelConfig
+from longctx.errors import UserError, nearest
 from longctx.identity import key_of
 
 if TYPE_CHECKING:
@@ -15,24 +17,48 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ground:
-    """key: what the held-out documents and their tokens follow from."""
+    """Held-out text in one tokenizer's tokens.
+
+    key: what the documents and their tokens follow from; tokens: how many they are; largest_id: of text and needles.
+    """
 
     writer: Writer
     haystack: Haystack
     key: str
+    tokens: int
+    largest_id: int
 
 
 def open_ground(data: DataConfig, source: str, tokenizer: Path | str, cache: Path) -> Ground:
-    """Held-out documents of a source as haystack; tokenizer: a folder or hub id."""
-    from transformers import AutoTokenizer
+    """Held-out documents of a source as haystack, tokenized where they are not yet; tokenizer: a folder or hub id.
 
+    Raises UserError for an unknown source, a tokenizer that cannot be read, and a source that holds out no document.
+    """
     from longctx.data.opening import open_source
+    from longctx.data.verb import load_tokenizer
     from longctx.data.writer import Writer, corpus_haystack
 
-    made = AutoTokenizer.from_pretrained(tokenizer)
+    check_source(data, source)
+    made = load_tokenizer(ModelConfig(path=str(tokenizer)))
     writer = Writer(made)
     corpus = open_source(source, data, made, cache, split="heldout")
+    if corpus.total == 0:
+        raise UserError(
+            f"source={source} holds out no document at data.heldout={data.heldout:g}, and models are examined on text "
+            "that training does not see; raise data.heldout, or add documents"
+        )
     # Shards are named by their documents' content and the tokenizer.
     shards, entry = [shard.folder.name for shard in corpus.shards], data.sources[source]
     key = key_of({"shards": shards, "heldout": data.heldout, "tokens": [entry.min_tokens, entry.max_tokens]})
-    return Ground(writer, corpus_haystack(corpus, writer), key)
+    largest = max(corpus.largest_id, int(writer.ordinary.max()))  # added tokens occur in no needle
+    return Ground(writer, corpus_haystack(corpus, writer), key, corpus.total, largest)
+
+
+def check_source(data: DataConfig, source: str) -> None:
+    """Raises UserError when `source` is not one of the data's sources of text."""
+    texts = [name for name, entry in data.sources.items() if entry.kind != "synth"]
+    if source in texts:
+        return
+    near = nearest(source, texts)
+    hint = f"did you mean {near!r}? " if near else ""
+    raise UserError(f"source={source} is not a source of text; {hint}known: {', '.join(texts)} (configs/data)")

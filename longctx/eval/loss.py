@@ -1,4 +1,4 @@
-"""Loss on held-out text: the mean over windows, and by position inside the window.
+"""Loss on held-out text: the mean over windows, and by position inside a window.
 
 A window begins at a line somewhere in a held-out document and goes on with the documents after it, so position p
 always has p tokens of text before it, though not always of its own document.
@@ -11,6 +11,8 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+FIRST_BUCKET = 64  # positions in the first bucket of `by_position`
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +57,14 @@ def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits.float(), labels, reduction="none")
 
 
-def by_position(losses: np.ndarray, bins: int = 16) -> tuple[np.ndarray, np.ndarray]:
-    """Mean loss in `bins` equal stretches of the window: (right edges [bins], loss [bins])."""
-    edges = np.linspace(0, losses.shape[1], bins + 1).astype(int)
-    means = [losses[:, a:b].mean() for a, b in pairwise(edges) if b > a]
-    return edges[1:][: len(means)], np.array(means)
+def by_position(losses: np.ndarray) -> dict[int, float]:
+    """Mean loss by position in buckets that double: {last position of the bucket: nats per token}.
+
+    losses: [count, L - 1] of token_losses. Positions count from 1; the buckets are 1 to 64, 65 to 128, 129 to 256
+    and so on, the last one ends at L. Position 1 has no loss.
+    """
+    length = losses.shape[1] + 1
+    ends = [0]
+    while ends[-1] < length:
+        ends.append(min(max(2 * ends[-1], FIRST_BUCKET), length))
+    return {end: float(losses[:, max(start - 1, 0) : end - 1].mean()) for start, end in pairwise(ends)}

@@ -20,12 +20,15 @@ from longctx.config.data import SynthTask
 from longctx.config.eval import NeedleConfig
 from longctx.data.synth import SynthDocument, make_task
 from longctx.data.writer import Haystack, Writer
+from longctx.errors import UserError
 from longctx.eval.grid import Grid
 
 if TYPE_CHECKING:
     import torch
 
-# hidden states at `where` (positions in the sequence) of a prompt: (tokens [S], where [A]) -> [A, vocabulary]
+    from longctx.distributed.ranks import Ranks
+
+# next-token scores at the positions `where` of a prompt: (tokens [S], where [A]) -> [A, vocabulary]
 Predict = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
@@ -52,6 +55,16 @@ def prompts(config: NeedleConfig, writer: Writer, haystack: Haystack) -> Iterato
                     document = make_task(asked, length, rng, haystack, keys="eval", tokenizer=writer)
                     index = tuple(config.depths.index(answer.depth) for answer in document.answers)
                     yield Prompt(i, j, document, index)
+
+
+def check_lengths(config: NeedleConfig, writer: Writer, haystack: Haystack) -> None:
+    """Raises UserError when the shortest length cannot hold its needles and questions."""
+    shortest = replace(config, lengths=(min(config.lengths),), per_cell=1, seeds=config.seeds[:1])
+    try:
+        for _ in prompts(shortest, writer, haystack):
+            pass
+    except UserError as error:
+        raise UserError(f"lengths: {error}, or ask for one needle a prompt (single)") from None
 
 
 def _shares(config: NeedleConfig) -> list[tuple[int, ...]]:
@@ -108,10 +121,11 @@ def _threads(workers: int | None) -> Iterator[ThreadPoolExecutor]:
 
     before = torch.get_num_threads()
     torch.set_num_threads(before if workers == 1 else 1)
+    pool = ThreadPoolExecutor(workers or before)
     try:
-        with ThreadPoolExecutor(workers or before) as pool:
-            yield pool
-    finally:
+        yield pool
+    finally:  # after ctrl-C or an error the prompts that have not begun are dropped
+        pool.shutdown(cancel_futures=True)
         torch.set_num_threads(before)
 
 
@@ -120,13 +134,8 @@ def haystacks(config: NeedleConfig) -> int:
     return len(config.seeds) * len(config.lengths) * config.per_cell * len(_shares(config))
 
 
-def combine(part: Grid) -> Grid:
-    """The sum of every rank's part, on all ranks; the part itself when there is one process."""
-    import torch
-    import torch.distributed as dist
-
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return part
-    both = torch.from_numpy(np.stack([part.hits, part.asked]))
-    dist.all_reduce(both)
-    return replace(part, hits=both[0].numpy(), asked=both[1].numpy())
+def combine(part: Grid, ranks: Ranks) -> Grid:
+    """The sum of every rank's part, on all ranks."""
+    both = ranks.sum(np.stack([part.hits, part.asked]).ravel().tolist())
+    hits, asked = np.array(both).astype(np.int64).reshape(2, *part.hits.shape)
+    return replace(part, hits=hits, asked=asked)

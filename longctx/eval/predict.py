@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,15 +18,23 @@ if TYPE_CHECKING:
 
 
 def one_process(model: Any) -> Predict:
-    """Predict with a plain model, whatever attention it was loaded with."""
+    """Predict with a plain causal LM of transformers, whatever its family and attention.
+
+    The model's own forward forms the logits, so that soft-capping and scaling are its own too; one that knows no
+    `logits_to_keep` forms all of them.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward hides the names
+    keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def predict(tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         import torch
 
         with torch.inference_mode():
             device = next(model.parameters()).device
-            hidden = model.base_model(input_ids=tokens[None].to(device), use_cache=False).last_hidden_state
-            return model.get_output_embeddings()(hidden[0, where.to(device)]).float()
+            ids = tokens[None].to(device)
+            if keeps:  # an index on the CPU fits whichever device holds the last layer
+                return model(input_ids=ids, use_cache=False, logits_to_keep=where).logits[0].float()
+            return model(input_ids=ids, use_cache=False).logits[0, where].float()
 
     return predict
 
@@ -51,11 +59,17 @@ def grid_of(
     )  # fmt: skip
 
 
-def load_plain(folder: Path | str, rope: dict[str, Any] | None = None, window: int | None = None) -> Any:
-    """A model as plain transformers loads it, for inference: on this process's GPU in the dtype of its weights,
-    without one on the CPU in float32.
+def load_plain(
+    folder: Path | str,
+    rope: dict[str, Any] | None = None,
+    window: int | None = None,
+    device: torch.device | None = None,
+) -> Any:
+    """A model as plain transformers loads it, for inference: on a GPU in the dtype of its weights, on the CPU in
+    float32.
 
-    rope, window: rope_parameters and max_position_embeddings instead of what its config.json says.
+    rope, window: rope_parameters and max_position_embeddings instead of what its config.json says. device: None is
+    the GPU where there is one.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -67,10 +81,11 @@ def load_plain(folder: Path | str, rope: dict[str, Any] | None = None, window: i
     config = AutoConfig.from_pretrained(folder)
     if rope is not None:
         give_rope(config, rope, window or config.max_position_embeddings)
-    device, dtype = torch.device("cpu"), torch.float32
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        device, dtype = torch.device("cuda", local % torch.cuda.device_count()), "auto"
+    elif window is not None:
+        config.max_position_embeddings = window
+    if device is None:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else "auto"
     loader: Any = AutoModelForCausalLM
     model = loader.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval()

@@ -1,126 +1,205 @@
-"""`longctx eval`: one model's needle grid, held-out loss and loss by position.
+"""`longctx eval`: needle grids, held-out loss and loss by position of one model or several.
 
-On the GPU where there is one. Under torchrun every rank loads the model and answers its share of the prompts.
+On the GPU where there is one. Under torchrun or srun every rank loads the model and answers its share of the prompts.
 """
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import timedelta
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from longctx import console
-from longctx.config.eval import EvalConfig
+from longctx.config.eval import EvalConfig, EvalModel, default_name
+from longctx.distributed.launcher import launcher_environment
 from longctx.errors import UserError
-from longctx.eval import loss, needle
-from longctx.eval.ground import Ground, open_ground
-from longctx.eval.picture import Panel, draw
-from longctx.eval.predict import grid_of, load_plain
-from longctx.model.family import check_config
-from longctx.model.load import read_config
-from longctx.rope import read_rope
+from longctx.rope import read_rope, rope_of
+
+if TYPE_CHECKING:
+    from longctx.distributed.ranks import Ranks
+    from longctx.eval.examine import Questions, Result, Target
+    from longctx.eval.ground import Ground
+    from longctx.rope import Rope
+
+DAY = 86400.0  # seconds that a rank with a longer prompt is waited for
 
 
 def run(config: EvalConfig) -> int:
-    """Examine the model; numbers on standard output, picture and JSON in `out` where one is given."""
-    path = config.model.path
-    if path is None:
-        raise UserError("model.path is missing; an evaluation takes a trained model (configs/eval.yaml)")
-    hf = read_config(path)
-    check_config(hf, path)
-    window = read_rope(path).window
-    with _joined() as (rank, world):
-        ground = _ground(config, path)
-        model = load_plain(path)
-        with console.progress() as bar:
-            task = bar.add_task("needles", total=-(-needle.haystacks(config.needle) // world))
-            part = grid_of(
-                model, config.needle, ground,
-                label=Path(path).name, rank=rank, world=world, tick=lambda: bar.advance(task),
-            )  # fmt: skip
-        grid = needle.combine(part)
-        result: dict[str, Any] = {"model": path, "needle": grid.to_json(), "loss": {}, "loss_by_position": {}}
-        for length in config.loss_lengths:
-            losses = _losses(model, loss.held_out_rows(ground, length, config.loss_windows), rank, world)
-            edges, means = loss.by_position(losses, config.bins)
-            result["loss"][length] = float(losses.mean())
-            result["loss_by_position"][length] = {int(e): float(m) for e, m in zip(edges, means, strict=True)}
-    if rank == 0:
-        _write(config, result, Panel(grid, path, window=window))
+    """Evaluate the models; numbers on standard output, pictures and JSON in `out` where one is given."""
+    try:
+        return _run(config)
+    except UserError:
+        if launcher_environment()["RANK"] == "0":
+            raise
+        return 2  # rank 0 says it
+
+
+def _run(config: EvalConfig) -> int:
+    chosen = models_of(config)
+    targets = [target_of(config, name, model) for name, model in chosen.items()]
+    from longctx.distributed import ranks as worlds
+
+    ranks = worlds.start(timeout_seconds=DAY)
+    try:
+        if not ranks.first:
+            console.silence()
+        results = _examine_all(config, chosen, targets, ranks)
+        if ranks.first:
+            _write(config, results)
+    finally:
+        worlds.stop()
     return 0
 
 
-@contextmanager
-def _joined() -> Iterator[tuple[int, int]]:
-    """(rank, world). Under torchrun the ranks take different prompts; over gloo, for they exchange only counts."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield 0, 1
-        return
-    import torch.distributed as dist
+def models_of(config: EvalConfig) -> dict[str, EvalModel]:
+    """The models by name. Raises UserError when none is given, or both model and models are."""
+    if config.models is not None:
+        if config.model is not None:
+            raise UserError("model and models are both given; put every model into models= (configs/eval.yaml)")
+        return config.models
+    if config.model is None or config.model.path is None:
+        raise UserError(
+            "model.path is missing; an evaluation takes a trained model (model.path=FOLDER) or several "
+            "('models={base: FOLDER, tuned: FOLDER}') (configs/eval.yaml)"
+        )
+    return {default_name(config.model.path): EvalModel(path=config.model.path, tokenizer=config.model.tokenizer)}
 
-    dist.init_process_group("gloo", timeout=timedelta(days=1))  # a rank with a longer prompt is waited for
+
+def target_of(config: EvalConfig, name: str, model: EvalModel) -> Target:
+    """What is to be evaluated under this name. Raises UserError when the folder holds no model longctx knows."""
+    from longctx.eval.examine import Target
+    from longctx.model.family import check_config
+    from longctx.model.load import read_config
+
     try:
-        if dist.get_rank() != 0:
-            console.silence()
-        yield dist.get_rank(), dist.get_world_size()
-    finally:
-        dist.destroy_process_group()
+        hf = read_config(model.path)
+        check_config(hf, model.path)
+        own = read_rope(model.path)
+    except UserError as error:
+        if config.models is None:
+            raise
+        text = str(error).replace(f"model.path={model.path}", f"models.{name}.path={model.path}")
+        raise UserError(text) from None
+    changed = {**(model.rope or {}), **({"rope_theta": model.theta} if model.theta is not None else {})}
+    if not changed:
+        return Target(name, model.path, name, window=model.window)
+    title = f"{name} (theta {model.theta:,.0f})" if model.theta is not None else f"{name} (another rope)"
+    rope = _checked({**hf.to_dict(), "rope_parameters": {**own.parameters, **changed}, "rope_scaling": None}, name)
+    return Target(name, model.path, title, dict(rope.parameters), model.window or rope.window)
 
 
-def _ground(config: EvalConfig, path: str) -> Ground:
-    """The held-out documents; one rank of a node tokenizes them, the others read."""
-    import torch.distributed as dist
-
-    def opened() -> Ground:
-        return open_ground(config.data, config.source, config.model.tokenizer or path, Path(config.cache))
-
-    if not dist.is_initialized():
-        return opened()
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    made = opened() if first else None
-    dist.barrier()
-    return made if made is not None else opened()
+def _checked(values: dict[str, Any], name: str) -> Rope:
+    """The rope of a changed config.json. Raises UserError when the rope_type lacks a key."""
+    where = f"models.{name}.rope, the command line"
+    rope = rope_of(values, where)
+    try:
+        rope.frequencies()
+    except (KeyError, TypeError, ValueError) as error:
+        what = f"lacks the key {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"rope_type={rope.kind} {what}; write it beside rope_type ({where})") from None
+    return rope
 
 
-def _losses(model: Any, rows: np.ndarray, rank: int, world: int) -> np.ndarray:
-    """token_losses of all rows, each computed by one rank."""
-    import torch
-    import torch.distributed as dist
+def _examine_all(
+    config: EvalConfig, models: dict[str, EvalModel], targets: Sequence[Target], ranks: Ranks
+) -> list[Result]:
+    from longctx.eval.examine import Questions, examine, forwards
+    from longctx.eval.tables import beyond_window
 
-    found = np.zeros((len(rows), rows.shape[1] - 1), np.float32)
-    found[rank::world] = loss.token_losses(model, rows[rank::world])
-    if world > 1:
-        dist.all_reduce(torch.from_numpy(found))
-    return found
+    questions = Questions(config.needle, config.loss_lengths, config.loss_windows)
+    grounds = _grounds(config, models, questions, ranks)
+    out = Path(config.out) / "models" if config.out else None
+    results = []
+    with console.progress() as bar:
+        task = bar.add_task(
+            "needles", total=sum(forwards(t, questions, grounds[t.name], out, ranks.world) for t in targets)
+        )
+        ranks.wait()  # rank 0 writes what the others would otherwise find while they count
+        for target in targets:
+            bar.update(task, description=f"needles: {target.name}")
+            found = examine(target, questions, grounds[target.name], out, ranks, lambda: bar.advance(task))
+            results.append(found)
+    for result in results:
+        if note := beyond_window(result):
+            console.remark(f"{note}; they are marked *")
+    return results
 
 
-def _write(config: EvalConfig, result: dict[str, Any], panel: Panel) -> None:
+def _grounds(config: EvalConfig, models: dict[str, EvalModel], questions: Questions, ranks: Ranks) -> dict[str, Ground]:
+    """Each model's held-out text in its own tokens; one rank of a node tokenizes it, the others read."""
+    from longctx.eval.examine import check_text
+    from longctx.eval.ground import open_ground
+
+    opened: dict[str, Ground] = {}
+
+    def ground_of(model: EvalModel) -> Ground:
+        tokenizer = model.tokenizer or model.path
+        if tokenizer not in opened:
+            opened[tokenizer] = open_ground(config.data, config.source, tokenizer, Path(config.cache))
+            check_text(opened[tokenizer], questions, config.source)
+        return opened[tokenizer]
+
+    for turn in (0, 1):  # the first rank of each node, then the others
+        with ranks.agree("reading the held-out text"):
+            if (ranks.local_rank > 0) == turn:
+                for model in models.values():
+                    ground_of(model)
+    grounds = {name: ground_of(model) for name, model in models.items()}
+    _check_vocabularies(models, grounds)
+    if len({ground.key for ground in grounds.values()}) > 1:
+        console.remark(
+            "the models have different tokenizers: each is asked in its own tokens, so needles found compare, and loss "
+            "per token compares only between models of one tokenizer"
+        )
+    return grounds
+
+
+def _check_vocabularies(models: dict[str, EvalModel], grounds: dict[str, Ground]) -> None:
+    from longctx.data.opening import check_vocabulary
+    from longctx.model.load import read_config
+
+    for name, model in models.items():
+        try:
+            check_vocabulary(grounds[name].largest_id, read_config(model.path).vocab_size)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None
+
+
+def _write(config: EvalConfig, results: Sequence[Result]) -> None:
+    from longctx.eval.picture import Curve, Panel, draw
+    from longctx.eval.tables import longest_curve, tables
+
+    documents = {result.target.name: _document(result) for result in results}
+    document = documents[results[0].target.name] if config.models is None else {"models": documents}
     if config.out is not None:
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "needle.json").write_text(json.dumps(result, indent=1))
-        draw([panel], out / "needle.png", columns=1)
+        beside = out / ".eval.json.part"
+        beside.write_text(json.dumps(document, indent=1))
+        beside.replace(out / "eval.json")
+        panels = [Panel(result.grid, result.target.title, result.window) for result in results if result.grid]
+        curves = [Curve(r.target.title, curve, r.window) for r in results if (curve := longest_curve(r))]
+        title = "Needle in a haystack: six-digit values found, in percent"
+        draw(panels, out / "eval.png", title=title, columns=4, curves=curves)
+        console.say(f"the picture: {out / 'eval.png'}")
     if config.format == "json":
-        console.emit_json(result)
-    else:
-        console.emit(_table(result))
+        console.emit_json(document)
+        return
+    for part in tables(results):
+        console.emit(part)
 
 
-def _table(result: dict[str, Any]) -> object:
-    from rich.table import Table
-
-    grid = result["needle"]
-    table = Table(title=f"{result['model']}: {100 * grid['pooled']:.1f} % of the needles found")
-    table.add_column("length", justify="right")
-    table.add_column("found", justify="right")
-    for length, found in grid["by_length"].items():
-        table.add_row(f"{length:,}", f"{100 * found:.1f} %")
-    for length, value in result["loss"].items():
-        table.add_row(f"loss at {length:,}", f"{value:.4f}")
-    return table
+def _document(result: Result) -> dict[str, Any]:
+    """A model's part of the JSON document: lengths in tokens, losses in nats per token."""
+    assert result.grid is not None
+    lengths = sorted({*result.grid.lengths, *result.losses})
+    return {
+        "model": result.target.path,
+        "window": result.window,
+        "rope": result.target.rope,
+        "beyond_window": [length for length in lengths if result.beyond(length)],
+        "needle": result.grid.to_json(),
+        "loss": result.losses,
+        "loss_by_position": result.by_position,
+    }

@@ -14,10 +14,11 @@ from typing import Any
 from longctx import console
 from longctx.config.hooks import EvidenceHook
 from longctx.config.train import TrainConfig
-from longctx.eval.ground import open_ground
+from longctx.eval.examine import Result, Target, examine, forwards
+from longctx.eval.ground import Ground, open_ground
 from longctx.hooks import evidence
 from longctx.hooks.adapter import extract_adapter, merge_sibling
-from longctx.hooks.evidence import Finding, Subject
+from longctx.hooks.evidence import Claim
 from longctx.hooks.proof import draw_proof
 from longctx.hooks.side import train_side
 from longctx.hooks.summary import tell, write_summary
@@ -50,11 +51,11 @@ def run_hooks(config: TrainConfig, folder: Path) -> int:
     if hooks.evidence.control is not None:
         console.say("after training: the control, the same tokens at the base's window and theta")
         control = train_side(config, folder, "control", hooks.evidence.control)
-    findings = _examine_all(config, hooks.evidence, folder, stages, tuned, sibling, control)
+    results = _examine_all(config, hooks.evidence, folder, stages, tuned, sibling, control)
     seconds = time.monotonic() - began
     picture = folder / "eval" / "needle.png"
-    draw_proof(findings, picture, trained=stages[-1]["seq_len"], base=_window(str(config.model.path)))
-    summary = write_summary(config, folder, stages, findings, seconds)
+    draw_proof(results, picture)
+    summary = write_summary(config, folder, stages, results, seconds)
     write_page(folder)
     tell(summary, picture)
     return 0
@@ -69,52 +70,57 @@ def finished_stages(folder: Path) -> list[dict[str, Any]]:
 def _examine_all(
     config: TrainConfig, hook: EvidenceHook, folder: Path, stages: list[dict[str, Any]],
     tuned: Path, sibling: Path | None, control: Path | None,
-) -> dict[str, Finding]:  # fmt: skip
-    subjects = _subjects(config, hook, folder, stages, tuned, sibling, control)
+) -> dict[str, Result]:  # fmt: skip
+    claims = _claims(config, hook, folder, stages, tuned, sibling, control)
     out = folder / "eval"
     cache = Path(config.cache) if config.cache else folder / "data"
     ground = open_ground(config.data, hook.source, tuned, cache)
+    _remark_short_text(ground, max(claim.questions(hook).longest for claim in claims), hook.source)
     found = {}
     with console.progress() as bar:
-        task = bar.add_task("needles", total=sum(evidence.forwards(s, hook, ground, out) for s in subjects))
-        for subject in subjects:
-            bar.update(task, description=f"needles: {subject.name}")
-            found[subject.name] = evidence.examine(subject, hook, ground, out, lambda: bar.advance(task))
+        total = sum(forwards(claim.target, claim.questions(hook), ground, out) for claim in claims)
+        task = bar.add_task("needles", total=total)
+        for claim in claims:
+            bar.update(task, description=f"needles: {claim.name}")
+            asked = claim.questions(hook)
+            found[claim.name] = examine(claim.target, asked, ground, out, tick=lambda: bar.advance(task))
     if config.hooks.sibling is not None and config.hooks.sibling.behaviour is not None:
-        known = [subject for subject in subjects if subject.name in ("base", "sibling", "merged", "extended")]
+        known = [claim.target for claim in claims if claim.name in ("base", "sibling", "merged", "extended")]
         own = open_ground(config.data, config.hooks.sibling.behaviour, tuned, cache)
         evidence.behaviour(known, hook, own, out)
     return found
 
 
-def _subjects(
+def _remark_short_text(ground: Ground, longest: int, source: str) -> None:
+    """A trained run is examined all the same; an evaluation by hand refuses this."""
+    if longest > ground.tokens:
+        console.remark(
+            f"source {source} holds out {ground.tokens:,} tokens and sequences of {longest:,} are asked for, so the "
+            "text repeats itself inside them; raise data.heldout or add documents"
+        )
+
+
+def _claims(
     config: TrainConfig, hook: EvidenceHook, folder: Path, stages: list[dict[str, Any]],
     tuned: Path, sibling: Path | None, control: Path | None,
-) -> list[Subject]:  # fmt: skip
-    """Who is examined: the base and its controls, the extended model, and the sibling before and after."""
-    base, last = Path(str(config.model.path)), stages[-1]
-    subjects = [Subject("base", base, "base")]
+) -> list[Claim]:  # fmt: skip
+    """What is examined: the base and its controls, the extended model, and the sibling before and after."""
+    base, last = str(config.model.path), stages[-1]
+    claims = [Claim(Target("base", base, "base"))]
     if hook.theta_only:
         rope = dict(read_rope(tuned).parameters)
         title = "control: theta changed, nothing trained"
-        subjects.append(Subject("theta_only", base, title, rope=rope, window=last["seq_len"]))
+        claims.append(Claim(Target("theta_only", base, title, rope=rope, window=last["seq_len"])))
     if control is not None:
-        subjects.append(Subject("control", control, "control: same tokens, old window and theta"))
-    subjects.append(Subject("extended", tuned, "extended"))
+        claims.append(Claim(Target("control", str(control), "control: same tokens, old window and theta")))
+    claims.append(Claim(Target("extended", str(tuned), "extended")))
     for stage in stages[:-1]:
-        subjects.append(
-            Subject(
-                f"stage_{stage['stage']}",
-                folder / stage["model"],
-                f"after stage {stage['stage']}",
-                grid=False,
-            )
-        )
+        target = Target(f"stage_{stage['stage']}", str(folder / stage["model"]), f"after stage {stage['stage']}")
+        claims.append(Claim(target, grid=False))
     if sibling is not None:
-        subjects.append(Subject("sibling", sibling, "sibling: another fine-tune of the base"))
-        subjects.append(Subject("merged", folder / "merged", "sibling + adapter"))
-    unseen = evidence.unseen_phrasing(hook)
-    if unseen is not None:
+        claims.append(Claim(Target("sibling", str(sibling), "sibling: another fine-tune of the base")))
+        claims.append(Claim(Target("merged", str(folder / "merged"), "sibling + adapter")))
+    if hook.unseen is not None:
         title = "extended, asked in words that training never saw"
         subjects.append(Subject("unseen", tuned, title, needle=unseen, losses=False))
     return subjects

@@ -10,7 +10,7 @@ from typing import Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
-from longctx.hooks.evidence import Finding
+from longctx.eval.examine import Result
 
 LIBRARIES = (
     "longctx",
@@ -28,7 +28,7 @@ def write_summary(
     config: TrainConfig,
     folder: Path,
     stages: list[dict[str, Any]],
-    findings: Mapping[str, Finding],
+    results: Mapping[str, Result],
     seconds: float,
 ) -> dict[str, Any]:
     """Write RUN/summary.json and return it.
@@ -36,15 +36,15 @@ def write_summary(
     needle: {subject: {length: accuracy pooled over depths and seeds}}; pooled, by_seed: the same over lengths.
     loss: {subject: {window: nats per token}} on the same held-out windows. seconds: per stage, and after them.
     """
-    grids = {name: found.grid for name, found in findings.items() if found.grid is not None}
+    grids = {name: found.grid for name, found in results.items() if found.grid is not None}
     summary: dict[str, Any] = {
         "name": config.name,
         "needle": {name: grid.by_length() for name, grid in grids.items()},
         "needle_pooled": {name: grid.pooled() for name, grid in grids.items()},
         "needle_by_seed": {name: grid.by_seed() for name, grid in grids.items()},
         "needles_per_cell_and_seed": int(min(grid.asked.min() for grid in grids.values())),
-        "loss": {name: found.losses for name, found in findings.items() if found.losses},
-        "loss_by_stage": _by_stage(findings, stages),
+        "loss": {name: found.losses for name, found in results.items() if found.losses},
+        "loss_by_stage": _by_stage(results, stages),
         "theta": {stage["stage"]: stage["theta"] for stage in stages},
         "seq_len": {stage["stage"]: stage["seq_len"] for stage in stages},
         "tokens": {stage["stage"]: stage["tokens"] for stage in stages},
@@ -100,10 +100,10 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _by_stage(findings: Mapping[str, Finding], stages: list[dict[str, Any]]) -> dict[str, Any]:
+def _by_stage(results: Mapping[str, Result], stages: list[dict[str, Any]]) -> dict[str, Any]:
     names = {"base": "base", **{s["stage"]: f"stage_{s['stage']}" for s in stages[:-1]}}
     names[stages[-1]["stage"]] = "extended"
-    return {stage: findings[name].losses for stage, name in names.items() if name in findings}
+    return {stage: results[name].losses for stage, name in names.items() if name in results}
 
 
 def _adapter(folder: Path, config: TrainConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -32,18 +32,27 @@ def run(config: ReportConfig) -> int:
 
 
 def write_page(folder: Path) -> Path:
-    """Raises UserError when the folder holds no run."""
+    """Write RUN/report.html and return its path. Raises UserError when the folder holds no run."""
     if not (folder / "config.yaml").exists():
         raise UserError(f"run={folder} holds no config.yaml, so it is no run's folder; a run's is runs/NAME")
-    parts = [f"<h1>{html.escape(folder.name)}</h1>", *_summary(folder), *_stages(folder), *_curve(folder)]
+    name, steps = folder.resolve().name, steps_of(folder)
+    parts = [f"<h1>{html.escape(name)}</h1>", *_summary(folder), *_stages(folder, steps), *_curve(steps)]
     parts.append(f"<h2>Settings</h2><pre>{html.escape((folder / 'config.yaml').read_text())}</pre>")
-    title = f"longctx: {html.escape(folder.name)}"
+    title = f"longctx: {html.escape(name)}"
     page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>" + "\n".join(parts)
     out = folder / "report.html"
     beside = folder / ".report.html.part"
-    beside.write_text(page)
+    beside.write_text(page, encoding="utf-8")
     beside.replace(out)
     return out
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that hold a step's loss; a line that a kill left half-written is no step."""
+    stored = folder / "metrics.jsonl"
+    lines = stored.read_text(errors="replace").splitlines(keepends=True) if stored.exists() else []
+    whole = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [line for line in whole if line.get("loss") is not None and "stage" in line]
 
 
 def _summary(folder: Path) -> Iterable[str]:
@@ -51,31 +60,47 @@ def _summary(folder: Path) -> Iterable[str]:
     if not stored.exists():
         return
     summary = json.loads(stored.read_text())
-    lengths = list(next(iter(summary["needle"].values())))
-    yield "<h2>Needles found</h2>"
-    rows = [
-        [name, *(f"{100 * found[length]:.1f} %" for length in lengths), f"{100 * summary['needle_pooled'][name]:.1f} %"]
-        for name, found in summary["needle"].items()
-    ]
-    yield _table(["model", *(f"{int(length):,}" for length in lengths), "pooled"], rows)
+    if summary["needle"]:
+        lengths = _columns(summary["needle"])
+        yield "<h2>Needles found</h2>"
+        rows = [
+            [name, *(_percent(found.get(length)) for length in lengths), _percent(summary["needle_pooled"][name])]
+            for name, found in summary["needle"].items()
+        ]
+        yield _table(["model", *(f"{int(length):,}" for length in lengths), "pooled"], rows)
     picture = folder / "eval" / "needle.png"
     if picture.exists():
         yield _image(picture.read_bytes(), "needle grids")
-    yield "<h2>Loss on held-out text</h2>"
-    windows = sorted({window for losses in summary["loss"].values() for window in losses}, key=int)
-    losses = [[name, *(f"{found[w]:.4f}" for w in windows)] for name, found in summary["loss"].items()]
-    yield _table(["model", *(f"{int(w):,} tokens" for w in windows)], losses)
+    if summary["loss"]:
+        windows = _columns(summary["loss"])
+        yield "<h2>Loss on held-out text</h2>"
+        losses = [[name, *(_number(found.get(w)) for w in windows)] for name, found in summary["loss"].items()]
+        yield _table(["model", *(f"{int(w):,} tokens" for w in windows)], losses)
     if summary.get("adapter"):
         size = summary["adapter"]["bytes"] / 1e6
         rank, profile = summary["adapter"]["rank"], summary["adapter"]["profile"]
-        yield f"<p>Adapter: rank {rank}, {size:.2f} MB, profile {profile}.</p>"
+        yield f"<p>Adapter: rank {rank}, {size:.2f} MB, profile {html.escape(profile)}.</p>"
 
 
-def _stages(folder: Path) -> Iterable[str]:
+def _columns(values: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The lengths that any model has a value for, ascending."""
+    return sorted({length for found in values.values() for length in found}, key=int)
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f} %"
+
+
+def _number(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
+
+
+def _stages(folder: Path, steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     marks = [json.loads(path.read_text()) for path in (folder / "stages").glob("*/finished.json")]
     if not marks:
         return
     marks.sort(key=lambda mark: (mark["seq_len"], mark["stage"]))
+    last = {line["stage"]: line["loss"] for line in steps}
     yield "<h2>Stages</h2>"
     rows = [
         [
@@ -84,18 +109,17 @@ def _stages(folder: Path) -> Iterable[str]:
             f"{m['theta']:,.0f}",
             f"{m['tokens']:,}",
             str(m["steps"]),
+            _number(last.get(m["stage"])),
+            _number(m.get("heldout_loss")),
             f"{m['seconds']:.0f}",
         ]
         for m in marks
     ]
-    yield _table(["stage", "length", "theta", "tokens", "steps", "seconds"], rows)
+    yield _table(["stage", "length", "theta", "tokens", "steps", "last loss", "held-out loss", "seconds"], rows)
 
 
-def _curve(folder: Path) -> Iterable[str]:
-    """Loss over tokens, the stages told apart."""
-    stored = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in stored.read_text().splitlines()] if stored.exists() else []
-    steps = [line for line in lines if line.get("loss") is not None and "stage" in line]
+def _curve(steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
+    """Loss over tokens, a line per stage."""
     if not steps:
         return
     import matplotlib
@@ -104,12 +128,14 @@ def _curve(folder: Path) -> Iterable[str]:
     import matplotlib.pyplot as plt
 
     figure, axis = plt.subplots(figsize=(9, 3.5), layout="constrained")
-    for stage in dict.fromkeys(line["stage"] for line in steps):
+    stages = list(dict.fromkeys(line["stage"] for line in steps))
+    for stage in stages:
         own = [line for line in steps if line["stage"] == stage]
-        axis.plot([line["tokens"] for line in own], [line["loss"] for line in own], label=stage, linewidth=1)
+        axis.plot([line["tokens"] for line in own], [line["loss"] for line in own], linewidth=1)
     axis.set_xlabel("tokens")
     axis.set_ylabel("training loss (weighted)")
-    axis.legend()
+    # Given as a list, a name may begin with "_"; "$" would begin a formula.
+    axis.legend(axis.get_lines(), [stage.replace("$", r"\$") for stage in stages])
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     plt.close(figure)

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +15,6 @@ from longctx.data.writer import Writer, token_haystack
 from longctx.eval import needle
 from longctx.eval.grid import from_json
 from longctx.eval.picture import Panel, draw
-from tests.train.made import write_documents
 
 CONFIG = NeedleConfig(lengths=(384, 512), per_cell=2, seeds=(1, 2))
 
@@ -83,38 +78,27 @@ def test_single_hides_one_needle_per_haystack(writer, haystack):
     assert all(len(p.document.answers) == 1 for p in needle.prompts(single, writer, haystack))
 
 
+def test_prompts_that_have_not_begun_are_dropped_when_one_fails(writer, haystack):
+    from dataclasses import replace
+
+    many, begun = replace(CONFIG, per_cell=20), []
+
+    def fail(tokens, where):
+        begun.append(len(tokens))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        needle.grid(fail, many, writer, haystack, label="", workers=1)
+    assert len(begun) < needle.haystacks(many)
+
+
 def test_grid_survives_json_and_is_drawn(writer, haystack, tmp_path):
     found = needle.grid(_oracle, CONFIG, writer, haystack, label="oracle")
     back = from_json(found.to_json())
     np.testing.assert_array_equal(back.cells, found.cells)
-    draw([Panel(found, "oracle", window=384)], tmp_path / "grid.png")
+    draw([Panel(found, "costs $5", window=384)], tmp_path / "grid.png")  # a dollar begins no formula
     assert (tmp_path / "grid.png").stat().st_size > 5000
-
-
-def _eval(folder: Path, documents: Path, out: Path, *launcher: str) -> dict:
-    words = [
-        "eval", f"model.path={tiny_model()}", "data=text", f"data.path={documents}", "source=text", "data.heldout=0.4",
-        "needle.lengths=[384]", "needle.per_cell=3", "needle.seeds=[1]", "loss_lengths=[128]", "loss_windows=3",
-        f"cache={folder / 'cache'}", f"out={out}", "format=json",
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, *launcher, "-m", "longctx.cli", *words]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    printed = json.loads(done.stdout)
-    assert printed == json.loads((out / "needle.json").read_text())
-    return printed
-
-
-def test_two_ranks_under_torchrun_find_what_one_does(tmp_path):
-    documents = write_documents(tmp_path / "documents")
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    two = _eval(tmp_path, documents, tmp_path / "two", *torchrun)
-    one = _eval(tmp_path, documents, tmp_path / "one")
-    assert two["needle"] == one["needle"]
-    assert np.sum(one["needle"]["asked"]) == 15
-    assert two["loss"]["128"] == pytest.approx(one["loss"]["128"], rel=1e-6)
-    assert two["loss_by_position"]["128"] == pytest.approx(one["loss_by_position"]["128"], rel=1e-6)
+    assert [path.name for path in tmp_path.iterdir()] == ["grid.png"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -1,0 +1,184 @@
+"""One model's evaluation: needle grid, held-out loss and loss by position, measured once and kept as JSON.
+
+The verb `eval` and the evidence after training both call `examine`, for one model at a time. A kept result is
+reused only while its fingerprint (model, rope, questions, text) matches, so a killed evaluation continues.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longctx import console
+from longctx.config.eval import NeedleConfig
+from longctx.distributed.ranks import Ranks, alone
+from longctx.errors import UserError
+from longctx.eval import loss, needle
+from longctx.eval.grid import Grid, from_json
+from longctx.eval.ground import Ground
+from longctx.eval.kept import keep, standing
+from longctx.eval.predict import grid_of, load_plain
+from longctx.identity import identity, key_of
+from longctx.rope import rope_of
+
+Tick = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model to evaluate: a Hugging Face folder or hub id as anyone would load it.
+
+    name: names its result's file; title: stands over its panel. rope, window: rope_parameters and
+    max_position_embeddings in place of what config.json says (theta changed, nothing trained).
+    """
+
+    name: str
+    path: str
+    title: str
+    rope: dict[str, Any] | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """needle: the grid to ask for (None: no grid). loss_lengths: windows of held-out text in tokens, loss_windows of
+    each length.
+    """
+
+    needle: NeedleConfig | None
+    loss_lengths: tuple[int, ...]
+    loss_windows: int
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that is read."""
+        return max((*(self.needle.lengths if self.needle else ()), *self.loss_lengths), default=0)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was measured of a target.
+
+    window: the model's, in tokens (config.json, or the target's own). losses: {length: nats per token}.
+    by_position: {length: {last position of a bucket: nats per token}}, see loss.by_position.
+    """
+
+    target: Target
+    window: int | None
+    grid: Grid | None
+    losses: dict[int, float]
+    by_position: dict[int, dict[int, float]] = field(default_factory=dict)
+
+    def beyond(self, length: int) -> bool:
+        """Whether a sequence of `length` tokens is longer than the model's window."""
+        return self.window is not None and length > self.window
+
+
+def examine(
+    target: Target, questions: Questions, ground: Ground, out: Path | None, ranks: Ranks | None = None,
+    tick: Tick = lambda: None,
+) -> Result:  # fmt: skip
+    """The target's result, from out/NAME.json while it matches, else measured and kept there.
+
+    out: None keeps nothing. ranks: each answers its share of the prompts and windows, and all return the whole
+    result. tick: called after each haystack of this rank.
+    """
+    ranks = ranks or alone()
+    key = fingerprint(target, questions, ground)
+    stored = out / f"{target.name}.json" if out else None
+    values = ranks.broadcast(standing(stored, key) if ranks.first and stored else None)
+    if values is None:
+        model = load_plain(target.path, target.rope, target.window, ranks.device)
+        values = _measure(model, target, questions, ground, ranks, tick)
+        if ranks.first and stored:
+            keep(stored, key, values)
+    return Result(
+        target,
+        values["window"],
+        from_json(values["grid"]) if values["grid"] else None,
+        {int(k): v for k, v in values["losses"].items()},
+        {int(k): {int(end): v for end, v in means.items()} for k, means in values["loss_by_position"].items()},
+    )
+
+
+def forwards(target: Target, questions: Questions, ground: Ground, out: Path | None, world: int = 1) -> int:
+    """How often `examine` ticks on one rank; says so where a kept result no longer matches."""
+    stored = out / f"{target.name}.json" if out else None
+    matches = stored is not None and standing(stored, fingerprint(target, questions, ground)) is not None
+    if stored is not None and stored.exists() and not matches:
+        console.say(f"{stored} is of another model, other needles or other text; measuring it again")
+    return 0 if matches or questions.needle is None else -(-needle.haystacks(questions.needle) // world)
+
+
+def fingerprint(target: Target, questions: Questions, ground: Ground) -> str:
+    """A key of everything a target's numbers follow from."""
+    return key_of(
+        {
+            "model": identity(target.path),
+            "rope": target.rope,
+            "window": target.window,
+            "ground": ground.key,
+            "needle": asdict(questions.needle) if questions.needle else None,
+            "losses": [questions.loss_lengths, questions.loss_windows],
+            "format": 2,  # of the kept file
+        }
+    )
+
+
+def check_text(ground: Ground, questions: Questions, source: str) -> None:
+    """Raises UserError when the held-out text is shorter than a sequence, or a length cannot hold its needles."""
+    if questions.longest > ground.tokens:
+        raise UserError(
+            f"lengths reach {questions.longest:,} tokens and source={source} holds out only {ground.tokens:,}, so the "
+            "text would repeat itself inside a sequence; add documents, raise data.heldout, or lower needle.lengths "
+            "and loss_lengths (configs/eval.yaml)"
+        )
+    if questions.needle is not None:
+        needle.check_lengths(questions.needle, ground.writer, ground.haystack)
+
+
+def window_of(model: Any) -> int | None:
+    """The window in tokens that a loaded model's config states; None where it states none."""
+    values = model.config.to_dict()
+    try:
+        return rope_of(values, "the model's config").window
+    except UserError:  # no rotary embedding
+        return values.get("max_position_embeddings") or values.get("n_positions")
+
+
+def _measure(
+    model: Any, target: Target, questions: Questions, ground: Ground, ranks: Ranks, tick: Tick
+) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "window": window_of(model),
+        "grid": None,
+        "losses": {},
+        "loss_by_position": {},
+    }
+    if questions.needle is not None:
+        part = grid_of(
+            model, questions.needle, ground, label=target.name, rank=ranks.rank, world=ranks.world, tick=tick
+        )
+        values["grid"] = needle.combine(part, ranks).to_json()
+    for length in questions.loss_lengths:
+        losses = _losses(model, loss.held_out_rows(ground, length, questions.loss_windows), ranks)
+        values["losses"][length] = float(losses.mean())
+        values["loss_by_position"][length] = loss.by_position(losses)
+    return values
+
+
+def _losses(model: Any, rows: np.ndarray, ranks: Ranks) -> np.ndarray:
+    """token_losses of all rows, each computed by one rank."""
+    if ranks.world == 1:
+        return loss.token_losses(model, rows)
+    import torch
+    import torch.distributed as dist
+
+    found = np.zeros((len(rows), rows.shape[1] - 1), np.float32)
+    found[ranks.rank :: ranks.world] = loss.token_losses(model, rows[ranks.rank :: ranks.world])
+    dist.all_reduce(torch.from_numpy(found), group=ranks.control)
+    return found

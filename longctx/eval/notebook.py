@@ -1,0 +1,153 @@
+"""A needle grid of a model in memory, for a notebook or somebody else's script: no config file, no folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from longctx.config.base import build
+from longctx.config.eval import NeedleConfig, default_name
+from longctx.errors import UserError
+from longctx.eval.grid import Grid
+
+if TYPE_CHECKING:
+    from longctx.data.writer import Writer
+
+
+@dataclass(frozen=True)
+class NeedleGrid:
+    """The share of needles found per depth and context length.
+
+    grid: the counts behind it. window: the model's window in tokens by its config, or None.
+    """
+
+    grid: Grid
+    window: int | None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Context lengths in tokens."""
+        return self.grid.lengths
+
+    @property
+    def depths(self) -> tuple[float, ...]:
+        """Depths of the needles, 0 the start of the text and 1 its end."""
+        return self.grid.depths
+
+    @property
+    def accuracies(self) -> list[list[float]]:
+        """Shares between 0 and 1, [depth][length]."""
+        return self.grid.cells.T.tolist()
+
+    @property
+    def pooled(self) -> float:
+        """The share found over all cells."""
+        return self.grid.pooled()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers for JSON: model, window, lengths, depths, accuracies, pooled, and the counts found and asked
+        ([depth][length]).
+        """
+        return {
+            "model": self.grid.label,
+            "window": self.window,
+            "lengths": list(self.lengths),
+            "depths": list(self.depths),
+            "accuracies": self.accuracies,
+            "pooled": self.pooled,
+            "found": self.grid.hits.sum(0).T.tolist(),
+            "asked": self.grid.asked.sum(0).T.tolist(),
+        }
+
+    def draw(self, path: str | Path, title: str | None = None) -> Path:
+        """Write the grid as a PNG; lengths beyond the model's window are hatched. Returns the path."""
+        from longctx.eval.picture import Panel, draw
+
+        draw([Panel(self.grid, title or self.grid.label, self.window)], Path(path), columns=1)
+        return Path(path)
+
+
+def needle_grid(
+    model: Any,
+    tokenizer: Any,
+    *,
+    lengths: Sequence[int | str] = (512, 1024, 2048, 4096, 8192),
+    depths: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    text: str | Sequence[str] | None = None,
+    per_cell: int = 10,
+    seed: int = 0,
+    single: bool = False,
+) -> NeedleGrid:
+    """Hide six-digit pass keys in a text and count how many a model recalls, per depth and context length.
+
+    model: any causal language model of transformers (peft's wrappers too), on any device; it is used in eval mode and
+    left as it was. tokenizer: its fast tokenizer. lengths: tokens of a prompt, question included; 8192, "64k" and "1M"
+    are understood. depths: 0 the text's start, 1 its end. text: what the needles are hidden in, one string or several;
+    None takes the Python standard library of this machine. per_cell: needles per cell. seed: which needles.
+    single: one needle a prompt instead of one at every depth, all of them asked for.
+
+    An answer counts when greedy decoding would write all its digits (the pass-key test of arXiv 2305.16300 with
+    several keys as in RULER, 2404.06654). A prompt is one forward, without a key-value cache; logits are formed at the
+    answers only. Chance is about 1e-6. Returns a `NeedleGrid`.
+
+    Raises UserError (a ValueError) when the text is shorter than the longest length, when a length cannot hold its
+    needles, and when the tokenizer is not a fast one or gives ids that the model has not.
+
+    >>> grid = longctx.needle_grid(model, tokenizer, lengths=[4096, "32k"], text=open("book.txt").read())
+    >>> grid.accuracies[0][1]  # needles at the start of 32,768 tokens
+    >>> grid.draw("needles.png")
+    """
+    from longctx.data.writer import Writer, token_haystack
+    from longctx.eval import needle
+    from longctx.eval.examine import window_of
+    from longctx.eval.predict import one_process
+
+    values = {"lengths": tuple(lengths), "depths": tuple(depths), "seeds": (seed,)}
+    config = build(NeedleConfig, {**values, "per_cell": per_cell, "single": single}, origin="needle_grid")
+    writer = Writer(tokenizer)
+    tokens = _tokens(text, writer, max(config.lengths))
+    largest, rows = max(int(tokens.max()), int(writer.ordinary.max())), model.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise UserError(f"the tokenizer gives ids up to {largest}, and the model has {rows}; give the model's own one")
+    haystack = token_haystack(tokens, writer.newline_after)
+    needle.check_lengths(config, writer, haystack)
+    label = default_name(getattr(model.config, "name_or_path", "")) or type(model).__name__
+    was_training = model.training
+    model.eval()
+    try:
+        workers = None if next(model.parameters()).device.type == "cpu" else 1
+        grid = needle.grid(one_process(model), config, writer, haystack, label=label, workers=workers)
+    finally:
+        model.train(was_training)
+    return NeedleGrid(grid, window_of(model))
+
+
+def _tokens(text: str | Sequence[str] | None, writer: Writer, longest: int) -> np.ndarray:
+    """The haystack's tokens, int32 [T], T at least `longest`."""
+    if text is None:
+        parts = _library(writer, 4 * longest)
+    else:
+        parts = [writer.tokens(part) for part in ([text] if isinstance(text, str) else text)]
+    tokens = np.concatenate([np.empty(0, np.int32), *parts])
+    if len(tokens) < longest:
+        raise UserError(
+            f"lengths reach {longest:,} tokens and text has only {len(tokens):,}, so it would repeat itself inside a "
+            "prompt; give more text or shorter lengths"
+        )
+    return tokens
+
+
+def _library(writer: Writer, wanted: int) -> list[np.ndarray]:
+    """Sources of the Python standard library, a file's tokens each, until they are `wanted` or all."""
+    from longctx.data.stdlib import stdlib_files
+
+    parts: list[np.ndarray] = []
+    for path, _ in stdlib_files():
+        parts.append(writer.tokens(path.read_text(encoding="utf-8", errors="ignore")))
+        if sum(map(len, parts)) >= wanted:
+            break
+    return parts

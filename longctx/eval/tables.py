@@ -1,0 +1,88 @@
+"""Evaluations in words: one table of needles, one of losses, one of loss by position, models side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from longctx.eval.examine import Result
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+MARK = "*"
+
+
+def tables(results: Sequence[Result]) -> list[object]:
+    """The tables that hold what was measured, and below them what a mark means."""
+    made: list[object] = []
+    grids = [result for result in results if result.grid is not None]
+    if grids:
+        made.append(_needles(grids))
+    if any(result.losses for result in results):
+        made.append(_losses(results))
+        made.append(_by_position(results))
+    notes = [note for result in results if (note := beyond_window(result))]
+    return [*made, *(f"{MARK} {note}" for note in notes)]
+
+
+def beyond_window(result: Result) -> str | None:
+    """Which lengths asked for exceed the model's window, in words."""
+    lengths = sorted({*(result.grid.lengths if result.grid else ()), *result.losses})
+    beyond = [f"{length:,}" for length in lengths if result.beyond(length)]
+    if not beyond:
+        return None
+    return f"{result.target.name}: {', '.join(beyond)} tokens exceed its window of {result.window:,} (config.json)"
+
+
+def _needles(results: Sequence[Result]) -> Table:
+    from rich.table import Table
+
+    lengths = sorted({length for result in results if result.grid for length in result.grid.lengths})
+    table = Table("model", title="needles found, percent")
+    for length in lengths:
+        table.add_column(f"{length:,}", justify="right")
+    table.add_column("all", justify="right")
+    for result in results:
+        assert result.grid is not None
+        found = result.grid.by_length()
+        cells = [f"{100 * found[length]:.1f}{_mark(result, length)}" for length in lengths]
+        table.add_row(result.target.name, *cells, f"{100 * result.grid.pooled():.1f}")
+    return table
+
+
+def _losses(results: Sequence[Result]) -> Table:
+    from rich.table import Table
+
+    lengths = sorted({length for result in results for length in result.losses})
+    table = Table("model", title="loss on held-out text, nats per token")
+    for length in lengths:
+        table.add_column(f"{length:,}", justify="right")
+    for result in results:
+        cells = [f"{result.losses[length]:.4f}{_mark(result, length)}" for length in lengths]
+        table.add_row(result.target.name, *cells)
+    return table
+
+
+def _by_position(results: Sequence[Result]) -> Table:
+    """Of the longest windows of text."""
+    from rich.table import Table
+
+    columns = {result.target.name: longest_curve(result) for result in results}
+    ends = sorted({end for curve in columns.values() for end in curve})
+    table = Table("positions", title=f"loss by position in {ends[-1]:,} tokens of held-out text, nats per token")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for start, end in zip([0, *ends], ends, strict=False):
+        cells = [f"{columns[result.target.name][end]:.4f}{_mark(result, end)}" for result in results]
+        table.add_row(f"{start + 1:,} to {end:,}", *cells)
+    return table
+
+
+def longest_curve(result: Result) -> Mapping[int, float]:
+    """Loss by position in the longest windows of text; empty where none was read."""
+    return result.by_position[max(result.by_position)] if result.by_position else {}
+
+
+def _mark(result: Result, length: int) -> str:
+    return MARK if result.beyond(length) else ""

@@ -1,0 +1,269 @@
+"""`longctx eval` of one model and of several: one table, one picture, kept results, marks, refusals, ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from longctx.assets import tiny_model
+from longctx.cli import load
+from longctx.config.eval import EvalConfig
+from longctx.errors import UserError
+from longctx.eval.examine import window_of
+from longctx.eval.loss import by_position
+from longctx.eval.predict import load_plain
+from longctx.eval.run import run, target_of
+from longctx.verbs import VERBS
+from tests.data.conftest import make_tokenizer
+from tests.train.made import write_documents
+
+TINY = str(tiny_model())
+SMALL = [
+    "data=text", "source=text", "data.heldout=0.4", "needle.lengths=[384,640]", "needle.per_cell=2", "needle.seeds=[1]",
+    "loss_lengths=[128,640]", "loss_windows=2",
+]  # fmt: skip
+THREE = f"models=[{{name: base, path: {TINY}}}, {{name: theta_only, path: {TINY}, theta: 1e6, window: 1024}}]"
+
+
+def config(*words: str) -> EvalConfig:
+    return load(VERBS["eval"], list(words))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides that name a folder of documents and a cache for their tokens."""
+    folder = tmp_path_factory.mktemp("text")
+    return [*SMALL, f"data.path={write_documents(folder / 'documents')}", f"cache={folder / 'cache'}"]
+
+
+@pytest.fixture(scope="module")
+def two(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
+    """The results folder of an evaluation of two models, and what it said on standard output and error."""
+    out = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "160")
+        said = _spoken(config(*text, THREE, f"out={out}"))
+    return out, *said
+
+
+def _spoken(settings: EvalConfig) -> tuple[str, str]:
+    import contextlib
+    import io
+
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        assert run(settings) == 0
+    return out.getvalue(), err.getvalue()
+
+
+def test_models_are_named_in_a_list_a_mapping_or_one_by_one():
+    listed = config("models=[A/base, {name: far, path: B, theta: 1e6, window: 8k}]").models
+    mapped = config("models={base: A/base, far: {path: B, theta: 1e6, window: 8192}}").models
+    dotted = config("models.base=A/base", "models.far.path=B", "models.far.theta=1e6", "models.far.window=8k").models
+    assert listed == mapped == dotted
+    assert list(listed or {}) == ["base", "far"]
+    assert list(config("models=[runs/a/stages/s2048/model, runs/a/merged]").models or {}) == ["s2048", "merged"]
+
+
+def test_two_models_stand_in_one_document_with_what_each_alone_would_give(text, two, tmp_path):
+    document = json.loads((two[0] / "eval.json").read_text())["models"]
+    assert list(document) == ["base", "theta_only"]
+    assert document["base"]["window"] == 512
+    assert document["theta_only"]["window"] == 1024
+    assert document["theta_only"]["rope"]["rope_theta"] == 1e6
+    assert document["base"]["loss"] != document["theta_only"]["loss"]
+    assert run(config(*text, f"model.path={TINY}", f"out={tmp_path}")) == 0
+    alone = json.loads((tmp_path / "eval.json").read_text())
+    for part in ("loss", "loss_by_position", "window", "beyond_window"):
+        assert alone[part] == document["base"][part]
+    assert alone["needle"] == {**document["base"]["needle"], "label": "tiny"}
+    for name in ("eval.png", "../" + two[0].name + "/eval.png"):
+        assert (two[0] / name).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_tables_hold_every_model_and_mark_what_exceeds_its_window(two):
+    out, err = two[1], two[2]
+    document = json.loads((two[0] / "eval.json").read_text())["models"]
+    for name, found in document.items():
+        beyond = "*" if name == "base" else ""
+        needles = [f"{100 * found['needle']['by_length'][n]:.1f}" for n in ("384", "640")]
+        losses = [f"{found['loss'][n]:.4f}" for n in ("128", "640")]
+        assert [name, needles[0], needles[1] + beyond, f"{100 * found['needle']['pooled']:.1f}"] in _rows(out)
+        assert [name, losses[0], losses[1] + beyond] in _rows(out)
+    ends = [found["loss_by_position"]["640"] for found in document.values()]
+    assert ["257 to 512", *(f"{end['512']:.4f}" for end in ends)] in _rows(out)
+    assert ["513 to 640", f"{ends[0]['640']:.4f}*", f"{ends[1]['640']:.4f}"] in _rows(out)
+    assert document["base"]["beyond_window"] == [640]
+    assert document["theta_only"]["beyond_window"] == []
+    note = "base: 640 tokens exceed its window of 512 (config.json)"
+    assert out.count(note) == err.count(note) == 1
+
+
+def _rows(out: str) -> list[list[str]]:
+    """The cells of every table's body."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines() if line[:1] == "│"]
+
+
+def test_a_result_is_kept_until_its_own_model_or_question_changes(text, two):
+    out = two[0]
+    kept = {name: out / "models" / f"{name}.json" for name in ("base", "theta_only")}
+    before = {name: path.stat().st_mtime_ns for name, path in kept.items()}
+    document = (out / "eval.json").read_bytes()
+    run(config(*text, THREE, f"out={out}"))
+    assert {name: path.stat().st_mtime_ns for name, path in kept.items()} == before
+    assert (out / "eval.json").read_bytes() == document
+    said = _spoken(config(*text, THREE.replace("1e6", "2e6"), f"out={out}"))[1]
+    assert kept["base"].stat().st_mtime_ns == before["base"]
+    assert kept["theta_only"].stat().st_mtime_ns > before["theta_only"]
+    assert "theta_only.json is of another model" in said
+
+
+def test_an_interrupted_evaluation_goes_on_with_the_model_it_was_at(text, two, tmp_path):
+    """Ctrl-C as soon as the first model's result is kept."""
+    kept, more = tmp_path / "models" / "base.json", "needle.per_cell=10"
+
+    def interrupt() -> None:
+        while not kept.exists():
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run(config(*text, THREE, more, f"out={tmp_path}"))
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+    assert [path.name for path in kept.parent.iterdir()] == ["base.json"]
+    before = kept.stat().st_mtime_ns
+    run(config(*text, THREE, more, f"out={tmp_path}"))
+    assert kept.stat().st_mtime_ns == before
+    document = json.loads((tmp_path / "eval.json").read_text())["models"]
+    assert np.sum(document["theta_only"]["needle"]["asked"]) == 2 * 5 * 10
+    assert document["base"]["loss"] == json.loads((two[0] / "eval.json").read_text())["models"]["base"]["loss"]
+
+
+def test_loss_by_position_is_the_mean_of_each_doubling_bucket():
+    losses = np.arange(2, 301, dtype=np.float32)[None].repeat(3, 0)  # the loss at position p is p
+    means = by_position(losses)
+    assert list(means) == [64, 128, 256, 300]
+    assert list(means.values()) == [np.mean(np.arange(a, b)) for a, b in ((2, 65), (65, 129), (129, 257), (257, 301))]
+    assert by_position(losses[:, :39]) == {40: 21.0}
+
+
+def other_model(folder: Path) -> Path:
+    """A random model of another family with a tokenizer of its own."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    tokenizer = make_tokenizer()
+    shape = Qwen2Config(
+        vocab_size=640, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=2048,
+    )  # fmt: skip
+    Qwen2ForCausalLM(shape).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_models_of_different_tokenizers_are_asked_in_their_own(text, tmp_path, capfd):
+    other = other_model(tmp_path / "other")
+    capfd.readouterr()
+    words = ["needle.lengths=[448]", "loss_lengths=[64]", "format=json"]
+    assert run(config(*text, f"models={{base: {TINY}, other: {other}}}", *words)) == 0
+    printed, said = capfd.readouterr()
+    found = json.loads(printed)["models"]
+    assert np.sum(found["other"]["needle"]["asked"]) == np.sum(found["base"]["needle"]["asked"]) == 10
+    assert found["base"]["loss"]["64"] < 4 < found["other"]["loss"]["64"]  # one is trained, the other guesses
+    assert said.count("the models have different tokenizers") == 1
+
+
+def test_another_rope_has_the_window_it_serves():
+    models = config(f"models={{a: {{path: {TINY}, rope: {{rope_type: yarn, factor: 4}}}}}}").models or {}
+    target = target_of(config(f"models.a={TINY}"), "a", models["a"])
+    assert target.window == 2048
+    assert target.rope == {
+        "rope_type": "yarn", "rope_theta": 10000, "factor": 4, "original_max_position_embeddings": 512
+    }  # fmt: skip
+    model = load_plain(TINY, target.rope, target.window)
+    own = load_plain(TINY)
+    assert window_of(model) == 2048
+    assert window_of(own) == 512
+    inv_freq = [found.model.rotary_emb.inv_freq for found in (model, own)]
+    assert inv_freq[0][0] == inv_freq[1][0]
+    assert inv_freq[0][-1] == pytest.approx(inv_freq[1][-1] / 4)
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "nothing given": ([], r"model.path is missing"),
+    "both given": ([f"model.path={TINY}", f"models=[{TINY}]"], r"model and models are both given"),
+    "no such model": ([f"models={{a: {TINY}, b: ./nowhere}}"], r"models\.b\.path=\./nowhere does not exist"),
+    "one name twice": ([f"models=[{TINY},{TINY}]"], r"models=.* holds two models named 'tiny' .* give names"),
+    "no path": (["models={a: {theta: 5}}"], r"models\.a\.path is missing"),
+    "an unknown key": ([f"models={{a: {{path: {TINY}, thta: 5}}}}"], r"models\.a\.thta is not a known key; .*'theta'"),
+    "an unknown rope": ([f"models={{a: {{path: {TINY}, rope: {{rope_type: yarnn}}}}}}"], r"'yarnn' is not one longctx"),
+    "a rope without its factor": (
+        [f"models={{a: {{path: {TINY}, rope: {{rope_type: linear}}}}}}"],
+        r"linear lacks the key 'factor'.*models\.a\.rope",
+    ),
+    "a name that is no file's": (["models={../a: A}"], r"'\.\./a' names files and titles"),
+    "no such source": (
+        [f"model.path={TINY}", "source=txt"],
+        r"source=txt is not a source of text; did you mean 'text'",
+    ),
+    "too little text": (
+        [f"model.path={TINY}", "needle.lengths=[1M]"],
+        r"lengths reach 1,048,576 tokens and source=text",
+    ),
+    "too short for needles": ([f"model.path={TINY}", "needle.lengths=[100]"], r"lengths: a needles task with 5 lines"),
+    "a length twice": ([f"model.path={TINY}", "needle.lengths=[512,512]"], r"must be different numbers"),
+}
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_a_mistake_is_refused_in_one_paragraph(text: list[str], mistake: str):
+    words, message = WRONG[mistake]
+    with pytest.raises(UserError, match=message) as refusal:
+        run(config(*text, *words))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_tokenizer_that_exceeds_the_model_is_refused(text, tmp_path):
+    other = other_model(tmp_path / "other")
+    with pytest.raises(UserError, match=r"base: the tokenizer gives ids up to 599 and the model has vocab_size=512"):
+        run(config(*text, f"models={{base: {{path: {TINY}, tokenizer: {other}}}}}"))
+
+
+def test_ranks_under_srun_find_together_what_one_finds(text, two, tmp_path):
+    """srun's names only, as a Slurm step sets them; the ranks share prompts and windows, rank 0 writes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    step = {
+        "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_JOB_ID": "7", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "longctx.cli", "eval", *text, THREE, f"out={tmp_path}", "format=json"]
+    ranks = [_rank(command, {**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}) for rank in (0, 1)]
+    said = [rank.communicate(timeout=280) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    printed = json.loads(said[0][0])
+    assert printed == json.loads((tmp_path / "eval.json").read_text())
+    assert said[1][0] == ""
+    one = json.loads((two[0] / "eval.json").read_text())["models"]
+    base, together = one["base"], printed["models"]["base"]
+    assert together["needle"] == base["needle"]
+    assert together["loss"] == pytest.approx(base["loss"], rel=1e-6)
+    assert together["loss_by_position"]["640"] == pytest.approx(base["loss_by_position"]["640"], rel=1e-6)
+
+
+def _rank(command: list[str], extra: dict[str, str]) -> subprocess.Popen[str]:
+    environment: dict[str, Any] = {**os.environ, **extra}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
