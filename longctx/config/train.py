@@ -80,7 +80,7 @@ class CheckpointConfig:
 @schema
 class GuardsConfig:
     """What stops or skips a step. spike: skip when the loss exceeds this multiple of the median of the last
-    spike_window steps; spike_steps skips in a row end the run.
+    spike_window steps; spike_steps skips in a row, for a spike or for want of a token that carries loss, end the run.
     """
 
     spike: float | None = None

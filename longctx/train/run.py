@@ -194,7 +194,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     loop.say_resumed(state, stages)
     profile, metrics = ProfileWindow(config.profile, run, ranks), None
     if ranks.first:
-        metrics = Metrics(run, config.logging, runfolder.to_dict(config), last_step=state.step, wandb_id=state.wandb_id)
+        metrics = Metrics(run, config.logging, runfolder.to_dict(config), last_step=state.step)
     try:
         with Display(config.logging.display, config.logging.every, stages, first=ranks.first) as display:
             job = loop.Job(

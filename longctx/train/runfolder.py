@@ -24,6 +24,7 @@ from longctx.config.train import TrainConfig
 from longctx.errors import UserError
 
 IDENTITY = ("model", "data", "curriculum", "optim", "seed")
+WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its wandb run
 # Parts of identity groups that change how fast, not what: they may differ.
 FREE_INSIDE = ("model.memory", "model.attention")
 
