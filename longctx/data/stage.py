@@ -173,6 +173,11 @@ class StageData:
         of documents that do not stand whole), epochs (by source), and what else each source gave."""
         return self._stats
 
+    @property
+    def contents(self) -> dict[str, str]:
+        """Per source with files, a hash of its documents and their tokens."""
+        return {name: corpus.key for name, corpus in self._corpora.items()}
+
     def check_tasks(self) -> None:
         """Write the shortest document of each synthetic source. Raises UserError when its task needs more room."""
         for number, name in enumerate(self.plan.names):

@@ -47,7 +47,8 @@ def train(config: TrainConfig) -> int:
         return run_rank(config)
     from longctx.train.launch import start_ranks
 
-    folder = runfolder.prepare(config)
+    with runfolder.held(Path(config.folder)):
+        folder = runfolder.prepare(config)
     return start_ranks(config.launch, folder / "config.yaml")
 
 
@@ -145,7 +146,8 @@ def run_rank(config: TrainConfig) -> int:
         with ExitStack() as mine:
             with ranks.agree("preparing the run's folder"):
                 if ranks.first:
-                    mine.enter_context(runfolder.held(runfolder.prepare(config)))
+                    mine.enter_context(runfolder.held(Path(config.folder)))
+                    runfolder.prepare(config)
             return _train(config, ranks, stop)
     finally:
         stop.close()
