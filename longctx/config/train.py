@@ -45,7 +45,11 @@ class EngineConfig:
 
 @schema
 class OptimConfig:
-    """AdamW; the learning rate belongs to each stage of the curriculum."""
+    """AdamW; the learning rate belongs to each stage of the curriculum.
+
+    freeze: patterns of parameter names that are not trained. `auto`: what the run's adapter does not carry (the input
+    embeddings, by default), so that the adapter carries all that is trained; nothing where no adapter is made.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -53,7 +57,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     z_loss: float = 0.0
-    freeze: list[str] = field(default_factory=list)
+    freeze: list[str] | Literal["auto"] = "auto"
 
 
 @schema

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import replace
+from fnmatch import fnmatch
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 def run(config: TrainConfig) -> int:
     """Train, then run the post-training hooks. Returns the exit status."""
+    config = settled(config)
     status = train(config)
     if status == 0 and worlds.launcher_environment()["RANK"] == "0":
         worlds.leave_launcher()  # what the hooks train beside this run is theirs to start
@@ -38,6 +41,7 @@ def run(config: TrainConfig) -> int:
 
 def train(config: TrainConfig) -> int:
     """Train all stages, here or on ranks started for it; 0, or the status of what ended the run."""
+    config = settled(config)
     stages = resolve_stages(config)
     environment = worlds.launcher_environment()
     world, local_world = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
@@ -50,6 +54,15 @@ def train(config: TrainConfig) -> int:
     with runfolder.held(Path(config.folder)):
         folder = runfolder.prepare(config)
     return start_ranks(config.launch, folder / "config.yaml")
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """The config with optim.freeze=auto decided: what the run's adapter leaves out, or what the run began with."""
+    if config.optim.freeze != "auto":
+        return config
+    began = runfolder.frozen(Path(config.folder))
+    freeze = _hooks().left_out(config) if began is None else began
+    return replace(config, optim=replace(config.optim, freeze=freeze))
 
 
 def _hooks() -> Any:
@@ -188,6 +201,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     counted = flops.of_model(hf.config, elements, recompute=config.model.memory.checkpoint)
     model = LossModel(hf, config.model.memory, z_loss=config.optim.z_loss)
     engine = engines.build(config.engine, config.optim, model, ranks)
+    _say_frozen(config, list(engine.shapes()))
     progress = Progress()
     watcher = Watcher(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
     checkpoints = Checkpoints(run, ranks, keep=config.checkpoint.keep, spare_gib=config.checkpoint.spare_gib)
@@ -216,3 +230,16 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
         if metrics:
             metrics.close()
         engine.close()
+
+
+def _say_frozen(config: TrainConfig, trained: list[str]) -> None:
+    """One line about what is not trained, or is trained and will be missing in the adapter."""
+    lost = [name.removeprefix("model.") for name in trained if any(fnmatch(name, p) for p in _hooks().left_out(config))]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        console.say(
+            f"[yellow]trained, but not carried by the adapter:[/] {lost[0]}{more}; optim.freeze=auto leaves them as "
+            "they are, hooks.lora.embeddings=true carries embeddings, hooks.lora.profile=full head and norms"
+        )
+    elif config.optim.freeze:
+        console.say(f"frozen (optim.freeze): {', '.join(config.optim.freeze)}")

@@ -75,6 +75,11 @@ def has_step(folder: Path) -> bool:
     return any(True for pattern in marks for _ in folder.glob(pattern))
 
 
+def frozen(folder: Path) -> list[str] | None:
+    """What the run in the folder does not train; None where it has not trained yet."""
+    return yaml.safe_load((folder / "config.yaml").read_text())["optim"]["freeze"] if has_step(folder) else None
+
+
 def check_documents(config: TrainConfig, documents: Mapping[str, str]) -> None:
     """Hold the documents that a stage reads against those that the run has read before, and record them (rank 0).
 
