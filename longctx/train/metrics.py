@@ -57,7 +57,7 @@ class Metrics:
         self._ended = 0
         self._wandb = _start_wandb(run, config, resolved) if config.wandb != "disabled" else None
         if self._wandb:
-            self._known = self._wandb.step  # online, rows below this number are on the server
+            self._known = self._wandb.starting_step  # online, rows below this number are on the server
             self._replay(run)
 
     def step(self, line: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from longctx.bench.faults_run import CONTEXT
 from longctx.config.train import TrainConfig
 from longctx.train import runfolder
+from longctx.train.run import settled
 
 
 def live(config: TrainConfig, world: int, *, stop_after: int | None = None, kill_after: int | None = None) -> int:
@@ -21,7 +22,7 @@ def live(config: TrainConfig, world: int, *, stop_after: int | None = None, kill
     stop_after: SIGTERM reaches every rank while it does this step (counted over the run). kill_after: SIGKILL ends
     every rank once it has logged this step, before it saves.
     """
-    run = runfolder.prepare(config)
+    run = runfolder.prepare(settled(config))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]

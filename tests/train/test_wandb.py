@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from longctx.config.train import LoggingConfig
 from longctx.train import metrics, runfolder
 from longctx.train.signals import SAVED_AND_REQUEUE
 
@@ -56,3 +59,29 @@ def test_one_run_with_each_step_once_whenever_it_is_synced(tmp_path: Path, docum
         assert [row["_timestamp"] for row in trained] == pytest.approx([line["time"] for line in steps])
         ends = [row for row in rows if "eval/heldout_loss" in row]
         assert [row["data/tokens"] for row in ends] == [steps[4]["tokens"], steps[8]["tokens"]]
+
+
+def test_an_online_run_is_resumed_and_sent_what_the_server_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five steps of which the server got three, since the process was killed; then a sixth."""
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    online = LoggingConfig(wandb="online")
+
+    def line(step: int) -> dict[str, Any]:
+        return {"step": step, "stage": "s64", "loss": 1.0 / step, "tokens": 256 * step, "time": 1e9 + step}
+
+    def write(*steps: int) -> None:
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line(step)) + "\n" for step in steps))
+
+    with serving() as server:
+        monkeypatch.setenv("WANDB_BASE_URL", server.url)
+        write(1, 2, 3)
+        metrics.Metrics(tmp_path, online, {}, last_step=3).close()
+        write(1, 2, 3, 4, 5)
+        again = metrics.Metrics(tmp_path, online, {}, last_step=5)
+        again.step(line(6))
+        again.close()
+    assert [row["_step"] for upload in server.uploads for row in upload] == [1, 2, 3, 4, 5, 6]
+    assert len(server.runs) == 1

@@ -1,4 +1,4 @@
-"""As much of a wandb server as `wandb sync` asks for; it keeps the rows of history that it is sent."""
+"""As much of a wandb server as `wandb sync` and an online run ask for; it keeps the rows of history that it is sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from typing import Any
 
 
 class Server(ThreadingHTTPServer):
-    """uploads: the rows of each synced folder in the order they came; every folder starts at offset 0."""
+    """uploads: the rows of each synced folder in the order they came; every folder starts at offset 0, a resumed run
+    behind the rows that the server has.
+    """
 
     def __init__(self) -> None:
         super().__init__(("localhost", 0), _Handler)
@@ -61,21 +63,29 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.runs.add(self.path.split("/")[-2])
             sent = (asked.get("files") or {}).get("wandb-history.jsonl")
             if sent:
-                if sent["offset"] == 0:
+                if not self.server.uploads or sent["offset"] == 0:
                     self.server.uploads.append([])
                 self.server.uploads[-1] += [json.loads(row) for row in sent["content"]]
             self._reply({})
             return
+        known = self.server.history()
+        resumable = {
+            "historyLineCount": len(known), "eventsLineCount": 0, "logLineCount": 0, "eventsTail": "[]", "config": "{}",
+            "historyTail": json.dumps([json.dumps(row) for row in known[-1:]]), "summaryMetrics": "{}", "tags": [],
+            "wandbConfig": json.dumps({"t": 1}),
+        }  # fmt: skip
         project = {"id": "p", "name": "longctx", "entity": {"id": "e", "name": "me"}}
         bucket = {"id": "b", "name": asked.get("variables", {}).get("name"), "displayName": "run", "project": project}
         files = [{"name": name, "uploadUrl": f"{self.server.url}/{name}"}
                  for name in asked.get("variables", {}).get("files") or []]  # fmt: skip
         answers: dict[str, Any] = {
+            "RunResumeStatus": {"id": "m", "name": "longctx", "bucket": {**bucket, **resumable} if known else None},
             "upsertBucket": {"bucket": bucket, "inserted": True},
             "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files},
             "viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}"},
         }
-        self._reply({"data": {name: value for name, value in answers.items() if name in asked["query"]}})
+        found = {name: value for name, value in answers.items() if name in asked["query"]}
+        self._reply({"data": {"model": found["RunResumeStatus"]} if "RunResumeStatus" in found else found})
 
 
 @contextmanager
