@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError
 from longctx.train import metrics, runfolder
-from longctx.train.run import train
+from longctx.train.run import settled, train
 from longctx.train.signals import SAVED_AND_REQUEUE
 
 from .made import config
@@ -160,7 +160,7 @@ def test_other_weights_under_the_same_path_are_refused(stopped: Path) -> None:
     assert file.stat().st_mtime_ns != before.st_mtime_ns
     with pytest.raises(UserError, match=r"model.path holds other files than at the start \(model.safetensors\)"):
         train(run_of(stopped))
-    runfolder.prepare(run_of(stopped, accept=["model"]))
+    runfolder.prepare(settled(run_of(stopped, accept=["model"])))
 
 
 def test_other_documents_under_the_same_path_are_refused_or_meant(stopped: Path) -> None:
