@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -98,6 +99,15 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
 
     assert run_hooks(made, run) == 0  # nothing has changed, nothing is made
     assert [(run / name).stat().st_mtime_ns for name in first] == times
+    assert "again" not in capsys.readouterr().err
+
+    for name in ("run", "sibling"):  # copied elsewhere, with new times
+        shutil.copytree(tmp_path / name, tmp_path / "elsewhere" / name, copy_function=shutil.copyfile)
+    assert made.hooks.sibling is not None
+    sibling = replace(made.hooks.sibling, path=str(tmp_path / "elsewhere/sibling"))
+    elsewhere = replace(made, run_dir=str(tmp_path / "elsewhere/run"), hooks=replace(made.hooks, sibling=sibling))
+    assert run_hooks(elsewhere, tmp_path / "elsewhere/run") == 0
+    assert contents(tmp_path / "elsewhere/run") == first
     assert "again" not in capsys.readouterr().err
 
     hooks = replace(made.hooks, lora=replace(made.hooks.lora, rank=6))

@@ -155,6 +155,8 @@ def run_rank(config: TrainConfig) -> int:
     try:
         if not ranks.first:
             console.silence()
+        # Rank 0 may be the only one that sees what the run in the folder began with.
+        config = replace(config, optim=replace(config.optim, freeze=ranks.broadcast(config.optim.freeze)))
         _set_threads(config, ranks)
         with ExitStack() as mine:
             with ranks.agree("preparing the run's folder"):
