@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -216,7 +217,8 @@ def test_continued_schedule_equals_one_stage_of_both():
     rates = [stage.lr.at(step) for stage in split for step in range(stage.steps)]
     assert rates == [whole.lr.at(step) for step in range(20)]
     assert rates[4] == 1e-3
-    assert rates[-1] == pytest.approx(1e-5)
+    assert rates[5] == 1e-3
+    assert rates[-1] == pytest.approx(1e-5 + (1e-3 - 1e-5) * (1 + math.cos(math.pi * 14 / 15)) / 2)
 
 
 @given(
@@ -231,11 +233,19 @@ def test_rate_rises_to_the_peak_and_never_leaves_its_bounds(
 ):
     rate = LearningRate(peak, peak * share, warmup, kind, 0, warmup + more)
     rates = [rate.at(step) for step in range(warmup + more)]
-    assert all(0 < value <= peak * (1 + 1e-12) or value == 0 for value in rates)
+    assert all(0 < value <= peak * (1 + 1e-12) for value in rates)
     assert rates[:warmup] == sorted(rates[:warmup])
     assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
     if kind != "constant":
-        assert rates[-1] == pytest.approx(peak * share, abs=peak * 1e-9)
+        assert rates[warmup] == pytest.approx(peak)
+        assert rate.at(warmup + more) == pytest.approx(peak * share, abs=peak * 1e-9)  # the step after the last
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear"])
+def test_a_stage_of_one_step_trains_at_the_peak(kind: str):
+    assert stages_of(config({"s64k": {"seq_len": 65536, "theta": 600000, "steps": 1, "lr": {"kind": kind}}}))[0].lr.at(
+        0
+    ) == pytest.approx(1e-3)
 
 
 def test_advance_waits_for_a_flat_loss():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from longctx.errors import UserError
 from longctx.hooks.pipeline import run_hooks
 from longctx.hooks.side import side_config, train_side
 from longctx.train import runfolder
+from longctx.train.run import run
 from tests.train.made import config as run_config
 from tests.train.made import write_documents
 
@@ -99,6 +101,15 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
     assert [(run / name).stat().st_mtime_ns for name in first] == times
     assert "again" not in capsys.readouterr().err
 
+    for name in ("run", "sibling"):  # copied elsewhere, with new times
+        shutil.copytree(tmp_path / name, tmp_path / "elsewhere" / name, copy_function=shutil.copyfile)
+    assert made.hooks.sibling is not None
+    sibling = replace(made.hooks.sibling, path=str(tmp_path / "elsewhere/sibling"))
+    elsewhere = replace(made, run_dir=str(tmp_path / "elsewhere/run"), hooks=replace(made.hooks, sibling=sibling))
+    assert run_hooks(elsewhere, tmp_path / "elsewhere/run") == 0
+    assert contents(tmp_path / "elsewhere/run") == first
+    assert "again" not in capsys.readouterr().err
+
     hooks = replace(made.hooks, lora=replace(made.hooks.lora, rank=6))
     assert run_hooks(replace(made, hooks=hooks), run) == 0
     other_rank = contents(run)
@@ -150,3 +161,48 @@ def test_a_finished_side_run_of_another_config_is_refused(tmp_path: Path, docume
     longer = replace(SIDE, stage=replace(SIDE.stage, steps=2))
     with pytest.raises(UserError, match=r"curriculum.stages.control.steps was 1, now 2"):
         train_side(made, run, "control", longer)
+
+
+def write_base(folder: Path, *, tied: bool) -> str:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    shape = LlamaConfig(
+        vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, tie_word_embeddings=tied,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(shape).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("tied", "lora", "frozen"),
+    [
+        (False, {}, ["*embed_tokens*"]),
+        (True, {}, []),
+        (False, {"embeddings": True}, []),
+        (False, {"profile": "serving"}, ["*embed_tokens*", "*norm*", "*lm_head*"]),
+        (True, {"profile": "serving"}, ["*embed_tokens*", "*norm*"]),
+    ],
+)
+def test_a_full_rank_adapter_carries_all_that_is_trained(
+    tmp_path: Path, documents: Path, capsys: pytest.CaptureFixture[str], tied: bool, lora: dict, frozen: list[str]
+):
+    stages = {"s64": {"seq_len": 64, "theta": 10000, "steps": 3, "batch": 2}}
+    made = run_config(
+        tmp_path / "run", documents, curriculum={"stages": stages}, evaluate={"heldout_sequences": 0},
+        model={"init": None, "path": write_base(tmp_path / "base", tied=tied)}, hooks={"lora": {"rank": 64, **lora}},
+    )  # fmt: skip
+    assert run(made) == 0
+    adapter = json.loads((tmp_path / "run/adapter/longctx.json").read_text())
+    assert adapter["share"]["everything"] >= 0.999
+    assert runfolder.read(tmp_path / "run/config.yaml").optim.freeze == frozen
+    said = " ".join(capsys.readouterr().err.split())
+    assert ("frozen (optim.freeze): *embed_tokens*" in said) == bool(frozen)
+    assert "100.0% of the squared norm of what training changed" in said
+    assert "not carried" not in said
+    if not lora:  # the run goes on with what it began with, whatever its adapter becomes
+        other = replace(made, hooks=replace(made.hooks, lora=replace(made.hooks.lora, profile="serving")))
+        assert run(other) == 0
+        assert runfolder.read(tmp_path / "run/config.yaml").optim.freeze == frozen
+        assert "trained, but not carried by the adapter: " in " ".join(capsys.readouterr().err.split())

@@ -45,7 +45,11 @@ class EngineConfig:
 
 @schema
 class OptimConfig:
-    """AdamW; the learning rate belongs to each stage of the curriculum."""
+    """AdamW; the learning rate belongs to each stage of the curriculum.
+
+    freeze: patterns of parameter names that are not trained. `auto`: what the run's adapter does not carry (the input
+    embeddings, by default), so that the adapter carries all that is trained; nothing where no adapter is made.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.95
@@ -53,7 +57,7 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip: float = 1.0
     z_loss: float = 0.0
-    freeze: list[str] = field(default_factory=list)
+    freeze: list[str] | Literal["auto"] = "auto"
 
 
 @schema
@@ -80,7 +84,7 @@ class CheckpointConfig:
 @schema
 class GuardsConfig:
     """What stops or skips a step. spike: skip when the loss exceeds this multiple of the median of the last
-    spike_window steps; spike_steps skips in a row end the run.
+    spike_window steps; spike_steps skips in a row, for a spike or for want of a token that carries loss, end the run.
     """
 
     spike: float | None = None

@@ -32,12 +32,13 @@ class LearningRate:
     def at(self, step: int) -> float:
         """The rate of the stage's optimizer step `step` (0-based).
 
-        Warm-up reaches the peak with its last step; the decay reaches final with the schedule's last step.
+        Warm-up reaches the peak with its last step. The decay starts at the peak and would reach `final` one step
+        after the schedule's last (share k / n for step k of n), so that every step, a single one too, trains.
         """
         done = self.offset + step
         if done < self.warmup_steps:
             return self.peak * (done + 1) / self.warmup_steps
-        share = min(1.0, (done + 1 - self.warmup_steps) / max(1, self.span - self.warmup_steps))
+        share = min(1.0, (done - self.warmup_steps) / max(1, self.span - self.warmup_steps))
         if self.kind == "cosine":
             return self.final + (self.peak - self.final) * (1 + math.cos(math.pi * share)) / 2
         if self.kind == "linear":

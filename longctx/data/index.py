@@ -16,6 +16,7 @@ from longctx.config.data import SourceConfig
 from longctx.data.documents import Tally
 from longctx.data.shard import Shard
 from longctx.errors import UserError
+from longctx.identity import key_of
 
 Split = Literal["train", "heldout"]
 
@@ -57,6 +58,11 @@ class Corpus:
     def total(self) -> int:
         """Tokens of all documents of this split."""
         return int(self.lengths.sum(dtype=np.int64))
+
+    @property
+    def key(self) -> str:
+        """A hash of what the shards hold: each is named by its documents' content and the tokenizer."""
+        return key_of({"shards": [shard.folder.name for shard in self.shards]})
 
     @property
     def largest_id(self) -> int:

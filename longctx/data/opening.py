@@ -74,6 +74,7 @@ def open_stage(
     opened = StageData(data, plan, corpora, writer, pad=pad, seed=seed, stage=stage, split=split)
     if split == "train":
         opened.check_tasks()
+        opened.check_labels()
         for name, use in plan.use.items():
             if use.epochs > data.max_epochs:
                 remark(

@@ -24,6 +24,7 @@ from longctx.data.mixing import rng_of
 from longctx.data.plan import Plan
 from longctx.data.synth import SynthDocument, make_task
 from longctx.data.writer import Writer, corpus_haystack
+from longctx.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,38 @@ class StageData:
         of documents that do not stand whole), epochs (by source), and what else each source gave."""
         return self._stats
 
+    @property
+    def contents(self) -> dict[str, str]:
+        """Per source with files, a hash of its documents and their tokens."""
+        return {name: corpus.key for name, corpus in self._corpora.items()}
+
     def check_tasks(self) -> None:
         """Write the shortest document of each synthetic source. Raises UserError when its task needs more room."""
         for number, name in enumerate(self.plan.names):
             mine = np.flatnonzero(self.plan.source == number)
             if self._data.sources[name].kind == "synth" and len(mine):
                 self._synth(int(mine[np.argmin(self.plan.length[mine])]))
+
+    def check_labels(self) -> None:
+        """Raises UserError when no token of the whole stage carries loss: there is nothing to train on."""
+        everything = np.arange(self.seq_len)
+        if any(self.weights(index, everything).any() for index in range(len(self))):
+            return
+        reasons = "; ".join(self._mute(name) for name, use in self.plan.use.items() if use.tokens)
+        raise UserError(
+            f"curriculum.stages.{self._stage}: no token of its {len(self)} sequences carries loss, so it would train "
+            f"nothing: {reasons} (configs/data)"
+        )
+
+    def _mute(self, name: str) -> str:
+        """Why a source gives no token that carries loss, and what to do about it."""
+        where = f"data.sources.{name}"
+        if self._data.sources[name].loss == "assistant":
+            return (
+                f"{where}.loss=assistant trains on the assistant's turns alone, and no message of its conversations "
+                "has the role 'assistant' and text; name the role so in the data, or set loss=all"
+            )
+        return f"{where} has documents of one token only, and the first token of a document is never predicted"
 
     def _placed(self, index: int) -> _Placed:
         """The pieces of a sequence as they stand in it. The order is the evenest for zigzag ranks; joined

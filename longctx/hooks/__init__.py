@@ -1,6 +1,7 @@
 """What happens around training that training itself need not know: adapter, merged sibling, evidence, report.
 
-The loop calls `after_stage`'s callable and `after_training` by name; both work from exported folders alone.
+Training calls `left_out`, `after_stage`'s callable and `after_training` by name; the latter two work from exported
+folders alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from longctx.config.train import TrainConfig
     from longctx.curriculum import Stage
+
+
+def left_out(config: TrainConfig) -> list[str]:
+    """Patterns of the parameters that the run's adapter does not carry; none where no adapter is made."""
+    from longctx.hooks.adapter import left_out
+
+    return left_out(config)
 
 
 def after_stage(config: TrainConfig) -> Callable[[Stage, Path, Path], None] | None:

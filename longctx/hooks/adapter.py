@@ -16,9 +16,32 @@ from longctx.config.train import TrainConfig
 from longctx.identity import RECORD, identity, key_of
 
 
+def left_out(config: TrainConfig) -> list[str]:
+    """Patterns of the parameters that `extract_adapter` leaves behind, as lora-extract decides from profile and tying.
+
+    None where the run makes no adapter: it is switched off, or the model was drawn at random and has no base.
+    """
+    from longctx.model.load import read_config
+
+    hook = config.hooks.lora
+    if not hook.enabled or config.model.path is None:
+        return []
+    model, full = read_config(config.model.path), hook.profile == "full"
+    embeddings = (model.tie_word_embeddings and full) if hook.embeddings is None else hook.embeddings
+    patterns = [] if embeddings else ["*embed_tokens*"]
+    if not full:
+        biased = model.model_type == "qwen2" or any(
+            getattr(model, f"{part}_bias", False) for part in ("attention", "mlp")
+        )
+        patterns += ["*norm*"] + ["*lm_head*"] * (not model.tie_word_embeddings) + ["*.bias"] * biased
+    return patterns
+
+
 def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
-    """Write tuned - base as a LoRA to `out`, unless it holds just that."""
+    """Write tuned - base as a LoRA to `out`, unless it holds just that; says how much of the change it keeps."""
     hook, base = config.hooks.lora, str(config.model.path)
+    if Path(base).is_dir():
+        base = str(Path(base).resolve())  # peft looks for it from wherever the adapter is loaded
     settings = ExtractConfig(
         base=base, tuned=str(tuned), out=str(out), rank=hook.rank, profile=hook.profile,
         embeddings=hook.embeddings, dtype="float32" if config.model.dtype == "float32" else "bfloat16",
@@ -30,8 +53,14 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
         return
     from longctx.lora.extract import extract
 
-    extract(settings)
+    made = extract(settings)
     _record(out, key)
+    names = [row.tensor for row in made.not_carried]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    console.say(
+        f"the adapter: rank {made.rank}, {made.bytes / 1e6:.2f} MB, {made.share['everything']:.1%} of the squared norm "
+        "of what training changed" + (f"; not carried: {', '.join(names[:3])}{more}" if names else "")
+    )
 
 
 def merge_sibling(sibling: Path, adapter: Path, out: Path) -> None:

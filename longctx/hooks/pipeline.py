@@ -122,9 +122,5 @@ def _claims(
         claims.append(Claim(Target("merged", str(folder / "merged"), "sibling + adapter")))
     if hook.unseen is not None:
         title = "extended, asked in words that training never saw"
-        subjects.append(Subject("unseen", tuned, title, needle=unseen, losses=False))
-    return subjects
-
-
-def _window(model: str) -> int:
-    return read_rope(model).window
+        claims.append(Claim(Target("unseen", str(tuned), title), losses=False, unseen=True))
+    return claims

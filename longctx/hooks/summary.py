@@ -111,7 +111,8 @@ def _adapter(folder: Path, config: TrainConfig) -> dict[str, Any]:
         return {}
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     rank = json.loads((folder / "adapter_config.json").read_text())["r"]
-    return {"rank": rank, "bytes": size, "profile": config.hooks.lora.profile}
+    share = json.loads((folder / "longctx.json").read_text())["share"]["everything"]
+    return {"rank": rank, "bytes": size, "profile": config.hooks.lora.profile, "share": share}
 
 
 def _version(name: str) -> str | None:

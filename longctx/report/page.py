@@ -79,7 +79,8 @@ def _summary(folder: Path) -> Iterable[str]:
     if summary.get("adapter"):
         size = summary["adapter"]["bytes"] / 1e6
         rank, profile = summary["adapter"]["rank"], summary["adapter"]["profile"]
-        yield f"<p>Adapter: rank {rank}, {size:.2f} MB, profile {html.escape(profile)}.</p>"
+        share = f", {summary['adapter']['share']:.1%} of the change" if "share" in summary["adapter"] else ""
+        yield f"<p>Adapter: rank {rank}, {size:.2f} MB, profile {html.escape(profile)}{share}.</p>"
 
 
 def _columns(values: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -59,7 +59,6 @@ class State:
     skipped: int = 0
     recent_losses: list[float] = field(default_factory=list)
     tail_losses: list[float] = field(default_factory=list)
-    wandb_id: str | None = None
     written_by: dict[str, Any] = field(default_factory=dict)
 
 
@@ -193,7 +192,9 @@ class Checkpoints:
     def _restore(self, folder: Path, engine: Engine) -> State:
         manifest = json.loads((folder / "manifest.json").read_text())
         check_same_model(manifest["parameters"], engine.shapes(), folder)
-        state = State(**json.loads((folder / "state.json").read_text()))
+        stored = json.loads((folder / "state.json").read_text())
+        stored.pop("wandb_id", None)  # written by earlier versions
+        state = State(**stored)
         with fragments.FragmentReader(folder, manifest) as reader:
             engine.restore(reader)
             same_world = state.written_by.get("world") == self.ranks.world

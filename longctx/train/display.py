@@ -67,7 +67,7 @@ class Display:
         elif self._bars and (now - self._shown > REFRESH_SECONDS or done == stage.steps):
             self._shown = now
             self._bars.update(
-                self._tasks[stage.name], completed=done, loss=f"{line['loss']:.4f}",
+                self._tasks[stage.name], completed=done, loss=_loss(line),
                 rate=f"{line['tokens_per_second']:,.0f}", left=_clock((self._rate or 0.0) * (stage.steps - done)),
             )  # fmt: skip
             self._bars.refresh()
@@ -80,8 +80,12 @@ class Display:
 
     def _words(self, stage: Stage, done: int, line: Mapping[str, Any]) -> str:
         left = _clock((self._rate or 0.0) * (stage.steps - done))
-        return (f"loss {line['loss']:.4f}  norm {line['grad_norm']:.3f}  lr {line['lr']:.2e}  "
+        return (f"loss {_loss(line)}  norm {line['grad_norm']:.3f}  lr {line['lr']:.2e}  "
                 f"{line['tokens_per_second']:,.0f} tokens/s  left {left}")  # fmt: skip
+
+
+def _loss(line: Mapping[str, Any]) -> str:
+    return "-" if line["loss"] is None else f"{line['loss']:.4f}"
 
 
 def _clock(seconds: float) -> str:

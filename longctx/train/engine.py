@@ -81,7 +81,7 @@ def build(config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ran
             f"model.dtype=bfloat16, but {torch.cuda.get_device_name(ranks.device)} has no bfloat16 units; use "
             "model.dtype=float32 (configs/model)"
         )
-    freeze(model, optim.freeze)
+    freeze(model, [] if optim.freeze == "auto" else optim.freeze)  # outside a run no adapter is made
     if config.name == "deepspeed":
         from longctx.train.zero import ZeroEngine
 

@@ -32,6 +32,7 @@ class Guards:
     def __init__(self, config: GuardsConfig, run: Path, ranks: Ranks, recent: list[float]) -> None:
         self.config, self.run, self.ranks, self.recent = config, run, ranks, recent
         self.in_a_row = 0
+        self.mute = 0
 
     def check_finite(self, loss: float, norm: float, own: float, window: Sequence[MicroBatch], step: int) -> None:
         """Raises RunFailed before the optimizer is touched. own: this rank's share of the loss."""
@@ -50,6 +51,21 @@ class Guards:
             f"{what} at step {step}{where}; the step was not taken. The batch's documents and ranks are in "
             f"{path}. The last checkpoint stands: lower curriculum.lr.peak or look at the documents"
         )
+
+    def is_mute(self, weight: float, step: int) -> bool:
+        """Whether no token of the step's batch carries loss, so that the step must be skipped.
+
+        Raises RunFailed at the guards.spike_steps-th such batch in a row: a run that trains nothing is a mistake.
+        """
+        self.mute = 0 if weight > 0 else self.mute + 1
+        if self.mute >= self.config.spike_steps:
+            raise RunFailed(
+                f"no token carried loss in {self.mute} steps in a row, up to step {step}: nothing is being trained. "
+                "Nearly all tokens of the stage's data are masked: look at the weights and at loss=assistant in "
+                "data.sources, take more sequences per step (curriculum.stages.NAME.batch), or raise "
+                "guards.spike_steps (configs/train.yaml)"
+            )
+        return weight == 0
 
     def is_spike(self, loss: float) -> bool:
         """Whether the step should be skipped; a step that is not skipped enters the history.

@@ -181,7 +181,6 @@ def _save_due(job: Job) -> bool:
 
 def _save(job: Job, stage: Stage) -> None:
     job.progress.at("save", job.state.step)
-    job.state.wandb_id = job.metrics.wandb_id if job.metrics else None
     job.state.written_by = {"world": job.ranks.world, **job.engine.facts}
     job.checkpoints.save(job.engine, job.state, stage.name)
     job.saved_at = time.monotonic()
@@ -189,8 +188,9 @@ def _save(job: Job, stage: Stage) -> None:
 
 def _log(job: Job, stage: Stage, opened: OpenStage, report: StepReport, lr: float, seconds: float) -> None:
     if report.skipped:
-        why = "no token of the batch carries loss" if report.weight == 0 else f"loss {report.loss:.4f} is a spike"
-        job.display.say(f"[yellow]step {job.state.step} skipped:[/] {why} (guards.spike={job.config.guards.spike})")
+        spike = f"loss {report.loss:.4f} is a spike (guards.spike={job.config.guards.spike})"
+        why = spike if report.weight > 0 else "no token of the batch carries loss"
+        job.display.say(f"[yellow]step {job.state.step} skipped:[/] {why}")
     if job.metrics is None:
         return
     state, world = job.state, job.ranks.world
@@ -200,7 +200,8 @@ def _log(job: Job, stage: Stage, opened: OpenStage, report: StepReport, lr: floa
     peak = flops.peak_flops(name, job.config.logging.peak_tflops)
     line = {
         "step": state.step, "stage": stage.name, "stage_index": stage.index, "stage_step": state.stage_step,
-        "loss": report.loss, "tail_loss": report.tail_loss, "grad_norm": report.grad_norm, "lr": lr,
+        "loss": report.loss if report.weight > 0 else None, "tail_loss": report.tail_loss,
+        "grad_norm": report.grad_norm, "lr": lr,
         "skipped": report.skipped, "tokens": state.tokens, "step_tokens": report.tokens,
         "weight": report.weight, "cursor": state.cursor, "tokens_per_second": report.tokens / seconds,
         "tokens_per_second_per_rank": report.tokens / seconds / world, "model_tflops": rate / 1e12,
@@ -221,6 +222,8 @@ def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
     if stage.name not in job.state.trained:
         job.state.trained.append(stage.name)
     if job.ranks.broadcast(mark.exists()):
+        if job.metrics:
+            job.metrics.stage_ended(job.state.step, job.state.tokens, json.loads(mark.read_text())["heldout_loss"])
         return
     job.progress.at("hand-off", job.state.step)
     heldout = opened.heldout_loss(job.engine, job.ranks)
@@ -234,8 +237,8 @@ def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
     if job.ranks.first:
         words = "" if heldout is None else f", held-out loss {heldout:.4f}"
         job.display.say(f"[bold]{stage.name}[/] done in {job.state.stage_seconds:.0f} s{words}: {folder / 'model'}")
-        if job.metrics and heldout is not None:
-            job.metrics.evaluation({"heldout_loss": heldout, "tokens": job.state.tokens})
+        if job.metrics:
+            job.metrics.stage_ended(job.state.step, job.state.tokens, heldout)
         if job.evaluate is not None:
             (folder / "eval").mkdir(exist_ok=True)
             job.evaluate(stage, folder / "model", folder / "eval")

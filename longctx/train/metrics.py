@@ -1,8 +1,12 @@
-"""metrics.jsonl, one line per step: the truth. wandb, when wanted, mirrors it.
+"""metrics.jsonl, one line per step, is the record of a run; wandb, where wanted, mirrors it.
 
-Written by rank 0 only. A run that is continued cuts the lines after its checkpoint, so that each step stands
-there once and a killed run leaves the same file as an undisturbed one. wandb's keys stand under train/,
-speed/, memory/, rope/, data/ and eval/ with tokens as the x axis, and the run goes on under its own id.
+Rank 0 writes both. A run that is continued cuts the lines after its checkpoint, so that each step stands there once and
+a killed run leaves the same file as an undisturbed one. The wandb run belongs to the run's folder: its id is written
+there before the first step, and a process that continues the run first gives wandb the rows that it does not have.
+Offline, where every process writes a folder of its own and a killed one leaves it empty, these are all rows: the newest
+folder holds the whole run, and at its end the older ones are marked so that `wandb sync` passes over them. Rows keep
+their numbers, so that what was synced before does not stand there twice. wandb's keys stand under train/, speed/,
+memory/, rope/, data/ and eval/ with tokens as the x axis.
 """
 
 from __future__ import annotations
@@ -10,19 +14,23 @@ from __future__ import annotations
 import json
 import resource
 import sys
+import uuid
 from collections.abc import Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
 from longctx import console
+from longctx.train.runfolder import WANDB_ID, write_text
 
 if TYPE_CHECKING:
     from longctx.config.train import LoggingConfig
 
 # metrics.jsonl's name -> wandb's.
 WANDB_KEYS = {
+    "step": "train/step",
     "loss": "train/loss", "grad_norm": "train/grad_norm", "lr": "train/lr", "skipped": "train/skipped",
     "stage_index": "train/stage", "stage_step": "train/stage_step",
     "tokens_per_second": "speed/tokens_per_second",
@@ -36,38 +44,58 @@ WANDB_KEYS = {
 
 
 class Metrics:
-    """Use on rank 0; `step` writes one line and hands it to wandb."""
+    """Use on rank 0; `step` writes one line and hands it to wandb.
 
-    def __init__(
-        self,
-        run: Path,
-        config: LoggingConfig,
-        resolved: Mapping[str, Any],
-        *,
-        last_step: int,
-        wandb_id: str | None,
-    ):
+    last_step: the step of the checkpoint that the run goes on from. A row's number in wandb is its step plus the number
+    of stages that ended before it, so that the held-out loss at a stage's end has a number of its own.
+    """
+
+    def __init__(self, run: Path, config: LoggingConfig, resolved: Mapping[str, Any], *, last_step: int) -> None:
         self.path = run / "metrics.jsonl"
         self._keep_until(last_step)
         self._file: IO[str] | None = open(self.path, "a")  # noqa: SIM115
-        self._wandb = _start_wandb(run, config, resolved, wandb_id) if config.wandb != "disabled" else None
-        self.wandb_id: str | None = self._wandb.id if self._wandb else wandb_id
+        self._ended = 0
+        self._wandb = _start_wandb(run, config, resolved) if config.wandb != "disabled" else None
+        if self._wandb:
+            self._known = self._wandb.starting_step  # online, rows below this number are on the server
+            self._replay(run)
 
     def step(self, line: Mapping[str, Any]) -> None:
         self._write(json.dumps(line))
-        if self._wandb:
-            self._wandb.log(wandb_line(line))
+        self._mirror(line)
 
-    def evaluation(self, line: Mapping[str, Any]) -> None:
-        """A result between stages: to wandb only, its own files hold it otherwise."""
-        if self._wandb:
-            self._wandb.log(wandb_line(line))
+    def stage_ended(self, step: int, tokens: int, heldout_loss: float | None) -> None:
+        """Hand the held-out loss at a stage's end to wandb; in the run's folder it stands in finished.json."""
+        self._ended += 1
+        if heldout_loss is not None:
+            self._mirror({"step": step, "tokens": tokens, "heldout_loss": heldout_loss})
 
     def close(self) -> None:
         if self._file:
             self._file.close()
         if self._wandb:
             self._wandb.finish()
+            own = Path(self._wandb.dir).parent
+            for older in own.parent.glob(f"offline-run-*-{self._wandb.id}"):
+                if older.name < own.name:
+                    (older / f"run-{self._wandb.id}.wandb.synced").touch()
+
+    def _mirror(self, line: Mapping[str, Any]) -> None:
+        number = line["step"] + self._ended
+        if self._wandb and number >= self._known:
+            self._wandb.log(wandb_line(line), step=number, commit=True)
+
+    def _replay(self, run: Path) -> None:
+        """Give wandb what earlier processes recorded. The end of the last stage is the loop's to report."""
+        last: dict[str, Any] = {}
+        for _, lines in groupby(read(self.path), key=lambda line: line["stage"]):
+            if last:
+                mark = run / "stages" / last["stage"] / "finished.json"
+                loss = json.loads(mark.read_text())["heldout_loss"] if mark.exists() else None
+                self.stage_ended(last["step"], last["tokens"], loss)
+            for line in lines:
+                self._mirror(line)
+                last = line
 
     def _write(self, text: str) -> None:
         if not self._file:
@@ -108,17 +136,22 @@ def wandb_line(line: Mapping[str, Any]) -> dict[str, Any]:
     out = {WANDB_KEYS[key]: value for key, value in line.items() if key in WANDB_KEYS and value is not None}
     out |= {f"speed/seconds_{phase}": value for phase, value in line.get("seconds", {}).items()}
     out |= {f"data/{key}": value for key, value in line.get("data", {}).items()}
-    if "loss" in line:
+    if "time" in line:
+        out["_timestamp"] = line["time"]  # a replayed row keeps the time of its step
+    if line.get("loss") is not None:
         out[f"train/loss_by_stage/{line['stage']}"] = line["loss"]
     return out
 
 
-def _start_wandb(run: Path, config: LoggingConfig, resolved: Mapping[str, Any], wandb_id: str | None) -> Any:
+def _start_wandb(run: Path, config: LoggingConfig, resolved: Mapping[str, Any]) -> Any:
     import wandb
 
+    stored = run / WANDB_ID
+    if not stored.exists():
+        write_text(stored, uuid.uuid4().hex[:8])
     started = wandb.init(
-        project=config.project, name=run.name, dir=str(run), mode=config.wandb, id=wandb_id,
-        resume="allow" if wandb_id and config.wandb == "online" else None, config=dict(resolved),
+        project=config.project, name=run.name, dir=str(run), mode=config.wandb, id=stored.read_text(),
+        resume="allow" if config.wandb == "online" else None, config=dict(resolved),
         settings=wandb.Settings(console="off", silent=True),
     )  # fmt: skip
     started.define_metric("data/tokens")

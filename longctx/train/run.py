@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import replace
+from fnmatch import fnmatch
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 def run(config: TrainConfig) -> int:
     """Train, then run the post-training hooks. Returns the exit status."""
+    config = settled(config)
     status = train(config)
     if status == 0 and worlds.launcher_environment()["RANK"] == "0":
         worlds.leave_launcher()  # what the hooks train beside this run is theirs to start
@@ -39,6 +42,7 @@ def run(config: TrainConfig) -> int:
 
 def train(config: TrainConfig) -> int:
     """Train all stages, here or on ranks started for it; 0, or the status of what ended the run."""
+    config = settled(config)
     stages = resolve_stages(config)
     environment = worlds.launcher_environment()
     world, local_world = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
@@ -48,8 +52,18 @@ def train(config: TrainConfig) -> int:
         return run_rank(config)
     from longctx.train.launch import start_ranks
 
-    folder = runfolder.prepare(config)
+    with runfolder.held(Path(config.folder)):
+        folder = runfolder.prepare(config)
     return start_ranks(config.launch, folder / "config.yaml")
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """The config with optim.freeze=auto decided: what the run's adapter leaves out, or what the run began with."""
+    if config.optim.freeze != "auto":
+        return config
+    began = runfolder.frozen(Path(config.folder))
+    freeze = _hooks().left_out(config) if began is None else began
+    return replace(config, optim=replace(config.optim, freeze=freeze))
 
 
 def _hooks() -> Any:
@@ -129,11 +143,14 @@ def run_rank(config: TrainConfig) -> int:
     try:
         if not ranks.first:
             console.silence()
+        # Rank 0 may be the only one that sees what the run in the folder began with.
+        config = replace(config, optim=replace(config.optim, freeze=ranks.broadcast(config.optim.freeze)))
         _set_threads(config, ranks)
         with ExitStack() as mine:
             with ranks.agree("preparing the run's folder"):
                 if ranks.first:
-                    mine.enter_context(runfolder.held(runfolder.prepare(config)))
+                    mine.enter_context(runfolder.held(Path(config.folder)))
+                    runfolder.prepare(config)
             return _train(config, ranks, stop)
     finally:
         stop.close()
@@ -173,6 +190,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     counted = shape_of_model(config.model).flops(recompute=config.model.memory.checkpoint)
     model = LossModel(hf, config.model.memory, z_loss=config.optim.z_loss)
     engine = engines.build(config.engine, config.optim, model, ranks)
+    _say_frozen(config, list(engine.shapes()))
     progress = Progress()
     watcher = Watcher(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
     checkpoints = Checkpoints(run, ranks, keep=config.checkpoint.keep, spare_gib=config.checkpoint.spare_gib)
@@ -181,7 +199,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     loop.say_resumed(state, stages)
     profile, metrics = ProfileWindow(config.profile, run, ranks), None
     if ranks.first:
-        metrics = Metrics(run, config.logging, runfolder.to_dict(config), last_step=state.step, wandb_id=state.wandb_id)
+        metrics = Metrics(run, config.logging, runfolder.to_dict(config), last_step=state.step)
     try:
         with Display(config.logging.display, config.logging.every, stages, first=ranks.first) as display:
             job = loop.Job(
@@ -201,3 +219,16 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
         if metrics:
             metrics.close()
         engine.close()
+
+
+def _say_frozen(config: TrainConfig, trained: list[str]) -> None:
+    """One line about what is not trained, or is trained and will be missing in the adapter."""
+    lost = [name.removeprefix("model.") for name in trained if any(fnmatch(name, p) for p in _hooks().left_out(config))]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        console.say(
+            f"[yellow]trained, but not carried by the adapter:[/] {lost[0]}{more}; optim.freeze=auto leaves them as "
+            "they are, hooks.lora.embeddings=true carries embeddings, hooks.lora.profile=full head and norms"
+        )
+    elif config.optim.freeze:
+        console.say(f"frozen (optim.freeze): {', '.join(config.optim.freeze)}")

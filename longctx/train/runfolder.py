@@ -1,7 +1,9 @@
-"""The run's folder: its resolved config, and what may differ when the same run is continued.
+"""The run's folder: its resolved config, what it was made from, and what may differ when the run is continued.
 
-Identity keys (model, data, curriculum, optim, seed) may not change under a run's feet; everything else may.
-A change is refused with the differing keys, unless `accept` names it or the user takes a new name.
+Identity keys (model, data, curriculum, optim, seed) may not change under a run; everything else may. Where such a key
+is a path, the content of the files decides (inputs.json has their hashes), so that a run, its model and its documents
+may be moved. A change is refused with the differing keys, unless `accept` names it or the user takes a new name. A run
+without a checkpoint has no identity yet: its config is replaced.
 """
 
 from __future__ import annotations
@@ -22,8 +24,11 @@ import yaml
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError
+from longctx.identity import MODEL, TOKENIZER, contents
 
 IDENTITY = ("model", "data", "curriculum", "optim", "seed")
+INPUTS = "inputs.json"  # in the run's folder: per key that names files, their hashes
+WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its wandb run
 # Parts of identity groups that change how fast, not what: they may differ.
 FREE_INSIDE = ("model.memory", "model.attention")
 
@@ -39,33 +44,68 @@ def fingerprint(config: TrainConfig) -> str:
 
 
 def read(path: Path) -> TrainConfig:
-    """A resolved config.yaml, through the same door as any other config."""
-    return build(TrainConfig, yaml.safe_load(path.read_text()), origin=str(path))
+    """The config.yaml of a run's folder, through the same door as any other config; the run is where the file lies."""
+    config = build(TrainConfig, yaml.safe_load(path.read_text()), origin=str(path))
+    return dataclasses.replace(config, run_dir=str(path.parent))
 
 
 def prepare(config: TrainConfig) -> Path:
-    """Make or continue the run's folder (rank 0, or the launcher): check identity, write config.yaml.
+    """Make or continue the run's folder: check identity, write config.yaml. For rank 0 or the launcher, which holds it.
 
     Raises UserError naming the identity keys that differ from the run already there.
     """
-    folder = Path(config.folder)
-    stored = folder / "config.yaml"
+    folder = _made(Path(config.folder))
+    stored, inputs = folder / "config.yaml", _inputs(config)
     if stored.exists():
-        before, now = yaml.safe_load(stored.read_text()), to_dict(config)
-        changed = [change for change in differences(before, now) if not _accepted(change[0], config.accept)]
-        if changed:
-            listed = "; ".join(f"{key} was {old!r}, now {new!r}" for key, old, new in changed[:6])
-            more = f" and {len(changed) - 6} more" if len(changed) > 6 else ""
-            keys = ",".join(key for key, _, _ in changed[:6])
+        before, recorded = yaml.safe_load(stored.read_text()), _recorded(folder)
+        changes = [*differences(before, to_dict(config), known=recorded), *_other_files(recorded, inputs)]
+        if has_step(folder):
+            _refuse(folder, [change for change in changes if not _accepted(change.key, config.accept)])
+            inputs = {**recorded, **inputs}
+        elif changes:  # another run: wandb shall not add its steps to those of the first one
+            (folder / WANDB_ID).unlink(missing_ok=True)
+    write_text(folder / INPUTS, json.dumps(inputs, indent=1))
+    write_text(stored, yaml.safe_dump(to_dict(config), sort_keys=False))
+    return folder
+
+
+def has_step(folder: Path) -> bool:
+    """Whether the run in the folder has trained: a checkpoint or the mark of a finished stage says so."""
+    marks = ("stages/*/checkpoints/step*/manifest.json", "stages/*/finished.json")
+    return any(True for pattern in marks for _ in folder.glob(pattern))
+
+
+def frozen(folder: Path) -> list[str] | None:
+    """What the run in the folder does not train; None where it has not trained yet."""
+    return yaml.safe_load((folder / "config.yaml").read_text())["optim"]["freeze"] if has_step(folder) else None
+
+
+def check_documents(config: TrainConfig, documents: Mapping[str, str]) -> None:
+    """Hold the documents that a stage reads against those that the run has read before, and record them (rank 0).
+
+    documents: per source, a hash of its documents and their tokens. Raises UserError where a run that has trained would
+    read others from here on, and `accept` does not say that it is meant.
+    """
+    folder = Path(config.folder)
+    recorded = _recorded(folder)
+    found = {f"data.sources.{name}": {"": key} for name, key in documents.items()}
+    if has_step(folder):
+        changes = [change for change in _other_files(recorded, found) if not _accepted(change.key, config.accept)]
+        if changes:
+            names = ", ".join(change.key for change in changes)
             raise UserError(
-                f"{folder} holds a run made by another config: {listed}{more}. Take a new name=..., or, if "
-                f"the change is meant, continue with 'accept=[{keys}]' ({stored})"
+                f"{names} gives other documents, or other tokens of them, than those that the run in {folder} was "
+                "trained on, so its place in the data would point into others. Put the files back as they were, take a "
+                f"new name=..., or, if the change is meant, continue with 'accept=[data]' ({folder / INPUTS})"
             )
+    write_text(folder / INPUTS, json.dumps({**recorded, **found}, indent=1))
+
+
+def _made(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"run_dir={folder} cannot be made: {error.strerror}; choose another run_dir=") from None
-    write_text(stored, yaml.safe_dump(to_dict(config), sort_keys=False))
     return folder
 
 
@@ -75,8 +115,7 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises UserError naming who has it. A file lock, so it ends with the process, whatever ends it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as file:
+    with open(_made(folder) / ".lock", "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -93,28 +132,87 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """(key, old, new) for every identity key that differs; keys unknown to one side count as absent."""
-    old = dict(_leaves({key: before.get(key) for key in IDENTITY}))
-    new = dict(_leaves({key: now.get(key) for key in IDENTITY}))
-    found = []
-    for key in [*new, *(key for key in old if key not in new)]:
-        free = any(key == part or key.startswith(part + ".") for part in FREE_INSIDE)
-        if not free and old.get(key) != new.get(key):
-            found.append((key, old.get(key), new.get(key)))
-    return found
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """An identity key that differs, and how, in words. part: a whole section came or went with it."""
+
+    key: str
+    words: str
+    part: bool = False
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, known: Mapping[str, Any]) -> list[Change]:
+    """Every identity key that differs; a key unknown to one side counts as null, a section as a whole.
+
+    known: the keys whose files are compared by content, so that their paths may differ.
+    """
+    return [change for key in IDENTITY for change in _compare(key, before.get(key), now.get(key), known)]
+
+
+def _compare(key: str, old: Any, new: Any, known: Mapping[str, Any]) -> Iterator[Change]:
+    if key in FREE_INSIDE or _names_known_files(key, known) or old == new:
+        return
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        for inner in dict.fromkeys([*new, *old]):
+            yield from _compare(f"{key}.{inner}", old.get(inner), new.get(inner), known)
+    elif old is None and isinstance(new, Mapping):
+        yield Change(key, f"{key} is new", part=True)
+    elif isinstance(old, Mapping) and new is None:
+        yield Change(key, f"{key} is gone", part=True)
+    else:
+        yield Change(key, f"{key} was {old!r}, now {new!r}")
+
+
+def _names_known_files(key: str, known: Mapping[str, Any]) -> bool:
+    """Whether a key is a path whose files have a hash in the run's folder."""
+    if key == "data.path":  # read by the sources that name it
+        return any(name.startswith("data.sources.") for name in known)
+    return key in known or (key.endswith(".path") and key.removesuffix(".path") in known)
+
+
+def _refuse(folder: Path, changes: list[Change]) -> None:
+    """Raise UserError with what changed and the shortest `accept` that covers it, unless nothing did."""
+    if not changes:
+        return
+    groups: dict[str, list[Change]] = {}
+    for change in changes:
+        groups.setdefault(change.key.split(".")[0], []).append(change)
+    keys = [name if len(own) > 1 or own[0].part else own[0].key for name, own in groups.items()]
+    listed = "; ".join(change.words for change in changes[:6])
+    more = f" and {len(changes) - 6} more" if len(changes) > 6 else ""
+    raise UserError(
+        f"{folder} holds a run made by another config: {listed}{more}. Take a new name=..., or, if "
+        f"the change is meant, continue with 'accept=[{','.join(keys)}]' ({folder / 'config.yaml'})"
+    )
+
+
+def _inputs(config: TrainConfig) -> dict[str, dict[str, str]]:
+    """Hashes of the files that identity keys name. Documents come later, when a stage opens them."""
+    model = config.model.path
+    return {
+        "model.path": contents(model, MODEL),
+        "model.tokenizer": contents(config.model.tokenizer or model, TOKENIZER),
+        "curriculum.theta_file": contents(config.curriculum.theta_file),
+    }
+
+
+def _recorded(folder: Path) -> dict[str, dict[str, str]]:
+    path = folder / INPUTS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def _other_files(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> Iterator[Change]:
+    """A change per key whose files have other contents than those recorded."""
+    for key, files in now.items():
+        old = before.get(key, files)
+        names = [name for name in dict.fromkeys([*files, *old]) if old.get(name) != files.get(name)]
+        if names:
+            shown = ", ".join(name for name in names[:3] if name)
+            yield Change(key, f"{key} holds other files than at the start" + (f" ({shown})" if shown else ""))
 
 
 def _accepted(key: str, accept: list[str]) -> bool:
     return any(key == item or key.startswith(item + ".") for item in accept)
-
-
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}" if path else str(key))
-    else:
-        yield path, value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ from longctx.distributed.ranks import Ranks
 from longctx.errors import UserError
 from longctx.plan.split import FILE, Shares, choose_cp, choose_ring, shares
 from longctx.topology import split
+from longctx.train import runfolder
 from longctx.train.batch import MicroBatch, micro_batch
 from longctx.train.engine import Engine
 
@@ -167,6 +168,8 @@ def _open_data(
     made: Any = None
     with ranks.agree(f"preparing the data of stage {stage.name}"):
         made = opened() if ranks.local_rank == 0 else None  # one rank per node tokenizes and packs, the others read
+        if ranks.first and split == "train":
+            runfolder.check_documents(config, made.contents)
     return made if made is not None else opened()
 
 

@@ -97,7 +97,7 @@ class Stepper:
         mean = loss_sum / weight if weight > 0 else 0.0
         timer.lap("reduce")
         self.guards.check_finite(mean, norm, own[0], window, step)
-        skipped = weight == 0 or self.guards.is_spike(mean)
+        skipped = self.guards.is_mute(weight, step) or self.guards.is_spike(mean)
         if skipped:
             engine.discard()
         else:

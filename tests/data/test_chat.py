@@ -72,6 +72,19 @@ def test_joined_conversations_train_on_the_assistant_only(folder, tokenizer, tmp
     assert "answer" not in silent
 
 
+@pytest.mark.parametrize("role", ["bot", "Assistant"])
+def test_conversations_without_an_assistant_are_refused_where_only_the_assistant_trains(tokenizer, tmp_path, role):
+    path = tmp_path / "chat"
+    path.mkdir()
+    rows = [{"messages": [{"role": "user", "content": "why?"}, {"role": role, "content": f"so {n} " * 9}]}
+            for n in range(40)]  # fmt: skip
+    (path / "x.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(UserError, match=r"stages\.s: no token of its 6 .*sources\.chat\.loss=assistant") as raised:
+        _open(path, tokenizer, tmp_path, loss="assistant")
+    assert "\n" not in str(raised.value)
+    assert _open(path, tokenizer, tmp_path, loss="all").weights(0, np.arange(256)).any()
+
+
 STRICT = (
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('roles must alternate, the user first') }}{% endif %}"

@@ -52,6 +52,13 @@ def test_a_loss_that_stays_high_ends_the_run() -> None:
         guards.is_spike(5.0)
 
 
+def test_batches_without_a_label_are_skipped_and_many_in_a_row_end_the_run() -> None:
+    guards = Guards(GuardsConfig(spike_steps=3), Path("."), ALONE, [])
+    assert [guards.is_mute(weight, 0) for weight in (4.0, 0.0, 0.0, 1.0, 0.0, 0.0)] == [False, True, True] * 2
+    with pytest.raises(RunFailed, match="no token carried loss in 3 steps in a row, up to step 6"):
+        guards.is_mute(0.0, 6)
+
+
 def test_without_the_guard_nothing_is_skipped() -> None:
     guards = Guards(GuardsConfig(), Path("."), ALONE, [])
     assert not any(guards.is_spike(loss) for loss in [1.0] * 20 + [100.0])

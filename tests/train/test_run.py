@@ -19,7 +19,7 @@ from longctx.train import loop, metrics
 from longctx.train.run import train
 from longctx.train.signals import SAVED_AND_REQUEUE
 
-from .made import config
+from .made import TOKENIZER, config
 
 
 def losses(run: Path) -> list[float]:
@@ -223,6 +223,37 @@ def test_a_nan_stops_before_the_optimizer(tmp_path: Path, documents: Path, monke
         train(config(tmp_path / "run", documents))
     written = json.loads((tmp_path / "run/failures/step00000000.json").read_text())
     assert written["ranks"][0]["documents"][0].startswith("text:")
+
+
+def test_a_batch_without_a_label_is_skipped_and_a_run_without_any_is_refused(tmp_path: Path) -> None:
+    """Conversations of which few have an assistant, one a step; and then the same without any."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    words = "ring attention passes every block of keys and values around the ranks " * 4
+
+    def run(name: str, roles: list[str]) -> TrainConfig:
+        rows = [[{"role": "user", "content": words}, {"role": role, "content": words}] for role in roles]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"messages": row}) for row in rows))
+        chat = {"kind": "chat", "path": str(tmp_path / f"{name}.jsonl"), "loss": "assistant"}
+        model = {"tokenizer": str(tmp_path / "tokenizer")}
+        steps = {"s64": {"seq_len": 64, "theta": 10000, "steps": 12, "batch": 1}}
+        return config(
+            tmp_path / name / "run", tmp_path, model=model, curriculum={"stages": steps},
+            data={"sources": {"chat": chat}, "mixes": {"default": {"chat": 1.0}}, "heldout": 0.0},
+            evaluate={"heldout_sequences": 0},
+        )  # fmt: skip
+
+    assert train(run("some", ["assistant", "critic", "critic"] * 8)) == 0
+    lines = metrics.read(tmp_path / "some/run/metrics.jsonl")
+    mute = [line for line in lines if line["weight"] == 0]
+    assert 0 < len(mute) < 12
+    assert all(line["skipped"] and line["loss"] is None for line in mute)
+    assert all(line["loss"] > 0 for line in lines if line["weight"] > 0)
+    with pytest.raises(UserError, match="no token of its 12 sequences carries loss"):
+        train(run("none", ["critic"] * 24))
 
 
 def test_wandb_mirrors_metrics(tmp_path: Path, documents: Path) -> None:

@@ -1,30 +1,53 @@
-"""What may differ when a run is continued."""
+"""What may differ when a run is continued: content decides, not spelling, and a run without a step has no identity."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
+from longctx.config.train import TrainConfig
 from longctx.errors import UserError
-from longctx.train import runfolder
+from longctx.train import metrics, runfolder
+from longctx.train.run import settled, train
+from longctx.train.signals import SAVED_AND_REQUEUE
 
 from .made import config
+from .test_run import stop_after
 
 
-def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def own_memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+def trained(made: TrainConfig) -> None:
+    """A run that has come to its first checkpoint."""
+    run = runfolder.prepare(made)
+    mark = run / "stages/s64/checkpoints/step00000002/manifest.json"
+    mark.parent.mkdir(parents=True)
+    mark.write_text("{}")
+
+
+def test_resolved_config_reads_back_equal_and_where_it_lies(tmp_path: Path) -> None:
     made = config(tmp_path / "run", tmp_path / "docs")
     runfolder.prepare(made)
     again = runfolder.read(tmp_path / "run" / "config.yaml")
     assert again == made
     assert runfolder.fingerprint(again) == runfolder.fingerprint(made)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert runfolder.read(tmp_path / "moved" / "config.yaml") == replace(made, run_dir=str(tmp_path / "moved"))
 
 
 def test_free_keys_may_change(tmp_path: Path) -> None:
     made = config(tmp_path / "run", tmp_path / "docs")
-    runfolder.prepare(made)
+    trained(made)
     moved = replace(made, launch=replace(made.launch, nproc=4), parallel=replace(made.parallel, cp=2))
     moved = replace(moved, model=replace(made.model, memory=replace(made.model.memory, ffn_block=64)))
     runfolder.prepare(moved)
@@ -32,19 +55,144 @@ def test_free_keys_may_change(tmp_path: Path) -> None:
 
 
 def test_identity_change_is_refused_and_named(tmp_path: Path) -> None:
-    runfolder.prepare(config(tmp_path / "run", tmp_path / "docs"))
+    trained(config(tmp_path / "run", tmp_path / "docs"))
     other = config(tmp_path / "run", tmp_path / "docs", seed=6, optim={"clip": 0.5})
     with pytest.raises(UserError) as raised:
         runfolder.prepare(other)
     assert "seed was 5, now 6" in str(raised.value)
     assert "optim.clip was 1.0, now 0.5" in str(raised.value)
+    assert "'accept=[optim.clip,seed]'" in str(raised.value)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 5
 
 
+STAGE = {"seq_len": 64, "theta": 10000, "steps": 5, "batch": 4}
+MORE = {"s64": STAGE, "s128": {**STAGE, "seq_len": 128}, "s256": {**STAGE, "seq_len": 256}}
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "accept"),
+    [
+        ({"curriculum": {"stages": MORE}}, "curriculum.stages.s256 is new", "curriculum"),
+        ({"curriculum": {"stages": {"s64": STAGE}}}, "curriculum.stages.s128 is gone", "curriculum"),
+        ({"optim": {"clip": 0.5, "eps": 1e-9}, "seed": 6}, "optim.clip was 1.0, now 0.5", "optim,seed"),
+        ({"data": {"heldout": 0.5}}, "data.heldout was 0.05, now 0.5", "data.heldout"),
+    ],
+    ids=["stage added", "stage gone", "many in a group", "one"],
+)
+def test_a_refusal_names_the_shortest_accept(tmp_path: Path, change: dict[str, Any], words: str, accept: str) -> None:
+    trained(config(tmp_path / "run", tmp_path / "docs"))
+    with pytest.raises(UserError) as raised:
+        runfolder.prepare(config(tmp_path / "run", tmp_path / "docs", **change))
+    assert words in str(raised.value)
+    assert f"'accept=[{accept}]'" in str(raised.value)
+    runfolder.prepare(config(tmp_path / "run", tmp_path / "docs", **change, accept=accept.split(",")))
+
+
 def test_a_meant_change_is_accepted(tmp_path: Path) -> None:
-    runfolder.prepare(config(tmp_path / "run", tmp_path / "docs"))
-    longer = {"stages": {"s64": {"seq_len": 64, "theta": 10000, "steps": 9, "batch": 4}}}
+    trained(config(tmp_path / "run", tmp_path / "docs"))
+    longer = {"stages": {"s64": {**STAGE, "steps": 9}}}
     meant = config(tmp_path / "run", tmp_path / "docs", curriculum=longer, accept=["curriculum.stages"])
     runfolder.prepare(meant)
     with pytest.raises(UserError, match=r"curriculum\.stages\.s64\.steps"):
         runfolder.prepare(config(tmp_path / "run", tmp_path / "docs"))
+
+
+def test_a_run_without_a_step_has_no_identity(tmp_path: Path, documents: Path) -> None:
+    """A wrong data.path, then the right one with another seed: the first start has claimed nothing."""
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="nowhere does not exist"):
+        train(config(run, tmp_path / "nowhere"))
+    assert (run / "config.yaml").exists()
+    (run / runfolder.WANDB_ID).write_text("of another")
+    assert train(config(run, documents, seed=9, curriculum={"stages": {"s64": {**STAGE, "steps": 1}}})) == 0
+    assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 9
+    assert not (run / runfolder.WANDB_ID).exists()
+
+
+def test_a_held_folder_keeps_its_config(tmp_path: Path, documents: Path) -> None:
+    """A second start with another config, before the first one's first step."""
+    made = config(tmp_path / "run", documents, launch={"nproc": 2})
+    with runfolder.held(runfolder.prepare(made)), pytest.raises(UserError, match="is being written by process"):
+        train(replace(made, seed=6))
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 5
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, documents: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a model, documents and a run of them that was stopped after four steps."""
+    shutil.copytree(undisturbed / "stages/s64/model", tmp_path / "here/base")
+    shutil.copytree(documents, tmp_path / "here/docs")
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        assert train(run_of(tmp_path / "here")) == SAVED_AND_REQUEUE
+    return tmp_path / "here"
+
+
+def run_of(folder: Path, **changes: Any) -> TrainConfig:
+    model = {"init": None, "path": str(folder / "base"), "tokenizer": None}
+    return config(folder / "run", folder / "docs", model=model, **changes)
+
+
+def test_a_moved_run_with_moved_inputs_goes_on(
+    tmp_path: Path, documents: Path, stopped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Run, model and documents copied elsewhere with new times, the paths spelled relative and over a link."""
+    shutil.copytree(stopped, tmp_path / "there", copy_function=shutil.copyfile)
+    shutil.rmtree(stopped)
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    monkeypatch.chdir(tmp_path)
+    assert train(run_of(Path("./link"))) == 0
+    run = tmp_path / "there/run"
+    assert [line["step"] for line in metrics.read(run / "metrics.jsonl")] == list(range(1, 10))
+    assert not stopped.exists()
+    whole = run_of(tmp_path / "there")
+    assert train(replace(whole, run_dir=str(tmp_path / "whole"))) == 0
+    losses = [[line["loss"] for line in metrics.read(at / "metrics.jsonl")] for at in (run, tmp_path / "whole")]
+    assert losses[0] == losses[1]
+
+
+def test_other_weights_under_the_same_path_are_refused(stopped: Path) -> None:
+    file = stopped / "base/model.safetensors"
+    weights = load_file(file)
+    before = file.stat()
+    weights["model.norm.weight"] = weights["model.norm.weight"] + 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert file.stat().st_mtime_ns != before.st_mtime_ns
+    with pytest.raises(UserError, match=r"model.path holds other files than at the start \(model.safetensors\)"):
+        train(run_of(stopped))
+    runfolder.prepare(settled(run_of(stopped, accept=["model"])))
+
+
+def test_other_documents_under_the_same_path_are_refused_or_meant(stopped: Path) -> None:
+    (stopped / "docs/999.txt").write_text("a document that came later " * 20)
+    with pytest.raises(UserError, match=r"data.sources.text gives other documents.*'accept=\[data\]'"):
+        train(run_of(stopped))
+    assert train(run_of(stopped, accept=["data"])) == 0
+
+
+def test_a_theta_file_is_known_by_its_content(tmp_path: Path) -> None:
+    for name, theta in (("a", 20000), ("b", 20000), ("c", 30000)):
+        (tmp_path / f"{name}.yaml").write_text(f"stages: {{s64: {{theta: {theta}}}}}\n")
+
+    def run(file: str) -> TrainConfig:
+        stages = {"stages": {"s64": STAGE}, "theta_file": str(tmp_path / file)}
+        return config(tmp_path / "run", tmp_path / "docs", curriculum=stages)
+
+    trained(run("a.yaml"))
+    runfolder.prepare(run("b.yaml"))
+    with pytest.raises(UserError, match=r"curriculum.theta_file holds other files than at the start"):
+        runfolder.prepare(run("c.yaml"))
+
+
+def test_a_file_is_read_again_only_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from longctx import identity
+
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"abc")
+    first = identity.file_hashes([file])[file]
+    with monkeypatch.context() as patched:
+        patched.setattr(identity, "_sha256", lambda path: pytest.fail("read again"))
+        assert identity.file_hashes([file])[file] == first
+    file.write_bytes(b"abd")
+    os.utime(file, ns=(1, 1))
+    assert identity.file_hashes([file])[file] != first
