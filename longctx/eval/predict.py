@@ -51,11 +51,13 @@ def grid_of(
     )  # fmt: skip
 
 
-def load_plain(folder: Path | str, rope: dict[str, Any] | None = None, window: int | None = None) -> Any:
-    """A model as plain transformers loads it, for inference: on this process's GPU in the dtype of its weights,
-    without one on the CPU in float32.
+def load_plain(
+    folder: Path | str, rope: dict[str, Any] | None = None, window: int | None = None, dtype: str = "auto"
+) -> Any:
+    """A model as plain transformers loads it, for inference, on this process's GPU or, without one, on the CPU.
 
-    rope, window: rope_parameters and max_position_embeddings instead of what its config.json says.
+    dtype: auto is the dtype of its weights on a GPU, and float32 on a CPU. rope, window: rope_parameters and
+    max_position_embeddings instead of what its config.json says.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -66,10 +68,12 @@ def load_plain(folder: Path | str, rope: dict[str, Any] | None = None, window: i
     if rope is not None:
         config.rope_parameters = dict(rope)
         config.max_position_embeddings = window
-    device, dtype = torch.device("cpu"), torch.float32
+    device = torch.device("cpu")
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        device, dtype = torch.device("cuda", local % torch.cuda.device_count()), "auto"
+        device = torch.device("cuda", local % torch.cuda.device_count())
+    elif dtype == "auto":
+        dtype = "float32"
     loader: Any = AutoModelForCausalLM
     model = loader.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval()

@@ -37,7 +37,7 @@ def run(config: EvalConfig) -> int:
     window = rope_of(hf.to_dict(), path).window
     with _joined() as (rank, world):
         ground = _ground(config, path)
-        model = load_plain(path)
+        model = load_plain(path, dtype=config.model.dtype)
         with console.progress() as bar:
             task = bar.add_task("needles", total=-(-needle.haystacks(config.needle) // world))
             part = grid_of(

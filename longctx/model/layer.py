@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from longctx.attention.interface import attend
 from longctx.config.model import MemoryConfig
+from longctx.footprint import footprint, kept_layers
 from longctx.model.family import backbone_of, check_layers
-from longctx.model.footprint import footprint
 from longctx.model.norms import train_norms
 from longctx.model.offload import HostStore
 from longctx.model.rotary import Rotate
@@ -95,10 +95,7 @@ def train_layers(model: nn.Module) -> None:
 def plan_layers(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: HostStore | None) -> None:
     """Tell every layer what to keep for a forward of `tokens` tokens (batch included)."""
     base = backbone_of(model)
-    keep = memory.keep_matmuls
-    if keep == "auto":
-        cost = footprint(base.config, base.embed_tokens.weight.element_size())
-        keep = cost.fitting(tokens, (memory.budget_gib or 0.0) * 2**30)
+    keep = kept_layers(memory, footprint(base.config, base.embed_tokens.weight.element_size()), tokens)
     count = len(base.layers)
     for index, layer in enumerate(base.layers):
         layer.plan = KeepPlan.of(memory, layer=index, layers=count, keep_matmuls=keep, store=store)

@@ -15,10 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
+from longctx.decide import Machines, decide_all
 from longctx.errors import UserError
+from longctx.plan.shape import shape_of
 from longctx.train import engine as engines
 from longctx.train import ranks as worlds
 from longctx.train import runfolder
+from longctx.train.machine import check_machine, describe
+from longctx.train.runfolder import with_dtype
 from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest, leaving_on_request
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 
 def run(config: TrainConfig) -> int:
     """Train, then run the post-training hooks. Returns the exit status."""
+    config = with_dtype(config)
     status = train(config)
     if status == 0 and worlds.launcher_environment()["RANK"] == "0":
         worlds.leave_launcher()  # what the hooks train beside this run is theirs to start
@@ -38,11 +43,15 @@ def run(config: TrainConfig) -> int:
 
 def train(config: TrainConfig) -> int:
     """Train all stages, here or on ranks started for it; 0, or the status of what ended the run."""
+    config = with_dtype(config)
     stages = resolve_stages(config)
     environment = worlds.launcher_environment()
     world, local_world = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
     starts_ranks = world == 1 and config.launch.nproc > 1
-    check(config, stages, *((config.launch.nproc,) * 2 if starts_ranks else (world, local_world)))
+    if starts_ranks:
+        world = local_world = config.launch.nproc
+    check(config, stages, world, local_world)
+    check_machine(config, stages, world, local_world)
     if not starts_ranks:
         return run_rank(config)
     from longctx.train.launch import start_ranks
@@ -62,7 +71,6 @@ def check(config: TrainConfig, stages: list[Stage], world: int, local_world: int
     """Refuse at the door what would fail in every rank."""
     from longctx.data.opening import choose_mix
     from longctx.train import profile
-    from longctx.train.stage import check_parallel
 
     if config.launch.nproc < 1:
         raise UserError(f"launch.nproc={config.launch.nproc} must be 1 or more ranks (configs/train.yaml)")
@@ -77,10 +85,10 @@ def check(config: TrainConfig, stages: list[Stage], world: int, local_world: int
             f"logging.wandb={config.logging.wandb} needs the package wandb; pip install wandb, or set "
             "logging.wandb=disabled (configs/logging)"
         )
-    engines.check(config.engine)
     profile.check(config.profile)
-    heads = _heads(config.model)
-    check_parallel(stages, config.parallel, config.engine, world=world, local_world=local_world, heads=heads)
+    shape = shape_of(config.model)
+    heads = (shape.heads, shape.kv_heads)
+    decide_all(stages, config.parallel, config.engine, Machines(world, local_world), heads, config.model.dtype)
     for stage in stages:
         choose_mix(config.data, stage.mix, stage.name)
 
@@ -106,16 +114,6 @@ def _geometry(model: ModelConfig) -> tuple[int, dict[str, Any], int]:
         check_config(hf, str(model.path))
         rope = rope_of(hf.to_dict(), f"{model.path}/config.json")
     return rope.head_dim, dict(rope.parameters), rope.window
-
-
-def _heads(model: ModelConfig) -> tuple[int, int]:
-    """(query heads, kv heads)"""
-    from longctx.model.load import read_config
-
-    if model.init is not None:
-        return model.init.heads, model.init.kv_heads
-    hf = read_config(str(model.path))
-    return hf.num_attention_heads, getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
 
 
 def _tokenizer(model: ModelConfig) -> Any:
@@ -178,6 +176,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     run = Path(config.folder)
     stages = resolve_stages(config)
     check(config, stages, ranks.world, ranks.local_world)
+    console.say(describe(config.model, shape_of(config.model), ranks.device.type))
     place = engines.placer(config.engine, config.optim, config.model.dtype, ranks)
     with ranks.agree("loading the model"):
         hf = model_of(config.model, place)

@@ -19,13 +19,14 @@ from typing import Any
 
 import yaml
 
+from longctx import dtype as dtypes
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError
 
 IDENTITY = ("model", "data", "curriculum", "optim", "seed")
 # Parts of identity groups that change how fast, not what: they may differ.
-FREE_INSIDE = ("model.memory", "model.attention")
+FREE_INSIDE = ("model.memory", "model.attention", "model.attention_kernel")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -43,11 +44,26 @@ def read(path: Path) -> TrainConfig:
     return build(TrainConfig, yaml.safe_load(path.read_text()), origin=str(path))
 
 
+def with_dtype(config: TrainConfig) -> TrainConfig:
+    """The config with model.dtype in place of auto: the dtype of the run that is continued, else the model's own.
+
+    The run's config.yaml then holds a name, so a run keeps its dtype whatever auto would say later.
+    """
+    if config.model.dtype != "auto":
+        return config
+    stored = Path(config.folder) / "config.yaml"
+    before = yaml.safe_load(stored.read_text())["model"]["dtype"] if stored.exists() else "auto"
+    if before != "auto":
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=before))
+    return dataclasses.replace(config, model=dtypes.resolve(config.model)[0])
+
+
 def prepare(config: TrainConfig) -> Path:
     """Make or continue the run's folder (rank 0, or the launcher): check identity, write config.yaml.
 
     Raises UserError naming the identity keys that differ from the run already there.
     """
+    config = with_dtype(config)
     folder = Path(config.folder)
     stored = folder / "config.yaml"
     if stored.exists():

@@ -9,8 +9,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from longctx.config.model import InitConfig, MemoryConfig
+from longctx.footprint import footprint
 from longctx.model import LossModel, init_from
-from longctx.model.footprint import footprint
 from tests.model.conftest import sequence, tiny
 from tests.watch import Watch
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig, ParallelConfig
+from longctx.decide import Shares
 from longctx.model import LossModel, init_from
-from longctx.plan.split import Shares
 from longctx.train import engine as engines
 from longctx.train.batch import micro_batch
 from longctx.train.guards import Guards

@@ -12,7 +12,11 @@ b bytes per element, E hidden, Q = heads x head dim, K = kv heads x head dim, F 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from longctx.config.model import MemoryConfig
+    from longctx.plan.shape import Shape
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,31 @@ def footprint(config: Any, itemsize: int) -> Footprint:
     """config: a transformers configuration; itemsize: bytes of an activation."""
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    e, q, k, f = config.hidden_size, heads * head_dim, kv_heads * head_dim, config.intermediate_size
+    return _footprint(
+        config.num_hidden_layers, config.hidden_size, heads, kv_heads, head_dim, config.intermediate_size, itemsize
+    )
+
+
+def footprint_of(shape: Shape, itemsize: int) -> Footprint:
+    """The same for a model of which only the shape is known."""
+    return _footprint(shape.layers, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, itemsize)
+
+
+def _footprint(layers: int, e: int, heads: int, kv_heads: int, head_dim: int, f: int, itemsize: int) -> Footprint:
+    q, k = heads * head_dim, kv_heads * head_dim
     return Footprint(
-        layers=config.num_hidden_layers,
+        layers=layers,
         kept=(e + q) * itemsize + heads * max(4, itemsize),
         products=(q + 2 * k + e + 2 * f) * itemsize,
         working=(2 * e + 3 * q + 5 * k) * itemsize,
         ends=2 * e * itemsize,
     )
+
+
+def kept_layers(memory: MemoryConfig, cost: Footprint, tokens: int) -> int:
+    """Layers that keep what their matrix products gave."""
+    if not memory.checkpoint:
+        return cost.layers
+    if memory.keep_matmuls == "auto":
+        return cost.fitting(tokens, (memory.budget_gib or 0.0) * 2**30)
+    return min(memory.keep_matmuls, cost.layers)
