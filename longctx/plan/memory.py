@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -109,11 +110,29 @@ def need(
         dtype=config.model.dtype,
         zero=engine.zero,
         world=world,
+        trained=trained_weights(shape, config.optim.freeze),
         ring=attention_buffers(decision.schedule, decision.topology, sizes, decision.ulysses, kernel),
         offload_optimizer=engine.offload_optimizer and device != "cpu",
         offload_parameters=engine.offload_parameters and device != "cpu",
         offload_saved=config.model.memory.offload and device != "cpu",
     )
+
+
+def trained_weights(shape: Shape, freeze: Sequence[str]) -> int:
+    """How many weights have gradients once the parameters that `optim.freeze` names are left out."""
+    e, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    of_layer = {
+        "self_attn.q_proj": e * q, "self_attn.k_proj": e * kv, "self_attn.v_proj": e * kv, "self_attn.o_proj": q * e,
+        "mlp.gate_proj": e * shape.ffn, "mlp.up_proj": e * shape.ffn, "mlp.down_proj": e * shape.ffn,
+        "input_layernorm": e, "post_attention_layernorm": e,
+    }  # fmt: skip
+    counts = {"model.model.embed_tokens.weight": shape.vocab * e, "model.model.norm.weight": e}
+    if not shape.tied:
+        counts["model.lm_head.weight"] = shape.vocab * e
+    for layer in range(shape.layers):
+        counts |= {f"model.model.layers.{layer}.{name}.weight": count for name, count in of_layer.items()}
+    frozen = {name for name in counts if any(fnmatch(name, pattern) for pattern in freeze)}
+    return shape.parameters - sum(counts[name] for name in frozen)
 
 
 def stage_memory(
@@ -125,19 +144,21 @@ def stage_memory(
     zero: int,
     world: int,
     ring: float,
+    trained: int | None = None,
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
     offload_saved: bool = False,
 ) -> Memory:
-    """tokens: on this device per forward. zero: 0 (replicated) to 3. ring: bytes of `attention_buffers`.
+    """tokens: on this device per forward. zero: 0 (replicated) to 3. ring: bytes of `attention_buffers`. trained:
+    weights that have gradients and moments (None: all).
 
     Weights of 4 bytes and more are their own masters; bfloat16 keeps fp32 masters with the optimizer. Gradients are at
     least fp32.
     """
     b = BYTES[dtype]
     wide = max(4, b)
-    p = shape.parameters
-    optimizer = p * (2 * wide if b >= 4 else 3 * wide) / (world if zero >= 1 else 1)
+    p, t = shape.parameters, shape.parameters if trained is None else trained
+    optimizer = t * (2 * wide if b >= 4 else 3 * wide) / (world if zero >= 1 else 1)
     weights = p * b / (world if zero >= 3 else 1)
     gathered = 2 * shape.layer_weights * b if zero >= 3 else 0  # the layer at work and the one fetched ahead
     cost = footprint_of(shape, b)
@@ -148,7 +169,7 @@ def stage_memory(
     feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
     return Memory(
         weights=gathered if offload_parameters else weights + gathered,
-        gradients=p * wide / (world if zero >= 2 else 1),
+        gradients=t * wide / (world if zero >= 2 else 1),
         optimizer=0.0 if offload_optimizer else optimizer,
         saved=min(saved, near) if offload_saved else saved,
         working=float(max(tokens * cost.working, feed_forward)),

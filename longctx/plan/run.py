@@ -94,6 +94,7 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
 
 def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: str) -> Any:
     """One row per stage, 80 columns; GiB per device. source: where the dtype comes from."""
+    from rich.markup import escape
     from rich.table import Table
 
     hardware, room = config.hardware, room_of(config, shape)
@@ -123,7 +124,7 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: s
             f"{item.stage.steps}",
             f"{item.hours:.2g}",
         )
-    made.caption, made.caption_justify = "\n".join(_notes(config, shape, estimates, room)), "left"
+    made.caption, made.caption_justify = escape("\n".join(_notes(config, shape, estimates, room))), "left"
     return made
 
 

@@ -52,10 +52,15 @@ def with_dtype(config: TrainConfig) -> TrainConfig:
     if config.model.dtype != "auto":
         return config
     stored = Path(config.folder) / "config.yaml"
-    before = yaml.safe_load(stored.read_text())["model"]["dtype"] if stored.exists() else "auto"
+    before = _stored_dtype(stored) if stored.exists() else "auto"
     if before != "auto":
         return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=before))
     return dataclasses.replace(config, model=dtypes.resolve(config.model)[0])
+
+
+def _stored_dtype(stored: Path) -> Any:
+    values = yaml.safe_load(stored.read_text()) or {}
+    return (values.get("model") or {}).get("dtype", "auto")
 
 
 def prepare(config: TrainConfig) -> Path:

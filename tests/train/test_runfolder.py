@@ -18,7 +18,8 @@ def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:
     made = config(tmp_path / "run", tmp_path / "docs")
     runfolder.prepare(made)
     again = runfolder.read(tmp_path / "run" / "config.yaml")
-    assert again == made
+    assert again == runfolder.with_dtype(made)
+    assert again.model.dtype == "float32"
     assert runfolder.fingerprint(again) == runfolder.fingerprint(made)
 
 
