@@ -15,10 +15,10 @@ from .made import config
 
 
 def test_resolved_config_reads_back_equal(tmp_path: Path) -> None:
-    made = config(tmp_path / "run", tmp_path / "docs")
+    made = runfolder.with_dtype(config(tmp_path / "run", tmp_path / "docs"))
     runfolder.prepare(made)
     again = runfolder.read(tmp_path / "run" / "config.yaml")
-    assert again == runfolder.with_dtype(made)
+    assert again == made
     assert again.model.dtype == "float32"
     assert runfolder.fingerprint(again) == runfolder.fingerprint(made)
 
