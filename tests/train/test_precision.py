@@ -10,6 +10,8 @@ import torch
 
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.config.train import EngineConfig, OptimConfig
+from longctx.decide import check_engine
+from longctx.errors import UserError
 from longctx.model import LossModel, init_from
 from longctx.train import engine as engines
 from longctx.train.ranks import Ranks
@@ -54,5 +56,13 @@ def check_precision(rank: int, world: int, zero: int) -> None:
 
 
 def test_bfloat16_weights_have_wide_masters_and_gradients(tmp_path: Path) -> None:
-    failures = run_ranks(2, check_precision, [0, 2, 3], tmp_path / "store", timeout=40)
+    failures = run_ranks(2, check_precision, [0, 2, 3], tmp_path / "store")
     assert not failures, "\n".join(f"ZeRO {zero}: {text[0]}" for zero, text in failures.items())
+
+
+def test_zero_1_with_bfloat16_is_refused() -> None:
+    """DeepSpeed's BF16_Optimizer has none of the fields that fragments are read from."""
+    config = EngineConfig(name="deepspeed", zero=1)
+    check_engine(config, "float32")
+    with pytest.raises(UserError, match=r"engine.zero=1 with model.dtype=bfloat16: .* use engine.zero=2"):
+        check_engine(config, "bfloat16")
