@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from longctx.errors import UserError
 
 if TYPE_CHECKING:
-    from longctx.config.model import InitConfig, ModelConfig
+    from longctx.config.model import InitConfig, MemoryConfig, ModelConfig
 
 
 class Defaults(NamedTuple):
@@ -72,6 +72,14 @@ class Footprint:
         """
         most = self.working if keep_matmuls == 0 else keep_matmuls * self.products + self.ends
         return self.layers * self.kept + most
+
+    def kept_layers(self, memory: MemoryConfig, tokens: int) -> int:
+        """Layers that keep their products in a forward pass of `tokens` tokens, as training decides and plan counts."""
+        if not memory.checkpoint:
+            return self.layers
+        if memory.keep_matmuls == "auto":
+            return self.fitting(tokens, (memory.budget_gib or 0.0) * 2**30)
+        return min(memory.keep_matmuls, self.layers)
 
     def fitting(self, tokens: int, budget: float) -> int:
         """Layers that can keep their products when `budget` bytes may be saved from forward to backward."""

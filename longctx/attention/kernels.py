@@ -280,5 +280,10 @@ def choose(problem: Problem, name: str | None = None) -> Kernel:
             raise ValueError(f"kernel={name!r} cannot serve: {'; '.join(reasons)}")
         return KERNELS[name]
     chosen = next(kernel for kernel in KERNELS.values() if not kernel.unsupported_reasons(problem))
-    log.info("attention kernel: %s for %s %s", chosen.name, problem.device, problem.dtype)
+    slow = chosen.name == "reference" and problem.device == "cuda"
+    note = ": it forms every score in memory, tens of times slower than a fast kernel" if slow else ""
+    log.log(
+        logging.WARNING if slow else logging.INFO,
+        "attention kernel: %s for %s %s%s", chosen.name, problem.device, problem.dtype, note,
+    )  # fmt: skip
     return chosen

@@ -6,11 +6,34 @@ both. The memory dials say what one device holds between forward and backward; n
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from longctx.config.base import Length, Text, schema
 
-Dtype = Literal["float32", "bfloat16", "float64"]
+_SPELLINGS = {
+    "bf16": "bfloat16", "fp32": "float32", "f32": "float32", "float": "float32", "single": "float32",
+    "fp64": "float64", "f64": "float64", "double": "float64",
+}  # fmt: skip
+
+
+def parse_dtype(value: Any) -> Any:
+    """Spellings such as bf16, fp32 and torch.bfloat16; ValueError for half precision, which training does not know."""
+    if not isinstance(value, str):
+        return value
+    name = value.strip().lower().removeprefix("torch.")
+    if name in ("float16", "fp16", "f16", "half"):
+        raise ValueError(
+            "is not trained: its numbers end at 65,504 and gradients would have to be scaled; write bfloat16, which is "
+            "as large and has the range of float32"
+        )
+    return _SPELLINGS.get(name, name)
+
+
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float64"], BeforeValidator(parse_dtype)]
+# In order of preference; longctx.attention.kernels holds the kernels themselves.
+KernelName = Literal["flash_attn_3", "flash_attn_2", "cudnn", "torch_flash", "torch_cpu", "reference"]
 Precision = Literal["float32", "float64"]
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma"]
 
@@ -87,6 +110,8 @@ class InitConfig:
 class ModelConfig:
     """The model of a run. tokenizer: a folder or hub id; None looks in `path`.
 
+    dtype: of the weights; auto: what config.json says (longctx.dtype). attention: who attends; attention_kernel: by
+    which of longctx's kernels; auto: the first in order of preference that serves, but on a GPU never `reference`.
     rotary: precision in which angles are formed; float32 is what transformers and vLLM serve with, float64 is
     exact at positions beyond 2^20 (docs/memory.md has the measured difference).
     """
@@ -94,8 +119,9 @@ class ModelConfig:
     path: Text | None = None
     init: InitConfig | None = None
     tokenizer: Text | None = None
-    dtype: Dtype = "float32"
+    dtype: Dtype = "auto"
     attention: Literal["longctx", "sdpa", "eager"] = "longctx"
+    attention_kernel: Literal["auto"] | KernelName = "auto"
     rotary: Precision = "float32"
     memory: MemoryConfig = MemoryConfig()
 

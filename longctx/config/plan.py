@@ -9,32 +9,8 @@ from dataclasses import field
 from typing import Literal
 
 from longctx.config.base import Format, Length, Text, schema
+from longctx.config.hardware import HardwareConfig
 from longctx.config.train import TrainConfig
-
-
-@schema
-class HardwareConfig:
-    """One device and its links. tflops: dense rate of the training dtype; utilization: the share of it that
-    training reaches; inner_gbytes, outer_gbytes: GB/s of one device's link inside a node and between nodes;
-    latency_us: microseconds a message needs beyond its bytes.
-    """
-
-    name: Text = "device"
-    tflops: float = 989.0
-    utilization: float = 0.45
-    memory_gib: float = 80.0
-    inner_gbytes: float = 450.0
-    outer_gbytes: float = 50.0
-    latency_us: float = 10.0
-
-    def __post_init__(self) -> None:
-        for name in ("tflops", "memory_gib", "inner_gbytes", "outer_gbytes"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be more than 0")
-        if not 0 < self.utilization <= 1:
-            raise ValueError(f"utilization={self.utilization} must lie above 0 and not above 1")
-        if self.latency_us < 0:
-            raise ValueError(f"latency_us={self.latency_us} must be 0 or more")
 
 
 @schema

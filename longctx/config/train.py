@@ -117,7 +117,10 @@ class EvaluateConfig:
 
 @schema
 class TrainConfig:
-    """The root of configs/train.yaml. cache: folder of tokenized documents (none: RUN/data)."""
+    """The root of configs/train.yaml. cache: folder of tokenized documents (none: RUN/data).
+
+    accept: identity keys whose change is meant when a run is continued; memory: start a stage that seems not to fit.
+    """
 
     name: Text
     seed: int = 0

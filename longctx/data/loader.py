@@ -1,7 +1,7 @@
 """The loader: one global cursor over a stage's sequences, and a thread that reads ahead.
 
 The cursor counts sequences consumed by the whole run. What a rank reads of the step that begins at a cursor is
-a function of the cursor alone (longctx.plan.split.Shares says which sequences, the layout which positions), so
+a function of the cursor alone (longctx.decide.Shares says which sequences, the layout which positions), so
 nothing else is remembered: resuming is opening at a cursor, at any world size.
 """
 

@@ -64,12 +64,12 @@ def load_plain(
     rope: dict[str, Any] | None = None,
     window: int | None = None,
     device: torch.device | None = None,
+    dtype: str = "auto",
 ) -> Any:
-    """A model as plain transformers loads it, for inference: on a GPU in the dtype of its weights, on the CPU in
-    float32.
+    """A model as plain transformers loads it, for inference.
 
-    rope, window: rope_parameters and max_position_embeddings instead of what its config.json says. device: None is
-    the GPU where there is one.
+    rope, window: rope_parameters and max_position_embeddings in place of those of its config.json. device: None takes
+    the GPU where there is one. dtype: auto is the dtype of the weights on a GPU, and float32 on a CPU.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -85,7 +85,8 @@ def load_plain(
         config.max_position_embeddings = window
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device.type == "cpu" else "auto"
+    if dtype == "auto" and device.type == "cpu":
+        dtype = "float32"
     loader: Any = AutoModelForCausalLM
     model = loader.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval()

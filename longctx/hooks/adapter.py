@@ -44,7 +44,7 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
         base = str(Path(base).resolve())  # peft looks for it from wherever the adapter is loaded
     settings = ExtractConfig(
         base=base, tuned=str(tuned), out=str(out), rank=hook.rank, profile=hook.profile,
-        embeddings=hook.embeddings, dtype="float32" if config.model.dtype == "float32" else "bfloat16",
+        embeddings=hook.embeddings, dtype="bfloat16" if config.model.dtype == "bfloat16" else "float32",
     )  # fmt: skip
     paths = ("base", "tuned", "out")
     chosen = {name: value for name, value in asdict(settings).items() if name not in paths}

@@ -95,11 +95,8 @@ def train_layers(model: nn.Module) -> None:
 def plan_layers(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: HostStore | None) -> None:
     """Tell every layer what to keep for a forward of `tokens` tokens (batch included)."""
     base = backbone_of(model)
-    keep = memory.keep_matmuls
-    if keep == "auto":
-        shape = shape_of(base.config.to_dict(), "the model's config")
-        cost = shape.footprint(base.embed_tokens.weight.element_size())
-        keep = cost.fitting(tokens, (memory.budget_gib or 0.0) * 2**30)
+    shape = shape_of(base.config.to_dict(), "the model's config")
+    keep = shape.footprint(base.embed_tokens.weight.element_size()).kept_layers(memory, tokens)
     count = len(base.layers)
     for index, layer in enumerate(base.layers):
         layer.plan = KeepPlan.of(memory, layer=index, layers=count, keep_matmuls=keep, store=store)

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from longctx import dtype as dtypes
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
 from longctx.model.family import check_config
@@ -17,20 +18,23 @@ from longctx.model.single import Place, placed_as_drawn, placed_as_loaded
 
 
 def load(
-    path: str, *, dtype: str = "float32", attention: str = "longctx", device: str = "cpu", place: Place | None = None
+    path: str, *, dtype: str = "auto", attention: str = "longctx", device: str = "cpu", place: Place | None = None
 ) -> Any:
     """The causal LM at `path`: a local folder, or a hub id when no such folder exists.
 
-    dtype: float32, bfloat16 or float64. attention: "longctx", or transformers' "sdpa" or "eager". place: called
-    with each parameter as it is loaded, before the next is (longctx.model.single); the model stays where it puts
-    them, whatever `device`. Raises UserError for a missing path, a family that is not supported, sliding-window or
-    soft-capped layers, and a checkpoint that lacks weights.
+    dtype: float32, bfloat16 or float64; auto: what the folder says (longctx.dtype). attention: "longctx", or
+    transformers' "sdpa" or "eager". place: called with each parameter as it is loaded, before the next is
+    (longctx.model.single); the model stays where it puts them, whatever `device`. Raises
+    UserError for a missing path, a family that is not supported, sliding-window or soft-capped layers, and a checkpoint
+    that lacks weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     config = read_config(path)
     check_config(config, path)
+    if dtype == "auto":
+        dtype, _ = dtypes.found(path)
     _register(attention)
     with placed_as_loaded(place, config) if place else nullcontext():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -85,18 +89,18 @@ def looks_local(path: str) -> bool:
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
 
 
-def init_from(
-    spec: InitConfig, *, dtype: str = "float32", attention: str = "longctx", place: Place | None = None
-) -> Any:
+def init_from(spec: InitConfig, *, dtype: str = "auto", attention: str = "longctx", place: Place | None = None) -> Any:
     """A model of `spec`'s shape, random weights from its seed; the global random state is left alone.
 
-    place: called with each parameter as it is drawn, before the next is; the numbers are the same.
+    dtype: auto is float32. place: called with each parameter as it is drawn, before the next is; the numbers are the
+    same.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
     _register(attention)
     config = config_of(spec)
+    dtype = "float32" if dtype == "auto" else dtype
     with torch.random.fork_rng(devices=[]), placed_as_drawn(place) if place else nullcontext():
         torch.manual_seed(spec.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)

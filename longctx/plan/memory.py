@@ -8,19 +8,33 @@ to 3 GiB on a GPU).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from longctx.config.model import MemoryConfig
-from longctx.schedule import RankSchedule, Sizes
+from longctx.schedule import RankSchedule, Sizes, build
 from longctx.shape import Shape
+from longctx.topology import Topology
+
+if TYPE_CHECKING:
+    from longctx.config.train import TrainConfig
+    from longctx.curriculum import Stage
+    from longctx.decide import Decision
 
 BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
+NODES_SIMULATED = 4
+LAYERS_NEAR = 3  # layers whose saved tensors are on the device at once when they are offloaded
+REFERENCE_ROWS = 1024  # of longctx.attention.reference
+REFERENCE_COPIES = 4  # its backward holds scores, probabilities and the gradients of both
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. saved: kept from forward to backward over all layers; working: one layer at
-    work.
+    """Bytes on one device. saved: kept from forward to backward over all layers; working: one layer at work.
+
+    host: bytes in the host's memory for this device, where something is offloaded; not a part of `total`.
     """
 
     weights: float
@@ -30,10 +44,11 @@ class Memory:
     working: float
     ring: float
     loss: float
+    host: float = 0.0
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, field.name) for field in fields(self))
+        return self.weights + self.gradients + self.optimizer + self.saved + self.working + self.ring + self.loss
 
 
 def pool_bytes(schedule: RankSchedule, sizes: Sizes) -> int:
@@ -62,6 +77,68 @@ def ring_buffers(schedules: Sequence[RankSchedule], sizes: Sizes) -> float:
     return float(max(totals))
 
 
+def sizes_of(stage: Stage, shape: Shape, decision: Decision, dtype: str) -> Sizes:
+    """One forward pass's share of attention on one rank; travelling gradients are at least fp32."""
+    b = BYTES[dtype]
+    tokens = -(-stage.seq_len // decision.cp)
+    return Sizes(tokens, shape.heads, shape.kv_heads, shape.head_dim, decision.per_forward, b, max(b, 4))
+
+
+@lru_cache(maxsize=256)
+def attention_buffers(schedule: str, topology: Topology, sizes: Sizes, ulysses: int, kernel: str) -> float:
+    """Bytes of one attention call: ring buffers, and the scores of a block of rows where the kernel keeps them.
+
+    Beyond NODES_SIMULATED nodes so many stand for all, since buffers do not grow with them.
+    """
+    small = Topology(min(topology.nodes, NODES_SIMULATED), topology.ranks)
+    found = 0.0
+    for rank in range(small.size):
+        plans = [build(schedule, small, rank, backward=backward, ulysses=ulysses) for backward in (False, True)]
+        found = max(found, ring_buffers(plans, sizes))
+    if kernel != "reference":
+        return found
+    rows = min(REFERENCE_ROWS, sizes.tokens)
+    return found + REFERENCE_COPIES * max(4, sizes.wire_bytes) * sizes.batch * sizes.q_heads * rows * sizes.tokens
+
+
+def need(
+    stage: Stage, shape: Shape, config: TrainConfig, decision: Decision, *, world: int, kernel: str, device: str
+) -> Memory:
+    """What one device holds in a stage of a training run. device: cuda, or cpu, where offloading frees nothing."""
+    sizes = sizes_of(stage, shape, decision, config.model.dtype)
+    engine = config.engine
+    return stage_memory(
+        shape,
+        config.model.memory,
+        tokens=sizes.tokens * decision.per_forward,
+        dtype=config.model.dtype,
+        zero=engine.zero,
+        world=world,
+        trained=trained_weights(shape, config.optim.freeze),
+        ring=attention_buffers(decision.schedule, decision.topology, sizes, decision.ulysses, kernel),
+        offload_optimizer=engine.offload_optimizer and device != "cpu",
+        offload_parameters=engine.offload_parameters and device != "cpu",
+        offload_saved=config.model.memory.offload and device != "cpu",
+    )
+
+
+def trained_weights(shape: Shape, freeze: Sequence[str]) -> int:
+    """How many weights have gradients once the parameters that `optim.freeze` names are left out."""
+    e, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    of_layer = {
+        "self_attn.q_proj": e * q, "self_attn.k_proj": e * kv, "self_attn.v_proj": e * kv, "self_attn.o_proj": q * e,
+        "mlp.gate_proj": e * shape.ffn, "mlp.up_proj": e * shape.ffn, "mlp.down_proj": e * shape.ffn,
+        "input_layernorm": e, "post_attention_layernorm": e,
+    }  # fmt: skip
+    counts = {"model.model.embed_tokens.weight": shape.vocab * e, "model.model.norm.weight": e}
+    if not shape.tied:
+        counts["model.lm_head.weight"] = shape.vocab * e
+    for layer in range(shape.layers):
+        counts |= {f"model.model.layers.{layer}.{name}.weight": count for name, count in of_layer.items()}
+    frozen = {name for name in counts if any(fnmatch(name, pattern) for pattern in freeze)}
+    return shape.parameters - sum(counts[name] for name in frozen)
+
+
 def stage_memory(
     shape: Shape,
     memory: MemoryConfig,
@@ -71,30 +148,36 @@ def stage_memory(
     zero: int,
     world: int,
     ring: float,
+    trained: int | None = None,
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
+    offload_saved: bool = False,
 ) -> Memory:
-    """tokens: on this device per forward. zero: 0 (replicated) to 3. ring: bytes of `ring_buffers`.
+    """tokens: on this device per forward. zero: 0 (replicated) to 3. ring: bytes of `attention_buffers`. trained:
+    weights that have gradients and moments (None: all).
 
-    fp32 weights are their own masters; others keep fp32 masters with the optimizer. Gradients are fp32.
+    Weights of 4 bytes and more are their own masters; bfloat16 keeps fp32 masters with the optimizer. Gradients are at
+    least fp32.
     """
     b = BYTES[dtype]
-    p = shape.parameters
-    optimizer = p * (8 if b >= 4 else 12) / (world if zero >= 1 else 1)
+    wide = max(4, b)
+    p, t = shape.parameters, shape.parameters if trained is None else trained
+    optimizer = t * (2 * wide if b >= 4 else 3 * wide) / (world if zero >= 1 else 1)
     weights = p * b / (world if zero >= 3 else 1)
     gathered = 2 * shape.layer_weights * b if zero >= 3 else 0  # the layer at work and the one fetched ahead
     cost = shape.footprint(b)
-    everything = shape.layers if not memory.checkpoint else 0
-    matmuls = memory.keep_matmuls if isinstance(memory.keep_matmuls, int) else 0
-    saved = tokens * (shape.layers * cost.kept + (everything + min(matmuls, shape.layers)) * cost.products)
+    matmuls = cost.kept_layers(memory, tokens)
+    saved = tokens * (shape.layers * cost.kept + matmuls * cost.products)
+    near = tokens * LAYERS_NEAR * (cost.kept + (cost.products if matmuls else 0))
     block = min(memory.ffn_block or tokens, tokens)
     feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
     return Memory(
-        weights=0.0 if offload_parameters else weights + gathered,
-        gradients=p * 4 / (world if zero >= 2 else 1),
+        weights=gathered if offload_parameters else weights + gathered,
+        gradients=t * wide / (world if zero >= 2 else 1),
         optimizer=0.0 if offload_optimizer else optimizer,
-        saved=0.0 if memory.offload else saved,
+        saved=min(saved, near) if offload_saved else saved,
         working=float(max(tokens * cost.working, feed_forward)),
         ring=ring,
         loss=min(memory.loss_chunk, tokens) * shape.vocab * 4.0 * 2,
+        host=optimizer * offload_optimizer + weights * offload_parameters + saved * offload_saved,
     )

@@ -5,21 +5,24 @@ Nothing is loaded and nothing is started; a stage that would not fit or not divi
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from longctx.config.plan import HardwareConfig, PlanConfig
+from longctx import dtype as dtypes
+from longctx.config.plan import PlanConfig
 from longctx.console import emit, emit_json, say
 from longctx.curriculum import Stage, resolve
+from longctx.decide import Machines
 from longctx.errors import UserError
 from longctx.plan.draw import as_svg, as_text
+from longctx.plan.remedies import USABLE, Room, advice
 from longctx.plan.simulate import BACKWARD_WORK, Timeline, evenly, simulate
-from longctx.plan.stage import Estimate, estimate, links, topology_of
+from longctx.plan.stage import Estimate, Links, estimate_all, kernel_of, links_of
 from longctx.rope import rope_of_model
 from longctx.schedule import Sizes, build
 from longctx.shape import Shape, shape_of_model
-from longctx.topology import Topology
+from longctx.topology import Link, Topology
 
 GIB = 2.0**30
 
@@ -28,13 +31,27 @@ def run(config: PlanConfig) -> int:
     """Print what `show` names; exit status 0 also when a stage does not fit (the table says so)."""
     if config.show == "schedule":
         return show_schedule(config)
+    config, source = with_dtype(config)
     shape, stages = _stages(config)
-    estimates = [estimate(stage, shape, config) for stage in stages]
+    estimates = estimate_all(stages, shape, config)
     if config.format == "json":
         emit_json(document(config, shape, estimates))
     else:
-        emit(table(config, shape, estimates))
+        emit(table(config, shape, estimates, source))
     return 0
+
+
+def with_dtype(config: PlanConfig) -> tuple[PlanConfig, str]:
+    """The config with the model's dtype resolved, and where it comes from."""
+    model, source = dtypes.resolve(config.model)
+    return replace(config, model=model), source
+
+
+def room_of(config: PlanConfig, shape: Shape) -> Room:
+    """The memory of the planned devices."""
+    machines = Machines(config.nodes * config.ranks, config.ranks)
+    hardware = config.hardware
+    return Room(machines, hardware.device, kernel_of(shape, config), hardware.memory_gib * GIB)
 
 
 def _stages(config: PlanConfig) -> tuple[Shape, list[Stage]]:
@@ -47,19 +64,19 @@ def _stages(config: PlanConfig) -> tuple[Shape, list[Stage]]:
 
 def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dict[str, Any]:
     """Bytes, flop and seconds per stage."""
-    stages = {}
+    stages, room = {}, room_of(config, shape)
     for item in estimates:
         stages[item.stage.name] = {
             "seq_len": item.stage.seq_len,
             "steps": item.stage.steps,
             "tokens": item.stage.tokens,
-            "cp": item.cp,
-            "dp": item.dp,
+            **{name: getattr(item.decision, name) for name in ("cp", "dp", "nodes", "schedule", "ulysses")},
+            "per_forward": item.decision.per_forward,
             "micro_steps": item.micro_steps,
             "tokens_per_rank": item.tokens_per_rank,
-            "schedule": item.attention.schedule,
+            "quicker_schedule": item.quicker,
             "memory": {**asdict(item.memory), "total": item.memory.total},
-            "fits": _fits(config.hardware, item),
+            "fits": room.holds(item.memory),
             "flop_per_step": item.flop,
             "seconds_per_step": item.seconds,
             "link_seconds_per_step": item.exposed,
@@ -69,6 +86,8 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
         "hardware": asdict(config.hardware),
         "nodes": config.nodes,
         "ranks": config.ranks,
+        "dtype": config.model.dtype,
+        "kernel": room.kernel,
         "parameters": shape.parameters,
         "stages": stages,
         "hours": sum(item.hours for item in estimates),
@@ -76,19 +95,16 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
     }
 
 
-def _fits(hardware: HardwareConfig, item: Estimate) -> bool:
-    return item.memory.total <= 0.92 * hardware.memory_gib * GIB
-
-
-def table(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> Any:
-    """One row per stage, 80 columns; GiB per device."""
+def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: str) -> Any:
+    """One row per stage, 80 columns; GiB per device. source: where the dtype comes from."""
+    from rich.markup import escape
     from rich.table import Table
 
-    hardware, world = config.hardware, config.nodes * config.ranks
+    hardware, room = config.hardware, room_of(config, shape)
     title = (
         f"{_count(shape.parameters)} parameters on {config.nodes} x {config.ranks} {hardware.name} at "
-        f"{hardware.tflops * hardware.utilization:.3g} TFLOP/s,\n{config.model.dtype}, engine "
-        f"{config.engine.name}, ZeRO {config.engine.zero}"
+        f"{hardware.rate(config.model.dtype) / 1e12:.3g} TFLOP/s, engine {config.engine.name}, ZeRO "
+        f"{config.engine.zero}\n{config.model.dtype} ({source}), attention kernel {room.kernel}"
     )
     made = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("stage", "schedule"):
@@ -96,31 +112,42 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> Any:
     for column in ("cp x dp", "tokens", "owned", "saved", "GiB", "s/step", "links", "steps", "h"):
         made.add_column(column, justify="right", no_wrap=True)
     for item in estimates:
-        memory = item.memory
+        memory, decision = item.memory, item.decision
         owned = memory.weights + memory.gradients + memory.optimizer
         made.add_row(
             item.stage.name,
-            item.attention.schedule.removesuffix("_ring")
-            + (f" {item.attention.ulysses}" if item.attention.ulysses > 1 else ""),
-            f"{item.cp} x {item.dp}",
+            decision.schedule.removesuffix("_ring") + (f" {decision.ulysses}" if decision.ulysses > 1 else ""),
+            f"{decision.cp} x {decision.dp}",
             f"{item.tokens_per_rank}",
             _gib(owned),
             _gib(memory.saved),
-            _gib(memory.total) + ("" if _fits(hardware, item) else "!"),
+            _gib(memory.total) + ("" if room.holds(memory) else "!"),
             f"{item.seconds:.3g}",
             f"{item.exposed / item.seconds:.0%}",
             f"{item.stage.steps}",
             f"{item.hours:.2g}",
         )
-    hours = sum(item.hours for item in estimates)
-    lines = [
-        "",
-        f"{hours:.3g} hours, {hours * world:.3g} device-hours; tokens and GiB per device (docs/plan.md)",
-    ]
-    if not all(_fits(hardware, item) for item in estimates):
-        lines.append(f"! more than 92 % of {hardware.memory_gib:g} GiB: more ranks, a higher ZeRO or model.memory")
-    made.caption, made.caption_justify = "\n".join(lines), "left"
+    made.caption, made.caption_justify = escape("\n".join(_notes(config, shape, estimates, room))), "left"
     return made
+
+
+def _notes(config: PlanConfig, shape: Shape, estimates: list[Estimate], room: Room) -> list[str]:
+    """The lines under the table."""
+    hours = sum(item.hours for item in estimates)
+    devices = f"{hours:.3g} hours, {hours * room.machines.world:.3g} device-hours"
+    lines = ["", f"{devices}; tokens and GiB per device (docs/plan.md)"]
+    if host := max(item.memory.host for item in estimates) * config.ranks:
+        lines.append(f"offloaded: up to {_gib(host)} GiB in the memory of each node")
+    for item in estimates:
+        if item.quicker:
+            lines.append(f"{item.stage.name}: attention is quicker by parallel.schedule={item.quicker}")
+    if not all(room.holds(item.memory) for item in estimates):
+        stages = [item.stage for item in estimates]
+        lines.append(
+            f"! more than {USABLE:.0%} of {config.hardware.memory_gib:g} GiB, which train refuses. "
+            + advice(stages, shape, config, room)
+        )
+    return lines
 
 
 def _count(number: int) -> str:
@@ -134,7 +161,7 @@ def _gib(count: float) -> str:
 def show_schedule(config: PlanConfig) -> int:
     """Draw one attention layer's pass as text, and as SVG where a file is named."""
     draw = config.draw
-    schedule, topology, sizes, h = _drawn(config)
+    schedule, topology, sizes, h, links = _drawn(config)
     if schedule == "ulysses_ring" and (topology.ranks % h or sizes.q_heads % h):
         raise UserError(
             f"draw.ulysses={h} must divide ranks={topology.ranks} and heads={sizes.q_heads} (configs/plan.yaml)"
@@ -143,7 +170,7 @@ def show_schedule(config: PlanConfig) -> int:
         raise UserError(
             f"draw.tokens={draw.tokens} is not divisible by 2 x nodes x ranks = {2 * topology.size} (configs/plan.yaml)"
         )
-    timeline = _time(config, schedule, topology, sizes, h)
+    timeline = _time(config, schedule, topology, sizes, h, links)
     title = (
         f"{schedule}, {draw.direction}, {topology.nodes} nodes x {topology.ranks} ranks, "
         f"{sizes.tokens} tokens per rank on {config.hardware.name}"
@@ -162,29 +189,34 @@ def show_schedule(config: PlanConfig) -> int:
     return 0
 
 
-def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int]:
-    """Schedule, topology, sizes and Ulysses size of what is drawn."""
-    draw = config.draw
+def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int, Links]:
+    """Schedule, topology, sizes, Ulysses size and links of what is drawn."""
+    draw, hardware = config.draw, config.hardware
     if draw.stage is None:
         topology = Topology(config.nodes, config.ranks)
         sizes = Sizes(draw.tokens // topology.size, draw.heads, draw.kv_heads, draw.head_dim)
-        return draw.schedule, topology, sizes, draw.ulysses or config.ranks
+        latency = hardware.latency_us * 1e-6
+        inner, outer = (Link(gbytes * 1e9, latency) for gbytes in (hardware.inner_gbytes, hardware.outer_gbytes))
+        return draw.schedule, topology, sizes, draw.ulysses or config.ranks, (inner, outer)
+    config, _ = with_dtype(config)
     shape, stages = _stages(config)
-    stage = next((item for item in stages if item.name == draw.stage), None)
-    if stage is None:
-        known = ", ".join(item.name for item in stages)
-        raise UserError(f"draw.stage={draw.stage} is no stage of the curriculum; known: {known} (configs/plan.yaml)")
-    planned = estimate(stage, shape, config)
+    names = [item.name for item in stages]
+    if draw.stage not in names:
+        raise UserError(
+            f"draw.stage={draw.stage} is no stage of the curriculum; known: {', '.join(names)} (configs/plan.yaml)"
+        )
+    planned = estimate_all(stages, shape, config)[names.index(draw.stage)]
     sizes = Sizes(planned.tokens_per_rank, shape.heads, shape.kv_heads, shape.head_dim)
-    topology = topology_of(planned.cp, config.ranks)
-    return planned.attention.schedule, topology, sizes, planned.attention.ulysses
+    decision = planned.decision
+    links = links_of(decision, Machines(config.nodes * config.ranks, config.ranks), hardware)
+    return decision.schedule, decision.topology, sizes, decision.ulysses, links
 
 
-def _time(config: PlanConfig, schedule: str, topology: Topology, sizes: Sizes, h: int) -> Timeline:
+def _time(config: PlanConfig, schedule: str, topology: Topology, sizes: Sizes, h: int, links: Links) -> Timeline:
     backward = config.draw.direction == "backward"
     schedules = [build(schedule, topology, r, backward=backward, ulysses=h) for r in range(topology.size)]
-    rate = config.hardware.tflops * 1e12 * config.hardware.utilization
+    rate = config.hardware.rate("bfloat16")
     blocks = topology.size // schedules[0].ulysses
     flop = 2.0 * sizes.q_heads * sizes.head_dim * float(sizes.tokens * topology.size) ** 2
     block = flop / topology.size / blocks / rate * (BACKWARD_WORK if backward else 1.0)
-    return simulate(schedules, sizes, evenly(block), links(config.hardware))
+    return simulate(schedules, sizes, evenly(block), {"inner": links[0], "outer": links[1]})

@@ -10,16 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from longctx.config.plan import HardwareConfig, PlanConfig
+from longctx.config.hardware import HardwareConfig
+from longctx.config.plan import PlanConfig
 from longctx.curriculum import Stage
-from longctx.plan.memory import BYTES, Memory, ring_buffers, stage_memory
+from longctx.decide import Decision, Machines, assumed_kernels, choose_kernel, decide_all
+from longctx.plan.memory import BYTES, NODES_SIMULATED, Memory, need, sizes_of
 from longctx.plan.simulate import BACKWARD_WORK, evenly, simulate
-from longctx.plan.split import choose_cp, choose_ring, shares
-from longctx.schedule import SCHEDULES, RankSchedule, Sizes, build
+from longctx.schedule import SCHEDULES, Sizes, build
 from longctx.shape import Shape
 from longctx.topology import Link, Topology
 
-NODES_SIMULATED = 4
+# The reference kernel writes and reads its fp32 scores about ten times: scale, mask, logsumexp, subtract, exp, product.
+REFERENCE_PASSES = 10
+Links = tuple[Link, Link]  # of one device: inside a node of the schedule, and between two
 
 
 @dataclass(frozen=True)
@@ -32,74 +35,85 @@ class Attention:
     ulysses: int
     computing: float
     exposed: float
-    buffers: float
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """One stage. flop: executed per step by all devices. seconds: one optimizer step; exposed: of it on
-    links.
+    """One stage. flop: executed per step by all devices. seconds: one optimizer step; exposed: of it on links.
+
+    quicker: a schedule by which attention would take at least 5 % less, or None.
     """
 
     stage: Stage
-    cp: int
-    dp: int
-    micro_steps: int
+    decision: Decision
     tokens_per_rank: int
     attention: Attention
     memory: Memory
     flop: float
     seconds: float
     exposed: float
+    quicker: str | None
 
     @property
     def hours(self) -> float:
         return self.seconds * self.stage.steps / 3600
 
+    @property
+    def micro_steps(self) -> int:
+        return -(-self.decision.per_group // self.decision.per_forward)
 
-def links(hardware: HardwareConfig) -> dict:
-    """One device's link per level."""
+
+@dataclass(frozen=True)
+class Speed:
+    """FLOP/s of attention on one device, and seconds per score that memory traffic adds."""
+
+    rate: float
+    per_score: float = 0.0
+
+    @classmethod
+    def of(cls, hardware: HardwareConfig, dtype: str, kernel: str) -> Speed:
+        """A fast kernel runs at the dtype's rate, the reference in fp32 or wider with passes over its scores."""
+        if kernel != "reference":
+            return cls(hardware.rate(dtype))
+        wide = "float64" if dtype == "float64" else "float32"
+        return cls(hardware.rate(wide), REFERENCE_PASSES * BYTES[wide] / (hardware.memory_gbytes * 1e9))
+
+
+def links_of(decision: Decision, machines: Machines, hardware: HardwareConfig) -> Links:
+    """A level of the schedule whose ranks are not all on one machine goes at the network's pace."""
     latency = hardware.latency_us * 1e-6
-    return {
-        "inner": Link(hardware.inner_gbytes * 1e9, latency),
-        "outer": Link(hardware.outer_gbytes * 1e9, latency),
-    }
-
-
-def topology_of(cp: int, ranks: int) -> Topology:
-    """Nodes and ranks per node that `cp` neighbouring ranks span."""
-    return Topology(1, cp) if cp <= ranks else Topology(cp // ranks, ranks)
+    near, far = (Link(gbytes * 1e9, latency) for gbytes in (hardware.inner_gbytes, hardware.outer_gbytes))
+    sizes = (decision.topology.ranks, decision.cp)
+    inner, outer = (near if machines.inside_a_node(size) else far for size in sizes)
+    return inner, outer
 
 
 @lru_cache(maxsize=256)
 def time_attention(
-    schedule: str, topology: Topology, sizes: Sizes, hardware: HardwareConfig, ulysses: int
+    schedule: str, topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int
 ) -> Attention:
     """Simulate one layer, forward and backward, of one causal document.
 
     Beyond NODES_SIMULATED nodes so many stand for all, with blocks of true size and work: a ring's exposed
-    time grows with its hops, and its buffers do not grow.
+    time grows with its hops.
     """
-    rate = hardware.tflops * 1e12 * hardware.utilization
     h = ulysses if schedule == "ulysses_ring" else 1
     whole = sizes.tokens * topology.size
     flop = 2.0 * sizes.batch * sizes.q_heads * sizes.head_dim * whole**2
-    block = flop / topology.size / (topology.size // h) / rate
+    scores = sizes.batch * sizes.q_heads * whole**2 / 2
+    block = (flop / speed.rate + scores * speed.per_score) / topology.size / (topology.size // h)
     small = Topology(min(topology.nodes, NODES_SIMULATED), topology.ranks)
     longer = (topology.size / h - 1) / max(1.0, small.size / h - 1)
     computing = exposed = 0.0
-    everyone: list[list[RankSchedule]] = []
     for backward, work in ((False, 1.0), (True, BACKWARD_WORK)):
         schedules = [build(schedule, small, r, backward=backward, ulysses=h) for r in range(small.size)]
-        timeline = simulate(schedules, sizes, evenly(block * work), links(hardware))
+        timeline = simulate(schedules, sizes, evenly(block * work), {"inner": links[0], "outer": links[1]})
         computing += block * work * (topology.size // h)
         exposed += timeline.exposed() * max(1.0, longer)
-        everyone.append(schedules)
-    buffers = max(ring_buffers(both, sizes) for both in zip(*everyone, strict=True))
-    return Attention(schedule, h, computing, exposed, buffers)
+    return Attention(schedule, h, computing, exposed)
 
 
-def choose_schedule(topology: Topology, sizes: Sizes, hardware: HardwareConfig, ulysses: int = 0) -> Attention:
+def quickest(topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int = 0) -> Attention:
     """The quickest schedule by simulation; the earlier of SCHEDULES where two differ by less than 1 %."""
     found: list[Attention] = []
     for schedule in SCHEDULES:
@@ -110,54 +124,57 @@ def choose_schedule(topology: Topology, sizes: Sizes, hardware: HardwareConfig, 
             continue
         if schedule in ("double_ring", "allgather_ring") and topology.nodes == 1:
             continue
-        found.append(time_attention(schedule, topology, sizes, hardware, h))
+        found.append(time_attention(schedule, topology, sizes, speed, links, h))
     best = min(item.computing + item.exposed for item in found)
     return next(item for item in found if item.computing + item.exposed <= 1.01 * best)
 
 
-def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
-    """Raises UserError where training would refuse the split."""
-    world = config.nodes * config.ranks
-    cp = choose_cp(stage, config.parallel, world)
-    share = shares(stage, config.engine, world=world, cp=cp, rank=0, file="configs/parallel")
-    b = BYTES[config.model.dtype]
-    sizes = Sizes(stage.seq_len // cp, shape.heads, shape.kv_heads, shape.head_dim, share.per, b, max(b, 4))
-    topology = topology_of(cp, config.ranks)
+def kernel_of(shape: Shape, config: PlanConfig) -> str:
+    """The attention kernel on the planned device. Raises UserError where training there would refuse it."""
+    device, dtype = config.hardware.device, config.model.dtype
+    serving = assumed_kernels(device, dtype, shape.head_dim)
+    return choose_kernel(device, dtype, serving, config.model.attention_kernel)
+
+
+def estimate_all(stages: list[Stage], shape: Shape, config: PlanConfig) -> list[Estimate]:
+    """config.model.dtype: resolved. Raises UserError for what training would refuse."""
+    machines = Machines(config.nodes * config.ranks, config.ranks)
     heads = (shape.heads, shape.kv_heads)
-    ring = choose_ring(config.parallel, cp=cp, local_world=config.ranks, stage=stage.name, heads=heads)
-    if config.parallel.schedule == "auto":
-        attention = choose_schedule(topology, sizes, config.hardware, ring.ulysses)
-    else:
-        attention = time_attention(ring.schedule, topology, sizes, config.hardware, ring.ulysses)
-    tokens = sizes.tokens * share.per
-    engine, rate = config.engine, config.hardware.tflops * 1e12 * config.hardware.utilization
-    memory = stage_memory(
-        shape,
-        config.model.memory,
-        tokens=tokens,
-        dtype=config.model.dtype,
-        zero=engine.zero,
-        world=world,
-        ring=attention.buffers,
-        offload_optimizer=engine.offload_optimizer,
-        offload_parameters=engine.offload_parameters,
-    )
+    decisions = decide_all(stages, config.parallel, config.engine, machines, heads, config.model.dtype)
+    kernel = kernel_of(shape, config)
+    return [
+        _estimate(stage, shape, config, decision, machines, kernel)
+        for stage, decision in zip(stages, decisions, strict=True)
+    ]
+
+
+def _estimate(
+    stage: Stage, shape: Shape, config: PlanConfig, decision: Decision, machines: Machines, kernel: str
+) -> Estimate:
+    hardware, dtype = config.hardware, config.model.dtype
+    sizes, links = sizes_of(stage, shape, decision, dtype), links_of(decision, machines, hardware)
+    speed, rate = Speed.of(hardware, dtype, kernel), hardware.rate(dtype)
+    attention = time_attention(decision.schedule, decision.topology, sizes, speed, links, decision.ulysses)
+    best = quickest(decision.topology, sizes, speed, links, decision.ulysses)
+    gain = 1 - (best.computing + best.exposed) / (attention.computing + attention.exposed)
+    memory = need(stage, shape, config, decision, world=machines.world, kernel=kernel, device=hardware.device)
+    tokens = sizes.tokens * decision.per_forward
     products = shape.flops(recompute=config.model.memory.checkpoint).products(tokens)
-    micro_steps = -(-share.per_rank // share.per)
+    micro_steps = -(-decision.per_group // decision.per_forward)
     one = products / rate + shape.layers * attention.computing
     exposed = micro_steps * shape.layers * attention.exposed
-    exposed += _weights_moved(shape, config, b, micro_steps, micro_steps * one)
+    exposed += _weights_moved(shape, config, BYTES[dtype], micro_steps, micro_steps * one)
+    scored = 7.0 * sizes.batch * sizes.q_heads * sizes.head_dim * (stage.seq_len**2 / decision.cp)
     return Estimate(
         stage=stage,
-        cp=cp,
-        dp=share.dp,
-        micro_steps=micro_steps,
+        decision=decision,
         tokens_per_rank=sizes.tokens,
         attention=attention,
         memory=memory,
-        flop=micro_steps * one * rate * world,
+        flop=micro_steps * (tokens * products + shape.layers * scored) * machines.world,
         seconds=micro_steps * one + exposed,
         exposed=exposed,
+        quicker=best.schedule if gain > 0.05 else None,
     )
 
 

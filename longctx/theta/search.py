@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import console
+from longctx import dtype as dtypes
 from longctx.config.data import DataConfig
 from longctx.config.model import ModelConfig
 from longctx.config.theta import ThetaConfig
@@ -86,7 +87,7 @@ def job_of(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> Job:
     if config.nproc < 1:
         raise UserError(f"nproc={config.nproc} must be 1 or more ranks (configs/theta.yaml)")
     floor = stages[stage.index - 1].theta if stage.index else rope.theta
-    return Job(config, config.model, config.data, stage, int(floor))
+    return Job(config, dtypes.resolve(config.model)[0], config.data, stage, int(floor))
 
 
 def chosen_stage(config: ThetaConfig, stages: Sequence[Stage]) -> Stage:
@@ -123,13 +124,18 @@ def find(job: Job) -> Result:
 def _run(job: Job, ranks: Any) -> Result:
     from longctx.attention import ContextParallel
     from longctx.model import model_of
+    from longctx.shape import shape_of_model
     from longctx.theta.objective import Objective
+    from longctx.train.machine import kernel_of
 
     stage, settings = job.stage, job.config.trials
     with ranks.agree("loading the model and its documents"):
         model = model_of(job.model).to(ranks.device)
         material, adapt = _material(job)
-    context = ContextParallel.from_world()
+    wanted = job.model.attention_kernel
+    kernel = kernel_of(job.model, shape_of_model(job.model), ranks.device.type)
+    console.say(f"{job.model.dtype} weights, attention kernel {kernel} on {ranks.device.type}")
+    context = ContextParallel.from_world(kernel=None if wanted == "auto" else wanted)
     objective = Objective(model, job.model.memory, context, ranks, precision=job.model.rotary)
     file = TrialFile(job.folder / f"trials-{stage.name}.jsonl", _key(job)) if ranks.first else None
     done: dict[int, Trial] = ranks.broadcast(file.done if file else {})

@@ -49,7 +49,8 @@ class ReplicatedEngine:
             "ddp": "replicated weights", "world": ranks.world, "ZeRO": 0, "device": str(ranks.device),
             "backend": str(dist.get_backend()) if dist.is_initialized() else "none",
             "weights": str(self._named[0][1].dtype).removeprefix("torch."),
-            "gradients": str(wide).removeprefix("torch."), "trainable": self._grad.numel(),
+            "masters": str(wide).removeprefix("torch."), "gradients": str(wide).removeprefix("torch."),
+            "trainable": self._grad.numel(),
         }  # fmt: skip
 
     def forward(self, **batch: Any) -> LossOutput:

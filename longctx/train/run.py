@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
+from longctx.decide import Machines, decide_all
 from longctx.distributed import ranks as worlds
 from longctx.errors import UserError
 from longctx.shape import shape_of_model
 from longctx.train import engine as engines
 from longctx.train import runfolder
+from longctx.train.machine import check_machine, describe
+from longctx.train.runfolder import with_dtype
 from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest, leaving_on_request
 
 if TYPE_CHECKING:
@@ -47,7 +50,10 @@ def train(config: TrainConfig) -> int:
     environment = worlds.launcher_environment()
     world, local_world = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
     starts_ranks = world == 1 and config.launch.nproc > 1
-    check(config, stages, *((config.launch.nproc,) * 2 if starts_ranks else (world, local_world)))
+    if starts_ranks:
+        world = local_world = config.launch.nproc
+    check(config, stages, world, local_world)
+    check_machine(config, stages, world, local_world)
     if not starts_ranks:
         return run_rank(config)
     from longctx.train.launch import start_ranks
@@ -58,7 +64,8 @@ def train(config: TrainConfig) -> int:
 
 
 def settled(config: TrainConfig) -> TrainConfig:
-    """The config with optim.freeze=auto decided: what the run's adapter leaves out, or what the run began with."""
+    """The config with model.dtype=auto and optim.freeze=auto decided, or as the run that is continued began."""
+    config = with_dtype(config)
     if config.optim.freeze != "auto":
         return config
     began = runfolder.frozen(Path(config.folder))
@@ -77,7 +84,6 @@ def check(config: TrainConfig, stages: list[Stage], world: int, local_world: int
     """Refuse at the door what would fail in every rank."""
     from longctx.data.opening import choose_mix
     from longctx.train import profile
-    from longctx.train.stage import check_parallel
 
     if config.launch.nproc < 1:
         raise UserError(f"launch.nproc={config.launch.nproc} must be 1 or more ranks (configs/train.yaml)")
@@ -92,10 +98,10 @@ def check(config: TrainConfig, stages: list[Stage], world: int, local_world: int
             f"logging.wandb={config.logging.wandb} needs the package wandb; pip install wandb, or set "
             "logging.wandb=disabled (configs/logging)"
         )
-    engines.check(config.engine)
     profile.check(config.profile)
-    heads = _heads(config.model)
-    check_parallel(stages, config.parallel, config.engine, world=world, local_world=local_world, heads=heads)
+    shape = shape_of_model(config.model)
+    heads = (shape.heads, shape.kv_heads)
+    decide_all(stages, config.parallel, config.engine, Machines(world, local_world), heads, config.model.dtype)
     for stage in stages:
         choose_mix(config.data, stage.mix, stage.name)
 
@@ -112,12 +118,6 @@ def resolve_stages(config: TrainConfig) -> list[Stage]:
         check_config(read_config(config.model.path), config.model.path)
     file = "configs/curriculum"
     return resolve(config.curriculum, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=file)
-
-
-def _heads(model: ModelConfig) -> tuple[int, int]:
-    """(query heads, kv heads)"""
-    shape = shape_of_model(model)
-    return shape.heads, shape.kv_heads
 
 
 def _tokenizer(model: ModelConfig) -> Any:
@@ -183,6 +183,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     run = Path(config.folder)
     stages = resolve_stages(config)
     check(config, stages, ranks.world, ranks.local_world)
+    console.say(describe(config.model, shape_of_model(config.model), ranks.device.type))
     place = engines.placer(config.engine, config.optim, config.model.dtype, ranks)
     with ranks.agree("loading the model"):
         hf = model_of(config.model, place)

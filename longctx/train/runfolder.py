@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from longctx import dtype as dtypes
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError
@@ -30,7 +31,7 @@ IDENTITY = ("model", "data", "curriculum", "optim", "seed")
 INPUTS = "inputs.json"  # in the run's folder: per key that names files, their hashes
 WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its wandb run
 # Parts of identity groups that change how fast, not what: they may differ.
-FREE_INSIDE = ("model.memory", "model.attention")
+FREE_INSIDE = ("model.memory", "model.attention", "model.attention_kernel")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -49,11 +50,31 @@ def read(path: Path) -> TrainConfig:
     return dataclasses.replace(config, run_dir=str(path.parent))
 
 
+def with_dtype(config: TrainConfig) -> TrainConfig:
+    """The config with model.dtype in place of auto: the dtype of the run that is continued, else the model's own.
+
+    The run's config.yaml then holds a name, so a run keeps its dtype whatever auto would say later.
+    """
+    if config.model.dtype != "auto":
+        return config
+    stored = Path(config.folder) / "config.yaml"
+    before = _stored_dtype(stored) if stored.exists() else "auto"
+    if before != "auto":
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=before))
+    return dataclasses.replace(config, model=dtypes.resolve(config.model)[0])
+
+
+def _stored_dtype(stored: Path) -> Any:
+    values = yaml.safe_load(stored.read_text()) or {}
+    return (values.get("model") or {}).get("dtype", "auto")
+
+
 def prepare(config: TrainConfig) -> Path:
     """Make or continue the run's folder: check identity, write config.yaml. For rank 0 or the launcher, which holds it.
 
     Raises UserError naming the identity keys that differ from the run already there.
     """
+    config = with_dtype(config)
     folder = _made(Path(config.folder))
     stored, inputs = folder / "config.yaml", _inputs(config)
     if stored.exists():

@@ -16,39 +16,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
+from longctx.decide import FILE, Decision, Machines, Shares, decide, shares
 from longctx.distributed.ranks import Ranks
-from longctx.errors import UserError
-from longctx.plan.split import FILE, Shares, choose_cp, choose_ring, shares
+from longctx.shape import shape_of
 from longctx.topology import split
 from longctx.train import runfolder
 from longctx.train.batch import MicroBatch, micro_batch
 from longctx.train.engine import Engine
 
 if TYPE_CHECKING:
-    from longctx.config.train import EngineConfig, ParallelConfig, TrainConfig
+    from longctx.config.train import TrainConfig
     from longctx.curriculum import Stage
     from longctx.data.index import Split
     from longctx.model import LossModel
-
-
-def check_parallel(
-    stages: Sequence[Stage], parallel: ParallelConfig, engine: EngineConfig, *,
-    world: int, local_world: int, heads: tuple[int, int],
-) -> None:  # fmt: skip
-    """What can be refused before the ranks start: every stage's cp, batch share, micro-batch and schedule.
-
-    heads: the model's (query, kv) heads.
-    """
-    for name in parallel.stages:
-        if name not in {stage.name for stage in stages}:
-            raise UserError(
-                f"parallel.stages.{name} is no stage of the curriculum; known: "
-                f"{', '.join(stage.name for stage in stages)} ({FILE})"
-            )
-    for stage in stages:
-        cp = choose_cp(stage, parallel, world)
-        shares(stage, engine, world=world, cp=cp, rank=0, file=FILE)
-        choose_ring(parallel, cp=cp, local_world=local_world, stage=stage.name, heads=heads)
 
 
 @dataclass
@@ -117,14 +97,17 @@ def open_stage(
     """Make a stage ready; a collective. Raises UserError for what does not fit."""
     from longctx.model import set_rope
 
-    cp = choose_cp(stage, config.parallel, ranks.world)
+    heads = _heads(model)
+    decision = decide(stage, config.parallel, config.engine, Machines(ranks.world, ranks.local_world), heads)
+    cp = decision.cp
     share = shares(stage, config.engine, world=ranks.world, cp=cp, rank=ranks.rank, file=FILE)
     set_rope(model.model, stage.rope, stage.seq_len, precision=config.model.rotary)
     opened = partial(_open_data, config, stage, ranks, tokenizer, run, _vocabulary(model))
     data = opened("train", stage.steps * stage.batch)
     count = config.evaluate.heldout_sequences
     heldout = opened("heldout", count) if count else None
-    context, group = _open_context(config.parallel, ranks, cp)
+    wanted = config.model.attention_kernel
+    context, group = _open_context(decision, ranks, None if wanted == "auto" else wanted)
     words = (
         f"{stage.seq_len:,} tokens, theta {stage.theta:,.0f}, {stage.steps} steps of {stage.batch}, "
         f"dp {share.dp} x cp {cp}, {share.per} per forward"
@@ -173,19 +156,25 @@ def _open_data(
     return made if made is not None else opened()
 
 
-def _open_context(parallel: ParallelConfig, ranks: Ranks, cp: int) -> tuple[Any, dist.ProcessGroup | None]:
-    """The ContextParallel of this rank's group of cp neighbours."""
+def _open_context(decision: Decision, ranks: Ranks, kernel: str | None) -> tuple[Any, dist.ProcessGroup | None]:
+    """The ContextParallel of this rank's group of cp neighbours; kernel: the attention kernel's name, None: any."""
     from longctx.attention import ContextParallel
     from longctx.distributed.transport import SingleRankTransport
 
+    cp = decision.cp
     own: dist.ProcessGroup | None = None
     if 1 < cp < ranks.world:
         for first in range(0, ranks.world, cp):
             group: Any = dist.new_group(list(range(first, first + cp)))
             if first <= ranks.rank < first + cp:
                 own = group
-    ring = choose_ring(parallel, cp=cp, local_world=ranks.local_world, stage="this one")
     if cp == 1:
-        return ContextParallel(SingleRankTransport(), split(1, 1)), None
-    ulysses = ring.ulysses if ring.schedule == "ulysses_ring" else None
-    return ContextParallel.from_world(ring.nodes, cast(Any, ring.schedule), ulysses, group=own), own
+        return ContextParallel(SingleRankTransport(), split(1, 1), kernel=kernel), None
+    schedule: Any = decision.schedule
+    ulysses = decision.ulysses if schedule == "ulysses_ring" else None
+    return ContextParallel.from_world(decision.nodes, schedule, ulysses, group=own, kernel=kernel), own
+
+
+def _heads(model: LossModel) -> tuple[int, int]:
+    shape = shape_of(cast(Any, model.model).config.to_dict(), "the model's config")
+    return shape.heads, shape.kv_heads

@@ -40,8 +40,6 @@ class ZeroEngine:
         self._named = trainable(model)
         self._shapes = {name: list(full_shape(parameter)) for name, parameter in self._named}
         dtype = self._named[0][1].dtype
-        if dtype == torch.float64:
-            raise UserError("model.dtype=float64 is not something DeepSpeed trains; use engine=ddp (configs/engine)")
         self.accelerator = _accelerator(config, optim, dtype, ranks)
         optimizer = _optimizer(config, optim, self._named, ranks)
         self._in_shares = all(hasattr(parameter, "ds_id") for parameter in model.parameters())
@@ -66,7 +64,7 @@ class ZeroEngine:
         self.facts: dict[str, Any] = {
             "deepspeed": "accelerate " + kind, "ZeRO": config.zero, "world": self.ranks.world,
             "device": str(self.ranks.device), "backend": str(dist.get_backend()),
-            "weights": str(dtype).removeprefix("torch."), "gradients": "float32",
+            "weights": str(dtype).removeprefix("torch."), "masters": "float32", "gradients": "float32",
             "offloaded": f"optimizer {config.offload_optimizer}, parameters {config.offload_parameters}",
             "loaded": "in shares" if self._in_shares else "whole",
             "trainable": sum(torch.Size(shape).numel() for shape in self._shapes.values()),

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longctx.data.loader import Loader
-from longctx.plan.split import Shares
+from longctx.decide import Shares
 
 from .test_stage import _config, _open, _write_books
 

@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 
 from longctx.config.model import InitConfig, MemoryConfig
-from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig, ParallelConfig
+from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig
+from longctx.decide import Decision, Shares
 from longctx.distributed.ranks import Ranks
 from longctx.model import LossModel, init_from
-from longctx.plan.split import Shares
 from longctx.train import engine as engines
 from longctx.train.batch import micro_batch
 from longctx.train.guards import Guards
@@ -47,6 +47,11 @@ class Case:
     variant: str = "plain"
     rows: int = 1
     layout: str = "zigzag"
+
+
+def flat(cp: int, world: int) -> Decision:
+    """A flat ring of cp ranks within one node."""
+    return Decision(cp, world // cp, 1, "flat_ring", 1, per_group=1, per_forward=1)
 
 
 def made_model(case: Case, dtype: str, attention: str) -> Any:
@@ -99,7 +104,7 @@ def check(rank: int, world: int, case: Case) -> None:
             weights[: chunk + 1] = 0.0  # the last of them predicts the token after the chunk
             weights[SEQ - chunk :] = 0.0
     share = Shares(dp, rank // case.cp, per_rank, case.rows)
-    context, group = _open_context(ParallelConfig(), ranks, case.cp)
+    context, group = _open_context(flat(case.cp, world), ranks, None)
     loss, wanted = reference(case, data)
     with gradients(case, ranks) as (engine, grads):
         window = [micro_batch(data, own, context, case.layout) for own in share.sequences(0)]
@@ -127,7 +132,7 @@ def check_isolation(rank: int, world: int, case: Case) -> None:
     bit for bit.
     """
     ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
-    context, _ = _open_context(ParallelConfig(), ranks, case.cp)
+    context, _ = _open_context(flat(case.cp, world), ranks, None)
     model = LossModel(made_model(case, case.dtype, "longctx"), MemoryConfig())
     data = MadeData(SEQ, 4, seed=3)
     low, high = data.bounds_of[2][1:3]
@@ -147,7 +152,7 @@ def check_isolation(rank: int, world: int, case: Case) -> None:
 def check_attention_once(rank: int, world: int, case: Case) -> None:
     """Each layer's attention runs forward once and backward once per micro-batch of a step, checkpoints on."""
     ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
-    context, _ = _open_context(ParallelConfig(), ranks, case.cp)
+    context, _ = _open_context(flat(case.cp, world), ranks, None)
     data = MadeData(SEQ, case.accumulation * world // case.cp, seed=3)
     share = Shares(world // case.cp, rank // case.cp, case.accumulation, 1)
     with gradients(case, ranks) as (engine, _):

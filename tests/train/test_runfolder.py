@@ -36,10 +36,11 @@ def trained(made: TrainConfig) -> None:
 
 
 def test_resolved_config_reads_back_equal_and_where_it_lies(tmp_path: Path) -> None:
-    made = config(tmp_path / "run", tmp_path / "docs")
+    made = runfolder.with_dtype(config(tmp_path / "run", tmp_path / "docs"))
     runfolder.prepare(made)
     again = runfolder.read(tmp_path / "run" / "config.yaml")
     assert again == made
+    assert again.model.dtype == "float32"
     assert runfolder.fingerprint(again) == runfolder.fingerprint(made)
     (tmp_path / "run").rename(tmp_path / "moved")
     assert runfolder.read(tmp_path / "moved" / "config.yaml") == replace(made, run_dir=str(tmp_path / "moved"))

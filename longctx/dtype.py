@@ -1,0 +1,93 @@
+"""The dtype a model is trained in: model.dtype, or what the model's own folder says.
+
+Only config.json and, where it is silent, one safetensors header are read, so that planning and refusals need neither
+torch nor transformers. bfloat16 weights are trained through float32 masters (longctx.train), so a model keeps the
+dtype it came in; float16 becomes bfloat16, since training in float16 would need scaled gradients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longctx.errors import UserError
+
+if TYPE_CHECKING:
+    from longctx.config.model import ModelConfig
+
+TRAINED = ("float32", "bfloat16", "float64")
+_STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+def resolve(model: ModelConfig) -> tuple[ModelConfig, str]:
+    """`model` with its dtype in place of auto, and where that dtype comes from, in words.
+
+    Raises UserError where the folder names a dtype that cannot be trained (float8, int8).
+    """
+    if model.dtype != "auto":
+        return model, "model.dtype"
+    if model.init is not None or model.path is None:
+        return dataclasses.replace(model, dtype="float32"), "a model drawn at random"
+    dtype, source = found(model.path)
+    return dataclasses.replace(model, dtype=dtype), source  # type: ignore[arg-type]
+
+
+def found(path: str) -> tuple[str, str]:
+    """(dtype, where it comes from) for the model at a folder or hub id."""
+    dtype, source = stated(_config(path)), "config.json"
+    if dtype is None:
+        dtype, source = stored(Path(path)), "the stored weights, config.json names none"
+    if dtype is None:
+        return "float32", "neither config.json nor a weight here names one"
+    if dtype == "float16":
+        return "bfloat16", f"{source}: float16, which is trained as bfloat16"
+    if dtype not in TRAINED:
+        raise UserError(
+            f"{path} is stored in {dtype}, which cannot be trained; give a checkpoint in bfloat16 or float32, or set "
+            "model.dtype=bfloat16 if the weights can be read as that (configs/model)"
+        )
+    return dtype, source
+
+
+def stated(config: Mapping[str, Any]) -> str | None:
+    """The dtype a config.json names, as transformers 5 reads it: `dtype`, or else version 4's `torch_dtype`."""
+    value = config.get("dtype") or config.get("torch_dtype")
+    name = str(value).removeprefix("torch.") if isinstance(value, str) else None
+    return None if name == "auto" else name
+
+
+def stored(folder: Path) -> str | None:
+    """The dtype of most tensors in the folder's first safetensors file, from its header; None without one."""
+    file = next(iter(sorted(folder.glob("*.safetensors"))), None)
+    if file is None:
+        return None
+    try:
+        with file.open("rb") as handle:
+            size = int.from_bytes(handle.read(8), "little")
+            header = json.loads(handle.read(size)) if size < 2**27 else {}
+    except (OSError, ValueError):  # loading says what is wrong with it
+        return None
+    kinds = Counter(str(entry.get("dtype")) for name, entry in header.items() if name != "__metadata__")
+    return next((_STORED.get(kind, kind.lower()) for kind, _ in kinds.most_common(1)), None)
+
+
+def _config(path: str) -> dict[str, Any]:
+    """The content of config.json; empty where it cannot be read, which whoever loads the model explains."""
+    file: Path | str = Path(path) / "config.json"
+    if not Path(path).is_dir() and path.count("/") == 1 and path[0] not in "./~":
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            file = hf_hub_download(path, "config.json")
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            return {}
+    try:
+        values = json.loads(Path(file).read_text())
+    except (OSError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,175 @@
+"""Whether a curriculum fits the memory of its devices, and which settings would make it fit.
+
+`longctx plan` marks a stage that does not fit, `longctx train` refuses it; both name changes that were tried here on
+the same estimate, so that what is advised does fit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from longctx.config.train import TrainConfig
+from longctx.curriculum import Stage
+from longctx.decide import Machines, decide_all
+from longctx.errors import UserError
+from longctx.plan.memory import Memory, need
+from longctx.shape import Shape
+
+GIB = 2.0**30
+USABLE = 0.92  # of the memory: the rest is the allocator's fragments, communication libraries and the CUDA context
+Changes = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Room:
+    """device: cuda or cpu. device_bytes: memory of one device (on a CPU: a rank's part of the machine's). host_bytes:
+    memory of a node beside its GPUs, None where it is not known or not apart.
+    """
+
+    machines: Machines
+    device: str
+    kernel: str
+    device_bytes: float
+    host_bytes: float | None = None
+
+    def holds(self, memory: Memory) -> bool:
+        beside = self.host_bytes is None or memory.host * self.machines.ranks_per_node <= USABLE * self.host_bytes
+        return memory.total <= USABLE * self.device_bytes and beside
+
+
+def needs(stages: Sequence[Stage], shape: Shape, config: TrainConfig, room: Room) -> list[Memory]:
+    """What one device holds in each stage. Raises UserError for what cannot be split over the ranks."""
+    heads = (shape.heads, shape.kv_heads)
+    decisions = decide_all(stages, config.parallel, config.engine, room.machines, heads, config.model.dtype)
+    return [
+        need(stage, shape, config, made, world=room.machines.world, kernel=room.kernel, device=room.device)
+        for stage, made in zip(stages, decisions, strict=True)
+    ]
+
+
+def check_memory(stages: Sequence[Stage], shape: Shape, config: TrainConfig, room: Room) -> None:
+    """Raises UserError naming the first stage that does not fit, what it needs, and up to three ways out."""
+    found = zip(stages, needs(stages, shape, config, room), strict=True)
+    stage, memory = next((pair for pair in found if not room.holds(pair[1])), (None, None))
+    if stage is None or memory is None:
+        return
+    what = "device" if room.device == "cuda" else "rank"
+    have = USABLE * room.device_bytes / GIB
+    if memory.total <= USABLE * room.device_bytes and room.host_bytes is not None:
+        what, have = "node beside its devices", USABLE * room.host_bytes / GIB
+        wanted = memory.host * room.machines.ranks_per_node / GIB
+        parts = "what is offloaded"
+    else:
+        wanted = memory.total / GIB
+        parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.3g}" for name in _largest(memory))
+    raise UserError(
+        f"stage {stage.name} of {stage.seq_len:,} tokens needs about {wanted:.3g} GiB on each {what} ({parts}), and "
+        f"{have:.3g} GiB can be used there. {advice(stages, shape, config, room)} accept=[memory] starts it all the "
+        "same; `longctx plan` shows every stage (docs/plan.md)"
+    )
+
+
+def advice(stages: Sequence[Stage], shape: Shape, config: TrainConfig, room: Room) -> str:
+    """One sentence with what would make every stage fit."""
+    ways = remedies(stages, shape, config, room)
+    return f"What would fit: {'; or '.join(ways)}." if ways else "No setting here makes it fit: take shorter stages."
+
+
+def remedies(stages: Sequence[Stage], shape: Shape, config: TrainConfig, room: Room, limit: int = 3) -> list[str]:
+    """Changes with which every stage fits, the mildest first."""
+    ways: list[Changes] = []
+    for candidate in _candidates(config, room):
+        changes = {key: value for key, value in candidate.items() if _get(config, key) != value}
+        known = any(way.items() <= changes.items() for way in ways)  # it does more than one that suffices
+        if not known and len(ways) < limit and _fits(stages, shape, _with(config, changes), room):
+            ways.append(changes)
+    found = [" ".join(_spelt(key, value) for key, value in way.items()) for way in ways]
+    found += [f"{times} times as many nodes" for times in _more_nodes(stages, shape, config, room)]
+    last = [stage for stage in stages if _fits([stage], shape, config, room)]
+    if last and len(last) < len(stages):
+        found.append(f"'curriculum.only=[{','.join(stage.name for stage in last)}]'")
+    return found[:limit]
+
+
+def _largest(memory: Memory) -> list[str]:
+    names = [field.name for field in dataclasses.fields(memory) if field.name != "host"]
+    return sorted(names, key=lambda name: -getattr(memory, name))[:3]
+
+
+def _candidates(config: TrainConfig, room: Room) -> Iterator[Changes]:
+    """Single dials, then shards of weights and optimizer, then several together."""
+    memory, engine = config.model.memory, config.engine
+    dials: list[Changes] = []
+    if not memory.checkpoint:
+        dials.append({"model.memory.checkpoint": True})
+    if memory.keep_matmuls:
+        dials.append({"model.memory.keep_matmuls": 0})
+    tokens = config.parallel.tokens_per_rank // 2
+    while config.parallel.cp == "auto" and tokens >= 512 and room.machines.world > 1:
+        dials.append({"parallel.tokens_per_rank": tokens})
+        tokens //= 2
+    if config.parallel.cp != "auto" or config.parallel.stages:
+        dials.append({"parallel.cp": room.machines.world, "parallel.stages": {}})
+    if room.device == "cuda" and not memory.offload:
+        dials.append({"model.memory.offload": True})
+    shards: list[Changes] = []
+    for zero in (2, 3):
+        if room.machines.world > 1 and zero > engine.zero and config.model.dtype != "float64":
+            shards.append({"engine.name": "deepspeed", "engine.zero": zero})
+    if room.device == "cuda" and config.model.dtype != "float64":
+        whole = {"engine.name": "deepspeed", "engine.zero": 3, "engine.offload_optimizer": True}
+        shards += [whole, {**whole, "engine.offload_parameters": True}]
+    yield from dials
+    yield from shards
+    for shard in shards:
+        for dial in dials[::-1]:
+            yield {**shard, **dial}
+
+
+def _fits(stages: Sequence[Stage], shape: Shape, config: TrainConfig | None, room: Room) -> bool:
+    if config is None:
+        return False
+    try:
+        return all(room.holds(memory) for memory in needs(stages, shape, config, room))
+    except UserError:
+        return False
+
+
+def _more_nodes(stages: Sequence[Stage], shape: Shape, config: TrainConfig, room: Room) -> Iterator[int]:
+    """The smallest multiple of the nodes, at most 64, on which every stage fits."""
+    for times in (2, 4, 8, 16, 32, 64):
+        machines = Machines(times * room.machines.world, room.machines.ranks_per_node)
+        if room.device == "cuda" and _fits(stages, shape, config, dataclasses.replace(room, machines=machines)):
+            yield times
+            return
+
+
+def _with(config: TrainConfig, changes: Changes) -> TrainConfig | None:
+    """The config with these keys changed; None where they contradict others."""
+    try:
+        for key, value in changes.items():
+            config = _set(config, key.split("."), value)
+    except ValueError:
+        return None
+    return config
+
+
+def _set(part: Any, path: list[str], value: Any) -> Any:
+    inner = value if len(path) == 1 else _set(getattr(part, path[0]), path[1:], value)
+    return dataclasses.replace(part, **{path[0]: inner})
+
+
+def _get(config: TrainConfig, key: str) -> Any:
+    part: Any = config
+    for name in key.split("."):
+        part = getattr(part, name)
+    return part
+
+
+def _spelt(key: str, value: Any) -> str:
+    if key == "engine.name":
+        return f"engine={value}"
+    return f"{key}={str(value).lower() if isinstance(value, bool) else value}"

@@ -1,0 +1,73 @@
+"""What a run finds out about this machine before a rank starts: device, dtype, attention kernel, memory.
+
+Each is refused here where it would fail or crawl later, with the planner's own arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from longctx.decide import Machines, choose_kernel
+from longctx.plan.remedies import Room, check_memory
+from longctx.shape import Shape, shape_of_model
+
+if TYPE_CHECKING:
+    from longctx.config.model import ModelConfig
+    from longctx.config.train import EngineConfig, TrainConfig
+    from longctx.curriculum import Stage
+
+
+def device_type(engine: EngineConfig) -> str:
+    """cuda or cpu: where the ranks will work."""
+    return "cpu" if engine.device == "cpu" or not torch.cuda.is_available() else "cuda"
+
+
+def kernel_of(model: ModelConfig, shape: Shape, device: str) -> str:
+    """The attention kernel that serves the model on this machine. Raises UserError where none does, or no fast one."""
+    from longctx.attention.kernels import Problem, explain
+
+    capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
+    dtype = getattr(torch, model.dtype)
+    problem = Problem(device, dtype, shape.head_dim, shape.heads, shape.kv_heads, capability)
+    return choose_kernel(device, model.dtype, explain(problem), model.attention_kernel)
+
+
+def check_machine(config: TrainConfig, stages: Sequence[Stage], world: int, local_world: int) -> None:
+    """Raises UserError for an attention kernel or a memory that this machine has not; config: with its dtype."""
+    shape, device = shape_of_model(config.model), device_type(config.engine)
+    kernel = kernel_of(config.model, shape, device)
+    if "memory" not in config.accept:
+        check_memory(stages, shape, config, room_here(Machines(world, local_world), device, kernel))
+
+
+def room_here(machines: Machines, device: str, kernel: str) -> Room:
+    """This machine's memory. On a CPU each rank of the node gets an equal part."""
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+        return Room(machines, device, kernel, memory, host_memory())
+    return Room(machines, device, kernel, host_memory() / machines.ranks_per_node)
+
+
+def host_memory() -> float:
+    """Bytes of this machine's memory, or of the control group this process is held to."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limits = []
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            limits.append(int(Path(file).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return float(min([total, *limits]))
+
+
+def describe(model: ModelConfig, shape: Shape, device: str) -> str:
+    """The line a run begins with: what the numbers are kept in and which kernel attends."""
+    wide = "float64" if model.dtype == "float64" else "float32"
+    masters = f"{model.dtype} weights" + (f" with {wide} masters" if model.dtype != wide else "")
+    kernel = kernel_of(model, shape, device)
+    return f"{masters}, gradients and optimizer in {wide}, attention kernel {kernel} on {device}"

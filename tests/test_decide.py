@@ -1,0 +1,200 @@
+"""plan and train decide by one function: random configurations, and the cases in which they used to differ."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from longctx.config.base import build
+from longctx.config.model import KernelName
+from longctx.config.plan import PlanConfig
+from longctx.config.train import TrainConfig
+from longctx.decide import CUDA_KERNELS, Machines, assumed_kernels, choose_kernel, decide
+from longctx.errors import UserError
+from longctx.plan.memory import need
+from longctx.plan.run import document
+from longctx.plan.stage import estimate_all, links_of
+from longctx.shape import shape_of_model
+from longctx.train.run import check, resolve_stages
+from longctx.train.runfolder import with_dtype
+
+HEADS = [(8, 8), (8, 2), (6, 3), (4, 1)]
+
+
+def values(heads: tuple[int, int] = (8, 2), **changes: Any) -> dict[str, Any]:
+    made: dict[str, Any] = {
+        "name": "x",
+        "model": {"init": {"layers": 2, "hidden": 32 * heads[0], "heads": heads[0], "kv_heads": heads[1], "ffn": 64,
+                           "vocab": 64, "window": 64}, "tokenizer": "none"},
+        "data": {"sources": {"text": {"kind": "text", "path": "docs"}}, "mixes": {"default": {"text": 1.0}}},
+        "curriculum": {"lr": {"peak": 1e-3}, "scratch": True,
+                       "stages": {"a": {"seq_len": 4096, "theta": 10000, "steps": 2, "batch": 8}}},
+        "hooks": {"lora": {"enabled": False}},
+    }  # fmt: skip
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(made.get(key), dict)
+        made[key] = {**made[key], **value} if both else value
+    return made
+
+
+def planned(made: dict[str, Any], nodes: int, ranks: int) -> Any:
+    """What `longctx plan` shows of stage a, or the text of its refusal."""
+    try:
+        hardware = {"device": "cpu", "tflops": {"float32": 0.1}}
+        config = build(PlanConfig, {**made, "nodes": nodes, "ranks": ranks, "hardware": hardware}, origin="test")
+        config = with_dtype(config)  # type: ignore[assignment]
+        estimates = estimate_all(resolve_stages(config), shape_of_model(config.model), config)
+        shown = document(config, shape_of_model(config.model), estimates)["stages"]["a"]
+        return {key: shown[key] for key in ("cp", "dp", "nodes", "schedule", "ulysses", "per_forward")}
+    except UserError as error:
+        return str(error)
+
+
+def trained(made: dict[str, Any], nodes: int, ranks: int) -> Any:
+    """What a rank of a training run opens stage a with, or the text of the refusal before it starts."""
+    try:
+        config = with_dtype(build(TrainConfig, made, origin="test"))
+        stages = resolve_stages(config)
+        check(config, stages, nodes * ranks, ranks)
+        shape = shape_of_model(config.model)
+        machines = Machines(nodes * ranks, ranks)
+        found = decide(stages[0], config.parallel, config.engine, machines, (shape.heads, shape.kv_heads))
+        return {key: getattr(found, key) for key in ("cp", "dp", "nodes", "schedule", "ulysses", "per_forward")}
+    except UserError as error:
+        return str(error)
+
+
+AUTO = st.just("auto")
+PARALLEL = st.fixed_dictionaries({
+    "cp": AUTO | st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16]),
+    "tokens_per_rank": st.sampled_from([1, 512, 1024, 8192]),
+    "schedule": AUTO | st.sampled_from(["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]),
+    "nodes": AUTO | st.sampled_from([1, 2, 3]),
+    "ulysses": AUTO | st.sampled_from([1, 2, 3, 4]),
+})  # fmt: skip
+ENGINE = st.fixed_dictionaries({
+    "name": st.sampled_from(["ddp", "deepspeed"]), "zero": st.sampled_from([0, 2, 3]),
+    "micro_batch": AUTO | st.sampled_from([1, 2, 3]), "micro_batch_tokens": st.sampled_from([1024, 8192]),
+})  # fmt: skip
+
+
+@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    PARALLEL, ENGINE, st.sampled_from(HEADS), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4, 6, 8]),
+    st.sampled_from([1, 4, 6, 8, 12, 24, 48]), st.sampled_from([768, 3072, 4096]),
+)  # fmt: skip
+def test_plan_and_train_agree(parallel, engine, heads, nodes, ranks, batch, seq_len):
+    stages = {"a": {"seq_len": seq_len, "theta": 10000, "steps": 2, "batch": batch}}
+    made = values(heads, parallel=parallel, engine=engine, curriculum={"stages": stages})
+    plan, train = planned(made, nodes, ranks), trained(made, nodes, ranks)
+    assert plan == train
+    COUNTED.append(isinstance(plan, dict))
+
+
+COUNTED: list[bool] = []
+
+
+def test_the_random_configurations_were_of_both_kinds():
+    if COUNTED:  # only after the test above, not alone
+        assert len(COUNTED) >= 200
+        assert 0.1 < sum(COUNTED) / len(COUNTED) < 0.9
+
+
+def test_twelve_ranks_on_nodes_of_eight_are_planned_as_twelve():
+    made = values(parallel={"cp": 12}, curriculum={"stages": {"a": {"seq_len": 3072, "theta": 1e4, "steps": 1,
+                                                                    "batch": 2}}})  # fmt: skip
+    found = planned(made, 3, 8)
+    assert (found["cp"], found["nodes"], found["schedule"]) == (12, 1, "flat_ring")
+    config = build(PlanConfig, made, origin="test")
+    stage = resolve_stages(config)[0]
+    machines = Machines(24, 8)
+    decision = decide(stage, config.parallel, config.engine, machines, (8, 2))
+    assert decision.topology.size == 12
+    inner, _ = links_of(decision, machines, config.hardware)
+    assert inner.bandwidth == config.hardware.outer_gbytes * 1e9  # the ring crosses to another machine
+
+
+@pytest.mark.parametrize("budget", [0.0, 1e-3, 2e-3, 1.0])
+def test_layers_that_keep_products_are_counted_as_training_keeps_them(budget):
+    made = values(model={"memory": {"keep_matmuls": "auto", "budget_gib": budget}})
+    config = with_dtype(build(TrainConfig, made, origin="test"))
+    shape, stage = shape_of_model(config.model), resolve_stages(config)[0]
+    machines = Machines(1, 1)
+    decision = decide(stage, config.parallel, config.engine, machines, (8, 2))
+    memory = need(stage, shape, config, decision, world=1, kernel="torch_cpu", device="cpu")
+    assert memory.saved == 4096 * decision.per_forward * _trained_bytes(config, 4096 * decision.per_forward)
+
+
+def _trained_bytes(config: TrainConfig, tokens: int) -> float:
+    """Bytes per token that a real model's layers keep, told to keep by training's own plan."""
+    from longctx.model.layer import plan_layers, train_layers
+    from longctx.model.load import init_from
+    from longctx.model.saved import attention_only
+
+    assert config.model.init is not None
+    model = init_from(config.model.init)
+    train_layers(model)
+    plan_layers(model, config.model.memory, tokens=tokens, store=None)
+    keeping = sum(layer.plan.attention is not attention_only for layer in model.model.layers)
+    cost = shape_of_model(config.model).footprint(4)
+    return cost.layers * cost.kept + keeping * cost.products
+
+
+def test_the_chosen_kernel_is_fast_or_asked_for():
+    h100 = assumed_kernels("cuda", "bfloat16", 128)
+    assert choose_kernel("cuda", "bfloat16", h100, "auto") == "flash_attn_3"
+    no_packages = {**h100, "flash_attn_3": ["not installed"], "flash_attn_2": ["not installed"]}
+    assert choose_kernel("cuda", "bfloat16", no_packages, "auto") == "cudnn"
+    assert choose_kernel("cuda", "bfloat16", h100, "torch_flash") == "torch_flash"
+    assert choose_kernel("cpu", "float64", assumed_kernels("cpu", "float64", 32), "auto") == "torch_cpu"
+    for dtype, head_dim, reason in (
+        ("float32", 128, "needs fp16 or bf16, got float32"),
+        ("float64", 128, "needs fp16 or bf16, got float64"),
+        ("bfloat16", 36, "a multiple of 8 up to 256, got 36"),
+        ("bfloat16", 320, "a multiple of 8 up to 256, got 320"),
+    ):
+        serving = assumed_kernels("cuda", dtype, head_dim)
+        with pytest.raises(UserError, match=reason):
+            choose_kernel("cuda", dtype, serving, "auto")
+        assert choose_kernel("cuda", dtype, serving, "reference") == "reference"
+    with pytest.raises(UserError, match=r"model.attention_kernel=cudnn cannot serve .* take one of auto, torch_cpu"):
+        choose_kernel("cpu", "bfloat16", assumed_kernels("cpu", "bfloat16", 128), "cudnn")
+
+
+def test_the_names_of_kernels_are_those_that_exist():
+    from typing import get_args
+
+    from longctx.attention.kernels import KERNELS, Problem, explain, torch
+
+    assert get_args(KernelName) == tuple(KERNELS) == (*CUDA_KERNELS, "torch_cpu", "reference")
+    for dtype in ("float32", "bfloat16"):  # made-up devices are judged as real ones are
+        real = explain(Problem("cpu", getattr(torch, dtype), 64, 8, 2))
+        made = assumed_kernels("cpu", dtype, 64)
+        assert {name for name, why in real.items() if not why} == {name for name, why in made.items() if not why}
+    gpu = explain(Problem("cuda", torch.float32, 64, 8, 2, (9, 0)))
+    assert [name for name, why in gpu.items() if not why] == ["reference"]
+
+
+def test_float32_on_a_gpu_is_refused_by_plan_as_by_train(tmp_path, capsys):
+    from longctx.cli import main
+
+    (tmp_path / "config.json").write_text(json.dumps({
+        "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 512, "vocab_size": 1000, "rope_theta": 1e4, "max_position_embeddings": 512,
+        "dtype": "float32"}))  # fmt: skip
+    words = ["plan", f"model.path={tmp_path}", "curriculum=tiny_16x", "ranks=1"]
+    assert main(words) == 2
+    assert "no fast attention kernel serves it on a GPU" in capsys.readouterr().err
+    seconds = {}
+    for name, more in (("slow", ["model.attention_kernel=reference"]), ("fast", ["model.dtype=bf16"])):
+        assert main([*words, *more, "format=json"]) == 0
+        shown = json.loads(capsys.readouterr().out)
+        seconds[name] = shown["stages"]["s8192"]["seconds_per_step"]
+        assert (shown["dtype"], shown["kernel"] == "reference") == (
+            ("float32", True) if name == "slow" else ("bfloat16", False)
+        )
+    assert seconds["slow"] > 5 * seconds["fast"]
