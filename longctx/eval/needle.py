@@ -121,11 +121,10 @@ def _threads(workers: int | None) -> Iterator[ThreadPoolExecutor]:
 
     before = torch.get_num_threads()
     torch.set_num_threads(before if workers == 1 else 1)
-    pool = ThreadPoolExecutor(workers or before)
     try:
-        yield pool
-    finally:  # after ctrl-C or an error the prompts that have not begun are dropped
-        pool.shutdown(cancel_futures=True)
+        with ThreadPoolExecutor(workers or before) as pool:
+            yield pool
+    finally:
         torch.set_num_threads(before)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -71,24 +74,27 @@ def test_prompts_are_exact_in_length_fresh_in_keys_and_the_same_every_time(write
 
 
 def test_single_hides_one_needle_per_haystack(writer, haystack):
-    from dataclasses import replace
-
     single = replace(CONFIG, single=True)
     assert needle.haystacks(single) == 5 * needle.haystacks(CONFIG)
     assert all(len(p.document.answers) == 1 for p in needle.prompts(single, writer, haystack))
 
 
-def test_prompts_that_have_not_begun_are_dropped_when_one_fails(writer, haystack):
-    from dataclasses import replace
+def test_ctrl_c_drops_the_prompts_that_have_not_begun(writer, haystack):
+    many, begun, struck = replace(CONFIG, per_cell=20), [], threading.Event()
 
-    many, begun = replace(CONFIG, per_cell=20), []
-
-    def fail(tokens, where):
+    def slow(tokens, where):
         begun.append(len(tokens))
+        if len(begun) > 1:
+            struck.wait()
+            time.sleep(0.05)
+        return _oracle(tokens, where)
+
+    def strike():
+        struck.set()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        needle.grid(fail, many, writer, haystack, label="", workers=1)
+        needle.grid(slow, many, writer, haystack, label="", workers=1, tick=strike)
     assert len(begun) < needle.haystacks(many)
 
 
