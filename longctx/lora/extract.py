@@ -92,7 +92,7 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
             extension = _extension(base, tuned)
             described = files.adapter_config(rows, config.base, rslora=config.rslora, tied_head=tied_head)
             write_json(partial / "adapter_config.json", described)
-            files.write_side_file(partial, rows, extension, layout(base.config()), config, tied=tied_head is not None)
+            files.write_side_file(partial, rows, extension, layout(base.config()), config)
             files.write_card(partial, rows, extension, config)
             checked = read_back(partial, base, tuned, rows)
             losses = held_out_losses(config, partial) if config.verify == "loss" else None

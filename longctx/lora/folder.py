@@ -97,7 +97,7 @@ def totals(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, layout: Mapping[str, Any],
-                    config: ExtractConfig, *, tied: bool) -> None:  # fmt: skip
+                    config: ExtractConfig) -> None:  # fmt: skip
     document = {
         "format": 1,
         "longctx_version": longctx.__version__,
@@ -109,7 +109,6 @@ def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, lay
         **asdict(extension),
         "extends": extension.changed,
         "layout": dict(layout),
-        "tied": tied,
         "share": totals(rows),
         "tensors": {row.tensor: {k: v for k, v in asdict(row).items() if k != "tensor"} for row in rows},
     }

@@ -36,6 +36,16 @@ def draw(info: AdapterInfo, folder: Path) -> list[str]:
     return written
 
 
+def _save(figure: Any, path: Path) -> None:
+    """Write beside and rename, so that an interrupt leaves no half a picture."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(beside, dpi=200, format="png")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def _spectra(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> str:
     """One panel per projection, one line per layer, dark to light from the first layer to the last."""
     columns = min(4, len(by_leaf))
@@ -65,7 +75,7 @@ def _spectra(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> s
         scale = pyplot.cm.ScalarMappable(pyplot.Normalize(0, last / 0.9), shades)
         bar = figure.colorbar(scale, ax=axes, label="layer", shrink=0.7, boundaries=range(last + 2))
         bar.ax.tick_params(length=0)
-    figure.savefig(path, dpi=200)
+    _save(figure, path)
     pyplot.close(figure)
     return str(path)
 
@@ -90,6 +100,6 @@ def _shares(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> st
     others = ", ".join(f"{leaf} {items[0].share:.3f}" for leaf, items in outside.items() if items[0].share is not None)
     axis.set_title("share of the squared norm kept" + (f"  ({others})" if others else ""), fontsize=9, color=_INK)
     figure.colorbar(image, ax=axis, shrink=0.9)
-    figure.savefig(path, dpi=200)
+    _save(figure, path)
     pyplot.close(figure)
     return str(path)

@@ -259,3 +259,19 @@ def test_failure_while_writing_leaves_nothing(trio: Make, tmp_path: Path, adapte
 
     target = rewrite(copy(trio("llama").sibling, tmp_path / "t"), huge)
     assert re.search("is not finite after merging", merge_refusal(tmp_path, target, adapter, scale=[1e6]))
+
+
+@pytest.mark.parametrize("when", [1, 9, 21])
+def test_an_interrupt_leaves_nothing(trio: Make, tmp_path: Path, adapter: str, when: int) -> None:
+    """Ctrl-C while a tensor is extracted or merged, the last one included."""
+    pair = trio("llama")
+
+    def interrupt(done: int, total: int, tensor: str) -> None:
+        if done == when:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=4), interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=str(tmp_path / "m")), interrupt)
+    assert not list(tmp_path.iterdir())
