@@ -97,6 +97,7 @@ def test_a_model_comes_back_in_the_dtype_it_was_trained_in(tmp_path, documents, 
     assert first == (
         "bfloat16 weights with float32 masters, gradients and optimizer in float32, attention kernel torch_cpu on cpu"
     )
+    assert ("float16, which is trained as bfloat16" in said) == (stored == "float16")
     assert runfolder.read(tmp_path / "run" / "config.yaml").model.dtype == "bfloat16"
     out = tmp_path / "run" / "stages" / "s128" / "model"
     merge(MergeConfig(target=str(base), adapter=[str(tmp_path / "run" / "adapter")], out=str(tmp_path / "merged")))

@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from longctx import console
 from longctx import dtype as dtypes
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
@@ -61,7 +62,10 @@ def with_dtype(config: TrainConfig) -> TrainConfig:
     before = _stored_dtype(stored) if stored.exists() else "auto"
     if before != "auto":
         return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=before))
-    return dataclasses.replace(config, model=dtypes.resolve(config.model)[0])
+    model, source = dtypes.resolve(config.model)
+    if model.path is not None and source != "config.json":
+        console.remark(f"the model is trained in {model.dtype} ({source}); model.dtype= says otherwise (configs/model)")
+    return dataclasses.replace(config, model=model)
 
 
 def _stored_dtype(stored: Path) -> Any:
