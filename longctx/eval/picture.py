@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from longctx.durable import save_figure
 from longctx.eval.grid import Grid
 
 
@@ -41,8 +42,7 @@ def draw(panels: Sequence[Panel], path: Path, *, title: str = "", columns: int =
         axis.set_visible(False)
     if title:
         figure.suptitle(title, fontsize=12, fontweight="bold")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 from longctx import console
 from longctx.config.eval import EvalConfig
+from longctx.durable import write_text
 from longctx.errors import UserError
 from longctx.eval import loss, needle
 from longctx.eval.ground import Ground, open_ground
@@ -104,7 +105,7 @@ def _write(config: EvalConfig, result: dict[str, Any], panel: Panel) -> None:
     if config.out is not None:
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "needle.json").write_text(json.dumps(result, indent=1))
+        write_text(out / "needle.json", json.dumps(result, indent=1))
         draw([panel], out / "needle.png", columns=1)
     if config.format == "json":
         console.emit_json(result)

@@ -1,50 +1,61 @@
-"""Starting the ranks of a search on this machine, through torch.distributed's own agent."""
+"""The ranks of a search on this machine: `python -m longctx.theta.ranks FOLDER` finds its job there, pickled by the
+process that started it, and rank 0 leaves its answer.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+import pickle
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from longctx import signals
 from longctx.errors import RunFailed, UserError
+from longctx.processes import die_with_parent
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from longctx.theta.outcome import Result
+    from longctx.theta.search import Job
 
 
-def start(nproc: int, entry: Callable[..., T], *arguments: Any) -> T:
-    """Run entry(*arguments) on `nproc` ranks over gloo; returns what rank 0's returned.
+def start(job: Job, nproc: int) -> Result:
+    """Search on `nproc` ranks over gloo; rank 0's result. Raises UserError or RunFailed with the rank's own message."""
+    from longctx.train.launch import run_ranks
 
-    Raises UserError or RunFailed with the first failing rank's own message.
-    """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    with tempfile.TemporaryDirectory(prefix="longctx-theta-") as name, signals.temporary(Path(name)) as folder:
+        (folder / "job").write_bytes(pickle.dumps(job))
+        threads = max(1, len(os.sched_getaffinity(0)) // nproc)
+        with signals.swept(job.folder):
+            ended = run_ranks(nproc, threads, "longctx.theta.ranks", str(folder))
+        answers = sorted(folder.glob("answer*"))
+        problems = [answer for path in answers if isinstance(answer := pickle.loads(path.read_bytes()), Exception)]
+        if problems:
+            raise problems[0]
+        if ended.first is not None:
+            rank, status = ended.first
+            raise RunFailed(f"rank {rank} of the search failed (status {status})")
+        return pickle.loads(answers[0].read_bytes())
 
-    agent = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=nproc,
-        run_id=f"longctx-theta-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="spawn",
-        local_addr="localhost",
-    )
+
+def main(folder: Path) -> int:
+    """One rank."""
+    rank = os.environ["RANK"]
+    signals.catch(speaks=False)
+    die_with_parent()
+    from longctx.theta.search import find
+
+    job: Job = pickle.loads((folder / "job").read_bytes())
     try:
-        answers = elastic_launch(agent, guarded)(entry, *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise RunFailed(f"rank {rank} of the search failed (status {failure.exitcode}): {failure.message}") from None
-    found, problem = answers[0]
-    if problem is not None:
-        raise UserError(problem)
-    return found
+        answer = find(job)
+    except (UserError, RunFailed) as error:
+        (folder / f"answer{rank}").write_bytes(pickle.dumps(error))
+        return 1
+    if rank == "0":
+        (folder / "answer0").write_bytes(pickle.dumps(answer))
+    return 0
 
 
-def guarded(entry: Callable[..., T], *arguments: Any) -> tuple[T | None, str | None]:
-    """(what entry returned, None), or (None, the message) of a user's mistake, which crosses as text."""
-    try:
-        return entry(*arguments), None
-    except UserError as error:
-        return None, str(error)
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))

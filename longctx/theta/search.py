@@ -60,7 +60,7 @@ def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
     if config.nproc > 1 and environment["WORLD_SIZE"] == "1":
         from longctx.theta.ranks import start
 
-        result = start(config.nproc, find, job)
+        result = start(job, config.nproc)
     else:
         result = find(job)
     if environment["RANK"] == "0":

@@ -1,149 +1,123 @@
-"""Starting the ranks on this machine, through the agent of torch.distributed.run, and ending them together.
+"""Starting the ranks on this machine as processes of `python -m MODULE`, and ending them together.
 
-The ranks read the resolved config from the run's folder. SIGTERM, SIGUSR1 and SIGHUP are passed on to them
-(finish the step, save, leave with 75); ctrl-C ends them at once. When a rank dies its own error stands on the
-screen, the others are stopped within seconds, and one last line says what happened.
+SIGTERM, SIGUSR1 and SIGHUP are passed on to each rank once it handles them (save, leave with 75), so that one which is
+still importing loses none and dies of none; ctrl-C ends all of them at once. When a rank dies its own error stands on
+the screen, the others have PATIENCE to notice, and one last line says what happened.
 """
 
 from __future__ import annotations
 
 import os
 import signal
-import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from longctx import console
-from longctx.train.signals import INTERRUPTED, SAVED_AND_REQUEUE, asking, go_silent
+from longctx.processes import handles, kill, module_command, send
+from longctx.signals import SAVED_AND_REQUEUE, StopRequest, interrupted_words, stop_request, swept
+from longctx.train.runfolder import where
 
 if TYPE_CHECKING:
     from longctx.config.train import LaunchConfig
 
+STORE_FD = "LONGCTX_STORE_FD"  # rank 0: the listening socket of the store at MASTER_PORT; empty for the others
 PATIENCE = 10.0  # seconds that the other ranks have to notice a dead one before they are killed
+SAVING = 120.0  # and to leave after one that left with 75
 
 
-def start_ranks(launch: LaunchConfig, resolved: Path) -> int:
-    """Run `python -m longctx.train --resolved FILE` on launch.nproc ranks; returns the run's exit status."""
-    import logging
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks ended: the first that did not end with 0 (its rank and status), and every status."""
 
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig as AgentConfig
-    from torch.distributed.launcher.api import elastic_launch
-
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the agent's report would bury the rank's error
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    agent = AgentConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=launch.nproc, run_id=f"longctx-{os.getpid()}",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
-        start_method="spawn", signals_to_handle="SIGQUIT", local_addr="localhost",
-    )  # fmt: skip
-    threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.nproc)
-    os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read by the ranks when they load torch
-    with _forwarding() as forwarded, _reaper():
-        try:
-            elastic_launch(agent, sys.executable)("-m", "longctx.train", "--resolved", str(resolved))
-            return 0
-        except ChildFailedError as error:
-            return _explain(error, forwarded, resolved.parent)
+    first: tuple[int, int] | None
+    statuses: list[int]
 
 
-def _explain(error: Any, forwarded: list[int], run: Path) -> int:
-    """The last line, and the status: the first failing rank's own, translated where a signal ended it."""
-    if signal.SIGINT in forwarded:
-        console.say(f"longctx: interrupted; {_where(run)}")
-        return INTERRUPTED
-    rank, failure = error.get_first_failure()
-    codes = {f.exitcode for f in error.failures.values()}
-    if SAVED_AND_REQUEUE in codes:
-        return SAVED_AND_REQUEUE
-    if failure.exitcode == 2 or codes == {2}:
-        return 2
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        console.say(f"longctx: rank {rank} was ended by {name}, the others were stopped; {_where(run)}")
-    else:
-        console.say(f"longctx: rank {rank} failed (status {failure.exitcode}), the others were stopped; {_where(run)}")
-    return 1
+def start_ranks(launch: LaunchConfig, resolved: Path, cache: Path) -> int:
+    """Run `python -m longctx.train --resolved FILE` on launch.nproc ranks; returns the run's exit status.
 
-
-def _where(run: Path) -> str:
-    import json
-
-    pointer = run / "latest.json"
-    if not pointer.exists():
-        return "no checkpoint was written yet"
-    step = json.loads(pointer.read_text())["checkpoint"].rsplit("step", 1)[-1]
-    return f"the checkpoint of step {int(step)} stands, the same command continues the run"
-
-
-@contextmanager
-def _forwarding() -> Iterator[list[int]]:
-    """Pass signals on to the ranks; yields the list of those that came."""
-    came: list[int] = []
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if number == signal.SIGHUP:
-            go_silent()
-        for pid in _children():
-            _send(pid, number)
-
-    before = {number: signal.signal(number, forward) for number in (signal.SIGINT, *asking())}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextmanager
-def _reaper() -> Iterator[None]:
-    """Once a rank has failed, kill after PATIENCE whatever is still running (a rank stuck in a
-    collective).
+    cache: where ranks write tokenized documents.
     """
-    done = threading.Event()
+    run = resolved.parent
+    threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.nproc)
+    interrupted_words(lambda: where(run))
+    with ExitStack() as folders:
+        for folder in (run, cache):
+            folders.enter_context(swept(folder))
+        ended = run_ranks(launch.nproc, threads, "longctx.train", "--resolved", str(resolved))
+    return _explain(ended, run)
 
-    def watch() -> None:
-        while not done.wait(0.2):
-            if any(_failed(pid) for pid in _children()):
-                if not done.wait(PATIENCE):
-                    for pid in _children():
-                        _send(pid, signal.SIGKILL)
-                return
 
-    threading.Thread(target=watch, name="reaper", daemon=True).start()
+def run_ranks(nproc: int, threads: int, module: str, *words: str) -> Ended:
+    """`python -m MODULE WORDS` once per rank, in torchrun's environment; returns when all have ended."""
+    stop = stop_request()
+    stop.unsaved()  # a signal is the ranks' to answer
+    ranks: list[subprocess.Popen[bytes]] = []
     try:
-        yield
+        _start(ranks, nproc, threads, *module_command(module, *words))
+        return _follow(ranks, stop)
     finally:
-        done.set()
+        kill([rank.pid for rank in ranks if rank.returncode is None])
+        stop.close()
 
 
-def _children() -> list[int]:
-    """Processes this one started: the ranks (the agent starts nothing else)."""
-    found = []
-    for task in Path("/proc/self/task").iterdir():
-        try:
-            found += [int(pid) for pid in (task / "children").read_text().split()]
-        except OSError:  # the thread has ended
-            continue
-    return found
+def _start(
+    ranks: list[subprocess.Popen[bytes]], nproc: int, threads: int, command: Sequence[str], environment: dict[str, str]
+) -> None:
+    """Fill `ranks`. Rank 0 inherits the store's socket, so that nobody can take its port in between."""
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        world = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(store.getsockname()[1])}  # fmt: skip
+        environment = {"OMP_NUM_THREADS": str(threads), **environment, **world}
+        for rank in range(nproc):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            fds = [store.fileno()] if rank == 0 else []
+            own[STORE_FD] = str(store.fileno()) if rank == 0 else ""
+            # A session of its own: a terminal's ctrl-C reaches this process, which ends the ranks.
+            ranks.append(subprocess.Popen(command, env={**environment, **own}, pass_fds=fds, start_new_session=True))
 
 
-def _failed(pid: int) -> bool:
-    """Whether a child has ended badly; it stays for the agent to collect."""
-    try:
-        info = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    except ChildProcessError:
-        return False
-    return info is not None and info.si_status not in (0, SAVED_AND_REQUEUE)
+def _follow(ranks: list[subprocess.Popen[bytes]], stop: StopRequest) -> Ended:
+    """Wait for all ranks; pass a signal on to each; kill what is left after a rank that failed."""
+    told: set[int] = set()
+    first: tuple[int, int] | None = None
+    limit = float("inf")
+    while None in [rank.poll() for rank in ranks]:
+        failed = [(number, rank.returncode) for number, rank in enumerate(ranks) if rank.returncode]
+        if failed and first is None:
+            first = next((entry for entry in failed if entry[1] != SAVED_AND_REQUEUE), failed[0])
+            limit = time.monotonic() + (SAVING if first[1] == SAVED_AND_REQUEUE else PATIENCE)
+        number = stop.number or (signal.SIGTERM if first and first[1] == SAVED_AND_REQUEUE else None)
+        running = [rank.pid for rank in ranks if rank.returncode is None]
+        for pid in running:
+            if number is not None and pid not in told and handles(pid, number):
+                send(pid, number)
+                told.add(pid)
+        if time.monotonic() > limit:
+            kill(running)
+        time.sleep(0.05)
+    statuses = [rank.returncode for rank in ranks]
+    return Ended(first or next(((n, s) for n, s in enumerate(statuses) if s), None), statuses)
 
 
-def _send(pid: int, number: int) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        return
+def _explain(ended: Ended, run: Path) -> int:
+    """The last line, and the status: the first failing rank's own, translated where a signal ended it."""
+    if ended.first is None:
+        return 0
+    rank, status = ended.first
+    if SAVED_AND_REQUEUE in ended.statuses:
+        return SAVED_AND_REQUEUE
+    if status == 2:
+        return 2
+    if status < 0:
+        how = f"was ended by {signal.Signals(-status).name}"
+    else:
+        how = f"failed (status {status})"
+    console.say(f"longctx: rank {rank} {how}, the others were stopped; {where(run)}")
+    return 1

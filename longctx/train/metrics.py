@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from longctx import console
+from longctx.durable import write_text
 
 if TYPE_CHECKING:
     from longctx.config.train import LoggingConfig
@@ -86,9 +87,7 @@ class Metrics:
         lines = self.path.read_text(errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= step]
         if len(kept) != len(lines):
-            beside = self.path.with_suffix(".jsonl.partial")
-            beside.write_text("".join(kept))
-            beside.replace(self.path)
+            write_text(self.path, "".join(kept))
 
 
 def _step_of(line: str) -> float:

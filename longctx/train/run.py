@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from longctx import console
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError
+from longctx.signals import SAVED_AND_REQUEUE, StopRequest, all_saved, interrupted_words, stop_request
 from longctx.train import engine as engines
 from longctx.train import ranks as worlds
 from longctx.train import runfolder
-from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest, leaving_on_request
 
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig
@@ -31,7 +31,8 @@ def run(config: TrainConfig) -> int:
     status = train(config)
     if status == 0 and worlds.launcher_environment()["RANK"] == "0":
         worlds.leave_launcher()  # what the hooks train beside this run is theirs to start
-        with leaving_on_request(), runfolder.held(Path(config.folder)):
+        all_saved("training is done")
+        with runfolder.held(Path(config.folder)):
             status = int(_hooks().after_training(config, Path(config.folder)) or 0)
     return status
 
@@ -48,7 +49,7 @@ def train(config: TrainConfig) -> int:
     from longctx.train.launch import start_ranks
 
     folder = runfolder.prepare(config)
-    return start_ranks(config.launch, folder / "config.yaml")
+    return start_ranks(config.launch, folder / "config.yaml", Path(config.cache or folder / "data"))
 
 
 def _hooks() -> Any:
@@ -136,9 +137,10 @@ def _tokenizer(model: ModelConfig) -> Any:
 
 def run_rank(config: TrainConfig) -> int:
     """This rank's part of the run, from joining the others to leaving them."""
-    ranks = worlds.start(config.engine)
-    stop = StopRequest()
+    stop = stop_request()
+    interrupted_words(lambda: runfolder.where(Path(config.folder)))
     try:
+        ranks = worlds.start(config.engine)
         if not ranks.first:
             console.silence()
         _set_threads(config, ranks)
@@ -190,6 +192,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     watcher = Watcher(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
     checkpoints = Checkpoints(run, ranks, keep=config.checkpoint.keep, spare_gib=config.checkpoint.spare_gib)
     state = checkpoints.load(engine) or State()
+    all_saved(loop.saved_words(state.step))
     loop.find_place(state, stages)
     loop.say_resumed(state, stages)
     profile, metrics = ProfileWindow(config.profile, run, ranks), None
@@ -199,14 +202,15 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
         with Display(config.logging.display, config.logging.every, stages, first=ranks.first) as display:
             job = loop.Job(
                 config, run, ranks, stages, engine, tokenizer, checkpoints, state, metrics, display, stop,
-                counted, profile, _hooks().after_stage(config), progress,
+                counted, profile, _hooks().after_stage(config), progress, saved_step=state.step,
             )  # fmt: skip
             status = loop.run_stages(job)
         if ranks.any(stop.asked):  # also after the last step: what is due after training can be done later
             status = SAVED_AND_REQUEUE
         ranks.wait()
         if status == SAVED_AND_REQUEUE:
-            console.say(f"{stop.name or 'a signal'}: saved at step {state.step}; the same command continues the run")
+            saved = loop.saved_words(job.saved_step)
+            console.say(f"longctx: {stop.name or 'a signal'}: {saved}; the same command continues the run")
         return status
     finally:
         watcher.close()

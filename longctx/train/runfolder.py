@@ -21,7 +21,9 @@ import yaml
 
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
+from longctx.durable import write_text
 from longctx.errors import UserError
+from longctx.signals import sweep
 
 IDENTITY = ("model", "data", "curriculum", "optim", "seed")
 # Parts of identity groups that change how fast, not what: they may differ.
@@ -87,10 +89,21 @@ def held(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks
             pass
+        else:
+            sweep(folder)  # what a killed process of this run left half-written
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
         yield
+
+
+def where(folder: Path) -> str:
+    """What remains of a run that ends here, in words."""
+    pointer = folder / "latest.json"
+    if not pointer.exists():
+        return "no checkpoint was written yet"
+    step = json.loads(pointer.read_text())["checkpoint"].rsplit("step", 1)[-1]
+    return f"the checkpoint of step {int(step)} stands, the same command continues the run"
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -115,13 +128,3 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file so that a crash leaves either the old or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import metrics
-from longctx.train.signals import SAVED_AND_REQUEUE
 
 from .lives import live
 from .made import config
