@@ -22,7 +22,8 @@ from longctx.verbs import VERBS, Verb
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `longctx` command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments is None and words[:1] != ["bench"]:  # benchmarks undo what they did to the machine
+    owns = arguments is None and words[:1] != ["bench"]  # benchmarks undo what they did to the machine themselves
+    if owns:
         first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
         signals.catch(requeue=words[:1] == ["train"], speaks=first)
     try:
@@ -38,6 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return signals.INTERRUPTED
     except BrokenPipeError:
         return 1
+    finally:
+        if owns:
+            signals.done()
 
 
 def _dispatch(words: list[str]) -> int:

@@ -112,6 +112,12 @@ def catch(*, requeue: bool = False, speaks: bool = True) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # a launcher may hold them back until this process is ready
 
 
+def done() -> None:
+    """The work is done: what comes while the interpreter ends changes nothing, where Python's own way is to die of it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def interrupted_words(where: Callable[[], str]) -> None:
     """Have ctrl-C's last line go on with what where() says (what of the run remains)."""
     global _where

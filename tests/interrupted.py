@@ -50,7 +50,7 @@ class Command:
         if self.process.poll() is None:
             os.killpg(self.process.pid, number)
 
-    def outcome(self, timeout: float = 120) -> Outcome:
+    def outcome(self, timeout: float = 280) -> Outcome:
         said = self.process.communicate(timeout=timeout)[1]
         left = self._left()
         partial = [str(path) for path in self.folder.rglob("*") if ".partial" in path.name]

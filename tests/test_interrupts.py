@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -59,8 +57,8 @@ def words(verb: str, material: Path, where: Path) -> list[str]:
         return [
             verb, model, *text, f"data.path={material / 'few'}", "launch.nproc=2", f"run_dir={where / 'run'}",
             "~curriculum.stages.s2048", "~curriculum.stages.s8192", "curriculum.scratch=true",
-            "+curriculum.stages.s512={seq_len: 512, theta: 20000, steps: 6, batch: 2}",
-            "checkpoint.every=1", "checkpoint.spare_gib=0",
+            "+curriculum.stages.s512={seq_len: 512, theta: 20000, steps: 4, batch: 2}",
+            "checkpoint.every=1", "checkpoint.spare_gib=0", "evaluate.heldout_sequences=2",
         ]  # fmt: skip
     if verb == "eval":
         return [

@@ -143,4 +143,6 @@ def _tell(text: str, speak: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    signals.done()
+    sys.exit(status)
