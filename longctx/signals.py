@@ -113,7 +113,7 @@ def catch(*, requeue: bool = False, speaks: bool = True) -> None:
 
 
 def done() -> None:
-    """The work is done: what comes while the interpreter ends changes nothing, where Python's own way is to die of it."""
+    """The work is done: ignore what comes while the interpreter ends, where Python would die of it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 

@@ -17,7 +17,7 @@ from longctx.processes import alive, handles
 
 @dataclass(frozen=True)
 class Outcome:
-    """status: what a shell would show. left: processes that outlived it. partial: half-written files under the folder."""
+    """status: what a shell would show. left: processes that outlived it. partial: half-written files in its folder."""
 
     status: int
     said: str

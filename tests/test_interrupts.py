@@ -5,8 +5,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -79,13 +82,9 @@ def check_interrupted(outcome: Outcome, at: str) -> None:
     assert (outcome.left, outcome.partial) == ([], []), (at, outcome)
 
 
-def interrupt(verb: str, material: Path, folder: Path, instants: int, seed: int) -> int:
-    """How many of the instants fell before its end; the undisturbed command's time gives their range."""
-    began = time.monotonic()
-    whole = Command(folder / "whole", words(verb, material, folder / "whole"))
-    outcome = whole.outcome()
-    assert (outcome.status, outcome.left, outcome.partial) == (0, [], []), outcome
-    length, rng, met = time.monotonic() - began, random.Random(f"{verb} {seed}"), 0
+def interrupt(verb: str, material: Path, folder: Path, instants: int, length: float, seed: int = 1) -> int:
+    """How many of the instants, drawn from `length` seconds, fell before the command's end."""
+    rng, met = random.Random(f"{verb} {seed}"), 0
     for number in range(instants):
         where, after = folder / str(number), rng.uniform(0.0, length)
         life = Command(where, words(verb, material, where))
@@ -98,3 +97,106 @@ def interrupt(verb: str, material: Path, folder: Path, instants: int, seed: int)
         check_interrupted(outcome, f"{verb} after {after:.2f} of {length:.2f} s")
         met += 1
     return met
+
+
+@pytest.mark.parametrize("verb", ["data", "train", "lora-merge"])
+def test_ctrl_c_leaves_one_line_and_nothing_else(tmp_path: Path, material: Path, verb: str) -> None:
+    interrupt(verb, material, tmp_path, instants=2 if verb == "data" else 1, length=4.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("verb", VERBS)
+def test_ctrl_c_at_20_random_instants(tmp_path: Path, material: Path, verb: str) -> None:
+    began = time.monotonic()
+    outcome = Command(tmp_path / "whole", words(verb, material, tmp_path / "whole")).outcome()
+    assert (outcome.status, outcome.left, outcome.partial) == (0, [], []), outcome
+    assert interrupt(verb, material, tmp_path, instants=20, length=time.monotonic() - began) >= 10
+
+
+@pytest.mark.parametrize(("verb", "status"), [("train", 75), ("eval", 143)])
+def test_a_signal_while_importing_leaves_at_once(tmp_path: Path, material: Path, verb: str, status: int) -> None:
+    life = Command(tmp_path, words(verb, material, tmp_path))
+    life.send(signal.SIGTERM)
+    outcome = life.outcome()
+    assert (outcome.status, outcome.left, outcome.partial) == (status, [], []), outcome
+    assert outcome.said.count("\n") == 1
+    assert "SIGTERM" in outcome.said
+
+
+def test_a_signal_in_a_long_call_of_the_main_thread_is_answered(tmp_path: Path) -> None:
+    """A main thread that runs no Python, as in a collective: another thread ends the process and its temporary file."""
+    code = (
+        "import ctypes, os, threading; from pathlib import Path; from longctx import signals\n"
+        "signals.catch()\n"
+        "mutex, lock = ctypes.create_string_buffer(64), ctypes.CDLL(None).pthread_mutex_lock\n"
+        "lock(mutex)\n"
+        "with signals.temporary(Path('half')) as path:\n"
+        "    path.write_text('x')\n"
+        "    threading.Timer(0.2, os.kill, (os.getpid(), 2)).start()\n"
+        "    lock(mutex)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=50,
+        env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "longctx: interrupted\n")
+    assert not (tmp_path / "half").exists()
+
+
+def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from longctx import cli; real = cli._resolve\n"
+        "def resolve(target):\n"
+        "    if 'config' in target: return real(target)\n"
+        "    print(*(name in sys.modules for name in ('torch', 'transformers')), flush=True); sys.exit()\n"
+        "cli._resolve = resolve\n"
+        "for words in eval(sys.argv[1]):\n"
+        "    try: cli.main(words)\n"
+        "    except SystemExit: pass\n"
+    )
+    verbs = [
+        ["train", "model=tiny", "launch.nproc=2"], ["data", "model=tiny"], ["eval", "model.path=M", "format=json"],
+        ["lora-extract", "base=B", "tuned=T", "out=O"], ["lora-merge", "target=T", "adapter=A", "out=O"],
+        ["theta", "search=true", "model=tiny", "data=stdlib"],
+    ]  # fmt: skip
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code, repr(verbs)], capture_output=True, text=True, cwd=tmp_path, timeout=100,
+        env={**os.environ, "PYTHONPATH": root}, check=False,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == ["False False"] * len(verbs), done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(verbs)
+    assert lines[0] == "longctx: run: starting 2 ranks ..."
+    assert all(line.startswith("longctx: ") for line in lines)
+
+
+def test_a_run_that_needs_longer_than_its_scheduler_gives_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    from longctx.train.lead import Lead
+    from longctx.train.ranks import Ranks
+
+    first = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    monkeypatch.setenv("LONGCTX_SIGNAL_LEAD", "600")
+    lead = Lead()
+    lead.save_seconds = 200.0
+    for wait in (500.0, 300.0, 300.0):  # the first step of a stage is slow for other reasons
+        lead.check(wait, first)
+    assert capsys.readouterr().err == ""
+    for _ in range(5):
+        lead.check(500.0, first)
+    said = capsys.readouterr().err
+    assert said.count("warning") == 1
+    assert "up to 700 s" in said
+    assert "SBATCH_SIGNAL=USR1@910" in said
