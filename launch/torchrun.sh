@@ -12,6 +12,7 @@ export LONGCTX_SIGNAL_LEAD="${LONGCTX_SIGNAL_LEAD:-${TORCH_ELASTIC_SHUTDOWN_TIME
 # A rank of this node that leaves with 75 says so in this file: torchrun makes every status 1.
 export LONGCTX_REQUEUE="$(mktemp)"
 trap 'rm -f "$LONGCTX_REQUEUE"' EXIT
+trap 'exit 130' INT  # torchrun itself ends with 1
 for attempt in $(seq 0 "${REQUEUES:-3}"); do
   "$python" -m torch.distributed.run --nnodes "$nodes" --node-rank "$rank" --nproc-per-node "$per_node" \
     --master-addr "$head" --master-port "$port" -m longctx.train "$@"
