@@ -7,9 +7,12 @@ nodes="${NODES:-1}" rank="${NODE_RANK:-0}" head="${HEAD:-localhost}" port="${POR
 per_node="${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c . || true)}"
 [ "${per_node:-0}" -gt 0 ] || per_node=1
 python="${PYTHON:-python}"
+# torchrun gives ranks so many seconds after a signal; a run that needs longer to a save says so.
+export LONGCTX_SIGNAL_LEAD="${LONGCTX_SIGNAL_LEAD:-${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-30}}"
 # A rank of this node that leaves with 75 says so in this file: torchrun makes every status 1.
 export LONGCTX_REQUEUE="$(mktemp)"
 trap 'rm -f "$LONGCTX_REQUEUE"' EXIT
+trap 'exit 130' INT  # torchrun itself ends with 1
 for attempt in $(seq 0 "${REQUEUES:-3}"); do
   "$python" -m torch.distributed.run --nnodes "$nodes" --node-rank "$rank" --nproc-per-node "$per_node" \
     --master-addr "$head" --master-port "$port" -m longctx.train "$@"

@@ -1,4 +1,4 @@
-"""Processes that must not outlive the one that started them."""
+"""The processes started from this one: that they do not outlive it, which there are, and which signals they handle."""
 
 from __future__ import annotations
 
@@ -6,15 +6,94 @@ import ctypes
 import os
 import signal
 import sys
-from typing import Any
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import longctx
+
+END_SECONDS = 5.0  # the kernel's time to end killed processes
 
 
-def die_with_parent(parent: Any = None) -> None:
+def die_with_parent(parent: int | None = None) -> None:
     """Linux: have the kernel kill this process when its parent dies, however that dies.
 
-    parent: the parent as multiprocessing knows it, for a process that may have lost it before it came here.
+    parent: the parent's pid, for a process that may have lost it before it came here.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if parent is not None and parent.pid != os.getppid():
+    if parent is not None and parent != os.getppid():
         os._exit(1)
+
+
+def module_command(module: str, *words: str) -> tuple[list[str], dict[str, str]]:
+    """(command, environment) of a process that runs a module of this very longctx with this interpreter.
+
+    Unlike multiprocessing's spawn it does not import the caller's __main__, so it works from a script without a
+    `__main__` guard, from a notebook and from standard input.
+    """
+    root = str(Path(longctx.__file__).parents[1])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return [sys.executable, "-m", module, *words], {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def children(pid: int | None = None) -> list[int]:
+    """Processes started by `pid` (this one), whichever of its threads started them; Linux."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid or os.getpid()}/task").glob("*"):
+        try:
+            found += [int(child) for child in (task / "children").read_text().split()]
+        except OSError:  # the thread or the process has ended
+            continue
+    return found
+
+
+def descendants() -> list[int]:
+    """Children, their children and so on."""
+    found = children()
+    for pid in found:  # grows while it is read
+        found += children(pid)
+    return found
+
+
+def alive(pid: int) -> bool:
+    """Whether a process exists and is no zombie."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def handles(pid: int, number: int) -> bool:
+    """Whether a process has a handler for a signal: before that, most signals end it. True where nobody can tell."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return sys.platform != "linux"
+    masks = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]
+    return not masks or bool(int(masks[0], 16) >> (number - 1) & 1)
+
+
+def send(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return
+
+
+def kill(pids: Sequence[int]) -> None:
+    """Kill these processes and return when they are gone."""
+    for pid in pids:
+        send(pid, signal.SIGKILL)
+    end = time.monotonic() + END_SECONDS
+    while any(alive(pid) for pid in pids) and time.monotonic() < end:
+        time.sleep(0.005)
+
+
+def kill_descendants() -> list[int]:
+    """Kill whatever was started from here; returns the pids."""
+    ended: list[int] = []
+    while running := [pid for pid in descendants() if pid not in ended]:  # one may just have started another
+        kill(running)
+        ended += running
+    return ended

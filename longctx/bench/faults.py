@@ -102,13 +102,15 @@ def _kill(soak: Soak) -> None:
 
 
 def _terminate(soak: Soak) -> None:
-    """SIGTERM: finish the step, save, leave with 75; nothing at all may be lost."""
+    """SIGTERM at any instant, start-up and held-out evaluation included: leave with 75; nothing at all may be lost."""
     if not soak.config.sigterms:
         return
     soak.begin()
     while soak.sigterms < soak.config.sigterms:
         life = Life(soak.path, soak.config.nproc)
-        if not (life.wait_for_step(life.step() + 1) and life.wait_for(soak.rng.uniform(0.0, 0.3))):
+        starting = soak.rng.random() < 0.3
+        alive = life.wait_for(soak.rng.uniform(0.0, 1.0)) if starting else life.wait_for_step(life.step() + 1)
+        if not (alive and life.wait_for(soak.rng.uniform(0.0, 0.3))):
             _finish(soak, life)
             soak.begin()
             continue

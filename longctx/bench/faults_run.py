@@ -12,6 +12,7 @@ import multiprocessing.connection
 import os
 import random
 import resource
+import signal
 import socket
 import sys
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 from longctx.config.base import build
 from longctx.config.faults import FaultsConfig
 from longctx.config.train import TrainConfig
+from longctx.processes import handles
 from longctx.train import runfolder
 
 VOCAB = 512
@@ -56,7 +58,7 @@ def make_run(run: Path, documents: Path, config: FaultsConfig) -> Path:
         "curriculum": {"scratch": True, "lr": {"peak": 3.0e-3}, "stages": stages},
         "parallel": {"stages": {"s64": 1, "s128": config.nproc}}, "logging": {"display": "none"},
         "checkpoint": {"every": 1, "minutes": 0, "keep": 2, "spare_gib": 0.0},
-        "evaluate": {"heldout_sequences": 0}, "hooks": {"lora": {"enabled": False}},
+        "evaluate": {"heldout_sequences": 64}, "hooks": {"lora": {"enabled": False}},
         "launch": {"nproc": config.nproc, "threads": 1},
     }  # fmt: skip
     runfolder.prepare(build(TrainConfig, values, origin="longctx bench faults"))
@@ -155,6 +157,8 @@ class Life(Watched):
 
     def terminate(self) -> tuple[int, str]:
         for process in self.ranks:
+            while process.is_alive() and not handles(process.pid or 0, signal.SIGTERM):
+                time.sleep(0.01)  # as the launcher does, see longctx.distributed.local
             process.terminate()
         return self.wait()
 

@@ -13,7 +13,8 @@ from longctx.data.mixing import rng_of
 from longctx.data.opening import open_source
 from longctx.data.synth import SynthDocument, make_task
 from longctx.data.verb import load_tokenizer
-from longctx.data.writer import Writer, corpus_haystack
+from longctx.data.writer import Haystack, Writer, corpus_haystack
+from longctx.durable import replacing
 from longctx.errors import UserError
 
 
@@ -28,16 +29,8 @@ def run(config: SynthesizeConfig) -> int:
     straw = corpus_haystack(corpus, writer)
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")  # a refused length leaves no file behind
-    try:
-        with beside.open("w", encoding="utf-8") as out, progress() as bar:
-            for number in bar.track(range(config.count), description="documents"):
-                rng = rng_of(config.seed, "synth", config.task.kind, config.keys, number)
-                made = make_task(config.task, config.length, rng, straw, keys=config.keys, tokenizer=writer)
-                out.write(json.dumps(_row(made, config, number, tokenizer), ensure_ascii=False) + "\n")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with replacing(path) as partial:  # a refused length leaves no file behind
+        _write(config, tokenizer, straw, writer, partial)
     if config.format == "json":
         emit_json({"out": str(path), "documents": config.count, "tokens": config.count * config.length})
     else:
@@ -45,6 +38,14 @@ def run(config: SynthesizeConfig) -> int:
             f"{config.count} documents of {config.length:,} tokens, task {config.task.kind}, {config.keys} keys: {path}"
         )
     return 0
+
+
+def _write(config: SynthesizeConfig, tokenizer: Any, straw: Haystack, writer: Writer, path: Path) -> None:
+    with path.open("w", encoding="utf-8") as out, progress() as bar:
+        for number in bar.track(range(config.count), description="documents"):
+            rng = rng_of(config.seed, "synth", config.task.kind, config.keys, number)
+            made = make_task(config.task, config.length, rng, straw, keys=config.keys, tokenizer=writer)
+            out.write(json.dumps(_row(made, config, number, tokenizer), ensure_ascii=False) + "\n")
 
 
 def _row(made: SynthDocument, config: SynthesizeConfig, number: int, tokenizer: Any) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from longctx.durable import save_figure
+
 # blue, orange, green, purple, brown: told apart also by people who see red and green alike
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#8c564b", "#56b4e9")
 
@@ -39,8 +41,7 @@ def draw_lengths(lengths: Mapping[str, np.ndarray], seq_lens: Mapping[str, int],
     exponents = range(4, int(np.log2(edges[-1])) + 1, 2)
     axes[-1].set_xticks([2.0**e for e in exponents], [_short(2**e) for e in exponents])
     axes[-1].set_xlabel("tokens of a document")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
 
 
 def _short(length: int) -> str:

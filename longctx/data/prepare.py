@@ -9,21 +9,20 @@ import contextlib
 import fcntl
 import hashlib
 import json
-import multiprocessing
 import os
-import queue
-import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from longctx.config.data import DataConfig, SourceConfig
+from longctx.data.crew import tokenize_by
 from longctx.data.documents import Unit
 from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
-from longctx.errors import RunFailed, UserError
-from longctx.processes import die_with_parent
+from longctx.durable import write_text
+from longctx.errors import UserError
+from longctx.signals import sweep
 
 SMALLEST_SHARD = 2**20  # bytes of input
 LARGEST_SHARD = 2**26
@@ -70,6 +69,7 @@ def build_source(
     fresh = any(not _complete(job) for job in jobs)
     if fresh:
         with _only_builder(cache, jobs):
+            sweep(cache / "shards", names={job.folder.name for job in jobs})  # what a killed builder left
             missing = [job for job in jobs if not _complete(job)]
             done = total - sum(job.size for job in missing)
             for job in _run(missing, spec, workers):
@@ -93,48 +93,7 @@ def _run(jobs: Sequence[ShardJob], spec: TokenizerSpec, workers: int | None) -> 
             tokenize_shard(job, spec)
             yield job
         return
-    # spawn: a fork would copy the threads of torch and of the tokenizers library in an unknown state.
-    context = multiprocessing.get_context("spawn")
-    order = sorted(range(len(jobs)), key=lambda i: -jobs[i].size)  # longest first, so that workers end together
-    todo, results = context.Queue(), context.Queue()
-    for index in [*order, *[None] * count]:
-        todo.put(None if index is None else jobs[index])
-    crew = [context.Process(target=_work, args=(spec, todo, results), daemon=True) for _ in range(count)]
-    try:
-        for worker in crew:
-            worker.start()
-        for _ in jobs:
-            yield _next_result(results, crew)
-    finally:
-        for worker in crew:
-            worker.terminate()
-            worker.join()
-
-
-def _next_result(results: Any, crew: Sequence[Any]) -> ShardJob:
-    while True:
-        try:
-            job, error = results.get(timeout=1.0)
-        except queue.Empty:
-            dead = [worker.exitcode for worker in crew if worker.exitcode not in (None, 0)]
-            if dead:
-                raise RunFailed(f"a tokenizing worker died with exit code {dead[0]} (-9: out of memory)") from None
-            continue
-        if error is not None:
-            raise error
-        return job
-
-
-def _work(spec: TokenizerSpec, todo: Any, results: Any) -> None:
-    die_with_parent(multiprocessing.parent_process())
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch; this process is one of many
-    while (job := todo.get()) is not None:
-        try:
-            tokenize_shard(job, spec)
-        except Exception as error:  # carried to the parent, which raises it
-            results.put((job, error))
-            return
-        results.put((job, None))
+    yield from tokenize_by(count, jobs, spec, jobs[0].folder.parent)
 
 
 def shard_jobs(units: Sequence[Unit], spec: TokenizerSpec, cache: Path) -> list[ShardJob]:
@@ -180,9 +139,7 @@ def _file_hashes(paths: Sequence[str], cache: Path) -> dict[str, str]:
         fresh = True
     if fresh:
         cache.mkdir(parents=True, exist_ok=True)
-        temporary = cache / f".files-{uuid.uuid4().hex}"
-        temporary.write_text(json.dumps(memo))
-        os.replace(temporary, memo_path)
+        write_text(memo_path, json.dumps(memo))
     return found
 
 

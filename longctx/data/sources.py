@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from pathlib import Path
 
 from longctx.config.data import SourceConfig
 from longctx.data.documents import Unit
 from longctx.data.files import find_files, units_of
 from longctx.data.stdlib import stdlib_files
+from longctx.durable import replacing
 from longctx.errors import UserError
 
 
@@ -72,12 +71,7 @@ def _first_rows(source: SourceConfig, cache: Path) -> Path:
     if not path.exists():
         stream = datasets.load_dataset(str(source.name), source.subset, split=source.split, streaming=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{uuid.uuid4().hex}")
-        try:
-            with temporary.open("w") as out:
-                for row in stream.select_columns([source.column]).take(int(source.rows or 0)):
-                    out.write(json.dumps(row, default=str) + "\n")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as partial, partial.open("w") as out:
+            for row in stream.select_columns([source.column]).take(int(source.rows or 0)):
+                out.write(json.dumps(row, default=str) + "\n")
     return path

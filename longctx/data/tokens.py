@@ -10,8 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +22,7 @@ from longctx.data.documents import Document, Tally, Unit
 from longctx.data.files import read
 from longctx.data.shard import Row, write_shard
 from longctx.durable import sync
+from longctx.signals import beside, temporary
 
 _BATCH_CHARACTERS = 1 << 20
 
@@ -62,19 +61,16 @@ def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
     """Read a shard's units, tokenize, and put the shard in place."""
     if (job.folder / "meta.json").exists():
         return
-    temporary = job.folder.with_name(f".{job.folder.name}-{uuid.uuid4().hex[:8]}")
-    try:
+    with temporary(beside(job.folder)) as partial:
         tally = Tally()
         dtype = np.uint16 if spec.size <= 2**16 else np.uint32
-        write_shard(temporary, _rows(job, spec, tally), dtype, masked=spec.chat is not None, tally=tally)
+        write_shard(partial, _rows(job, spec, tally), dtype, masked=spec.chat is not None, tally=tally)
         try:
-            os.rename(temporary, job.folder)
+            os.rename(partial, job.folder)
             sync(job.folder.parent)
         except OSError:
             if not (job.folder / "meta.json").exists():  # another process was faster: its shard is as good
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _rows(job: ShardJob, spec: TokenizerSpec, tally: Tally) -> Iterator[Row]:

@@ -1,49 +1,82 @@
-"""Ranks started on this machine, through torch.distributed's own agent."""
+"""Starts ranks on this machine as processes of `python -m MODULE`, and ends them together.
+
+SIGTERM, SIGUSR1 and SIGHUP are passed on to each rank once it handles them (save, leave with 75), so that a rank that
+is still importing neither loses a signal nor dies of it. Ctrl-C ends all ranks at once. When a rank dies, its own error
+is on the screen and the others have PATIENCE to notice; then they are killed.
+"""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from typing import Any, TypeVar
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from longctx.errors import RunFailed, UserError
+from longctx.processes import handles, kill, module_command, send
+from longctx.signals import SAVED_AND_REQUEUE, StopRequest, stop_request
 
-T = TypeVar("T")
-
-
-def agent(nproc: int, **changes: Any) -> Any:
-    """The configuration of torch's agent for `nproc` ranks on this machine that are never restarted."""
-    from torch.distributed.launcher.api import LaunchConfig
-
-    return LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=nproc, run_id=f"longctx-{os.getpid()}",
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
-        start_method="spawn", local_addr="localhost", **changes,
-    )  # fmt: skip
+STORE_FD = "LONGCTX_STORE_FD"  # rank 0: the listening socket of the store at MASTER_PORT; empty for the others
+PATIENCE = 10.0  # seconds that the other ranks have to notice a dead one before they are killed
+SAVING = 120.0  # and to leave after one that left with 75
 
 
-def start(nproc: int, entry: Callable[..., T], *arguments: Any) -> T:
-    """Run entry(*arguments) on `nproc` ranks over gloo; returns what rank 0's returned.
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks ended: the first that did not end with 0 (its rank and status), and every status."""
 
-    Raises UserError or RunFailed with the first failing rank's own message.
-    """
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import elastic_launch
+    first: tuple[int, int] | None
+    statuses: list[int]
 
+
+def run_ranks(nproc: int, threads: int, module: str, *words: str) -> Ended:
+    """`python -m MODULE WORDS` once per rank, in torchrun's environment; returns when all have ended."""
+    stop = stop_request()
+    stop.unsaved()  # a signal is the ranks' to answer
+    ranks: list[subprocess.Popen[bytes]] = []
     try:
-        answers = elastic_launch(agent(nproc), guarded)(entry, *arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        raise RunFailed(f"rank {rank} of {nproc} failed (status {failure.exitcode}): {failure.message}") from None
-    found, problem = answers[0]
-    if problem is not None:
-        raise UserError(problem)
-    return found
+        _start(ranks, nproc, threads, *module_command(module, *words))
+        return _follow(ranks, stop)
+    finally:
+        kill([rank.pid for rank in ranks if rank.returncode is None])
+        stop.close()
 
 
-def guarded(entry: Callable[..., T], *arguments: Any) -> tuple[T | None, str | None]:
-    """Returns (what entry returned, None), or (None, the message) of a user's mistake, which crosses as text."""
-    try:
-        return entry(*arguments), None
-    except UserError as error:
-        return None, str(error)
+def _start(
+    ranks: list[subprocess.Popen[bytes]], nproc: int, threads: int, command: Sequence[str], environment: dict[str, str]
+) -> None:
+    """Fill `ranks`. Rank 0 inherits the store's socket, so that nobody can take its port in between."""
+    with socket.create_server(("127.0.0.1", 0)) as store:
+        world = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1",
+                 "MASTER_PORT": str(store.getsockname()[1])}  # fmt: skip
+        environment = {"OMP_NUM_THREADS": str(threads), **environment, **world}
+        for rank in range(nproc):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            fds = [store.fileno()] if rank == 0 else []
+            own[STORE_FD] = str(store.fileno()) if rank == 0 else ""
+            # A session of its own: a terminal's ctrl-C reaches this process, which ends the ranks.
+            ranks.append(subprocess.Popen(command, env={**environment, **own}, pass_fds=fds, start_new_session=True))
+
+
+def _follow(ranks: list[subprocess.Popen[bytes]], stop: StopRequest) -> Ended:
+    """Wait for all ranks; pass a signal on to each; kill what is left after a rank that failed."""
+    told: set[int] = set()
+    first: tuple[int, int] | None = None
+    limit = float("inf")
+    while None in [rank.poll() for rank in ranks]:
+        failed = [(number, rank.returncode) for number, rank in enumerate(ranks) if rank.returncode]
+        if failed and first is None:
+            first = next((entry for entry in failed if entry[1] != SAVED_AND_REQUEUE), failed[0])
+            limit = time.monotonic() + (SAVING if first[1] == SAVED_AND_REQUEUE else PATIENCE)
+        number = stop.number or (signal.SIGTERM if first and first[1] == SAVED_AND_REQUEUE else None)
+        running = [rank.pid for rank in ranks if rank.returncode is None]
+        for pid in running:
+            if number is not None and pid not in told and handles(pid, number):
+                send(pid, number)
+                told.add(pid)
+        if time.monotonic() > limit:
+            kill(running)
+        time.sleep(0.05)
+    statuses = [rank.returncode for rank in ranks]
+    return Ended(first or next(((n, s) for n, s in enumerate(statuses) if s), None), statuses)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.distributed.launcher import launcher_environment
+from longctx.distributed.local import STORE_FD
 from longctx.errors import RunFailed, UserError
 
 
@@ -142,8 +143,19 @@ def join(rank: int, world: int, timeout_seconds: float) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    elif STORE_FD in os.environ:  # started by longctx.distributed.local, which holds the port
+        store = _launchers_store(world, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     else:
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+
+
+def _launchers_store(world: int, timeout: timedelta) -> dist.Store:
+    socket = os.environ.pop(STORE_FD)
+    return dist.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world, is_master=bool(socket), timeout=timeout,
+        master_listen_fd=int(socket) if socket else None,
+    )  # fmt: skip
 
 
 def _set_timeout(timeout: timedelta) -> None:

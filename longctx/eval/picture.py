@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from longctx.durable import save_figure
 from longctx.eval.grid import Grid
 
 if TYPE_CHECKING:
@@ -67,10 +68,7 @@ def draw(
         figure.suptitle(_plain(title), fontsize=12, fontweight="bold")
     if notes:
         figure.supxlabel("; ".join(notes), fontsize=9, color="0.35")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part.png")
-    figure.savefig(beside, dpi=110)
-    beside.replace(path)
+    save_figure(figure, path, dpi=110)
     plt.close(figure)
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from longctx import console
 from longctx.config.eval import EvalConfig, EvalModel, default_name
 from longctx.distributed.launcher import launcher_environment
+from longctx.durable import write_text
 from longctx.errors import UserError
 from longctx.rope import read_rope, rope_of
 
@@ -175,9 +176,7 @@ def _write(config: EvalConfig, results: Sequence[Result]) -> None:
     if config.out is not None:
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
-        beside = out / ".eval.json.part"
-        beside.write_text(json.dumps(document, indent=1))
-        beside.replace(out / "eval.json")
+        write_text(out / "eval.json", json.dumps(document, indent=1))
         panels = [Panel(result.grid, result.target.title, result.window) for result in results if result.grid]
         curves = [Curve(r.target.title, curve, r.window) for r in results if (curve := longest_curve(r))]
         title = "Needle in a haystack: six-digit values found, in percent"

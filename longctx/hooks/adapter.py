@@ -6,13 +6,13 @@ Each folder holds a record of what it was made from; another model or another se
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 from longctx import console
 from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.config.train import TrainConfig
+from longctx.durable import discard, write_text
 from longctx.identity import RECORD, identity, key_of
 
 
@@ -82,9 +82,9 @@ def _stands(out: Path, key: str) -> bool:
     if record.exists() and json.loads(record.read_text())["key"] == key:
         return True
     console.say(f"{out} was made from another model or with other settings; making it again")
-    shutil.rmtree(out)
+    discard(out)
     return False
 
 
 def _record(out: Path, key: str) -> None:
-    (out / RECORD).write_text(json.dumps({"key": key}))
+    write_text(out / RECORD, json.dumps({"key": key}))

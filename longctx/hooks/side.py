@@ -12,6 +12,7 @@ from pathlib import Path
 from longctx.config.hooks import HooksConfig, LoraHook, SideRun
 from longctx.config.train import ParallelConfig, TrainConfig
 from longctx.errors import RunFailed
+from longctx.signals import SAVED_AND_REQUEUE
 
 
 def side_folder(folder: Path, name: str) -> Path:
@@ -43,6 +44,8 @@ def train_side(config: TrainConfig, folder: Path, name: str, side: SideRun) -> P
     runfolder.prepare(own)  # a finished run too is refused where the config has changed under it
     if not (run / "stages" / name / "finished.json").exists():
         status = train(own)
+        if status == SAVED_AND_REQUEUE:
+            raise SystemExit(status)
         if status != 0:
             raise RunFailed(f"the side run {name} stopped with status {status}; the same command continues it ({run})")
     return model

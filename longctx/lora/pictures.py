@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from longctx.durable import save_figure
 from longctx.lora.info import AdapterInfo, ModuleInfo, layer_of
 
 _INK, _GRID = "#23262b", "#d9dce1"
@@ -34,16 +35,6 @@ def draw(info: AdapterInfo, folder: Path) -> list[str]:
         if any(item.share is not None and layer_of(item.module) is not None for item in info.modules):
             written.append(_shares(pyplot, by_leaf, folder / "shares.png"))
     return written
-
-
-def _save(figure: Any, path: Path) -> None:
-    """Write beside and rename, so that an interrupt leaves no half a picture."""
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(beside, dpi=200, format="png")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _spectra(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> str:
@@ -75,7 +66,7 @@ def _spectra(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> s
         scale = pyplot.cm.ScalarMappable(pyplot.Normalize(0, last / 0.9), shades)
         bar = figure.colorbar(scale, ax=axes, label="layer", shrink=0.7, boundaries=range(last + 2))
         bar.ax.tick_params(length=0)
-    _save(figure, path)
+    save_figure(figure, path, dpi=200)
     pyplot.close(figure)
     return str(path)
 
@@ -100,6 +91,6 @@ def _shares(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> st
     others = ", ".join(f"{leaf} {items[0].share:.3f}" for leaf, items in outside.items() if items[0].share is not None)
     axis.set_title("share of the squared norm kept" + (f"  ({others})" if others else ""), fontsize=9, color=_INK)
     figure.colorbar(image, ax=axis, shrink=0.9)
-    _save(figure, path)
+    save_figure(figure, path, dpi=200)
     pyplot.close(figure)
     return str(path)

@@ -8,8 +8,6 @@ files cannot pass.
 
 from __future__ import annotations
 
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +20,7 @@ from longctx.lora.changes import Change
 from longctx.lora.difference import Difference
 from longctx.lora.folder import Row
 from longctx.lora.tensors import Checkpoint, Scratch
+from longctx.signals import beside, temporary
 
 if TYPE_CHECKING:
     from longctx.config.lora import ExtractConfig
@@ -94,12 +93,9 @@ def held_out_losses(config: ExtractConfig, folder: Path) -> Held:
 
     assert config.text is not None
     ids = _tokens(config)
-    merged = folder.parent / f".{folder.name}.verify-{os.getpid()}"
-    try:
+    with temporary(beside(folder.with_name("verify"))) as merged:
         merge(MergeConfig(target=config.base, adapter=[str(folder)], out=str(merged)))
         losses = [_loss(path, ids, config.text_window) for path in (config.base, config.tuned, str(merged))]
-    finally:
-        shutil.rmtree(merged, ignore_errors=True)
     return Held(*losses, tokens=len(ids))
 
 

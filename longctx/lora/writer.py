@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from longctx.durable import sync
+from longctx.durable import replacing
 from longctx.errors import UserError
 from longctx.lora.tensors import DTYPE_NAMES, bytes_of
 
@@ -90,13 +90,6 @@ def output_folder(out: str, *, needed: int) -> Iterator[Path]:
             "free some space or name a folder on another disk (nothing was written)"
         )
     parent.mkdir(parents=True, exist_ok=True)
-    partial = parent / f".{final.name}.partial-{os.getpid()}"
-    try:
+    with replacing(final) as partial:
         partial.mkdir()
         yield partial
-        sync(partial)
-        os.rename(partial, final)
-        sync(parent)
-    finally:
-        if partial.exists():
-            shutil.rmtree(partial)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from longctx import signals
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import RunFailed
 from longctx.model.shards import ShardWriter, verify, write_json
@@ -49,10 +50,18 @@ def export(
         for _ in state:
             pass
         return out
+    with signals.temporary(signals.beside(out)) as partial:
+        _write(partial, out, state, source, tokenizer, rope, window, shard_bytes)
+    return out
+
+
+def _write(
+    beside: Path, out: Path, state: Iterable[tuple[str, Tensor]], source: ModelConfig | str | Path, tokenizer: Any,
+    rope: Mapping[str, Any], window: int, shard_bytes: int,
+) -> None:  # fmt: skip
+    """Write the folder `beside`, read it back, and put it in the place of `out`."""
     config, generation = _configs(source, tokenizer)
     expected = _expected(config)
-    beside = out.parent / f".{out.name}.writing"
-    shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
     _check_disk(beside, sum(expected.values()))
     writer = ShardWriter(beside, limit=shard_bytes, names=len(expected))
@@ -73,7 +82,6 @@ def export(
     except RuntimeError as error:
         raise RunFailed(f"export to {out} failed: {error}") from None
     _publish(beside, out)
-    return out
 
 
 def served_config(config: Mapping[str, Any], rope: Mapping[str, Any], window: int, dtype: str) -> dict[str, Any]:
@@ -164,9 +172,7 @@ def _publish(beside: Path, out: Path) -> None:
     for path in beside.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-    old = out.parent / f".{out.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    beside.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
+    with signals.temporary(signals.beside(out.with_name(f"{out.stem}-old{out.suffix}"))) as old:
+        if out.exists():
+            out.rename(old)
+        beside.rename(out)

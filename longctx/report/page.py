@@ -15,6 +15,7 @@ from typing import Any
 
 from longctx import console
 from longctx.config.report import ReportConfig
+from longctx.durable import write_text
 from longctx.errors import UserError
 
 STYLE = (
@@ -41,9 +42,7 @@ def write_page(folder: Path) -> Path:
     title = f"longctx: {html.escape(name)}"
     page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>" + "\n".join(parts)
     out = folder / "report.html"
-    beside = folder / ".report.html.part"
-    beside.write_text(page, encoding="utf-8")
-    beside.replace(out)
+    write_text(out, page)
     return out
 
 

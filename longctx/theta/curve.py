@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from longctx.durable import save_figure
 from longctx.theta.trials import Trial
 
 
@@ -41,6 +42,5 @@ def draw_curve(trials: Sequence[Trial], *, rule: int, best: int, length: int, pa
     figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=2)
     left.grid(alpha=0.2)
     left.set_title(f"Which theta reads {length:,} tokens best")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     plt.close(figure)

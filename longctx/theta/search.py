@@ -59,9 +59,9 @@ def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
     job = job_of(config, rope, stages)
     environment = launcher_environment()
     if config.nproc > 1 and environment["WORLD_SIZE"] == "1":
-        from longctx.distributed.local import start
+        from longctx.theta.ranks import start
 
-        result = start(config.nproc, find, job)
+        result = start(job, config.nproc)
     else:
         result = find(job)
     if environment["RANK"] == "0":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from longctx.durable import save_figure
 from longctx.rope import RULES, THETA_ONLY, Rope, wavelengths
 from longctx.rope.config import new_keys, old_keys
 from longctx.theta.table import Alternative, Row
@@ -129,8 +130,7 @@ def picture(rope: Rope, rows: Sequence[Row], path: Path) -> None:
     axes.set_title("Wavelength per dimension; above its dotted line a pair never completes a turn")
     axes.legend(loc="lower right", fontsize=9)
     axes.grid(alpha=0.2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    save_figure(figure, path, dpi=130)
     plt.close(figure)
 
 

@@ -15,32 +15,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from longctx import __version__
+from longctx import __version__, signals
 from longctx.distributed.launcher import launcher_environment
 from longctx.errors import RunFailed, UserError
 from longctx.processes import die_with_parent
-from longctx.train import runfolder
-from longctx.train.signals import INTERRUPTED, SAVED_AND_REQUEUE, leave_on_interrupt, note_requeue
 
 
 def main(words: Sequence[str]) -> int:
     """One rank, from its command line to its exit status. Only rank 0 speaks, unless another has its own
     error.
     """
-    die_with_parent()
     environment = launcher_environment()
-    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    if world > 1:
-        leave_on_interrupt()
+    rank = int(environment["RANK"])
+    world = int(environment["WORLD_SIZE"])
+    signals.catch(requeue=True, speaks=rank == 0)  # before what takes long to import
+    die_with_parent()
     try:
+        if words[:1] != ["--resolved"] and world > 1:
+            _tell(f"starting {world} ranks", rank == 0)
+        from longctx.train import runfolder
         from longctx.train.run import run, train
 
         if words[:1] == ["--resolved"]:  # started by `longctx train`, which runs the hooks itself
             status = train(runfolder.read(Path(words[1])))
         else:
             status = run(_config(list(words), rank, world))
-        if status == SAVED_AND_REQUEUE:
-            note_requeue()
+        if status == signals.SAVED_AND_REQUEUE:
+            signals.note_requeue()
         return status
     except UserError as error:
         _tell(str(error), rank == 0)
@@ -52,7 +53,7 @@ def main(words: Sequence[str]) -> int:
         return 1
     except KeyboardInterrupt:
         _tell("interrupted", rank == 0)
-        return INTERRUPTED
+        return signals.INTERRUPTED
     except Exception as error:  # the last place that can say which rank it was
         if world > 1 and _lost_peers(error):
             time.sleep(5.0)  # the rank that died speaks first, and its launcher ends this one
@@ -99,6 +100,7 @@ def _agree_on_config(words: list[str], rank: int) -> Any:
     from longctx.config.base import build
     from longctx.config.train import EngineConfig, TrainConfig
     from longctx.distributed import ranks
+    from longctx.train import runfolder
 
     ranks.join(rank, int(launcher_environment()["WORLD_SIZE"]), EngineConfig().timeout_seconds)
     spoken = hashlib.sha256(repr((__version__, words)).encode()).hexdigest()
@@ -143,4 +145,6 @@ def _tell(text: str, speak: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    signals.done()
+    sys.exit(status)

@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,10 @@ import torch
 from safetensors import SafetensorError
 
 from longctx import console
-from longctx.durable import sync
+from longctx.durable import discard, sync, write_text
 from longctx.errors import RunFailed, UserError
+from longctx.signals import beside, temporary
 from longctx.train import fragments
-from longctx.train.runfolder import write_text
 
 if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks
@@ -72,39 +73,40 @@ class Checkpoints:
     def save(self, engine: Engine, state: State, stage: str) -> Path | None:
         """Write a checkpoint; None when it could not be written (said aloud, the last one is intact)."""
         final = self.run / "stages" / stage / "checkpoints" / f"step{state.step:08d}"
-        beside = final.with_name(f".{final.name}.partial")
-        problem = self._make_room(beside, engine)
-        if self.ranks.broadcast(problem):
-            console.say(f"[yellow]checkpoint at step {state.step} not written:[/] {problem}")
-            return None
+        with temporary(beside(final)) as own:
+            partial, problem = self.ranks.broadcast(
+                (own, self._make_room(own, engine))
+            )  # all write into rank 0's folder
+            if problem:
+                console.say(f"[yellow]checkpoint at step {state.step} not written:[/] {problem}")
+                return None
+            return final if self._write(partial, final, engine, state) else None
+
+    def _write(self, partial: Path, final: Path, engine: Engine, state: State) -> bool:
+        """Whether every rank's fragments are in place under the final name."""
         file = f"rank{self.ranks.rank:05d}.safetensors"
-        entry, failure = self._write_own(beside / file, engine)
+        entry, failure = self._write_own(partial / file, engine)
         reports = self.ranks.gather((entry, failure))
         failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
         if not failures and self.ranks.first:
             files = {f"rank{rank:05d}.safetensors": report for rank, (report, _) in enumerate(reports)}
-            failures = self._publish(beside, final, files, state, engine)
+            failures = self._publish(partial, final, files, state, engine)
         failures = self.ranks.broadcast(failures)
         if failures:
-            if self.ranks.first:
-                shutil.rmtree(beside, ignore_errors=True)
             console.say(f"[yellow]checkpoint at step {state.step} failed, the one before it stands:[/] {failures[0]}")
-            return None
-        return final
+        return not failures
 
-    def _make_room(self, beside: Path, engine: Engine) -> str | None:
-        """Rank 0 clears an unfinished attempt and looks at the free disk; returns what stands in the way."""
+    def _make_room(self, partial: Path, engine: Engine) -> str | None:
+        """Rank 0 makes the folder and looks at the free disk; returns what stands in the way."""
         if not self.ranks.first:
             return None
         try:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            free = shutil.disk_usage(beside).free
+            partial.mkdir(parents=True)
+            free = shutil.disk_usage(partial).free
             self._size = self._size or 12.0 * sum(math.prod(shape) for shape in engine.shapes().values())
         except OSError as error:
-            return f"{beside}: {error.strerror}"
+            return f"{partial}: {error.strerror}"
         if free < self._size + self.spare:
-            shutil.rmtree(beside, ignore_errors=True)
             needed = (self._size + self.spare) / GIB
             return (f"{free / GIB:.2f} GiB free under {self.run}, {needed:.2f} GiB needed "
                     "(checkpoint.spare_gib is part of it)")  # fmt: skip
@@ -118,19 +120,19 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             return {}, f"{path.name}: {error}"
 
-    def _publish(self, beside: Path, final: Path, files: dict[str, Any], state: State, engine: Engine) -> list[str]:
+    def _publish(self, partial: Path, final: Path, files: dict[str, Any], state: State, engine: Engine) -> list[str]:
         try:
-            write_text(beside / "state.json", json.dumps(asdict(state), indent=1))
+            write_text(partial / "state.json", json.dumps(asdict(state), indent=1))
             if (self.run / "config.yaml").exists():
-                write_text(beside / "config.yaml", (self.run / "config.yaml").read_text())
+                write_text(partial / "config.yaml", (self.run / "config.yaml").read_text())
             self._size = float(sum(entry["bytes"] for entry in files.values()))
             manifest = {"format": FORMAT, "parameters": engine.shapes(), "files": files,
-                        "state_sha256": _sha256(beside / "state.json")}  # fmt: skip
-            write_text(beside / "manifest.json", json.dumps(manifest))
-            sync(beside)
+                        "state_sha256": _sha256(partial / "state.json")}  # fmt: skip
+            write_text(partial / "manifest.json", json.dumps(manifest))
+            sync(partial)
             if final.exists():  # left by a run that was continued from an older checkpoint
-                shutil.rmtree(final)
-            os.rename(beside, final)
+                discard(final)
+            os.rename(partial, final)
             sync(final.parent)
             write_text(self.run / "latest.json", json.dumps({"checkpoint": str(final.relative_to(self.run))}))
             self._prune(final)
@@ -141,7 +143,8 @@ class Checkpoints:
     def _prune(self, newest: Path) -> None:
         for path in self._found()[self.keep :]:
             if path != newest:
-                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError):
+                    discard(path)
 
     def _found(self) -> list[Path]:
         """Finished checkpoints, newest first."""

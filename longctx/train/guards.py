@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from longctx.durable import write_text
 from longctx.errors import RunFailed
 from longctx.train.batch import MicroBatch
-from longctx.train.runfolder import write_text
 
 if TYPE_CHECKING:
     from longctx.config.train import GuardsConfig

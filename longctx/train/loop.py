@@ -19,17 +19,19 @@ import torch
 from longctx import console
 from longctx.data.loader import Loader
 from longctx.distributed.ranks import Ranks
+from longctx.durable import write_text
 from longctx.errors import UserError
 from longctx.shape import Flops
-from longctx.train import flops, runfolder
+from longctx.signals import SAVED_AND_REQUEUE, StopRequest
+from longctx.train import flops
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.display import Display
 from longctx.train.engine import Engine
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
+from longctx.train.lead import Lead
 from longctx.train.metrics import Metrics, memory_gib
 from longctx.train.profile import ProfileWindow
-from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest
 from longctx.train.stage import OpenStage, check_data, open_stage
 from longctx.train.step import Stepper, StepReport, Timer
 
@@ -62,6 +64,8 @@ class Job:
     evaluate: Evaluate | None = None
     progress: Progress = field(default_factory=Progress)
     saved_at: float = field(default_factory=time.monotonic)
+    saved_step: int = 0
+    lead: Lead = field(default_factory=Lead)
 
 
 def run_stages(job: Job) -> int:
@@ -70,7 +74,7 @@ def run_stages(job: Job) -> int:
     later = job.stages[job.state.stage + 1 :]
     check_data(job.config, later, job.ranks, job.engine.model, job.tokenizer, job.run)
     for stage in job.stages[job.state.stage :]:
-        if job.ranks.any(job.stop.asked):  # what comes first here, tokenizing, may take long; all is saved
+        if _stopping(job):
             return SAVED_AND_REQUEUE
         if stage.index > job.state.stage or not job.state.planned:
             _enter(job.state, stage)
@@ -79,10 +83,27 @@ def run_stages(job: Job) -> int:
         try:
             if not job.state.ended and (code := _train(job, stage, opened)):
                 return code
+            if _stopping(job):
+                return SAVED_AND_REQUEUE
             _finish(job, stage, opened)
         finally:
             opened.close()
     return 0
+
+
+def _stopping(job: Job) -> bool:
+    """Whether some rank was asked to stop. If not, and all steps are saved, a signal ends a process of its own at once
+    from here to the next step: evaluation, exports, adapters and tokenizing may take long.
+    """
+    if job.ranks.any(job.stop.asked):
+        return True
+    if job.saved_step == job.state.step:
+        job.stop.saved(saved_words(job.state.step))
+    return False
+
+
+def saved_words(step: int) -> str:
+    return f"saved at step {step}" if step else "nothing was trained"
 
 
 def _enter(state: State, stage: Stage) -> None:
@@ -132,9 +153,10 @@ def _train(job: Job, stage: Stage, opened: OpenStage) -> int:
     """Steps of one stage from where the state stands; 75 when told to stop."""
     state, config = job.state, job.config
     guards = Guards(config.guards, job.run, job.ranks, state.recent_losses)
-    stepper = Stepper(job.engine, job.ranks, guards, job.progress, opened.cp_size)
+    stepper = Stepper(job.engine, job.ranks, guards, job.progress, opened.cp_size, lambda: job.stop.asked)
     job.display.stage(stage, state.stage_step, opened.words)
     end = stage.steps * stage.batch
+    job.stop.unsaved()
     with Loader(opened.window, batch=stage.batch, cursor=state.cursor, end=end) as loader:
         while not state.ended:
             timer = Timer(job.ranks.device)
@@ -143,17 +165,18 @@ def _train(job: Job, stage: Stage, opened: OpenStage) -> int:
             job.profile.before(state.step)
             window = next(loader)
             lr = stage.lr.at(state.stage_step)
-            votes = [job.stop.asked, _save_due(job)]
-            report = stepper.take(window, lr, step=state.step, timer=timer, votes=votes)
+            report = stepper.take(window, lr, step=state.step, timer=timer, votes=[_save_due(job)])
+            if report is None:
+                if job.saved_step != state.step:
+                    _save(job, stage)
+                return SAVED_AND_REQUEUE
             seconds = time.perf_counter() - began
             _advance(state, stage, report, seconds)
             job.profile.after(state.step)
             _log(job, stage, opened, report, lr, seconds)
-            stopping, due = report.votes
-            if state.ended or stopping or due:
+            if state.ended or report.votes[0]:
                 _save(job, stage)
-            if stopping:
-                return SAVED_AND_REQUEUE
+            job.lead.check(report.wait, job.ranks)
     return 0
 
 
@@ -182,8 +205,11 @@ def _save_due(job: Job) -> bool:
 def _save(job: Job, stage: Stage) -> None:
     job.progress.at("save", job.state.step)
     job.state.written_by = {"world": job.ranks.world, **job.engine.facts}
-    job.checkpoints.save(job.engine, job.state, stage.name)
+    began = time.monotonic()
+    if job.checkpoints.save(job.engine, job.state, stage.name):
+        job.saved_step = job.state.step
     job.saved_at = time.monotonic()
+    job.lead.save_seconds = job.saved_at - began
 
 
 def _log(job: Job, stage: Stage, opened: OpenStage, report: StepReport, lr: float, seconds: float) -> None:
@@ -242,7 +268,7 @@ def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
         if job.evaluate is not None:
             (folder / "eval").mkdir(exist_ok=True)
             job.evaluate(stage, folder / "model", folder / "eval")
-        runfolder.write_text(mark, json.dumps(facts, indent=1))
+        write_text(mark, json.dumps(facts, indent=1))
     job.ranks.wait()
 
 

@@ -23,7 +23,8 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from longctx import console
-from longctx.train.runfolder import WANDB_ID, write_text
+from longctx.durable import write_text
+from longctx.train.runfolder import WANDB_ID
 
 if TYPE_CHECKING:
     from longctx.config.train import LoggingConfig
@@ -114,9 +115,7 @@ class Metrics:
         lines = self.path.read_text(errors="replace").splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= step]
         if len(kept) != len(lines):
-            beside = self.path.with_suffix(".jsonl.partial")
-            beside.write_text("".join(kept))
-            beside.replace(self.path)
+            write_text(self.path, "".join(kept))
 
 
 def _step_of(line: str) -> float:

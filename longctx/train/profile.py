@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longctx import console
+from longctx.durable import replacing
 from longctx.errors import UserError
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ class ProfileWindow:
         self._active.__exit__(None, None, None)
         path = self._run / "profile" / f"step{self._steps[0]}-{self._steps[1]}.json"
         path.parent.mkdir(exist_ok=True)
-        self._active.export_chrome_trace(str(path))
+        with replacing(path) as partial:
+            self._active.export_chrome_trace(str(partial))
         self._active = None
         console.say(f"profile of steps {self._steps[0]} to {self._steps[1] - 1}: {path}")
 

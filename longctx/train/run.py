@@ -21,11 +21,11 @@ from longctx.decide import Machines, decide_all
 from longctx.distributed import ranks as worlds
 from longctx.errors import UserError
 from longctx.shape import shape_of_model
+from longctx.signals import SAVED_AND_REQUEUE, StopRequest, all_saved, interrupted_words, stop_request
 from longctx.train import engine as engines
 from longctx.train import runfolder
 from longctx.train.machine import check_machine, describe
 from longctx.train.runfolder import with_dtype
-from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest, leaving_on_request
 
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig
@@ -38,7 +38,8 @@ def run(config: TrainConfig) -> int:
     status = train(config)
     if status == 0 and worlds.launcher_environment()["RANK"] == "0":
         worlds.leave_launcher()  # what the hooks train beside this run is theirs to start
-        with leaving_on_request(), runfolder.held(Path(config.folder)):
+        all_saved("training is done")
+        with runfolder.held(Path(config.folder)):
             status = int(_hooks().after_training(config, Path(config.folder)) or 0)
     return status
 
@@ -60,7 +61,7 @@ def train(config: TrainConfig) -> int:
 
     with runfolder.held(Path(config.folder)):
         folder = runfolder.prepare(config)
-    return start_ranks(config.launch, folder / "config.yaml")
+    return start_ranks(config.launch, folder / "config.yaml", Path(config.cache or folder / "data"))
 
 
 def settled(config: TrainConfig) -> TrainConfig:
@@ -138,9 +139,10 @@ def _tokenizer(model: ModelConfig) -> Any:
 
 def run_rank(config: TrainConfig) -> int:
     """This rank's part of the run, from joining the others to leaving them."""
-    ranks = worlds.start(config.engine.device, config.engine.timeout_seconds)
-    stop = StopRequest()
+    stop = stop_request()
+    interrupted_words(lambda: runfolder.where(Path(config.folder)))
     try:
+        ranks = worlds.start(config.engine.device, config.engine.timeout_seconds)
         if not ranks.first:
             console.silence()
         # Rank 0 may be the only one that sees what the run in the folder began with.
@@ -196,6 +198,7 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     watcher = Watcher(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
     checkpoints = Checkpoints(run, ranks, keep=config.checkpoint.keep, spare_gib=config.checkpoint.spare_gib)
     state = checkpoints.load(engine) or State()
+    all_saved(loop.saved_words(state.step))
     loop.find_place(state, stages)
     loop.say_resumed(state, stages)
     profile, metrics = ProfileWindow(config.profile, run, ranks), None
@@ -205,14 +208,15 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
         with Display(config.logging.display, config.logging.every, stages, first=ranks.first) as display:
             job = loop.Job(
                 config, run, ranks, stages, engine, tokenizer, checkpoints, state, metrics, display, stop,
-                counted, profile, _hooks().after_stage(config), progress,
+                counted, profile, _hooks().after_stage(config), progress, saved_step=state.step,
             )  # fmt: skip
             status = loop.run_stages(job)
         if ranks.any(stop.asked):  # also after the last step: what is due after training can be done later
             status = SAVED_AND_REQUEUE
         ranks.wait()
         if status == SAVED_AND_REQUEUE:
-            console.say(f"{stop.name or 'a signal'}: saved at step {state.step}; the same command continues the run")
+            saved = loop.saved_words(job.saved_step)
+            console.say(f"longctx: {stop.name or 'a signal'}: {saved}; the same command continues the run")
         return status
     finally:
         watcher.close()

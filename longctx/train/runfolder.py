@@ -25,8 +25,10 @@ from longctx import console
 from longctx import dtype as dtypes
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
+from longctx.durable import write_text
 from longctx.errors import UserError
 from longctx.identity import MODEL, TOKENIZER, contents
+from longctx.signals import sweep
 
 IDENTITY = ("model", "data", "curriculum", "optim", "seed")
 INPUTS = "inputs.json"  # in the run's folder: per key that names files, their hashes
@@ -151,6 +153,8 @@ def held(folder: Path) -> Iterator[None]:
             ) from None
         except OSError:  # a file system without locks
             pass
+        else:
+            sweep(folder)  # what a killed process of this run left half-written
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -236,15 +240,14 @@ def _other_files(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapp
             yield Change(key, f"{key} holds other files than at the start" + (f" ({shown})" if shown else ""))
 
 
+def where(folder: Path) -> str:
+    """What remains of a run that ends here, in words."""
+    pointer = folder / "latest.json"
+    if not pointer.exists():
+        return "no checkpoint was written yet"
+    step = json.loads(pointer.read_text())["checkpoint"].rsplit("step", 1)[-1]
+    return f"the checkpoint of step {int(step)} stands, the same command continues the run"
+
+
 def _accepted(key: str, accept: list[str]) -> bool:
     return any(key == item or key.startswith(item + ".") for item in accept)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file so that a crash leaves either the old or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)

@@ -7,8 +7,9 @@ ranks, which cancels the factor `world`. Accumulation is owned here, not by an e
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +19,8 @@ from longctx.train.batch import MicroBatch
 from longctx.train.engine import Engine
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
+
+CHECK_SECONDS = 5.0
 
 
 @dataclass
@@ -42,6 +45,7 @@ class StepReport:
 
     tokens, weight, pairs: over all ranks and micro-batches; loss: mean over `weight`; tail_loss: the same
     over the last quarter of each sequence, where asked for. votes: per question, whether any rank said yes.
+    wait: seconds that a signal waits at most until the ranks look for one again.
     """
 
     loss: float
@@ -53,32 +57,51 @@ class StepReport:
     skipped: bool
     votes: list[bool]
     seconds: dict[str, float]
+    wait: float
 
 
 @dataclass
 class Stepper:
-    """What does not change from step to step of a stage. cp: ranks that hold one sequence."""
+    """What does not change from step to step of a stage.
+
+    cp: ranks that hold one sequence. stop: whether this rank was asked to stop. check_seconds: how long ranks compute
+    before they look again, together, whether one of them was.
+    """
 
     engine: Engine
     ranks: Ranks
     guards: Guards
     progress: Progress
     cp: int
+    stop: Callable[[], bool] = lambda: False
+    check_seconds: float = CHECK_SECONDS
+    _pace: float = 0.0  # seconds per micro-batch of the last step
 
     def take(
         self, window: Sequence[MicroBatch], lr: float, *, step: int, timer: Timer, votes: Sequence[bool] = ()
-    ) -> StepReport:
+    ) -> StepReport | None:
         """Forward, backward, reduce, guard, optimizer. window: this rank's micro-batches, as many on every
         rank.
 
-        votes: questions (a signal came, a save is due) that ride on the count's message. Raises RunFailed
-        when the loss or the gradient is not finite; the optimizer is then untouched.
+        None: a rank was asked to stop before the step or between its micro-batches; weights, optimizer and random
+        numbers are as after the step before. votes: questions (a save is due) that ride on the count's message. Raises
+        RunFailed when the loss or the gradient is not finite; the optimizer is then untouched.
         """
         ranks, engine = self.ranks, self.engine
-        weight, tokens, pairs, tail_weight, *ballot = ranks.sum([*self._counts(window), *map(float, votes)])
+        pace = self._pace if ranks.first else 0.0  # one rank's clock, so that all look at the same micro-batches
+        asked = [float(self.stop()), pace, *map(float, votes)]
+        weight, tokens, pairs, tail_weight, stopping, pace, *ballot = ranks.sum([*self._counts(window), *asked])
+        if stopping:
+            return None
+        every = max(1, math.ceil(self.check_seconds / pace)) if pace > 0 else 1
+        random, began = _random_state(ranks.device), time.perf_counter()
         scale = ranks.world / weight if weight > 0 else 0.0
         sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, loss of the last quarters
         for position, batch in enumerate(window):
+            if position and position % every == 0 and ranks.any(self.stop()):
+                engine.discard()
+                _restore_random(random, ranks.device)
+                return None
             self.progress.at("forward", step)
             batch = batch.to(ranks.device)
             timer.lap("data")
@@ -90,6 +113,7 @@ class Stepper:
             self.progress.at("backward", step)
             engine.backward(out.loss_sum * scale, last=position == len(window) - 1)
             timer.lap("backward")
+        self._pace = (time.perf_counter() - began) / max(len(window), 1)
         self.progress.at("reduce", step)
         norm = engine.grad_norm()
         own = sums.tolist()
@@ -104,7 +128,9 @@ class Stepper:
             engine.step(lr)
         timer.lap("optimizer")
         tail = tail_sum / tail_weight if tail_weight > 0 else None
-        return StepReport(mean, tail, norm, int(tokens), weight, pairs, skipped, [v > 0 for v in ballot], timer.seconds)
+        wait = time.perf_counter() - began - self._pace * max(0, len(window) - every)
+        votes = [vote > 0 for vote in ballot]
+        return StepReport(mean, tail, norm, int(tokens), weight, pairs, skipped, votes, timer.seconds, wait)
 
     def _counts(self, window: Sequence[MicroBatch]) -> list[float]:
         weight = sum(batch.weight for batch in window)
@@ -112,3 +138,14 @@ class Stepper:
         pairs = sum(batch.pairs for batch in window) / self.cp  # each of the cp ranks counts the whole rows
         tail = sum(float(batch.tail.sum(dtype=torch.float64)) for batch in window if batch.tail is not None)
         return [weight, tokens, pairs, tail]
+
+
+def _random_state(device: torch.device) -> list[torch.Tensor]:
+    on_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *on_device]
+
+
+def _restore_random(states: list[torch.Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)

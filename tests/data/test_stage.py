@@ -1,6 +1,8 @@
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -250,10 +252,10 @@ def _children(pid):
 
 
 def _working(pid):
-    """Whether a process is one of multiprocessing's workers, alive."""
+    """Whether a process is one of the tokenizing workers, alive."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
-        return b"spawn_main" in words and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+        return b"longctx.data.worker" in words and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
     except OSError:
         return False
 
@@ -278,6 +280,42 @@ def test_tokenizing_workers_die_with_the_process_that_started_them(tmp_path):
         parent.kill()
         for end in ends:
             os.close(end)
+
+
+@pytest.mark.parametrize("how", ["file", "stdin"])
+def test_workers_serve_a_script_without_a_main_guard(tmp_path, how):
+    (tmp_path / "d").mkdir()
+    for number in range(3):
+        (tmp_path / "d" / f"{number}.txt").write_text(SCRIPT[:100] * 8000)
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(folder=str(tmp_path / "d"), cache=str(tmp_path / "c")))
+    command = [sys.executable, str(script)] if how == "file" else [sys.executable, "-"]
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        command, input=script.read_text() if how == "stdin" else None, capture_output=True, text=True, timeout=250,
+        check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "3 shards by 2 workers\n"), done.stderr
+    assert not [path for path in (tmp_path / "c").rglob("*") if ".partial" in path.name]
+
+
+SCRIPT = """
+import os
+from pathlib import Path
+from longctx.config.base import build
+from longctx.config.data import DataConfig
+from longctx.data import crew, prepare
+from transformers import AutoTokenizer
+
+started = []
+hire = crew._hire
+crew._hire = lambda team: started.append(1) or hire(team)
+data = build(DataConfig, {{"sources": {{"books": {{"kind": "text", "path": {folder!r}}}}},
+                          "mixes": {{"m": {{"books": 1.0}}}}}}, origin="script")
+tokenizer = AutoTokenizer.from_pretrained(Path(prepare.__file__).parents[1] / "assets" / "tiny")
+shards, fresh = prepare.build_source("books", data, tokenizer, Path({cache!r}), workers=2)
+print(f"{{len(shards)}} shards by {{len(started)}} workers")
+"""
 
 
 def _eventually(what, seconds=120):

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from longctx.config.train import TrainConfig
 from longctx.errors import RunFailed, UserError
+from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import loop, metrics
 from longctx.train.run import train
-from longctx.train.signals import SAVED_AND_REQUEUE
 
 from .made import TOKENIZER, config
 
@@ -75,7 +75,7 @@ def test_the_export_is_a_transformers_model(undisturbed: Path) -> None:
 def test_a_closed_terminal_saves_too(tmp_path: Path) -> None:
     """In a process of its own: the handler takes away standard output and error."""
     code = (
-        "import signal, sys; from longctx.train.signals import StopRequest; stop = StopRequest(); "
+        "import signal, sys; from longctx.signals import StopRequest; stop = StopRequest(); "
         "signal.raise_signal(signal.SIGHUP); print('nowhere'); sys.exit(75 if stop.name == 'SIGHUP' else 1)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
@@ -86,12 +86,12 @@ def test_a_closed_terminal_saves_too(tmp_path: Path) -> None:
 def test_stopped_and_continued_is_bit_identical(
     tmp_path: Path, documents: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    """The signal is seen in the step after the one it came in, or at the hand-off where that comes first."""
+    """The step in which the signal comes is finished, and no other begins."""
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         stop_after(patched, steps)
         assert train(config(run, documents)) == SAVED_AND_REQUEUE
-    assert len(losses(run)) == {1: 2, 5: 5, 7: 8}[steps]
+    assert len(losses(run)) == steps
     assert train(config(run, documents)) == 0
     assert losses(run) == losses(undisturbed)
     assert all(value.equal(weights(run)[name]) for name, value in weights(undisturbed).items())
@@ -194,13 +194,14 @@ def test_a_run_belongs_to_one_process(tmp_path: Path, documents: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_work_after_training_is_left_at_once_and_asks_to_be_requeued(tmp_path: Path, number: signal.Signals) -> None:
     code = (
-        "import signal, sys; from longctx.train.signals import leaving_on_request\n"
-        f"with leaving_on_request(): signal.raise_signal({int(number)}); print('not reached')"
+        "import signal; from longctx import signals; signals.catch(requeue=True); signals.all_saved('all is done')\n"
+        f"signal.raise_signal({int(number)}); print('not reached')"
     )
     note = tmp_path / "requeue"
     environment = {**os.environ, "LONGCTX_REQUEUE": str(note)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (75, b"")
+    assert done.stderr.decode() == f"longctx: {number.name}: all is done; the same command continues the run\n"
     assert note.read_text() == "75\n"
 
 

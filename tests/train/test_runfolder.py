@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError
+from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import metrics, runfolder
 from longctx.train.run import settled, train
-from longctx.train.signals import SAVED_AND_REQUEUE
 
 from .made import config
 from .test_run import stop_after

@@ -16,10 +16,10 @@ from longctx.config.model import InitConfig, MemoryConfig
 from longctx.config.train import EngineConfig, OptimConfig
 from longctx.distributed.ranks import Ranks
 from longctx.model import LossModel, init_from, load
+from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import engine as engines
 from longctx.train import metrics
 from longctx.train.run import train
-from longctx.train.signals import SAVED_AND_REQUEUE
 from tests.dist.ranks import run_ranks
 
 from .lives import live

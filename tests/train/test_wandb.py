@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from longctx.config.train import LoggingConfig
+from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import metrics, runfolder
-from longctx.train.signals import SAVED_AND_REQUEUE
 
 from .lives import live
 from .made import config

@@ -1,0 +1,32 @@
+"""The first line on the screen of each verb that works for more than a few seconds, said before torch is imported."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def opening(verb: str, config: Any) -> str | None:
+    """What this verb does first, given its config; None for a verb that answers at once."""
+    match verb:
+        case "train":
+            return f"{config.name}: {_starting(config.launch.nproc, config.model.path)}"
+        case "theta" if config.search:
+            return f"{config.name}: {_starting(config.nproc, config.model and config.model.path)}"
+        case "eval":
+            return "loading the model and its text"
+        case "data" | "data stats":
+            return f"tokenizing {', '.join(config.data.sources)} into {config.shards}"
+        case "data synth":
+            return f"tokenizing {config.haystack} into {config.cache}"
+        case "lora-extract":
+            return f"comparing {config.tuned} with {config.base}"
+        case "lora-merge":
+            return f"reading {config.target}"
+    return None
+
+
+def _starting(nproc: int, model: str | None) -> str:
+    if nproc > 1 and "WORLD_SIZE" not in os.environ:
+        return f"starting {nproc} ranks"
+    return f"loading {model or 'a new model'}"

@@ -1,0 +1,248 @@
+"""How a process of longctx ends on a signal: nothing half-written, no process left, one line, a status.
+
+Ctrl-C ends every verb at once with 130. SIGTERM, SIGUSR1 (Slurm's usual grace signal) and SIGHUP (a closed terminal)
+ask a training run to save and to leave with 75, to be requeued: at once where all is saved, and through `StopRequest`
+where steps are not. Other verbs end on SIGTERM as on ctrl-C, with status 143.
+
+The handler raises nothing: an exception at any instant of an import, a destructor or a library's callback is swallowed
+or ends in pages of tracebacks. It kills the processes started from here, removes the registered temporary files,
+writes the line and leaves. Python runs a handler in the main thread only, after the call it is in (a collective, a
+kernel); where that takes longer than PATIENCE, a thread woken by the signal does the same.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from longctx.processes import kill_descendants
+
+SAVED_AND_REQUEUE = 75
+INTERRUPTED = 130
+PATIENCE = 1.0  # seconds that the main thread has to run the handler itself
+_PARTIAL = re.compile(r"\.(.+)\.partial-(\d+)")
+
+_lock = threading.RLock()  # taken for good by the thread that ends the process: nothing is registered after that
+_leaver: int | None = None
+_temporary: set[Path] = set()
+_swept: list[Path] = []
+_speaks = True
+_where: Callable[[], str] | None = None
+_stop: StopRequest | None = None
+
+
+class StopRequest:
+    """Whether a signal asked this run to stop.
+
+    name: the signal, or None. In a process that `catch` owns, a signal ends the process at once unless steps are
+    unsaved. Elsewhere (training called from a program) it is noted, and the run stops at its next step or stage.
+    """
+
+    def __init__(self, *, own: bool = False) -> None:
+        self.name: str | None = None
+        self.number: int | None = None
+        self._own, self._unsaved, self._words = own, False, "nothing was trained"
+        self._before = {} if own else {number: signal.signal(number, self.note) for number in asking()}
+
+    @property
+    def asked(self) -> bool:
+        return self.name is not None
+
+    def unsaved(self) -> None:
+        """From here on a signal is noted, and `asked` is to be looked at."""
+        self._unsaved = True
+
+    def saved(self, words: str) -> None:
+        """All that was done is on the disk. words: say so on the last line of a process that leaves at once."""
+        self._words, self._unsaved = words, False
+        self._leave_if_asked()
+
+    def note(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler."""
+        if number == signal.SIGHUP:
+            go_silent()
+        if self.name is None:
+            self.name, self.number = signal.Signals(number).name, number
+        self._leave_if_asked()
+
+    def _leave_if_asked(self) -> None:
+        if self._own and self.asked and not self._unsaved:
+            leave(SAVED_AND_REQUEUE, f"{self.name}: {self._words}; the same command continues the run")
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def stop_request() -> StopRequest:
+    """The process's own where `catch` made one, or one that only notes; to be closed."""
+    return _stop or StopRequest()
+
+
+def all_saved(words: str) -> None:
+    """In a process that `catch` owns, a signal ends it at once from here on; see StopRequest.saved."""
+    if _stop is not None:
+        _stop.saved(words)
+
+
+def catch(*, requeue: bool = False, speaks: bool = True) -> None:
+    """Let signals end this process in order; what is started as a command calls it first of all.
+
+    requeue: it trains, see the module. speaks: it may write the last line; ranks other than 0 may not.
+    """
+    global _speaks, _stop
+    _speaks = speaks
+    if requeue:
+        _stop = StopRequest(own=True)
+    wanted = asking() if requeue else [signal.SIGTERM]
+    numbers = [number for number in (signal.SIGINT, *wanted) if signal.getsignal(number) != signal.SIG_IGN]
+    for number in numbers:
+        signal.signal(number, _handle)
+    _watch(numbers)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)  # a launcher may hold them back until this process is ready
+
+
+def done() -> None:
+    """The work is done: ignore what comes while the interpreter ends, where Python would die of it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def interrupted_words(where: Callable[[], str]) -> None:
+    """Have ctrl-C's last line go on with what where() says (what of the run remains)."""
+    global _where
+    _where = where
+
+
+def asking() -> list[signal.Signals]:
+    """The signals that ask a run to stop; SIGHUP not under nohup, which has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM, signal.SIGUSR1] + ([] if ignored else [signal.SIGHUP])
+
+
+def _handle(number: int, frame: FrameType | None = None) -> None:
+    if _leaver == threading.get_ident():  # on the way out already, beneath this call
+        return
+    if number == signal.SIGINT:
+        leave(INTERRUPTED, f"interrupted; {_where()}" if _where else "interrupted")
+    if _stop is not None:
+        _stop.note(number)
+    else:
+        leave(128 + number, f"ended by {signal.Signals(number).name}")
+
+
+def _watch(numbers: list[signal.Signals]) -> None:
+    """A thread that handles a signal PATIENCE seconds after it came, if this process is still here."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while came := os.read(read, 1):
+            if came[0] in numbers:
+                time.sleep(PATIENCE)
+                _handle(came[0])
+
+    threading.Thread(target=watch, name="signals", daemon=True).start()
+
+
+def leave(status: int, words: str) -> NoReturn:
+    """End this process and those it started: temporary files removed, one line on standard error."""
+    global _leaver
+    _lock.acquire()  # a second thread that comes here waits for the end
+    _leaver = threading.get_ident()
+    try:
+        if status == SAVED_AND_REQUEUE:
+            note_requeue()
+        _remove_temporaries(kill_descendants())
+        _say(words)
+    finally:
+        os._exit(status)
+
+
+def _say(words: str) -> None:
+    if not _speaks:
+        return
+    show_cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # a progress bar hides it, and its line is not ended
+    with suppress(OSError):
+        os.write(2, f"{show_cursor}longctx: {words}\n".encode())  # print may be in the middle of a line itself
+
+
+def note_requeue() -> None:
+    """Tell the script that started this (launch/): torchrun and srun do not hand on the status of a rank."""
+    if path := os.environ.get("LONGCTX_REQUEUE"):
+        with suppress(OSError):
+            Path(path).write_text(f"{SAVED_AND_REQUEUE}\n")
+
+
+def go_silent() -> None:
+    """Standard output and error to nowhere: their terminal is gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+
+
+def beside(path: Path) -> Path:
+    """Where this process writes what shall appear as `path`: hidden, with its pid and the same suffix."""
+    return path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+
+
+@contextmanager
+def temporary(path: Path) -> Iterator[Path]:
+    """A file or folder that exists inside this block only, however the process ends, SIGKILL apart."""
+    with _lock:
+        _temporary.add(path)
+    try:
+        yield path
+    finally:
+        remove(path)
+        _temporary.discard(path)
+
+
+@contextmanager
+def swept(folder: Path) -> Iterator[None]:
+    """While processes started from here write into `folder`: what they leave there is removed if this one leaves."""
+    with _lock:
+        _swept.append(folder)
+    try:
+        yield
+    finally:
+        _swept.remove(folder)
+
+
+def sweep(folder: Path, *, owners: Collection[int] | None = None, names: Collection[str] | None = None) -> None:
+    """Remove what is half-written under `folder`, see `beside`: by these processes and for these names, if given."""
+    for path in folder.rglob(".*.partial-*"):
+        found = _PARTIAL.match(path.name)
+        if found and (owners is None or int(found[2]) in owners) and (names is None or found[1] in names):
+            remove(path)
+
+
+def remove(path: Path) -> None:
+    """A file or a folder, also one into which another thread or rank still writes."""
+    for _ in range(200):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        if not path.exists():
+            return
+        time.sleep(0.01)
+
+
+def _remove_temporaries(ended: list[int]) -> None:
+    for path in list(_temporary):
+        remove(path)
+    for folder in list(_swept):
+        sweep(folder, owners=ended)

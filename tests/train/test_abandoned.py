@@ -1,0 +1,112 @@
+"""A step that a signal ends between its micro-batches never happened: weights, moments and the steps after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from longctx.plan.split import Shares
+from longctx.train.ranks import Ranks
+
+from longctx.config.model import MemoryConfig
+from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig, ParallelConfig
+from longctx.model import LossModel
+from longctx.train import engine as engines
+from longctx.train.batch import micro_batch
+from longctx.train.guards import Guards
+from longctx.train.heartbeat import Progress
+from longctx.train.stage import _open_context
+from longctx.train.step import Stepper, Timer
+from tests.dist.ranks import run_ranks
+
+from .made import MadeData
+from .parity import SEQ, Case, made_model
+
+MICRO_BATCHES = 3
+
+
+@dataclass(frozen=True)
+class Two:
+    """Two steps under a ZeRO stage (0: ddp); abandoned: between them a third, left after its first micro-batch."""
+
+    zero: int
+    abandoned: bool
+    out: Path
+
+
+def held(engine: engines.Engine) -> dict[str, torch.Tensor]:
+    return {f"{part.kind} {part.name} {part.start}": part.data.detach().clone() for part in engine.fragments()}
+
+
+def two_steps(rank: int, world: int, case: Two) -> None:
+    ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
+    data = MadeData(SEQ, 3 * MICRO_BATCHES * world, seed=3)
+    share = Shares(world, rank, MICRO_BATCHES, 1)
+    context, _ = _open_context(ParallelConfig(), ranks, 1)
+    model = LossModel(made_model(Case(cp=1), "float32", "longctx"), MemoryConfig())
+    config = EngineConfig(name="deepspeed" if case.zero else "ddp", zero=case.zero, device="cpu")
+    engine = engines.build(config, OptimConfig(), model, ranks)
+    looks: list[int] = []
+
+    def stop() -> bool:
+        """Of rank 1 alone, at the second time that ranks look."""
+        looks.append(len(looks))
+        return rank == 1 and len(looks) == 2
+
+    def take(position: int, *, asked: bool = False) -> bool:
+        stepper = Stepper(engine, ranks, guards, Progress(), 1, stop if asked else lambda: False)
+        window = [
+            micro_batch(data, own, context, "zigzag") for own in share.sequences(position * MICRO_BATCHES * world)
+        ]
+        return stepper.take(window, 1e-2, step=position, timer=Timer(ranks.device)) is not None
+
+    guards = Guards(GuardsConfig(), Path("."), ranks, [])
+    assert take(0)
+    if case.abandoned:
+        before, random = held(engine), torch.get_rng_state()
+        assert not take(2, asked=True)
+        assert len(looks) == 2, "one look before the first micro-batch, one after it"
+        after = held(engine)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert torch.equal(random, torch.get_rng_state())
+    assert take(1)
+    torch.save(held(engine), case.out / f"{case.zero} {case.abandoned} {rank}")
+    engine.close()
+    context.close()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_an_abandoned_step_never_happened(tmp_path: Path, zero: int) -> None:
+    for abandoned in (False, True):  # a process each: DeepSpeed's state is the process's
+        case = Two(zero, abandoned, tmp_path)
+        failures = run_ranks(2, two_steps, [case], tmp_path / f"store{abandoned}")
+        assert not failures, failures[case][0]
+    for rank in range(2):
+        plain, disturbed = (torch.load(tmp_path / f"{zero} {abandoned} {rank}") for abandoned in (False, True))
+        assert plain.keys() == disturbed.keys()
+        assert all(torch.equal(plain[name], disturbed[name]) for name in plain), f"rank {rank}"
+
+
+def test_short_steps_are_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks look for a signal before each step; inside one only where check_seconds of work lie between two looks."""
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    asked: list[float] = []
+    monkeypatch.setattr(Ranks, "any", lambda ranks, flag: bool(asked.append(1.0)))
+    data = MadeData(SEQ, MICRO_BATCHES, seed=3)
+    context, _ = _open_context(ParallelConfig(), ranks, 1)
+    model = LossModel(made_model(Case(cp=1), "float32", "longctx"), MemoryConfig())
+    engine = engines.build(EngineConfig(name="ddp", device="cpu"), OptimConfig(), model, ranks)
+    window = [micro_batch(data, [index], context, "zigzag") for index in range(MICRO_BATCHES)]
+    guards = Guards(GuardsConfig(), Path("."), ranks, [])
+    stepper = Stepper(engine, ranks, guards, Progress(), 1, check_seconds=1e6)
+    for found in (MICRO_BATCHES - 1, 0):  # the first step knows no pace yet
+        asked.clear()
+        assert stepper.take(window, 0.0, step=0, timer=Timer(ranks.device)) is not None
+        assert len(asked) == found
+    stepper.check_seconds = 0.0
+    asked.clear()
+    stepper.take(window, 0.0, step=2, timer=Timer(ranks.device))
+    assert len(asked) == MICRO_BATCHES - 1
