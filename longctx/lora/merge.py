@@ -216,7 +216,7 @@ def _outputs(target: Checkpoint, tables: Tables, matches: list[Match]) -> tuple[
 
 
 def _notes(tables: Tables, adapters: list[Adapter], *, unties: bool) -> list[str]:
-    notes = [tables.note] if tables.note else []
+    notes = [tables.note] if tables.note and not (unties and tables.shared) else []
     if unties and tables.shared:
         notes.append(
             f"{tables.head} is its own tensor now: an adapter does not change embedding and output layer alike "
