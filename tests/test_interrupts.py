@@ -183,7 +183,7 @@ def test_a_run_that_needs_longer_than_its_scheduler_gives_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
-    from longctx.train.ranks import Ranks
+    from longctx.distributed.ranks import Ranks
 
     from longctx.train.lead import Lead
 

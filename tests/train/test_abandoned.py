@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from longctx.plan.split import Shares
-from longctx.train.ranks import Ranks
+from longctx.distributed.ranks import Ranks
 
 from longctx.config.model import MemoryConfig
 from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig, ParallelConfig
