@@ -36,9 +36,7 @@ class Lead:
         if self.seconds is None or not ranks.first:
             return
         self._waits = [*self._waits[-4:], wait]  # the first step of a stage may be slow for other reasons
-        usual = sorted(self._waits)[
-            (len(self._waits) - 1) // 2
-        ]
+        usual = sorted(self._waits)[(len(self._waits) - 1) // 2]
         needed = usual + self.save_seconds
         if len(self._waits) < 2 or needed <= max(self.seconds, 1.5 * self._warned):
             return
