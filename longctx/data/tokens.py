@@ -22,7 +22,7 @@ import numpy as np
 
 from longctx.data.files import Document, Tally, Unit, read
 from longctx.data.shard import Row, write_shard
-from longctx.durable import sync
+from longctx.storage.files import sync
 
 _BATCH_CHARACTERS = 1 << 20
 

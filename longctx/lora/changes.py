@@ -14,7 +14,8 @@ from torch import Tensor
 
 from longctx.lora.adapter import Adapter
 from longctx.lora.modules import Kind, Module, classify
-from longctx.lora.tensors import Checkpoint, Entry
+from longctx.lora.tensors import Checkpoint
+from longctx.storage.table import Entry
 
 HEAD = "lm_head.weight"
 

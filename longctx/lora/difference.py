@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from longctx.errors import UserError
-from longctx.lora.tensors import Checkpoint, Scratch, bytes_of
+from longctx.lora.tensors import Checkpoint, Scratch
+from longctx.storage.writer import bytes_of
 
 _BLOCK_ELEMENTS = 2**20
 

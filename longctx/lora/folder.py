@@ -15,7 +15,7 @@ import longctx
 from longctx.lora.adapter import SIDE_FILE
 from longctx.lora.modelconfig import describe_rope
 from longctx.lora.modules import Kind
-from longctx.lora.writer import write_json
+from longctx.storage.files import write_json
 
 if TYPE_CHECKING:
     from longctx.config.lora import ExtractConfig

@@ -22,8 +22,11 @@ from longctx.lora.adapter import Adapter
 from longctx.lora.changes import HEAD, Change, Match, layout_differences, match
 from longctx.lora.modelconfig import describe_rope, rope_section, text_section, with_rope
 from longctx.lora.modules import Kind, check_weights, classify, is_tied, layout
-from longctx.lora.tensors import Checkpoint, Entry, Scratch, row_blocks
-from longctx.lora.writer import SafetensorsWriter, output_folder, write_json
+from longctx.lora.tensors import Checkpoint, Scratch, row_blocks
+from longctx.lora.writer import output_folder
+from longctx.storage.files import write_json
+from longctx.storage.table import Entry
+from longctx.storage.writer import SafetensorsWriter
 
 Progress = Callable[[int, int, str], None]
 _NOT_COPIED = (

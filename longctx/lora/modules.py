@@ -14,7 +14,8 @@ from typing import Any
 
 from longctx.errors import UserError
 from longctx.lora.modelconfig import describe_rope, rope_section, text_section
-from longctx.lora.tensors import Checkpoint, Entry
+from longctx.lora.tensors import Checkpoint
+from longctx.storage.table import Entry
 
 # Input embeddings by their usual names; everything else two-dimensional is a linear layer.
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")

@@ -23,10 +23,9 @@ import torch
 from safetensors import SafetensorError
 
 from longctx import console
-from longctx.durable import sync
 from longctx.errors import RunFailed, UserError
+from longctx.storage.files import sync, write_text
 from longctx.train import fragments
-from longctx.train.runfolder import write_text
 
 if TYPE_CHECKING:
     from longctx.train.engine import Engine

@@ -14,8 +14,8 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from longctx.errors import RunFailed
+from longctx.storage.files import write_text
 from longctx.train.batch import MicroBatch
-from longctx.train.runfolder import write_text
 
 if TYPE_CHECKING:
     from longctx.config.train import GuardsConfig

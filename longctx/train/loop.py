@@ -19,7 +19,8 @@ import torch
 from longctx import console
 from longctx.data.loader import Loader
 from longctx.errors import UserError
-from longctx.train import flops, runfolder
+from longctx.storage.files import write_text
+from longctx.train import flops
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.display import Display
 from longctx.train.engine import Engine
@@ -238,7 +239,7 @@ def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
         if job.evaluate is not None:
             (folder / "eval").mkdir(exist_ok=True)
             job.evaluate(stage, folder / "model", folder / "eval")
-        runfolder.write_text(mark, json.dumps(facts, indent=1))
+        write_text(mark, json.dumps(facts, indent=1))
     job.ranks.wait()
 
 

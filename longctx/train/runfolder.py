@@ -22,6 +22,7 @@ import yaml
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError
+from longctx.storage.files import write_text
 
 IDENTITY = ("model", "data", "curriculum", "optim", "seed")
 # Parts of identity groups that change how fast, not what: they may differ.
@@ -115,13 +116,3 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(inner, f"{path}.{key}" if path else str(key))
     else:
         yield path, value
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file so that a crash leaves either the old or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
