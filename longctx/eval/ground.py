@@ -24,12 +24,11 @@ class Ground:
 
 def open_ground(data: DataConfig, source: str, tokenizer: Path | str, cache: Path) -> Ground:
     """Held-out documents of a source as haystack; tokenizer: a folder or hub id."""
-    from transformers import AutoTokenizer
-
     from longctx.data.opening import open_source
+    from longctx.data.tokenizer import tokenizer_at
     from longctx.data.writer import Writer, corpus_haystack
 
-    made = AutoTokenizer.from_pretrained(tokenizer)
+    made = tokenizer_at(tokenizer, "model.tokenizer")
     writer = Writer(made)
     corpus = open_source(source, data, made, cache, split="heldout")
     # Shards are named by their documents' content and the tokenizer.

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from longctx.storage.files import write_text
+
 
 def standing(path: Path, key: str) -> dict[str, Any] | None:
     """What the file holds, if it was measured under this key."""
@@ -16,6 +18,4 @@ def standing(path: Path, key: str) -> dict[str, Any] | None:
 def keep(path: Path, key: str, values: dict[str, Any]) -> None:
     """Write the findings; a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps({"key": key, **values}, indent=1))
-    beside.replace(path)
+    write_text(path, json.dumps({"key": key, **values}, indent=1))

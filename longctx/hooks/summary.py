@@ -11,6 +11,7 @@ from typing import Any
 from longctx import console
 from longctx.config.train import TrainConfig
 from longctx.hooks.evidence import Finding
+from longctx.storage.files import write_text
 
 LIBRARIES = (
     "longctx",
@@ -58,9 +59,7 @@ def write_summary(
     }
     if config.hooks.sibling is not None and config.hooks.sibling.behaviour is not None:
         summary["behaviour"] = json.loads((folder / "eval" / "behaviour.json").read_text())["losses"]
-    beside = folder / "summary.json.part"
-    beside.write_text(json.dumps(summary, indent=1))
-    beside.replace(folder / "summary.json")
+    write_text(folder / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 

@@ -26,7 +26,7 @@ from longctx.lora.tensors import Checkpoint, Scratch, row_blocks
 from longctx.lora.writer import output_folder
 from longctx.storage.files import write_json
 from longctx.storage.table import Entry
-from longctx.storage.writer import SafetensorsWriter
+from longctx.storage.writer import DTYPES, SafetensorsWriter
 
 Progress = Callable[[int, int, str], None]
 _NOT_COPIED = (
@@ -254,7 +254,7 @@ def _write_weights(target: Checkpoint, outputs: list[_Output], partial: Path, pr
 
 def _write_changed(target: Checkpoint, output: _Output, writer: SafetensorsWriter, scratch: Scratch) -> None:
     entry, apply = output.source, [change.load() for change in output.changes]
-    dtype = entry.torch_dtype()
+    dtype = DTYPES[entry.dtype]
     wide_type = torch.float64 if dtype is torch.float64 else torch.float32
     for start, stop in row_blocks(entry):
         size = (stop - start) * entry.row_bytes

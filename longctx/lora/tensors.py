@@ -18,7 +18,7 @@ import torch
 
 from longctx.errors import UserError
 from longctx.storage.table import Entry, Table
-from longctx.storage.writer import bytes_of
+from longctx.storage.writer import DTYPES, bytes_of
 
 BLOCK_BYTES = 16 * 2**20
 
@@ -59,7 +59,7 @@ class Checkpoint(Table):
         buffer = torch.empty(size, dtype=torch.uint8) if out is None else out[:size]
         self._pread(entry, start * entry.row_bytes, buffer)
         shape = (stop - start, *entry.shape[1:]) if entry.shape else ()
-        return buffer.view(entry.torch_dtype()).view(shape)
+        return buffer.view(DTYPES[entry.dtype]).view(shape)
 
     def raw(self, name: str, *, out: torch.Tensor, offset: int, size: int) -> torch.Tensor:
         """`size` bytes of a tensor of any dtype, for copying."""

@@ -5,14 +5,13 @@ Only JSON is read, so that planning needs neither transformers nor the weights.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
 from longctx.rope import rope_of, rope_of_init
+from longctx.storage.model import read_config
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Shape:
 
 def shape_of(model: ModelConfig) -> Shape:
     """Raises UserError when config.json cannot be found or lacks what a decoder has."""
-    return _from_init(model.init) if model.init is not None else _from_json(*_read(str(model.path)))
+    return _from_init(model.init) if model.init is not None else _from_json(*read_config(model.path))
 
 
 def _from_init(init: InitConfig) -> Shape:
@@ -67,24 +66,6 @@ def _from_init(init: InitConfig) -> Shape:
         dict(rope.parameters),
         rope.window,
     )
-
-
-def _read(path: str) -> tuple[dict[str, Any], str]:
-    if path == "???":  # Hydra's mark of a value that must be given
-        raise UserError("model.path is missing; give a folder or hub id as model.path=... (configs/model/path.yaml)")
-    file = Path(path) / "config.json"
-    if not file.is_file():
-        if Path(path).is_dir() or path.startswith((".", "/", "~")) or path.count("/") != 1:
-            raise UserError(f"model.path={path} has no config.json; give a folder in Hugging Face format or a hub id")
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            file = Path(hf_hub_download(path, "config.json"))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"model.path={path} cannot be read from the hub: {first}") from None
-    return json.loads(file.read_text()), str(file)
 
 
 def _from_json(values: dict[str, Any], file: str) -> Shape:

@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longctx.curriculum import check_divides
 from longctx.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +21,8 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
     """Ranks that hold one sequence of this stage. Raises UserError for a cp that the world or length refuses.
 
     auto: the smallest divisor of the world for which a rank holds at most parallel.tokens_per_rank tokens
-    of a sequence and the batch divides over the groups; else the largest for which the batch divides.
+    of a sequence and the batch divides over the groups; else the largest for which the batch divides. A length that
+    cp does not divide is padded by the layout.
     """
     fixed = parallel.stages.get(stage.name, parallel.cp)
     key = f"parallel.stages.{stage.name}" if stage.name in parallel.stages else "parallel.cp"
@@ -30,19 +30,34 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
         if fixed < 1 or world % fixed:
             near = max(c for c in range(1, world + 1) if world % c == 0 and c <= max(fixed, 1))
             raise UserError(f"{key}={fixed} does not divide the {world} ranks; {near} fits ({FILE})")
-        check_divides(stage, fixed, FILE)
+        most = max(c for c in range(1, world + 1) if world % c == 0 and _long_enough(stage, c))
+        if not _long_enough(stage, fixed):
+            raise UserError(
+                f"{key}={fixed}: a rank needs 2 tokens of a sequence at least, and curriculum.stages.{stage.name}."
+                f"seq_len={stage.seq_len} has fewer than {2 * fixed}; {most} fits ({FILE})"
+            )
         return fixed
-    parts = 2 if stage.layout == "zigzag" else 1
     fits = [cp for cp in range(1, world + 1) if world % cp == 0 and stage.batch % (world // cp) == 0]
-    fits = [cp for cp in fits if cp == 1 or stage.seq_len % (parts * cp) == 0]
+    fits = [cp for cp in fits if _long_enough(stage, cp)]
     if not fits:
         raise UserError(
             f"curriculum.stages.{stage.name}: batch={stage.batch} sequences of {stage.seq_len} tokens fit no "
-            f"split of {world} ranks; take a batch that is a multiple of {world}, or a length that is one of "
-            f"{parts * world} ({FILE})"
+            f"split of {world} ranks; take a batch that is a multiple of {world}, or a length of {2 * world} tokens or "
+            f"more ({FILE})"
         )
     small = [cp for cp in fits if stage.seq_len <= parallel.tokens_per_rank * cp]
     return small[0] if small else fits[-1]
+
+
+def _long_enough(stage: Stage, cp: int) -> bool:
+    """Whether cp ranks can share a sequence: the layout's shortest is two tokens a rank."""
+    return cp == 1 or stage.seq_len >= 2 * cp
+
+
+def tokens_per_rank(stage: Stage, cp: int) -> int:
+    """Tokens of one sequence on each of cp ranks, the layout's padding included."""
+    multiple = 2 if stage.layout == "zigzag" and cp > 1 else 1
+    return -(-stage.seq_len // (cp * multiple)) * multiple
 
 
 @dataclass(frozen=True)

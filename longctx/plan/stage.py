@@ -15,7 +15,7 @@ from longctx.curriculum import Stage
 from longctx.plan.memory import BYTES, Memory, ring_buffers, stage_memory
 from longctx.plan.shape import Shape
 from longctx.plan.simulate import BACKWARD_WORK, evenly, simulate
-from longctx.plan.split import choose_cp, choose_ring, shares
+from longctx.plan.split import choose_cp, choose_ring, shares, tokens_per_rank
 from longctx.schedule import SCHEDULES, Plan, Sizes, build
 from longctx.topology import Link, Topology
 
@@ -121,7 +121,7 @@ def estimate(stage: Stage, shape: Shape, config: PlanConfig) -> Estimate:
     cp = choose_cp(stage, config.parallel, world)
     share = shares(stage, config.engine, world=world, cp=cp, rank=0, file="configs/parallel")
     b = BYTES[config.model.dtype]
-    sizes = Sizes(stage.seq_len // cp, shape.heads, shape.kv_heads, shape.head_dim, share.per, b, max(b, 4))
+    sizes = Sizes(tokens_per_rank(stage, cp), shape.heads, shape.kv_heads, shape.head_dim, share.per, b, max(b, 4))
     topology = topology_of(cp, config.ranks)
     heads = (shape.heads, shape.kv_heads)
     ring = choose_ring(config.parallel, cp=cp, local_world=config.ranks, stage=stage.name, heads=heads)

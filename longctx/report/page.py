@@ -16,6 +16,7 @@ from typing import Any
 from longctx import console
 from longctx.config.report import ReportConfig
 from longctx.errors import UserError
+from longctx.storage.files import write_text
 
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -40,9 +41,7 @@ def write_page(folder: Path) -> Path:
     title = f"longctx: {html.escape(folder.name)}"
     page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>" + "\n".join(parts)
     out = folder / "report.html"
-    beside = folder / ".report.html.part"
-    beside.write_text(page)
-    beside.replace(out)
+    write_text(out, page)
     return out
 
 

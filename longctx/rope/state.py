@@ -6,7 +6,6 @@ as plain JSON; a model without rotary embeddings, or with several kinds of them,
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from longctx.errors import UserError
 from longctx.rope.frequencies import ROPE_TYPES, Frequencies, inv_freq, rotary_dim
+from longctx.storage.model import read_config
 
 if TYPE_CHECKING:
     from longctx.config.model import InitConfig
@@ -73,17 +73,8 @@ def read_rope(path: str | Path) -> Rope:
 
     Raises UserError when there is no such file, no rotary embedding, or several.
     """
-    file = Path(path)
-    file = file / "config.json" if file.is_dir() or file.suffix != ".json" else file
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"model.path={path} has no config.json; name a folder in Hugging Face format ({file})"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"model.path={path}: config.json is not JSON: {error} ({file})") from None
-    return rope_of(config, str(file))
+    folder = Path(path).parent if Path(path).name == "config.json" else Path(path)
+    return rope_of(*read_config(str(folder)))
 
 
 def rope_of_init(init: InitConfig) -> Rope:

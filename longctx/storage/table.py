@@ -38,11 +38,6 @@ class Entry:
     def row_bytes(self) -> int:
         return self.nbytes // max(1, self.rows)
 
-    def torch_dtype(self) -> Any:
-        import torch
-
-        return getattr(torch, TORCH_NAMES[self.dtype])
-
 
 class Table:
     """The tensors and JSON files of a model, or of an adapter, in a local folder or on the hub.

@@ -16,7 +16,8 @@ import torch
 
 from longctx.storage.table import TORCH_NAMES
 
-DTYPE_NAMES: dict[torch.dtype, str] = {getattr(torch, name): code for code, name in TORCH_NAMES.items()}
+DTYPES: dict[str, torch.dtype] = {code: getattr(torch, name) for code, name in TORCH_NAMES.items()}
+DTYPE_NAMES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class SafetensorsWriter:

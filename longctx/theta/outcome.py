@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import console
+from longctx.storage.files import write_text
 from longctx.theta.trials import Trial
 
 
@@ -38,9 +39,7 @@ def write_override(path: Path, result: Result, rule: str) -> None:
         "stages:",
     ]
     lines += [f"  {name}: {json.dumps(values)}" for name, values in known.items()]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("\n".join(lines) + "\n")
-    temporary.replace(path)
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def tell(result: Result, *, override: Path, png: Path, bracket: float, as_json: bool) -> None:

@@ -53,7 +53,7 @@ class Job:
 
 def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
     """The search, on this process or on nproc ranks it starts, and what it found in words."""
-    from longctx.train.ranks import launcher_environment
+    from longctx.train.environment import launcher_environment
 
     job = job_of(config, rope, stages)
     environment = launcher_environment()
@@ -172,13 +172,12 @@ def _result(stage: Stage, found: Found, trials: dict[int, Trial]) -> Result:
 
 
 def _material(job: Job) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
     from longctx.data import open_stage
+    from longctx.data.tokenizer import load_tokenizer
     from longctx.theta.material import Weighted, gather
     from longctx.theta.objective import Adapt
 
-    tokenizer = AutoTokenizer.from_pretrained(job.model.tokenizer or job.model.path)
+    tokenizer = load_tokenizer(job.model)
     settings, stage, cache = job.config.trials, job.stage, job.folder / "data"
     material = gather(
         job.data,

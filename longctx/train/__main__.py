@@ -36,7 +36,7 @@ def main(words: Sequence[str]) -> int:
         from longctx.train.run import run, train
 
         if words[:1] == ["--resolved"]:  # started by `longctx train`, which runs the hooks itself
-            status = train(runfolder.read(Path(words[1])))
+            status = train(runfolder.read(Path(words[1])), prepared=world > 1)
         else:
             status = run(_config(list(words), rank, world))
         if status == SAVED_AND_REQUEUE:
@@ -99,8 +99,9 @@ def _agree_on_config(words: list[str], rank: int) -> Any:
     from longctx.config.base import build
     from longctx.config.train import EngineConfig, TrainConfig
     from longctx.train import ranks
+    from longctx.train.environment import launcher_environment
 
-    ranks.join(rank, int(ranks.launcher_environment()["WORLD_SIZE"]), EngineConfig().timeout_seconds)
+    ranks.join(rank, int(launcher_environment()["WORLD_SIZE"]), EngineConfig().timeout_seconds)
     spoken = hashlib.sha256(repr((__version__, words)).encode()).hexdigest()
     box: list[Any] = [None]
     if rank == 0:

@@ -16,6 +16,7 @@ from torch import nn
 from longctx import console
 from longctx.errors import UserError
 from longctx.train.fragments import Fragment, FragmentReader
+from longctx.train.preflight import check_engine
 
 if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, OptimConfig
@@ -74,7 +75,7 @@ class Engine(Protocol):
 
 def build(config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ranks) -> Engine:
     """The engine the config names. Raises UserError for what it cannot do."""
-    check(config)
+    check_engine(config)
     kinds = {parameter.dtype for parameter in model.parameters()}
     if torch.bfloat16 in kinds and ranks.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise UserError(
@@ -101,26 +102,6 @@ def placer(config: EngineConfig, optim: OptimConfig, dtype: str, ranks: Ranks) -
     from longctx.train.zero import placer3
 
     return placer3(config, optim, getattr(torch, dtype), ranks)
-
-
-def check(config: EngineConfig) -> None:
-    """What can be refused before anything is loaded."""
-    where = "configs/engine"
-    if config.name == "ddp" and config.zero:
-        raise UserError(f"engine.zero={config.zero} is not something engine=ddp can do, it replicates "
-                        f"everything; use engine=deepspeed or engine.zero=0 ({where}/ddp.yaml)")  # fmt: skip
-    if config.name == "deepspeed" and not config.zero:
-        raise UserError("engine.zero=0 shards nothing, which is engine=ddp; choose engine.zero=1, 2 or 3 "
-                        f"({where}/deepspeed.yaml)")  # fmt: skip
-    if config.name == "ddp" and (config.offload_optimizer or config.offload_parameters):
-        raise UserError(f"engine.offload_* needs engine=deepspeed ({where}/ddp.yaml)")
-    if config.offload_parameters and config.zero != 3:
-        raise UserError(
-            f"engine.offload_parameters=true needs engine.zero=3, not {config.zero} ({where}/deepspeed.yaml)"
-        )
-    if config.secondary_partition != 1 and config.zero != 3:
-        raise UserError(f"engine.secondary_partition={config.secondary_partition} (hpZ) needs engine.zero=3 "
-                        f"({where}/deepspeed.yaml)")  # fmt: skip
 
 
 def freeze(model: nn.Module, patterns: Iterable[str]) -> None:

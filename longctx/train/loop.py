@@ -30,7 +30,7 @@ from longctx.train.metrics import Metrics, memory_gib
 from longctx.train.profile import ProfileWindow
 from longctx.train.ranks import Ranks
 from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest
-from longctx.train.stage import OpenStage, check_data, open_stage
+from longctx.train.stage import OpenStage, open_stage
 from longctx.train.step import Stepper, StepReport, Timer
 
 if TYPE_CHECKING:
@@ -67,15 +67,13 @@ class Job:
 def run_stages(job: Job) -> int:
     """Train what is left. Returns 0, or 75 when a signal asked to stop (the state is saved)."""
     job.progress.at("start", job.state.step)
-    later = job.stages[job.state.stage + 1 :]
-    check_data(job.config, later, job.ranks, job.engine.model, job.tokenizer, job.run)
     for stage in job.stages[job.state.stage :]:
         if job.ranks.any(job.stop.asked):  # what comes first here, tokenizing, may take long; all is saved
             return SAVED_AND_REQUEUE
         if stage.index > job.state.stage or not job.state.planned:
             _enter(job.state, stage)
         job.progress.at("start", job.state.step)
-        opened = open_stage(job.config, stage, job.ranks, job.engine.model, job.tokenizer, job.run)
+        opened = open_stage(job.config, stage, job.ranks, job.engine.model, job.tokenizer)
         try:
             if not job.state.ended and (code := _train(job, stage, opened)):
                 return code

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.errors import RunFailed, UserError
+from longctx.train.environment import launcher_environment
 
 if TYPE_CHECKING:
     from longctx.config.train import EngineConfig
@@ -135,8 +136,29 @@ def join(rank: int, world: int, timeout_seconds: float) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
+        return
+    place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR', '')} MASTER_PORT={os.environ.get('MASTER_PORT', '')}"
+    try:
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+    except ValueError as error:  # a variable of the launcher is missing
+        raise UserError(
+            f"WORLD_SIZE={world} says that a launcher started this rank, but {_first_line(error)}; start all ranks "
+            "with torchrun or srun, or unset WORLD_SIZE (docs/training.md)"
+        ) from None
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise UserError(
+                f"{place}: the port is in use by another process, so the ranks cannot meet there; end it, or choose a "
+                "free port for all ranks (torchrun --master-port, or export MASTER_PORT before srun; docs/training.md)"
+            ) from None
+        raise RunFailed(
+            f"rank {rank} of {world} could not meet the others at {place}: {_first_line(error)}; check that the host "
+            "and the port can be reached from every node"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _set_timeout(timeout: timedelta) -> None:
@@ -149,35 +171,3 @@ def stop() -> None:
     from longctx.comm import leave_world
 
     leave_world()
-
-
-def leave_launcher() -> None:
-    """From here on this process is one of its own, whatever torchrun or srun started it for."""
-    for name in [name for name in os.environ if name.startswith("SLURM_STEP_")]:
-        del os.environ[name]
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)
-
-
-def launcher_environment() -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun or srun; one process otherwise.
-
-    srun gives SLURM_* names: they are copied to torch's, and the first host of the step list is the master.
-    """
-    if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        os.environ["RANK"] = os.environ["SLURM_PROCID"]
-        os.environ["WORLD_SIZE"] = os.environ["SLURM_STEP_NUM_TASKS"]
-        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
-        os.environ["LOCAL_WORLD_SIZE"] = os.environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0]
-        os.environ.setdefault("MASTER_ADDR", _first_host(os.environ["SLURM_STEP_NODELIST"]))
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
-    defaults = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    return {name: os.environ.get(name, default) for name, default in defaults.items()}
-
-
-def _first_host(nodes: str) -> str:
-    """`node[03-05,9]` -> `node03`; `a,b` -> `a`."""
-    head, bracket, rest = nodes.partition("[")
-    if not bracket or "," in head:
-        return head.split(",")[0]
-    return head + rest.split("]")[0].split(",")[0].split("-")[0]

@@ -9,45 +9,49 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
-from longctx.errors import UserError
-from longctx.train import engine as engines
-from longctx.train import ranks as worlds
-from longctx.train import runfolder
+from longctx.train import preflight, runfolder
+from longctx.train.environment import launcher_environment, leave_launcher
 from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest, leaving_on_request
 
 if TYPE_CHECKING:
-    from longctx.config.model import ModelConfig
     from longctx.curriculum import Stage
+    from longctx.train.ranks import Ranks
 
 
 def run(config: TrainConfig) -> int:
     """Train, then run the post-training hooks. Returns the exit status."""
     status = train(config)
-    if status == 0 and worlds.launcher_environment()["RANK"] == "0":
-        worlds.leave_launcher()  # what the hooks train beside this run is theirs to start
+    if status == 0 and launcher_environment()["RANK"] == "0":
+        leave_launcher()  # what the hooks train beside this run is theirs to start
         with leaving_on_request(), runfolder.held(Path(config.folder)):
             status = int(_hooks().after_training(config, Path(config.folder)) or 0)
     return status
 
 
-def train(config: TrainConfig) -> int:
-    """Train all stages, here or on ranks started for it; 0, or the status of what ended the run."""
-    stages = resolve_stages(config)
-    environment = worlds.launcher_environment()
+def train(config: TrainConfig, *, prepared: bool = False) -> int:
+    """Train all stages, here or on ranks started for it; 0, or the status of what ended the run.
+
+    prepared: the process that started this rank has checked everything and tokenized the documents.
+    """
+    environment = launcher_environment()
     world, local_world = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
     starts_ranks = world == 1 and config.launch.nproc > 1
-    check(config, stages, *((config.launch.nproc,) * 2 if starts_ranks else (world, local_world)))
+    if starts_ranks:
+        world = local_world = config.launch.nproc
+    if starts_ranks or world == 1:
+        preflight.check(config, resolve_stages(config), world=world, local_world=local_world)
     if not starts_ranks:
-        return run_rank(config)
+        return run_rank(config, prepared=prepared)
+    folder = runfolder.prepare(config)
+    with leaving_on_request():
+        prepare_data(config, resolve_stages(config), preflight.check_libraries(config))
     from longctx.train.launch import start_ranks
 
-    folder = runfolder.prepare(config)
     return start_ranks(config.launch, folder / "config.yaml")
 
 
@@ -58,84 +62,34 @@ def _hooks() -> Any:
     return import_module("longctx.hooks")
 
 
-def check(config: TrainConfig, stages: list[Stage], world: int, local_world: int) -> None:
-    """Refuse at the door what would fail in every rank."""
-    from longctx.data.opening import choose_mix
-    from longctx.train import profile
-    from longctx.train.stage import check_parallel
-
-    if config.launch.nproc < 1:
-        raise UserError(f"launch.nproc={config.launch.nproc} must be 1 or more ranks (configs/train.yaml)")
-    if config.model.attention != "longctx":
-        raise UserError(
-            f"model.attention={config.model.attention} is for evaluation and comparison: training attends through "
-            "longctx, whose packed documents and ranks transformers' own kernels do not know; leave it at longctx "
-            "(configs/model)"
-        )
-    if config.logging.wandb != "disabled" and not find_spec("wandb"):
-        raise UserError(
-            f"logging.wandb={config.logging.wandb} needs the package wandb; pip install wandb, or set "
-            "logging.wandb=disabled (configs/logging)"
-        )
-    engines.check(config.engine)
-    profile.check(config.profile)
-    heads = _heads(config.model)
-    check_parallel(stages, config.parallel, config.engine, world=world, local_world=local_world, heads=heads)
-    for stage in stages:
-        choose_mix(config.data, stage.mix, stage.name)
-
-
 def resolve_stages(config: TrainConfig) -> list[Stage]:
-    """The curriculum in numbers, from the model's config alone."""
+    """The curriculum in numbers, from the model's config.json alone."""
     from longctx.curriculum import resolve
+    from longctx.plan.shape import shape_of
 
-    head_dim, rope, window = _geometry(config.model)
-    return resolve(config.curriculum, head_dim=head_dim, rope=rope, window=window, file="configs/curriculum")
-
-
-def _geometry(model: ModelConfig) -> tuple[int, dict[str, Any], int]:
-    """(head_dim, rope_parameters, window) the run starts from."""
-    from longctx.model.family import check_config
-    from longctx.model.load import read_config
-    from longctx.rope import rope_of, rope_of_init
-
-    if model.init is not None:
-        rope = rope_of_init(model.init)
-    else:
-        hf = read_config(str(model.path))
-        check_config(hf, str(model.path))
-        rope = rope_of(hf.to_dict(), f"{model.path}/config.json")
-    return rope.head_dim, dict(rope.parameters), rope.window
+    shape = shape_of(config.model)
+    file = "configs/curriculum"
+    return resolve(config.curriculum, head_dim=shape.head_dim, rope=shape.rope, window=shape.window, file=file)
 
 
-def _heads(model: ModelConfig) -> tuple[int, int]:
-    """(query heads, kv heads)"""
-    from longctx.model.load import read_config
+def prepare_data(config: TrainConfig, stages: list[Stage], tokenizer: Any) -> None:
+    """Tokenize what the stages that are left read and plan their sequences, so that a stage whose data cannot be
+    trained is refused now and not after days. Raises UserError.
+    """
+    from longctx.data.opening import check_stages
+    from longctx.plan.shape import shape_of
 
-    if model.init is not None:
-        return model.init.heads, model.init.kv_heads
-    hf = read_config(str(model.path))
-    return hf.num_attention_heads, getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
-
-
-def _tokenizer(model: ModelConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    source = model.tokenizer or model.path
-    if source is None:
-        raise UserError(
-            "model.tokenizer is missing: a model drawn with model.init needs the folder or hub id of "
-            "a tokenizer (configs/model)"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model.tokenizer={source} cannot be read: {first} (configs/model)") from None
+    left = [stage for stage in stages if not (Path(config.folder) / "stages" / stage.name / "finished.json").exists()]
+    check_stages(
+        config.data, left, tokenizer=tokenizer, seed=config.seed, cache=preflight.cache_folder(config),
+        vocab_size=shape_of(config.model).vocab,
+    )  # fmt: skip
 
 
-def run_rank(config: TrainConfig) -> int:
+def run_rank(config: TrainConfig, *, prepared: bool = False) -> int:
     """This rank's part of the run, from joining the others to leaving them."""
+    from longctx.train import ranks as worlds
+
     ranks = worlds.start(config.engine)
     stop = StopRequest()
     try:
@@ -143,16 +97,18 @@ def run_rank(config: TrainConfig) -> int:
             console.silence()
         _set_threads(config, ranks)
         with ExitStack() as mine:
-            with ranks.agree("preparing the run's folder"):
+            with ranks.agree("checking the command and the run's folder"):
+                if ranks.world > 1 and not prepared and ranks.local_rank == 0:  # each node has a disk of its own
+                    preflight.check(config, resolve_stages(config), world=ranks.world, local_world=ranks.local_world)
                 if ranks.first:
                     mine.enter_context(runfolder.held(runfolder.prepare(config)))
-            return _train(config, ranks, stop)
+            return _train(config, ranks, stop, prepared=prepared)
     finally:
         stop.close()
         worlds.stop()
 
 
-def _set_threads(config: TrainConfig, ranks: worlds.Ranks) -> None:
+def _set_threads(config: TrainConfig, ranks: Ranks) -> None:
     import torch
 
     if config.launch.threads is not None:
@@ -161,11 +117,12 @@ def _set_threads(config: TrainConfig, ranks: worlds.Ranks) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
 
 
-def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
+def _train(config: TrainConfig, ranks: Ranks, stop: StopRequest, *, prepared: bool) -> int:
     import torch
     from transformers.utils import logging as hf_logging
 
     from longctx.model import LossModel, model_of
+    from longctx.train import engine as engines
     from longctx.train import flops, loop
     from longctx.train.checkpoint import Checkpoints, State
     from longctx.train.display import Display
@@ -177,11 +134,13 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     torch.manual_seed(config.seed + ranks.rank)
     run = Path(config.folder)
     stages = resolve_stages(config)
-    check(config, stages, ranks.world, ranks.local_world)
+    with ranks.agree("preparing the tokenizer and the data"):
+        tokenizer = preflight.check_libraries(config)
+        if not prepared and ranks.local_rank == 0:
+            prepare_data(config, stages, tokenizer)
     place = engines.placer(config.engine, config.optim, config.model.dtype, ranks)
     with ranks.agree("loading the model"):
         hf = model_of(config.model, place)
-        tokenizer = _tokenizer(config.model)
     elements = sum(engines.full_shape(parameter).numel() for parameter in hf.parameters())
     counted = flops.of_model(hf.config, elements, recompute=config.model.memory.checkpoint)
     model = LossModel(hf, config.model.memory, z_loss=config.optim.z_loss)
