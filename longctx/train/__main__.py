@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import __version__
-from longctx.errors import RunFailed, UserError
+from longctx.errors import OutOfMemory, RunFailed, UserError
 from longctx.processes import die_with_parent
 from longctx.train import runfolder
 from longctx.train.signals import INTERRUPTED, SAVED_AND_REQUEUE, leave_on_interrupt, note_requeue
@@ -46,6 +46,9 @@ def main(words: Sequence[str]) -> int:
         _tell(str(error), rank == 0)
         _leave_group()
         return 2
+    except OutOfMemory as error:
+        _tell(str(error), speak=bool(str(error)))  # whichever rank it was
+        return 1
     except RunFailed as error:
         _tell(str(error), rank == 0)
         _leave_group()

@@ -43,15 +43,16 @@ def start_ranks(launch: LaunchConfig, resolved: Path) -> int:
     )  # fmt: skip
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.nproc)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read by the ranks when they load torch
+    killed_before = _killed_for_memory()
     with _forwarding() as forwarded, _reaper():
         try:
             elastic_launch(agent, sys.executable)("-m", "longctx.train", "--resolved", str(resolved))
             return 0
         except ChildFailedError as error:
-            return _explain(error, forwarded, resolved.parent)
+            return _explain(error, forwarded, resolved.parent, killed_before)
 
 
-def _explain(error: Any, forwarded: list[int], run: Path) -> int:
+def _explain(error: Any, forwarded: list[int], run: Path, killed_before: int | None) -> int:
     """The last line, and the status: the first failing rank's own, translated where a signal ended it."""
     if signal.SIGINT in forwarded:
         console.say(f"longctx: interrupted; {_where(run)}")
@@ -64,10 +65,29 @@ def _explain(error: Any, forwarded: list[int], run: Path) -> int:
         return 2
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        console.say(f"longctx: rank {rank} was ended by {name}, the others were stopped; {_where(run)}")
+        cause = _who_kills(killed_before) if failure.exitcode == -signal.SIGKILL else ""
+        console.say(f"longctx: rank {rank} was ended by {name}{cause}, the others were stopped; {_where(run)}")
     else:
         console.say(f"longctx: rank {rank} failed (status {failure.exitcode}), the others were stopped; {_where(run)}")
     return 1
+
+
+def _who_kills(killed_before: int | None) -> str:
+    """What a SIGKILL that nobody here sent means, by the kernel's own count of what it killed for memory."""
+    now = _killed_for_memory()
+    remedy = "`longctx plan` with the same settings shows what a rank holds, and docs/memory.md how to lower it"
+    if now is not None and killed_before is not None and now > killed_before:
+        return f" of the kernel's out-of-memory killer: the machine had no memory left ({remedy})"
+    return f" (so the kernel's out-of-memory killer ends a process; if `dmesg` names it: {remedy})"
+
+
+def _killed_for_memory() -> int | None:
+    """Processes that this machine's kernel has killed for want of memory; None where it does not count them."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
 
 
 def _where(run: Path) -> str:

@@ -24,6 +24,7 @@ from longctx.train import flops
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.display import Display
 from longctx.train.engine import Engine
+from longctx.train.exhausted import explained
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
 from longctx.train.metrics import Metrics, memory_gib
@@ -73,13 +74,14 @@ def run_stages(job: Job) -> int:
         if stage.index > job.state.stage or not job.state.planned:
             _enter(job.state, stage)
         job.progress.at("start", job.state.step)
-        opened = open_stage(job.config, stage, job.ranks, job.engine.model, job.tokenizer)
-        try:
-            if not job.state.ended and (code := _train(job, stage, opened)):
-                return code
-            _finish(job, stage, opened)
-        finally:
-            opened.close()
+        with explained(job.config, stage, job.ranks, "training"):
+            opened = open_stage(job.config, stage, job.ranks, job.engine.model, job.tokenizer)
+            try:
+                if not job.state.ended and (code := _train(job, stage, opened)):
+                    return code
+                _finish(job, stage, opened)
+            finally:
+                opened.close()
     return 0
 
 

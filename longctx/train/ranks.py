@@ -98,7 +98,7 @@ class Ranks:
         reports = self.gather(None if error is None else (isinstance(error, UserError), str(error)))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report]
         if failed:
-            rank, by_user, text = failed[0]
+            rank, by_user, text = next((report for report in failed if report[2]), failed[0])  # who has words
             if by_user:
                 raise UserError(text) from error
             raise RunFailed(f"{what} failed on rank {rank}: {text}") from error

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
-from longctx.train import preflight, runfolder
+from longctx.train import exhausted, preflight, runfolder
 from longctx.train.environment import launcher_environment, leave_launcher
 from longctx.train.signals import SAVED_AND_REQUEUE, StopRequest, leaving_on_request
 
@@ -139,7 +139,7 @@ def _train(config: TrainConfig, ranks: Ranks, stop: StopRequest, *, prepared: bo
         if not prepared and ranks.local_rank == 0:
             prepare_data(config, stages, tokenizer)
     place = engines.placer(config.engine, config.optim, config.model.dtype, ranks)
-    with ranks.agree("loading the model"):
+    with ranks.agree("loading the model"), exhausted.explained(config, stages[0], ranks, "loading the model for"):
         hf = model_of(config.model, place)
     elements = sum(engines.full_shape(parameter).numel() for parameter in hf.parameters())
     counted = flops.of_model(hf.config, elements, recompute=config.model.memory.checkpoint)
