@@ -17,6 +17,8 @@ import numpy as np
 
 from longctx import console
 from longctx.config.eval import EvalConfig
+from longctx.data.check import check_name, check_sources
+from longctx.data.tokenizer import check_tokenizer_of
 from longctx.errors import UserError
 from longctx.eval import loss, needle
 from longctx.eval.ground import Ground, open_ground
@@ -25,6 +27,7 @@ from longctx.eval.predict import grid_of, load_plain
 from longctx.model.family import check_config
 from longctx.model.load import read_config
 from longctx.rope import rope_of
+from longctx.storage.model import check_model
 
 
 def run(config: EvalConfig) -> int:
@@ -32,6 +35,7 @@ def run(config: EvalConfig) -> int:
     path = config.model.path
     if path is None:
         raise UserError("model.path is missing; an evaluation takes a trained model (configs/eval.yaml)")
+    _check(config, path)
     hf = read_config(path)
     check_config(hf, path)
     window = rope_of(hf.to_dict(), path).window
@@ -54,6 +58,14 @@ def run(config: EvalConfig) -> int:
     if rank == 0:
         _write(config, result, Panel(grid, path, window=window))
     return 0
+
+
+def _check(config: EvalConfig, path: str) -> None:
+    """Refuse in a second what would fail after tokenizing or loading."""
+    vocabulary = check_model(path).get("vocab_size")
+    check_tokenizer_of(config.model, vocab_size=vocabulary)
+    check_name(config.data, config.source, "source")
+    check_sources(config.data, [config.source], Path(config.cache))
 
 
 @contextmanager

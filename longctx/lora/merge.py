@@ -25,6 +25,7 @@ from longctx.lora.modules import Kind, check_weights, classify, is_tied, layout
 from longctx.lora.tensors import Checkpoint, Scratch, row_blocks
 from longctx.lora.writer import output_folder
 from longctx.storage.files import write_json
+from longctx.storage.model import check_shapes
 from longctx.storage.table import Entry
 from longctx.storage.writer import DTYPES, SafetensorsWriter
 
@@ -77,6 +78,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
     with Checkpoint(config.target, what="target") as target:
         check_weights(target)
         before = target.config()
+        check_shapes(target, before)
         tied = is_tied(target, before)
         adapters = [Adapter(path) for path in config.adapter]
         try:

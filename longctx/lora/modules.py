@@ -15,6 +15,7 @@ from typing import Any
 from longctx.errors import UserError
 from longctx.lora.modelconfig import describe_rope, rope_section, text_section
 from longctx.lora.tensors import Checkpoint
+from longctx.storage.model import check_shapes
 from longctx.storage.table import Entry
 
 # Input embeddings by their usual names; everything else two-dimensional is a linear layer.
@@ -106,6 +107,8 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> N
             "config.json); a difference exists only between a model and its own training"
         )
     _check_tensors(base, tuned)
+    check_shapes(base, first)
+    check_shapes(tuned, second)
     _check_tokenizers(base, tuned)
     if not allow_shorter:
         _check_direction(base, first, tuned, second)
