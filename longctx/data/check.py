@@ -7,15 +7,17 @@ the documents are tokenized (longctx.data.opening).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from longctx.config.data import DataConfig, Mix, SourceConfig
-from longctx.data.files import Tally, Unit, read
+from longctx.data.files import PACKED, Tally, Unit, read
 from longctx.data.sources import source_units
 from longctx.errors import UserError, nearest
 
 _FILES, _RECORDS = 16, 8  # how many files are looked into, and how many records of each
+_LINES, _LARGEST = 2**16, 2**22  # bytes of a .jsonl, and of the largest file that is read whole
 
 
 def sources_of(data: DataConfig, mixes: Iterable[Mix]) -> list[str]:
@@ -50,9 +52,20 @@ def check_name(data: DataConfig, name: str, key: str) -> None:
         raise UserError(f"{key}={name} is not a source of text in data.sources; {hint}known: {', '.join(texts)}")
 
 
+def _quick(unit: Unit) -> bool:
+    """Whether a look costs little: whole texts and packed files are read to their end."""
+    whole = unit.kind == "text" or unit.path.endswith(PACKED)
+    return not whole or unit.size <= _LARGEST
+
+
+def _beginning(unit: Unit) -> Unit:
+    """The first lines of a .jsonl, for those without the field are passed over until the unit ends."""
+    return replace(unit, end=min(unit.end, unit.start + _LINES)) if unit.kind == "jsonl" else unit
+
+
 def _look_into(name: str, source: SourceConfig, units: Sequence[Unit]) -> None:
     """Refuse a source of which none of the sampled records can be used, whatever share may be broken."""
-    chosen = units[:: max(1, len(units) // _FILES)]
+    chosen = [_beginning(unit) for unit in units[:: max(1, len(units) // _FILES)] if _quick(unit)]
     tally, usable = Tally(), 0
     for unit in chosen:
         try:

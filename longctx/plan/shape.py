@@ -85,4 +85,6 @@ def _from_json(values: dict[str, Any], file: str) -> Shape:
             window=rope.window,
         )
     except KeyError as error:
-        raise UserError(f"{file} has no {error}: not the config of a decoder this plan knows") from None
+        raise UserError(
+            f"{file} has no {error}, so it does not describe a decoder; fetch the model's config.json again"
+        ) from None

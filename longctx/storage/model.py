@@ -18,6 +18,10 @@ from longctx.storage.table import Table, read_object
 
 FAMILIES = get_args(Family)
 _MISTRAL_WINDOW = 4096
+_COUNTS = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip
 # Files that hold a vocabulary: a tokenizer folder has at least one of them.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
 
@@ -33,7 +37,15 @@ def read_config(path: str | None, what: str = "model.path") -> tuple[dict[str, A
     what: the key the user named it by. Raises UserError when there is none, or it is not a JSON object.
     """
     folder = model_folder(path, what)
-    return read_object(Folder(folder), "config.json", what), str(folder / "config.json")
+    config, file = read_object(Folder(folder), "config.json", what), str(folder / "config.json")
+    for key in _COUNTS:
+        value = config.get(key)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise UserError(
+                f"{what}={path}: config.json has {key}={value!r}, and that is a whole number of 1 or more; mend it or "
+                f"fetch the file again ({file})"
+            )
+    return config, file
 
 
 def model_folder(path: str | None, what: str = "model.path") -> Path:
@@ -179,9 +191,9 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a decoder's weights, as far as config.json's own numbers give them."""
     kind = config.get("model_type")
     numbers = [config.get(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")]
-    hidden, heads, layers, vocab = (number if isinstance(number, int) and number > 0 else 0 for number in numbers)
-    if kind not in FAMILIES or not (hidden and heads and layers and vocab):
+    if kind not in FAMILIES or not all(isinstance(number, int) for number in numbers):
         return {}
+    hidden, heads, layers, vocab = (number or 0 for number in numbers)
     kv_heads = config.get("num_key_value_heads") or (heads if kind == "llama" else None)
     head_dim = config.get("head_dim") or (hidden // heads if kind in ("llama", "mistral", "qwen2") else None)
     ffn = config.get("intermediate_size")

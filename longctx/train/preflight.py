@@ -211,7 +211,7 @@ def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, so
         above = _standing(folder)
         free, want = shutil.disk_usage(above).free, needed[above.stat().st_dev]
         if want > free:
-            listed = ", ".join(f"{name} {_gib(size)}" for name, (_, size) in parts.items() if size > 0)
+            listed = ", ".join(f"{name} {_gib(size)}" for name, (_, size) in parts.items() if size > 0.01 * want)
             raise UserError(
                 f"{folder} needs about {_gib(want)} and its disk has {_gib(free)} free: {listed}. Free some space, "
                 "name another disk with run_dir= or cache=, set checkpoint.keep=1, or start anyway with "
