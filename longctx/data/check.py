@@ -77,10 +77,10 @@ def _look_into(name: str, source: SourceConfig, units: Sequence[Unit]) -> None:
                 "it out with exclude"
             ) from None
         for document in islice(read(unit, tally), _RECORDS):
-            usable += bool(document.content)
-    if not usable and tally.seen == tally.broken + tally.not_utf8 > 0:
+            usable += bool(document.content.strip() if isinstance(document.content, str) else document.content)
+    if not usable and tally.seen:
         what = "conversations" if source.kind == "chat" else "text"
-        first = "; ".join(tally.where[:2])
+        first = "; ".join(tally.where[:2]) or "all are empty"
         raise UserError(
             f"data.sources.{name}: none of the {tally.seen} records looked at holds {what} ({first}); set "
             f"data.sources.{name}.field to the column with the {what}, or give UTF-8 files ({source.path})"

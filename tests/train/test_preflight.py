@@ -40,6 +40,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], None] | None, str]] = {
     "empty": (lambda folder: None, "holds no usable file: 0 files"),
     "no text": (no_text, "holds no usable file: 1 files, none of them"),
     "empty files": (lambda folder: (folder / "a.jsonl").write_text("") and None, "holds nothing to read"),
+    "an empty text": (
+        lambda folder: (folder / "a.txt").write_text("\n") and None, r"none of the 1 records .* \(all are empty\)",
+    ),
     "another field": (other_field, r"none of the 50 records looked at holds text \(a.jsonl:1: no field 'text'"),
     "not UTF-8": (latin, r"none of the 1 records looked at holds text \(a.txt: not UTF-8"),
     "no table": (no_parquet, "a.parquet cannot be read as parquet"),
