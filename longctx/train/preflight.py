@@ -156,6 +156,8 @@ def check_freeze(patterns: Sequence[str], names: Sequence[str]) -> None:
             raise UserError(
                 f"optim.freeze={pattern!r} matches no parameter; names look like {names[0]} (configs/optim)"
             )
+    if names and all(any(fnmatch(name, pattern) for pattern in patterns) for name in names):
+        raise UserError("optim.freeze leaves nothing to train; drop a pattern (configs/optim)")
 
 
 def _names(values: dict[str, Any]) -> list[str]:

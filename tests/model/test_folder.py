@@ -95,6 +95,9 @@ DAMAGED_TOKENIZER = {
     "half a tokenizer": (write(TOKENS, '{"model": '), "tokenizer.json is not JSON"),
     "a pointer": (write(TOKENS, POINTER), "tokenizer.json is a git-lfs pointer"),
     "no vocabulary": (edit(TOKENS, lambda content: content["model"].pop("vocab")), "holds no vocabulary"),
+    "an unknown kind": (
+        edit(TOKENS, lambda content: content["model"].update(type="Nope")), "cannot be read as a tokenizer",
+    ),
     "broken settings": (write("tokenizer_config.json", "{"), "tokenizer_config.json is not JSON"),
     "beyond the embedding": (
         edit(TOKENS, lambda content: content["model"]["vocab"].update(zz=900)), "ids up to 900 .* vocab_size=512",
