@@ -95,6 +95,21 @@ def test_settings_that_cannot_be(tmp_path: Path, documents: Path, case: str) -> 
         train(config(tmp_path / "run", documents, launch=TWO, **changes))
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optim": {"beta1": 2}}, "beta1=2.0 must be 0 or more and below 1"),
+        ({"optim": {"weight_decay": -1}}, "weight_decay=-1.0 must be 0 or more"),
+        ({"launch": {"threads": 0}}, "threads=0 must be 1 or more"),
+        ({"guards": {"spike": 0.5}}, "spike=0.5 must be above 1"),
+        ({"parallel": {"tokens_per_rank": 0}}, "tokens_per_rank=0 must be 1 or more"),
+    ],
+)
+def test_numbers_that_torch_would_refuse_in_a_rank(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        config(tmp_path / "run", tmp_path, **changes)
+
+
 def test_a_disk_that_is_too_small_can_be_accepted(tmp_path: Path, documents: Path) -> None:
     stages = {"s64": {"seq_len": 64, "theta": 10000, "steps": 1, "batch": 1}}
     made = config(
