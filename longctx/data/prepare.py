@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import queue
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,6 @@ from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
 from longctx.errors import RunFailed, UserError
 from longctx.processes import die_with_parent
-from longctx.storage.files import write_text
 
 SMALLEST_SHARD = 2**20  # bytes of input
 LARGEST_SHARD = 2**26
@@ -180,7 +180,9 @@ def _file_hashes(paths: Sequence[str], cache: Path) -> dict[str, str]:
         fresh = True
     if fresh:
         cache.mkdir(parents=True, exist_ok=True)
-        write_text(memo_path, json.dumps(memo))
+        temporary = cache / f".files-{uuid.uuid4().hex}"
+        temporary.write_text(json.dumps(memo))
+        os.replace(temporary, memo_path)
     return found
 
 
