@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import signals
-from longctx.errors import RunFailed, UserError, nearest
+from longctx.errors import RunFailed, UserError, nearest, out_of_memory
 from longctx.opening import opening
 from longctx.verbs import VERBS, Verb
 
@@ -39,9 +39,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return signals.INTERRUPTED
     except BrokenPipeError:
         return 1
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        print(f"longctx: {_no_memory(error)}", file=sys.stderr)
+        return 1
     finally:
         if owns:
             signals.done()
+
+
+def _no_memory(error: Exception) -> str:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return (
+        f"out of memory ({said}); this process held {peak:.1f} GiB on the host at its peak. Shorter lengths, fewer at "
+        "a time, a smaller dtype, more ranks or a larger machine would help; `longctx VERB --help` has the settings"
+    )
 
 
 def _dispatch(words: list[str]) -> int:

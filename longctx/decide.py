@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from longctx.curriculum import check_divides
 from longctx.errors import UserError
 from longctx.topology import Topology
 
@@ -116,7 +115,8 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
     """Ranks that hold one sequence of this stage. Raises UserError for a cp that the world or length refuses.
 
     auto: the smallest divisor of the world for which a rank holds at most parallel.tokens_per_rank tokens
-    of a sequence and the batch divides over the groups; else the largest for which the batch divides.
+    of a sequence and the batch divides over the groups; else the largest for which the batch divides. The layout pads
+    a length that cp does not divide.
     """
     fixed = parallel.stages.get(stage.name, parallel.cp)
     key = f"parallel.stages.{stage.name}" if stage.name in parallel.stages else "parallel.cp"
@@ -124,23 +124,38 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
         if fixed < 1 or world % fixed:
             near = max(c for c in range(1, world + 1) if world % c == 0 and c <= max(fixed, 1))
             raise UserError(f"{key}={fixed} does not divide the {world} ranks; {near} fits ({FILE})")
-        check_divides(stage, fixed, FILE)
+        if not _long_enough(stage, fixed):
+            most = max(c for c in range(1, world + 1) if world % c == 0 and _long_enough(stage, c))
+            raise UserError(
+                f"{key}={fixed}: a rank needs 2 tokens of a sequence at least, and curriculum.stages.{stage.name}."
+                f"seq_len={stage.seq_len} has fewer than {2 * fixed}; {most} fits ({FILE})"
+            )
         return fixed
-    parts = 2 if stage.layout == "zigzag" else 1
     fits = [cp for cp in range(1, world + 1) if world % cp == 0 and stage.batch % (world // cp) == 0]
-    fits = [cp for cp in fits if cp == 1 or stage.seq_len % (parts * cp) == 0]
+    fits = [cp for cp in fits if _long_enough(stage, cp)]
     if not fits:
         raise UserError(
             f"curriculum.stages.{stage.name}: batch={stage.batch} sequences of {stage.seq_len} tokens fit no "
-            f"split of {world} ranks; take a batch that is a multiple of {world}, or a length that is one of "
-            f"{parts * world} ({FILE})"
+            f"split of {world} ranks; take a batch that is a multiple of {world}, or a length of {2 * world} tokens or "
+            f"more ({FILE})"
         )
     small = [cp for cp in fits if stage.seq_len <= parallel.tokens_per_rank * cp]
     return small[0] if small else fits[-1]
 
 
+def _long_enough(stage: Stage, cp: int) -> bool:
+    """Whether cp ranks can share a sequence: the layout's shortest is two tokens a rank."""
+    return cp == 1 or stage.seq_len >= 2 * cp
+
+
+def tokens_per_rank(stage: Stage, cp: int) -> int:
+    """Tokens of one sequence on each of cp ranks, the layout's padding included."""
+    multiple = 2 if stage.layout == "zigzag" and cp > 1 else 1
+    return -(-stage.seq_len // (cp * multiple)) * multiple
+
+
 @dataclass(frozen=True)
-class Ring:
+class RingChoice:
     """How cp ranks attend: over so many nodes, by which schedule, in groups of how many Ulysses ranks."""
 
     nodes: int
@@ -150,14 +165,14 @@ class Ring:
 
 def choose_ring(
     parallel: ParallelConfig, *, cp: int, local_world: int, stage: str, heads: tuple[int, int] | None = None
-) -> Ring:
+) -> RingChoice:
     """local_world: ranks of a node. heads: (query, kv) heads, None: not looked at.
 
     auto: a flat ring within a node, a double ring over several, ulysses_ring where parallel.ulysses is above 1; a
     ulysses_ring takes all ranks of a node. Raises UserError for what does not divide.
     """
     if cp == 1:
-        return Ring(1, "flat_ring", 1)
+        return RingChoice(1, "flat_ring", 1)
     nodes = parallel.nodes
     if isinstance(nodes, str):
         nodes = cp // local_world if cp > local_world and cp % local_world == 0 else 1
@@ -174,7 +189,7 @@ def choose_ring(
                 f"parallel.ulysses={wanted} with parallel.schedule={schedule}: only ulysses_ring exchanges heads; set "
                 f"parallel.schedule=ulysses_ring or leave parallel.ulysses at auto ({FILE})"
             )
-        return Ring(nodes, schedule, 1)
+        return RingChoice(nodes, schedule, 1)
     h = cp // nodes if isinstance(wanted, str) else wanted
     if h < 1 or (cp // nodes) % h:
         raise UserError(f"parallel.ulysses={h} does not divide the {cp // nodes} ranks of a node among {where}")
@@ -183,7 +198,7 @@ def choose_ring(
             f"parallel.ulysses={h} cannot share out {heads[0]} query and {heads[1]} kv heads: it must divide the "
             f"first, and of it and the second one must divide the other ({FILE})"
         )
-    return Ring(nodes, schedule, h)
+    return RingChoice(nodes, schedule, h)
 
 
 @dataclass(frozen=True)

@@ -93,8 +93,8 @@ def test_nearest_finds_what_was_meant():
         ),
         (["train", "experiment=quickstart", "curriculum.mix=none"], "mix=none is not one of data.mixes"),
         (
-            ["train", "experiment=quickstart", "curriculum.stages.s2048.seq_len=2050", "parallel.cp=2"],
-            "seq_len=2050 is not divisible",
+            ["train", "experiment=quickstart", "parallel.cp=2048", "launch.nproc=2048"],
+            "parallel.cp=2048: a rank needs 2 tokens of a sequence at least",
         ),
         (["train", "-x"], "-x is not an option"),
         (["train", "experiment"], "write key=value"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from longctx.config.base import build
 from longctx.config.compose import compose, config_dir
 from longctx.config.curriculum import CurriculumConfig
-from longctx.curriculum import Advance, LearningRate, Stage, check_divides, resolve
+from longctx.curriculum import Advance, LearningRate, Stage, resolve
 from longctx.errors import UserError
 
 FILE = "configs/curriculum/test.yaml"
@@ -388,11 +387,3 @@ def test_a_wrong_theta_file(tmp_path: Path, content: str, message: str):
     file.write_text(content)
     with pytest.raises(UserError, match=re.escape(message)):
         stages_of(packaged("tiny_16x", f"curriculum.theta_file={file}"), head_dim=32, theta=10000, window=512)
-
-
-def test_length_that_does_not_divide_names_a_cp_that_fits():
-    stage = stages_of(packaged("gradient_llama3_8b"))[-1]
-    with pytest.raises(UserError, match=re.escape("is not divisible by 2*cp = 1536; cp=512 fits")):
-        check_divides(stage, 768, FILE)
-    check_divides(stage, 512, FILE)
-    check_divides(replace(stage, seq_len=768, layout="contiguous"), 768, FILE)

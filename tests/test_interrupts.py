@@ -183,8 +183,8 @@ def test_a_run_that_needs_longer_than_its_scheduler_gives_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import torch
-    from longctx.distributed.ranks import Ranks
 
+    from longctx.distributed.ranks import Ranks
     from longctx.train.lead import Lead
 
     first = Ranks(0, 1, 0, 1, torch.device("cpu"))

@@ -56,7 +56,7 @@ def tokenize(config: BenchDataConfig) -> dict[str, float]:
     from longctx.data.documents import Tally, read_text
     from longctx.data.prepare import build_source
     from longctx.data.stdlib import stdlib_files
-    from longctx.data.verb import load_tokenizer
+    from longctx.data.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(config.model)
     with tempfile.TemporaryDirectory() as work:

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from longctx.lora.writer import SafetensorsWriter, write_json
+from longctx.storage.files import write_json
+from longctx.storage.writer import SafetensorsWriter
 
 
 def make_pair(

@@ -20,9 +20,11 @@ from longctx.config.hooks import HooksConfig, LoraHook
 from longctx.config.theta import ThetaConfig
 from longctx.config.train import TrainConfig
 from longctx.curriculum import Stage, resolve
+from longctx.data.check import check_name, check_sources
 from longctx.errors import RunFailed
 from longctx.identity import identity, key_of
 from longctx.rope import Rope, read_rope, supported_length
+from longctx.storage.model import check_model
 
 SEARCHED = "searched"
 
@@ -52,6 +54,9 @@ def run(config: BenchThetaConfig) -> int:
     from longctx.train.run import run as train
 
     out = Path(config.out)
+    check_model(config.train.model.path)
+    check_name(config.train.data, config.source, "source")
+    check_sources(config.train.data, [config.source], out / "data")
     rope = read_rope(str(config.train.model.path))
     examiner = Examiner(config, out)
     base = examiner.examine("base", Path(str(config.train.model.path)))

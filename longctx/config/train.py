@@ -16,6 +16,12 @@ from longctx.config.hooks import HooksConfig
 from longctx.config.model import ModelConfig
 
 
+def _not_below(config: object, least: int, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= least:
+            raise ValueError(f"{name}={getattr(config, name)} must be {least} or more")
+
+
 @schema
 class ParallelConfig:
     """How the ranks share the work: cp ranks hold one sequence, world / cp groups hold different ones."""
@@ -26,6 +32,9 @@ class ParallelConfig:
     schedule: Literal["auto", "flat_ring", "double_ring", "allgather_ring", "ulysses_ring"] = "auto"
     nodes: int | Literal["auto"] = "auto"
     ulysses: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        _not_below(self, 1, "tokens_per_rank")
 
 
 @schema
@@ -59,6 +68,12 @@ class OptimConfig:
     z_loss: float = 0.0
     freeze: list[str] | Literal["auto"] = "auto"
 
+    def __post_init__(self) -> None:
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more and below 1")
+        _not_below(self, 0, "eps", "weight_decay", "clip", "z_loss")
+
 
 @schema
 class LoggingConfig:
@@ -80,6 +95,9 @@ class CheckpointConfig:
     keep: int = 2
     spare_gib: float = 0.25
 
+    def __post_init__(self) -> None:
+        _not_below(self, 0, "every", "minutes", "keep", "spare_gib")
+
 
 @schema
 class GuardsConfig:
@@ -91,6 +109,12 @@ class GuardsConfig:
     spike_window: int = 50
     spike_steps: int = 10
     stall_seconds: float = 1800.0
+
+    def __post_init__(self) -> None:
+        _not_below(self, 1, "spike_window", "spike_steps")
+        _not_below(self, 0, "stall_seconds")
+        if self.spike is not None and self.spike <= 1:
+            raise ValueError(f"spike={self.spike} must be above 1: it multiplies the recent median")
 
 
 @schema
@@ -107,12 +131,19 @@ class LaunchConfig:
     nproc: int = 1
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.threads is not None:
+            _not_below(self, 1, "threads")
+
 
 @schema
 class EvaluateConfig:
     """Held-out loss at the end of each stage, over this many sequences of the stage's own kind."""
 
     heldout_sequences: int = 8
+
+    def __post_init__(self) -> None:
+        _not_below(self, 0, "heldout_sequences")
 
 
 @schema

@@ -2,6 +2,6 @@
 
 from longctx.curriculum.resolve import resolve
 from longctx.curriculum.select import selected
-from longctx.curriculum.stage import Advance, LearningRate, Stage, check_divides
+from longctx.curriculum.stage import Advance, LearningRate, Stage
 
-__all__ = ["Advance", "LearningRate", "Stage", "check_divides", "resolve", "selected"]
+__all__ = ["Advance", "LearningRate", "Stage", "resolve", "selected"]

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from longctx.errors import UserError
-
 
 @dataclass(frozen=True)
 class LearningRate:
@@ -85,16 +83,3 @@ class Stage:
     advance: Advance | None
     start_window: int
     rule: str
-
-
-def check_divides(stage: Stage, cp: int, file: str) -> None:
-    """Raise UserError unless the length divides over cp ranks (2 cp chunks in zigzag layout)."""
-    parts = (2 if stage.layout == "zigzag" else 1) * cp
-    if stage.seq_len % parts == 0:
-        return
-    text = "2*cp" if stage.layout == "zigzag" else "cp"
-    fits = next(n for n in range(cp, 0, -1) if stage.seq_len % ((2 if stage.layout == "zigzag" else 1) * n) == 0)
-    raise UserError(
-        f"curriculum.stages.{stage.name}.seq_len={stage.seq_len} is not divisible by {text} = {parts}; "
-        f"cp={fits} fits ({file})"
-    )

@@ -9,17 +9,20 @@ from typing import Any
 
 from longctx.config.data_verbs import SynthesizeConfig
 from longctx.console import emit, emit_json, progress
+from longctx.data.check import check_name, check_sources
 from longctx.data.mixing import rng_of
 from longctx.data.opening import open_source
 from longctx.data.synth import SynthDocument, make_task
-from longctx.data.verb import load_tokenizer
+from longctx.data.tokenizer import load_tokenizer
 from longctx.data.writer import Haystack, Writer, corpus_haystack
-from longctx.durable import replacing
 from longctx.errors import UserError
+from longctx.storage.files import replacing
 
 
 def run(config: SynthesizeConfig) -> int:
     """Write config.count documents, one JSON object a line."""
+    check_name(config.data, config.haystack, "haystack")
+    check_sources(config.data, [config.haystack], Path(config.cache))
     tokenizer = load_tokenizer(config.model)
     split = "train" if config.keys == "train" else "heldout"
     corpus = open_source(config.haystack, config.data, tokenizer, Path(config.cache), split=split)

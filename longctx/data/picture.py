@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from longctx.durable import save_figure
+from longctx.storage.files import save_figure
 
 # blue, orange, green, purple, brown: told apart also by people who see red and green alike
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#8c564b", "#56b4e9")

@@ -20,9 +20,9 @@ from longctx.data.documents import Unit
 from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
-from longctx.durable import write_text
 from longctx.errors import UserError
 from longctx.signals import sweep
+from longctx.storage.files import write_text
 
 SMALLEST_SHARD = 2**20  # bytes of input
 LARGEST_SHARD = 2**26

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from longctx.data.documents import Tally
-from longctx.durable import sync
 from longctx.errors import UserError
+from longctx.storage.files import sync
 
 FORMAT = 2  # raise when the files' layout or the reading of documents changes
 

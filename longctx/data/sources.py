@@ -14,8 +14,8 @@ from longctx.config.data import SourceConfig
 from longctx.data.documents import Unit
 from longctx.data.files import find_files, units_of
 from longctx.data.stdlib import stdlib_files
-from longctx.durable import replacing
 from longctx.errors import UserError
+from longctx.storage.files import replacing
 
 
 def source_units(name: str, source: SourceConfig, cache: Path) -> list[Unit]:

@@ -15,10 +15,13 @@ import numpy as np
 from longctx.config.data import DataConfig
 from longctx.config.data_verbs import StatsConfig
 from longctx.console import emit, emit_json, warn
+from longctx.data.check import check_sources
 from longctx.data.index import Corpus
 from longctx.data.opening import choose_mix
 from longctx.data.plan import make_plan
-from longctx.data.verb import load_tokenizer, open_both, summary
+from longctx.data.tokenizer import load_tokenizer
+from longctx.data.verb import open_both, summary, text_sources
+from longctx.shape import shape_of_model
 
 
 def run(config: StatsConfig) -> int:
@@ -35,7 +38,8 @@ def run(config: StatsConfig) -> int:
         window=rope.window,
         file="configs/curriculum",
     )
-    train, heldout = open_both(config, load_tokenizer(config.model))
+    check_sources(config.data, text_sources(config.data), Path(config.shards))
+    train, heldout = open_both(config, load_tokenizer(config.model, vocab_size=shape_of_model(config.model).vocab))
     lengths = {name: corpus.lengths for name, corpus in train.items()}
     seq_lens = {stage.name: stage.seq_len for stage in stages}
     document = {

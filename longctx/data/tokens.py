@@ -21,8 +21,8 @@ import numpy as np
 from longctx.data.documents import Document, Tally, Unit
 from longctx.data.files import read
 from longctx.data.shard import Row, write_shard
-from longctx.durable import sync
 from longctx.signals import beside, temporary
+from longctx.storage.files import sync
 
 _BATCH_CHARACTERS = 1 << 20
 

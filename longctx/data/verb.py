@@ -5,21 +5,26 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from longctx.config.data import DataConfig
 from longctx.config.data_verbs import PrepareConfig
-from longctx.config.model import ModelConfig
 from longctx.console import emit, emit_json, progress
+from longctx.data.check import check_sources
 from longctx.data.index import Corpus
 from longctx.data.opening import check_vocabulary, open_source
+from longctx.data.tokenizer import check_tokenizer_of, load_tokenizer
 from longctx.errors import UserError
+from longctx.shape import shape_of_model
 
 
 def run(config: PrepareConfig) -> int:
     """Build the shards of all sources with files; prints a table, or one JSON document."""
-    from longctx.shape import shape_of_model
 
-    tokenizer = load_tokenizer(config.model)
+    vocabulary = shape_of_model(config.model).vocab
+    check_tokenizer_of(config.model, vocab_size=vocabulary)
+    check_sources(config.data, text_sources(config.data), Path(config.shards))
+    tokenizer = load_tokenizer(config.model, vocab_size=vocabulary)
     train, heldout = open_both(config, tokenizer)
-    check_vocabulary(max(corpus.largest_id for corpus in train.values()), shape_of_model(config.model).vocab)
+    check_vocabulary(max(corpus.largest_id for corpus in train.values()), vocabulary)
     document = {name: summary(train[name], heldout[name]) for name in train}
     if config.format == "json":
         emit_json({"cache": config.shards, "tokenizer": len(tokenizer), "sources": document})
@@ -29,12 +34,18 @@ def run(config: PrepareConfig) -> int:
     return 0
 
 
+def text_sources(data: DataConfig) -> list[str]:
+    """The sources with files. Raises UserError when there are none."""
+    texts = [name for name, source in data.sources.items() if source.kind != "synth"]
+    if not texts:
+        raise UserError("data.sources names synth sources only; they need a source of text as haystack")
+    return texts
+
+
 def open_both(config: PrepareConfig, tokenizer: Any) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
     """Training and held-out documents of every source with files, tokenized where they are not yet."""
     cache = Path(config.shards)
-    texts = [name for name, source in config.data.sources.items() if source.kind != "synth"]
-    if not texts:
-        raise UserError("data.sources names synth sources only; they need a source of text as haystack")
+    texts = text_sources(config.data)
     train: dict[str, Corpus] = {}
     heldout: dict[str, Corpus] = {}
     with progress() as bar:
@@ -49,20 +60,6 @@ def open_both(config: PrepareConfig, tokenizer: Any) -> tuple[dict[str, Corpus],
             )
             heldout[name] = open_source(name, config.data, tokenizer, cache, split="heldout")
     return train, heldout
-
-
-def load_tokenizer(model: ModelConfig) -> Any:
-    """The tokenizer a model config names. Raises UserError when it cannot be read."""
-    from transformers import AutoTokenizer
-
-    source = model.tokenizer or model.path
-    if source is None:
-        raise UserError("model.tokenizer is missing; give the folder or hub id of a tokenizer")
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model.tokenizer={source} cannot be read: {first}; give a folder or a hub id") from None
 
 
 def summary(train: Corpus, heldout: Corpus) -> dict[str, Any]:

@@ -5,6 +5,14 @@ from __future__ import annotations
 import os
 
 
+def leave_launcher() -> None:
+    """Make this process one of its own, whatever torchrun or srun started it for."""
+    for name in [name for name in os.environ if name.startswith("SLURM_STEP_")]:
+        del os.environ[name]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        os.environ.pop(name, None)
+
+
 def launcher_environment() -> dict[str, str]:
     """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun or srun; one process otherwise.
 

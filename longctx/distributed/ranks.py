@@ -96,7 +96,7 @@ class Ranks:
         reports = self.gather(None if error is None else (isinstance(error, UserError), str(error)))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report]
         if failed:
-            rank, by_user, text = failed[0]
+            rank, by_user, text = next((report for report in failed if report[2]), failed[0])  # who has words
             if by_user:
                 raise UserError(text) from error
             raise RunFailed(f"{what} failed on rank {rank}: {text}") from error
@@ -143,11 +143,33 @@ def join(rank: int, world: int, timeout_seconds: float) -> None:
     timeout = timedelta(seconds=timeout_seconds)
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    elif STORE_FD in os.environ:  # started by longctx.distributed.local, which holds the port
+        return
+    place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR', '')} MASTER_PORT={os.environ.get('MASTER_PORT', '')}"
+    if STORE_FD in os.environ:  # started by longctx.distributed.local, which holds the port
         store = _launchers_store(world, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-    else:
+        return
+    try:
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
+    except ValueError as error:  # a variable of the launcher is missing
+        raise UserError(
+            f"WORLD_SIZE={world} says that a launcher started this rank, but {_first_line(error)}; start all ranks "
+            "with torchrun or srun, or unset WORLD_SIZE (docs/training.md)"
+        ) from None
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise UserError(
+                f"{place}: the port is in use by another process, so the ranks cannot meet there; end it, or choose a "
+                "free port for all ranks (torchrun --master-port, or export MASTER_PORT before srun; docs/training.md)"
+            ) from None
+        raise RunFailed(
+            f"rank {rank} of {world} could not meet the others at {place}: {_first_line(error)}; check that the host "
+            "and the port can be reached from every node"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _launchers_store(world: int, timeout: timedelta) -> dist.Store:
@@ -168,11 +190,3 @@ def stop() -> None:
     from longctx.distributed.transport import leave_world
 
     leave_world()
-
-
-def leave_launcher() -> None:
-    """From here on this process is one of its own, whatever torchrun or srun started it for."""
-    for name in [name for name in os.environ if name.startswith("SLURM_STEP_")]:
-        del os.environ[name]
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        os.environ.pop(name, None)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longctx.config.model import ModelConfig
 from longctx.errors import UserError, nearest
 from longctx.identity import key_of
 
@@ -35,11 +34,11 @@ def open_ground(data: DataConfig, source: str, tokenizer: Path | str, cache: Pat
     Raises UserError for an unknown source, a tokenizer that cannot be read, and a source that holds out no document.
     """
     from longctx.data.opening import open_source
-    from longctx.data.verb import load_tokenizer
+    from longctx.data.tokenizer import tokenizer_at
     from longctx.data.writer import Writer, corpus_haystack
 
     check_source(data, source)
-    made = load_tokenizer(ModelConfig(path=str(tokenizer)))
+    made = tokenizer_at(tokenizer, "model.tokenizer")
     writer = Writer(made)
     corpus = open_source(source, data, made, cache, split="heldout")
     if corpus.total == 0:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from longctx.durable import write_text
+from longctx.storage.files import write_text
 
 
 def standing(path: Path, key: str) -> dict[str, Any] | None:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longctx.durable import save_figure
 from longctx.eval.grid import Grid
+from longctx.storage.files import save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 from longctx import console
 from longctx.config.eval import EvalConfig, EvalModel, default_name
 from longctx.distributed.launcher import launcher_environment
-from longctx.durable import write_text
 from longctx.errors import UserError
 from longctx.rope import read_rope, rope_of
+from longctx.storage.files import write_text
 
 if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks

@@ -12,8 +12,8 @@ from pathlib import Path
 from longctx import console
 from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.config.train import TrainConfig
-from longctx.durable import discard, write_text
 from longctx.identity import RECORD, identity, key_of
+from longctx.storage.files import discard, write_text
 
 
 def left_out(config: TrainConfig) -> list[str]:

@@ -10,8 +10,8 @@ from typing import Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
-from longctx.durable import write_text
 from longctx.eval.examine import Result
+from longctx.storage.files import write_text
 
 LIBRARIES = (
     "longctx",

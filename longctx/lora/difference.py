@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from longctx.errors import UserError
-from longctx.lora.tensors import Checkpoint, Scratch, bytes_of
+from longctx.lora.tensors import Checkpoint, Scratch
+from longctx.storage.writer import DTYPES, bytes_of
 
 _BLOCK_ELEMENTS = 2**20
 
@@ -92,7 +93,7 @@ class Difference:
         sides = []
         for side, checkpoint in (("base", self._base), ("tuned", self._tuned)):
             entry = checkpoint.entries[self.name]
-            size = (stop - start) * self.shape[1] * entry.torch_dtype().itemsize
+            size = (stop - start) * self.shape[1] * DTYPES[entry.dtype].itemsize
             raw = self._scratch.bytes(side, size)
             sides.append(checkpoint.read(self.name, first, last, out=raw).view(stop - start, self.shape[1]))
             if side == "base" and digest is not None:

@@ -35,7 +35,9 @@ from longctx.lora.shards import FactorWriter
 from longctx.lora.tensors import Checkpoint, Scratch
 from longctx.lora.ties import settle_pair
 from longctx.lora.verify import Held, held_out_losses, read_back
-from longctx.lora.writer import SafetensorsWriter, output_folder, write_json
+from longctx.lora.writer import output_folder
+from longctx.storage.files import write_json
+from longctx.storage.writer import SafetensorsWriter
 
 Progress = Callable[[int, int, str], None]
 

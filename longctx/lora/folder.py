@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import longctx
 from longctx.lora.adapter import SIDE_FILE
 from longctx.lora.modules import Kind
-from longctx.lora.writer import write_json
 from longctx.rope.config import describe_rope
+from longctx.storage.files import write_json
 
 if TYPE_CHECKING:
     from longctx.config.lora import ExtractConfig

@@ -304,7 +304,7 @@ def _only_vocabulary_differs(entry: Entry, shape: tuple[int, ...]) -> bool:
 
 def _equal(left: Checkpoint, first: str, right: Checkpoint, second: str) -> bool:
     """Whether two tensors hold the same numbers in the dtype of the first."""
-    one, dtype = left.entries[first], left.entries[first].torch_dtype()
+    one, dtype = left.entries[first], DTYPES[left.entries[first].dtype]
     if one.shape != right.entries[second].shape:
         return False
     return all(torch.equal(left.read(first, *rows), right.read(second, *rows).to(dtype)) for rows in row_blocks(one))

@@ -22,10 +22,14 @@ from longctx.lora.adapter import Adapter
 from longctx.lora.changes import ORDER, Change
 from longctx.lora.match import Choices, Match, layout_differences, match
 from longctx.lora.modules import carried_rope, check_weights, layout
-from longctx.lora.tensors import Checkpoint, Entry, Scratch, row_blocks
+from longctx.lora.tensors import Checkpoint, Scratch, row_blocks
 from longctx.lora.ties import Tables, settle
-from longctx.lora.writer import SafetensorsWriter, output_folder, write_json
+from longctx.lora.writer import output_folder
 from longctx.rope.config import describe_rope, rope_to_carry, with_rope
+from longctx.storage.files import write_json
+from longctx.storage.model import check_shapes
+from longctx.storage.table import Entry
+from longctx.storage.writer import DTYPES, SafetensorsWriter
 
 Progress = Callable[[int, int, str], None]
 _NOT_COPIED = (
@@ -76,6 +80,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
     with Checkpoint(config.target, what="target") as target:
         check_weights(target)
         before, tables = target.config(), settle(target)
+        check_shapes(target, before)
         adapters = [Adapter(path) for path in config.adapter]
         try:
             matches = [
@@ -270,7 +275,7 @@ def _write_weights(target: Checkpoint, outputs: list[_Output], partial: Path, pr
 
 def _write_changed(target: Checkpoint, output: _Output, writer: SafetensorsWriter, scratch: Scratch) -> None:
     entry, apply = output.source, [change.load() for change in output.changes]
-    dtype = entry.torch_dtype()
+    dtype = DTYPES[entry.dtype]
     wide_type = torch.float64 if dtype is torch.float64 else torch.float32
     for start, stop in row_blocks(entry):
         size = (stop - start) * entry.row_bytes

@@ -13,9 +13,11 @@ from enum import Enum
 from typing import Any
 
 from longctx.errors import UserError
-from longctx.lora.tensors import Checkpoint, Entry
+from longctx.lora.tensors import Checkpoint
 from longctx.rope.config import describe_rope, rope_to_carry
 from longctx.shape import head_dim_of, kv_heads_of, text_section
+from longctx.storage.model import check_shapes
+from longctx.storage.table import Entry
 
 # Input embeddings by their usual names; everything else two-dimensional is a linear layer.
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
@@ -100,6 +102,8 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> N
             "config.json); a difference exists only between a model and its own training"
         )
     _check_tensors(base, tuned)
+    check_shapes(base, first)
+    check_shapes(tuned, second)
     _check_tokenizers(base, tuned)
     if not allow_shorter:
         _check_direction(base, tuned)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longctx.durable import save_figure
 from longctx.lora.info import AdapterInfo, ModuleInfo, layer_of
+from longctx.storage.files import save_figure
 
 _INK, _GRID = "#23262b", "#d9dce1"
 

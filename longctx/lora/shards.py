@@ -11,7 +11,8 @@ from pathlib import Path
 from torch import Tensor
 
 from longctx.lora.modules import Kind
-from longctx.lora.writer import SafetensorsWriter, write_json
+from longctx.storage.files import write_json
+from longctx.storage.writer import SafetensorsWriter
 
 
 class FactorWriter:

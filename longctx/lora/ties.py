@@ -17,6 +17,7 @@ from longctx.errors import UserError
 from longctx.lora.modules import Kind, classify
 from longctx.lora.tensors import Checkpoint, Entry, row_blocks
 from longctx.shape import text_section
+from longctx.storage.writer import DTYPES
 
 # Rotary decoders whose config class ties by default, for a config.json that does not say.
 TIED_BY_DEFAULT = frozenset({
@@ -126,7 +127,7 @@ def _equal(checkpoint: Checkpoint, first: Entry, second: Entry) -> bool:
     config = checkpoint.config()
     said = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
     dtype = getattr(torch, said, None)
-    dtype = dtype if isinstance(dtype, torch.dtype) else first.torch_dtype()
+    dtype = dtype if isinstance(dtype, torch.dtype) else DTYPES[first.dtype]
     return all(
         torch.equal(checkpoint.read(first.name, *rows).to(dtype), checkpoint.read(second.name, *rows).to(dtype))
         for rows in row_blocks(first)

@@ -1,74 +1,14 @@
-"""Streaming writing of safetensors, and output folders that appear under their name only when complete.
-
-A safetensors header stands before the data and needs every offset, so room for it is left at the start and
-filled in at the end; what is written meanwhile is never held in memory.
-"""
+"""Output folders that appear under their name only when complete."""
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from longctx.durable import replacing
 from longctx.errors import UserError
-from longctx.lora.tensors import DTYPE_NAMES, bytes_of
-
-
-class SafetensorsWriter:
-    """One file: `begin` a tensor, `write` its bytes in order, then the next; `close` writes the header.
-
-    names: every tensor that may be written, to know how much room the header can need.
-    """
-
-    def __init__(self, path: Path, names: Iterable[str]) -> None:
-        self.path = path
-        self._room = 1024 + sum(len(json.dumps(name)) + 160 for name in names)
-        self._room += -self._room % 8
-        self._table: dict[str, dict[str, object]] = {}
-        self._file = open(path, "wb")  # noqa: SIM115 - closed by close()
-        self._file.seek(8 + self._room)
-        self._end = 0
-
-    def begin(self, name: str, dtype: str, shape: Iterable[int]) -> None:
-        self._table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [self._end, self._end]}
-        self._current = name
-
-    def write(self, data: torch.Tensor) -> None:
-        """Append a contiguous CPU tensor's bytes to the tensor begun last."""
-        if data.numel():
-            self._file.write(bytes_of(data.reshape(-1).view(torch.uint8)))
-        self._end += data.numel() * data.element_size()
-        self._table[self._current]["data_offsets"][1] = self._end  # type: ignore[index]
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """A whole tensor at once."""
-        self.begin(name, DTYPE_NAMES[tensor.dtype], tensor.shape)
-        self.write(tensor.contiguous())
-
-    @property
-    def written(self) -> int:
-        """Bytes of data so far."""
-        return self._end
-
-    def close(self) -> None:
-        header = json.dumps({"__metadata__": {"format": "pt"}, **self._table}, separators=(",", ":")).encode()
-        assert len(header) <= self._room, "the header outgrew its room"
-        self._file.seek(0)
-        self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-
-
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n")
+from longctx.storage.files import replacing
 
 
 @contextmanager

@@ -8,7 +8,6 @@ folder is written beside its place, read back, and renamed.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,8 +18,9 @@ from torch import Tensor
 from longctx import signals
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import RunFailed
-from longctx.model.shards import ShardWriter, verify, write_json
+from longctx.model.shards import ShardWriter, verify
 from longctx.rope.config import with_rope
+from longctx.storage.files import sync, write_json
 
 SHARD_BYTES = 4 << 30
 
@@ -64,7 +64,7 @@ def _write(
     expected = _expected(config)
     beside.mkdir(parents=True)
     _check_disk(beside, sum(expected.values()))
-    writer = ShardWriter(beside, limit=shard_bytes, names=len(expected))
+    writer = ShardWriter(beside, limit=shard_bytes, names=expected)
     dtype = "float32"
     for name, tensor in state:
         writer.add(_known(name, expected), tensor)
@@ -170,8 +170,7 @@ def _verify_rope(folder: Path, rope: Mapping[str, Any], window: int) -> None:
 def _publish(beside: Path, out: Path) -> None:
     """Put the folder in its place; a reader sees the old one or the new one."""
     for path in beside.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(path)
     with signals.temporary(signals.beside(out.with_name(f"{out.stem}-old{out.suffix}"))) as old:
         if out.exists():
             out.rename(old)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from longctx.errors import UserError
+from longctx.storage.model import check_family
 
 # model_type of config.json -> the decoder layer's attention children besides q, k, v, o.
 FAMILIES: dict[str, frozenset[str]] = {
@@ -42,43 +42,7 @@ def check_config(config: Any, source: str) -> None:
 
     config: a transformers configuration. source: the path or id, for the message.
     """
-    kind = config.model_type
-    if kind not in FAMILIES:
-        rotary = getattr(config, "rope_parameters", None) is not None
-        reason = (
-            "its decoder layer and loss have not been checked against transformers'"
-            if rotary
-            else "it has no rotary position embedding, so there is no theta to change"
-        )
-        raise UserError(
-            f"model.path={source} is a {kind!r} model, and longctx trains {', '.join(FAMILIES)}: {reason}; "
-            "choose "
-            f"a model of one of these families ({source}/config.json)"
-        )
-    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, name, None) is not None:
-            raise UserError(
-                f"model.path={source} has {name}={getattr(config, name)}, and the attention has no "
-                "soft-capping; "
-                f"every layer would differ from the model that was trained ({source}/config.json)"
-            )
-    layer = sliding_layer(config)
-    if layer is not None:
-        raise UserError(
-            f"model.path={source}: layer {layer} attends to a window of {config.sliding_window} tokens, "
-            "which "
-            "context-parallel attention would silently make full; use a model with full attention, or set "
-            f"sliding_window to null there if full attention is what you mean to train ({source}/config.json)"
-        )
-
-
-def sliding_layer(config: Any) -> int | None:
-    """The first layer with a sliding window, or None."""
-    kinds = getattr(config, "layer_types", None)
-    if kinds is not None:
-        return next((index for index, kind in enumerate(kinds) if kind != "full_attention"), None)
-    uses = getattr(config, "use_sliding_window", True)
-    return 0 if uses and getattr(config, "sliding_window", None) is not None else None
+    check_family(config.to_dict(), source)
 
 
 def check_layers(model: nn.Module) -> None:

@@ -6,7 +6,6 @@ What longctx cannot train exactly is refused before any weight is read.
 from __future__ import annotations
 
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 from longctx import dtype as dtypes
@@ -15,6 +14,7 @@ from longctx.errors import UserError
 from longctx.model.family import check_config
 from longctx.model.norms import train_norms
 from longctx.model.single import Place, placed_as_drawn, placed_as_loaded
+from longctx.storage import model as storage
 
 
 def load(
@@ -31,6 +31,7 @@ def load(
     import torch
     from transformers import AutoModelForCausalLM
 
+    storage.check_model(path)
     config = read_config(path)
     check_config(config, path)
     if dtype == "auto":
@@ -59,34 +60,15 @@ def read_config(path: str) -> Any:
     """The transformers configuration at a folder or hub id; nothing else is read."""
     from transformers import AutoConfig
 
-    if looks_local(path):
-        folder = Path(path)
-        if not folder.is_dir():
-            raise UserError(
-                f"model.path={path} does not exist; name a folder with config.json and safetensors, or a "
-                "hub id "
-                "such as meta-llama/Meta-Llama-3-8B"
-            )
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"model.path={path} has no config.json, so it is not a model in Hugging Face format; name "
-                "the "
-                "folder that holds it (a run's are under stages/NAME/model)"
-            )
+    _, file = storage.read_config(path)
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # whatever a damaged config.json makes transformers raise
+        first = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
-            f"model.path={path} is neither a folder here nor a model that can be read: {first}; check the "
-            "spelling, "
-            "and without network give a local folder (model.path=)"
+            f"model.path={path}: transformers cannot read its config.json ({type(error).__name__}: {first}); mend the "
+            f"value it names, or fetch the folder again ({file})"
         ) from None
-
-
-def looks_local(path: str) -> bool:
-    """A folder that exists, or a name no hub id can have: hub ids are NAME or OWNER/NAME."""
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
 
 
 def init_from(spec: InitConfig, *, dtype: str = "auto", attention: str = "longctx", place: Place | None = None) -> Any:

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from longctx.config.model import MemoryConfig
+from longctx.decide import tokens_per_rank
 from longctx.schedule import RankSchedule, Sizes, build
 from longctx.shape import Shape
 from longctx.topology import Topology
@@ -80,7 +81,7 @@ def ring_buffers(schedules: Sequence[RankSchedule], sizes: Sizes) -> float:
 def sizes_of(stage: Stage, shape: Shape, decision: Decision, dtype: str) -> Sizes:
     """One forward pass's share of attention on one rank; travelling gradients are at least fp32."""
     b = BYTES[dtype]
-    tokens = -(-stage.seq_len // decision.cp)
+    tokens = tokens_per_rank(stage, decision.cp)
     return Sizes(tokens, shape.heads, shape.kv_heads, shape.head_dim, decision.per_forward, b, max(b, 4))
 
 

@@ -99,14 +99,44 @@ def _largest(memory: Memory) -> list[str]:
     return sorted(names, key=lambda name: -getattr(memory, name))[:3]
 
 
+def lower(stage: Stage, shape: Shape, config: TrainConfig, room: Room, limit: int = 3) -> list[tuple[str, Memory]]:
+    """Single settings that lower what a device holds in this stage, the strongest first, with what it holds then."""
+    now = needs([stage], shape, config, room)[0].total
+    found: list[tuple[str, Memory]] = []
+    for changes in [*_dials(config, room), *_shards(config, room)]:
+        changed = _with(config, changes)
+        try:
+            memory = needs([stage], shape, changed, room)[0] if changed is not None else None
+        except UserError:  # a split that is refused is no remedy
+            continue
+        if memory is not None and memory.total < 0.999 * now:
+            found.append((" ".join(_spelt(key, value) for key, value in changes.items()), memory))
+    return sorted(found, key=lambda way: way[1].total)[:limit]
+
+
 def _candidates(config: TrainConfig, room: Room) -> Iterator[Changes]:
     """Single dials, then shards of weights and optimizer, then several together."""
-    memory, engine = config.model.memory, config.engine
+    dials, shards = _dials(config, room), _shards(config, room)
+    yield from dials
+    yield from shards
+    for shard in shards:
+        for dial in dials[::-1]:
+            yield {**shard, **dial}
+
+
+def _dials(config: TrainConfig, room: Room) -> list[Changes]:
+    memory = config.model.memory
     dials: list[Changes] = []
     if not memory.checkpoint:
         dials.append({"model.memory.checkpoint": True})
     if memory.keep_matmuls:
         dials.append({"model.memory.keep_matmuls": 0})
+    if config.engine.micro_batch != 1:
+        dials.append({"engine.micro_batch": 1})
+    if not 0 < memory.ffn_block <= 512:
+        dials.append({"model.memory.ffn_block": 512})
+    if memory.loss_chunk > 128:
+        dials.append({"model.memory.loss_chunk": 128})
     tokens = config.parallel.tokens_per_rank // 2
     while config.parallel.cp == "auto" and tokens >= 512 and room.machines.world > 1:
         dials.append({"parallel.tokens_per_rank": tokens})
@@ -115,18 +145,18 @@ def _candidates(config: TrainConfig, room: Room) -> Iterator[Changes]:
         dials.append({"parallel.cp": room.machines.world, "parallel.stages": {}})
     if room.device == "cuda" and not memory.offload:
         dials.append({"model.memory.offload": True})
+    return dials
+
+
+def _shards(config: TrainConfig, room: Room) -> list[Changes]:
     shards: list[Changes] = []
     for zero in (2, 3):
-        if room.machines.world > 1 and zero > engine.zero and config.model.dtype != "float64":
+        if room.machines.world > 1 and zero > config.engine.zero and config.model.dtype != "float64":
             shards.append({"engine.name": "deepspeed", "engine.zero": zero})
     if room.device == "cuda" and config.model.dtype != "float64":
         whole = {"engine.name": "deepspeed", "engine.zero": 3, "engine.offload_optimizer": True}
         shards += [whole, {**whole, "engine.offload_parameters": True}]
-    yield from dials
-    yield from shards
-    for shard in shards:
-        for dial in dials[::-1]:
-            yield {**shard, **dial}
+    return shards
 
 
 def _fits(stages: Sequence[Stage], shape: Shape, config: TrainConfig | None, room: Room) -> bool:

@@ -15,8 +15,8 @@ from typing import Any
 
 from longctx import console
 from longctx.config.report import ReportConfig
-from longctx.durable import write_text
 from longctx.errors import UserError
+from longctx.storage.files import write_text
 
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from longctx.durable import save_figure
+from longctx.storage.files import save_figure
 from longctx.theta.trials import Trial
 
 

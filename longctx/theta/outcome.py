@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import console
-from longctx.durable import write_text
+from longctx.storage.files import write_text
 from longctx.theta.trials import Trial
 
 

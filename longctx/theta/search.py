@@ -19,9 +19,13 @@ from longctx.config.data import DataConfig
 from longctx.config.model import ModelConfig
 from longctx.config.theta import ThetaConfig
 from longctx.curriculum import Stage
+from longctx.data.check import check_sources, sources_of
+from longctx.data.opening import choose_mix
+from longctx.data.tokenizer import check_tokenizer_of
 from longctx.errors import UserError, nearest
 from longctx.identity import identity, key_of
 from longctx.rope import Rope
+from longctx.storage.model import check_model
 from longctx.theta.bracket import Found, narrow
 from longctx.theta.curve import draw_curve
 from longctx.theta.outcome import Result, tell, write_override
@@ -86,6 +90,9 @@ def job_of(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> Job:
         raise UserError("search=true needs held-out documents: give data=stdlib (the command line)")
     if config.nproc < 1:
         raise UserError(f"nproc={config.nproc} must be 1 or more ranks (configs/theta.yaml)")
+    check_tokenizer_of(config.model, vocab_size=check_model(config.model.path).get("vocab_size"))
+    mix = choose_mix(config.data, stage.mix, stage.name)
+    check_sources(config.data, sources_of(config.data, [mix]), Path(config.folder) / "data")
     floor = stages[stage.index - 1].theta if stage.index else rope.theta
     return Job(config, dtypes.resolve(config.model)[0], config.data, stage, int(floor))
 
@@ -177,13 +184,12 @@ def _result(stage: Stage, found: Found, trials: dict[int, Trial]) -> Result:
 
 
 def _material(job: Job) -> tuple[Any, Any]:
-    from transformers import AutoTokenizer
-
     from longctx.data import open_stage
+    from longctx.data.tokenizer import load_tokenizer
     from longctx.theta.material import Weighted, gather
     from longctx.theta.objective import Adapt
 
-    tokenizer = AutoTokenizer.from_pretrained(job.model.tokenizer or job.model.path)
+    tokenizer = load_tokenizer(job.model)
     settings, stage, cache = job.config.trials, job.stage, job.folder / "data"
     material = gather(
         job.data,

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longctx.durable import save_figure
 from longctx.rope import RULES, THETA_ONLY, Rope, wavelengths
 from longctx.rope.config import new_keys, old_keys
+from longctx.storage.files import save_figure
 from longctx.theta.table import Alternative, Row
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from typing import Any
 
 from longctx import __version__, signals
 from longctx.distributed.launcher import launcher_environment
-from longctx.errors import RunFailed, UserError
+from longctx.errors import OutOfMemory, RunFailed, UserError
 from longctx.processes import die_with_parent
 
 
@@ -37,7 +37,7 @@ def main(words: Sequence[str]) -> int:
         from longctx.train.run import run, train
 
         if words[:1] == ["--resolved"]:  # started by `longctx train`, which runs the hooks itself
-            status = train(runfolder.read(Path(words[1])))
+            status = train(runfolder.read(Path(words[1])), prepared=world > 1)
         else:
             status = run(_config(list(words), rank, world))
         if status == signals.SAVED_AND_REQUEUE:
@@ -47,6 +47,9 @@ def main(words: Sequence[str]) -> int:
         _tell(str(error), rank == 0)
         _leave_group()
         return 2
+    except OutOfMemory as error:
+        _tell(str(error), speak=bool(str(error)))  # whichever rank it was
+        return 1
     except RunFailed as error:
         _tell(str(error), rank == 0)
         _leave_group()

@@ -25,9 +25,9 @@ IGNORED = -100
 class MicroBatch:
     """One forward's worth on this rank. inputs: what LossModel.forward takes.
 
-    weight: sum of loss weights on this rank; pairs: query-key pairs of the whole rows, for the FLOP count.
-    documents: the names of what is in it, looked up when asked for. tail: loss weights [B, S_local] of the
-    last quarter of each sequence only, where a stage asks for them.
+    weight: sum of loss weights on this rank; tokens: of this rank, without the layout's padding; pairs: query-key
+    pairs of the whole rows, for the FLOP count. documents: the names of what is in it, looked up when asked for.
+    tail: loss weights [B, S_local] of the last quarter of each sequence only, where a stage asks for them.
     """
 
     inputs: dict[str, Any]
@@ -70,7 +70,8 @@ def micro_batch(data: Any, indices: Sequence[int], context: Any, kind: str, *, t
     inputs |= {"positions": layout.positions, "layout": layout}
     late = torch.from_numpy(np.where(held % length >= length * 3 // 4, weights, np.float32(0))) if tail else None
     weight = float(weights.sum(dtype=np.float64))
-    return MicroBatch(inputs, weight, tokens.size, pairs, partial(_names, data, tuple(indices)), late)
+    real = len(rows) * int((held >= 0).sum())
+    return MicroBatch(inputs, weight, real, pairs, partial(_names, data, tuple(indices)), late)
 
 
 def _row(data: Any, indices: Sequence[int], held: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

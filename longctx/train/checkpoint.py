@@ -24,9 +24,9 @@ import torch
 from safetensors import SafetensorError
 
 from longctx import console
-from longctx.durable import discard, sync, write_text
 from longctx.errors import RunFailed, UserError
 from longctx.signals import beside, temporary
+from longctx.storage.files import discard, sync, write_text
 from longctx.train import fragments
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from typing import Any, Literal
 
 import torch
 
-from longctx.lora.tensors import DTYPE_NAMES
-from longctx.lora.writer import SafetensorsWriter
+from longctx.storage.writer import DTYPE_NAMES, SafetensorsWriter
 
 # steps: one number, the optimizer steps a parameter has seen (Adam's bias correction).
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "steps"]

@@ -13,8 +13,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from longctx.durable import write_text
 from longctx.errors import RunFailed
+from longctx.storage.files import write_text
 from longctx.train.batch import MicroBatch
 
 if TYPE_CHECKING:

@@ -25,14 +25,15 @@ def start_ranks(launch: LaunchConfig, resolved: Path, cache: Path) -> int:
     run = resolved.parent
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.nproc)
     interrupted_words(lambda: where(run))
+    killed_before = _killed_for_memory()
     with ExitStack() as folders:
         for folder in (run, cache):
             folders.enter_context(swept(folder))
         ended = run_ranks(launch.nproc, threads, "longctx.train", "--resolved", str(resolved))
-    return _explain(ended, run)
+    return _explain(ended, run, killed_before)
 
 
-def _explain(ended: Ended, run: Path) -> int:
+def _explain(ended: Ended, run: Path, killed_before: int | None) -> int:
     """The last line, and the status: the first failing rank's own, translated where a signal ended it."""
     if ended.first is None:
         return 0
@@ -43,7 +44,26 @@ def _explain(ended: Ended, run: Path) -> int:
         return 2
     if status < 0:
         how = f"was ended by {signal.Signals(-status).name}"
+        how += _who_kills(killed_before) if status == -signal.SIGKILL else ""
     else:
         how = f"failed (status {status})"
     console.say(f"longctx: rank {rank} {how}, the others were stopped; {where(run)}")
     return 1
+
+
+def _who_kills(killed_before: int | None) -> str:
+    """What a SIGKILL that nobody here sent means, by the kernel's own count of processes it killed for memory."""
+    now = _killed_for_memory()
+    remedy = "`longctx plan` with the same settings shows what a rank holds, and docs/memory.md how to lower it"
+    if now is not None and killed_before is not None and now > killed_before:
+        return f" of the kernel's out-of-memory killer: the machine had no memory left ({remedy})"
+    return f" (so the kernel's out-of-memory killer ends a process; if `dmesg` names it: {remedy})"
+
+
+def _killed_for_memory() -> int | None:
+    """Processes that this machine's kernel has killed for want of memory; None where it does not count them."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)

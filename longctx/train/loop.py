@@ -19,20 +19,21 @@ import torch
 from longctx import console
 from longctx.data.loader import Loader
 from longctx.distributed.ranks import Ranks
-from longctx.durable import write_text
 from longctx.errors import UserError
 from longctx.shape import Flops
 from longctx.signals import SAVED_AND_REQUEUE, StopRequest
+from longctx.storage.files import write_text
 from longctx.train import flops
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.display import Display
 from longctx.train.engine import Engine
+from longctx.train.exhausted import explained
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
 from longctx.train.lead import Lead
 from longctx.train.metrics import Metrics, memory_gib
 from longctx.train.profile import ProfileWindow
-from longctx.train.stage import OpenStage, check_data, open_stage
+from longctx.train.stage import OpenStage, open_stage
 from longctx.train.step import Stepper, StepReport, Timer
 
 if TYPE_CHECKING:
@@ -71,23 +72,22 @@ class Job:
 def run_stages(job: Job) -> int:
     """Train what is left. Returns 0, or 75 when a signal asked to stop (the state is saved)."""
     job.progress.at("start", job.state.step)
-    later = job.stages[job.state.stage + 1 :]
-    check_data(job.config, later, job.ranks, job.engine.model, job.tokenizer, job.run)
     for stage in job.stages[job.state.stage :]:
         if _stopping(job):
             return SAVED_AND_REQUEUE
         if stage.index > job.state.stage or not job.state.planned:
             _enter(job.state, stage)
         job.progress.at("start", job.state.step)
-        opened = open_stage(job.config, stage, job.ranks, job.engine.model, job.tokenizer, job.run)
-        try:
-            if not job.state.ended and (code := _train(job, stage, opened)):
-                return code
-            if _stopping(job):
-                return SAVED_AND_REQUEUE
-            _finish(job, stage, opened)
-        finally:
-            opened.close()
+        with explained(job.config, stage, job.ranks, "training"):
+            opened = open_stage(job.config, stage, job.ranks, job.engine.model, job.tokenizer)
+            try:
+                if not job.state.ended and (code := _train(job, stage, opened)):
+                    return code
+                if _stopping(job):
+                    return SAVED_AND_REQUEUE
+                _finish(job, stage, opened)
+            finally:
+                opened.close()
     return 0
 
 

@@ -23,7 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from longctx import console
-from longctx.durable import write_text
+from longctx.storage.files import write_text
 from longctx.train.runfolder import WANDB_ID
 
 if TYPE_CHECKING:

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from longctx import console
-from longctx.durable import replacing
-from longctx.errors import UserError
+from longctx.storage.files import replacing
 
 if TYPE_CHECKING:
     from longctx.config.train import ProfileConfig
@@ -22,7 +21,6 @@ class ProfileWindow:
     """Rank 0 only; steps are global and 0-based, the end is exclusive."""
 
     def __init__(self, config: ProfileConfig, run: Path, ranks: Ranks) -> None:
-        check(config)
         self._steps = tuple(config.steps) if config.steps is not None and ranks.first else None
         self._run, self._cuda = run, ranks.device.type == "cuda"
         self._active: Any = None
@@ -50,10 +48,3 @@ class ProfileWindow:
             self._active.export_chrome_trace(str(partial))
         self._active = None
         console.say(f"profile of steps {self._steps[0]} to {self._steps[1] - 1}: {path}")
-
-
-def check(config: ProfileConfig) -> None:
-    steps = config.steps
-    if steps is not None and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):
-        raise UserError(f"profile.steps={steps} must be two steps, first and end, such as "
-                        "'profile.steps=[10,12]' (configs/train.yaml)")  # fmt: skip

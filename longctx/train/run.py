@@ -11,57 +11,59 @@ from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatch
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
-from longctx.decide import Machines, decide_all
 from longctx.distributed import ranks as worlds
-from longctx.errors import UserError
+from longctx.distributed.launcher import launcher_environment, leave_launcher
 from longctx.shape import shape_of_model
 from longctx.signals import SAVED_AND_REQUEUE, StopRequest, all_saved, interrupted_words, stop_request
-from longctx.train import engine as engines
-from longctx.train import runfolder
+from longctx.train import exhausted, preflight, runfolder
 from longctx.train.machine import check_machine, describe
 from longctx.train.runfolder import with_dtype
 
 if TYPE_CHECKING:
-    from longctx.config.model import ModelConfig
     from longctx.curriculum import Stage
+    from longctx.distributed.ranks import Ranks
 
 
 def run(config: TrainConfig) -> int:
     """Train, then run the post-training hooks. Returns the exit status."""
     config = settled(config)
     status = train(config)
-    if status == 0 and worlds.launcher_environment()["RANK"] == "0":
-        worlds.leave_launcher()  # what the hooks train beside this run is theirs to start
+    if status == 0 and launcher_environment()["RANK"] == "0":
+        leave_launcher()  # what the hooks train beside this run is theirs to start
         all_saved("training is done")
         with runfolder.held(Path(config.folder)):
             status = int(_hooks().after_training(config, Path(config.folder)) or 0)
     return status
 
 
-def train(config: TrainConfig) -> int:
-    """Train all stages, here or on ranks started for it; 0, or the status of what ended the run."""
+def train(config: TrainConfig, *, prepared: bool = False) -> int:
+    """Train all stages, here or on ranks started for it; 0, or the status of what ended the run.
+
+    prepared: the process that started this rank has checked everything and tokenized the documents.
+    """
     config = settled(config)
-    stages = resolve_stages(config)
-    environment = worlds.launcher_environment()
+    environment = launcher_environment()
     world, local_world = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
     starts_ranks = world == 1 and config.launch.nproc > 1
     if starts_ranks:
         world = local_world = config.launch.nproc
-    check(config, stages, world, local_world)
-    check_machine(config, stages, world, local_world)
+    if starts_ranks or world == 1:
+        stages = resolve_stages(config)
+        preflight.check(config, stages, world=world, local_world=local_world)
+        check_machine(config, stages, world, local_world)
     if not starts_ranks:
-        return run_rank(config)
-    from longctx.train.launch import start_ranks
-
+        return run_rank(config, prepared=prepared)
     with runfolder.held(Path(config.folder)):
         folder = runfolder.prepare(config)
-    return start_ranks(config.launch, folder / "config.yaml", Path(config.cache or folder / "data"))
+    prepare_data(config, resolve_stages(config), preflight.check_libraries(config))
+    from longctx.train.launch import start_ranks
+
+    return start_ranks(config.launch, folder / "config.yaml", preflight.cache_folder(config))
 
 
 def settled(config: TrainConfig) -> TrainConfig:
@@ -81,63 +83,31 @@ def _hooks() -> Any:
     return import_module("longctx.hooks")
 
 
-def check(config: TrainConfig, stages: list[Stage], world: int, local_world: int) -> None:
-    """Refuse at the door what would fail in every rank."""
-    from longctx.data.opening import choose_mix
-    from longctx.train import profile
-
-    if config.launch.nproc < 1:
-        raise UserError(f"launch.nproc={config.launch.nproc} must be 1 or more ranks (configs/train.yaml)")
-    if config.model.attention != "longctx":
-        raise UserError(
-            f"model.attention={config.model.attention} is for evaluation and comparison: training attends through "
-            "longctx, whose packed documents and ranks transformers' own kernels do not know; leave it at longctx "
-            "(configs/model)"
-        )
-    if config.logging.wandb != "disabled" and not find_spec("wandb"):
-        raise UserError(
-            f"logging.wandb={config.logging.wandb} needs the package wandb; pip install wandb, or set "
-            "logging.wandb=disabled (configs/logging)"
-        )
-    profile.check(config.profile)
-    shape = shape_of_model(config.model)
-    heads = (shape.heads, shape.kv_heads)
-    decide_all(stages, config.parallel, config.engine, Machines(world, local_world), heads, config.model.dtype)
-    for stage in stages:
-        choose_mix(config.data, stage.mix, stage.name)
-
-
 def resolve_stages(config: TrainConfig) -> list[Stage]:
-    """The curriculum in numbers, from the model's config alone."""
+    """The curriculum in numbers, from the model's config.json alone."""
     from longctx.curriculum import resolve
-    from longctx.model.family import check_config
-    from longctx.model.load import read_config
     from longctx.rope import rope_of_model
 
     rope = rope_of_model(config.model)
-    if config.model.path is not None:
-        check_config(read_config(config.model.path), config.model.path)
     file = "configs/curriculum"
     return resolve(config.curriculum, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=file)
 
 
-def _tokenizer(model: ModelConfig) -> Any:
-    from transformers import AutoTokenizer
+def prepare_data(config: TrainConfig, stages: list[Stage], tokenizer: Any) -> None:
+    """Tokenize and plan the documents of the stages that are left. Raises UserError.
 
-    source = model.tokenizer or model.path
-    if source is None:
-        raise UserError(
-            "model.tokenizer is missing: a model drawn with model.init needs the folder or hub id of "
-            "a tokenizer (configs/model)"
-        )
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"model.tokenizer={source} cannot be read: {first} (configs/model)") from None
+    A stage whose data cannot be trained is thus refused now and not after days.
+    """
+    from longctx.data.opening import check_stages
+
+    left = [stage for stage in stages if not (Path(config.folder) / "stages" / stage.name / "finished.json").exists()]
+    check_stages(
+        config.data, left, tokenizer=tokenizer, seed=config.seed, cache=preflight.cache_folder(config),
+        vocab_size=shape_of_model(config.model).vocab,
+    )  # fmt: skip
 
 
-def run_rank(config: TrainConfig) -> int:
+def run_rank(config: TrainConfig, *, prepared: bool = False) -> int:
     """This rank's part of the run, from joining the others to leaving them."""
     stop = stop_request()
     interrupted_words(lambda: runfolder.where(Path(config.folder)))
@@ -149,17 +119,21 @@ def run_rank(config: TrainConfig) -> int:
         config = replace(config, optim=replace(config.optim, freeze=ranks.broadcast(config.optim.freeze)))
         _set_threads(config, ranks)
         with ExitStack() as mine:
-            with ranks.agree("preparing the run's folder"):
+            with ranks.agree("checking the command and the run's folder"):
+                if ranks.world > 1 and not prepared and ranks.local_rank == 0:  # each node has a disk of its own
+                    stages = resolve_stages(config)
+                    preflight.check(config, stages, world=ranks.world, local_world=ranks.local_world)
+                    check_machine(config, stages, ranks.world, ranks.local_world)
                 if ranks.first:
                     mine.enter_context(runfolder.held(Path(config.folder)))
                     runfolder.prepare(config)
-            return _train(config, ranks, stop)
+            return _train(config, ranks, stop, prepared=prepared)
     finally:
         stop.close()
         worlds.stop()
 
 
-def _set_threads(config: TrainConfig, ranks: worlds.Ranks) -> None:
+def _set_threads(config: TrainConfig, ranks: Ranks) -> None:
     import torch
 
     if config.launch.threads is not None:
@@ -168,11 +142,12 @@ def _set_threads(config: TrainConfig, ranks: worlds.Ranks) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
 
 
-def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
+def _train(config: TrainConfig, ranks: Ranks, stop: StopRequest, *, prepared: bool) -> int:
     import torch
     from transformers.utils import logging as hf_logging
 
     from longctx.model import LossModel, model_of
+    from longctx.train import engine as engines
     from longctx.train import loop
     from longctx.train.checkpoint import Checkpoints, State
     from longctx.train.display import Display
@@ -184,12 +159,14 @@ def _train(config: TrainConfig, ranks: worlds.Ranks, stop: StopRequest) -> int:
     torch.manual_seed(config.seed + ranks.rank)
     run = Path(config.folder)
     stages = resolve_stages(config)
-    check(config, stages, ranks.world, ranks.local_world)
     console.say(describe(config.model, shape_of_model(config.model), ranks.device.type))
+    with ranks.agree("preparing the tokenizer and the data"):
+        tokenizer = preflight.check_libraries(config)
+        if not prepared and ranks.local_rank == 0:
+            prepare_data(config, stages, tokenizer)
     place = engines.placer(config.engine, config.optim, config.model.dtype, ranks)
-    with ranks.agree("loading the model"):
+    with ranks.agree("loading the model"), exhausted.explained(config, stages[0], ranks, "loading the model for"):
         hf = model_of(config.model, place)
-        tokenizer = _tokenizer(config.model)
     counted = shape_of_model(config.model).flops(recompute=config.model.memory.checkpoint)
     model = LossModel(hf, config.model.memory, z_loss=config.optim.z_loss)
     engine = engines.build(config.engine, config.optim, model, ranks)

@@ -25,10 +25,10 @@ from longctx import console
 from longctx import dtype as dtypes
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
-from longctx.durable import write_text
 from longctx.errors import UserError
 from longctx.identity import MODEL, TOKENIZER, contents
 from longctx.signals import sweep
+from longctx.storage.files import write_text
 
 IDENTITY = ("model", "data", "curriculum", "optim", "seed")
 INPUTS = "inputs.json"  # in the run's folder: per key that names files, their hashes

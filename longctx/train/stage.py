@@ -23,6 +23,7 @@ from longctx.topology import split
 from longctx.train import runfolder
 from longctx.train.batch import MicroBatch, micro_batch
 from longctx.train.engine import Engine
+from longctx.train.preflight import cache_folder
 
 if TYPE_CHECKING:
     from longctx.config.train import TrainConfig
@@ -91,9 +92,7 @@ class OpenStage:
             dist.destroy_process_group(self.group)
 
 
-def open_stage(
-    config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel, tokenizer: Any, run: Path
-) -> OpenStage:
+def open_stage(config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel, tokenizer: Any) -> OpenStage:
     """Make a stage ready; a collective. Raises UserError for what does not fit."""
     from longctx.model import set_rope
 
@@ -102,7 +101,7 @@ def open_stage(
     cp = decision.cp
     share = shares(stage, config.engine, world=ranks.world, cp=cp, rank=ranks.rank, file=FILE)
     set_rope(model.model, stage.rope, stage.seq_len, precision=config.model.rotary)
-    opened = partial(_open_data, config, stage, ranks, tokenizer, run, _vocabulary(model))
+    opened = partial(_open_data, config, stage, ranks, tokenizer, _vocabulary(model))
     data = opened("train", stage.steps * stage.batch)
     count = config.evaluate.heldout_sequences
     heldout = opened("heldout", count) if count else None
@@ -115,29 +114,12 @@ def open_stage(
     return OpenStage(stage, cp, share, context, data, heldout, tokenizer, config.model, group, words)
 
 
-def check_data(
-    config: TrainConfig, stages: Sequence[Stage], ranks: Ranks, model: LossModel, tokenizer: Any, run: Path
-) -> None:
-    """Tokenize and plan the data of these stages, to refuse now what could not be trained later; a collective."""
-    from longctx.data.opening import check_stages
-
-    with ranks.agree("preparing the data of later stages"):
-        if ranks.local_rank == 0:
-            cache = _cache(config, run)
-            vocabulary = _vocabulary(model)
-            check_stages(config.data, stages, tokenizer=tokenizer, seed=config.seed, cache=cache, vocab_size=vocabulary)
-
-
-def _cache(config: TrainConfig, run: Path) -> Path:
-    return Path(config.cache) if config.cache else run / "data"
-
-
 def _vocabulary(model: LossModel) -> int:
     return int(cast(Any, model.model).config.vocab_size)
 
 
 def _open_data(
-    config: TrainConfig, stage: Stage, ranks: Ranks, tokenizer: Any, run: Path, vocabulary: int, split: Split,
+    config: TrainConfig, stage: Stage, ranks: Ranks, tokenizer: Any, vocabulary: int, split: Split,
     sequences: int,
 ) -> Any:  # fmt: skip
     from longctx.data import open_stage as open_data
@@ -145,7 +127,7 @@ def _open_data(
     def opened() -> Any:
         return open_data(
             config.data, mix=stage.mix, seq_len=stage.seq_len, sequences=sequences, tokenizer=tokenizer,
-            seed=config.seed, split=split, cache=_cache(config, run), stage=stage.name, vocab_size=vocabulary,
+            seed=config.seed, split=split, cache=cache_folder(config), stage=stage.name, vocab_size=vocabulary,
         )  # fmt: skip
 
     made: Any = None

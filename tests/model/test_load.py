@@ -79,7 +79,7 @@ def test_missing_paths_and_incomplete_folders(folder, tmp_path):
     with pytest.raises(UserError, match=r"no config\.json"):
         load(str(tmp_path / "empty"))
     edit(folder, num_hidden_layers=3)
-    with pytest.raises(UserError, match="weights are missing"):
+    with pytest.raises(UserError, match="9 weights of the model that config"):
         load(str(folder))
 
 

@@ -127,7 +127,7 @@ def test_mistakes_are_explained(capsys, model, words, message):
 
 
 def test_a_missing_model_is_named(capsys, tmp_path):
-    assert plan(capsys, f"model.path={tmp_path}/none")[2].count("has no config.json") == 1
+    assert plan(capsys, f"model.path={tmp_path}/none")[2].count("does not exist") == 1
     assert "model.path is missing" in plan(capsys)[2]
 
 

@@ -167,7 +167,7 @@ def test_overrides_reach_the_table(capsys: pytest.CaptureFixture[str]):
         (["curriculum=gradient_llama_8b"], "did you mean curriculum=gradient_llama3_8b?"),
         (["curriculum=gradient_llama3_8b", "theta=1e9"], "is below the 1000000000 it starts from"),
         (["head_dim=128", "theta=500000", "from=8k", "to=64k", "fromat=json"], "fromat"),
-        (["model.path=/nowhere/m", "to=64k"], "model.path=/nowhere/m has no config.json"),
+        (["model.path=/nowhere/m", "to=64k"], "model.path=/nowhere/m does not exist"),
         (
             ["curriculum=tiny_16x", "head_dim=32", "theta=10000", "from=512", "search=true"],
             "search=true reads documents",

@@ -47,6 +47,7 @@ class Case:
     variant: str = "plain"
     rows: int = 1
     layout: str = "zigzag"
+    length: int = SEQ
 
 
 def flat(cp: int, world: int) -> Decision:
@@ -97,7 +98,7 @@ def check(rank: int, world: int, case: Case) -> None:
     dp = world // case.cp
     per_rank = case.rows * case.accumulation
     mute = tuple(range(per_rank)) if case.variant == "mute" and dp > 1 else ()
-    data = MadeData(SEQ, dp * per_rank, seed=world, mute=mute)
+    data = MadeData(case.length, dp * per_rank, seed=world, mute=mute)
     if case.variant == "mute" and dp == 1:  # the first rank's two chunks of every sequence, under zigzag
         chunk = SEQ // (2 * case.cp)
         for weights in data.weights_of:

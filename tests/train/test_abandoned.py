@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from longctx.plan.split import Shares
-from longctx.distributed.ranks import Ranks
 
 from longctx.config.model import MemoryConfig
 from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig, ParallelConfig
+from longctx.decide import Shares
+from longctx.distributed.ranks import Ranks
 from longctx.model import LossModel
 from longctx.train import engine as engines
 from longctx.train.batch import micro_batch

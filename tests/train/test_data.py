@@ -37,7 +37,7 @@ def test_a_later_stage_that_cannot_be_filled_is_refused_before_the_first_step(tm
     made = config(tmp_path / "run", documents, data=data(documents), curriculum={"stages": stages})
     with pytest.raises(UserError, match=r"stage s8192/train: prolong\.share=0\.5 asks for documents of 8,192 tokens"):
         train(made)
-    assert metrics.read(tmp_path / "run/metrics.jsonl") == []
+    assert not (tmp_path / "run/metrics.jsonl").exists()
 
 
 def test_a_tokenizer_beyond_the_models_vocabulary_is_refused(tmp_path: Path, documents: Path) -> None:

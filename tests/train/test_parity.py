@@ -22,9 +22,12 @@ TWO = [
     Case(cp=2, variant="frozen"),
     Case(cp=2, variant="lora"),
     Case(cp=2, layout="contiguous", rows=2),
+    Case(cp=2, length=47, rows=2),
+    Case(cp=2, length=45, layout="documents"),
 ]
 ZERO = [Case(cp=2, zero=2, accumulation=3), Case(cp=2, zero=3, variant="frozen")]  # a process each
 FOUR = [Case(cp=4, dtype="float64"), Case(cp=2, accumulation=3, variant="mute"), Case(cp=4, variant="lora")]
+FOUR += [Case(cp=4, length=45, dtype="float64"), Case(cp=4, length=9, layout="contiguous", rows=3)]
 
 
 def told(failures: dict[Case, list[str]]) -> str:

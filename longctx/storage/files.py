@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -43,6 +44,11 @@ def write_text(path: Path, text: str) -> None:
     """Replace a small file."""
     with replacing(path) as partial:
         partial.write_text(text)
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Replace a small JSON file."""
+    write_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def save_figure(figure: Any, path: Path, *, dpi: int) -> None:

@@ -14,13 +14,14 @@ from typing import Any, Protocol
 from longctx.errors import UserError
 
 _MAX_HEADER = 100 * 2**20
+_POINTER = b"version https://git-lfs"
 
 
 class Source(Protocol):
     name: str
 
     def exists(self, file: str) -> bool: ...
-    def text(self, file: str) -> str | None: ...
+    def text(self, file: str, what: str) -> str | None: ...
     def fetch(self, file: str) -> Path: ...
     def header(self, file: str, what: str) -> list[dict[str, Any]]: ...
     def names(self) -> list[str]: ...
@@ -45,8 +46,8 @@ class Folder:
     def exists(self, file: str) -> bool:
         return (self.path / file).is_file()
 
-    def text(self, file: str) -> str | None:
-        return (self.path / file).read_text() if self.exists(file) else None
+    def text(self, file: str, what: str) -> str | None:
+        return _text(self.path / file, f"{what}={self.path}") if self.exists(file) else None
 
     def fetch(self, file: str) -> Path:
         return self.path / file
@@ -62,11 +63,39 @@ class Folder:
         return read_header(path, f"{what}={self.path}")
 
 
+def _text(path: Path, where: str) -> str:
+    """A text file of a model's folder. Raises UserError when it cannot be read as UTF-8, or is a git-lfs pointer."""
+    try:
+        content = path.read_bytes()
+        _refuse_pointer(content, path.name, where)
+        return content.decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}: {path.name} cannot be read ({error}); mend or fetch it again") from None
+
+
+def _refuse_pointer(beginning: bytes, name: str, where: str) -> None:
+    if beginning.startswith(_POINTER):
+        raise UserError(
+            f"{where}: {name} is a git-lfs pointer, the placeholder that a clone without git-lfs leaves, and not the "
+            "file itself; run `git lfs install && git lfs pull` in the folder, or download it again"
+        )
+
+
 def read_header(path: Path, where: str) -> list[dict[str, Any]]:
     """The table of a safetensors file. Raises UserError when it is damaged or the file too short."""
+    try:
+        return _read_header(path, where)
+    except OSError as error:
+        raise UserError(f"{where}: {path.name} cannot be read ({error.strerror}); mend its permissions") from None
+
+
+def _read_header(path: Path, where: str) -> list[dict[str, Any]]:
     size = os.path.getsize(path)
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        first = file.read(len(_POINTER))
+        _refuse_pointer(first, path.name, where)
+        file.seek(8)
+        length = int.from_bytes(first[:8], "little")
         if size < 8 or length > min(_MAX_HEADER, size - 8):
             raise UserError(f"{where}: {path.name} is not a whole safetensors file ({size} bytes); fetch it again")
         try:
@@ -119,8 +148,8 @@ class Hub:
     def exists(self, file: str) -> bool:
         return file in self._files
 
-    def text(self, file: str) -> str | None:
-        return self.fetch(file).read_text() if self.exists(file) else None
+    def text(self, file: str, what: str) -> str | None:
+        return _text(self.fetch(file), f"{what}={self.name}") if self.exists(file) else None
 
     def fetch(self, file: str) -> Path:
         return Path(self._hub.hf_hub_download(self.name, file))

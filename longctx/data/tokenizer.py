@@ -1,0 +1,52 @@
+"""A tokenizer from a folder or hub id; what is wrong with it is said before anything is tokenized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longctx.errors import UserError
+from longctx.storage.model import check_tokenizer
+
+if TYPE_CHECKING:
+    from longctx.config.model import ModelConfig
+
+
+def check_tokenizer_of(model: ModelConfig, *, vocab_size: int | None = None) -> None:
+    """Refuse the tokenizer a model config names without loading it: model.tokenizer, or the model's own."""
+    check_tokenizer(model.tokenizer or model.path, vocab_size=vocab_size, named=model.tokenizer is not None)
+
+
+def load_tokenizer(model: ModelConfig, *, vocab_size: int | None = None) -> Any:
+    """The tokenizer a model config names: model.tokenizer, or the model's own."""
+    check_tokenizer_of(model, vocab_size=vocab_size)
+    source = str(model.tokenizer or model.path)
+    return tokenizer_at(source, "model.tokenizer" if model.tokenizer else "model.path", vocab_size=vocab_size)
+
+
+def tokenizer_at(source: str | Path, what: str, *, vocab_size: int | None = None) -> Any:
+    """The tokenizer of a folder or hub id; what: the key it was named by.
+
+    Raises UserError when it cannot be read, or marks documents with an id that the model's embedding lacks.
+    """
+    from transformers import AutoTokenizer
+
+    check_tokenizer(str(source), vocab_size=vocab_size, named=what == "model.tokenizer")
+    try:
+        made: Any = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever a damaged file leads to
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(
+            f"{what}={source}: its tokenizer cannot be read ({type(error).__name__}: {first}); fetch its files again, "
+            "or name another with model.tokenizer= (configs/model)"
+        ) from None
+    marks = {name: getattr(made, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    beyond = {name: mark for name, mark in marks.items() if mark is not None and mark >= (vocab_size or mark + 1)}
+    if beyond:
+        name, mark = next(iter(beyond.items()))
+        raise UserError(
+            f"{what}={source}: its {name} token has the id {mark} and the model has vocab_size={vocab_size}, so that "
+            "token has no row in the embedding; use the model's own tokenizer (model.tokenizer=), or resize the "
+            "embedding first (tokenizer_config.json)"
+        )
+    return made

@@ -1,0 +1,81 @@
+"""Out of memory on a rank, in one paragraph: what the plan says it held, and what would make it less."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from longctx.decide import Machines
+from longctx.errors import OutOfMemory, out_of_memory
+from longctx.plan.remedies import lower, needs
+from longctx.shape import shape_of_model
+from longctx.train.machine import kernel_of, room_here
+
+if TYPE_CHECKING:
+    from longctx.config.train import TrainConfig
+    from longctx.curriculum import Stage
+    from longctx.distributed.ranks import Ranks
+
+GIB = 2.0**30
+_WORDS = {
+    "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state",
+    "saved": "activations saved for the backward pass", "working": "the layer at work", "ring": "attention's buffers",
+    "loss": "logits",
+}  # fmt: skip
+
+
+@contextmanager
+def explained(config: TrainConfig, stage: Stage, ranks: Ranks, doing: str) -> Iterator[None]:
+    """Turn an allocation that fails inside the block into OutOfMemory with the whole explanation.
+
+    doing: what the rank does there, for the message. One rank of a run explains; the others stay silent.
+    """
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        text = explain(error, config, stage, ranks, doing) if _first_to_say(ranks) else ""
+    else:
+        return
+    raise OutOfMemory(text)  # outside the handler: the failed step's tensors are free again
+
+
+def explain(error: BaseException, config: TrainConfig, stage: Stage, ranks: Ranks, doing: str) -> str:
+    """The paragraph: where, what was asked for, what a rank holds by the plan, and up to three remedies."""
+    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    said = said.split("] . ")[-1].split(" If reserved")[0].rstrip(".")
+    shape = shape_of_model(config.model)
+    device = ranks.device.type
+    room = room_here(Machines(ranks.world, ranks.local_world), device, kernel_of(config.model, shape, device))
+    now = needs([stage], shape, config, room)[0]
+    parts = sorted(((getattr(now, name), words) for name, words in _WORDS.items()), reverse=True)
+    listed = ", ".join(f"{words} {_gib(size)}" for size, words in parts if size > 0.01 * now.total)
+    ways = [f"{text} ({_gib(memory.total)})" for text, memory in lower(stage, shape, config, room)]
+    shorter = f"curriculum.stages.{stage.name}.seq_len={max(2, stage.seq_len // 2)}"
+    best = "; ".join([*ways, shorter, "more memory"][:3])
+    where = f"rank {ranks.rank}" if ranks.world > 1 else "this process"
+    return (
+        f"{where} ran out of memory while {doing} stage {stage.name} ({said}). By the plan a rank holds "
+        f"{_gib(now.total)} in this stage: {listed}. These lower it: {best}. `longctx plan` shows every stage "
+        "with the same settings (docs/memory.md)"
+    )
+
+
+def _first_to_say(ranks: Ranks) -> bool:
+    """Whether no other rank has explained yet; the store of the launcher keeps count."""
+    if ranks.world == 1:
+        return True
+    import torch.distributed as dist
+
+    try:
+        return cast(Any, dist.distributed_c10d._get_default_store()).add("out of memory", 1) == 1
+    except Exception:  # the store is gone with its rank: better said twice than not at all
+        return True
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= 0.01 * GIB else f"{size / 2**20:,.2f} MiB"

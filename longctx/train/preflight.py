@@ -1,0 +1,212 @@
+"""What is refused before a rank starts: every mistake that settings, files, headers and the disk already show.
+
+`check` needs neither torch nor transformers and answers in about a second; `check_libraries` loads what the
+ranks will load anyway. Documents are tokenized after both.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longctx.data.check import check_sources, sources_of
+from longctx.data.opening import choose_mix
+from longctx.data.tokenizer import check_tokenizer_of
+from longctx.decide import Machines, decide_all
+from longctx.errors import UserError
+from longctx.plan.memory import BYTES
+from longctx.shape import Shape, shape_of_model
+from longctx.storage.model import check_model, expected_shapes
+
+if TYPE_CHECKING:
+    from longctx.config.train import EngineConfig, LoggingConfig, ProfileConfig, TrainConfig
+    from longctx.curriculum import Stage
+
+GIB = 2.0**30
+
+
+def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_world: int) -> None:
+    """Refuse what would fail in every rank; the cheapest checks come first. Raises UserError.
+
+    world, local_world: the ranks that will train, and those of them on this node.
+    """
+    check_settings(config)
+    shape = shape_of_model(config.model)
+    heads = (shape.heads, shape.kv_heads)
+    decide_all(stages, config.parallel, config.engine, Machines(world, local_world), heads, config.model.dtype)
+    mixes = [choose_mix(config.data, stage.mix, stage.name) for stage in stages]
+    if config.model.path is not None:
+        values = check_model(config.model.path)
+        check_freeze(config.optim.freeze, _names(values))
+    check_tokenizer_of(config.model, vocab_size=shape.vocab)
+    check_folders(config)
+    size = check_sources(config.data, sources_of(config.data, mixes), cache_folder(config))
+    check_disk(config, stages, shape, source_bytes=size)
+
+
+def check_settings(config: TrainConfig) -> None:
+    """What the settings alone show."""
+    if config.launch.nproc < 1:
+        raise UserError(f"launch.nproc={config.launch.nproc} must be 1 or more ranks (configs/train.yaml)")
+    if config.model.attention != "longctx":
+        raise UserError(
+            f"model.attention={config.model.attention} is for evaluation and comparison: training attends through "
+            "longctx, whose packed documents and ranks transformers' own kernels do not know; leave it at longctx "
+            "(configs/model)"
+        )
+    check_engine(config.engine)
+    check_profile(config.profile)
+    check_logging(config.logging)
+
+
+def check_engine(config: EngineConfig) -> None:
+    """Numbers that must be positive, and a package that the engine lacks."""
+    where = "configs/engine"
+    if config.timeout_seconds <= 0 or config.micro_batch_tokens < 1:
+        raise UserError(
+            f"engine.timeout_seconds={config.timeout_seconds:g} and engine.micro_batch_tokens="
+            f"{config.micro_batch_tokens} must be more than 0 ({where})"
+        )
+    if config.name == "deepspeed" and not find_spec("deepspeed"):
+        raise UserError(
+            f"engine=deepspeed needs the package deepspeed; pip install 'longctx[train]', or use engine=ddp ({where})"
+        )
+
+
+def check_profile(config: ProfileConfig) -> None:
+    steps = config.steps
+    if steps is not None and (len(steps) != 2 or not 0 <= steps[0] < steps[1]):
+        raise UserError(f"profile.steps={steps} must be two steps, first and end, such as "
+                        "'profile.steps=[10,12]' (configs/train.yaml)")  # fmt: skip
+
+
+def check_logging(config: LoggingConfig) -> None:
+    """wandb is installed where it is wanted, and knows an account where it shall be online."""
+    if config.wandb == "disabled":
+        return
+    where = "or set logging.wandb=disabled (configs/logging)"
+    if not find_spec("wandb"):
+        raise UserError(f"logging.wandb={config.wandb} needs the package wandb; pip install wandb, {where}")
+    if config.wandb == "online" and not _wandb_knows_us():
+        raise UserError(
+            "logging.wandb=online has no account to log to: run `wandb login`, set WANDB_API_KEY, take "
+            f"logging.wandb=offline and `wandb sync` later, {where}"
+        )
+
+
+def _wandb_knows_us() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    import wandb
+
+    login: Any = wandb.login
+    try:
+        return bool(login(prompt=False))
+    except TypeError:  # an older wandb asks on the terminal where it knows nobody
+        return True
+    except Exception:  # a key that wandb itself finds unusable
+        return False
+
+
+def check_freeze(patterns: Sequence[str], names: Sequence[str]) -> None:
+    """Raises UserError for a pattern that matches no parameter. names: as training calls them; none known: no check."""
+    for pattern in patterns if names else ():
+        if not any(fnmatch(name, pattern) for name in names):
+            raise UserError(
+                f"optim.freeze={pattern!r} matches no parameter; names look like {names[0]} (configs/optim)"
+            )
+    if names and all(any(fnmatch(name, pattern) for pattern in patterns) for name in names):
+        raise UserError("optim.freeze leaves nothing to train; drop a pattern (configs/optim)")
+
+
+def _names(values: dict[str, Any]) -> list[str]:
+    """Parameters as training calls them, biases that some families have included."""
+    weights = [f"model.{name}" for name in expected_shapes(values)]
+    return weights + [name.removesuffix("weight") + "bias" for name in weights if "_proj" in name]
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """Where the run's tokenized documents are."""
+    return Path(config.cache).expanduser() if config.cache else Path(config.folder) / "data"
+
+
+def check_folders(config: TrainConfig) -> None:
+    """The run's folder and the cache can be written to. Raises UserError."""
+    for folder, key in ((Path(config.folder), "run_dir"), (cache_folder(config), "cache")):
+        above = _standing(folder)
+        if not above.is_dir():
+            raise UserError(f"{key}={folder} cannot be made: {above} is a file; choose another {key}=")
+        if not os.access(above, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{key}={folder} cannot be written: this user may not write to {above}; choose another {key}="
+            )
+
+
+def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, source_bytes: int) -> None:
+    """The disks hold what the run will write: checkpoints, the stages' models, tokenized documents.
+
+    Raises UserError with needed and free, unless `accept` has `disk`.
+    """
+    if "disk" in config.accept:
+        return
+    run, cache = Path(config.folder), cache_folder(config)
+    saved = 3 * 4.0 * shape.parameters  # weights and both moments in fp32
+    left = [stage for stage in stages if not (run / "stages" / stage.name / "finished.json").exists()]
+    standing = sum(file.stat().st_size for file in run.glob("stages/*/checkpoints/*/*.safetensors"))
+    checkpoints = max(0.0, (max(1, config.checkpoint.keep) + 1) * saved - standing) if left else 0.0
+    models = len(left) * BYTES[config.model.dtype] * shape.parameters
+    spare = config.checkpoint.spare_gib * GIB if left else 0.0
+    # A token is about four bytes of text, and two bytes of cache, or four where the vocabulary needs them.
+    tokens = 0.0 if (cache / "shards").exists() else source_bytes / (2 if shape.vocab <= 2**16 else 1)
+    parts = {
+        f"checkpoints (checkpoint.keep={config.checkpoint.keep} and the one being written)": (run, checkpoints),
+        f"the models of {len(left)} stages": (run, models),
+        "tokenized documents": (cache, tokens),
+        "checkpoint.spare_gib": (run, spare),
+    }
+    needed: dict[int, float] = {}
+    for folder, size in parts.values():
+        device = _standing(folder).stat().st_dev
+        needed[device] = needed.get(device, 0.0) + size
+    for folder in (run, cache):
+        above = _standing(folder)
+        free, want = shutil.disk_usage(above).free, needed[above.stat().st_dev]
+        if want > free:
+            listed = ", ".join(f"{name} {_gib(size)}" for name, (_, size) in parts.items() if size > 0.01 * want)
+            raise UserError(
+                f"{folder} needs about {_gib(want)} and its disk has {_gib(free)} free: {listed}. Free some space, "
+                "name another disk with run_dir= or cache=, set checkpoint.keep=1, or start anyway with "
+                "'accept=[disk]' (configs/train.yaml)"
+            )
+
+
+def _standing(folder: Path) -> Path:
+    """The nearest path above `folder` that exists."""
+    whole = folder.absolute()
+    return next(path for path in (whole, *whole.parents) if path.exists())
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB"
+
+
+def check_libraries(config: TrainConfig) -> Any:
+    """What torch and transformers say of the device, the tokenizer and the model's config; returns the tokenizer."""
+    from longctx.data.tokenizer import load_tokenizer
+    from longctx.distributed.ranks import choose_device
+    from longctx.model.family import check_config
+    from longctx.model.load import config_of, read_config
+
+    choose_device(config.engine.device, 0)
+    if config.model.path is not None:
+        hf = read_config(config.model.path)
+        check_config(hf, config.model.path)
+    else:
+        assert config.model.init is not None
+        hf = config_of(config.model.init)
+    return load_tokenizer(config.model, vocab_size=int(hf.vocab_size))
