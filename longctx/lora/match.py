@@ -18,6 +18,7 @@ from longctx.lora.changes import ORDER, Change
 from longctx.lora.modules import Kind, classify
 from longctx.lora.tensors import Checkpoint, Entry, row_blocks
 from longctx.lora.ties import Tables
+from longctx.storage.writer import DTYPES
 
 _MATRICES = (Kind.LINEAR, Kind.HEAD, Kind.EMBEDDING)
 
