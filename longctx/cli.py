@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 from longctx.errors import RunFailed, UserError, nearest
 from longctx.verbs import VERBS, Verb
@@ -44,23 +41,27 @@ def _dispatch(words: list[str]) -> int:
         print(f"longctx {__version__}")
         return 0
     verb, rest = _find(words)
-    if any(word in ("-h", "--help") for word in rest):
-        print(_verb_help(verb))
+    from longctx.config.words import parse
+
+    line = parse(rest)
+    if line.help:
+        from longctx.config.help import verb_help
+
+        print(verb_help(verb, line))
         return 0
-    from longctx.config.compose import split_options
+    from longctx.config.compose import load, resolve
 
-    overrides, folders = split_options(rest)
-    config = load(verb, overrides, folders)
-    return int(_resolve(verb.run)(config) or 0)
+    if line.multirun:
+        from longctx.config.sweep import sweep
 
+        return sweep(verb, line)
+    config = load(verb, line.overrides, line.folders)
+    if line.cfg:
+        from longctx.config.help import as_yaml
 
-def load(verb: Verb, overrides: Sequence[str], folders: Sequence[Path] = ()) -> Any:
-    """The validated config of a verb: the schema's dataclass."""
-    from longctx.config.base import build
-    from longctx.config.compose import compose
-
-    values = compose(verb.root, overrides, folders)
-    return build(_resolve(verb.schema), values, origin=f"configs/{verb.root}.yaml and the command line")
+        print(as_yaml(config), end="")
+        return 0
+    return int(resolve(verb.run)(config) or 0)
 
 
 def _find(words: list[str]) -> tuple[Verb, list[str]]:
@@ -80,41 +81,16 @@ def _find(words: list[str]) -> tuple[Verb, list[str]]:
     raise UserError(f"{words[0]!r} is not a verb; {hint}`longctx --help` lists them")
 
 
-def _resolve(target: str) -> Any:
-    module, name = target.split(":")
-    return getattr(import_module(module), name)
-
-
 def _help() -> str:
     width = max(len(name) for name in VERBS)
-    lines = ["usage: longctx VERB [SUBVERB] [group=choice] [key=value] ... [--config-dir FOLDER]", ""]
+    lines = ["usage: longctx VERB [SUBVERB] [group=choice] [key=value] ... [OPTION] ...", ""]
     lines += [f"  {name:<{width}}  {VERBS[name].help}" for name in VERBS]
     lines += [
         "",
-        "`longctx VERB --help` shows what can be set. Start with: longctx train experiment=quickstart",
-    ]
-    return "\n".join(lines)
-
-
-def _verb_help(verb: Verb) -> str:
-    from longctx.config.compose import config_dir, groups, groups_of
-
-    root = (config_dir() / f"{verb.root}.yaml").read_text()
-    used = groups_of(verb.root)
-    lines = [f"longctx {verb.name}: {verb.help}", ""]
-    shown = {name: choices for name, choices in groups().items() if name in used}
-    if shown:
-        lines += ["Groups (choose with group=choice):"]
-        lines += [f"  {name:<12} {', '.join(choices)}" for name, choices in shown.items()] + [""]
-    lines += [
-        f"Settings and their defaults (configs/{verb.root}.yaml); override any as key=value:",
-        "",
-        root.rstrip(),
-    ]
-    lines += [
-        "",
-        "Nested keys take dots: curriculum.stages.s2048.tokens=1e6; '~curriculum.stages.s2048' drops a stage.",
-        "Lists need quotes: 'key=[a,b]'. --config-dir FOLDER adds your own group files.",
+        "`longctx VERB --help` shows what can be set, `longctx VERB --help SECTION` a section's keys.",
+        "--config-dir FOLDER adds your own group files, --cfg prints the composed config and runs nothing,",
+        "-m runs every combination of values given as key=a,b. `longctx completion bash` (zsh, fish) prints a script",
+        "to source for tab completion. Start with: longctx train experiment=quickstart",
     ]
     return "\n".join(lines)
 

@@ -9,7 +9,8 @@ import pytest
 
 from longctx import cli
 from longctx.config.base import Count, Length, build, parse_count, parse_length, schema
-from longctx.config.compose import compose, config_dir, groups
+from longctx.config.compose import compose
+from longctx.config.groups import config_dir, groups
 from longctx.errors import UserError, nearest
 from longctx.verbs import VERBS
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.config.base import build
-from longctx.config.compose import compose, config_dir
+from longctx.config.compose import compose
+from longctx.config.groups import config_dir
 from longctx.config.curriculum import CurriculumConfig
 from longctx.curriculum import Advance, LearningRate, Stage, check_divides, resolve
 from longctx.errors import UserError

@@ -8,6 +8,7 @@ from longctx.config.base import Format, Length, Text, schema
 from longctx.config.eval import NeedleConfig
 from longctx.config.theta import SearchConfig
 from longctx.config.train import TrainConfig
+from longctx.rope import make_rule
 
 BENCH_RULES = ("ntk", "dynamic-ntk", "scaling-law", "yarn", "searched")
 
@@ -36,5 +37,8 @@ class BenchThetaConfig:
     def __post_init__(self) -> None:
         if not self.rules:
             raise ValueError("rules is empty; name at least one, such as dynamic-ntk")
+        for rule in self.rules:
+            if rule != "searched":
+                make_rule(rule, {}, "rules")
         if self.train.model.path is None:
             raise ValueError("train.model.path is missing: the bench extends a model that exists")

@@ -7,47 +7,27 @@ the model. Nothing here changes a value other than reading its unit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from longctx.config.base import Count, Length, schema
+from longctx.rope import AnyRule
 
 LayoutName = Literal["zigzag", "contiguous"]
 ScheduleKind = Literal["constant", "cosine", "linear", "continue"]
 
 
-@schema
-class RopeConfig:
-    """A theta rule by name with its parameters (longctx.rope.RULES); parameters left out are the paper's.
-
-    start: whether the rule begins at the `previous` stage's rope and length or at the `original` model's.
-    """
-
-    name: str
-    start: Literal["previous", "original"] | None = None
-    factor: float | None = None
-    alpha: float | None = None
-    beta: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    long_factor: list[float] | None = None
-    short_factor: list[float] | None = None
-
-    def parameters(self) -> dict[str, Any]:
-        """Only what the user gave."""
-        given = {key: value for key, value in vars(self).items() if not key.startswith("__")}
-        return {k: v for k, v in given.items() if k not in ("name", "start") and v is not None}
-
-
 def _named(value: Any) -> Any:
-    """`rule=ntk` is short for `rule={name: ntk}`."""
-    return {"name": value} if isinstance(value, str) else value
+    """`rule=ntk` is short for `rule={name: ntk}`; names may be written with underscores."""
+    value = {"name": value} if isinstance(value, str) else value
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return {**value, "name": value["name"].replace("_", "-")}
+    return value
 
 
-RuleField = Annotated[RopeConfig, BeforeValidator(_named)]
+RuleField = Annotated[AnyRule, Field(discriminator="name"), BeforeValidator(_named)]
 
 
 @schema

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from longctx.config.base import Format, Length, Text, schema
+from longctx.errors import nearest
 
 
 def _as_list(value: Any) -> Any:
@@ -69,6 +70,10 @@ class MergeRope:
 
 
 def _as_rope(value: Any) -> Any:
+    """`rope=keep` is short for `rope.rule=keep`."""
+    if isinstance(value, str) and value not in ("adapter", "keep"):
+        near = nearest(value, ("adapter", "keep"))
+        raise ValueError(f"is not adapter or keep{f'; did you mean rope={near}?' if near else ''}")
     return {"rule": value} if isinstance(value, str) else value
 
 

@@ -13,13 +13,15 @@ from longctx.rope.bound import (
     wavelengths,
 )
 from longctx.rope.frequencies import attention_factor, inv_freq
-from longctx.rope.rules import RULES, THETA_ONLY, ExplicitTheta, Rule, apply, make_rule
+from longctx.rope.rules import RULES, THETA_ONLY, AnyRule, DynamicNtk, ExplicitTheta, Rule, apply, make_rule
 from longctx.rope.state import Rope, read_rope, rope_of, rope_of_init
 
 __all__ = [
     "PUBLISHED_BOUNDS",
     "RULES",
     "THETA_ONLY",
+    "AnyRule",
+    "DynamicNtk",
     "ExplicitTheta",
     "Rope",
     "Rule",
