@@ -6,42 +6,30 @@ both. The memory dials say what one device holds between forward and backward; n
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from longctx.config.base import Length, Text, schema
+from longctx.config.base import AsDtype, Length, NotNegative, Positive, Text, schema
 
-Dtype = Literal["float32", "bfloat16", "float64"]
-Precision = Literal["float32", "float64"]
+Dtype = Annotated[Literal["float32", "bfloat16", "float64"], AsDtype]
+Precision = Annotated[Literal["float32", "float64"], AsDtype]
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma"]
 
 
 @schema
 class MemoryConfig:
-    """What is kept for the backward pass and how large the pieces are; docs/memory.md has the formulas.
+    """What is kept for the backward pass and how large the pieces are; docs/memory.md has the formulas."""
 
-    checkpoint: recompute every layer from its input, its attention output and lse; false keeps everything.
-    keep_matmuls: the last n layers also keep what their matrix products gave (the dial towards speed);
-    "auto" takes as many as `budget_gib` allows for all that is saved from forward to backward.
-    ffn_block: tokens that go through o_proj and the feed-forward block at once (0: all of them).
-    loss_chunk: tokens whose logits exist at once. offload: keep the saved tensors in host memory.
-    """
-
-    checkpoint: bool = True
-    keep_matmuls: int | Literal["auto"] = 0
-    budget_gib: float | None = None
-    ffn_block: int = 2048
-    loss_chunk: int = 512
-    offload: bool = False
+    checkpoint: bool = True  #: recompute every layer from its input, its attention output and lse; false keeps all
+    #: last layers that also keep what their matrix products gave: faster, more memory; auto: as many as budget_gib holds
+    keep_matmuls: NotNegative | Literal["auto"] = 0
+    budget_gib: float | None = None  #: GiB of a device that saved tensors may take, for keep_matmuls=auto
+    ffn_block: NotNegative = 2048  #: tokens that go through o_proj and the feed-forward block at once; 0: all
+    loss_chunk: Positive = 512  #: tokens whose logits exist at once
+    offload: bool = False  #: keep the saved tensors in host memory
 
     def __post_init__(self) -> None:
-        if self.ffn_block < 0 or self.loss_chunk < 1:
-            raise ValueError(
-                f"ffn_block={self.ffn_block} must be 0 (all tokens) or more and loss_chunk={self.loss_chunk} 1 or more"
-            )
         if self.keep_matmuls == "auto" and self.budget_gib is None:
             raise ValueError("keep_matmuls=auto needs budget_gib: the GiB of a device that saved tensors may take")
-        if self.keep_matmuls != "auto" and self.keep_matmuls < 0:
-            raise ValueError(f"keep_matmuls={self.keep_matmuls} must be 0 or more layers, or auto")
         if not self.checkpoint and (self.keep_matmuls or self.offload):
             raise ValueError(
                 "checkpoint=false keeps everything on the device, so keep_matmuls and offload do not apply"
@@ -50,29 +38,23 @@ class MemoryConfig:
 
 @schema
 class InitConfig:
-    """A model drawn at random; the shape's names are those of a paper rather than of a config.json.
-
-    head_dim: None divides hidden by heads. window: the length the theta was made for.
-    """
+    """A model drawn at random; the shape's names are those of a paper rather than of a config.json."""
 
     family: Family = "llama"
-    layers: int
-    hidden: int
-    heads: int
-    kv_heads: int
-    ffn: int
-    vocab: int
-    head_dim: int | None = None
+    layers: Positive
+    hidden: Positive
+    heads: Positive
+    kv_heads: Positive
+    ffn: Positive
+    vocab: Positive
+    head_dim: int | None = None  #: null divides hidden by heads
     theta: float = 10000.0
-    window: Length = 512
+    window: Length = 512  #: the length the theta was made for
     tie_embeddings: bool = False
     norm_eps: float = 1e-5
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "vocab"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} is not a multiple of kv_heads={self.kv_heads}")
         if self.head_dim is None and self.hidden % self.heads:
@@ -85,17 +67,15 @@ class InitConfig:
 
 @schema
 class ModelConfig:
-    """The model of a run. tokenizer: a folder or hub id; None looks in `path`.
+    """The model of a run: loaded (path) or drawn at random (init)."""
 
-    rotary: precision in which angles are formed; float32 is what transformers and vLLM serve with, float64 is
-    exact at positions beyond 2^20 (docs/memory.md has the measured difference).
-    """
-
-    path: Text | None = None
+    path: Text | None = None  #: a folder or hub id in Hugging Face format
     init: InitConfig | None = None
-    tokenizer: Text | None = None
+    tokenizer: Text | None = None  #: a folder or hub id; null: the model's own
     dtype: Dtype = "float32"
-    attention: Literal["longctx", "sdpa", "eager"] = "longctx"
+    attention: Literal["longctx", "sdpa", "eager"] = "longctx"  #: sdpa and eager: transformers' own, one rank only
+    #: precision in which angles are formed; float32 is what transformers and vLLM serve with, float64 is exact at
+    #: positions beyond 2^20 (docs/memory.md has the measured difference)
     rotary: Precision = "float32"
     memory: MemoryConfig = MemoryConfig()
 
