@@ -40,6 +40,11 @@ def _dispatch(words: list[str]) -> int:
 
         print(f"longctx {__version__}")
         return 0
+    if words[0] == "completion":
+        from longctx.completion import script
+
+        print(script(words[1:]), end="")
+        return 0
     verb, rest = _find(words)
     from longctx.config.words import parse
 
@@ -52,7 +57,7 @@ def _dispatch(words: list[str]) -> int:
     from longctx.config.compose import load, resolve
 
     if line.multirun:
-        from longctx.config.sweep import sweep
+        from longctx.sweep import sweep
 
         return sweep(verb, line)
     config = load(verb, line.overrides, line.folders)
@@ -76,7 +81,7 @@ def _find(words: list[str]) -> tuple[Verb, list[str]]:
         near = nearest(words[1], subverbs) if len(words) > 1 else None
         hint = f"; did you mean {near!r}?" if near else ""
         raise UserError(f"{two!r} is not a verb; {words[0]} has {', '.join(subverbs)}{hint}")
-    near = nearest(words[0], {name.split()[0] for name in VERBS})
+    near = nearest(words[0], {"completion", *(name.split()[0] for name in VERBS)})
     hint = f"did you mean {near!r}? " if near else ""
     raise UserError(f"{words[0]!r} is not a verb; {hint}`longctx --help` lists them")
 

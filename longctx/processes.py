@@ -8,6 +8,8 @@ import signal
 import sys
 from typing import Any
 
+from longctx import console
+
 
 def die_with_parent(parent: Any = None) -> None:
     """Linux: have the kernel kill this process when its parent dies, however that dies.
@@ -18,3 +20,13 @@ def die_with_parent(parent: Any = None) -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
     if parent is not None and parent.pid != os.getppid():
         os._exit(1)
+
+
+def warn_if_crowded(key: str, count: int) -> None:
+    """Warn when `key` asks for more processes than this process has cores."""
+    cores = len(os.sched_getaffinity(0))
+    if count > cores:
+        console.remark(
+            f"{key}={count} processes share {cores} core{'s' * (cores > 1)}: they take turns, and each needs memory of its "
+            f"own; {key}={cores} is faster unless the processes mostly wait for GPUs"
+        )

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
 from typing_extensions import dataclass_transform
 
-from longctx.config.renamed import renamed
+from longctx.config.renamed import INSTEAD, renamed
 from longctx.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -108,7 +108,7 @@ def build(kind: type[T], values: Mapping[str, Any], *, origin: str) -> T:
         for item in error.errors(include_url=False):
             where = ".".join(_location(kind, item))
             mistakes.setdefault(where, []).append(item)
-        lines = [_explain(kind, where, items, origin) for where, items in list(mistakes.items())[:5]]
+        lines = [_explain(kind, values, where, items, origin) for where, items in list(mistakes.items())[:5]]
         if len(mistakes) > 5:
             lines.append(f"... and {len(mistakes) - 5} more")
         raise UserError("\n".join(lines)) from None
@@ -189,11 +189,11 @@ def _location(kind: Any, item: Mapping[str, Any]) -> list[str]:
 
 
 _ABOUT_A_KEY = ("unexpected_keyword_argument", "missing", "missing_argument", "missing_keyword_only_argument")
-_WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "list": "a list",
-           "tuple": "a list", "dict": "a mapping"}  # fmt: skip
+_WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
+           "dict": "a mapping"}  # fmt: skip
 
 
-def _explain(kind: Any, where: str, items: list[Mapping[str, Any]], origin: str) -> str:
+def _explain(kind: Any, values: Any, where: str, items: list[Mapping[str, Any]], origin: str) -> str:
     item = items[0]
     value, context = item.get("input"), item.get("ctx", {})
     shown = "{...}" if isinstance(value, Mapping) else repr(value)
@@ -205,7 +205,12 @@ def _explain(kind: Any, where: str, items: list[Mapping[str, Any]], origin: str)
                 return f"{where}={shown} does not belong to rule {one.name!r}; it takes {takes} ({origin})"
         return unknown(where, known_keys(kind, where.split(".")[:-1]), origin)
     if item["type"] in _ABOUT_A_KEY:
-        return f"{where} is missing; give it as {where}=... on the command line or in the file ({origin})"
+        *parents, section, _ = ["", "", *where.split(".")]
+        for part in parents[2:]:
+            values = values[part] if isinstance(values, Mapping) else {}
+        near = nearest(section, [name for name in values if name != section]) if parents[2:] else None
+        hint = f"; or did you mean {'.'.join([*parents[2:], near])}?" if near else ""
+        return f"{where} is missing; give it as {where}=... on the command line or in the file{hint} ({origin})"
     if item["type"] == "union_tag_invalid":
         near = nearest(str(context["tag"]), _quoted(context["expected_tags"]))
         hint = f"did you mean {near!r}? " if near else ""
@@ -226,6 +231,8 @@ def _explain(kind: Any, where: str, items: list[Mapping[str, Any]], origin: str)
         return f"{where}={shown} must be {context['ge']:g} or more ({origin})"
     if item["type"] == "greater_than":
         return f"{where}={shown} must be above {context['gt']:g} ({origin})"
+    if item["type"] in ("list_type", "tuple_type"):
+        return f"{where}={shown} is not a list; write '{where}=[{value}]' ({origin})"
     return f"{where}={shown} is not {' or '.join(_wanted(each) for each in items)}{_meant(where, items)} ({origin})"
 
 
@@ -241,7 +248,10 @@ def _wanted(item: Mapping[str, Any]) -> str:
 def _meant(where: str, items: list[Mapping[str, Any]]) -> str:
     """The nearest of the words that a choice allows."""
     words = [word for item in items if item["type"] == "literal_error" for word in _quoted(item["ctx"]["expected"])]
-    near = nearest(str(items[0].get("input")), words)
+    value = str(items[0].get("input"))
+    if instead := INSTEAD.get(f"{where.rpartition('.')[2]}={value}"):
+        return f"; instead: {instead}"
+    near = nearest(value, words)
     return f"; did you mean {where}={near}?" if near else ""
 
 

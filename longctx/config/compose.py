@@ -6,7 +6,7 @@ same thing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,21 @@ from longctx.verbs import VERBS, Verb
 
 def load(verb: Verb, overrides: Sequence[str], folders: Sequence[Path] = ()) -> Any:
     """The validated config of a verb: its schema's dataclass."""
-    values = compose(verb.root, overrides, folders)
-    return build(resolve(verb.schema), values, origin=f"configs/{verb.root}.yaml and the command line")
+    values, origin = compose(verb.root, overrides, folders), f"configs/{verb.root}.yaml and the command line"
+    config = build(resolve(verb.schema), values, origin=origin)
+    missing = list(_missing(values))
+    if missing and verb.name != "plan":  # a schedule is planned without a model
+        raise UserError(f"{missing[0]} is missing; give it as {missing[0]}=... ({origin})")
+    return config
+
+
+def _missing(values: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Keys whose value is Hydra's mark of what must be given."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _missing(value, (*path, str(key)))
+    elif values == "???":
+        yield ".".join(path)
 
 
 def resolve(target: str) -> Any:
@@ -35,13 +48,10 @@ def schema_of(root: str) -> Any:
     return resolve(next(verb.schema for verb in VERBS.values() if verb.root == root))
 
 
-def compose(
-    root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = (), *, complete: bool = True
-) -> dict[str, Any]:
+def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()) -> dict[str, Any]:
     """Compose configs/ROOT.yaml with Hydra overrides.
 
-    extra_dirs: the user's own folders of configs; they are searched after the packaged ones. complete: refuse a
-    config in which a value that must be given is missing.
+    extra_dirs: the user's own folders of configs; they are searched after the packaged ones.
     Raises UserError for a bad override, an unknown key, group or choice.
     """
     from hydra import compose as hydra_compose
@@ -66,9 +76,6 @@ def compose(
         OmegaConf.set_struct(composed, False)
         for key in drops:
             _drop(composed, key, known)
-        missing = sorted(OmegaConf.missing_keys(composed))
-        if missing and complete and root != "plan":  # a schedule is planned without a model
-            raise UserError(f"{missing[0]} is missing; give it as {missing[0]}=... ({known.origin})")
         values = OmegaConf.to_container(composed, resolve=True)
     except MissingConfigException as error:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")

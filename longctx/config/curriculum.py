@@ -83,7 +83,9 @@ class CurriculumConfig:
     """Stages by name in order of length, and what they share."""
 
     stages: dict[str, StageConfig]
-    rule: RuleField | None = None  #: for stages that name neither theta nor rule: ntk, or {name: dynamic-ntk, factor: 4}
+    rule: RuleField | None = (
+        None  #: for stages that name neither theta nor rule: ntk, or {name: dynamic-ntk, factor: 4}
+    )
     lr: LearningRateConfig = LearningRateConfig()
     mix: str = "default"  #: name of a data mix (data.mixes)
     layout: LayoutName = "zigzag"  #: which tokens a rank holds; zigzag balances causal attention

@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from longctx.config.base import Count, Length, Text, alias, known_keys, members, step_into, unknown, variants
+from longctx.config.base import alias, known_keys, members, parse_count, parse_length, step_into, unknown, variants
 from longctx.config.compose import compose, resolve
 from longctx.config.groups import choice_file, config_dir, defaults_of, groups, header
 from longctx.config.words import CommandLine
@@ -31,7 +31,7 @@ def as_yaml(config: Any) -> str:
 def verb_help(verb: Verb, line: CommandLine) -> str:
     """The help of a verb, or of the sections and groups that `line.topics` names."""
     kind = resolve(verb.schema)
-    values = compose(verb.root, line.overrides, line.folders, complete=False)
+    values = compose(verb.root, line.overrides, line.folders)
     offered, chosen = groups(line.folders), defaults_of(verb.root)
     names = {option.partition("@")[0]: option for option in chosen}
     own = [name for name in offered if any((folder / name).is_dir() for folder in line.folders)]
@@ -102,16 +102,16 @@ def _keys(kind: Any, values: Any, path: str, depth: int) -> Iterator[Row]:
                 continue
         if dataclasses.is_dataclass(member):
             if variants(kind):
-                yield f"{path}={member.name}", "", "", _about(member)
-            yield from _fields(member, values if isinstance(values, dict) else {}, at, depth, bool(variants(kind)))
+                given = [f"{f.name}: {_shown(_default(f))}" for f in dataclasses.fields(member) if f.name != "name"]
+                yield f"{path}={member.name}", f"{{{', '.join(given)}}}", "", _about(member)
+            else:
+                yield from _fields(member, values if isinstance(values, dict) else {}, at, depth)
 
 
-def _fields(section: Any, values: dict[str, Any], path: str, depth: int, variant: bool) -> Iterator[Row]:
+def _fields(section: Any, values: dict[str, Any], path: str, depth: int) -> Iterator[Row]:
     hints, docs = get_type_hints(section, include_extras=True), field_docs(section)
     for field in dataclasses.fields(section):
         key, kind = alias(field), hints[field.name]
-        if variant and key == "name":
-            continue
         where = f"{path}.{key}" if path else key
         inner = [m for m in members(kind) if dataclasses.is_dataclass(m) or get_origin(m) is dict]
         nested = inner and not (get_origin(inner[0]) is dict and not dataclasses.is_dataclass(get_args(inner[0])[1]))
@@ -121,7 +121,7 @@ def _fields(section: Any, values: dict[str, Any], path: str, depth: int, variant
             else:
                 yield where, "section", "", docs.get(field.name) or _about(kind)
             continue
-        default = values[key] if key in values and not variant else _default(field)
+        default = values[key] if key in values else _default(field)
         yield where, type_text(kind), _shown(default), docs.get(field.name, "")
         if variants(kind) and depth > 1 and not path.startswith("curriculum.stages"):
             yield from _keys(kind, {}, where, depth - 1)
@@ -149,12 +149,10 @@ def _shown(value: Any) -> str:
 
 def type_text(kind: Any) -> str:
     """A type in the words of the command line."""
-    if kind == Length:
-        return "length"
-    if kind == Count:
-        return "count"
-    if kind == Text:
-        return "text"
+    read_by = {getattr(item, "func", None) for item in getattr(kind, "__metadata__", ())}
+    for reader, name in ((parse_length, "length"), (parse_count, "count")):
+        if reader in read_by:
+            return name
     if variants(kind):
         return "rule"
     if get_origin(kind) is Literal:
@@ -209,7 +207,7 @@ def _rows(rows: Any) -> list[str]:
     lines = []
     for text, (_, _, _, doc) in zip(left, rows, strict=True):
         folded = textwrap.wrap(doc, width) or [""]
-        if len(text) + 1 > column and doc:
+        if len(text) + 2 > column and doc:
             lines.append(text)
             text = ""
         lines.append(f"{text:<{column}}{folded[0]}".rstrip())

@@ -45,7 +45,7 @@ class ExtractConfig:
     #: MiB of differences held at once, all workers together (on a GPU: half of what is free); larger tensors are read
     #: again on every pass
     memory_mib: Positive = 384
-    max_shard_mb: Size = 5000  #: PEFT reads one file; larger adapters are sharded with an index
+    max_shard_mb: Size = 5000.0  #: PEFT reads one file; larger adapters are sharded with an index
     verify: Literal["modules", "loss"] = "modules"  #: loss: also that of base, tuned and base + adapter on text
     text: Text | None = None  #: a file neither model was trained on
     text_tokens: Length = 4096  #: tokens read from text
@@ -114,7 +114,9 @@ class BenchLoraConfig:
     delta_rank: Positive = 32  #: directions in the made difference, besides noise
     threads: Positive = 2
     repeats: Positive = 2  #: of ours; two are also compared byte by byte
-    shallow: Positive | None = 3  #: also a pair of so few layers, to see that memory does not grow with depth; null: skip
+    shallow: Positive | None = (
+        3  #: also a pair of so few layers, to see that memory does not grow with depth; null: skip
+    )
     exact: bool = True  #: also the exact optimum's residual, with one SVD per kind of matrix
     folder: Text | None = None  #: where the pair is made and kept; null: a temporary folder
     out: Text | None = None  #: a JSON file for the figures

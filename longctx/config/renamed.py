@@ -21,8 +21,11 @@ ELSEWHERE = {
     "report_to": "logging=wandb",
 }
 
-# Choices of other tools, as group=choice -> what to write and why.
+# Choices of other tools, as group=choice or the key's last part=value -> what to write and why.
 INSTEAD = {
+    "device=gpu": "device=cuda",
+    "dtype=float16": "bfloat16, which has float32's range and needs no loss scaling",
+    "attention=flash_attention_2": "longctx, which chooses the fastest kernel that serves (`longctx doctor` shows it)",
     "engine=fsdp": "engine=deepspeed engine.zero=3 shards weights, gradients and optimizer as FSDP does",
     "engine=fsdp2": "engine=deepspeed engine.zero=3 shards weights, gradients and optimizer as FSDP2 does",
     "engine=zero": "engine=deepspeed with engine.zero=1, 2 or 3",

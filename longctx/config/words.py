@@ -32,6 +32,7 @@ _HYDRA_OPTIONS = {
 }
 _SHORT = {"-m": "--multirun", "-c": "--cfg", "-h": "--help", "-r": "--run", "-p": "--package", "-cd": "--config-dir",
           "-cn": "--config-name", "-cp": "--config-path", "-sc": "--shell-completion"}  # fmt: skip
+_QUOTES = "\"'"
 _HYDRA_KEYS = "Hydra only composes the config here: name=... or run_dir=... say where a run goes, logging=... what it "
 _HYDRA_KEYS += "says, -m sweeps one run after another, launch.nproc=N or torchrun and srun start ranks"
 
@@ -142,7 +143,7 @@ class Overrides:
             key, _, value = word.partition("=")
             raise UserError(
                 f"{word!r} cannot be read: close every bracket and quote, and write text with spaces, commas or other "
-                f"""signs in quotes inside the shell's: '{key}="{value.strip("'")}"'"""
+                f"""signs in quotes inside the shell's: '{key}="{value.strip(_QUOTES)}"'"""
             ) from None
 
     def _option(self, key: str, value: Any) -> str | None:
@@ -161,8 +162,8 @@ class Overrides:
             return word
         values = override.value() if isinstance(override.value(), list) else [override.value()]
         for value in values:
-            if value is not None and choice_file(group, str(value), self.folders) is None:
-                raise UserError(self.not_a_choice(group, str(value)))
+            if choice_file(group, str(value), self.folders) is None:
+                raise UserError(self.not_a_choice(group, "null" if value is None else str(value)))
         return f"{'' if option in self.options else '+'}{option}={override.get_value_element_as_str()}"
 
     def not_a_choice(self, group: str, choice: str) -> str:
@@ -183,7 +184,9 @@ class Overrides:
             inside = step_into(kind, part)
             if inside is None:
                 above = ".".join(path[:index])
-                known = [*known_keys(kind), *(() if index else sorted({o.partition("@")[0] for o in self.options}))]
+                known = list(
+                    dict.fromkeys([*known_keys(kind), *(() if index else (o.partition("@")[0] for o in self.options))])
+                )
                 if not known:
                     raise UserError(f"{word}: {above} has no keys inside it; write {above}=... ({self.origin})")
                 raise UserError(unknown(".".join(path[: index + 1]), known, self.origin))

@@ -23,7 +23,7 @@ from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
 from longctx.errors import RunFailed, UserError
-from longctx.processes import die_with_parent
+from longctx.processes import die_with_parent, warn_if_crowded
 
 SMALLEST_SHARD = 2**20  # bytes of input
 LARGEST_SHARD = 2**26
@@ -93,6 +93,7 @@ def _run(jobs: Sequence[ShardJob], spec: TokenizerSpec, workers: int | None) -> 
             tokenize_shard(job, spec)
             yield job
         return
+    warn_if_crowded("workers", count)
     # spawn: a fork would copy the threads of torch and of the tokenizers library in an unknown state.
     context = multiprocessing.get_context("spawn")
     order = sorted(range(len(jobs)), key=lambda i: -jobs[i].size)  # longest first, so that workers end together

@@ -20,6 +20,7 @@ from longctx.config.theta import ThetaConfig
 from longctx.curriculum import Stage
 from longctx.errors import UserError, nearest
 from longctx.identity import identity, key_of
+from longctx.processes import warn_if_crowded
 from longctx.rope import Rope
 from longctx.theta.bracket import Found, narrow
 from longctx.theta.curve import draw_curve
@@ -60,6 +61,7 @@ def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
     if config.nproc > 1 and environment["WORLD_SIZE"] == "1":
         from longctx.theta.ranks import start
 
+        warn_if_crowded("nproc", config.nproc)
         result = start(config.nproc, find, job)
     else:
         result = find(job)

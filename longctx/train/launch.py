@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from longctx import console
+from longctx.processes import warn_if_crowded
 from longctx.train.signals import INTERRUPTED, SAVED_AND_REQUEUE, asking, go_silent
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def start_ranks(launch: LaunchConfig, resolved: Path) -> int:
     from torch.distributed.launcher.api import LaunchConfig as AgentConfig
     from torch.distributed.launcher.api import elastic_launch
 
+    warn_if_crowded("launch.nproc", launch.nproc)
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the agent's report would bury the rank's error
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     agent = AgentConfig(
