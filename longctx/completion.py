@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -24,7 +25,9 @@ _BASH = """_longctx() {{
     word="${{word##*[[:space:]]}}"
     head="${{word%"${{COMP_WORDS[COMP_CWORD]#[=:]}}"}}"
     COMPREPLY=()
-    for answer in $({python} {ask} "${{COMP_LINE:0:COMP_POINT}}" 2>/dev/null); do COMPREPLY+=("${{answer#"$head"}}"); done
+    for answer in $({python} {ask} "${{COMP_LINE:0:COMP_POINT}}" 2>/dev/null); do
+        COMPREPLY+=("${{answer#"$head"}}")
+    done
     [[ ${{#COMPREPLY[@]}} -eq 1 && ${{COMPREPLY[0]}} == *[=.] ]] && compopt -o nospace 2>/dev/null
 }}
 complete -o default -o nosort -F _longctx longctx
@@ -94,7 +97,7 @@ def _inside(verb: Verb, words: Sequence[str], last: str) -> list[str]:
     if last.startswith("-"):
         return _OPTIONS
     mark = last[: len(last) - len(last.lstrip("+~"))]
-    folders = [Path(b) for a, b in zip(words, words[1:], strict=False) if a == "--config-dir" and Path(b).is_dir()]
+    folders = [Path(b) for a, b in pairwise(words) if a == "--config-dir" and Path(b).is_dir()]
     offered, chosen = groups(folders), defaults_of(verb.root)
     own = [group for group in offered if any((folder / group).is_dir() for folder in folders)]
     chosen = {**dict.fromkeys(own), **chosen}

@@ -27,6 +27,6 @@ def warn_if_crowded(key: str, count: int) -> None:
     cores = len(os.sched_getaffinity(0))
     if count > cores:
         console.remark(
-            f"{key}={count} processes share {cores} core{'s' * (cores > 1)}: they take turns, and each needs memory of its "
-            f"own; {key}={cores} is faster unless the processes mostly wait for GPUs"
+            f"{key}={count} processes share {cores} core{'s' * (cores > 1)}: they take turns, and each needs memory of "
+            f"its own; {key}={cores} is faster unless they mostly wait for GPUs"
         )

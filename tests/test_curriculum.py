@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from longctx.config.base import build
 from longctx.config.compose import compose
-from longctx.config.groups import config_dir
 from longctx.config.curriculum import CurriculumConfig
+from longctx.config.groups import config_dir
 from longctx.curriculum import Advance, LearningRate, Stage, check_divides, resolve
 from longctx.errors import UserError
 

@@ -94,7 +94,7 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
 def _drop(composed: Any, key: str, known: Overrides) -> None:
     """`~key`: take a key out of the composed config."""
     *parents, last = key.split(".")
-    node = composed
+    node: Any = composed
     for part in parents:
         node = node.get(part) if hasattr(node, "get") else None
     names = list(node or ())

@@ -71,8 +71,10 @@ def _topic(kind: Any, values: Any, topic: str, offered: dict[str, list[str]], li
     path = topic.split(".")
     if _has(kind, path):
         for part in path:
-            kind, values = step_into(kind, part), values.get(part) if isinstance(values, dict) else None
-        lines += [f"{topic}: {_about(kind)}".rstrip(": "), *_rows(_keys(kind, values, topic, depth=9))]
+            above, kind = (kind, values, topic.rpartition(".")[0]), step_into(kind, part)
+            values = values.get(part) if isinstance(values, dict) else None
+        rows = list(_keys(kind, values, topic, depth=9)) or [row for row in _keys(*above, depth=1) if row[0] == topic]
+        lines += [f"{topic}: {_about(kind)}".rstrip(": ")] * (rows[0][0] != topic) + _rows(rows)
     return lines
 
 
@@ -93,6 +95,7 @@ Row = tuple[str, str, str, str]
 
 def _keys(kind: Any, values: Any, path: str, depth: int) -> Iterator[Row]:
     """(key, type, default, doc) of every key below `kind`. values: what the verb's files set there."""
+    member: Any
     for member in variants(kind) or members(kind):
         at = path
         if get_origin(member) is dict:

@@ -20,7 +20,7 @@ class MemoryConfig:
     """What is kept for the backward pass and how large the pieces are; docs/memory.md has the formulas."""
 
     checkpoint: bool = True  #: recompute every layer from its input, its attention output and lse; false keeps all
-    #: last layers that also keep what their matrix products gave: faster, more memory; auto: as many as budget_gib holds
+    #: last layers that also keep their matrix products: faster, more memory; auto: as many as budget_gib holds
     keep_matmuls: NotNegative | Literal["auto"] = 0
     budget_gib: float | None = None  #: GiB of a device that saved tensors may take, for keep_matmuls=auto
     ffn_block: NotNegative = 2048  #: tokens that go through o_proj and the feed-forward block at once; 0: all

@@ -13,7 +13,6 @@ from pydantic import Field
 from longctx.config.base import Format, Length, Positive, Text, schema
 from longctx.config.train import TrainConfig
 
-
 Rate = Annotated[float, Field(gt=0)]
 
 
