@@ -98,6 +98,7 @@ def _run(verb: Verb, line: CommandLine, runs: Sequence[tuple[str, list[str], str
         begun = time.monotonic()
         status, text = _one(command, as_json)
         rows.append({"values": values, "status": status, "seconds": round(time.monotonic() - begun, 1), "where": where})
+        rows[-1] |= {"loss": _last_loss(Path(where))} if where else {}
         if as_json:
             rows[-1]["result"] = json.loads(text) if status == 0 and text else None
         if status in (SAVED_AND_REQUEUE, INTERRUPTED):
@@ -132,6 +133,16 @@ def _one(command: Sequence[str], capture: bool) -> tuple[int, str]:
     return process.returncode, text
 
 
+def _last_loss(run: Path) -> float | None:
+    """The mean training loss of the last ten steps; None for what is no training."""
+    try:
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    except (OSError, ValueError):
+        return None
+    losses = [step["loss"] for step in steps if isinstance(step.get("loss"), float)][-10:]
+    return sum(losses) / len(losses) if losses else None
+
+
 def _meaning(status: int) -> str:
     return _MEANING.get(status, f"ended by signal {-status}" if status < 0 else "failed")
 
@@ -148,5 +159,5 @@ def _table(rows: Sequence[dict[str, Any]], left: Sequence[str]) -> Any:
             row["where"] if Path(row["where"]).exists() else "",
         )
     for values in left:
-        table.add_row(values, "not started", "", "")
+        table.add_row(values, "not started", "", "", "")
     return table

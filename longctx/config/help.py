@@ -95,8 +95,10 @@ Row = tuple[str, str, str, str]
 
 def _keys(kind: Any, values: Any, path: str, depth: int) -> Iterator[Row]:
     """(key, type, default, doc) of every key below `kind`. values: what the verb's files set there."""
-    member: Any
-    for member in variants(kind) or members(kind):
+    for rule in variants(kind):
+        given = [f"{f.name}: {_shown(_default(f))}" for f in dataclasses.fields(rule) if f.name != "name"]
+        yield f"{path}={rule.name}", f"{{{', '.join(given)}}}", "", _about(rule)
+    for member in () if variants(kind) else members(kind):
         at = path
         if get_origin(member) is dict:
             member, at, values = get_args(member)[1], f"{path}.NAME", None
@@ -104,11 +106,7 @@ def _keys(kind: Any, values: Any, path: str, depth: int) -> Iterator[Row]:
                 yield at, type_text(member), "", ""
                 continue
         if dataclasses.is_dataclass(member):
-            if variants(kind):
-                given = [f"{f.name}: {_shown(_default(f))}" for f in dataclasses.fields(member) if f.name != "name"]
-                yield f"{path}={member.name}", f"{{{', '.join(given)}}}", "", _about(member)
-            else:
-                yield from _fields(member, values if isinstance(values, dict) else {}, at, depth)
+            yield from _fields(member, values if isinstance(values, dict) else {}, at, depth)
 
 
 def _fields(section: Any, values: dict[str, Any], path: str, depth: int) -> Iterator[Row]:
