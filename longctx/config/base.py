@@ -37,7 +37,7 @@ def schema(cls: type[T]) -> type[T]:
     made: Any = _pydantic_dataclass(
         frozen=True,
         kw_only=True,
-        config=ConfigDict(extra="forbid", populate_by_name=True, arbitrary_types_allowed=False),
+        config=ConfigDict(extra="forbid", populate_by_name=True, defer_build=True),
     )
     return made(cls)
 
