@@ -153,6 +153,8 @@ def test_nearest_finds_what_was_meant():
         (["train", "--help", "optm"], "optm is not a known key; did you mean 'optim'?"),
         (["train", "-m", *TINY], "-m has nothing to sweep"),
         (["train", "-m", *TINY, "optim.clip=1,big"], "optim.clip='big' is not a number"),
+        (["bench", "faults", "steps=11"], "steps=11 must be a multiple of 2"),
+        (["train", *TINY, "data.heldout=1"], "data.heldout=1 must be below 1"),
         (["completion", "bsh"], "did you mean 'bash'?"),
         (["bench", "theta", "rules=[yarn,ynar]"], "'ynar' is not a rule; did you mean 'yarn'?"),
     ],

@@ -189,6 +189,8 @@ def _location(kind: Any, item: Mapping[str, Any]) -> list[str]:
 
 
 _ABOUT_A_KEY = ("unexpected_keyword_argument", "missing", "missing_argument", "missing_keyword_only_argument")
+_BOUNDS = {"greater_than_equal": "{ge} or more", "greater_than": "above {gt}", "less_than_equal": "at most {le}",
+           "less_than": "below {lt}", "multiple_of": "a multiple of {multiple_of}"}  # fmt: skip
 _WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
            "dict": "a mapping"}  # fmt: skip
 
@@ -227,10 +229,8 @@ def _explain(kind: Any, values: Any, where: str, items: list[Mapping[str, Any]],
     if item["type"] == "dataclass_type":
         first = known_keys(kind, where.split("."))[0]
         return f"{where}={shown} stands for a whole section; give its keys, such as {where}.{first}=... ({origin})"
-    if item["type"] == "greater_than_equal":
-        return f"{where}={shown} must be {context['ge']:g} or more ({origin})"
-    if item["type"] == "greater_than":
-        return f"{where}={shown} must be above {context['gt']:g} ({origin})"
+    if bound := _BOUNDS.get(item["type"]):
+        return f"{where}={shown} must be {bound.format(**context)} ({origin})"
     if item["type"] in ("list_type", "tuple_type"):
         return f"{where}={shown} is not a list; write '{where}=[{value}]' ({origin})"
     return f"{where}={shown} is not {' or '.join(_wanted(each) for each in items)}{_meant(where, items)} ({origin})"
