@@ -355,7 +355,7 @@ def test_refusals_name_place_value_rule_and_file(stages: dict, values: dict, mes
         ),
         (
             {"stages": {"s64k": {"seq_len": 4096}}, "advance": {"min_share": 2}},
-            "min_share=2.0 must lie between 0 and 1",
+            "advance.min_share=2 must be at most 1",
         ),
     ],
 )

@@ -189,8 +189,8 @@ def _location(kind: Any, item: Mapping[str, Any]) -> list[str]:
 
 
 _ABOUT_A_KEY = ("unexpected_keyword_argument", "missing", "missing_argument", "missing_keyword_only_argument")
-_BOUNDS = {"greater_than_equal": "{ge} or more", "greater_than": "above {gt}", "less_than_equal": "at most {le}",
-           "less_than": "below {lt}", "multiple_of": "a multiple of {multiple_of}"}  # fmt: skip
+_BOUNDS = {"greater_than_equal": "{ge:g} or more", "greater_than": "above {gt:g}", "less_than_equal": "at most {le:g}",
+           "less_than": "below {lt:g}", "multiple_of": "a multiple of {multiple_of:g}"}  # fmt: skip
 _WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
            "dict": "a mapping"}  # fmt: skip
 
