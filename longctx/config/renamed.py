@@ -23,6 +23,8 @@ ELSEWHERE = {
 
 # Choices of other tools, as group=choice or the key's last part=value -> what to write and why.
 INSTEAD = {
+    "curriculum=_base": "leave `defaults` out of a curriculum's file; the schema has every default",
+    "curriculum=_stage": "leave `defaults` out of a curriculum's file; the schema has every default",
     "device=gpu": "device=cuda",
     "dtype=float16": "bfloat16, which has float32's range and needs no loss scaling",
     "attention=flash_attention_2": "longctx, which chooses the fastest kernel that serves (`longctx doctor` shows it)",
