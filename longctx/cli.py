@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from pathlib import Path
-from typing import Any
 
 from longctx import signals
 from longctx.errors import RunFailed, UserError, nearest, out_of_memory
@@ -69,26 +66,35 @@ def _dispatch(words: list[str]) -> int:
 
         print(f"longctx {__version__}")
         return 0
-    verb, rest = _find(words)
-    if any(word in ("-h", "--help") for word in rest):
-        print(_verb_help(verb))
-        return 0
-    from longctx.config.compose import split_options
+    if words[0] == "completion":
+        from longctx.completion import script
 
-    overrides, folders = split_options(rest)
-    config = load(verb, overrides, folders)
+        print(script(words[1:]), end="")
+        return 0
+    verb, rest = _find(words)
+    from longctx.config.words import parse
+
+    line = parse(rest)
+    if line.help:
+        from longctx.config.help import verb_help
+
+        print(verb_help(verb, line))
+        return 0
+    from longctx.config.compose import load, resolve
+
+    if line.multirun:
+        from longctx.sweep import sweep
+
+        return sweep(verb, line)
+    config = load(verb, line.overrides, line.folders)
+    if line.cfg:
+        from longctx.config.help import as_yaml
+
+        print(as_yaml(config), end="")
+        return 0
     if (text := opening(verb.name, config)) and os.environ.get("RANK", "0") == "0":
         print(f"longctx: {text} ...", file=sys.stderr, flush=True)
-    return int(_resolve(verb.run)(config) or 0)
-
-
-def load(verb: Verb, overrides: Sequence[str], folders: Sequence[Path] = ()) -> Any:
-    """The validated config of a verb: the schema's dataclass."""
-    from longctx.config.base import build
-    from longctx.config.compose import compose
-
-    values = compose(verb.root, overrides, folders)
-    return build(_resolve(verb.schema), values, origin=f"configs/{verb.root}.yaml and the command line")
+    return int(resolve(verb.run)(config) or 0)
 
 
 def _find(words: list[str]) -> tuple[Verb, list[str]]:
@@ -103,46 +109,21 @@ def _find(words: list[str]) -> tuple[Verb, list[str]]:
         near = nearest(words[1], subverbs) if len(words) > 1 else None
         hint = f"; did you mean {near!r}?" if near else ""
         raise UserError(f"{two!r} is not a verb; {words[0]} has {', '.join(subverbs)}{hint}")
-    near = nearest(words[0], {name.split()[0] for name in VERBS})
+    near = nearest(words[0], {"completion", *(name.split()[0] for name in VERBS)})
     hint = f"did you mean {near!r}? " if near else ""
     raise UserError(f"{words[0]!r} is not a verb; {hint}`longctx --help` lists them")
 
 
-def _resolve(target: str) -> Any:
-    module, name = target.split(":")
-    return getattr(import_module(module), name)
-
-
 def _help() -> str:
     width = max(len(name) for name in VERBS)
-    lines = ["usage: longctx VERB [SUBVERB] [group=choice] [key=value] ... [--config-dir FOLDER]", ""]
+    lines = ["usage: longctx VERB [SUBVERB] [group=choice] [key=value] ... [OPTION] ...", ""]
     lines += [f"  {name:<{width}}  {VERBS[name].help}" for name in VERBS]
     lines += [
         "",
-        "`longctx VERB --help` shows what can be set. Start with: longctx train experiment=quickstart",
-    ]
-    return "\n".join(lines)
-
-
-def _verb_help(verb: Verb) -> str:
-    from longctx.config.compose import config_dir, groups, groups_of
-
-    root = (config_dir() / f"{verb.root}.yaml").read_text()
-    used = groups_of(verb.root)
-    lines = [f"longctx {verb.name}: {verb.help}", ""]
-    shown = {name: choices for name, choices in groups().items() if name in used}
-    if shown:
-        lines += ["Groups (choose with group=choice):"]
-        lines += [f"  {name:<12} {', '.join(choices)}" for name, choices in shown.items()] + [""]
-    lines += [
-        f"Settings and their defaults (configs/{verb.root}.yaml); override any as key=value:",
-        "",
-        root.rstrip(),
-    ]
-    lines += [
-        "",
-        "Nested keys take dots: curriculum.stages.s2048.tokens=1e6; '~curriculum.stages.s2048' drops a stage.",
-        "Lists need quotes: 'key=[a,b]'. --config-dir FOLDER adds your own group files.",
+        "`longctx VERB --help` shows what can be set, `longctx VERB --help SECTION` a section's keys.",
+        "--config-dir FOLDER adds your own group files, --cfg prints the composed config and runs nothing,",
+        "-m runs every combination of values given as key=a,b. `longctx completion bash` (zsh, fish) prints a script",
+        "to source for tab completion. Start with: longctx train experiment=quickstart",
     ]
     return "\n".join(lines)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import longctx
+from longctx import console
 
 END_SECONDS = 5.0  # the kernel's time to end killed processes
 
@@ -97,3 +98,13 @@ def kill_descendants() -> list[int]:
         kill(running)
         ended += running
     return ended
+
+
+def warn_if_crowded(key: str, count: int) -> None:
+    """Warn when `key` asks for more processes than this process has cores."""
+    cores = len(os.sched_getaffinity(0))
+    if count > cores:
+        console.remark(
+            f"{key}={count} processes share {cores} core{'s' * (cores > 1)}: they take turns, and each needs memory of "
+            f"its own; {key}={cores} is faster unless they mostly wait for GPUs"
+        )

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
+from typing import Literal, get_args, get_origin
 
 import pytest
+from pydantic import TypeAdapter
 
 from longctx import cli
-from longctx.config.base import Count, Length, build, parse_count, parse_length, schema
-from longctx.config.compose import compose, config_dir, groups
+from longctx.config.base import (
+    Count,
+    Length,
+    build,
+    known_keys,
+    members,
+    parse_count,
+    parse_length,
+    schema,
+    step_into,
+)
+from longctx.config.compose import compose, resolve
+from longctx.config.curriculum import CurriculumConfig
+from longctx.config.groups import config_dir, groups
+from longctx.config.renamed import RENAMED
+from longctx.config.train import TrainConfig
 from longctx.errors import UserError, nearest
+from longctx.processes import warn_if_crowded
+from longctx.rope import RULES, DynamicNtk
 from longctx.verbs import VERBS
+
+TINY = ["model=tiny", "data=tiny", "curriculum=tiny_16x"]
 
 
 @pytest.mark.parametrize(
@@ -101,6 +122,41 @@ def test_nearest_finds_what_was_meant():
         (["bench", "atention"], "did you mean 'attention'"),
         (["lora-merge", "target=a", "adapter=b", "out=c", "rope=kep"], "did you mean rope=keep"),
         (["train", "--config-dir", "/nowhere"], "/nowhere is not a folder"),
+        (["train", "engine=fsdp"], "instead: engine=deepspeed engine.zero=3"),
+        (["train", *TINY, "engine.device=gpu"], "instead: device=cuda"),
+        (["train", *TINY, "model.dtype=fp16"], "instead: bfloat16, which has float32's range"),
+        (["train", "engine=null"], "engine=null is not a choice; known: ddp, deepspeed"),
+        (["train", "learning_rate=1"], "learning_rate is not a known key; longctx calls it curriculum.lr.peak"),
+        (["train", "~optm"], "optm is not a known key; did you mean 'optim'"),
+        (["train", "name.x=1"], "name has no keys inside it"),
+        (["train", "+optim.momentum=1"], "optim.momentum is not a known key"),
+        (["train", *TINY, "optim=3"], "optim=3 is not a choice; known: adamw"),
+        (["train", *TINY, "curriculum.lr=3"], "curriculum.lr=3 stands for a whole section; give its keys"),
+        (["train", *TINY, "accept=curriculum"], "write 'accept=[curriculum]'"),
+        (["train", *TINY, "parallel.cp=x"], "parallel.cp='x' is not a whole number or 'auto'"),
+        (["train", *TINY, "curriculum.stages.s204.batch=3"], "or did you mean curriculum.stages.s2048?"),
+        (["train", *TINY, "rope=ynar"], "'ynar' is not a rule; did you mean 'yarn'?"),
+        (
+            ["train", *TINY, "rope=yarn", "curriculum.rule.alpha=1"],
+            "curriculum.rule.alpha=1 does not belong to rule 'yarn'",
+        ),
+        (["train", *TINY, "curriculum.rule.factor=0.5"], "curriculum.rule.factor=0.5 is below 1"),
+        (["train", "model.init.layers=0"], "model.init.layers=0 must be 1 or more"),
+        (["train", "model.path=${nothing}"], "model.path has no value"),
+        (["train"], "model.path is missing; give it as model.path=..."),
+        (["train", "name=[a"], "cannot be read: close every bracket and quote"),
+        (["train", *TINY, "seed=1,2"], "-m runs one after another: longctx VERB -m seed=1,2"),
+        (["train", "hydra.run.dir=x"], "would set Hydra itself"),
+        (["train", "hydra/launcher=joblib"], "would set Hydra itself"),
+        (["train", "--cfg=hydra"], "there is no config but the verb's own"),
+        (["train", "-cn", "other"], "every verb has its own root config"),
+        (["train", "--help", "optm"], "optm is not a known key; did you mean 'optim'?"),
+        (["train", "-m", *TINY], "-m has nothing to sweep"),
+        (["train", "-m", *TINY, "optim.clip=1,big"], "optim.clip='big' is not a number"),
+        (["bench", "faults", "steps=11"], "steps=11 must be a multiple of 2"),
+        (["train", *TINY, "data.heldout=1"], "data.heldout=1 must be below 1"),
+        (["completion", "bsh"], "did you mean 'bash'?"),
+        (["bench", "theta", "rules=[yarn,ynar]"], "'ynar' is not a rule; did you mean 'yarn'?"),
     ],
 )
 def test_mistakes_cost_one_paragraph_and_status_2(words, said, capsys):
@@ -125,7 +181,89 @@ def test_a_folder_of_the_users_own_configs_adds_choices(tmp_path):
     assert values["curriculum"]["stages"]["s1k"]["seq_len"] == 1024
 
 
-def test_help_and_import_are_light():
-    code = "import sys, longctx, longctx.cli; longctx.cli.main(['--help']); print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    ("words", "heavy"),
+    [
+        (["--help"], {"torch", "transformers", "pydantic", "hydra", "omegaconf", "rich", "numpy", "yaml"}),
+        (["trian"], {"torch", "transformers", "pydantic", "hydra", "omegaconf", "rich", "numpy", "yaml"}),
+        (["train", "--help"], {"torch", "transformers", "rich"}),
+        (["train", "modle.path=x"], {"torch", "transformers", "rich"}),
+        (["theta", "model=tiny", "to=4096"], {"torch", "transformers", "matplotlib"}),
+    ],
+)
+def test_answers_import_nothing_they_do_not_need(words, heavy):
+    code = f"import sys, longctx.cli; longctx.cli.main({words}); print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip().endswith("False")
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_a_mistake_in_a_file_of_ones_own_names_the_file(tmp_path, capsys):
+    (tmp_path / "curriculum").mkdir()
+    (tmp_path / "curriculum" / "mine.yaml").write_text("stages: {s1k: {seq_len: 1024\nrule: [\n")
+    (tmp_path / "curriculum" / "old.yaml").write_text("defaults: [_gone]\nstages: {}\n")
+    assert cli.main(["train", *TINY[:2], "--config-dir", str(tmp_path), "curriculum=mine"]) == 2
+    assert f"{tmp_path}/curriculum/mine.yaml, line 2 is not valid YAML" in capsys.readouterr().err
+    assert cli.main(["train", *TINY[:2], "--config-dir", str(tmp_path), "curriculum=old"]) == 2
+    assert "curriculum=_gone is not a choice" in capsys.readouterr().err
+
+
+def test_an_old_key_names_the_new_one(monkeypatch, capsys):
+    monkeypatch.setitem(RENAMED, "optim.clip_norm", "optim.clip")
+    monkeypatch.setitem(RENAMED, "curriculum.stages.*.length", "curriculum.stages.*.seq_len")
+    for word, new in (
+        ("optim.clip_norm=1", "optim.clip"),
+        ("curriculum.stages.s9.length=9", "curriculum.stages.s9.seq_len"),
+    ):
+        assert cli.main(["train", *TINY, word]) == 2
+        assert f"{word.partition('=')[0]} is now `{new}`" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"optim\.clip_norm is now `optim\.clip`"):
+        build(TrainConfig, {**compose("train", TINY), "optim": {"clip_norm": 1}}, origin="a file")
+
+
+def _keys_with(kind, word, path=()):
+    for member in members(kind):
+        if get_origin(member) is Literal and word in get_args(member):
+            yield ".".join(path), kind
+        inside = get_args(member)[1:] if get_origin(member) is dict else ()
+        for item in inside:
+            yield from _keys_with(item, word, (*path, "NAME"))
+        if dataclasses.is_dataclass(member):
+            for key in known_keys(member):
+                yield from _keys_with(step_into(member, key), word, (*path, key))
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_every_key_that_takes_a_dtype_knows_its_short_name(verb):
+    schema = resolve(VERBS[verb].schema)
+    for word, short in (("bfloat16", "bf16"), ("float32", "fp32"), ("float64", "fp64"), ("float16", "half")):
+        for key, kind in _keys_with(schema, word):
+            assert TypeAdapter(kind).validate_python(short) == word, key
+
+
+def test_rules_are_tagged_unions_that_replace_each_other():
+    def rule(*words):
+        return build(CurriculumConfig, compose("train", [*TINY, *words])["curriculum"], origin="test").rule
+
+    assert rule() == DynamicNtk(factor=4)
+    for words in (["rope=yarn"], ["curriculum.rule=yarn"], ["curriculum.rule={name: yarn}"]):
+        assert rule(*words) == RULES["yarn"]()
+    assert rule("rope=yarn", "rope.beta_fast=16", "curriculum.rule.start=previous") == RULES["yarn"](
+        beta_fast=16, start="previous"
+    )
+    assert rule("rope={name: linear, factor: 4}") == RULES["linear"](factor=4)
+    assert rule("rope=yarn_paper") == RULES["yarn-paper"]()
+    stages = build(
+        CurriculumConfig,
+        compose("train", ["model=tiny", "curriculum=8k_to_1048k", "curriculum.stages.s64k.rule=yarn"])["curriculum"],
+        origin="test",
+    ).stages
+    assert stages["s64k"].rule == RULES["yarn"]()
+    assert stages["s32k"].rule is None
+
+
+def test_more_ranks_than_cores_warn(monkeypatch, capsys):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    warn_if_crowded("launch.nproc", 2)
+    assert not capsys.readouterr().err
+    warn_if_crowded("launch.nproc", 7)
+    assert "launch.nproc=7 processes share 2 cores" in capsys.readouterr().err

@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.config.base import build
-from longctx.config.compose import compose, config_dir
+from longctx.config.compose import compose
 from longctx.config.curriculum import CurriculumConfig
+from longctx.config.groups import config_dir
 from longctx.curriculum import Advance, LearningRate, Stage, resolve
 from longctx.errors import UserError
 
@@ -363,7 +364,7 @@ def test_refusals_name_place_value_rule_and_file(stages: dict, values: dict, mes
         ),
         (
             {"stages": {"s64k": {"seq_len": 4096}}, "advance": {"min_share": 2}},
-            "min_share=2.0 must lie between 0 and 1",
+            "advance.min_share=2 must be at most 1",
         ),
     ],
 )

@@ -172,7 +172,7 @@ def test_rope_type_that_a_rule_cannot_extend(kind: str, extra: dict, rule: str, 
     assert f"rope_type={kind!r} cannot be extended by rule {rule!r}" in text
     assert able in text
     assert "(m/config.json)" in text
-    assert apply(ExplicitTheta(1e6), rope, 65536)["rope_theta"] == 1e6
+    assert apply(ExplicitTheta(theta=1e6), rope, 65536)["rope_theta"] == 1e6
 
 
 def test_theta_rules_keep_llama3_scaling_and_fix_dynamic():

@@ -12,9 +12,11 @@ import json
 import subprocess
 import sys
 from statistics import median
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from longctx.config.base import Format, Length, schema
+from pydantic import Field
+
+from longctx.config.base import Format, Length, Positive, schema
 from longctx.config.model import Dtype, InitConfig, MemoryConfig
 from longctx.console import emit, emit_json, say
 from longctx.errors import RunFailed
@@ -26,25 +28,16 @@ _SHAPE = InitConfig(layers=8, hidden=512, heads=8, kv_heads=2, ffn=1376, vocab=3
 
 @schema
 class BenchStepConfig:
-    """tokens: one sequence's length. pairs: alternated runs of both; the medians are compared.
+    """One training step beside plain transformers, in fresh processes."""
 
-    only: run one side alone. threads: of each process.
-    """
-
-    tokens: Length = 16384
-    pairs: int = 3
-    threads: int = 2
-    only: Kind | None = None
+    tokens: Annotated[Length, Field(ge=2)] = 16384  #: one sequence; 65536 fits in 8 GiB with only=longctx
+    pairs: Positive = 3  #: alternated runs of both; the medians are compared
+    threads: Positive = 2  #: of each process
+    only: Kind | None = None  #: one side alone
     model: InitConfig = _SHAPE
     dtype: Dtype = "float32"
     memory: MemoryConfig = MemoryConfig()
     format: Format = "text"
-
-    def __post_init__(self) -> None:
-        if self.pairs < 1 or self.threads < 1 or self.tokens < 2:
-            raise ValueError(
-                f"tokens={self.tokens} must be 2 or more, pairs={self.pairs} and threads={self.threads} 1 or more"
-            )
 
 
 def run(config: BenchStepConfig) -> int:

@@ -15,7 +15,6 @@ from typing import Any
 
 from longctx import console
 from longctx.config.bench_theta import BenchThetaConfig
-from longctx.config.curriculum import RopeConfig
 from longctx.config.hooks import HooksConfig, LoraHook
 from longctx.config.theta import ThetaConfig
 from longctx.config.train import TrainConfig
@@ -23,7 +22,7 @@ from longctx.curriculum import Stage, resolve
 from longctx.data.check import check_name, check_sources
 from longctx.errors import RunFailed
 from longctx.identity import identity, key_of
-from longctx.rope import Rope, read_rope, supported_length
+from longctx.rope import Rope, make_rule, read_rope, supported_length
 from longctx.storage.model import check_model
 
 SEARCHED = "searched"
@@ -89,7 +88,7 @@ def under(config: BenchThetaConfig, rule: str, out: Path, rope: Rope) -> TrainCo
     if rule == SEARCHED:
         curriculum = replace(curriculum, theta_file=str(search_all(config, out, rope)))
     else:
-        curriculum = replace(curriculum, rule=RopeConfig(name=rule))
+        curriculum = replace(curriculum, rule=make_rule(rule, {}))
     return replace(
         config.train,
         name=f"bench-theta-{rule}",

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
 from typing_extensions import dataclass_transform
 
+from longctx.config.renamed import INSTEAD, renamed
 from longctx.errors import UserError, nearest
 
 T = TypeVar("T")
@@ -25,6 +26,9 @@ Format = Literal["text", "json"]
 # Names people use for powers of two from 2^16 to 2^22 (Gradient's model names among them).
 _CUSTOMARY = {"65k": 2**16, "131k": 2**17, "262k": 2**18, "524k": 2**19, "1048k": 2**20, "2097k": 2**21}
 _CUSTOMARY["4194k"] = 2**22
+# Short names of dtypes, accepted by every key that takes one.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+DTYPES |= {"fp64": "float64", "double": "float64", **{f"torch.{name}": name for name in set(DTYPES.values())}}
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
@@ -33,7 +37,7 @@ def schema(cls: type[T]) -> type[T]:
     made: Any = _pydantic_dataclass(
         frozen=True,
         kw_only=True,
-        config=ConfigDict(extra="forbid", populate_by_name=True, arbitrary_types_allowed=False),
+        config=ConfigDict(extra="forbid", populate_by_name=True, defer_build=True),
     )
     return made(cls)
 
@@ -85,6 +89,10 @@ def _text(value: Any) -> Any:
 Length = Annotated[int, BeforeValidator(parse_length)]
 Count = Annotated[int, BeforeValidator(parse_count)]
 Text = Annotated[str, BeforeValidator(_text)]
+Positive = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
+AsDtype = BeforeValidator(lambda value: DTYPES.get(value, value) if isinstance(value, str) else value)
+AsList = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value])
 
 
 def build(kind: type[T], values: Mapping[str, Any], *, origin: str) -> T:
@@ -96,71 +104,157 @@ def build(kind: type[T], values: Mapping[str, Any], *, origin: str) -> T:
     try:
         return TypeAdapter(kind).validate_python(dict(values))
     except ValidationError as error:
-        details = error.errors(include_url=False)
-        lines = [_explain(kind, item, origin) for item in details[:5]]
-        if len(details) > 5:
-            lines.append(f"... and {len(details) - 5} more")
+        mistakes: dict[str, list[Any]] = {}
+        for item in error.errors(include_url=False):
+            where = ".".join(_location(kind, item))
+            mistakes.setdefault(where, []).append(item)
+        lines = [_explain(kind, values, where, items, origin) for where, items in list(mistakes.items())[:5]]
+        if len(mistakes) > 5:
+            lines.append(f"... and {len(mistakes) - 5} more")
         raise UserError("\n".join(lines)) from None
 
 
-def known_keys(kind: Any, path: tuple[Any, ...]) -> list[str]:
-    """The keys that may stand at `path` inside schema `kind`."""
-    for part in path:
-        kind = _step_into(kind, part)
-    for candidate in _choices(kind):
+def step_into(kind: Any, part: str) -> Any:
+    """The type of key `part` inside the type `kind`, or None when there is no such key."""
+    for candidate in members(kind):
         if dataclasses.is_dataclass(candidate):
-            return [_alias(field) for field in dataclasses.fields(candidate)]
-    return []
-
-
-def _alias(field: dataclasses.Field[Any]) -> str:
-    return getattr(field.default, "alias", None) or field.name
-
-
-def _choices(kind: Any) -> list[Any]:
-    """`X | None`, Annotated[X, ...] and X itself, flattened."""
-    if get_origin(kind) is Annotated:
-        return _choices(get_args(kind)[0])
-    if get_origin(kind) in (list, dict, tuple) or dataclasses.is_dataclass(kind):
-        return [kind]
-    flat: list[Any] = []
-    for argument in get_args(kind):
-        flat += _choices(argument)
-    return flat or [kind]
-
-
-def _step_into(kind: Any, part: Any) -> Any:
-    for candidate in _choices(kind):
-        if dataclasses.is_dataclass(candidate) and isinstance(part, str):
             hints = get_type_hints(candidate, include_extras=True)
-            by_alias = {_alias(field): field.name for field in dataclasses.fields(candidate)}
-            name = by_alias.get(part, part)
-            if name in hints:
-                return hints[name]
+            for field in dataclasses.fields(candidate):
+                if alias(field) == part:
+                    return hints[field.name]
         elif get_origin(candidate) is dict:
             return get_args(candidate)[1]
-        elif get_origin(candidate) in (list, tuple):
+        elif get_origin(candidate) in (list, tuple) and part.isdigit():
             return get_args(candidate)[0]
     return None
 
 
-def _explain(kind: Any, item: Mapping[str, Any], origin: str) -> str:
-    # pydantic adds the name of a union's member to the location; users know only the keys they wrote.
-    location = [part for part in item["loc"] if not (isinstance(part, str) and not re.match(r"^[\w-]+$", part))]
-    location = [part for part in location if not (isinstance(part, str) and re.match(r"^[A-Z]\w*Config$", part))]
-    where = ".".join(str(part) for part in location)
-    value = item.get("input")
+def _at(kind: Any, path: Sequence[str]) -> Any:
+    for part in path:
+        kind = step_into(kind, part)
+    return kind
+
+
+def known_keys(kind: Any, path: Sequence[str] = ()) -> list[str]:
+    """The keys that may stand at `path` inside schema `kind`; empty where any name may."""
+    sections = [candidate for candidate in members(_at(kind, path)) if dataclasses.is_dataclass(candidate)]
+    return list(dict.fromkeys(alias(field) for section in sections for field in dataclasses.fields(section)))
+
+
+def members(kind: Any) -> list[Any]:
+    """The types that `kind` allows: `X | None`, Annotated[X, ...] and X itself, flattened."""
+    if get_origin(kind) is Annotated:
+        return members(get_args(kind)[0])
+    if get_origin(kind) in (list, dict, tuple, Literal) or dataclasses.is_dataclass(kind):
+        return [kind]
+    flat: list[Any] = []
+    for argument in get_args(kind):
+        flat += members(argument)
+    return flat or [kind]
+
+
+def variants(kind: Any) -> list[Any]:
+    """The dataclasses of a tagged union, each known by its `name`; empty for any other type."""
+    found = [candidate for candidate in members(kind) if dataclasses.is_dataclass(candidate)]
+    return found if len(found) > 1 else []
+
+
+def alias(field: dataclasses.Field[Any]) -> str:
+    """The key users write for a field."""
+    return getattr(field.default, "alias", None) or field.name
+
+
+def unknown(where: str, known: Iterable[str], origin: str) -> str:
+    """The message for a key that does not exist: its new name, or the nearest known one."""
+    known = list(known)
+    if new := renamed(where):
+        return f"{where} {new} ({origin})"
+    near = nearest(where.rpartition(".")[2], known)
+    hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"{where} is not a known key; {hint} ({origin})"
+
+
+def _location(kind: Any, item: Mapping[str, Any]) -> list[str]:
+    """The keys a user wrote: pydantic also names the union's member that it tried."""
+    path: list[str] = []
+    for index, part in enumerate(map(str, item["loc"])):
+        inside = step_into(kind, part)
+        if inside is not None:
+            path, kind = [*path, part], inside
+        elif item["type"] in _ABOUT_A_KEY and index == len(item["loc"]) - 1:
+            path = [*path, part]
+        else:
+            kind = next((one for one in variants(kind) if one.name == part), kind)
+    return path
+
+
+_ABOUT_A_KEY = ("unexpected_keyword_argument", "missing", "missing_argument", "missing_keyword_only_argument")
+_BOUNDS = {"greater_than_equal": "{ge:g} or more", "greater_than": "above {gt:g}", "less_than_equal": "at most {le:g}",
+           "less_than": "below {lt:g}", "multiple_of": "a multiple of {multiple_of:g}"}  # fmt: skip
+_WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
+           "dict": "a mapping"}  # fmt: skip
+
+
+def _explain(kind: Any, values: Any, where: str, items: list[Mapping[str, Any]], origin: str) -> str:
+    item = items[0]
+    value, context = item.get("input"), item.get("ctx", {})
+    shown = "{...}" if isinstance(value, Mapping) else repr(value)
     if item["type"] == "unexpected_keyword_argument":
-        known = known_keys(kind, tuple(location[:-1]))
-        near = nearest(str(location[-1]), known)
-        hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
-        return f"{where} is not a known key; {hint} ({origin})"
-    if item["type"] in ("missing", "missing_argument", "missing_keyword_only_argument"):
-        return f"{where} is missing; give it as {where}=... on the command line or in the file ({origin})"
-    message = item["msg"].removeprefix("Value error, ")
-    shown = repr(value) if not isinstance(value, Mapping) else "{...}"
+        for one in variants(_at(kind, where.split(".")[:-1])):
+            if one.name == item["loc"][-2]:
+                known = [key for key in known_keys(one) if key not in ("name", "start")]
+                takes = f"{', '.join(known)}, start" if known else "no parameters but start"
+                return f"{where}={shown} does not belong to rule {one.name!r}; it takes {takes} ({origin})"
+        return unknown(where, known_keys(kind, where.split(".")[:-1]), origin)
+    if item["type"] in _ABOUT_A_KEY:
+        *parents, section, _ = ["", "", *where.split(".")]
+        for part in parents[2:]:
+            values = values[part] if isinstance(values, Mapping) else {}
+        near = nearest(section, [name for name in values if name != section]) if parents[2:] else None
+        hint = f"; or did you mean {'.'.join([*parents[2:], near])}?" if near else ""
+        return f"{where} is missing; give it as {where}=... on the command line or in the file{hint} ({origin})"
+    if item["type"] == "union_tag_invalid":
+        near = nearest(str(context["tag"]), _quoted(context["expected_tags"]))
+        hint = f"did you mean {near!r}? " if near else ""
+        return f"{where}={context['tag']!r} is not a rule; {hint}known: {context['expected_tags']} ({origin})"
+    if item["type"] == "union_tag_not_found":
+        return f"{where}={shown} does not say which rule; give it as {where}=NAME ({origin})"
     if item["type"] == "value_error":
-        return f"{where}={shown} {message} ({origin})" if where else f"{message} ({origin})"
+        message = item["msg"].removeprefix("Value error, ")
+        if not isinstance(value, Mapping):
+            return f"{where}={shown} {message} ({origin})"
+        first = re.match(r"\w+", message)
+        inside = first is not None and first[0] in known_keys(kind, where.split(".") if where else [])
+        return f"{where}{('.' if inside else ': ') if where else ''}{message} ({origin})"
+    if item["type"] == "dataclass_type":
+        first = known_keys(kind, where.split("."))[0]
+        return f"{where}={shown} stands for a whole section; give its keys, such as {where}.{first}=... ({origin})"
+    if bound := _BOUNDS.get(item["type"]):
+        return f"{where}={shown} must be {bound.format(**context)} ({origin})"
+    if item["type"] in ("list_type", "tuple_type"):
+        return f"{where}={shown} is not a list; write '{where}=[{value}]' ({origin})"
+    return f"{where}={shown} is not {' or '.join(_wanted(each) for each in items)}{_meant(where, items)} ({origin})"
+
+
+def _wanted(item: Mapping[str, Any]) -> str:
+    """What the type that refused a value takes."""
     if item["type"] == "literal_error":
-        return f"{where}={shown} is not one of {item['ctx']['expected']} ({origin})"
-    return f"{where}={shown} is not valid: {message[0].lower()}{message[1:]} ({origin})"
+        return f"one of {item['ctx']['expected']}" if "," in item["ctx"]["expected"] else item["ctx"]["expected"]
+    if item["type"].endswith(("_type", "_parsing", "_from_float")) and item["type"].split("_")[0] in _WANTED:
+        return _WANTED[item["type"].split("_")[0]]
+    return f"valid: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _meant(where: str, items: list[Mapping[str, Any]]) -> str:
+    """The nearest of the words that a choice allows."""
+    words = [word for item in items if item["type"] == "literal_error" for word in _quoted(item["ctx"]["expected"])]
+    value = str(items[0].get("input"))
+    if instead := INSTEAD.get(f"{where.rpartition('.')[2]}={value}"):
+        return f"; instead: {instead}"
+    near = nearest(value, words)
+    return f"; did you mean {where}={near}?" if near else ""
+
+
+def _quoted(listed: str) -> list[str]:
+    """The values in pydantic's "'a', 'b' or 'c'"."""
+    return re.findall(r"'([^']+)'", listed)

@@ -1,42 +1,41 @@
 """What `longctx bench attention` and `longctx bench hierarchy` can be told.
 
-The defaults are the settings whose figures stand in docs/benchmarks.md.
+The defaults are the settings whose figures are in docs/benchmarks.md.
 """
 
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal, get_args
 
-from longctx.config.base import Format, Length, Text, schema
+from pydantic import Field
+
+from longctx.config.base import AsDtype, Format, Length, Positive, Text, schema
 
 Schedule = Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]
+Few = Annotated[int, Field(ge=1, le=99)]
 
 
 @schema
 class BenchAttentionConfig:
-    """One ring of two single-thread ranks beside SDPA (CPU), or virtual ranks beside the bare kernel (GPU).
+    """One ring of single-thread ranks beside SDPA (CPU), or virtual ranks beside the bare kernel (GPU)."""
 
-    lengths: tokens of the whole sequence. virtual_ranks and backends apply to a GPU only; backends=[]
-    takes every one the device can serve. out: a folder for attention.json; empty writes nothing.
-    """
-
-    lengths: list[Length] = field(default_factory=lambda: [8192, 16384])
-    heads: int = 8
-    kv_heads: int = 2
-    head_dim: int = 64
-    batch: int = 1
+    lengths: list[Length] = field(default_factory=lambda: [8192, 16384])  #: tokens of the whole sequence
+    heads: Positive = 8
+    kv_heads: Positive = 2
+    head_dim: Positive = 64
+    batch: Positive = 1
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    ranks: int = 2
-    virtual_ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    backends: list[Text] = field(default_factory=list)
-    repeats: int = 5
-    out: str = ""
+    #: auto: float32 on a CPU, bfloat16 on a GPU
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], AsDtype] = "auto"
+    ranks: Positive = 2  #: CPU: ranks of the ring, and SDPA's threads
+    virtual_ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  #: GPU
+    backends: list[Text] = field(default_factory=list)  #: GPU: kernels by name; []: all that can serve
+    repeats: Positive = 5
+    out: str = ""  #: a folder for attention.json; empty: none
     format: Format = "text"
 
     def __post_init__(self) -> None:
-        _positive(self, "heads", "kv_heads", "head_dim", "batch", "ranks", "repeats")
         _groups(self.heads, self.kv_heads)
         if not self.lengths:
             raise ValueError("lengths=[] names no length to measure; write lengths=[8192,16384]")
@@ -49,48 +48,34 @@ class BenchAttentionConfig:
 
 @schema
 class BenchHierarchyConfig:
-    """Every schedule in turn on nodes x ranks behind links of `rate`, each beside the link model's
-    prediction.
+    """Every schedule in turn on nodes x ranks behind slow links, each beside the link model's prediction."""
 
-    rate: what one rank's own link carries, as tc writes it (10mbit, 1gbit). unlimited: also measure without
-    limits, which the prediction starts from. flat_repeats: the flat ring takes longest; null repeats it as
-    often as the others. ulysses: ranks per Ulysses group of the 2D schedule; null takes all of a node.
-    out: a folder for hierarchy.json and hierarchy.png.
-    """
-
-    nodes: int = 4
-    ranks: int = 4
-    rate: Text = "10mbit"
+    nodes: Few = 4
+    ranks: Few = 4
+    rate: Text = "10mbit"  #: what one rank's own link carries, as tc writes it: 10mbit, 1gbit
     tokens: Length = 4096
-    heads: int = 8
-    kv_heads: int = 8
-    head_dim: int = 64
-    schedules: list[Schedule] = field(
-        default_factory=lambda: ["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]
-    )
-    ulysses: int | None = None
-    repeats: int = 3
-    flat_repeats: int | None = None
+    heads: Positive = 8
+    kv_heads: Positive = 8
+    head_dim: Positive = 64
+    schedules: list[Schedule] = field(default_factory=lambda: list(get_args(Schedule)))
+    ulysses: Positive | None = None  #: ranks that trade heads under ulysses_ring; null: all of a node
+    repeats: Positive = 3
+    flat_repeats: Positive | None = None  #: the flat ring takes longest: fewer turns for it
     backward: bool = True
-    unlimited: bool = True
+    unlimited: bool = True  #: also without limits: what the prediction starts from
     timeout_seconds: float = 900.0
-    out: str = "runs/bench-hierarchy"
+    out: str = "runs/bench-hierarchy"  #: folder for hierarchy.json and hierarchy.png
     format: Format = "text"
 
     def __post_init__(self) -> None:
-        _positive(self, "nodes", "ranks", "heads", "kv_heads", "head_dim", "repeats")
         _groups(self.heads, self.kv_heads)
-        if self.flat_repeats is not None:
-            _positive(self, "flat_repeats")
         if not self.schedules:
             raise ValueError("schedules=[] names nothing to measure; write schedules=[flat_ring,double_ring]")
-        if self.nodes > 99 or self.ranks > 99:
-            raise ValueError(f"nodes={self.nodes}, ranks={self.ranks}: at most 99 each on one machine")
         if self.tokens % (2 * self.nodes * self.ranks):
             raise ValueError(
                 f"tokens={self.tokens} is not divisible by 2 x nodes x ranks = {2 * self.nodes * self.ranks}"
             )
-        if self.ulysses is not None and (self.ulysses < 1 or (self.nodes * self.ranks) % self.ulysses):
+        if self.ulysses is not None and (self.nodes * self.ranks) % self.ulysses:
             raise ValueError(f"ulysses={self.ulysses} does not divide nodes x ranks = {self.nodes * self.ranks}")
         bits_per_second(self.rate)
 
@@ -111,12 +96,6 @@ def bits_per_second(rate: str) -> float:
             if number > 0:
                 return number * factor
     raise ValueError(f"rate={rate!r} is not a rate; write it as tc does: 10mbit, 50mbit, 1gbit")
-
-
-def _positive(config: object, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} must be 1 or more")
 
 
 def _groups(heads: int, kv_heads: int) -> None:

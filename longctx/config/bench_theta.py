@@ -8,33 +8,31 @@ from longctx.config.base import Format, Length, Text, schema
 from longctx.config.eval import NeedleConfig
 from longctx.config.theta import SearchConfig
 from longctx.config.train import TrainConfig
+from longctx.rope import make_rule
 
 BENCH_RULES = ("ntk", "dynamic-ntk", "scaling-law", "yarn", "searched")
 
 
 @schema
 class BenchThetaConfig:
-    """`longctx bench theta`: the same training under each rule, and what the models can do before and after
-    it.
+    """The same training under each rule, and what the models can do before and after it."""
 
-    train: the run every rule gets, its curriculum's rule replaced. rules: names of rules, and `searched` for
-    thetas found by `trials` on the base at every stage. needle: the grid. documents: held-out texts at the
-    last stage's length for the last-quarter loss. base_length: where the loss on short text is measured.
-    source: the haystack.
-    """
-
-    train: TrainConfig
+    train: TrainConfig  #: the run every rule gets, its curriculum's rule replaced
+    #: names of rules, and `searched` for thetas found by `trials` on the base at every stage
     rules: list[Text] = Field(default_factory=lambda: list(BENCH_RULES))
     trials: SearchConfig = SearchConfig()
     needle: NeedleConfig = NeedleConfig(per_cell=4)
-    documents: int = 16
-    base_length: Length = 512
-    source: Text = "stdlib"
+    documents: int = 16  #: held-out texts at the last stage's length, for the last-quarter loss
+    base_length: Length = 512  #: where the loss on short text is measured
+    source: Text = "stdlib"  #: haystack and text
     out: Text = "runs/bench_theta"
     format: Format = "text"
 
     def __post_init__(self) -> None:
         if not self.rules:
             raise ValueError("rules is empty; name at least one, such as dynamic-ntk")
+        for rule in self.rules:
+            if rule != "searched":
+                make_rule(rule, {}, "rules")
         if self.train.model.path is None:
             raise ValueError("train.model.path is missing: the bench extends a model that exists")

@@ -1,25 +1,51 @@
-"""Hydra, used once: a verb's root file plus overrides become one plain dict.
+"""Hydra, used once: a verb's root file plus overrides become one plain dict, and that the verb's dataclass.
 
-Only this file and the command line know Hydra. Its errors are turned into the house's: the override, the
-nearest known key or choice, and the file. No interpolation depends on the time, so that every rank composes
-the same thing.
+Only this file, `words` and `sweep` know Hydra. No interpolation depends on the time, so that every rank composes the
+same thing.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from longctx.config.base import build
+from longctx.config.groups import broken, config_dir
+from longctx.config.words import Overrides
 from longctx.errors import UserError, nearest
+from longctx.verbs import VERBS, Verb
 
 
-def config_dir() -> Path:
-    """The packaged configs: inside the wheel, or at the top of a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    inside = package / "configs"
-    return inside if inside.is_dir() else package.parent / "configs"
+def load(verb: Verb, overrides: Sequence[str], folders: Sequence[Path] = ()) -> Any:
+    """The validated config of a verb: its schema's dataclass."""
+    values, origin = compose(verb.root, overrides, folders), f"configs/{verb.root}.yaml and the command line"
+    config = build(resolve(verb.schema), values, origin=origin)
+    missing = list(_missing(values))
+    if missing and verb.name != "plan":  # a schedule is planned without a model
+        raise UserError(f"{missing[0]} is missing; give it as {missing[0]}=... ({origin})")
+    return config
+
+
+def _missing(values: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """Keys whose value is Hydra's mark of what must be given."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            yield from _missing(value, (*path, str(key)))
+    elif values == "???":
+        yield ".".join(path)
+
+
+def resolve(target: str) -> Any:
+    """The object that "module:name" names."""
+    module, name = target.split(":")
+    return getattr(import_module(module), name)
+
+
+def schema_of(root: str) -> Any:
+    """The schema of the verb whose root file is configs/ROOT.yaml."""
+    return resolve(next(verb.schema for verb in VERBS.values() if verb.root == root))
 
 
 def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()) -> dict[str, Any]:
@@ -31,121 +57,54 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import MarkedYAMLError
 
-    for folder in extra_dirs:
-        if not folder.is_dir():
-            raise UserError(f"--config-dir {folder} is not a folder; give the folder that holds your group folders")
-    for override in overrides:
-        if "=" not in override and not override.startswith("~"):
-            raise UserError(
-                f"{override!r} is not an override; write key=value (lists in quotes: 'key=[a,b]'), or --help"
-            )
+    known = Overrides(root, schema_of(root), extra_dirs)
+    words = [item for word in overrides for item in known.checked(word)]
+    drops = [word[1:] for word in words if word[0] == "~" and word[1:] not in known.options]
+    words = [word for word in words if word.removeprefix("~") not in drops]
+    if extra_dirs:
+        words.append(f"hydra.searchpath=[{','.join('file://' + str(d.resolve()) for d in extra_dirs)}]")
     OmegaConf.register_new_resolver("asset", _asset, replace=True)
     GlobalHydra.instance().clear()
-    search = [f"hydra.searchpath=[{','.join('file://' + str(d.resolve()) for d in extra_dirs)}]"] if extra_dirs else []
     try:
         with initialize_config_dir(config_dir=str(config_dir()), version_base="1.3"):
-            composed = hydra_compose(
-                config_name=root, overrides=[*search, *(_forced(root, word) for word in overrides)]
-            )
-            values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_explain(error, root, overrides, extra_dirs)) from None
+            composed = hydra_compose(config_name=root, overrides=words)
+        OmegaConf.set_struct(composed, False)
+        for key in drops:
+            _drop(composed, key, known)
+        values = OmegaConf.to_container(composed, resolve=True)
+    except MissingConfigException as error:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        raise UserError(known.not_a_choice(group, choice) if group else str(error)) from None
+    except OmegaConfBaseException as error:
+        first = str(error).partition("\n")[0]
+        raise UserError(f"{error.full_key or 'the config'} has no value: {first} ({known.origin})") from None
+    except HydraException as error:
+        raise UserError(f"{' '.join(str(error).split())} (composing {known.origin}: {' '.join(overrides)})") from None
+    except MarkedYAMLError as error:
+        raise UserError(broken(error, getattr(error.problem_mark, "name", "a config file"))) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _drop(composed: Any, key: str, known: Overrides) -> None:
+    """`~key`: take a key out of the composed config."""
+    *parents, last = key.split(".")
+    node: Any = composed
+    for part in parents:
+        node = node.get(part) if hasattr(node, "get") else None
+    names = list(node or ())
+    if last not in names:
+        near = nearest(last, names)
+        hint = f"did you mean {'.'.join([*parents, near])}?" if near else f"there is {', '.join(names) or 'nothing'}"
+        raise UserError(f"~{key}: there is no {key} to drop; {hint} ({known.origin})")
+    del node[last]
 
 
 def _asset(name: str) -> str:
     """${asset:tiny}: a folder that ships inside the package, wherever the command is started."""
     return str(Path(__file__).resolve().parent.parent / "assets" / name)
-
-
-def _forced(root: str, override: str) -> str:
-    """`key=value` as `++key=value`: whether the key exists is for the schema to say, which knows the keys that a
-    root file leaves at their defaults and names the nearest one. Choices of the root's groups stay as they are.
-    """
-    key = override.split("=", 1)[0]
-    return override if override[0] in "+~" or key in groups_of(root) else f"++{override}"
-
-
-def groups_of(root: str) -> set[str]:
-    """The groups in a root file's defaults list, and in those of the roots it builds on (plan on train)."""
-    import yaml
-
-    defaults = (yaml.safe_load((config_dir() / f"{root}.yaml").read_text()) or {}).get("defaults", [])
-    names = [name for entry in defaults if isinstance(entry, dict) for name in entry]
-    below = [groups_of(entry) for entry in defaults if isinstance(entry, str) and entry != "_self_"]
-    return set().union(*below) | {
-        name.split("@")[0].removeprefix("optional ").removeprefix("override ").strip("/ ") for name in names
-    }
-
-
-def split_options(words: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Hydra overrides apart from `--config-dir FOLDER`, which may be given several times."""
-    overrides: list[str] = []
-    folders: list[Path] = []
-    queue = list(words)
-    while queue:
-        word = queue.pop(0)
-        if word == "--config-dir":
-            if not queue:
-                raise UserError("--config-dir needs a folder after it")
-            folders.append(Path(queue.pop(0)))
-        elif word.startswith("--config-dir="):
-            folders.append(Path(word.split("=", 1)[1]))
-        elif word.startswith("-"):
-            raise UserError(f"{word} is not an option; settings are written key=value, and --help shows them")
-        else:
-            overrides.append(word)
-    return overrides, folders
-
-
-def groups(extra_dirs: Sequence[Path] = ()) -> dict[str, list[str]]:
-    """Each config group with its choices, for --help and for messages."""
-    found: dict[str, set[str]] = {}
-    for base in [config_dir(), *extra_dirs]:
-        for folder in sorted(path for path in base.iterdir() if path.is_dir()):
-            found.setdefault(folder.name, set()).update(p.stem for p in folder.glob("[!_]*.yaml"))
-    return {name: sorted(choices) for name, choices in found.items()}
-
-
-def _explain(error: Exception, root: str, overrides: Sequence[str], extra_dirs: Sequence[Path]) -> str:
-    text = str(error)
-    where = f"configs/{root}.yaml"
-    missing = re.search(r"Could not find '([\w-]+)/([^']+)'", text)
-    if missing:
-        choices = groups(extra_dirs).get(missing[1], [])
-        near = nearest(missing[2], choices)
-        hint = f"did you mean {missing[1]}={near}?" if near else ""
-        return f"{missing[1]}={missing[2]} is not a choice; {hint} known: {', '.join(choices)} ({where})"
-    unknown = re.search(r"Key '([^']+)' is not in struct\s+full_key: (\S+)", text) or re.search(
-        r"Could not override '([^']+)'|Could not delete from config. '([^']+)'|"
-        r"In '[^']*': Could not (?:find|override) '?(\S+?)'",
-        text,
-    )
-    if unknown:
-        key = next(group for group in reversed(unknown.groups()) if group)
-        override = next((item for item in overrides if item.lstrip("+~").split("=")[0] == key), key)
-        known = _keys(root, overrides, key, extra_dirs)
-        near = nearest(key.rsplit(".", 1)[-1], [name.rsplit(".", 1)[-1] for name in known])
-        prefix = key.rsplit(".", 1)[0] + "." if "." in key else ""
-        hint = f"did you mean {prefix}{near}?" if near else f"known here: {', '.join(known)}"
-        return f"{override}: {key} is not a known key; {hint} ({where})"
-    first = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    return f"{first} (in the overrides {' '.join(overrides)}; {where})"
-
-
-def _keys(root: str, overrides: Sequence[str], key: str, extra_dirs: Sequence[Path]) -> list[str]:
-    """Keys that stand beside `key` once the unusable override is left out, plus the groups at the top."""
-    rest = [item for item in overrides if item.lstrip("+~").split("=")[0] != key]
-    values: Any = compose(root, rest, extra_dirs)
-    for part in key.split(".")[:-1]:
-        if not isinstance(values, dict) or part not in values:
-            part_near = nearest(part, values if isinstance(values, dict) else [])
-            return [part_near] if part_near else []
-        values = values[part]
-    names = list(values) if isinstance(values, dict) else []
-    return names + (list(groups(extra_dirs)) if "." not in key else [])

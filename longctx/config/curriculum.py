@@ -7,101 +7,64 @@ the model. Nothing here changes a value other than reading its unit.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
-from longctx.config.base import Count, Length, schema
+from longctx.config.base import Count, Length, Positive, schema
+from longctx.rope import AnyRule
 
 LayoutName = Literal["zigzag", "contiguous"]
 ScheduleKind = Literal["constant", "cosine", "linear", "continue"]
 
 
-@schema
-class RopeConfig:
-    """A theta rule by name with its parameters (longctx.rope.RULES); parameters left out are the paper's.
-
-    start: whether the rule begins at the `previous` stage's rope and length or at the `original` model's.
-    """
-
-    name: str
-    start: Literal["previous", "original"] | None = None
-    factor: float | None = None
-    alpha: float | None = None
-    beta: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    long_factor: list[float] | None = None
-    short_factor: list[float] | None = None
-
-    def parameters(self) -> dict[str, Any]:
-        """Only what the user gave."""
-        given = {key: value for key, value in vars(self).items() if not key.startswith("__")}
-        return {k: v for k, v in given.items() if k not in ("name", "start") and v is not None}
-
-
 def _named(value: Any) -> Any:
-    """`rule=ntk` is short for `rule={name: ntk}`."""
-    return {"name": value} if isinstance(value, str) else value
+    """`rule=ntk` is short for `rule={name: ntk}`; names may be written with underscores."""
+    value = {"name": value} if isinstance(value, str) else value
+    if isinstance(value, Mapping) and isinstance(value.get("name"), str):
+        return {**value, "name": value["name"].replace("_", "-")}
+    return value
 
 
-RuleField = Annotated[RopeConfig, BeforeValidator(_named)]
+RuleField = Annotated[AnyRule, Field(discriminator="name"), BeforeValidator(_named)]
 
 
 @schema
 class LearningRateConfig:
-    """A stage's learning rate: linear warm-up to peak, then constant, or down to final by cosine or linear.
-
-    kind `continue`: go on along the schedule of the stage before, which is stretched over both.
-    """
+    """A stage's learning rate: linear warm-up to peak, then constant, or down to final by cosine or linear."""
 
     peak: float | None = None
-    final: float | None = None
+    final: float | None = None  #: the decay's end; null: 0, or the peak when constant
     warmup_steps: int | None = None
-    kind: ScheduleKind | None = None
+    kind: ScheduleKind | None = None  #: continue: the schedule of the stage before, stretched over both; null: constant
 
 
 @schema
 class AdvanceConfig:
-    """Leave a stage early once the loss on the last quarter of the window has flattened; off unless enabled.
-
-    Flat: the mean over the last `steps` steps is less than `min_drop` (relative) below the mean over the
-    `steps` before them. Not before `min_share` of the stage's steps are done.
-    """
+    """Leave a stage early once the loss on the last quarter of its window has flattened."""
 
     enabled: bool = False
-    steps: int = 20
-    min_drop: float = 0.002
-    min_share: float = 0.25
-
-    def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps={self.steps} must be 1 or more")
-        if not 0 <= self.min_share <= 1:
-            raise ValueError(f"min_share={self.min_share} must lie between 0 and 1")
-        if not 0 <= self.min_drop < 1:
-            raise ValueError(f"min_drop={self.min_drop} must lie between 0 and 1")
+    steps: Positive = 20  #: compares the mean of the last so many steps with that of as many before them
+    min_drop: Annotated[float, Field(ge=0, lt=1)] = 0.002  #: a relative drop below this is flat
+    min_share: Annotated[float, Field(ge=0, le=1)] = 0.25  #: not before this share of the stage's steps is done
 
 
 @schema
 class StageConfig:
-    """One stage. Exactly one of theta and rule, of tokens and steps, of batch and batch_tokens.
-
-    seq_len: tokens per sequence. tokens, steps: how long. batch: sequences per optimizer step; batch_tokens:
-    the same in tokens. mix: name of a data mix. Left out: as in the curriculum.
+    """One stage: exactly one of theta and rule, of tokens and steps, of batch and batch_tokens. What it leaves null of
+    rule, lr, mix, layout and advance is the curriculum's.
     """
 
-    seq_len: Length
-    theta: Count | None = None
-    rule: RuleField | None = None
-    tokens: Count | None = None
-    steps: int | None = None
-    batch: int | None = None
-    batch_tokens: Count | None = None
+    seq_len: Length  #: tokens per sequence: 65536, 64k, 1M
+    theta: Count | None = None  #: chosen outright
+    rule: RuleField | None = None  #: or by rule
+    tokens: Count | None = None  #: how long, rounded up to whole batches
+    steps: int | None = None  #: how long, in optimizer steps
+    batch: int | None = None  #: sequences per optimizer step
+    batch_tokens: Count | None = None  #: the same in tokens
     lr: LearningRateConfig = LearningRateConfig()
-    mix: str | None = None
+    mix: str | None = None  #: name of a data mix (data.mixes)
     layout: LayoutName | None = None
     advance: AdvanceConfig | None = None
 
@@ -117,22 +80,19 @@ class MadeForConfig:
 
 @schema
 class CurriculumConfig:
-    """Stages by name in order of length, and what they share.
-
-    rule, lr, mix, layout, advance: for stages that say nothing else. only: the names of the stages to run.
-    scratch: the model is new, so that lengths may repeat and lie below its window. theta_file: what
-    `longctx theta search=true` wrote; its thetas replace those of the stages it names, whose rule stays.
-    made_for: the rope it was made for, which only `longctx theta` without a model looks at.
-    """
+    """Stages by name in order of length, and what they share."""
 
     stages: dict[str, StageConfig]
-    rule: RuleField | None = None
+    rule: RuleField | None = (
+        None  #: for stages that name neither theta nor rule: ntk, or {name: dynamic-ntk, factor: 4}
+    )
     lr: LearningRateConfig = LearningRateConfig()
-    mix: str = "default"
-    layout: LayoutName = "zigzag"
+    mix: str = "default"  #: name of a data mix (data.mixes)
+    layout: LayoutName = "zigzag"  #: which tokens a rank holds; zigzag balances causal attention
     advance: AdvanceConfig = AdvanceConfig()
-    only: list[str] | None = None
-    scratch: bool = False
+    only: list[str] | None = None  #: names of the stages to run
+    scratch: bool = False  #: the model is new: lengths may repeat and lie under its window
+    #: what `longctx theta search=true` wrote; replaces the thetas of the stages it names, whose rule stays
     theta_file: str | None = None
     made_for: MadeForConfig | None = None
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import field as _field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
-from longctx.config.base import Count, Length, Text, schema
+from longctx.config.base import Count, Length, Positive, Text, schema
 from longctx.errors import nearest
 
 TaskKind = Literal["needle", "needles", "chained", "table", "copy", "variables"]
@@ -31,31 +31,23 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
 
 @schema
 class SynthTask:
-    """A synthetic task with known answers; see longctx.data.synth.
-
-    count: needles, table rows, or (variables) chains; questions: how many of them are asked at the end;
-    hops: links of a chain; depths: where in the haystack each needle goes (0 its start, 1 its end), None
-    for random; answer_weight: the answers' loss weight over that of all other tokens together (None: 2, and
-    every token alike for copy); other_weight: loss weight of a token that is no answer (0: only answers
-    train). segment: tokens of a copied segment (None: random, up to half of the document); symbols: what it
-    is made of, any token of the vocabulary or only digits (fewer symbols are learned sooner).
-    """
+    """A synthetic task with known answers; see longctx.data.synth."""
 
     kind: TaskKind = "needle"
-    count: int = 1
-    questions: int = 1
-    hops: int = 3
-    depths: tuple[float, ...] | None = None
-    needle: str | None = None
+    count: Positive = 1  #: needles, table rows, or (variables) chains
+    questions: Positive = 1  #: how many of them are asked at the end
+    hops: Positive = 3  #: links of a chain
+    #: where in the haystack each needle goes (0 its start, 1 its end); null: random
+    depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+    needle: str | None = None  #: the phrasing, with {key} and {value}
     question: str | None = None
-    answer_weight: float | None = None
-    other_weight: float = 1.0
-    segment: int | None = None
-    symbols: Literal["all", "digits"] = "all"
+    #: the answers' loss weight over that of all other tokens together; null: 2, and every token alike for copy
+    answer_weight: Annotated[float, Field(ge=0)] | None = None
+    other_weight: Annotated[float, Field(ge=0)] = 1.0  #: loss weight of other tokens; 0: only answers train
+    segment: Positive | None = None  #: tokens of a copied segment; null: random, up to half of the document
+    symbols: Literal["all", "digits"] = "all"  #: what a copied segment is made of; fewer symbols are learned sooner
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.questions < 1 or self.hops < 1:
-            raise ValueError(f"count={self.count}, questions={self.questions} and hops={self.hops} must be 1 or more")
         if self.questions > self.count and self.kind != "chained":
             raise ValueError(f"questions={self.questions} asks for more than the count={self.count} needles hold")
         if self.kind in ("needle", "chained") and self.questions > 1:
@@ -64,15 +56,8 @@ class SynthTask:
             )
         if self.kind == "needle" and self.count != 1:
             raise ValueError(f"count={self.count} does not fit kind=needle, which hides one; use kind=needles")
-        if self.depths is not None:
-            if not all(0 <= depth <= 1 for depth in self.depths):
-                raise ValueError(f"depths={list(self.depths)} must lie between 0 (start) and 1 (end)")
-            if len(self.depths) != self.inserts:
-                raise ValueError(f"depths={list(self.depths)} must name {self.inserts} places for kind={self.kind}")
-        if (self.answer_weight is not None and self.answer_weight < 0) or self.other_weight < 0:
-            raise ValueError(f"answer_weight={self.answer_weight} and other_weight={self.other_weight} must be >= 0")
-        if self.segment is not None and self.segment < 1:
-            raise ValueError(f"segment={self.segment} must be 1 token or more")
+        if self.depths is not None and len(self.depths) != self.inserts:
+            raise ValueError(f"depths={list(self.depths)} must name {self.inserts} places for kind={self.kind}")
         for name in ("needle", "question"):
             _check_template(name, getattr(self, name))
 
@@ -111,33 +96,25 @@ SourceKind = Literal["stdlib", "text", "hub", "chat", "synth"]
 
 @schema
 class SourceConfig:
-    """Where documents come from.
+    """Where documents come from."""
 
-    kind `stdlib`: the Python standard library on this machine; `text`: path, a file or folder of .txt, .md,
-    .jsonl or .parquet (each also .gz or .zst); `hub`: a dataset's name (subset, split) through Hugging Face
-    datasets; `chat`: conversations ({role, content} lists) from path or name; `synth`: generated (task,
-    haystack: the source its straw comes from). field: the column with the text or the messages (None:
-    `text`, or `messages` for chat); for stdlib, `docs` takes the docstrings alone. include, exclude:
-    patterns on file names below path. rows: read only so many rows of a hub dataset. min_tokens,
-    max_tokens: documents outside are left out. loss: `assistant` trains on the assistant's turns only;
-    answer_weight: the assistant's tokens weigh this multiple of all others of the conversation together.
-    """
-
+    #: stdlib: the Python standard library on this machine; text: files; hub: a dataset through Hugging Face datasets;
+    #: chat: conversations ({role, content} lists) from path or name; synth: generated
     kind: SourceKind
-    path: Text | None = None
-    name: Text | None = None
+    path: Text | None = None  #: a file or folder of .txt, .md, .jsonl or .parquet (each also .gz or .zst)
+    name: Text | None = None  #: a hub dataset's name
     subset: Text | None = None
     split: str = "train"
-    field: str | None = None
-    include: list[str] = _field(default_factory=list)
+    field: str | None = None  #: column of text or messages (null: so named); for stdlib, docs takes docstrings alone
+    include: list[str] = _field(default_factory=list)  #: patterns on file names below path, such as ['*.md']
     exclude: list[str] = _field(default_factory=list)
-    rows: Count | None = None
-    min_tokens: Length = 0
-    max_tokens: Length | None = None
-    loss: Literal["all", "assistant"] = "all"
-    answer_weight: float | None = None
-    task: SynthTask | None = None
-    haystack: str | None = None
+    rows: Count | None = None  #: read only so many rows of a hub dataset
+    min_tokens: Length = 0  #: shorter documents are left out
+    max_tokens: Length | None = None  #: longer documents are left out
+    loss: Literal["all", "assistant"] = "all"  #: assistant trains on the assistant's turns only (chat)
+    answer_weight: float | None = None  #: the assistant's tokens weigh this multiple of all others of a conversation
+    task: SynthTask | None = None  #: what a synth source generates
+    haystack: str | None = None  #: the source whose text hides it
 
     def __post_init__(self) -> None:
         if self.kind == "text" and not self.path:
@@ -172,9 +149,9 @@ class LengthPolicy:
     """
 
     kind: Literal["natural", "upsample", "prolong", "joined", "full", "fixed", "loguniform"]
-    min_len: Length | None = None
-    share: float | None = None
-    length: Length | None = None
+    min_len: Annotated[Length, Field(ge=1)] | None = None
+    share: Annotated[float, Field(ge=0, le=1)] | None = None
+    length: Annotated[Length, Field(ge=1)] | None = None
 
     def __post_init__(self) -> None:
         needs = {"upsample": ("min_len", "share"), "prolong": ("share",), "fixed": ("length",)}
@@ -184,15 +161,10 @@ class LengthPolicy:
             if given != wanted:
                 rule = "is missing" if wanted else "does not apply"
                 raise ValueError(f"{name} {rule} for the length policy {self.kind}")
-        if self.share is not None and not 0 <= self.share <= 1:
-            raise ValueError(f"share={self.share} must lie between 0 and 1")
-        if min(self.min_len or 1, self.length or 1) < 1:
-            raise ValueError("min_len and length must be 1 token or more")
 
 
 def _policy(value: Any) -> Any:
-    """`length: full` is short for `length: {kind: full}`, `length: {prolong: {...}}` for kind and the
-    rest."""
+    """`length: full` is short for `length: {kind: full}`, `length: {prolong: {...}}` for kind and the rest."""
     if isinstance(value, str):
         return {"kind": value}
     if isinstance(value, Mapping) and len(value) == 1 and "kind" not in value:
@@ -204,15 +176,11 @@ def _policy(value: Any) -> Any:
 
 @schema
 class MixEntry:
-    """A source's part in a mix: its share of the tokens and the length of its documents (None: `natural`, and
-    `full` for synth sources)."""
+    """A source's part in a mix."""
 
-    weight: float
+    weight: Annotated[float, Field(ge=0)]  #: its share of the tokens
+    #: how long its documents are; null: natural, and full for synth sources
     length: Annotated[LengthPolicy | None, BeforeValidator(_policy)] = None
-
-    def __post_init__(self) -> None:
-        if not self.weight >= 0:
-            raise ValueError(f"weight={self.weight} must not be negative")
 
 
 def _entry(value: Any) -> Any:
@@ -225,33 +193,24 @@ Mix = dict[str, Annotated[MixEntry, BeforeValidator(_entry)]]
 
 @schema
 class DataConfig:
-    """Sources by name, mixes by name (a stage names one), and how documents become sequences.
-
-    path: for data=text and data=chat, read by their sources. packing: best_fit keeps documents whole where
-    they fit, concat joins and splits. document_mask: attention stays within a document. first_token:
-    `predict` trains on a document's first token too, which only makes sense without document masks.
-    heldout: share of documents (by hash of the file's name) kept from training. max_epochs: warn when a
-    source is repeated more often. max_bad: share of broken lines that is skipped with a count; more is an
-    error. bos, eos: put the tokenizer's marks around each document.
-    """
+    """Sources by name, mixes by name (a stage names one), and how documents become sequences."""
 
     sources: dict[str, SourceConfig]
     mixes: dict[str, Mix]
-    path: Text | None = None
-    packing: Literal["best_fit", "concat"] = "best_fit"
-    document_mask: bool = True
+    path: Text | None = None  #: for data=text, data=chat and data=prolong, which read it through their sources
+    packing: Literal["best_fit", "concat"] = "best_fit"  #: best_fit keeps documents whole, concat joins and splits
+    document_mask: bool = True  #: attention stays within a document
+    #: predict trains on a document's first token too, which only makes sense without document masks
     first_token: Literal["skip", "predict"] = "skip"
-    heldout: float = 0.05
-    max_epochs: float = 4.0
-    max_bad: float = 0.01
-    bos: bool = True
-    eos: bool = True
+    heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05  #: share of documents (by hash of the file's name) not trained
+    max_epochs: float = 4.0  #: warn when a source is repeated more often
+    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01  #: share of broken lines that is skipped with a count
+    bos: bool = True  #: put the tokenizer's mark before each document
+    eos: bool = True  #: and after it
 
     def __post_init__(self) -> None:
         if not self.sources or not self.mixes:
             raise ValueError("sources and mixes must each name at least one")
-        if not 0 <= self.heldout < 1 or not 0 <= self.max_bad <= 1:
-            raise ValueError(f"heldout={self.heldout} and max_bad={self.max_bad} are shares between 0 and 1")
         if self.first_token == "predict" and self.document_mask:
             raise ValueError(
                 "first_token=predict would predict a token from nothing; set document_mask=false or first_token=skip"

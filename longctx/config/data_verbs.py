@@ -6,21 +6,25 @@ looked at by changing its verb.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal, get_args
 
-from longctx.config.base import Count, Format, Length, Text, schema
+from pydantic import Field
+
+from longctx.config.base import Count, Format, Length, Positive, Text, schema
 from longctx.config.data import DataConfig, SynthTask
 from longctx.config.model import ModelConfig
 from longctx.config.train import TrainConfig
 
+Part = Literal["tokenize", "pack", "read", "million"]
+
 
 @schema
 class PrepareConfig(TrainConfig):
-    """workers: processes that tokenize (None: one per core); cache: where shards are kept (empty: RUN/data,
-    where training looks for them)."""
+    """The root of configs/data.yaml: everything a training command says, and how its data is prepared."""
 
-    workers: int | None = None
-    cache: str = ""
+    workers: int | None = None  #: processes that tokenize; null: one per core
+    cache: str = ""  #: folder of the shards; empty: RUN/data, where training looks
     format: Format = "text"
 
     @property
@@ -30,34 +34,28 @@ class PrepareConfig(TrainConfig):
 
 @schema
 class StatsConfig(PrepareConfig):
-    """png: where the picture goes (empty: RUN/data_stats.png)."""
+    """The root of configs/data_stats.yaml."""
 
-    png: str = ""
+    png: str = ""  #: the picture; empty: RUN/data_stats.png
 
 
 @schema
 class SynthesizeConfig:
-    """Documents of one task as .jsonl: text, tokens and the answers' places.
-
-    haystack: the source of data whose documents hide the needles; keys: `eval` draws from the tenth that
-    training never sees, over held-out documents.
-    """
+    """Documents of one task as .jsonl: text, tokens and the answers' places."""
 
     model: ModelConfig
     data: DataConfig
     task: SynthTask = SynthTask()
-    haystack: str = "stdlib"
-    length: Length = 8192
-    count: int = 10
-    keys: Literal["train", "eval"] = "eval"
+    haystack: str = "stdlib"  #: the source of data whose documents hide the needles
+    length: Annotated[Length, Field(ge=1)] = 8192  #: tokens of a document, exactly
+    count: Positive = 10
+    keys: Literal["train", "eval"] = "eval"  #: eval draws from the tenth that training never sees, in held-out text
     seed: int = 0
     out: Text = "runs/synth.jsonl"
     cache: str = "runs/synth/data"
     format: Format = "text"
 
     def __post_init__(self) -> None:
-        if self.count < 1 or self.length < 1:
-            raise ValueError(f"count={self.count} and length={self.length} must be 1 or more")
         if self.haystack not in self.data.sources or self.data.sources[self.haystack].kind == "synth":
             texts = [name for name, source in self.data.sources.items() if source.kind != "synth"]
             raise ValueError(f"haystack={self.haystack} is not a source of text; known: {', '.join(texts)}")
@@ -65,14 +63,14 @@ class SynthesizeConfig:
 
 @schema
 class BenchDataConfig:
-    """documents: of the packed index; seq_lens: it is packed to; parts: what to measure."""
+    """Tokenizing, packing and reading, each timed."""
 
     model: ModelConfig
-    documents: Count = 10_000_000
-    seq_lens: list[Length]
-    parts: list[Literal["tokenize", "pack", "read", "million"]]
-    megabytes: int = 60
-    workers: int | None = None
+    documents: Count = 10_000_000  #: documents that are packed
+    seq_lens: list[Length] = field(default_factory=lambda: [2**16, 2**20])  #: lengths they are packed to
+    parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))
+    megabytes: int = 60  #: of text to tokenize; workers take a second to start
+    workers: int | None = None  #: null: one per core
     seed: int = 0
-    out: str = ""
+    out: str = ""  #: a file for the figures
     format: Format = "text"

@@ -1,4 +1,4 @@
-"""What `longctx doctor` may be told: the shape of attention it shall judge kernels for."""
+"""What `longctx doctor` can be told: the shape of attention it judges kernels for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from longctx.config.base import Format, schema
 
 @schema
 class DoctorConfig:
-    """head_dim, heads, kv_heads: of the model whose attention kernels are asked about."""
+    """The root of configs/doctor.yaml."""
 
     head_dim: int = 128
     heads: int = 32

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
-from longctx.config.base import Format, Length, Text, schema
+from longctx.config.base import Format, Length, Positive, Text, schema
 from longctx.config.data import DataConfig
 from longctx.config.model import ModelConfig
 
@@ -19,25 +19,19 @@ QUESTION = "What is the pass key of {key}? The pass key of {key} is {value}."
 
 @schema
 class NeedleConfig:
-    """lengths: context lengths in tokens, question included; depths: 0 the haystack's start, 1 its end.
+    """The needle grid: context lengths by depths."""
 
-    per_cell: needles per cell and seed; single: one needle a haystack instead of one at every depth;
-    needle, question: the phrasing, with {key} and {value}.
-    """
-
-    lengths: tuple[Length, ...] = (512, 1024, 2048, 4096, 8192)
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    per_cell: int = 10
+    lengths: tuple[Length, ...] = (512, 1024, 2048, 4096, 8192)  #: context lengths in tokens, question included
+    depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  #: 0: the haystack's start
+    per_cell: Positive = 10  #: needles per cell and seed
     seeds: tuple[int, ...] = (11, 22, 33)
-    single: bool = False
-    needle: str = NEEDLE
+    single: bool = False  #: one needle per haystack, instead of one at every depth, all asked for
+    needle: str = NEEDLE  #: the phrasing, with {key} and {value}
     question: str = QUESTION
 
     def __post_init__(self) -> None:
-        if self.per_cell < 1:
-            raise ValueError(f"per_cell={self.per_cell} must be 1 or more")
-        if len(set(self.depths)) != len(self.depths) or not all(0 <= d <= 1 for d in self.depths):
-            raise ValueError(f"depths={list(self.depths)} must be different numbers between 0 and 1")
+        if len(set(self.depths)) != len(self.depths):
+            raise ValueError(f"depths={list(self.depths)} must be different numbers")
         if not self.lengths or not self.seeds or not self.depths:
             raise ValueError("lengths, depths and seeds need at least one entry each")
         if len(set(self.lengths)) != len(self.lengths) or min(self.lengths) < 1:
@@ -94,21 +88,19 @@ def _named(value: Any) -> Any:
 
 @schema
 class EvalConfig:
-    """`longctx eval model.path=FOLDER`, or several models as 'models=[A,B]' or 'models={base: A, tuned: B}', each as
-    plain transformers loads it: needle grids, held-out loss and loss by position.
+    """`longctx eval model.path=FOLDER`, or several models as 'models=[A,B]' or 'models={base: A, tuned: B}'.
 
-    source: which of data's sources serves as haystack and as held-out text. loss_lengths: lengths of held-out windows
-    in tokens; loss_windows: how many of each. out: folder for results (None: on screen only).
+    Each is evaluated as plain transformers loads it: needle grids, held-out loss and loss by position.
     """
 
     model: ModelConfig | None = None
     models: Annotated[dict[str, EvalModel] | None, BeforeValidator(_named)] = None
     data: DataConfig
-    source: Text = "stdlib"
+    source: Text = "stdlib"  #: which of data's sources is haystack and held-out text
     needle: NeedleConfig = NeedleConfig()
-    loss_lengths: tuple[Length, ...] = (512, 8192)
-    loss_windows: int = 32
-    out: Text | None = None
+    loss_lengths: tuple[Length, ...] = (512, 8192)  #: windows of held-out text; the longest gives the loss by position
+    loss_windows: int = 32  #: how many of each
+    out: Text | None = None  #: folder for eval.json, eval.png and models/NAME.json; null: on screen only
     cache: Text = "runs/data"
     format: Format = "text"
 

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from longctx.config.base import Format, Text, schema
+from typing import Annotated
+
+from pydantic import Field
+
+from longctx.config.base import Format, NotNegative, Positive, Text, schema
 
 
 @schema
 class FaultsConfig:
-    """kills: SIGKILLs at random instants; sigterms: requests to stop. damage: also spoil checkpoints and the
-    disk.
+    """The root of configs/bench_faults.yaml."""
 
-    nproc: ranks of the run. steps: its optimizer steps. seed: of the instants. keep: leave the folder `out`
-    behind.
-    """
-
-    kills: int = 50
-    sigterms: int = 10
-    damage: bool = True
-    nproc: int = 2
-    steps: int = 60
-    seed: int = 0
-    out: Text = ""
+    kills: NotNegative = 50  #: SIGKILLs at random instants, saves and starts included: of everything, or of one rank
+    sigterms: NotNegative = 10  #: SIGTERMs: the run must save and leave with status 75
+    damage: bool = True  #: then: a truncated checkpoint file, a flipped byte, a disk that takes no checkpoint
+    nproc: Positive = 2  #: ranks of the run
+    steps: Annotated[int, Field(ge=10, multiple_of=2)] = 60  #: its optimizer steps
+    seed: int = 0  #: of the instants
+    out: Text = ""  #: keep the runs in this folder; empty: a temporary one
     format: Format = "text"
-
-    def __post_init__(self) -> None:
-        if min(self.kills, self.sigterms) < 0:
-            raise ValueError(f"kills={self.kills} and sigterms={self.sigterms} must be 0 or more")
-        if self.nproc < 1 or self.steps < 10 or self.steps % 2:
-            raise ValueError(f"nproc={self.nproc} must be 1 or more, and steps={self.steps} even and 10 or more")

@@ -1,6 +1,6 @@
 """What happens after training: the adapter, the merged sibling, and the evidence with its controls.
 
-All of it runs from exported folders, once each; a piece that stands in the run's folder and was made from the same
+All of it runs from exported folders, once each; a piece that is in the run's folder and was made from the same
 models and settings is not made again, so that the same command continues here too.
 """
 
@@ -16,16 +16,13 @@ from longctx.config.eval import NeedleConfig
 
 @schema
 class LoraHook:
-    """The adapter of tuned minus base, by longctx.lora. per_stage: one after every stage as well.
-
-    profile: `full` carries norms too; embeddings: None decides by tying, as lora-extract does.
-    """
+    """The adapter, tuned minus base, in PEFT's format (RUN/adapter)."""
 
     enabled: bool = True
-    per_stage: bool = False
+    per_stage: bool = False  #: one after every stage as well
     rank: int = 32
-    profile: Literal["full", "serving"] = "full"
-    embeddings: bool | None = None
+    profile: Literal["full", "serving"] = "full"  #: full carries norms too
+    embeddings: bool | None = None  #: null: in profile full when they are tied to the output layer
 
 
 @schema
@@ -37,14 +34,11 @@ class SideRun:
 
 @schema
 class SiblingHook:
-    """A different fine-tune of the same base, into which the adapter is merged: a folder, or made by a run.
-
-    behaviour: the source of text whose held-out loss says what the sibling is good at.
-    """
+    """A different fine-tune of the same base, into which the adapter is merged: a folder, or made by a run."""
 
     path: Text | None = None
     run: SideRun | None = None
-    behaviour: str | None = None
+    behaviour: str | None = None  #: the source of text whose held-out loss says what the sibling is good at
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.run is None):
@@ -61,25 +55,20 @@ class Phrasing:
 
 @schema
 class EvidenceHook:
-    """The needle grids, their controls, and loss on held-out text.
-
-    control: a side run that spends the same tokens at the base's window and theta. unseen: another phrasing.
-    heldout_lengths, heldout_windows: windows of held-out text for the loss of base and every stage.
-    source: whose held-out documents are the haystack and the text.
-    """
+    """The needle grids, their controls, and loss on held-out text."""
 
     needle: NeedleConfig = field(default_factory=NeedleConfig)
-    theta_only: bool = True
-    control: SideRun | None = None
-    unseen: Phrasing | None = field(default_factory=Phrasing)
-    heldout_lengths: tuple[Length, ...] = (512,)
-    heldout_windows: int = 64
-    source: str = "stdlib"
+    theta_only: bool = True  #: also the base with the last theta and no training
+    control: SideRun | None = None  #: a side run that spends the same tokens at the base's window and theta
+    unseen: Phrasing | None = field(default_factory=Phrasing)  #: another phrasing
+    heldout_lengths: tuple[Length, ...] = (512,)  #: windows of held-out text, for the loss of base and every stage
+    heldout_windows: int = 64  #: how many of them
+    source: str = "stdlib"  #: whose held-out documents are the haystack and the text
 
 
 @schema
 class HooksConfig:
-    """lora: on by default; sibling and evidence: where asked for."""
+    """What is made after training: the adapter by default, sibling and evidence where asked for."""
 
     lora: LoraHook = field(default_factory=LoraHook)
     sibling: SiblingHook | None = None

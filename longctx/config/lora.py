@@ -7,122 +7,119 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from longctx.config.base import Format, Length, Text, schema
+from longctx.config.base import AsDtype, AsList, Format, Length, Positive, Text, schema
+from longctx.errors import nearest
 
-
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-Texts = Annotated[list[Text], BeforeValidator(_as_list)]
-Numbers = Annotated[list[float], BeforeValidator(_as_list)]
-Positive = Annotated[int, Field(ge=1)]
+Texts = Annotated[list[Text], AsList]
+Numbers = Annotated[list[float], AsList]
 Share = Annotated[float, Field(gt=0, le=1)]
+Size = Annotated[float, Field(gt=0)]
+FactorDtype = Annotated[Literal["bfloat16", "float16", "float32"], AsDtype]
 
 
 @schema
 class ExtractConfig:
-    """base and tuned: folders in Hugging Face format, or hub ids. out: the adapter's folder."""
+    """The root of configs/lora_extract.yaml. Models are folders in Hugging Face format, or hub ids."""
 
     base: Text
     tuned: Text
-    out: Text
+    out: Text  #: the adapter's folder
     rank: Positive = 32
-    # Instead of one rank: the smallest rank per module that keeps this share of the squared norm ...
-    share: Share | None = None
-    # ... or the ranks that together fit this size and keep most; both are bounded by max_rank.
-    size_mb: Annotated[float, Field(gt=0)] | None = None
-    max_rank: Positive = 256
+    share: Share | None = None  #: instead: the smallest rank per module that keeps this share of its squared norm
+    size_mb: Size | None = None  #: instead: the ranks that fit this size and keep most; reads the pair twice
+    max_rank: Positive = 256  #: bound of the ranks that share and size_mb choose
+    #: serving: layers only, no lm_head, embeddings or norms (what stays behind is listed)
     profile: Literal["full", "serving"] = "full"
-    # None: with tied embeddings in profile full (they are the output layer too), else not.
-    embeddings: bool | None = None
-    lm_head: bool | None = None
-    rslora: bool = False
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    precision: Literal["float32", "float64"] = "float32"
-    oversample: Positive = 16
-    power_max: Positive = 8
-    # Estimated gain of more iterations over the squared residual: 8e-3 leaves residuals within 0.4 % of the
-    # optimum.
+    embeddings: bool | None = None  #: null: in profile full when they are tied to the output layer
+    lm_head: bool | None = None  #: null: in profile full
+    rslora: bool = False  #: alpha / sqrt(rank) instead of alpha / rank
+    dtype: FactorDtype = "bfloat16"  #: of the factors
+    precision: Annotated[Literal["float32", "float64"], AsDtype] = "float32"  #: of differences and products
+    oversample: Positive = 16  #: columns of the sketch beyond the rank
+    power_max: Positive = 8  #: power iterations before the exact SVD is taken
+    #: estimated gain of more iterations over the squared residual; 8e-3 leaves residuals within 0.4 % of the optimum
     tolerance: Annotated[float, Field(gt=0)] = 4e-3
     seed: int = 0
-    device: Text = "auto"
-    workers: Positive | None = None
-    # MiB of differences held at once, all workers together (on a GPU: half of what is free); larger tensors
-    # are read again on every pass.
+    device: Text = "auto"  #: auto: a GPU when there is one
+    workers: Positive | None = None  #: tensors in flight; null: one per core, at most 8
+    #: MiB of differences held at once, all workers together (on a GPU: half of what is free); larger tensors are read
+    #: again on every pass
     memory_mib: Positive = 384
-    max_shard_mb: Annotated[float, Field(gt=0)] = 5000
-    verify: Literal["modules", "loss"] = "modules"
-    text: Text | None = None
-    text_tokens: Length = 4096
-    text_window: Length = 512
-    allow_shorter: bool = False
+    max_shard_mb: Size = 5000.0  #: PEFT reads one file; larger adapters are sharded with an index
+    verify: Literal["modules", "loss"] = "modules"  #: loss: also that of base, tuned and base + adapter on text
+    text: Text | None = None  #: a file neither model was trained on
+    text_tokens: Length = 4096  #: tokens read from text
+    text_window: Length = 512  #: tokens per window
+    allow_shorter: bool = False  #: a tuned model with a shorter window than the base looks like a swap and is refused
     format: Format = "text"
 
 
 @schema
 class MergeRope:
-    """The rope a merged model gets: the adapter's, the target's own (`keep`), or a theta given here."""
+    """The rope a merged model gets."""
 
-    rule: Literal["adapter", "keep"] = "adapter"
-    theta: Annotated[float, Field(gt=1)] | None = None
+    rule: Literal["adapter", "keep"] = "adapter"  #: the adapter's, or the target's own; rope=keep for short
+    theta: Annotated[float, Field(gt=1)] | None = None  #: with window, for adapters that carry none
 
 
 def _as_rope(value: Any) -> Any:
+    """`rope=keep` is short for `rope.rule=keep`."""
+    if isinstance(value, str) and value not in ("adapter", "keep"):
+        near = nearest(value, ("adapter", "keep"))
+        raise ValueError(f"is not adapter or keep{f'; did you mean rope={near}?' if near else ''}")
     return {"rule": value} if isinstance(value, str) else value
 
 
 @schema
 class MergeConfig:
-    """target: the sibling; adapter: one folder or hub id, or a list; out: the merged model's folder."""
+    """The root of configs/lora_merge.yaml."""
 
-    target: Text
-    adapter: Texts
-    out: Text
-    scale: Numbers = field(default_factory=lambda: [1.0])
+    target: Text  #: the fine-tune of the adapter's base
+    adapter: Texts  #: a folder or hub id, or a list of them
+    out: Text  #: the merged model's folder
+    scale: Numbers = field(default_factory=lambda: [1.0])  #: one for all adapters, or a list
     rope: Annotated[MergeRope, BeforeValidator(_as_rope)] = field(default_factory=MergeRope)
     window: Length | None = None
-    like: Text | None = None
+    like: Text | None = None  #: a model whose rope and window the merged model gets
+    #: lm_head and embeddings whose vocabularies differ: leave them, or merge the rows both have (common)
     vocab: Literal["skip", "common"] = "skip"
-    # Asked for where an adapter holds other embeddings of its base than the target has.
+    #: asked for where an adapter holds other embeddings of its base than the target has
     copies: Literal["own", "adapter"] | None = None
-    allow_partial: bool = False
+    allow_partial: bool = False  #: merge what fits where layers are missing or unexpected
     format: Format = "text"
 
 
 @schema
 class InfoConfig:
-    """adapter: a folder to describe; or plan: a preset or model folder whose adapter's size is to be worked
-    out.
-    """
+    """The root of configs/lora_info.yaml: an adapter to describe, or a plan of one."""
 
-    adapter: Text | None = None
-    plan: Text | None = None
-    rank: Positive = 32
+    adapter: Text | None = None  #: a folder or hub id
+    plan: Text | None = None  #: instead: llama3_8b, llama3_70b, llama3_405b, mistral_7b, qwen2_7b, or a model's folder
+    rank: Positive = 32  #: of the plan, and the next three
     embeddings: bool = False
     lm_head: bool = True
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    plots: Text | None = None
-    measure: bool = True
+    dtype: FactorDtype = "bfloat16"
+    plots: Text | None = None  #: a folder for PNGs: spectra, and share kept per layer and projection
+    measure: bool = True  #: time a small extraction here and extrapolate
     format: Format = "text"
 
 
 @schema
 class BenchLoraConfig:
-    """mergekit: path of the mergekit-extract-lora executable in its own environment; without it ours runs
-    alone.
-    """
+    """The root of configs/bench_lora.yaml."""
 
-    mergekit: Text | None = None
+    mergekit: Text | None = None  #: mergekit-extract-lora in its own environment; without it ours is measured alone
     rank: Positive = 32
     layers: Positive = 12
     hidden: Positive = 1024
     vocab: Positive = 32000
-    delta_rank: Positive = 32
+    delta_rank: Positive = 32  #: directions in the made difference, besides noise
     threads: Positive = 2
-    repeats: Positive = 2
-    shallow: Positive | None = 3
-    exact: bool = True
-    folder: Text | None = None
-    out: Text | None = None
+    repeats: Positive = 2  #: of ours; two are also compared byte by byte
+    shallow: Positive | None = (
+        3  #: also a pair of so few layers, to see that memory does not grow with depth; null: skip
+    )
+    exact: bool = True  #: also the exact optimum's residual, with one SVD per kind of matrix
+    folder: Text | None = None  #: where the pair is made and kept; null: a temporary folder
+    out: Text | None = None  #: a JSON file for the figures
     format: Format = "text"

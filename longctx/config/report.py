@@ -1,4 +1,4 @@
-"""What `longctx report` may be told."""
+"""What `longctx report` can be told."""
 
 from __future__ import annotations
 
@@ -7,6 +7,6 @@ from longctx.config.base import Text, schema
 
 @schema
 class ReportConfig:
-    """run: a run's folder; the page is written into it as report.html."""
+    """The root of configs/report.yaml."""
 
-    run: Text
+    run: Text  #: a run's folder; the page is written into it as report.html

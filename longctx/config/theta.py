@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from longctx.config.base import Count, Format, Length, Text, schema
+from longctx.config.base import Count, Format, Length, NotNegative, Positive, Text, schema
 from longctx.config.curriculum import CurriculumConfig, RuleField
 from longctx.config.data import DataConfig
 from longctx.config.model import ModelConfig
@@ -20,66 +20,40 @@ def _given(value: Any) -> Any:
 
 @schema
 class SearchConfig:
-    """The empirical part: which thetas are tried at a stage, on how much text, and when the bracket is narrow
-    enough.
+    """Which thetas are tried at a stage, on how much text, and when the bracket is narrow enough."""
 
-    stage: the stage searched (None: the last). bracket: the first thetas lie between rule / bracket and
-    rule * bracket. points: thetas of the first round; rounds: golden-section steps around the best.
-    documents: held-out sequences of the stage's length; needles: haystacks per trial, a needle at each of
-    five depths. needle_weight: how much the needles' answer loss counts beside the text's last-quarter loss.
-    adapt_steps: optimizer steps per candidate, thrown away afterwards; adapt_lr: their rate. attempts: how
-    often a best value on the edge widens the bracket.
-    """
-
-    stage: str | None = None
-    bracket: float = 8.0
-    points: int = 7
-    rounds: int = 4
-    attempts: int = 2
-    documents: int = 8
-    needles: int = 4
-    needle_weight: float = 0.25
-    adapt_steps: int = 0
-    adapt_lr: float = 3e-4
+    stage: str | None = None  #: the stage of the curriculum that is searched; null: the last
+    bracket: Annotated[float, Field(gt=1)] = 8.0  #: the first thetas lie between rule / bracket and rule * bracket
+    points: Annotated[int, Field(ge=3)] = 7  #: thetas of the first round, even on log theta
+    rounds: NotNegative = 4  #: golden-section steps around the best
+    attempts: NotNegative = 2  #: how often the bracket is moved when the best lies on its edge
+    documents: Positive = 8  #: held-out sequences of the stage's length
+    needles: NotNegative = 4  #: haystacks per trial, a needle at each of five depths
+    needle_weight: Annotated[float, Field(ge=0)] = 0.25  #: the needles' answer loss beside the text's last-quarter loss
+    adapt_steps: NotNegative = 0  #: optimizer steps per candidate, thrown away afterwards
+    adapt_lr: float = 3e-4  #: their learning rate
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.bracket <= 1:
-            raise ValueError(f"bracket={self.bracket} must be above 1: thetas from rule/bracket to rule*bracket")
-        if self.points < 3:
-            raise ValueError(f"points={self.points} must be 3 or more, or there is nothing between the edges")
-        for name in ("rounds", "attempts", "needles", "adapt_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be 0 or more")
-        if self.documents < 1:
-            raise ValueError(f"documents={self.documents} must be 1 or more")
-        if self.needle_weight < 0:
-            raise ValueError(f"needle_weight={self.needle_weight} must be 0 or more")
 
 
 @schema
 class ThetaConfig:
-    """The root of configs/theta.yaml.
-
-    model.path, or head_dim and theta (and from): what is there. to, or a curriculum: where it shall go. rule:
-    the rule of `to`. png: where the picture goes. search: look for a better theta with the model itself.
-    """
+    """The root of configs/theta.yaml: where the rope starts and where it goes."""
 
     model: Annotated[ModelConfig | None, BeforeValidator(_given)] = None
-    head_dim: int | None = None
+    head_dim: int | None = None  #: instead of a model: its head size, theta and window (from)
     theta: Count | None = None
-    from_: Length | None = Field(default=None, alias="from")
-    to: Length | None = None
-    rule: RuleField | None = None
-    curriculum: CurriculumConfig | None = None
-    png: Text | None = None
+    from_: Length | None = Field(default=None, alias="from")  #: window in tokens; null: the model's
+    to: Length | None = None  #: target length
+    rule: RuleField | None = None  #: of `to`; null: dynamic-ntk
+    curriculum: CurriculumConfig | None = None  #: a table per stage, instead of `to`
+    png: Text | None = None  #: a picture of wavelengths against the window, before and after
     format: Format = "text"
-    search: bool = False
+    search: bool = False  #: try thetas around the rule's on held-out documents (needs the model's weights)
     trials: SearchConfig = SearchConfig()
-    data: DataConfig | None = None
-    name: Text = "theta"
-    run_dir: str = ""
-    nproc: int = 1
+    data: DataConfig | None = None  #: of a search
+    name: Text = "theta"  #: results go to runs/NAME
+    run_dir: str = ""  #: or to this folder
+    nproc: int = 1  #: ranks that share a long sequence by ring attention while searching
 
     @property
     def folder(self) -> str:

@@ -1,7 +1,7 @@
 """Everything `longctx train` can be told.
 
-Identity keys (model, data, curriculum, optim, seed) make a run what it is; the free ones (parallel, engine,
-logging, checkpoint, guards, profile, launch, hooks, evaluate) may change each time a run is continued.
+Identity keys (model, data, curriculum, optim, seed) make a run what it is; the others may change each time a run is
+continued.
 """
 
 from __future__ import annotations
@@ -26,12 +26,13 @@ def _not_below(config: object, least: int, *names: str) -> None:
 class ParallelConfig:
     """How the ranks share the work: cp ranks hold one sequence, world / cp groups hold different ones."""
 
-    cp: int | Literal["auto"] = "auto"
-    stages: dict[str, int] = field(default_factory=dict)
-    tokens_per_rank: Length = 8192
+    cp: int | Literal["auto"] = "auto"  #: ranks per sequence; auto: stage by stage, as few as tokens_per_rank asks for
+    stages: dict[str, int] = field(default_factory=dict)  #: cp of single stages by name: {s1048k: 8}
+    tokens_per_rank: Length = 8192  #: tokens of a sequence that one rank holds at most, under cp=auto
+    #: auto: flat_ring inside a node, double_ring over several
     schedule: Literal["auto", "flat_ring", "double_ring", "allgather_ring", "ulysses_ring"] = "auto"
-    nodes: int | Literal["auto"] = "auto"
-    ulysses: int | Literal["auto"] = "auto"
+    nodes: int | Literal["auto"] = "auto"  #: nodes that one sequence spans
+    ulysses: int | Literal["auto"] = "auto"  #: ranks that trade tokens for heads in ulysses_ring; auto: all of a node
 
     def __post_init__(self) -> None:
         _not_below(self, 1, "tokens_per_rank")
@@ -42,30 +43,28 @@ class EngineConfig:
     """Who owns the weights and the optimizer: `ddp` replicates them, `deepspeed` shards them (ZeRO)."""
 
     name: Literal["ddp", "deepspeed"] = "ddp"
-    zero: Literal[0, 1, 2, 3] = 0
-    offload_optimizer: bool = False
-    offload_parameters: bool = False
-    secondary_partition: int = 1
+    zero: Literal[0, 1, 2, 3] = 0  #: ZeRO stage. 1: optimizer states are sharded; 2: and gradients; 3: and parameters
+    offload_optimizer: bool = False  #: keep optimizer states in host memory (deepspeed)
+    offload_parameters: bool = False  #: keep parameters in host memory (zero=3)
+    secondary_partition: int = 1  #: hpZ: ranks that keep a second copy of the parameters (zero=3, many nodes)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    micro_batch: int | Literal["auto"] = "auto"
-    micro_batch_tokens: Length = 8192
-    timeout_seconds: float = 1800.0
+    micro_batch: int | Literal["auto"] = "auto"  #: sequences per forward; auto: as many as micro_batch_tokens allows
+    micro_batch_tokens: Length = 8192  #: tokens of one forward on one rank
+    timeout_seconds: float = 1800.0  #: how long a collective may wait for a rank
 
 
 @schema
 class OptimConfig:
-    """AdamW; the learning rate belongs to each stage of the curriculum.
-
-    freeze: patterns of parameter names that are not trained. `auto`: what the run's adapter does not carry (the input
-    embeddings, by default), so that the adapter carries all that is trained; nothing where no adapter is made.
-    """
+    """AdamW, weight decay on matrices only. The learning rate belongs to each stage of the curriculum."""
 
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.0
-    clip: float = 1.0
-    z_loss: float = 0.0
+    clip: float = 1.0  #: largest global gradient norm; 0 switches clipping off
+    z_loss: float = 0.0  #: factor of lse^2 that is added to the loss
+    #: patterns of parameters not trained: ['*embed_tokens*','*norm*']. auto: what the run's adapter does not carry (the
+    #: input embeddings, unless they are tied); [] trains everything
     freeze: list[str] | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
@@ -79,21 +78,21 @@ class OptimConfig:
 class LoggingConfig:
     """What is shown; metrics.jsonl is always written and is the truth."""
 
-    display: Literal["auto", "rich", "plain", "none"] = "auto"
-    every: int = 10
-    wandb: Literal["offline", "online", "disabled"] = "disabled"
-    project: str = "longctx"
-    peak_tflops: float | None = None
+    display: Literal["auto", "rich", "plain", "none"] = "auto"  #: auto: bars on a terminal, lines elsewhere
+    every: int = 10  #: steps between plain lines
+    wandb: Literal["offline", "online", "disabled"] = "disabled"  #: offline: RUN/wandb, which `wandb sync` uploads
+    project: str = "longctx"  #: wandb's project
+    peak_tflops: float | None = None  #: dense peak of one device, for MFU; null: from the table of known GPUs
 
 
 @schema
 class CheckpointConfig:
     """When to save: every so many steps, every so many minutes, and always at the end of a stage."""
 
-    every: int = 0
-    minutes: float = 10.0
-    keep: int = 2
-    spare_gib: float = 0.25
+    every: int = 0  #: steps between checkpoints; 0: by the clock and at stage ends only
+    minutes: float = 10.0  #: minutes between checkpoints; 0: off
+    keep: int = 2  #: checkpoints kept
+    spare_gib: float = 0.25  #: GiB of disk that must stay free after a save
 
     def __post_init__(self) -> None:
         _not_below(self, 0, "every", "minutes", "keep", "spare_gib")
@@ -101,14 +100,12 @@ class CheckpointConfig:
 
 @schema
 class GuardsConfig:
-    """What stops or skips a step. spike: skip when the loss exceeds this multiple of the median of the last
-    spike_window steps; spike_steps skips in a row, for a spike or for want of a token that carries loss, end the run.
-    """
+    """What stops or skips a step."""
 
-    spike: float | None = None
-    spike_window: int = 50
-    spike_steps: int = 10
-    stall_seconds: float = 1800.0
+    spike: float | None = None  #: skip a step whose loss exceeds this multiple of the recent median
+    spike_window: int = 50  #: steps of that median
+    spike_steps: int = 10  #: so many skipped steps in a row are no spike: the run ends
+    stall_seconds: float = 1800.0  #: name the rank that makes no progress for this long, and stop
 
     def __post_init__(self) -> None:
         _not_below(self, 1, "spike_window", "spike_steps")
@@ -119,17 +116,17 @@ class GuardsConfig:
 
 @schema
 class ProfileConfig:
-    """steps=[10,12] records global steps 10 and 11 with torch.profiler into RUN/profile."""
+    """torch.profiler's trace of chosen steps, in RUN/profile."""
 
-    steps: list[int] | None = None
+    steps: list[int] | None = None  #: [10,12] records global steps 10 and 11
 
 
 @schema
 class LaunchConfig:
-    """Ranks that `longctx train` starts itself; ignored under torchrun and srun."""
+    """Ranks that `longctx train` starts itself; ignored under torchrun and srun, which bring their own."""
 
-    nproc: int = 1
-    threads: int | None = None
+    nproc: int = 1  #: ranks on this machine
+    threads: int | None = None  #: CPU threads per rank; null: the cores shared out
 
     def __post_init__(self) -> None:
         if self.threads is not None:
@@ -138,9 +135,9 @@ class LaunchConfig:
 
 @schema
 class EvaluateConfig:
-    """Held-out loss at the end of each stage, over this many sequences of the stage's own kind."""
+    """Held-out loss at the end of each stage."""
 
-    heldout_sequences: int = 8
+    heldout_sequences: int = 8  #: sequences of the stage's own kind; 0: none
 
     def __post_init__(self) -> None:
         _not_below(self, 0, "heldout_sequences")
@@ -148,18 +145,15 @@ class EvaluateConfig:
 
 @schema
 class TrainConfig:
-    """The root of configs/train.yaml. cache: folder of tokenized documents (none: RUN/data).
+    """The root of configs/train.yaml."""
 
-    accept: identity keys whose change is meant when a run is continued; memory: start a stage that seems not to fit.
-    """
-
-    name: Text
+    name: Text  #: the run's folder is runs/NAME
     seed: int = 0
-    run_dir: str = ""
-    cache: str = ""
+    run_dir: str = ""  #: the run's folder, instead of runs/NAME
+    cache: str = ""  #: folder of tokenized documents; empty: RUN/data
     model: ModelConfig
     data: DataConfig
-    curriculum: CurriculumConfig
+    curriculum: CurriculumConfig  #: the stages; `rope=yarn` is short for curriculum.rule=yarn
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -170,7 +164,7 @@ class TrainConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     hooks: HooksConfig = field(default_factory=HooksConfig)
-    accept: list[str] = field(default_factory=list)
+    accept: list[str] = field(default_factory=list)  #: identity keys whose change is meant when a run is continued
 
     def __post_init__(self) -> None:
         if self.model.path is None and (self.hooks.sibling or self.hooks.evidence):

@@ -15,7 +15,7 @@ from longctx.curriculum.select import FoundTheta, read_theta_file, selected
 from longctx.curriculum.stage import Advance, Stage
 from longctx.curriculum.steps import batch_size, schedules
 from longctx.errors import UserError
-from longctx.rope import THETA_ONLY, ExplicitTheta, Rope, apply, make_rule
+from longctx.rope import THETA_ONLY, ExplicitTheta, Rope, apply
 
 
 def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any], window: int, file: str) -> list[Stage]:
@@ -103,20 +103,19 @@ def _rope(
     if stage.theta is not None:
         if stage.theta <= 1:
             raise UserError(f"{where}.theta={stage.theta} must be above 1 ({file})")
-        return apply(ExplicitTheta(stage.theta), original, stage.seq_len, where), ExplicitTheta.name
+        return apply(ExplicitTheta(theta=stage.theta), original, stage.seq_len, where), ExplicitTheta.name
     rule = stage.rule or config.rule
     if rule is None:
         if config.scratch:
             return dict(previous.parameters), ExplicitTheta.name
         if found:
-            return apply(ExplicitTheta(original.theta), original, stage.seq_len, where), ExplicitTheta.name
+            return apply(ExplicitTheta(theta=original.theta), original, stage.seq_len, where), ExplicitTheta.name
         raise UserError(
             f"{where} names neither theta nor rule, and the curriculum has no rule; give one of them, for "
             f"example {where}.rule=dynamic-ntk ({file})"
         )
-    made = make_rule(rule.name, rule.parameters(), f"{where}.rule")
-    start = previous if (rule.start or made.start) == "previous" else original
-    return apply(made, start, stage.seq_len, f"{where}.rule"), rule.name
+    start = previous if rule.start == "previous" else original
+    return apply(rule, start, stage.seq_len, f"{where}.rule"), rule.name
 
 
 def _with_found(

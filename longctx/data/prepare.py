@@ -21,6 +21,7 @@ from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
 from longctx.errors import UserError
+from longctx.processes import warn_if_crowded
 from longctx.signals import sweep
 from longctx.storage.files import write_text
 
@@ -93,6 +94,7 @@ def _run(jobs: Sequence[ShardJob], spec: TokenizerSpec, workers: int | None) -> 
             tokenize_shard(job, spec)
             yield job
         return
+    warn_if_crowded("workers", count)
     yield from tokenize_by(count, jobs, spec, jobs[0].folder.parent)
 
 

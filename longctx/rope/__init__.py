@@ -15,12 +15,14 @@ from longctx.rope.bound import (
 )
 from longctx.rope.config import Rope, read_rope, rope_of, rope_of_init, rope_of_model
 from longctx.rope.frequencies import attention_factor, inv_freq
-from longctx.rope.rules import RULES, THETA_ONLY, ExplicitTheta, Rule, apply, make_rule
+from longctx.rope.rules import RULES, THETA_ONLY, AnyRule, DynamicNtk, ExplicitTheta, Rule, apply, make_rule
 
 __all__ = [
     "PUBLISHED_BOUNDS",
     "RULES",
     "THETA_ONLY",
+    "AnyRule",
+    "DynamicNtk",
     "ExplicitTheta",
     "Rope",
     "Rule",

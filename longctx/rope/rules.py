@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 
@@ -20,17 +20,27 @@ from longctx.rope.config import Rope
 from longctx.rope.frequencies import ROPE_TYPES
 
 Parameters = dict[str, Any]
+Start = Literal["previous", "original"]
 _THETA_EXTENDS = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
 
 
-class Rule(Protocol):
-    """A way from one rope to a longer one."""
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """A way from one rope to a longer one. A config holds the rule itself: its `name` tells which one."""
 
-    name: ClassVar[str]
-    start: ClassVar[str]  # whether a chain of stages begins each step at the "previous" stage or the "original"
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}  # the config layer refuses another rule's parameters
+    name: str
+    start: Start = "original"  #: where a stage's rule begins: at the `previous` stage's rope, or the `original` model's
     extends: ClassVar[frozenset[str]]  # rope types it can begin from
 
-    def to_hf(self, rope: Rope, length: int) -> Parameters: ...
+    def __post_init__(self) -> None:
+        factor = getattr(self, "factor", None)
+        if factor is not None and factor < 1:
+            raise ValueError(f"factor={factor:g} is below 1, which would shrink the window; give 1 or more")
+
+    def to_hf(self, rope: Rope, length: int) -> Parameters:
+        """The `rope_parameters` that transformers reads, for a window of `length` tokens."""
+        raise NotImplementedError
 
 
 def _with_theta(rope: Rope, theta: float) -> Parameters:
@@ -48,12 +58,11 @@ def _plain(rope: Rope, **changes: Any) -> Parameters:
     return {"rope_type": changes.pop("rope_type"), **kept, **changes}
 
 
-@dataclass(frozen=True)
-class Linear:
+@dataclass(frozen=True, kw_only=True)
+class Linear(Rule):
     """Position interpolation: f'_i = f_i / s (Chen et al. 2306.15595). factor overrides s."""
 
-    name: ClassVar[str] = "linear"
-    start: ClassVar[str] = "original"
+    name: Literal["linear"] = "linear"
     extends: ClassVar[frozenset[str]] = frozenset({"default", "linear"})
     factor: float | None = None
 
@@ -62,12 +71,11 @@ class Linear:
         return _plain(rope, rope_type="linear", factor=float(factor))
 
 
-@dataclass(frozen=True)
-class Ntk:
+@dataclass(frozen=True, kw_only=True)
+class Ntk(Rule):
     """NTK-aware: theta' = theta s^(d/(d-2)), which stretches the slowest pair by exactly s (bloc97, 2023)."""
 
-    name: ClassVar[str] = "ntk"
-    start: ClassVar[str] = "original"
+    name: Literal["ntk"] = "ntk"
     extends: ClassVar[frozenset[str]] = _THETA_EXTENDS
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
@@ -75,8 +83,8 @@ class Ntk:
         return _with_theta(rope, int(rope.theta * scale ** (rope.dim / (rope.dim - 2))))
 
 
-@dataclass(frozen=True)
-class DynamicNtk:
+@dataclass(frozen=True, kw_only=True)
+class DynamicNtk(Rule):
     """Stage-to-stage dynamic NTK: theta' = theta (f s - (f-1))^(d/(d-2)) (emozilla, 2023; transformers
     `dynamic`).
 
@@ -84,8 +92,8 @@ class DynamicNtk:
     integer.
     """
 
-    name: ClassVar[str] = "dynamic-ntk"
-    start: ClassVar[str] = "previous"
+    name: Literal["dynamic-ntk"] = "dynamic-ntk"
+    start: Start = "previous"
     extends: ClassVar[frozenset[str]] = _THETA_EXTENDS
     factor: float = 4.0
 
@@ -94,12 +102,11 @@ class DynamicNtk:
         return _with_theta(rope, int(rope.theta * stretch ** (rope.dim / (rope.dim - 2))))
 
 
-@dataclass(frozen=True)
-class ScalingLaw:
+@dataclass(frozen=True, kw_only=True)
+class ScalingLaw(Rule):
     """theta' = theta^(ln(L/2pi) / ln(L0/2pi)), keeping the critical dimension (Liu et al. 2310.05209)."""
 
-    name: ClassVar[str] = "scaling-law"
-    start: ClassVar[str] = "original"
+    name: Literal["scaling-law"] = "scaling-law"
     extends: ClassVar[frozenset[str]] = _THETA_EXTENDS
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
@@ -131,12 +138,11 @@ def _paper_ramp(rope: Rope, length: int, alpha: float, beta: float, attention: f
     )
 
 
-@dataclass(frozen=True)
-class ByParts:
+@dataclass(frozen=True, kw_only=True)
+class ByParts(Rule):
     """NTK-by-parts: the paper's ramp over rotations, cos and sin unscaled (YaRN 2309.00071 sec. 3.2)."""
 
-    name: ClassVar[str] = "by-parts"
-    start: ClassVar[str] = "original"
+    name: Literal["by-parts"] = "by-parts"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
     alpha: float = 1.0
     beta: float = 32.0
@@ -145,12 +151,11 @@ class ByParts:
         return _paper_ramp(rope, length, self.alpha, self.beta, 1.0)
 
 
-@dataclass(frozen=True)
-class YarnPaper:
+@dataclass(frozen=True, kw_only=True)
+class YarnPaper(Rule):
     """YaRN as the paper writes it: by-parts, and cos and sin times 0.1 ln s + 1 (2309.00071)."""
 
-    name: ClassVar[str] = "yarn-paper"
-    start: ClassVar[str] = "original"
+    name: Literal["yarn-paper"] = "yarn-paper"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
     alpha: float = 1.0
     beta: float = 32.0
@@ -160,16 +165,15 @@ class YarnPaper:
         return _paper_ramp(rope, length, self.alpha, self.beta, attention)
 
 
-@dataclass(frozen=True)
-class Yarn:
+@dataclass(frozen=True, kw_only=True)
+class Yarn(Rule):
     """YaRN as transformers, vLLM and the authors' code have it: the ramp runs over the dimension's index.
 
     Between floor and ceil of i(rot) = d ln(L0/(2 pi rot)) / (2 ln theta), rot = beta_fast, beta_slow. A model
     that is already yarn keeps its original length and gets the factor L / original.
     """
 
-    name: ClassVar[str] = "yarn"
-    start: ClassVar[str] = "original"
+    name: Literal["yarn"] = "yarn"
     extends: ClassVar[frozenset[str]] = frozenset({"default", "yarn"})
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -186,36 +190,40 @@ class Yarn:
         )
 
 
-@dataclass(frozen=True)
-class Llama3:
+@dataclass(frozen=True, kw_only=True)
+class Llama3(Rule):
     """Llama 3.1's: lambda < L0/4 kept, lambda > L0 divided by 8, t = (L0/lambda - 1)/3 between
     (transformers).
 
     factor 8 is the published one, used there for s = 16.
     """
 
-    name: ClassVar[str] = "llama3"
-    start: ClassVar[str] = "original"
+    name: Literal["llama3"] = "llama3"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
     factor: float = 8.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
-        values = dataclasses.asdict(self)
-        return _plain(rope, rope_type="llama3", **values, original_max_position_embeddings=rope.window)
+        return _plain(
+            rope,
+            rope_type="llama3",
+            factor=self.factor,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+            original_max_position_embeddings=rope.window,
+        )
 
 
-@dataclass(frozen=True)
-class LongRope:
+@dataclass(frozen=True, kw_only=True)
+class LongRope(Rule):
     """LongRoPE: lambda'_i = factor_i lambda_i, cos and sin times sqrt(1 + ln s / ln L0) (2402.13753).
 
     The factors come from a search outside longctx, d/2 of them. Sequences within the window may have their
     own, short_factor, when served; training wants one set, so that left out they are the long ones.
     """
 
-    name: ClassVar[str] = "longrope"
-    start: ClassVar[str] = "original"
+    name: Literal["longrope"] = "longrope"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
     long_factor: list[float] = dataclasses.field(default_factory=list)
     short_factor: list[float] | None = None
@@ -238,12 +246,11 @@ class LongRope:
         )
 
 
-@dataclass(frozen=True)
-class ExplicitTheta:
+@dataclass(frozen=True, kw_only=True)
+class ExplicitTheta(Rule):
     """A theta chosen outright, "adjusted base frequency" (Xiong et al. 2309.16039); the rest is kept."""
 
-    name: ClassVar[str] = "theta"
-    start: ClassVar[str] = "original"
+    name: Literal["theta"] = "theta"
     extends: ClassVar[frozenset[str]] = frozenset(ROPE_TYPES)
     theta: float = 10000
 
@@ -251,9 +258,8 @@ class ExplicitTheta:
         return _with_theta(rope, self.theta)
 
 
-RULES: dict[str, type[Rule]] = {
-    rule.name: rule for rule in (Linear, Ntk, DynamicNtk, ScalingLaw, ByParts, Yarn, YarnPaper, Llama3, LongRope)
-}
+AnyRule = Linear | Ntk | DynamicNtk | ScalingLaw | ByParts | Yarn | YarnPaper | Llama3 | LongRope
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in get_args(AnyRule)}
 
 
 # Rules that change theta and nothing else: a theta means the same under each of them.
@@ -269,14 +275,15 @@ def make_rule(name: str, values: Mapping[str, Any], where: str = "rule") -> Rule
         near = nearest(name, RULES)
         hint = f"did you mean {near!r}? " if near else ""
         raise UserError(f"{where}={name!r} is not a rule; {hint}known: {', '.join(RULES)}")
-    known = [field.name for field in dataclasses.fields(RULES[name])]  # type: ignore[arg-type]
+    known = [field.name for field in dataclasses.fields(RULES[name]) if field.name not in ("name", "start")]
     for key, value in values.items():
-        if key not in known:
-            has = f"it takes {', '.join(known)}" if known else "it takes no parameters"
-            raise UserError(f"{where}.{key}={value} does not belong to rule {name!r}; {has}")
-        if key == "factor" and value is not None and value < 1:
-            raise UserError(f"{where}.factor={value} is below 1, which would shrink the window; give 1 or more")
-    return RULES[name](**values)
+        if key not in (*known, "start"):
+            takes = f"{', '.join(known)}, start" if known else "no parameters but start"
+            raise UserError(f"{where}.{key}={value} does not belong to rule {name!r}; it takes {takes}")
+    try:
+        return RULES[name](**values)
+    except ValueError as error:
+        raise UserError(f"{where}.{error}") from None
 
 
 def apply(rule: Rule, rope: Rope, length: int, where: str = "rule") -> Parameters:

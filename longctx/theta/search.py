@@ -24,6 +24,7 @@ from longctx.data.opening import choose_mix
 from longctx.data.tokenizer import check_tokenizer_of
 from longctx.errors import UserError, nearest
 from longctx.identity import identity, key_of
+from longctx.processes import warn_if_crowded
 from longctx.rope import Rope
 from longctx.storage.model import check_model
 from longctx.theta.bracket import Found, narrow
@@ -65,6 +66,7 @@ def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
     if config.nproc > 1 and environment["WORLD_SIZE"] == "1":
         from longctx.theta.ranks import start
 
+        warn_if_crowded("nproc", config.nproc)
         result = start(job, config.nproc)
     else:
         result = find(job)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from longctx.config.curriculum import CurriculumConfig, LearningRateConfig, RopeConfig, StageConfig
+from longctx.config.curriculum import CurriculumConfig, LearningRateConfig, StageConfig
 from longctx.config.theta import ThetaConfig
 from longctx.curriculum import Stage, resolve
 from longctx.errors import UserError
-from longctx.rope import ExplicitTheta, Rope, rope_of_model
+from longctx.rope import DynamicNtk, ExplicitTheta, Rope, rope_of_model
 
 COMMAND = "the command line"
 _SEARCH_STRETCH = 16  # the length searched for when none is named, in windows
@@ -65,7 +65,7 @@ def _curriculum(config: ThetaConfig, rope: Rope) -> tuple[CurriculumConfig, str]
             f"nothing says how long the context shall become: give to=131072, or curriculum=8k_to_1048k ({COMMAND})"
         )
     stage = StageConfig(seq_len=to, steps=1, batch=1)
-    rule = config.rule or RopeConfig(name="dynamic-ntk")
+    rule = config.rule or DynamicNtk()
     return (
         CurriculumConfig(stages={f"s{to}": stage}, rule=rule, lr=LearningRateConfig(peak=1e-5)),
         COMMAND,

@@ -88,12 +88,14 @@ def _config(words: list[str], rank: int, world: int) -> Any:
 
 
 def _compose(words: list[str]) -> Any:
-    from longctx.config.base import build
-    from longctx.config.compose import compose, split_options
-    from longctx.config.train import TrainConfig
+    from longctx.config.compose import load
+    from longctx.config.words import parse
+    from longctx.verbs import VERBS
 
-    overrides, folders = split_options(words)
-    return build(TrainConfig, compose("train", overrides, folders), origin="configs/train.yaml and the command line")
+    line = parse(words)
+    if line.help or line.cfg or line.multirun:
+        raise UserError("-m, --cfg and --help belong to `longctx train`; under torchrun and srun give overrides only")
+    return load(VERBS["train"], line.overrides, line.folders)
 
 
 def _agree_on_config(words: list[str], rank: int) -> Any:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from longctx import console
 from longctx.distributed.local import Ended, run_ranks
+from longctx.processes import warn_if_crowded
 from longctx.signals import SAVED_AND_REQUEUE, interrupted_words, swept
 from longctx.train.runfolder import where
 
@@ -23,6 +24,7 @@ def start_ranks(launch: LaunchConfig, resolved: Path, cache: Path) -> int:
     cache: where ranks write tokenized documents.
     """
     run = resolved.parent
+    warn_if_crowded("launch.nproc", launch.nproc)
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.nproc)
     interrupted_words(lambda: where(run))
     killed_before = _killed_for_memory()

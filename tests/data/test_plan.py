@@ -170,7 +170,7 @@ def test_policies_that_cannot_be_met_say_how_many_tokens_are_missing():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"mixes": {"m": {"a": -0.5, "b": 1.5}}}, "weight=-0.5 must not be negative"),
+        ({"mixes": {"m": {"a": -0.5, "b": 1.5}}}, "m.a.weight=-0.5 must be 0 or more"),
         ({"mixes": {"m": {"a": 0.5, "b": 0.2}}}, r"sum to 0\.7, not to 1"),
         ({"mixes": {"m": {"aa": 1.0}}}, "did you mean 'a'"),
         ({"mixes": {"m": {"a": {"weight": 1.0, "length": "full"}}}}, "does not fit a text source"),

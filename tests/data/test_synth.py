@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from longctx.config.base import build
 from longctx.config.data import SynthTask
 from longctx.data.keys import draw_keys, split_of
 from longctx.data.synth import make_task
@@ -183,8 +184,8 @@ def test_what_cannot_be_made_is_refused(straw, writer):
         _make(SynthTask(kind="copy", segment=200), 300, 0, straw, writer)
     with pytest.raises(ValueError, match=r"must hold \{key\} once"):
         SynthTask(needle="no field")
-    with pytest.raises(ValueError, match="between 0"):
-        SynthTask(depths=(1.5,))
+    with pytest.raises(UserError, match=r"depths\.0=1\.5 must be at most 1 "):
+        build(SynthTask, {"depths": [1.5]}, origin="test")
     with pytest.raises(ValueError, match="asks for more"):
         SynthTask(kind="needles", count=2, questions=3)
     with pytest.raises(UserError, match="fast tokenizer"):

@@ -116,8 +116,8 @@ def test_the_schedule_of_a_stage(capsys, model):
             "draw.ulysses=3 must divide ranks=8",
         ),
         (["show=schedule", "draw.stage=s1", "curriculum=8k_to_1048k"], "draw.stage=s1 is no stage"),
-        (["hardware.utilization=2"], "utilization=2.0 must lie above 0"),
-        (["ranks=0"], "both must be 1 or more"),
+        (["hardware.utilization=2"], "hardware.utilization=2 must be at most 1"),
+        (["ranks=0"], "ranks=0 must be 1 or more"),
     ],
 )
 def test_mistakes_are_explained(capsys, model, words, message):

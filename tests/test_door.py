@@ -1,0 +1,260 @@
+"""What the command line offers beyond one run: help, the composed config, sweeps and tab completion."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from longctx import cli
+from longctx.completion import complete
+from longctx.config.base import build, known_keys, step_into, variants
+from longctx.config.compose import load, resolve
+from longctx.config.groups import defaults_of, groups
+from longctx.config.help import as_yaml, field_docs
+from longctx.config.words import Overrides
+from longctx.errors import UserError
+from longctx.verbs import VERBS
+
+GIVEN = {
+    "eval": ["model.path=m"],
+    "report": ["run=r"],
+    "plan": ["model=tiny"],
+    "train": ["model=tiny"],
+    "lora-extract": ["base=b", "tuned=t", "out=o"],
+    "lora-merge": ["target=t", "adapter=a", "out=o"],
+    "theta": ["to=1M", "from=8k", "rule=yarn"],
+}
+
+
+def _help(capsys, *words: str) -> str:
+    assert cli.main([*words, "--help"]) == 0
+    return capsys.readouterr().out
+
+
+# --- --cfg
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_cfg_prints_the_whole_config_and_the_verb_reads_it_again(verb, capsys):
+    words = GIVEN.get(verb, [])
+    assert cli.main([*verb.split(), *words, "--cfg", "job"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    schema, config = resolve(VERBS[verb].schema), load(VERBS[verb], words)
+    assert list(printed) == known_keys(schema)
+    assert build(schema, printed, origin="--cfg") == config
+
+
+def test_cfg_shows_overrides_defaults_and_resolved_values(capsys):
+    assert cli.main(["train", "experiment=quickstart", "rope=yarn", "data=text", "data.path=books", "--cfg"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["sources"]["text"]["path"] == "books"
+    assert printed["curriculum"]["rule"] == {"name": "yarn", "start": "original", "beta_fast": 32.0, "beta_slow": 1.0}
+    assert printed["curriculum"]["layout"] == "zigzag"
+    assert as_yaml(load(VERBS["theta"], GIVEN["theta"])).splitlines()[3] == "from: 8192"
+
+
+# --- --help
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_help_names_every_key_and_offers_only_what_is_accepted(verb, capsys):
+    root, schema = VERBS[verb].root, resolve(VERBS[verb].schema)
+    text = _help(capsys, *verb.split())
+    for key in known_keys(schema):
+        assert re.search(rf"^  {key} \(", text, re.M), key
+    known = Overrides(root, schema)
+    offered = re.findall(r"^  ([\w@.]+) {2,}(.*)$", text.partition("Keys (")[0].partition("Groups (")[2], re.M)
+    assert [group for group, _ in offered] == list(defaults_of(root))
+    for group, choices in offered:
+        for choice in choices.replace("[", "").replace("]", "").split(", "):
+            assert known.checked(f"{group}={choice}") == [f"{group}={choice}"]
+
+
+@pytest.mark.parametrize("verb", ["train", "plan", "theta", "eval", "bench theta"])
+def test_every_key_of_every_section_is_shown_and_accepted(verb, capsys):
+    schema = resolve(VERBS[verb].schema)
+    known = Overrides(VERBS[verb].root, schema)
+    text = _help(capsys, *verb.split(), *known_keys(schema))
+    shown = set(re.findall(r"^  ([a-z][\w.]*) \(", text, re.M)) | set(re.findall(r"^  ([a-z]\w+\.NAME)$", text, re.M))
+    for key in shown:
+        assert known.checked(f"{key.replace('.NAME', '.some')}=1")
+    for section in known_keys(schema):
+        if variants(step_into(schema, section)):
+            assert f"{section}=yarn" in text
+            continue
+        for key in [f"{section}.{key}" for key in known_keys(schema, [section])] or [section]:
+            assert any(item == key or item.startswith(f"{key}.") for item in shown), key
+
+
+def test_help_shows_types_defaults_docs_and_the_values_of_the_command(capsys):
+    text = _help(capsys, "train", "engine=deepspeed", "engine")
+    assert re.search(r"engine\.zero \(0\|1\|2\|3\) = 2\s+ZeRO stage", text)
+    assert re.search(r"engine\.micro_batch_tokens \(length\) = 8192\s+tokens of one forward", text)
+    assert "deepspeed  DeepSpeed ZeRO through accelerate" in text
+    assert re.search(
+        r"curriculum\.rule=yarn \(\{start: original, beta_fast: 32\.0", _help(capsys, "train", "curriculum")
+    )
+
+
+def test_help_shows_ones_own_groups(tmp_path, capsys):
+    for group in ("curriculum", "mood"):
+        (tmp_path / group).mkdir()
+    (tmp_path / "curriculum" / "mine.yaml").write_text("# Two stages for our books.\nstages: {}\n")
+    (tmp_path / "mood" / "calm.yaml").write_text("# @package _global_\n# Slow and steady.\noptim: {clip: 0.1}\n")
+    text = _help(capsys, "train", "--config-dir", str(tmp_path))
+    assert re.search(r"^  curriculum .*\bmine\b", text, re.M)
+    assert re.search(r"^  mood +calm$", text, re.M)
+    assert "mine  " in _help(capsys, "train", "--config-dir", str(tmp_path), "curriculum")
+    assert "calm  Slow and steady." in _help(capsys, "train", "--config-dir", str(tmp_path), "mood")
+    assert load(VERBS["train"], ["model=tiny", "mood=calm"], [tmp_path]).optim.clip == 0.1
+
+
+def test_docs_are_read_from_the_fields_and_those_above_them():
+    docs = field_docs(resolve(VERBS["data stats"].schema))
+    assert docs["png"].startswith("the picture")
+    assert docs["cache"].startswith("folder of the shards")  # its own, not TrainConfig's
+    assert docs["accept"].startswith("identity keys")  # of the class it builds on
+    assert field_docs(resolve(VERBS["lora-extract"].schema))["memory_mib"].endswith("again on every pass")
+
+
+# --- -m
+
+
+def test_a_sweep_runs_every_combination_names_the_failed_one_and_returns_the_worst_status(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    sweep = ["theta", "-m", "model=tiny", "to=4096,64", "rule=yarn", "png=out/t.png", "format=json"]
+    assert cli.main(sweep) == 2
+    said = capfd.readouterr()
+    runs = json.loads(said.out)["runs"]
+    assert [run["values"] for run in runs] == ["to=4096", "to=64"]
+    assert [run["status"] for run in runs] == [0, 2]
+    assert runs[0]["result"]["stages"][0]["rope_parameters"]["rope_type"] == "yarn"
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["t-to-4096.png"]
+    assert "to=64: refused (status 2)" in said.err
+    assert "seq_len=64 is shorter than the model's window" in said.err
+
+
+def test_runs_of_a_sweep_have_folders_of_their_own_and_one_tokenization(monkeypatch, capfd):
+    started: list[list[str]] = []
+    monkeypatch.setattr("longctx.sweep._one", lambda command, capture: (started.append(list(command)), (0, ""))[1])
+    assert (
+        cli.main(["train", "-m", "model=tiny", "name=x", "curriculum.lr.peak=1e-5,2e-5", "engine=ddp,deepspeed"]) == 0
+    )
+    configs = [load(VERBS["train"], command[command.index("train") + 1 :]) for command in started]
+    assert [config.folder for config in configs] == [
+        f"runs/x/peak-{peak}_engine-{engine}" for peak in ("1e-05", "2e-05") for engine in ("ddp", "deepspeed")
+    ]
+    assert {config.cache for config in configs} == {"runs/x/data"}
+    assert [(config.curriculum.lr.peak, config.engine.name) for config in configs][1] == (1e-5, "deepspeed")
+    table = capfd.readouterr().out
+    assert all(
+        f"peak={peak} engine={engine}" in table for peak in ("1e-05", "2e-05") for engine in ("ddp", "deepspeed")
+    )
+
+
+@pytest.mark.parametrize(
+    ("statuses", "worst", "begun"),
+    [([0, 1, 2], 1, 3), ([0, 2, 0], 2, 3), ([0, 75], 75, 2), ([130], 130, 1), ([-9, 0, 0], 1, 3)],
+)
+def test_a_failed_run_does_not_stop_a_sweep_and_an_interrupted_one_does(statuses, worst, begun, monkeypatch, capfd):
+    left = list(statuses)
+    monkeypatch.setattr("longctx.sweep._one", lambda command, capture: (left.pop(0), ""))
+    assert cli.main(["plan", "-m", "model=tiny", "nodes=1,2,4"]) == worst
+    assert begun == len(statuses) - len(left)
+    assert capfd.readouterr().out.count("not started") == 3 - begun
+
+
+def test_runs_that_would_share_a_folder_are_refused():
+    with pytest.raises(UserError, match="two runs of the sweep would share"):
+        cli._dispatch(["train", "-m", "model=tiny", "name=x", "data.path=a/c,b/c"])
+
+
+# --- tab completion
+
+
+@pytest.mark.parametrize(
+    ("line", "answers"),
+    [
+        ("longctx tr", ["train"]),
+        ("longctx da", ["data"]),
+        ("longctx data s", ["seed=", "stats", "synth"]),
+        ("longctx bench h", ["hierarchy"]),
+        ("longctx train engine=", ["engine=ddp", "engine=deepspeed"]),
+        ("longctx train check", ["checkpoint."]),
+        ("longctx train curriculum", ["curriculum.", "curriculum="]),
+        ("longctx train curriculum.stages.", ["curriculum.stages.s2048.", "curriculum.stages.s8192."]),
+        ("longctx train curriculum=lwm_1m '~curriculum.stages.s", []),
+        (
+            "longctx train curriculum=lwm_1m curriculum.stages.s1",
+            ["curriculum.stages.s128k.", "curriculum.stages.s1M."],
+        ),
+        ("longctx train rope=y", ["rope=yarn", "rope=yarn-paper"]),
+        ("longctx train engine.offload_p", ["engine.offload_parameters="]),
+        (
+            "longctx train engine.offload_parameters=",
+            ["engine.offload_parameters=false", "engine.offload_parameters=true"],
+        ),
+        ("longctx theta fr", ["from="]),
+        ("longctx completion z", ["zsh"]),
+        ("longctx train --c", ["--cfg", "--config-dir"]),
+        ("longctx nothing x", []),
+    ],
+)
+def test_completions(line, answers):
+    assert complete(line) == answers
+
+
+def test_every_choice_and_every_key_completes():
+    for group, choices in groups().items():
+        if group in defaults_of("plan"):
+            assert complete(f"longctx plan {group}=") == [f"{group}={choice}" for choice in choices]
+    for key in known_keys(resolve(VERBS["train"].schema)):
+        assert any(answer.rstrip(".=") == key for answer in complete(f"longctx train {key}"))
+
+
+def test_bash_completes_at_its_prompt(tmp_path, capsys):
+    assert cli.main(["completion", "bash"]) == 0
+    (tmp_path / "complete.sh").write_text(capsys.readouterr().out)
+    (tmp_path / "mine").mkdir()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        os.execvpe("bash", ["bash", "--norc", "--noprofile", "-i"], {**os.environ, "PS1": "$ ", "TERM": "dumb"})
+    try:
+        os.write(terminal, b". ./complete.sh; echo rea''dy\n")
+        assert b"ready" in _until(terminal, b"ready")
+        for typed, wanted in (
+            (b"longctx train engine=dee\t", b"engine=deepspeed "),
+            (b"curriculum.stages.s81\t", b"curriculum.stages.s8192."),
+            (b"lay\t", b"layout="),
+        ):
+            os.write(terminal, typed)
+            assert wanted.removeprefix(b"engine=dee") in _until(terminal, wanted[-6:])
+    finally:
+        os.close(terminal)
+        os.waitpid(pid, 0)
+
+
+def _until(terminal: int, wanted: bytes, seconds: float = 30) -> bytes:
+    read, end = b"", time.monotonic() + seconds
+    while wanted not in read and time.monotonic() < end:
+        if select.select([terminal], [], [], 0.2)[0]:
+            read += os.read(terminal, 4096)
+    return read
+
+
+def test_the_completion_process_answers_without_torch_and_hydra():
+    code = (
+        "import sys; from longctx.completion import complete; complete('longctx train en'); print(sorted(sys.modules))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert not {"'torch'", "'hydra'", "'omegaconf'", "'transformers'"} & set(re.findall(r"'\w+'", loaded))
