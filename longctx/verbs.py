@@ -33,7 +33,7 @@ _ALL = [
          "what this machine offers, and which attention kernel would serve"),
     Verb("bench faults", "longctx.config.faults:FaultsConfig", "longctx.bench.faults:run",
          "a soak: kill a tiny run again and again, damage its checkpoints, compare the final weights"),
-    Verb("plan", "longctx.config.plan:PlanConfig", "longctx.plan.run:run",
+    Verb("plan", "longctx.config.plan:PlanConfig", "longctx.planner.run:run",
          "memory and time of every stage before anything starts; timelines of schedules"),
     Verb("bench step", "longctx.bench.step:BenchStepConfig", "longctx.bench.step:run",
          "one training step beside plain transformers: tokens per second and memory"),

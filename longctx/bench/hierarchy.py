@@ -19,8 +19,8 @@ from longctx.bench import cluster
 from longctx.config.bench import BenchHierarchyConfig
 from longctx.console import emit, emit_json, say
 from longctx.errors import UserError
-from longctx.plan.simulate import evenly, simulate
-from longctx.plan.volume import busiest
+from longctx.planner.simulate import evenly, simulate
+from longctx.planner.volume import busiest
 from longctx.schedule import RankSchedule, Sizes, build
 from longctx.topology import Level, Link, Topology
 

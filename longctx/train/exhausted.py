@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from longctx.decide import Machines
 from longctx.errors import OutOfMemory, out_of_memory
-from longctx.plan.remedies import lower, needs
+from longctx.planner.remedies import lower, needs
 from longctx.shape import shape_of_model
 from longctx.train.machine import kernel_of, room_here
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longctx.decide import Machines, choose_kernel
-from longctx.plan.remedies import Room, check_memory
+from longctx.planner.remedies import Room, check_memory
 from longctx.shape import Shape, shape_of_model
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from longctx.data.opening import choose_mix
 from longctx.data.tokenizer import check_tokenizer_of
 from longctx.decide import Machines, decide_all
 from longctx.errors import UserError
-from longctx.plan.memory import BYTES
+from longctx.planner.memory import BYTES
 from longctx.shape import Shape, shape_of_model
 from longctx.storage.model import check_model, expected_shapes
 

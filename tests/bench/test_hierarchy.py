@@ -9,7 +9,7 @@ from longctx.bench.hierarchy_picture import picture
 from longctx.config.base import build
 from longctx.config.bench import BenchHierarchyConfig, bits_per_second
 from longctx.errors import UserError
-from longctx.plan.volume import busiest
+from longctx.planner.volume import busiest
 from longctx.topology import Topology
 
 SCHEDULES = ["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]

@@ -2,8 +2,8 @@
 
 import xml.etree.ElementTree as ElementTree
 
-from longctx.plan.draw import as_svg, as_text, rows_of
-from longctx.plan.simulate import evenly, simulate
+from longctx.planner.draw import as_svg, as_text, rows_of
+from longctx.planner.simulate import evenly, simulate
 from longctx.schedule import Sizes, build, payload_bytes
 from longctx.topology import Link, Topology
 

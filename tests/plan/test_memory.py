@@ -6,7 +6,7 @@ import torch
 from longctx.attention import ContextParallel
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.distributed.transport import ThreadWorld
-from longctx.plan.memory import pool_bytes, stage_memory
+from longctx.planner.memory import pool_bytes, stage_memory
 from longctx.schedule import Sizes, build
 from longctx.shape import shape_of_init
 from longctx.topology import Topology

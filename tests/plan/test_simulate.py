@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.plan.simulate import evenly, simulate
+from longctx.planner.simulate import evenly, simulate
 from longctx.schedule import SCHEDULES, Hop, Message, RankSchedule, Sizes, Transfer, build, payload_bytes
 from longctx.topology import Link, Topology
 

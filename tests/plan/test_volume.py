@@ -2,7 +2,7 @@
 
 import pytest
 
-from longctx.plan.volume import busiest
+from longctx.planner.volume import busiest
 from longctx.schedule import SCHEDULES, Sizes, build
 from longctx.topology import Topology
 

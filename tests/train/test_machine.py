@@ -12,8 +12,8 @@ from longctx.config.base import build
 from longctx.config.train import TrainConfig
 from longctx.decide import Machines
 from longctx.errors import UserError
-from longctx.plan.memory import stage_memory, trained_weights
-from longctx.plan.remedies import Room, check_memory, needs, remedies
+from longctx.planner.memory import stage_memory, trained_weights
+from longctx.planner.remedies import Room, check_memory, needs, remedies
 from longctx.shape import shape_of_model
 from longctx.train import machine
 from longctx.train.run import resolve_stages, train

@@ -14,8 +14,8 @@ from longctx.config.hardware import HardwareConfig
 from longctx.config.plan import PlanConfig
 from longctx.curriculum import Stage
 from longctx.decide import Decision, Machines, assumed_kernels, choose_kernel, decide_all
-from longctx.plan.memory import BYTES, NODES_SIMULATED, Memory, need, sizes_of
-from longctx.plan.simulate import BACKWARD_WORK, evenly, simulate
+from longctx.planner.memory import BYTES, NODES_SIMULATED, Memory, need, sizes_of
+from longctx.planner.simulate import BACKWARD_WORK, evenly, simulate
 from longctx.schedule import SCHEDULES, Sizes, build
 from longctx.shape import Shape
 from longctx.topology import Link, Topology

@@ -15,7 +15,7 @@ from longctx.config.train import TrainConfig
 from longctx.curriculum import Stage
 from longctx.decide import Machines, decide_all
 from longctx.errors import UserError
-from longctx.plan.memory import Memory, need
+from longctx.planner.memory import Memory, need
 from longctx.shape import Shape
 
 GIB = 2.0**30

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from html import escape
 
-from longctx.plan.simulate import Span, Timeline
+from longctx.planner.simulate import Span, Timeline
 
 _LEFT = 64  # where the rows begin
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
