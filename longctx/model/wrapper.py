@@ -96,7 +96,10 @@ class LossModel(nn.Module):
         base = backbone_of(self.model)
         plan_layers(self.model, self.memory, tokens=input_ids.numel(), store=self._store)
         layout = layout or _alone().layout(input_ids.shape[1])
-        out = base(input_ids=input_ids, position_ids=positions, use_cache=False, layout=layout)
+        # transformers hands a mask of four dimensions on as it is, and its layers do not see it under a layout: none of
+        # S x S is made, whatever attention the model was loaded with.
+        mask = input_ids.new_empty(1, 1, 0, 0, dtype=torch.bool)
+        out = base(input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=False, layout=layout)
         return out.last_hidden_state
 
 

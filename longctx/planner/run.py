@@ -31,14 +31,20 @@ def run(config: PlanConfig) -> int:
     """Print what `show` names; exit status 0 also when a stage does not fit (the table says so)."""
     if config.show == "schedule":
         return show_schedule(config)
+    if config.format == "json":
+        emit_json(planned(config))
+        return 0
     config, source = with_dtype(config)
     shape, stages = _stages(config)
-    estimates = estimate_all(stages, shape, config)
-    if config.format == "json":
-        emit_json(document(config, shape, estimates))
-    else:
-        emit(table(config, shape, estimates, source))
+    emit(table(config, shape, estimate_all(stages, shape, config), source))
     return 0
+
+
+def planned(config: PlanConfig) -> dict[str, Any]:
+    """The stages in numbers, as `format=json` prints them. Raises UserError for what training would refuse."""
+    config, _ = with_dtype(config)
+    shape, stages = _stages(config)
+    return document(config, shape, estimate_all(stages, shape, config))
 
 
 def with_dtype(config: PlanConfig) -> tuple[PlanConfig, str]:

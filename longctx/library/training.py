@@ -1,0 +1,122 @@
+"""`prepare` and `shard_batch`: a transformers model and its batches in anybody's training loop."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from longctx.errors import UserError
+from longctx.library.arguments import check_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from longctx.attention import Layout
+    from longctx.model import LossModel
+
+
+def prepare(
+    model: Any,
+    *,
+    activation_checkpointing: bool = True,
+    keep_matmuls: int = 0,
+    ffn_block: int = 2048,
+    loss_chunk: int = 512,
+    offload: bool = False,
+    z_loss: float = 0.0,
+) -> LossModel:
+    """Make a transformers model ready for long sequences: exact attention over ranks, and a loss in little memory.
+
+    model: a causal LM of transformers (llama, mistral, qwen2, qwen3, gemma; peft's wrapper around one too). Weights,
+    parameter names and plain forward stay: `generate` and `save_pretrained` work as before, on the model itself and on
+    `prepared.model`. The result is an nn.Module for any training loop (`LossModel` says what its forward takes,
+    `shard_batch` makes it): a plain loop, DistributedDataParallel, accelerate, transformers' Trainer.
+
+    activation_checkpointing: recompute a layer in the backward pass from its input and its attention output; False
+    keeps everything. keep_matmuls: last layers that also keep their matrix products. ffn_block: tokens that go through
+    the feed-forward at once; 0 is all. loss_chunk: tokens whose logits exist at once. offload: keep saved tensors in
+    host memory. z_loss: factor of lse^2 (PaLM, arXiv 2204.02311). None but the last changes a result; docs/memory.md
+    has the bytes. Blockwise feed-forward: arXiv 2310.01889.
+
+    Raises UserError for a family that longctx does not train, sliding windows, soft-capping and quantized weights, and
+    for options that contradict each other.
+
+    >>> import longctx, torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = longctx.prepare(AutoModelForCausalLM.from_pretrained(MODEL))
+    >>> layout = longctx.ContextParallel.from_world().layout(seq_len=256)
+    >>> batch = longctx.shard_batch(torch.arange(256)[None], layout)
+    >>> model(**batch).loss_sum.backward()
+    """
+    from longctx.config.base import build
+    from longctx.config.model import MemoryConfig
+    from longctx.model.wrapper import LossModel
+
+    check_model(model, "prepare")
+    values = {
+        "checkpoint": activation_checkpointing,
+        "keep_matmuls": keep_matmuls,
+        "ffn_block": ffn_block,
+        "loss_chunk": loss_chunk,
+        "offload": offload,
+    }
+    return LossModel(model, build(MemoryConfig, values, origin="prepare"), z_loss=z_loss)
+
+
+def shard_batch(
+    input_ids: Tensor,
+    layout: Layout,
+    labels: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    reduction: Literal["sum", "mean"] = "mean",
+) -> dict[str, Any]:
+    """Cut whole sequences to this rank's part of a layout: what a prepared model's forward takes.
+
+    input_ids [B, S] whole sequences, the same on every rank of the layout. labels [B, S]: what transformers takes,
+    labels[i] for input_ids[i] and -100 where nothing is predicted; None predicts every token. weights [B, S]: of the
+    labels. Labels and weights are shifted by one here, before they are cut, and never across two documents.
+
+    reduction: with "mean" the weights are scaled so that `loss_sum`, averaged over the ranks of the layout, is the mean
+    loss of the batch's labels; that is what DistributedDataParallel, accelerate and Trainer do with gradients. With
+    "sum" they stay as they are.
+
+    Returns input_ids, labels, weights [B, n], positions [n] and the layout, for n tokens of this rank, padding
+    included. Raises UserError for shapes that differ, a length that is not the layout's, and a batch without a label.
+
+    >>> import longctx, torch
+    >>> layout = longctx.ContextParallel.from_world().layout(seq_len=4)
+    >>> batch = longctx.shard_batch(torch.tensor([[5, 6, 7, 8]]), layout)
+    >>> batch["labels"].tolist(), batch["positions"].tolist()
+    ([[6, 7, 8, -100]], [0, 1, 2, 3])
+    """
+    import torch
+
+    labels = input_ids if labels is None else labels
+    given = torch.ones(input_ids.shape, dtype=torch.float64, device=input_ids.device) if weights is None else weights
+    for name, x in (("input_ids", input_ids), ("labels", labels), ("weights", given)):
+        if x.dim() != 2 or x.shape != input_ids.shape or x.shape[1] != layout.seq_len:
+            raise UserError(
+                f"shard_batch: {name} has shape {tuple(x.shape)}, and it must be [batch, {layout.seq_len}], whole "
+                "sequences of the layout's length and the same for input_ids, labels and weights"
+            )
+    if reduction not in ("sum", "mean"):
+        raise UserError(f"shard_batch: reduction={reduction!r} is not sum or mean")
+    last = layout.boundaries[1:].to(input_ids.device) - 1  # the token after a document's last is another document's
+    shifted, moved = labels.roll(-1, 1), given.double().roll(-1, 1)
+    shifted[:, last] = -100
+    moved = moved.masked_fill(shifted == -100, 0.0)
+    total = moved.sum().item()
+    if not total > 0:
+        raise UserError(
+            "shard_batch: no token of the batch has a label with a weight above 0, so there is no loss; leave such "
+            "batches out"
+        )
+    if reduction == "mean":
+        moved = moved * (layout.cp.size / total)
+    return {
+        "input_ids": layout.shard(input_ids, dim=1, fill=0),
+        "positions": layout.positions.to(input_ids.device),
+        "labels": layout.shard(shifted, dim=1),
+        "weights": layout.shard(moved, dim=1),
+        "layout": layout,
+    }
