@@ -33,6 +33,13 @@ def context_attention(
     denominator in fp32 (fp64 for fp64), not differentiable. Padding rows have out 0 and lse -inf. Every rank of
     the group must call it, and its backward, in the same order. Raises ValueError, naming argument, value and
     rule, before anything is sent, and PeerLost when a peer dies.
+
+    >>> import longctx, torch
+    >>> layout = longctx.ContextParallel.from_world().layout(seq_len=64)
+    >>> q, k, v = (layout.shard(torch.randn(1, heads, 64, 16), dim=2) for heads in (4, 2, 2))
+    >>> out, lse = longctx.context_attention(q, k, v, layout, return_lse=True)
+    >>> out.shape, lse.shape
+    (torch.Size([1, 4, 64, 16]), torch.Size([1, 4, 64]))
     """
     if attn_mask is not None or not isinstance(layout, Layout):
         raise ValueError(

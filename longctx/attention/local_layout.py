@@ -21,7 +21,19 @@ from longctx.layout import SequenceLayout
 
 
 class Layout:
-    """This rank's tokens of one sequence. `arithmetic` holds the layout of all ranks."""
+    """This rank's tokens of one sequence. `arithmetic` holds the layout of all ranks.
+
+    `ContextParallel.layout` makes it. `shard` and `unshard` cut and gather any dimension of a tensor, `indices`,
+    `positions` and `valid` describe the local tokens [n].
+
+    >>> import longctx, torch
+    >>> layout = longctx.ContextParallel.from_world().layout(seq_len=6, documents=[0, 4, 6], positions="document")
+    >>> layout.indices.tolist(), layout.positions.tolist()
+    ([0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 0, 1])
+    >>> x = torch.randn(2, 6, 8)
+    >>> torch.equal(layout.unshard(layout.shard(x, dim=1), dim=1), x)
+    True
+    """
 
     def __init__(self, cache: LayoutCache, arithmetic: SequenceLayout, restart: bool) -> None:
         self.cache, self.arithmetic, self.restart = cache, arithmetic, restart

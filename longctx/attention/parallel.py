@@ -39,6 +39,13 @@ class ContextParallel(AttentionGroup):
     `kernel` forces a backend by name. `grad_dtype` is the type of a travelling dKV (default fp32, fp64 for fp64).
     `timeout` (seconds) bounds each transfer; the default is that of the parent group. Close it to free its
     communicators.
+
+    >>> import longctx, torch
+    >>> cp = longctx.ContextParallel.from_world(schedule="flat_ring")  # after init_process_group; without it, one rank
+    >>> layout = cp.layout(seq_len=64, documents=[0, 40, 64])
+    >>> cp.size, layout.local_len, layout.shard(torch.arange(64)[None], dim=1).shape
+    (1, 64, torch.Size([1, 64]))
+    >>> cp.close()
     """
 
     def __init__(

@@ -23,6 +23,13 @@ class NeedleGrid:
     """The share of needles found per depth and context length.
 
     grid: the counts behind it. window: the model's window in tokens by its config, or None.
+
+    >>> import longctx
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    >>> grid = longctx.needle_grid(model, tokenizer, lengths=[384], depths=[0.0, 0.5], text=TEXT, per_cell=1)
+    >>> grid.depths, grid.to_dict()["asked"], grid.draw(OUT + "/needles.png").name
+    ((0.0, 0.5), [[1], [1]], 'needles.png')
     """
 
     grid: Grid
@@ -97,9 +104,12 @@ def needle_grid(
     Raises UserError (a ValueError) when the text is shorter than the longest length, when a length cannot hold its
     needles, and when the tokenizer is not a fast one or gives ids that the model has not.
 
-    >>> grid = longctx.needle_grid(model, tokenizer, lengths=[4096, "32k"], text=open("book.txt").read())
-    >>> grid.accuracies[0][1]  # needles at the start of 32,768 tokens
-    >>> grid.draw("needles.png")
+    >>> import longctx
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL), AutoTokenizer.from_pretrained(MODEL)
+    >>> grid = longctx.needle_grid(model, tokenizer, lengths=[384, "1k"], text=TEXT, per_cell=2)
+    >>> grid.lengths, grid.window, grid.pooled < 1  # the model reads 512 tokens, not 1,024
+    ((384, 1024), 512, True)
     """
     from longctx.data.writer import Writer, token_haystack
     from longctx.eval import needle

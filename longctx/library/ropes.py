@@ -68,7 +68,7 @@ def set_rope(
     >>> model = AutoModelForCausalLM.from_pretrained(MODEL)
     >>> longctx.set_rope(model, *longctx.rope_for(model, window=2048))
     >>> model.config.max_position_embeddings, model.config.rope_parameters["rope_theta"]
-    (2048, 154462)
+    (2048, 154243)
     """
     from longctx.model.rotary import set_rope as rebuild
     from longctx.model.wrapper import LossModel

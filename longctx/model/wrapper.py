@@ -45,6 +45,16 @@ class LossModel(nn.Module):
     """A Hugging Face causal LM (peft's wrapper around one too) with its loss, in the least memory.
 
     z_loss: factor of lse^2 beside the nll (PaLM 2204.02311, section 5), weighted like its token.
+
+    `longctx.prepare` makes it from plain arguments, `longctx.shard_batch` makes what its forward takes.
+
+    >>> import longctx, torch
+    >>> from transformers import AutoModelForCausalLM
+    >>> model = longctx.prepare(AutoModelForCausalLM.from_pretrained(MODEL))
+    >>> layout = longctx.ContextParallel.from_world().layout(seq_len=256)
+    >>> out = model(**longctx.shard_batch(torch.arange(256)[None], layout, reduction="sum"))
+    >>> int(out.tokens), float(out.weight_sum), out.loss_sum.requires_grad
+    (255, 255.0, True)
     """
 
     def __init__(self, model: nn.Module, memory: MemoryConfig, *, z_loss: float = 0.0) -> None:

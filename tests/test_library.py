@@ -1,0 +1,371 @@
+"""The public API: every docstring's example runs, nothing heavy loads early, and its parts train a model together.
+
+MODEL in the examples is the tiny Llama that ships in longctx/assets, TUNED is it with a longer window and changed
+weights, TEXT a few thousand words, OUT an empty folder.
+"""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import longctx
+from longctx.assets import tiny_model
+from longctx.errors import UserError
+from tests.dist.parity import oracle
+from tests.dist.ranks import run_ranks
+
+DOCS = Path(__file__).parents[1] / "docs"
+NAMES = [name for name in longctx.__all__ if name != "__version__"]
+TEXT = "def area(width, height):\n    return width * height\n\n\nclass Shape:\n    sides = 4\n\n" * 40
+STEPS, SEQ_LEN = 3, 96
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama with another window and weights a little away from its own."""
+    folder = tmp_path_factory.mktemp("library") / "tuned"
+    model = AutoModelForCausalLM.from_pretrained(tiny_model())
+    longctx.set_rope(model, *longctx.rope_for(model, window=2048))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            weight = layer.self_attn.q_proj.weight
+            weight += 0.02 * torch.randn(len(weight), 4) @ torch.randn(4, weight.shape[1])
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(folder)
+    return folder
+
+
+def examples(docstring: str) -> list[doctest.Example]:
+    return doctest.DocTestParser().get_examples(inspect.cleandoc(docstring))
+
+
+# ---- the examples
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_example_of_a_docstring_runs(name: str, tuned: Path, tmp_path: Path):
+    text = inspect.cleandoc(getattr(longctx, name).__doc__)
+    names = {"MODEL": str(tiny_model()), "TUNED": str(tuned), "OUT": str(tmp_path), "TEXT": TEXT}
+    test = doctest.DocTestParser().get_doctest(text, names, name, None, 0)
+    said: list[str] = []
+    failed, tried = doctest.DocTestRunner().run(test, out=said.append)
+    assert tried >= 2, f"{name} has no example"
+    assert failed == 0, "".join(said)
+
+
+def test_the_page_has_every_name_with_its_signature_and_example():
+    """docs/api.md: one section per name, opened by the signature, with the docstring's example word for word."""
+    page = (DOCS / "api.md").read_text()
+    sections = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", page, re.M | re.S))
+    assert list(sections) == NAMES or sorted(sections) == sorted(NAMES)
+    for name, text in sections.items():
+        found = [
+            (e.source, e.want) for block in re.findall(r"```python\n(>>> .*?)```", text, re.S) for e in examples(block)
+        ]
+        assert found == [(e.source, e.want) for e in examples(getattr(longctx, name).__doc__)], name
+        call = re.search(rf"```python\n{name}\((.*?)\)\n```", text, re.S) or re.search(
+            rf"^`{name}\((.*?)\)`", text, re.M
+        )
+        if inspect.isfunction(getattr(longctx, name)):
+            assert call, f"{name} has no signature"
+            written = [re.split(r"[:=]", part)[0].strip() for part in _split(call[1])]
+            assert written == _parameters(getattr(longctx, name)), name
+
+
+def _parameters(function: Any) -> list[str]:
+    words: list[str] = []
+    for name, parameter in inspect.signature(function).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in words:
+            words.append("*")
+        words.append(f"**{name}" if parameter.kind is parameter.VAR_KEYWORD else name)
+    return words
+
+
+def _split(arguments: str) -> list[str]:
+    """The arguments of a signature, commas inside brackets and quotes aside."""
+    return [part for part in re.split(r",\s*(?![^\[(]*[\])])", arguments.strip().rstrip(",")) if part]
+
+
+# ---- what importing loads
+
+
+def test_importing_the_package_loads_neither_torch_nor_transformers():
+    heavy = "[m for m in ('torch', 'transformers', 'hydra', 'numpy', 'pydantic') if m in sys.modules]"
+    code = f"""
+import json, sys
+import longctx
+first = {heavy}
+rope = longctx.rope_for({str(tiny_model())!r}, window="2k")
+longctx.load_curriculum("tiny_16x", model={str(tiny_model())!r})
+longctx.plan({str(tiny_model())!r}, curriculum="tiny_16x", ranks=2, hardware="cpu")
+import longctx.planner.run
+assert callable(longctx.plan)
+print(json.dumps([first, [m for m in ("torch", "transformers") if m in sys.modules], rope[1], sorted(dir(longctx))]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, later, window, names = json.loads(done.stdout)
+    assert (first, later, window) == ([], [], 2048)
+    assert names == sorted(longctx.__all__)
+    assert (Path(longctx.__file__).parent / "py.typed").exists()
+
+
+def test_every_public_name_is_what_it_is_called():
+    for name in NAMES:
+        assert getattr(longctx, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'ring'"):
+        longctx.ring  # noqa: B018
+
+
+# ---- two ranks: a training loop of somebody else's, and the ring of docs/attention.md
+
+
+def batches() -> list[Tensor]:
+    """STEPS batches of two sequences [2, SEQ_LEN] of a text's tokens."""
+    ids = AutoTokenizer.from_pretrained(tiny_model())(TEXT, return_tensors="pt").input_ids[0]
+    return list(ids[: STEPS * 2 * SEQ_LEN].view(STEPS, 2, SEQ_LEN))
+
+
+def train(dtype: torch.dtype) -> tuple[list[float], Tensor]:
+    """A plain loop over all ranks of the world: the mean loss of each step, and one of the trained weights."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=dtype)
+    longctx.set_rope(plain, *longctx.rope_for(plain, window=2048))
+    cp = longctx.ContextParallel.from_world()
+    model: Any = longctx.prepare(plain)
+    if cp.size > 1:
+        model = nn.parallel.DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    losses = []
+    for ids in batches():
+        layout = cp.layout(SEQ_LEN, documents=[0, 61, SEQ_LEN])
+        loss = model(**longctx.shard_batch(ids, layout)).loss_sum  # this rank's share of the mean, times the ranks
+        loss.backward()  # DDP averages gradients over the ranks
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach().clone()
+        if cp.size > 1:
+            dist.all_reduce(mean)
+        losses.append(mean.item() / cp.size)
+    cp.close()
+    return losses, plain.model.layers[0].self_attn.q_proj.weight.detach()
+
+
+def check_rank(rank: int, world: int, case: tuple[str, float, str]) -> None:
+    """Train as one process did, whose figures the case's file holds; or run the ring of the page."""
+    kind, tolerance, file = case
+    if kind == "ring":
+        check_ring(rank, Path(file).read_text(), tolerance)
+        return
+    losses, weight = train(getattr(torch, kind))
+    alone, alone_weight = torch.load(file)
+    assert len(losses) == STEPS
+    for ours, theirs in zip(losses, alone, strict=True):
+        assert abs(ours - theirs) < tolerance, (losses, alone)
+    assert (weight - alone_weight).abs().max() < tolerance
+
+
+def check_ring(rank: int, page: str, tolerance: float) -> None:
+    """out, dq, dk and dv of this rank beside dense attention; 62 tokens leave padding."""
+    code = re.search(r"## The algorithm on one page.*?```python\n(.*?)```", page, re.S)
+    assert code is not None
+    assert code[1].count("\n", code[1].index("class FlatRing")) <= 64
+    names: dict[str, Any] = {}
+    exec(compile(code[1], "docs/attention.md", "exec"), names)
+    x, ring = oracle(62, None, 8, 2), names["FlatRing"](62)
+    indices = torch.from_numpy(ring.layout.indices(rank))
+    real = indices >= 0
+    q, k, v, dout = (torch.where(real[:, None], x[name][:, :, indices], 0.0) for name in ("q", "k", "v", "dout"))
+    out, lse = ring.forward(q, k, v)
+    found = {"out": out, **dict(zip(("dq", "dk", "dv"), ring.backward(dout, q, k, v, out, lse), strict=True))}
+    for name, got in found.items():
+        assert (got[:, :, real] - x[name][:, :, indices[real]]).abs().max() < tolerance, name
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str] | None]:
+    """What went wrong on two ranks, by case; None where nothing did. The ranks are started once."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    cases = [("ring", 1e-10, str(DOCS / "attention.md"))]
+    for kind, tolerance in (("float32", 1e-6), ("float64", 1e-10)):
+        losses, weight = train(getattr(torch, kind))
+        assert losses[-1] < losses[0] - 0.01
+        torch.save((losses, weight), folder / kind)
+        cases.append((kind, tolerance, str(folder / kind)))
+    failures = run_ranks(2, check_rank, cases, folder / "store")
+    return {case[0]: failures.get(case) for case in cases}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_plain_loop_on_two_ranks_trains_as_one_process_does(on_two_ranks: dict[str, Any], dtype: str):
+    assert on_two_ranks[dtype] is None
+
+
+def test_the_ring_of_the_attention_page_equals_dense_attention(on_two_ranks: dict[str, Any]):
+    assert on_two_ranks["ring"] is None
+
+
+# ---- beside transformers, accelerate and Trainer
+
+
+def test_a_prepared_model_has_the_loss_and_gradients_of_transformers():
+    """And no mask of S x S is made on the way, though the model was loaded with transformers' own attention."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float64, attn_implementation="eager")
+    ids = batches()[0]
+    labels = ids.clone()
+    labels[:, :10] = -100
+    theirs = plain(input_ids=ids, labels=labels).loss
+    theirs.backward()
+    expected = {name: weight.grad.clone() for name, weight in plain.named_parameters()}
+    plain.zero_grad()
+    model = longctx.prepare(plain, ffn_block=0, activation_checkpointing=False)
+    layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
+    seen: list[Any] = []
+    plain.model.layers[0].register_forward_pre_hook(
+        lambda _m, _a, kw: seen.append(kw["attention_mask"]), with_kwargs=True
+    )
+    ours = model(**longctx.shard_batch(ids, layout, labels)).loss_sum
+    ours.backward()
+    assert seen[0].numel() == 0
+    assert abs(ours.item() - theirs.item()) < 1e-6  # transformers' norms and loss are fp32 in places
+    for name, weight in plain.named_parameters():
+        assert (weight.grad - expected[name]).norm() < 1e-5 * expected[name].norm().clamp_min(1e-3), name
+    said = plain.generate(ids[:1, :8], max_new_tokens=2, do_sample=False, pad_token_id=1)
+    assert said.shape == (1, 10)  # the model's own forward still serves
+
+
+def test_accelerate_and_trainer_take_a_prepared_model(tmp_path: Path):
+    """The same first loss as the plain loop's, and weights that move."""
+    from accelerate import Accelerator
+    from transformers import Trainer, TrainingArguments
+
+    layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, Any]:
+        return longctx.shard_batch(torch.tensor([row["input_ids"] for row in rows]), layout)
+
+    rows = [{"input_ids": row} for ids in batches() for row in ids.tolist()]
+    model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
+    expected = model(**collate(rows[:2])).loss_sum.item()
+    accelerator = Accelerator(cpu=True)
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    loss = wrapped(**collate(rows[:2])).loss_sum
+    accelerator.backward(loss)
+    optimizer.step()
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert model(**collate(rows[:2])).loss_sum.item() < expected
+
+    model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, logging_steps=1, save_strategy="no",
+        report_to=[], remove_unused_columns=False, use_cpu=True, train_sampling_strategy="sequential",
+        disable_tqdm=True,
+    )  # fmt: skip
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
+    assert trainer.train().training_loss == pytest.approx(expected, abs=1e-5)
+
+
+# ---- from a theta to a needle grid, in one notebook
+
+
+def test_a_notebook_extends_a_model_of_another_family(tmp_path: Path):
+    llama = AutoModelForCausalLM.from_pretrained(tiny_model())
+    shape = {k: v for k, v in llama.config.to_dict().items() if k not in ("model_type", "architectures", "head_dim")}
+    plain = Qwen2ForCausalLM(Qwen2Config(**shape))
+    state = {name: torch.zeros_like(weight) for name, weight in plain.state_dict().items()}
+    plain.load_state_dict({**state, **llama.state_dict()})
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    base, tuned, merged = (str(tmp_path / name) for name in ("base", "tuned", "merged"))
+    plain.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+
+    rope, window = longctx.rope_for(base, window="1k")
+    assert (rope["rope_theta"], window) == (longctx.rope_for(plain, window=1024)[0]["rope_theta"], 1024)
+    longctx.set_rope(plain, rope, window)
+    model = longctx.prepare(plain)
+    layout = longctx.ContextParallel.from_world().layout(window)
+    ids = tokenizer(TEXT, return_tensors="pt").input_ids[:, :window]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    before = model(**longctx.shard_batch(ids, layout)).loss_sum
+    before.backward()
+    optimizer.step()
+    assert model(**longctx.shard_batch(ids, layout)).loss_sum < before
+    plain.save_pretrained(tuned)
+
+    adapter = longctx.extract_lora(base, tuned, tmp_path / "adapter", rank=64)
+    done = longctx.merge_lora(base, adapter.out, merged)
+    assert (done.window, done.rope["rope_theta"]) == (window, rope["rope_theta"])
+    again = AutoModelForCausalLM.from_pretrained(merged)
+    assert again.config.model_type == "qwen2"
+    few: dict[str, Any] = {"lengths": [384], "text": TEXT, "per_cell": 2}
+    found = longctx.needle_grid(again, tokenizer, **few)
+    assert found.window == window
+    assert found.to_dict()["found"] == longctx.needle_grid(plain, tokenizer, **few).to_dict()["found"]
+
+
+# ---- mistakes
+
+LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "rope_theta": 1e4,
+         "max_position_embeddings": 512}  # fmt: skip
+
+
+def tiny_batch(**changes: Any) -> Any:
+    layout = longctx.ContextParallel.from_world().layout(8)
+    return longctx.shard_batch(**{"input_ids": torch.zeros(1, 8, dtype=torch.long), "layout": layout, **changes})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: longctx.rope_for(LLAMA, window=256), "window=256 is shorter than the model's window of 512"),
+        (lambda: longctx.rope_for(LLAMA, window="8q"), "window='8q' is not a length; write 8192, 64k or 1M"),
+        (lambda: longctx.rope_for(LLAMA, window=1024, rule="yam"), "rule='yam' is not a rule; did you mean 'yarn'"),
+        (lambda: longctx.rope_for(LLAMA, window=1024, rule=0.5), "rule=0.5 as a number is the theta"),
+        (lambda: longctx.rope_for(LLAMA, window=1024, rule="ntk", factor=2), "factor=2 does not belong to rule 'ntk'"),
+        (lambda: longctx.rope_for(3, window=1024), "int is not a model"),
+        (lambda: longctx.rope_for("no/such/folder", window=1024), "no/such/folder"),
+        (lambda: longctx.set_rope(nn.Linear(2, 2), {"rope_theta": 1e4}, 512), "not a causal language model"),
+        (lambda: longctx.set_rope(nn.Linear(2, 2), {}, 512), "not a mapping with rope_theta"),
+        (lambda: longctx.set_rope(nn.Linear(2, 2), {"rope_theta": 1e4}, 1), "window=1 is too short"),
+        (lambda: longctx.prepare(nn.Linear(2, 2)), "model is a Linear, not a causal language model"),
+        (lambda: tiny_batch(labels=torch.full((1, 8), -100)), "no token of the batch has a label"),
+        (lambda: tiny_batch(input_ids=torch.zeros(1, 9)), r"input_ids has shape \(1, 9\), and it must be \[batch, 8\]"),
+        (lambda: tiny_batch(reduction="max"), "reduction='max' is not sum or mean"),
+        (lambda: longctx.load_curriculum("tiny_61x", model=LLAMA), "did you mean 'tiny_16x'"),
+        (lambda: longctx.load_curriculum("my.yaml", model=LLAMA), "my.yaml does not exist"),
+        (lambda: longctx.load_curriculum("tiny_16x", model=LLAMA, ony=[]), "ony is not a known key"),
+        (lambda: longctx.load_curriculum("tiny_16x", model=LLAMA, only=["s99"]), "s99"),
+        (lambda: longctx.plan(LLAMA), "model=dict is not a folder or hub id"),  # type: ignore[arg-type]
+        (lambda: longctx.plan(tiny_model(), curriculum="nothing"), "nothing"),
+        (lambda: longctx.plan(tiny_model(), ranks=0), "ranks"),
+        (lambda: longctx.extract_lora("no/such/base", tiny_model(), "out", rank=0), "rank"),
+        (lambda: longctx.extract_lora("no/such/base", tiny_model(), "out", ranke=2), "ranke is not a known key"),
+        (lambda: longctx.merge_lora(tiny_model(), "no/such/adapter", "out"), "no/such/adapter"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_a_value_error_in_words(call: Any, message: str):
+    with pytest.raises(ValueError, match=message) as refusal:
+        call()
+    assert isinstance(refusal.value, UserError)
+    assert not Path("out").exists()
+
+
+def test_a_family_that_is_not_trained_is_named():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_positions=8, n_embd=4, n_layer=1, n_head=1))
+    with pytest.raises(UserError, match="is a 'gpt2' model, and longctx trains llama"):
+        longctx.prepare(gpt2)
