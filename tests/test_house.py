@@ -58,6 +58,17 @@ def test_docstrings_begin_with_a_whole_sentence():
     assert broken == []
 
 
+def test_every_public_name_has_a_docstring_with_units_and_an_example():
+    """tests/test_library.py runs the examples."""
+    for name in longctx.__all__:
+        if name != "__version__":
+            text = getattr(longctx, name).__doc__ or ""
+            assert "\n    >>> import longctx" in text, f"{name} has no example"
+            assert re.search(r"\[[A-Z, ]*[BSnV]\b|\btokens\b|\bseconds\b|\bbytes\b|\brank\b", text), (
+                f"{name} names no shape or unit"
+            )
+
+
 def handed_on(package: str) -> dict[str, str]:
     """What a package's __init__ imports at its top: name -> the module that defines it."""
     found = {}

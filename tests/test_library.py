@@ -124,6 +124,7 @@ print(json.dumps([first, [m for m in ("torch", "transformers") if m in sys.modul
 
 
 def test_every_public_name_is_what_it_is_called():
+    assert sorted(longctx._PUBLIC) == sorted(NAMES)
     for name in NAMES:
         assert getattr(longctx, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'ring'"):
@@ -169,12 +170,29 @@ def check_rank(rank: int, world: int, case: tuple[str, float, str]) -> None:
     if kind == "ring":
         check_ring(rank, Path(file).read_text(), tolerance)
         return
+    if kind == "page":
+        loss, alone = run_page(str(Path(file).parent), ranks=world), torch.load(file)
+        dist.all_reduce(loss)
+        assert abs(loss / world - alone) < tolerance
+        return
     losses, weight = train(getattr(torch, kind))
     alone, alone_weight = torch.load(file)
     assert len(losses) == STEPS
     for ours, theirs in zip(losses, alone, strict=True):
         assert abs(ours - theirs) < tolerance, (losses, alone)
     assert (weight - alone_weight).abs().max() < tolerance
+
+
+def run_page(folder: str, *, ranks: int) -> Tensor:
+    """Run the training loop of docs/api.md in the world that is here; its last loss, of this rank."""
+    code = re.search(r"A whole training loop.*?```python\n(.*?)```", (DOCS / "api.md").read_text(), re.S)
+    assert code is not None
+    text = code[1].replace("dist.init_process_group()\n", "")
+    if ranks == 1:
+        text = text.replace("torch.nn.parallel.DistributedDataParallel(", "(").replace("dist.get_rank()", "0")
+    names: dict[str, Any] = {"MODEL": str(tiny_model()), "OUT": f"{folder}/trained-{ranks}", "batches": batches()}
+    exec(compile(text, "docs/api.md", "exec"), names)
+    return names["loss"].detach()
 
 
 def check_ring(rank: int, page: str, tolerance: float) -> None:
@@ -198,7 +216,8 @@ def check_ring(rank: int, page: str, tolerance: float) -> None:
 def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str] | None]:
     """What went wrong on two ranks, by case; None where nothing did. The ranks are started once."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    cases = [("ring", 1e-10, str(DOCS / "attention.md"))]
+    torch.save(run_page(str(folder), ranks=1), folder / "page")
+    cases = [("ring", 1e-10, str(DOCS / "attention.md")), ("page", 1e-6, str(folder / "page"))]
     for kind, tolerance in (("float32", 1e-6), ("float64", 1e-10)):
         losses, weight = train(getattr(torch, kind))
         assert losses[-1] < losses[0] - 0.01
@@ -211,6 +230,10 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_a_plain_loop_on_two_ranks_trains_as_one_process_does(on_two_ranks: dict[str, Any], dtype: str):
     assert on_two_ranks[dtype] is None
+
+
+def test_the_training_loop_of_the_page_runs_on_two_ranks(on_two_ranks: dict[str, Any]):
+    assert on_two_ranks["page"] is None
 
 
 def test_the_ring_of_the_attention_page_equals_dense_attention(on_two_ranks: dict[str, Any]):
@@ -261,7 +284,7 @@ def test_accelerate_and_trainer_take_a_prepared_model(tmp_path: Path):
     model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
     expected = model(**collate(rows[:2])).loss_sum.item()
     accelerator = Accelerator(cpu=True)
-    wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    wrapped, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=1e-3))
     loss = wrapped(**collate(rows[:2])).loss_sum
     accelerator.backward(loss)
     optimizer.step()
