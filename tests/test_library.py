@@ -6,6 +6,7 @@ weights, TEXT a few thousand words, OUT an empty folder.
 
 from __future__ import annotations
 
+import ast
 import doctest
 import inspect
 import json
@@ -68,36 +69,32 @@ def test_the_example_of_a_docstring_runs(name: str, tuned: Path, tmp_path: Path)
 
 
 def test_the_page_has_every_name_with_its_signature_and_example():
-    """docs/api.md: one section per name, opened by the signature, with the docstring's example word for word."""
+    """docs/api.md: one section per name, with its signature, those of its methods, and the docstring's example."""
     page = (DOCS / "api.md").read_text()
     sections = dict(re.findall(r"^## `(\w+)`\n(.*?)(?=^## |\Z)", page, re.M | re.S))
-    assert list(sections) == NAMES or sorted(sections) == sorted(NAMES)
+    assert sorted(sections) == sorted(NAMES)
     for name, text in sections.items():
-        found = [
-            (e.source, e.want) for block in re.findall(r"```python\n(>>> .*?)```", text, re.S) for e in examples(block)
-        ]
-        assert found == [(e.source, e.want) for e in examples(getattr(longctx, name).__doc__)], name
-        call = re.search(rf"```python\n{name}\((.*?)\)\n```", text, re.S) or re.search(
-            rf"^`{name}\((.*?)\)`", text, re.M
-        )
-        if inspect.isfunction(getattr(longctx, name)):
-            assert call, f"{name} has no signature"
-            written = [re.split(r"[:=]", part)[0].strip() for part in _split(call[1])]
-            assert written == _parameters(getattr(longctx, name)), name
+        thing, blocks = getattr(longctx, name), re.findall(r"```python\n(.*?)```", text, re.S)
+        shown = [(e.source, e.want) for block in blocks if block.startswith(">>>") for e in examples(block)]
+        assert shown == [(e.source, e.want) for e in examples(thing.__doc__)], name
+        if inspect.isfunction(thing):
+            assert _plain(blocks[0]) == _plain(name + _signature(thing))
+        else:
+            methods = re.findall(r"^\| `(\w+)(\(.*?\))`", text, re.M)
+            assert methods or name == "LossModel"
+            for method, arguments in methods:
+                assert _plain(method + arguments) == _plain(method + _signature(getattr(thing, method))), name
 
 
-def _parameters(function: Any) -> list[str]:
-    words: list[str] = []
-    for name, parameter in inspect.signature(function).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in words:
-            words.append("*")
-        words.append(f"**{name}" if parameter.kind is parameter.VAR_KEYWORD else name)
-    return words
+def _signature(function: Any) -> str:
+    """The parameters of a function and their defaults, without types and without self."""
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name != "self"]
+    return str(signature.replace(parameters=parameters, return_annotation=signature.empty))
 
 
-def _split(arguments: str) -> list[str]:
-    """The arguments of a signature, commas inside brackets and quotes aside."""
-    return [part for part in re.split(r",\s*(?![^\[(]*[\])])", arguments.strip().rstrip(",")) if part]
+def _plain(call: str) -> str:
+    return ast.unparse(ast.parse(f"def {call.strip()}: ..."))
 
 
 # ---- what importing loads
@@ -339,6 +336,35 @@ def test_a_notebook_extends_a_model_of_another_family(tmp_path: Path):
     assert found.to_dict()["found"] == longctx.needle_grid(plain, tokenizer, **few).to_dict()["found"]
 
 
+# ---- a curriculum of one's own
+
+OWN = """
+rule: yarn
+lr: {peak: 1e-4}
+stages:
+  first: {seq_len: 1k, tokens: 8k, batch: 2}
+  second: {seq_len: 4k, steps: 3, batch: 1, rule: {name: dynamic-ntk, factor: 2}, lr: {peak: 5e-5}}
+"""
+
+
+def test_a_curriculum_of_ones_own_is_resolved_from_its_file(tmp_path: Path):
+    file = tmp_path / "own.yaml"
+    file.write_text(OWN)
+    first, second = longctx.load_curriculum(file, model=tiny_model(), rule="scaling-law")
+    assert (first.seq_len, first.steps, first.lr.at(0), first.rule) == (1024, 4, 1e-4, "scaling-law")
+    assert (second.seq_len, second.steps, second.lr.at(2), second.start_window) == (4096, 3, 5e-5, 1024)
+    assert second.theta == longctx.rope_for({**LLAMA, "rope_theta": first.theta, "max_position_embeddings": 1024,
+                                             "hidden_size": 128}, window="4k", factor=2)[0]["rope_theta"]  # fmt: skip
+    (alone,) = longctx.load_curriculum(file, model=tiny_model(), only=["first"])
+    assert alone.rope["rope_type"] == "yarn"
+    file.write_text("defaults: [tiny_16x, _self_]\nstages: {s64k: {seq_len: 64k, steps: 1, batch: 1}}\n")
+    with pytest.raises(UserError, match=r"defaults .*own\.yaml"):
+        longctx.load_curriculum(file, model=tiny_model())
+    file.write_text("stages: {s64k: [")
+    with pytest.raises(UserError, match=r"own\.yaml, line 1 is not valid YAML"):
+        longctx.load_curriculum(file, model=tiny_model())
+
+
 # ---- mistakes
 
 LLAMA = {"model_type": "llama", "hidden_size": 64, "num_attention_heads": 4, "rope_theta": 1e4,
@@ -373,7 +399,8 @@ def tiny_batch(**changes: Any) -> Any:
         (lambda: longctx.load_curriculum("tiny_16x", model=LLAMA, only=["s99"]), "s99"),
         (lambda: longctx.plan(LLAMA), "model=dict is not a folder or hub id"),  # type: ignore[arg-type]
         (lambda: longctx.plan(tiny_model(), curriculum="nothing"), "nothing"),
-        (lambda: longctx.plan(tiny_model(), ranks=0), "ranks"),
+        (lambda: longctx.plan(tiny_model(), ranks=0), "ranks=0 must be 1 or more"),
+        (lambda: longctx.plan(tiny_model(), overrides=["engin=deepspeed"]), "engin"),
         (lambda: longctx.extract_lora("no/such/base", tiny_model(), "out", rank=0), "rank"),
         (lambda: longctx.extract_lora("no/such/base", tiny_model(), "out", ranke=2), "ranke is not a known key"),
         (lambda: longctx.merge_lora(tiny_model(), "no/such/adapter", "out"), "no/such/adapter"),

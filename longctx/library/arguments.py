@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from longctx.rope import Rope
 
 
-def rope_of_any(config_or_path: Any, caller: str) -> Rope:
+def rope_from(config_or_path: Any, caller: str) -> Rope:
     """The rope of a folder or hub id, a config.json's content, a transformers configuration, or a model."""
     from longctx.rope import read_rope, rope_of
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from longctx.errors import UserError
-from longctx.library.arguments import check_model, length_of, rope_of_any
+from longctx.library.arguments import check_model, length_of, rope_from
 
 
 def rope_for(
@@ -34,7 +34,7 @@ def rope_for(
     """
     from longctx.rope import ExplicitTheta, apply, make_rule
 
-    rope, length = rope_of_any(config_or_path, "rope_for"), length_of(window, "rope_for")
+    rope, length = rope_from(config_or_path, "rope_for"), length_of(window, "rope_for")
     if length < rope.window:
         raise UserError(
             f"rope_for: window={length} is shorter than the model's window of {rope.window}, and rules only stretch; "

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import UserError, nearest
-from longctx.library.arguments import rope_of_any
+from longctx.library.arguments import rope_from
 
 if TYPE_CHECKING:
     from longctx.curriculum import Stage
@@ -39,7 +39,7 @@ def load_curriculum(
     file = _curriculum_file(name_or_path)
     values = {**_read_yaml(file), **({} if only is None else {"only": list(only)}), **changes}
     config = build(CurriculumConfig, values, origin=str(file))
-    rope = rope_of_any(model, "load_curriculum")
+    rope = rope_from(model, "load_curriculum")
     return resolve(config, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=str(file))
 
 
@@ -77,9 +77,10 @@ def plan(
 
     if not isinstance(model, str | Path):
         raise UserError(f"plan: model={type(model).__name__} is not a folder or hub id; give one, as text or a Path")
-    values = compose("plan", [f"curriculum={curriculum}", f"hardware={hardware}", *overrides])
-    values["model"] = {**values["model"], "path": str(model), "init": None}
-    config = replace(build(PlanConfig, {**values, "nodes": nodes, "ranks": ranks}, origin="plan"), show="stages")
+    words = [f"curriculum={curriculum}", f"hardware={hardware}", f"nodes={nodes}", f"ranks={ranks}", *overrides]
+    values = compose("plan", words)
+    values["model"] = {**values["model"], "path": str(model), "init": None}  # any path, whatever Hydra's grammar allows
+    config = replace(build(PlanConfig, values, origin="plan"), show="stages")
     return planned(config)
 
 
