@@ -392,6 +392,7 @@ def tiny_batch(**changes: Any) -> Any:
         (lambda: longctx.prepare(nn.Linear(2, 2)), "model is a Linear, not a causal language model"),
         (lambda: tiny_batch(labels=torch.full((1, 8), -100)), "no token of the batch has a label"),
         (lambda: tiny_batch(input_ids=torch.zeros(1, 9)), r"input_ids has shape \(1, 9\), and it must be \[batch, 8\]"),
+        (lambda: tiny_batch(layout=8), "layout is a int; pass what"),
         (lambda: tiny_batch(reduction="max"), "reduction='max' is not sum or mean"),
         (lambda: longctx.load_curriculum("tiny_61x", model=LLAMA), "did you mean 'tiny_16x'"),
         (lambda: longctx.load_curriculum("my.yaml", model=LLAMA), "my.yaml does not exist"),
@@ -411,6 +412,14 @@ def test_a_mistake_is_a_value_error_in_words(call: Any, message: str):
         call()
     assert isinstance(refusal.value, UserError)
     assert not Path("out").exists()
+
+
+def test_options_that_contradict_each_other_are_refused():
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model())
+    with pytest.raises(UserError, match="keep_matmuls and offload do not apply"):
+        longctx.prepare(plain, activation_checkpointing=False, offload=True)
+    with pytest.raises(UserError, match="loss_chunk=0 must be 1 or more"):
+        longctx.prepare(plain, loss_chunk=0)
 
 
 def test_a_family_that_is_not_trained_is_named():

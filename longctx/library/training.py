@@ -91,6 +91,13 @@ def shard_batch(
     """
     import torch
 
+    from longctx.attention import Layout
+
+    if not isinstance(layout, Layout):
+        raise UserError(
+            f"shard_batch: layout is a {type(layout).__name__}; pass what ContextParallel.from_world().layout(seq_len) "
+            "returns"
+        )
     labels = input_ids if labels is None else labels
     given = torch.ones(input_ids.shape, dtype=torch.float64, device=input_ids.device) if weights is None else weights
     for name, x in (("input_ids", input_ids), ("labels", labels), ("weights", given)):
