@@ -62,7 +62,7 @@ def decide(
     """heads: the model's (query, kv) heads. Raises UserError for what the world, batch, length or heads refuse."""
     cp = choose_cp(stage, parallel, machines.world)
     share = shares(stage, engine, world=machines.world, cp=cp, rank=0, file=FILE)
-    ring = choose_ring(parallel, cp=cp, local_world=machines.ranks_per_node, stage=stage.name, heads=heads)
+    ring = choose_schedule(parallel, cp=cp, local_world=machines.ranks_per_node, stage=stage.name, heads=heads)
     return Decision(cp, share.dp, ring.nodes, ring.schedule, ring.ulysses, share.per_rank, share.per)
 
 
@@ -155,7 +155,7 @@ def tokens_per_rank(stage: Stage, cp: int) -> int:
 
 
 @dataclass(frozen=True)
-class RingChoice:
+class ScheduleChoice:
     """How cp ranks attend: over so many nodes, by which schedule, in groups of how many Ulysses ranks."""
 
     nodes: int
@@ -163,16 +163,16 @@ class RingChoice:
     ulysses: int
 
 
-def choose_ring(
+def choose_schedule(
     parallel: ParallelConfig, *, cp: int, local_world: int, stage: str, heads: tuple[int, int] | None = None
-) -> RingChoice:
+) -> ScheduleChoice:
     """local_world: ranks of a node. heads: (query, kv) heads, None: not looked at.
 
     auto: a flat ring within a node, a double ring over several, ulysses_ring where parallel.ulysses is above 1; a
     ulysses_ring takes all ranks of a node. Raises UserError for what does not divide.
     """
     if cp == 1:
-        return RingChoice(1, "flat_ring", 1)
+        return ScheduleChoice(1, "flat_ring", 1)
     nodes = parallel.nodes
     if isinstance(nodes, str):
         nodes = cp // local_world if cp > local_world and cp % local_world == 0 else 1
@@ -189,7 +189,7 @@ def choose_ring(
                 f"parallel.ulysses={wanted} with parallel.schedule={schedule}: only ulysses_ring exchanges heads; set "
                 f"parallel.schedule=ulysses_ring or leave parallel.ulysses at auto ({FILE})"
             )
-        return RingChoice(nodes, schedule, 1)
+        return ScheduleChoice(nodes, schedule, 1)
     h = cp // nodes if isinstance(wanted, str) else wanted
     if h < 1 or (cp // nodes) % h:
         raise UserError(f"parallel.ulysses={h} does not divide the {cp // nodes} ranks of a node among {where}")
@@ -198,7 +198,7 @@ def choose_ring(
             f"parallel.ulysses={h} cannot share out {heads[0]} query and {heads[1]} kv heads: it must divide the "
             f"first, and of it and the second one must divide the other ({FILE})"
         )
-    return RingChoice(nodes, schedule, h)
+    return ScheduleChoice(nodes, schedule, h)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Copy(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
+class DocumentPieces:
     """One ring position's pieces in ascending order; `local` is where each begins on the position."""
 
     doc: np.ndarray
@@ -100,7 +100,7 @@ class SequenceLayout:
         self.rank_len = self.position_len // ulysses
         self.padded_len = self.position_len * positions
         self._rects: dict[tuple, list[Rect]] = {}
-        self._orders: dict[tuple[int, ...], tuple[Pieces, list[Copy]]] = {}
+        self._orders: dict[tuple[int, ...], tuple[DocumentPieces, list[Copy]]] = {}
 
     @property
     def padding(self) -> int:
@@ -114,7 +114,7 @@ class SequenceLayout:
         return _chunk_segments(self.seq_len, self.count, self.position_len, self.kind)
 
     @cached_property
-    def pieces(self) -> list[Pieces]:
+    def pieces(self) -> list[DocumentPieces]:
         return [_cut(segments, self.boundaries) for segments in self.segments]
 
     def indices(self, rank: int) -> np.ndarray:
@@ -195,12 +195,12 @@ class SequenceLayout:
         """The copies that bring the tokens of several blocks into ascending order; one block needs none."""
         return self._gathered(blocks)[1]
 
-    def _gathered(self, blocks: tuple[int, ...]) -> tuple[Pieces, list[Copy]]:
+    def _gathered(self, blocks: tuple[int, ...]) -> tuple[DocumentPieces, list[Copy]]:
         if blocks not in self._orders:
             self._orders[blocks] = self._order(blocks)
         return self._orders[blocks]
 
-    def _order(self, blocks: tuple[int, ...]) -> tuple[Pieces, list[Copy]]:
+    def _order(self, blocks: tuple[int, ...]) -> tuple[DocumentPieces, list[Copy]]:
         if len(blocks) == 1:
             return self.pieces[blocks[0]], [Copy(0, 0, 0, self.position_len)]
         parts = [self.pieces[b] for b in blocks]
@@ -218,7 +218,7 @@ class SequenceLayout:
                 last = copies.pop()
                 s, t, n = last.source, last.target, last.length + n
             copies.append(Copy(b, s, t, n))
-        return Pieces(doc, start, end, target), copies
+        return DocumentPieces(doc, start, end, target), copies
 
     def loads(self) -> np.ndarray:
         """int64 [R]: query-key pairs per ring position."""
@@ -270,7 +270,7 @@ def _chunk_segments(seq_len: int, positions: int, length: int, kind: LayoutKind)
     return result
 
 
-def _cut(segments: np.ndarray, boundaries: np.ndarray) -> Pieces:
+def _cut(segments: np.ndarray, boundaries: np.ndarray) -> DocumentPieces:
     """Cut segments at the document boundaries inside them."""
     starts, ends = [], []
     for start, length in segments:
@@ -281,10 +281,10 @@ def _cut(segments: np.ndarray, boundaries: np.ndarray) -> Pieces:
     start = np.concatenate(starts) if starts else np.zeros(0, np.int64)
     end = np.concatenate(ends) if ends else np.zeros(0, np.int64)
     doc = np.searchsorted(boundaries, start, side="right") - 1
-    return Pieces(doc, start, end, np.cumsum(end - start) - (end - start))
+    return DocumentPieces(doc, start, end, np.cumsum(end - start) - (end - start))
 
 
-def _pairs(pieces: Pieces, boundaries: np.ndarray) -> int:
+def _pairs(pieces: DocumentPieces, boundaries: np.ndarray) -> int:
     """Sum over the tokens t of (t - document start + 1)."""
     first = pieces.start - boundaries[pieces.doc] + 1
     n = pieces.end - pieces.start
@@ -316,7 +316,7 @@ def _document_segments(boundaries: np.ndarray, positions: int, length: int) -> l
 
 
 def _place(boundaries: np.ndarray, cut: np.ndarray, positions: int, length: int) -> list[np.ndarray]:
-    """Pieces r and 2R-1-r of each cut document go to position r.
+    """DocumentPieces r and 2R-1-r of each cut document go to position r.
 
     Left-over tokens go round robin, so that positions differ by one token at most before the uncut documents
     fill each up to `length`.

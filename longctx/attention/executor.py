@@ -47,7 +47,7 @@ class BufferPool:
         self.total = 0
 
 
-class RingExecutor:
+class ScheduleExecutor:
     """The state of one call: the schedule, the transfers under way, and the buffers lent by the pool."""
 
     def __init__(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longctx.attention import op
-from longctx.attention.executor import RingExecutor
+from longctx.attention.executor import ScheduleExecutor
 from longctx.attention.group import AttentionGroup
 from longctx.attention.kernels import choose, problem_of
 from longctx.attention.merge import accumulator_dtype, like
@@ -38,7 +38,7 @@ class RankAttention:
             for backward in (False, True)
         )
 
-    def _ring(self, schedule: RankSchedule, q: Tensor, k: Tensor, scale: float) -> RingExecutor:
+    def _ring(self, schedule: RankSchedule, q: Tensor, k: Tensor, scale: float) -> ScheduleExecutor:
         kernel = choose(problem_of(q, k), self.cp.kernel)
         transfers = TransferQueue(
             self.cp.transport,
@@ -46,7 +46,7 @@ class RankAttention:
             f"{schedule.name} {'backward' if schedule.backward else 'forward'}",
             self.cp.trace,
         )
-        return RingExecutor(schedule, self.layout, transfers, kernel, self.cp.pool, scale)
+        return ScheduleExecutor(schedule, self.layout, transfers, kernel, self.cp.pool, scale)
 
     def _heads(self, q: Tensor, k: Tensor) -> Heads:
         return Heads(self.cp.rank % self.cp.ulysses, self.cp.ulysses, q.shape[1], k.shape[1])

@@ -70,7 +70,7 @@ def models_of(config: EvalConfig) -> dict[str, EvalModel]:
 def target_of(config: EvalConfig, name: str, model: EvalModel) -> Target:
     """What is to be evaluated under this name. Raises UserError when the folder holds no model longctx knows."""
     from longctx.eval.examine import Target
-    from longctx.model.family import check_config
+    from longctx.model.architectures import check_config
     from longctx.model.load import read_config
 
     try:

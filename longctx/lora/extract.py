@@ -29,8 +29,8 @@ from longctx.lora.adapter import NORM_STEM
 from longctx.lora.difference import Difference, require_finite
 from longctx.lora.folder import Extension, Row
 from longctx.lora.lowrank import Factors, Sketch, decompose
-from longctx.lora.modules import Kind, Module, carried_rope, check_pair, check_weights, layout, modules_of
-from longctx.lora.ranks import fit_size, rank_for_share
+from longctx.lora.modules import WeightKind, Module, carried_rope, check_pair, check_weights, layout, modules_of
+from longctx.lora.rank_choice import fit_size, rank_for_share
 from longctx.lora.shards import FactorWriter
 from longctx.lora.tensors import Checkpoint, Scratch
 from longctx.lora.ties import settle_pair
@@ -136,7 +136,7 @@ class _Job:
 
     def bytes_per_rank(self, module: Module) -> int:
         """An embedding's factors are written for a tied output layer as well."""
-        twice = module.kind is Kind.EMBEDDING and self.tied_head is not None
+        twice = module.kind is WeightKind.EMBEDDING and self.tied_head is not None
         return sum(module.entry.shape) * self.stored.itemsize * (2 if twice else 1)
 
     def difference(self, module: Module) -> Difference:
@@ -186,8 +186,8 @@ def _write_tensors(
             else:
                 changed_leaves.add(_leaf(part.row.tensor))
                 writer.add(part.row.tensor, part.row.kind, part.a, part.b)
-                if part.row.kind == Kind.EMBEDDING.value and job.tied_head is not None:
-                    writer.add(job.tied_head, Kind.HEAD.value, part.b.T.contiguous(), part.a.T.contiguous())
+                if part.row.kind == WeightKind.EMBEDDING.value and job.tied_head is not None:
+                    writer.add(job.tied_head, WeightKind.HEAD.value, part.b.T.contiguous(), part.a.T.contiguous())
         elif part.exact is not None and exact is not None and part.row.norm > 0:
             exact.add(part.row.tensor, part.exact)
         if part.row.norm > 0 or part.a is None:
@@ -242,7 +242,7 @@ def _factor(job: _Job, module: Module, difference: Difference, ranks: dict[str, 
     row = Row(module.entry.name, module.kind.value, list(module.entry.shape), rank, norm, share,
               sqrt(left_over / factors.total) if norm else 0.0, factors.method, factors.converged, "factors",
               difference.sha256)  # fmt: skip
-    if module.kind is Kind.EMBEDDING:
+    if module.kind is WeightKind.EMBEDDING:
         return _Part(row, a=left.T.contiguous(), b=right.T.contiguous())
     return _Part(row, a=right.contiguous(), b=left.contiguous())
 

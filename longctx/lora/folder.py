@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import longctx
 from longctx.lora.adapter import SIDE_FILE
-from longctx.lora.modules import Kind
+from longctx.lora.modules import WeightKind
 from longctx.rope.config import describe_rope
 from longctx.storage.files import write_json
 
@@ -62,7 +62,7 @@ def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool, tied_head: s
     carried = [row for row in rows if row.carried == "factors"]
     rank = max(row.rank for row in carried)
     module = {row.tensor.removesuffix(".weight"): row.rank for row in carried}
-    embedding = next((row for row in carried if row.kind == Kind.EMBEDDING.value), None)
+    embedding = next((row for row in carried if row.kind == WeightKind.EMBEDDING.value), None)
     tied = embedding is not None and tied_head is not None
     if embedding is not None and tied_head is not None:
         module[tied_head.removesuffix(".weight")] = embedding.rank
@@ -194,8 +194,8 @@ def command(config: ExtractConfig) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-def carried_as(kind: Kind, *, profile: str, head: bool, embeddings: bool) -> str:
+def carried_as(kind: WeightKind, *, profile: str, head: bool, embeddings: bool) -> str:
     """How a changed tensor travels: `factors`, `exact` (difference in the side file) or `no`."""
-    if kind is Kind.LINEAR or (kind is Kind.HEAD and head) or (kind is Kind.EMBEDDING and embeddings):
+    if kind is WeightKind.LINEAR or (kind is WeightKind.HEAD and head) or (kind is WeightKind.EMBEDDING and embeddings):
         return "factors"
-    return "exact" if kind is Kind.VECTOR and profile == "full" else "no"
+    return "exact" if kind is WeightKind.VECTOR and profile == "full" else "no"

@@ -15,12 +15,12 @@ import torch
 from longctx.errors import UserError
 from longctx.lora.adapter import Adapter, Pair
 from longctx.lora.changes import ORDER, Change
-from longctx.lora.modules import Kind, classify
+from longctx.lora.modules import WeightKind, classify
 from longctx.lora.tensors import Checkpoint, Entry, row_blocks
 from longctx.lora.ties import Tables
 from longctx.storage.writer import DTYPES
 
-_MATRICES = (Kind.LINEAR, Kind.HEAD, Kind.EMBEDDING)
+_MATRICES = (WeightKind.LINEAR, WeightKind.HEAD, WeightKind.EMBEDDING)
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ class _Matcher:
         for tensor in self.names:
             entry = self.entry(tensor)
             assert entry is not None
-            kind = Kind.HEAD if tensor == self.tables.head else classify(entry)
+            kind = WeightKind.HEAD if tensor == self.tables.head else classify(entry)
             module, tied = tensor.removesuffix(".weight"), self.ties_factors and tensor in self.tables.both
             if kind in _MATRICES and tensor.endswith(".weight"):
-                wanted = self.settings.targets(module, linear=kind is Kind.LINEAR)
+                wanted = self.settings.targets(module, linear=kind is WeightKind.LINEAR)
                 wanted = tensor == self.tables.embedding if tied else wanted
                 if wanted and module not in self.adapter.pairs:
                     self.found.missing.append(module)
@@ -300,7 +300,7 @@ def _module(tensor: str | None) -> str | None:
 
 
 def _only_vocabulary_differs(entry: Entry, shape: tuple[int, ...]) -> bool:
-    return classify(entry) in (Kind.EMBEDDING, Kind.HEAD) and entry.shape[1:] == shape[1:]
+    return classify(entry) in (WeightKind.EMBEDDING, WeightKind.HEAD) and entry.shape[1:] == shape[1:]
 
 
 def _equal(left: Checkpoint, first: str, right: Checkpoint, second: str) -> bool:

@@ -35,7 +35,7 @@ _IDENTITY += (
 )
 
 
-class Kind(Enum):
+class WeightKind(Enum):
     LINEAR = "linear"
     HEAD = "lm_head"
     EMBEDDING = "embedding"
@@ -48,7 +48,7 @@ class Module:
     """One tensor and its place: module is the name PEFT knows, leaf its last part."""
 
     entry: Entry
-    kind: Kind
+    kind: WeightKind
 
     @property
     def name(self) -> str:
@@ -59,16 +59,16 @@ class Module:
         return self.name.rsplit(".", 1)[-1]
 
 
-def classify(entry: Entry) -> Kind:
+def classify(entry: Entry) -> WeightKind:
     """The kind of a tensor, from its name and shape."""
     leaf = entry.name.removesuffix(".weight").rsplit(".", 1)[-1]
     if len(entry.shape) == 1:
-        return Kind.VECTOR
+        return WeightKind.VECTOR
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
-        return Kind.OTHER
+        return WeightKind.OTHER
     if leaf in _EMBEDDINGS:
-        return Kind.EMBEDDING
-    return Kind.HEAD if leaf in _HEADS else Kind.LINEAR
+        return WeightKind.EMBEDDING
+    return WeightKind.HEAD if leaf in _HEADS else WeightKind.LINEAR
 
 
 def modules_of(checkpoint: Checkpoint) -> list[Module]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from longctx.lora.modules import Kind
+from longctx.lora.modules import WeightKind
 from longctx.storage.files import write_json
 from longctx.storage.writer import SafetensorsWriter
 
@@ -29,7 +29,7 @@ class FactorWriter:
         module = f"base_model.model.{tensor.removesuffix('.weight')}"
         suffixes = (
             ("lora_embedding_A", "lora_embedding_B")
-            if kind == Kind.EMBEDDING.value
+            if kind == WeightKind.EMBEDDING.value
             else ("lora_A.weight", "lora_B.weight")
         )
         size = sum(half.numel() * half.element_size() for half in (a, b))

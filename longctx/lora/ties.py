@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from longctx.errors import UserError
-from longctx.lora.modules import Kind, classify
+from longctx.lora.modules import WeightKind, classify
 from longctx.lora.tensors import Checkpoint, Entry, row_blocks
 from longctx.shape import text_section
 from longctx.storage.writer import DTYPES
@@ -53,7 +53,7 @@ def settle(checkpoint: Checkpoint) -> Tables:
     """
     config = checkpoint.config()
     _restore_prefix(checkpoint)
-    embedding, head = _find(checkpoint, Kind.EMBEDDING), _find(checkpoint, Kind.HEAD)
+    embedding, head = _find(checkpoint, WeightKind.EMBEDDING), _find(checkpoint, WeightKind.HEAD)
     declared = _declared(config, head is not None and embedding is not None)
     if embedding is None and head is None:
         return Tables(None, None, declared=False, shared=False)
@@ -114,7 +114,7 @@ def _declared(config: Mapping[str, Any], stores_both: bool) -> bool:
     return not stores_both or config.get("model_type") in TIED_BY_DEFAULT
 
 
-def _find(checkpoint: Checkpoint, kind: Kind) -> Entry | None:
+def _find(checkpoint: Checkpoint, kind: WeightKind) -> Entry | None:
     """The model's own table of this kind; those of prediction or vision parts have longer names."""
     found = [entry for entry in checkpoint.entries.values() if classify(entry) is kind]
     return min(found, key=lambda entry: (entry.name.count("."), len(entry.name)), default=None)
@@ -138,7 +138,7 @@ def _restore_prefix(checkpoint: Checkpoint) -> None:
     """Names of a decoder that was saved without its output layer get the `model.` that transformers adds."""
     names = checkpoint.entries
     if "embed_tokens.weight" in names and any(name.startswith("layers.") for name in names):
-        heads = {entry.name for entry in names.values() if classify(entry) is Kind.HEAD}
+        heads = {entry.name for entry in names.values() if classify(entry) is WeightKind.HEAD}
         checkpoint.rename({name: f"model.{name}" for name in names if name not in heads})
 
 
@@ -161,7 +161,7 @@ def _embedding_of(checkpoint: Checkpoint, head: str) -> str:
 
 def _refuse_missing(checkpoint: Checkpoint, config: Mapping[str, Any], stored: Entry) -> None:
     if any("ForCausalLM" in str(name) for name in config.get("architectures") or []):
-        other = "output layer" if classify(stored) is Kind.EMBEDDING else "input embedding"
+        other = "output layer" if classify(stored) is WeightKind.EMBEDDING else "input embedding"
         raise UserError(
             f"{checkpoint.what}={checkpoint.path} stores {stored.name} and no {other}, and its config.json says "
             "tie_word_embeddings: false, so transformers would draw that weight at random; set "

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from longctx.attention.interface import attend
 from longctx.config.model import MemoryConfig
-from longctx.model.family import backbone_of, check_layers
+from longctx.model.architectures import backbone_of, check_layers
 from longctx.model.norms import train_norms
 from longctx.model.offload import HostStore
 from longctx.model.rotary import Rotate
-from longctx.model.saved import KeepPlan, keep_everything, kept_checkpoint
+from longctx.model.saved import SavePolicy, keep_everything, kept_checkpoint
 from longctx.shape import shape_of
 
 
@@ -32,7 +32,7 @@ class TrainedLayer:
     Without a layout (plain generation, a look at hidden states) the family's own forward runs.
     """
 
-    plan: KeepPlan = keep_everything
+    plan: SavePolicy = keep_everything
 
     def forward(
         self,
@@ -99,7 +99,7 @@ def plan_layers(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: H
     keep = shape.footprint(base.embed_tokens.weight.element_size()).kept_layers(memory, tokens)
     count = len(base.layers)
     for index, layer in enumerate(base.layers):
-        layer.plan = KeepPlan.of(memory, layer=index, layers=count, keep_matmuls=keep, store=store)
+        layer.plan = SavePolicy.of(memory, layer=index, layers=count, keep_matmuls=keep, store=store)
 
 
 @cache

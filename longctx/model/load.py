@@ -11,7 +11,7 @@ from typing import Any
 from longctx import dtype as dtypes
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
-from longctx.model.family import check_config
+from longctx.model.architectures import check_config
 from longctx.model.norms import train_norms
 from longctx.model.single import Place, placed_as_drawn, placed_as_loaded
 from longctx.storage import model as storage

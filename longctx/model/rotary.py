@@ -63,7 +63,7 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
     Raises UserError for a rope that changes with the sequence's length (dynamic, longrope's short factors
     aside): a training stage fixes one.
     """
-    from longctx.model.family import backbone_of, causal_lm_of
+    from longctx.model.architectures import backbone_of, causal_lm_of
 
     base = backbone_of(model)
     config = causal_lm_of(model).config

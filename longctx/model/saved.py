@@ -45,7 +45,7 @@ def widening_products(op: Any, args: tuple[Any, ...]) -> bool:
 
 
 @dataclass(frozen=True)
-class KeepPlan:
+class SavePolicy:
     """One layer's plan: what each of its two regions keeps (None: everything), and the tokens of a block.
 
     store: where kept tensors go, if not on the device; first: the forward pass begins with this layer.
@@ -60,7 +60,7 @@ class KeepPlan:
     @classmethod
     def of(
         cls, memory: MemoryConfig, *, layer: int, layers: int, keep_matmuls: int, store: HostStore | None
-    ) -> KeepPlan:
+    ) -> SavePolicy:
         """Layer `layer` of `layers`: the last `keep_matmuls` also keep their matrix products."""
         if not memory.checkpoint:
             return cls(None, None, memory.ffn_block)
@@ -77,7 +77,7 @@ def _nothing(op: Any, args: tuple[Any, ...]) -> bool:
     return False
 
 
-keep_everything = KeepPlan(None, None, 0)
+keep_everything = SavePolicy(None, None, 0)
 
 
 def kept_checkpoint(

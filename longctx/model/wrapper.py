@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from longctx.attention import ContextParallel, Layout
 from longctx.config.model import MemoryConfig
 from longctx.distributed.transport import SingleRankTransport
-from longctx.model.family import backbone_of, causal_lm_of
+from longctx.model.architectures import backbone_of, causal_lm_of
 from longctx.model.layer import plan_layers, train_layers
 from longctx.model.loss import IGNORED, token_losses
 from longctx.model.offload import HostStore

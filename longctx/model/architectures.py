@@ -14,7 +14,7 @@ from torch import nn
 from longctx.storage.model import check_family
 
 # model_type of config.json -> the decoder layer's attention children besides q, k, v, o.
-FAMILIES: dict[str, frozenset[str]] = {
+ARCHITECTURES: dict[str, frozenset[str]] = {
     "llama": frozenset(),
     "mistral": frozenset(),
     "qwen2": frozenset(),
@@ -48,7 +48,7 @@ def check_config(config: Any, source: str) -> None:
 def check_layers(model: nn.Module) -> None:
     """Assert that every decoder layer is built as its family's was when it was checked."""
     base = backbone_of(model)
-    extra = FAMILIES[base.config.model_type]
+    extra = ARCHITECTURES[base.config.model_type]
     for index, layer in enumerate(cast(list[Any], base.layers)):
         parts = {name for name, _ in layer.named_children()}
         projections = {name for name, _ in layer.self_attn.named_children()}
