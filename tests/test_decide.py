@@ -15,9 +15,9 @@ from longctx.config.plan import PlanConfig
 from longctx.config.train import TrainConfig
 from longctx.decide import CUDA_KERNELS, Machines, assumed_kernels, choose_kernel, decide
 from longctx.errors import UserError
+from longctx.plan.estimate import estimate_all, links_of
 from longctx.plan.memory import need
 from longctx.plan.run import document
-from longctx.plan.estimate import estimate_all, links_of
 from longctx.shape import shape_of_model
 from longctx.train.run import check, resolve_stages
 from longctx.train.runfolder import with_dtype

@@ -29,7 +29,7 @@ from longctx.lora.adapter import NORM_STEM
 from longctx.lora.difference import Difference, require_finite
 from longctx.lora.folder import Extension, Row
 from longctx.lora.lowrank import Factors, Sketch, decompose
-from longctx.lora.modules import WeightKind, Module, carried_rope, check_pair, check_weights, layout, modules_of
+from longctx.lora.modules import Module, WeightKind, carried_rope, check_pair, check_weights, layout, modules_of
 from longctx.lora.rank_choice import fit_size, rank_for_share
 from longctx.lora.shards import FactorWriter
 from longctx.lora.tensors import Checkpoint, Scratch

@@ -16,9 +16,9 @@ from longctx.curriculum import Stage, resolve
 from longctx.decide import Machines
 from longctx.errors import UserError
 from longctx.plan.draw import as_svg, as_text
+from longctx.plan.estimate import Estimate, Links, estimate_all, kernel_of, links_of
 from longctx.plan.remedies import USABLE, Room, advice
 from longctx.plan.simulate import BACKWARD_WORK, Timeline, evenly, simulate
-from longctx.plan.estimate import Estimate, Links, estimate_all, kernel_of, links_of
 from longctx.rope import rope_of_model
 from longctx.schedule import Sizes, build
 from longctx.shape import Shape, shape_of_model
