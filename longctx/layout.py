@@ -241,8 +241,8 @@ def check_boundaries(boundaries: np.ndarray | None, seq_len: int) -> np.ndarray:
     array = np.asarray(boundaries)
     if array.ndim != 1 or len(array) < 2 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
-            f"documents has shape {array.shape} and type {array.dtype}: boundaries are integers "
-            f"[0, ..., {seq_len}], the cu_seqlens of the whole sequence (a dense mask is never needed)"
+            f"documents has shape {array.shape} and type {array.dtype}: boundaries are integers [0, ..., {seq_len}], "
+            "the cu_seqlens of the whole sequence (a dense mask is never needed)"
         )
     array = array.astype(np.int64)
     if array[0] != 0 or array[-1] != seq_len:

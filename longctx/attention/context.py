@@ -56,8 +56,8 @@ def check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be [batch, heads, tokens, head_dim]")
         if x.shape[2] != layout.local_len:
             raise ValueError(
-                f"{name} has {x.shape[2]} tokens, this rank's share of the layout has {layout.local_len}: "
-                f"pass layout.shard({name}, dim=2)"
+                f"{name} has {x.shape[2]} tokens, this rank's share of the layout has {layout.local_len}: pass "
+                f"layout.shard({name}, dim=2)"
             )
         if x.dtype not in FLOATS:
             raise ValueError(f"{name} is {x.dtype}: attention takes fp16, bf16, fp32 or fp64")

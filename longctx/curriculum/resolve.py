@@ -38,10 +38,9 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
             parameters = _with_found(parameters, rule, overrides[name], where, config.theta_file)
         if parameters["rope_theta"] < previous.theta and (index or not config.scratch):
             raise UserError(
-                f"{where}: theta={parameters['rope_theta']:.0f} is below the {previous.theta:.0f} it starts "
-                "from; a theta must not fall from stage to stage, or positions learned so far are lost. "
-                "Give a higher theta, or rule.start=previous so that the rule goes on from the stage "
-                f"before ({file})"
+                f"{where}: theta={parameters['rope_theta']:.0f} is below the {previous.theta:.0f} it starts from; a "
+                "theta must not fall from stage to stage, or positions learned so far are lost. Give a higher theta, "
+                f"or rule.start=previous so that the rule goes on from the stage before ({file})"
             )
         batch, steps = batch_size(stage, where, file), rates[name].steps
         stages.append(
@@ -73,14 +72,14 @@ def _check_length(config: CurriculumConfig, where: str, length: int, before: int
         return
     if first and length < before:
         raise UserError(
-            f"{where}.seq_len={length} is shorter than the model's window of {before}; start at {before} or "
-            f"longer, drop the stage ('~{where}'), or set curriculum.scratch=true for a model that is "
-            f"trained from scratch ({file})"
+            f"{where}.seq_len={length} is shorter than the model's window of {before}; start at {before} or longer, "
+            f"drop the stage ('~{where}'), or set curriculum.scratch=true for a model that is trained from scratch "
+            f"({file})"
         )
     if not first and (length < before or (length == before and not config.scratch)):
         raise UserError(
-            f"{where}.seq_len={length} does not come after {before}: the lengths of the stages must "
-            f"increase; give it a longer seq_len or drop the stage ('~{where}') ({file})"
+            f"{where}.seq_len={length} does not come after {before}: the lengths of the stages must increase; give it "
+            f"a longer seq_len or drop the stage ('~{where}') ({file})"
         )
 
 
@@ -97,8 +96,8 @@ def _rope(
     """(rope_parameters, name of the rule). found: a theta file has this stage's theta, so it need name none."""
     if stage.theta is not None and stage.rule is not None:
         raise UserError(
-            f"{where} names both theta={stage.theta} and rule={stage.rule.name!r}; give exactly one of the "
-            f"two and set the other to null ({file})"
+            f"{where} names both theta={stage.theta} and rule={stage.rule.name!r}; give exactly one of the two and "
+            f"set the other to null ({file})"
         )
     if stage.theta is not None:
         if stage.theta <= 1:
@@ -111,8 +110,8 @@ def _rope(
         if found:
             return apply(ExplicitTheta(theta=original.theta), original, stage.seq_len, where), ExplicitTheta.name
         raise UserError(
-            f"{where} names neither theta nor rule, and the curriculum has no rule; give one of them, for "
-            f"example {where}.rule=dynamic-ntk ({file})"
+            f"{where} names neither theta nor rule, and the curriculum has no rule; give one of them, for example "
+            f"{where}.rule=dynamic-ntk ({file})"
         )
     start = previous if rule.start == "previous" else original
     return apply(rule, start, stage.seq_len, f"{where}.rule"), rule.name

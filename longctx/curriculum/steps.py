@@ -55,8 +55,8 @@ def _rate(
     if kind == "constant":
         if own.final is not None and own.final != peak:
             raise UserError(
-                f"{where}.final={own.final} does not go with kind=constant, which stays at the peak {peak}; "
-                f"name kind=cosine or linear, or leave final out ({file})"
+                f"{where}.final={own.final} does not go with kind=constant, which stays at the peak {peak}; name "
+                f"kind=cosine or linear, or leave final out ({file})"
             )
         return LearningRate(peak, peak, warmup, kind, 0, span)
     final = 0.0 if final is None else final
@@ -78,8 +78,8 @@ def batch_size(stage: StageConfig, where: str, file: str) -> int:
     if stage.batch_tokens % stage.seq_len or stage.batch_tokens == 0:
         near = max(1, round(stage.batch_tokens / stage.seq_len)) * stage.seq_len
         raise UserError(
-            f"{where}.batch_tokens={stage.batch_tokens} is not a whole number of sequences of "
-            f"{stage.seq_len} tokens; {near} fits ({file})"
+            f"{where}.batch_tokens={stage.batch_tokens} is not a whole number of sequences of {stage.seq_len} tokens; "
+            f"{near} fits ({file})"
         )
     return stage.batch_tokens // stage.seq_len
 

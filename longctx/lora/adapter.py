@@ -142,9 +142,8 @@ class Adapter:
         first, second = self.weights.entries[a], self.weights.entries[b]
         if len(first.shape) != 2 or len(second.shape) != 2 or first.shape[0] != second.shape[1]:
             raise UserError(
-                f"adapter={self.path}: the factors of {module} do not fit each other: A "
-                f"{list(first.shape)}, B {list(second.shape)}; A is [rank, in] and B is [out, rank] (nothing was "
-                "written)"
+                f"adapter={self.path}: the factors of {module} do not fit each other: A {list(first.shape)}, B "
+                f"{list(second.shape)}; A is [rank, in] and B is [out, rank] (nothing was written)"
             )
         rank = first.shape[0]
         shape = (first.shape[1], second.shape[0]) if embedding else (second.shape[0], first.shape[1])

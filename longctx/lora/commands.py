@@ -70,8 +70,8 @@ def _print_extract(result: ExtractResult, seconds: float) -> None:
               f"{describe_rope(result.extension.rope_parameters)}")  # fmt: skip
     if (held := result.losses) is not None:
         print(
-            f"  loss on {held.tokens} tokens of held-out text: base {held.base:.4f}, tuned {held.tuned:.4f}, "
-            f"base + adapter {held.merged:.4f}"
+            f"  loss on {held.tokens} tokens of held-out text: base {held.base:.4f}, tuned {held.tuned:.4f}, base + "
+            f"adapter {held.merged:.4f}"
         )
     if result.not_carried:
         names = ", ".join(row.tensor for row in result.not_carried[:8])

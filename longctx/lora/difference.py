@@ -106,7 +106,6 @@ def require_finite(norm_squared: float, name: str, base: str, tuned: str) -> Non
     """UserError when a difference is not a number: a damaged shard, or a training that diverged."""
     if norm_squared != norm_squared or norm_squared == float("inf"):
         raise UserError(
-            f"{name} is not finite in base={base} or tuned={tuned} (NaN or infinity): the shard is damaged "
-            "or the training "
-            "diverged; nothing was written"
+            f"{name} is not finite in base={base} or tuned={tuned} (NaN or infinity): the shard is damaged or the "
+            "training diverged; nothing was written"
         )

@@ -234,9 +234,8 @@ def _factor(job: _Job, module: Module, difference: Difference, ranks: dict[str, 
     left_over = difference.residual_squared(left, right, scale) if norm else 0.0
     if not left_over <= factors.total * (1 + 1e-6):
         raise UserError(
-            f"{module.entry.name}: its factors in {job.config.dtype} are further from the difference than "
-            "nothing at all "
-            f"(relative residual {sqrt(left_over) / norm:.3g}); use dtype=float32"
+            f"{module.entry.name}: its factors in {job.config.dtype} are further from the difference than nothing at "
+            f"all (relative residual {sqrt(left_over) / norm:.3g}); use dtype=float32"
         )
     share = 1 - left_over / factors.total if norm else 1.0
     row = Row(module.entry.name, module.kind.value, list(module.entry.shape), rank, norm, share,
@@ -297,15 +296,13 @@ def _bytes_needed(job: _Job, modules: list[Module], ranks: dict[str, int]) -> in
 def _refuse_identical(rows: list[Row], config: ExtractConfig) -> None:
     if not any(row.norm > 0 for row in rows):
         raise UserError(
-            f"base={config.base} and tuned={config.tuned} hold the same numbers in all {len(rows)} tensors: "
-            "there is no "
-            "difference to extract; check that tuned is the trained model (nothing was written)"
+            f"base={config.base} and tuned={config.tuned} hold the same numbers in all {len(rows)} tensors: there is "
+            "no difference to extract; check that tuned is the trained model (nothing was written)"
         )
     if not any(row.carried == "factors" for row in rows):
         raise UserError(
-            f"only norms, biases or embeddings differ between base={config.base} and tuned={config.tuned}; "
-            "no linear layer "
-            "changed, so there is no LoRA to write; embeddings=true carries embeddings (nothing was written)"
+            f"only norms, biases or embeddings differ between base={config.base} and tuned={config.tuned}; no linear "
+            "layer changed, so there is no LoRA to write; embeddings=true carries embeddings (nothing was written)"
         )
 
 
@@ -314,9 +311,8 @@ def _check_options(config: ExtractConfig) -> None:
         raise UserError("share and size_mb both choose the ranks; give one of them (configs/lora_extract.yaml)")
     if config.profile == "serving" and (config.lm_head or config.embeddings):
         raise UserError(
-            "profile=serving carries layers only, since vLLM refuses adapters with lm_head or embeddings; "
-            "use profile=full, or "
-            "leave lm_head and embeddings out (configs/lora_extract.yaml)"
+            "profile=serving carries layers only, since vLLM refuses adapters with lm_head or embeddings; use "
+            "profile=full, or leave lm_head and embeddings out (configs/lora_extract.yaml)"
         )
     if config.verify == "loss" and config.text is None:
         raise UserError("verify=loss needs text=FILE, a text neither model was trained on (configs/lora_extract.yaml)")

@@ -129,18 +129,16 @@ def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: 
         "",
         f"# The difference {config.tuned} - {config.base}, as a LoRA",
         "",
-        f"Rank {max(row.rank for row in carried)}, {len(carried)} modules, profile `{config.profile}`. It "
-        "keeps "
+        f"Rank {max(row.rank for row in carried)}, {len(carried)} modules, profile `{config.profile}`. It keeps "
         f"{share['factors']:.2%} of the squared norm of the matrices it carries.",
         "",
     ]
     if extension.changed:
         lines += [
-            f"The tuned model reads {extension.window:,} tokens "
-            f"({describe_rope(extension.rope_parameters)}); the base read "
-            f"{extension.base_window:,} ({describe_rope(extension.base_rope_parameters)}). **The weights "
-            "alone do not carry "
-            "that**: a merged model's config.json must say so too, and `longctx lora-merge` writes it.",
+            f"The tuned model reads {extension.window:,} tokens ({describe_rope(extension.rope_parameters)}); the "
+            f"base read {extension.base_window:,} ({describe_rope(extension.base_rope_parameters)}). **The weights "
+            "alone do not carry that**: a merged model's config.json must say so too, and `longctx lora-merge` "
+            "writes it.",
             "",
         ]
     lines += [
@@ -156,8 +154,7 @@ def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: 
     lines += ["```", "longctx lora-merge target=FINE_TUNE adapter=THIS_FOLDER out=MERGED", "```", ""]
     if exact:
         lines += [
-            f"{len(exact)} norms and biases are carried exactly, as differences, in "
-            "`norm_deltas.safetensors`: "
+            f"{len(exact)} norms and biases are carried exactly, as differences, in `norm_deltas.safetensors`: "
             "longctx adds them, peft and vLLM do not read them.",
             "",
         ]
@@ -170,8 +167,8 @@ def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: 
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.tensor} | {' x '.join(map(str, row.shape))} | {row.rank} | {row.norm:.4g} | "
-        f"{row.share:.4f} | {row.residual:.4f} |"
+        f"| {row.tensor} | {' x '.join(map(str, row.shape))} | {row.rank} | {row.norm:.4g} | {row.share:.4f} | "
+        f"{row.residual:.4f} |"
         for row in carried
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")

@@ -108,8 +108,7 @@ def _run_plan(config: InfoConfig, plan: str) -> int:
     print(f"  {size.matrices} matrices, {size.elements / 1e9:.2f} B numbers, {per_rank:.3f} MB per rank")
     if size.seconds is not None and size.throughput is not None:
         print(
-            f"  about {_duration(size.seconds)} here ({size.throughput / 1e6:.0f} M numbers/s measured on a "
-            "sample, "
+            f"  about {_duration(size.seconds)} here ({size.throughput / 1e6:.0f} M numbers/s measured on a sample, "
             "reading not counted)"
         )
     return 0

@@ -273,8 +273,8 @@ class _Matcher:
         width = () if entry is None else entry.shape[1:]
         if len(set(indices)) != len(indices) or outside or shape != (len(indices), *(width or shape[1:])):
             raise self._contradiction(
-                f"trainable_token_indices says rows {indices[:8]} of {tensor} "
-                f"{list(entry.shape) if entry else ''} and the file holds {list(shape)}"
+                f"trainable_token_indices says rows {indices[:8]} of {tensor} {list(entry.shape) if entry else ''} "
+                f"and the file holds {list(shape)}"
             )
 
     def _refuse_older_ours(self) -> None:

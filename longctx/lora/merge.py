@@ -118,9 +118,8 @@ def _scales(config: MergeConfig) -> list[float]:
         return config.scale * len(config.adapter)
     if len(config.scale) != len(config.adapter):
         raise UserError(
-            f"scale has {len(config.scale)} values for {len(config.adapter)} adapters; give one for all or "
-            "one for each "
-            "(configs/lora_merge.yaml)"
+            f"scale has {len(config.scale)} values for {len(config.adapter)} adapters; give one for all or one for "
+            "each (configs/lora_merge.yaml)"
         )
     return config.scale
 
@@ -139,10 +138,9 @@ def _refuse_misfits(
         if problems:
             hint = "" if found.misshaped or differing else ", or allow_partial=true merges what fits"
             raise UserError(
-                f"adapter={adapter.path} does not match target={config.target}; {'; '.join(problems)}. "
-                "Merge into a fine-tune of "
-                f"the adapter's base ({adapter.config.get('base_model_name_or_path')}){hint} (nothing was "
-                "written)"
+                f"adapter={adapter.path} does not match target={config.target}; {'; '.join(problems)}. Merge into a "
+                f"fine-tune of the adapter's base ({adapter.config.get('base_model_name_or_path')}){hint} (nothing "
+                "was written)"
             )
         if not found.changes:
             raise UserError(f"adapter={adapter.path} changes nothing in target={config.target} (nothing was written)")
@@ -176,11 +174,9 @@ def _rope(
     extending = [item for item in told if item["extends"]]
     if not told:
         raise UserError(
-            f"adapter={', '.join(config.adapter)} carries no rope and window (it was not made by longctx), "
-            "so the merged model's "
-            "config.json would stay as it is; say rope.theta=... window=..., or like=EXTENDED_MODEL, or "
-            "rope=keep if the adapter "
-            "does not extend the context (configs/lora_merge.yaml)"
+            f"adapter={', '.join(config.adapter)} carries no rope and window (it was not made by longctx), so the "
+            "merged model's config.json would stay as it is; say rope.theta=... window=..., or like=EXTENDED_MODEL, "
+            "or rope=keep if the adapter does not extend the context (configs/lora_merge.yaml)"
         )
     if not extending:
         return None, own_window, ["the adapter does not change rope or window; the target's stay"]
@@ -188,16 +184,15 @@ def _rope(
     if len(targets) > 1:
         raise UserError(
             "the adapters were made for different windows: "
-            f"{'; '.join(f'{rope}, {window}' for rope, window in sorted(targets))}; "
-            "say which with rope.theta=... window=... or like=... (configs/lora_merge.yaml)"
+            f"{'; '.join(f'{rope}, {window}' for rope, window in sorted(targets))}; say which with rope.theta=... "
+            "window=... or like=... (configs/lora_merge.yaml)"
         )
     rope, window = extending[0]["rope_parameters"], extending[0]["window"]
     if (own_rope, own_window) == (rope, window):
         raise UserError(
-            f"target={config.target} has the adapter's rope and window already ({describe_rope(rope)}, "
-            f"{window}); merging again "
-            "would add the extension twice. If only its config.json was edited, say rope=keep (nothing was "
-            "written)"
+            f"target={config.target} has the adapter's rope and window already ({describe_rope(rope)}, {window}); "
+            "merging again would add the extension twice. If only its config.json was edited, say rope=keep (nothing "
+            "was written)"
         )
     return dict(rope), window, []
 
@@ -286,9 +281,8 @@ def _write_changed(target: Checkpoint, output: _Output, writer: SafetensorsWrite
         rows.copy_(wide)
         if not bool(torch.isfinite(rows).all()):
             raise UserError(
-                f"{output.name} is not finite after merging (in the target, the adapter, or beyond what "
-                f"{entry.dtype} holds); "
-                "nothing was written"
+                f"{output.name} is not finite after merging (in the target, the adapter, or beyond what {entry.dtype} "
+                "holds); nothing was written"
             )
         writer.write(rows)
 

@@ -97,8 +97,7 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> N
     differing = [f"{key} {ours.get(key)} / {theirs.get(key)}" for key in _IDENTITY if ours.get(key) != theirs.get(key)]
     if differing:
         raise UserError(
-            f"base={base.path} and tuned={tuned.path} are not one architecture: {', '.join(differing)} "
-            "(base / tuned, "
+            f"base={base.path} and tuned={tuned.path} are not one architecture: {', '.join(differing)} (base / tuned, "
             "config.json); a difference exists only between a model and its own training"
         )
     _check_tensors(base, tuned)
@@ -121,16 +120,14 @@ def check_weights(checkpoint: Checkpoint) -> None:
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, Mapping) else quantized
         raise UserError(
-            f"{checkpoint.what}={checkpoint.path} is quantized ({method}, quantization_config in "
-            "config.json); its numbers are "
-            "codes and cannot be subtracted or added; give the checkpoint in bf16, fp16 or fp32"
+            f"{checkpoint.what}={checkpoint.path} is quantized ({method}, quantization_config in config.json); its "
+            "numbers are codes and cannot be subtracted or added; give the checkpoint in bf16, fp16 or fp32"
         )
     checkpoint.require_floats()
     if config.get("model_type") in _TRANSPOSED:
         raise UserError(
-            f"{checkpoint.what}={checkpoint.path}: {config['model_type']} stores its linears transposed, "
-            "which longctx does "
-            "not support; rotary models (llama, mistral, qwen, gemma, phi3, ...) are"
+            f"{checkpoint.what}={checkpoint.path}: {config['model_type']} stores its linears transposed, which "
+            "longctx does not support; rotary models (llama, mistral, qwen, gemma, phi3, ...) are"
         )
 
 
@@ -153,8 +150,7 @@ def _check_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
     ]
     if parts:
         raise UserError(
-            f"base={base.path} and tuned={tuned.path} do not hold the same tensors; {'; '.join(parts)}. Use "
-            "the exact "
+            f"base={base.path} and tuned={tuned.path} do not hold the same tensors; {'; '.join(parts)}. Use the exact "
             "checkpoint the training started from"
         )
 
@@ -166,9 +162,8 @@ def _check_tokenizers(base: Checkpoint, tuned: Checkpoint) -> None:
         first, second = base.source.fetch(file).read_bytes(), tuned.source.fetch(file).read_bytes()
         if first != second and (file == "tokenizer.model" or _vocabulary(first) != _vocabulary(second)):
             raise UserError(
-                f"base={base.path} and tuned={tuned.path} have different vocabularies ({file}): the rows of "
-                "their embeddings "
-                "mean different tokens; extract from the checkpoint with the same tokenizer"
+                f"base={base.path} and tuned={tuned.path} have different vocabularies ({file}): the rows of their "
+                "embeddings mean different tokens; extract from the checkpoint with the same tokenizer"
             )
 
 
@@ -189,9 +184,7 @@ def _check_direction(base: Checkpoint, tuned: Checkpoint) -> None:
     smaller = window_base == window_tuned and theta_base > theta_tuned
     if shorter or smaller:
         raise UserError(
-            f"base and tuned look swapped: base={base.path} reads {window_base} tokens "
-            f"({describe_rope(rope_base)}) and "
-            f"tuned={tuned.path} reads {window_tuned} ({describe_rope(rope_tuned)}), and the longer one is "
-            "the tuned one; "
-            "exchange them, or say allow_shorter=true if training really shortened the window"
+            f"base and tuned look swapped: base={base.path} reads {window_base} tokens ({describe_rope(rope_base)}) "
+            f"and tuned={tuned.path} reads {window_tuned} ({describe_rope(rope_tuned)}), and the longer one is the "
+            "tuned one; exchange them, or say allow_shorter=true if training really shortened the window"
         )

@@ -47,9 +47,8 @@ def fit_size(spectra: Mapping[str, Tensor], cost: Mapping[str, int], size: float
     left = size - sum(cost[name] + _BYTES_PER_MODULE for name in spectra)
     if left < 0:
         raise UserError(
-            f"size_mb={size / 1e6:g} is less than rank 1 of every module needs, {(size - left) / 1e6:.3g} "
-            "MB; give more, or a "
-            "dtype of fewer bytes (configs/lora_extract.yaml)"
+            f"size_mb={size / 1e6:g} is less than rank 1 of every module needs, {(size - left) / 1e6:.3g} MB; give "
+            "more, or a dtype of fewer bytes (configs/lora_extract.yaml)"
         )
     queue = [(-_gain(values, 1, cost[name]), name) for name, values in spectra.items() if len(values) > 1]
     heapq.heapify(queue)

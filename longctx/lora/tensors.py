@@ -101,8 +101,8 @@ class Checkpoint(Table):
             count = os.preadv(descriptor, [view[got:]], place + got)
             if count == 0:
                 raise UserError(
-                    f"{self.what}={self.path}: {entry.file} ends inside {entry.name}; the shard is "
-                    "truncated, fetch it again"
+                    f"{self.what}={self.path}: {entry.file} ends inside {entry.name}; the shard is truncated, fetch "
+                    "it again"
                 )
             got += count
 

@@ -164,6 +164,6 @@ def _refuse_missing(checkpoint: Checkpoint, config: Mapping[str, Any], stored: E
         other = "output layer" if classify(stored) is WeightKind.EMBEDDING else "input embedding"
         raise UserError(
             f"{checkpoint.what}={checkpoint.path} stores {stored.name} and no {other}, and its config.json says "
-            "tie_word_embeddings: false, so transformers would draw that weight at random; set "
-            "tie_word_embeddings to true if the two are one weight, or fetch the missing shard (config.json)"
+            "tie_word_embeddings: false, so transformers would draw that weight at random; set tie_word_embeddings "
+            "to true if the two are one weight, or fetch the missing shard (config.json)"
         )

@@ -54,9 +54,8 @@ def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[Row]
             residual = _relative_residual(adapter, base, tuned, row, scratch)
             if abs(residual - row.residual) > _SLACK:
                 raise RunFailed(
-                    f"{row.tensor}: base + adapter, read back from the file, is {residual:.4f} of the "
-                    "difference away from tuned "
-                    f"where {row.residual:.4f} was expected; the adapter is wrong and was removed. Please "
+                    f"{row.tensor}: base + adapter, read back from the file, is {residual:.4f} of the difference away "
+                    f"from tuned where {row.residual:.4f} was expected; the adapter is wrong and was removed. Please "
                     "report this"
                 )
     return [row.tensor for row in sample.values()]

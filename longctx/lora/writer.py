@@ -26,8 +26,8 @@ def output_folder(out: str, *, needed: int) -> Iterator[Path]:
     free = shutil.disk_usage(above).free
     if needed > free:
         raise UserError(
-            f"out={out} needs {needed / 1e6:,.1f} MB and the disk of {above} has {free / 1e6:,.1f} MB free; "
-            "free some space or name a folder on another disk (nothing was written)"
+            f"out={out} needs {needed / 1e6:,.1f} MB and the disk of {above} has {free / 1e6:,.1f} MB free; free some "
+            "space or name a folder on another disk (nothing was written)"
         )
     parent.mkdir(parents=True, exist_ok=True)
     with replacing(final) as partial:

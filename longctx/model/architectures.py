@@ -54,7 +54,6 @@ def check_layers(model: nn.Module) -> None:
         projections = {name for name, _ in layer.self_attn.named_children()}
         if parts != _LAYER_PARTS or projections != _PROJECTIONS | extra:
             raise RuntimeError(
-                f"layer {index} of {type(base).__name__} is made of {sorted(parts | projections)}, not of "
-                "what this "
+                f"layer {index} of {type(base).__name__} is made of {sorted(parts | projections)}, not of what this "
                 "version of longctx knows; use the transformers version pinned in launch/"
             )

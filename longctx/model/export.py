@@ -131,8 +131,7 @@ def _known(name: str, expected: Mapping[str, int]) -> str:
         if candidate in expected:
             return candidate
     raise RunFailed(
-        f"export: {name} is no weight of the model; adapters are merged (longctx lora-merge) before a "
-        "folder in "
+        f"export: {name} is no weight of the model; adapters are merged (longctx lora-merge) before a folder in "
         "Hugging Face format is written"
     )
 
@@ -141,8 +140,8 @@ def _check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunFailed(
-            f"export: {folder.parent} has {free / 2**30:.2f} GiB free and the model may need "
-            f"{needed / 2**30:.2f} GiB; free some space and continue the run (folder=)"
+            f"export: {folder.parent} has {free / 2**30:.2f} GiB free and the model may need {needed / 2**30:.2f} "
+            "GiB; free some space and continue the run (folder=)"
         )
 
 
@@ -162,8 +161,8 @@ def _verify_rope(folder: Path, rope: Mapping[str, Any], window: int) -> None:
     wrong = [key for key, value in rope.items() if read.rope_parameters.get(key) != value]
     if wrong or read.max_position_embeddings != window:
         raise RuntimeError(
-            f"config.json reads back with {read.rope_parameters} and window {read.max_position_embeddings}, "
-            f"not {dict(rope)} and {window}"
+            f"config.json reads back with {read.rope_parameters} and window {read.max_position_embeddings}, not "
+            f"{dict(rope)} and {window}"
         )
 
 

@@ -145,7 +145,6 @@ def _check_loaded(info: dict[str, Any], path: str) -> None:
     if wrong:
         kind, names = next(iter(wrong.items()))
         raise UserError(
-            f"model.path={path}: {len(names)} weights are {kind.removesuffix('_keys')} in its safetensors, "
-            "the "
-            f"first {names[0]}; the folder is incomplete or belongs to another config.json ({path})"
+            f"model.path={path}: {len(names)} weights are {kind.removesuffix('_keys')} in its safetensors, the first "
+            f"{names[0]}; the folder is incomplete or belongs to another config.json ({path})"
         )

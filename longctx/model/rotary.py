@@ -70,10 +70,8 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
     kind = rope.get("rope_type", "default")
     if kind == "dynamic" or (kind == "longrope" and rope["short_factor"] != rope["long_factor"]):
         raise UserError(
-            f"rope_type={kind!r} changes inv_freq with the length of the sequence at run time, and a "
-            "training "
-            "stage needs one fixed set of frequencies; give the stage a theta, another rule, or equal "
-            "factors "
+            f"rope_type={kind!r} changes inv_freq with the length of the sequence at run time, and a training stage "
+            "needs one fixed set of frequencies; give the stage a theta, another rule, or equal factors "
             "(curriculum.stages.*.rule)"
         )
     give_rope(config, {"rope_type": kind, **rope}, window)

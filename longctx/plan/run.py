@@ -172,8 +172,8 @@ def show_schedule(config: PlanConfig) -> int:
         )
     timeline = _time(config, schedule, topology, sizes, h, links)
     title = (
-        f"{schedule}, {draw.direction}, {topology.nodes} nodes x {topology.ranks} ranks, "
-        f"{sizes.tokens} tokens per rank on {config.hardware.name}"
+        f"{schedule}, {draw.direction}, {topology.nodes} nodes x {topology.ranks} ranks, {sizes.tokens} tokens per "
+        f"rank on {config.hardware.name}"
     )
     shown = list(range(min(draw.show_ranks, topology.size)))
     if draw.svg:

@@ -124,9 +124,9 @@ def rope_of(config: Mapping[str, Any], source: str) -> Rope:
     named = any(inner.get(key) for key in ("rope_parameters", "rope_scaling"))
     if not named and "rope_theta" not in parameters:
         raise UserError(
-            f"model_type={inner.get('model_type')!r} has no rotary position embedding (neither "
-            "rope_parameters nor rope_theta stands in its config), so there is no theta to change; longctx "
-            f"extends rotary models only ({source})"
+            f"model_type={inner.get('model_type')!r} has no rotary position embedding (neither rope_parameters nor "
+            "rope_theta stands in its config), so there is no theta to change; longctx extends rotary models only "
+            f"({source})"
         )
     head_dim = head_dim_of(config, source)
     if window is None:

@@ -233,8 +233,8 @@ class LongRope(Rule):
         for name, factors in (("long_factor", self.long_factor), ("short_factor", short)):
             if len(factors) != rope.dim // 2:
                 raise UserError(
-                    f"{name} has {len(factors)} numbers, but longrope needs one per rotary pair, "
-                    f"{rope.dim // 2} for this model ({rope.source})"
+                    f"{name} has {len(factors)} numbers, but longrope needs one per rotary pair, {rope.dim // 2} for "
+                    f"this model ({rope.source})"
                 )
         return _plain(
             rope,
@@ -294,8 +294,8 @@ def apply(rule: Rule, rope: Rope, length: int, where: str = "rule") -> Parameter
     if rope.kind not in rule.extends:
         able = [name for name, other in RULES.items() if rope.kind in other.extends]
         raise UserError(
-            f"{where}={rule.name}: rope_type={rope.kind!r} cannot be extended by rule {rule.name!r}; "
-            f"from {rope.kind!r} these can: {', '.join([*able, 'an explicit theta'])} ({rope.source})"
+            f"{where}={rule.name}: rope_type={rope.kind!r} cannot be extended by rule {rule.name!r}; from "
+            f"{rope.kind!r} these can: {', '.join([*able, 'an explicit theta'])} ({rope.source})"
         )
     if rope.dim <= 2:
         raise UserError(f"{where}: a rotary dimension of {rope.dim} leaves nothing to stretch ({rope.source})")

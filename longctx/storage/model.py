@@ -231,8 +231,8 @@ def check_tokenizer(source: str | None, *, vocab_size: int | None = None, named:
     folder = Path(source)
     if not folder.is_dir():
         raise UserError(
-            f"{what}={source} is not a folder here and no hub id; give the folder or hub id of a tokenizer"
-            " (configs/model)"
+            f"{what}={source} is not a folder here and no hub id; give the folder or hub id of a tokenizer "
+            "(configs/model)"
         )
     files = Folder(folder)
     if not any(files.exists(name) for name in VOCABULARIES):

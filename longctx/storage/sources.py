@@ -116,8 +116,8 @@ def _read_header(path: Path, where: str) -> list[dict[str, Any]]:
     end = max((entry["start"] + entry["nbytes"] for entry in entries), default=0)
     if 8 + length + end > size:
         raise UserError(
-            f"{where}: {path.name} is truncated: its header promises {8 + length + end} bytes and it has "
-            f"{size}; fetch it again"
+            f"{where}: {path.name} is truncated: its header promises {8 + length + end} bytes and it has {size}; "
+            "fetch it again"
         )
     return sorted(entries, key=lambda entry: entry["start"])
 
@@ -140,8 +140,7 @@ class Hub:
         except (RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{what}={name} is neither a folder here nor readable on the hub ({reason}); check the "
-                "spelling, and "
+                f"{what}={name} is neither a folder here nor readable on the hub ({reason}); check the spelling, and "
                 "`hf auth login` for gated models"
             ) from None
 

@@ -67,9 +67,9 @@ class Table:
         for entry in self.entries.values():
             if entry.dtype not in TORCH_NAMES and len(entry.shape) >= 2:
                 raise UserError(
-                    f"{self.what}={self.path} is quantized: {entry.name} is stored as {entry.dtype}, whose "
-                    "numbers are codes and cannot be trained, subtracted or added; give the checkpoint in bf16, fp16 "
-                    f"or fp32 ({entry.file})"
+                    f"{self.what}={self.path} is quantized: {entry.name} is stored as {entry.dtype}, whose numbers "
+                    "are codes and cannot be trained, subtracted or added; give the checkpoint in bf16, fp16 or fp32 "
+                    f"({entry.file})"
                 )
 
     def _list_files(self) -> list[str]:
@@ -88,9 +88,8 @@ class Table:
             return [single]
         if any(self.source.exists(name) for name in _PICKLES):
             raise UserError(
-                f"{self.what}={self.path} holds pickles (.bin), which run code when loaded; convert it to "
-                "safetensors first "
-                "(`model.save_pretrained(folder)` of transformers or peft does)"
+                f"{self.what}={self.path} holds pickles (.bin), which run code when loaded; convert it to safetensors "
+                "first (`model.save_pretrained(folder)` of transformers or peft does)"
             )
         shards = [name for name in self.source.names() if name.endswith(".safetensors")]
         hint = f"; it has {shards[0]}, whose index {index} is missing: fetch it too" if shards else ""
