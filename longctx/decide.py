@@ -115,7 +115,8 @@ def check_engine(config: EngineConfig, dtype: str) -> None:
         )
     if config.secondary_partition != 1 and config.zero != 3:
         raise UserError(
-            f"engine.secondary_partition={config.secondary_partition} (hpZ) needs engine.zero=3 ({where}/deepspeed.yaml)"
+            f"engine.secondary_partition={config.secondary_partition} (hpZ) needs engine.zero=3 "
+            f"({where}/deepspeed.yaml)"
         )
 
 
@@ -178,8 +179,9 @@ def choose_schedule(
     """Choose the schedule of the cp ranks.
 
     local_world: ranks of a node. heads: (query, kv) heads, or None to leave them unchecked. auto takes a flat ring
-    within a node, a double ring over several nodes, and ulysses_ring where parallel.ulysses is above 1. parallel.ulysses
-    =auto takes all ranks of a node. Raises UserError when nodes, ranks or heads do not divide.
+    within a node, a double ring over several nodes, and ulysses_ring where parallel.ulysses is above 1; with
+    parallel.ulysses=auto a ulysses_ring takes all ranks of a node. Raises UserError when nodes, ranks or heads do not
+    divide.
     """
     if cp == 1:
         return ScheduleChoice(1, "flat_ring", 1)

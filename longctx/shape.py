@@ -326,7 +326,7 @@ def integer(config: Mapping[str, Any], key: str, source: str) -> int:
 
 
 def _said(config: Mapping[str, Any], key: str, source: str) -> int | None:
-    """The number under `key`, or None if it is absent or null; raises UserError for a null that transformers refuses."""
+    """The number under `key`, or None if it is absent or null; raises UserError if transformers refuses the null."""
     inner, family = text_section(config), model_type_of(config)
     if inner.get(key) is not None:
         return integer(inner, key, source)

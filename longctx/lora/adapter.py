@@ -29,7 +29,7 @@ _UNREAD = re.compile(r".+\.(modules_to_save\.\w+|token_adapter\.trainable_tokens
 
 
 @dataclass(frozen=True)
-class Pair:
+class FactorPair:
     """delta = scale * B @ A for module `module`, transposed for an embedding.
 
     a, b: tensor names. shape: of the delta as the weight stands in a checkpoint, [rows, columns].
@@ -66,7 +66,7 @@ class Adapter:
         self.side: Checkpoint | None = None
         if self.weights.source.exists(f"{NORM_STEM}.safetensors"):
             self.side = Checkpoint(path, what="adapter", stem=NORM_STEM)
-        self.pairs: dict[str, Pair] = {}
+        self.pairs: dict[str, FactorPair] = {}
         self.whole: dict[str, str] = {}
         self.inner: dict[str, str] = {}
         self.biases: dict[str, str] = {}
@@ -77,7 +77,7 @@ class Adapter:
     def deltas(self) -> list[str]:
         return list(self.side.entries) if self.side is not None else []
 
-    def factors(self, pair: Pair, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    def factors(self, pair: FactorPair, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """(left [rows, r], right [r, columns]) with delta = pair.scale * left @ right."""
         a, b = self.weights.read(pair.a).to(dtype), self.weights.read(pair.b).to(dtype)
         return (a.T.contiguous(), b.T.contiguous()) if pair.embedding else (b, a)
@@ -138,7 +138,7 @@ class Adapter:
         for name in self.weights.entries:
             yield name, name.removeprefix(_PREFIX)
 
-    def _pair(self, module: str, a: str, b: str, embedding: bool) -> Pair:
+    def _pair(self, module: str, a: str, b: str, embedding: bool) -> FactorPair:
         first, second = self.weights.entries[a], self.weights.entries[b]
         if len(first.shape) != 2 or len(second.shape) != 2 or first.shape[0] != second.shape[1]:
             raise UserError(
@@ -153,4 +153,4 @@ class Adapter:
                 f"adapter={self.path}: adapter_config.json says rank {told} for {module} and its factors have "
                 f"{rank}; file and config do not belong together (nothing was written)"
             )
-        return Pair(module, a, b, embedding, rank, self.settings.scale(module), shape)
+        return FactorPair(module, a, b, embedding, rank, self.settings.scale(module), shape)

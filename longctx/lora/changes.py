@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from longctx.lora.adapter import Adapter, Pair
+from longctx.lora.adapter import Adapter, FactorPair
 
 Apply = Callable[[Tensor, int], None]
 # The order in which PEFT's parts take effect: stored tensors first, then what is added to them.
@@ -16,18 +16,18 @@ ORDER = ("replaced", "rows", "factors", "bias", "exact")
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """What one part of an adapter does to the first `rows` rows of `tensor`, w.
 
     how: `replaced` (w + scale * (new - w)), `rows` (the same for single rows), `factors` (w + scale *
     pair.scale * B A), `bias` (w + scale * factor * b, for factors that have a bias), `exact` (w + scale *
-    difference). source: a Pair, or the stored tensor's name.
+    difference). source: a FactorPair, or the stored tensor's name.
     """
 
     tensor: str
     how: str
     adapter: Adapter
-    source: Pair | str
+    source: FactorPair | str
     scale: float
     rows: int
     factor: float = 1.0
@@ -37,7 +37,7 @@ class Change:
     def effect(self) -> tuple[Any, ...]:
         """Equal for two changes that do the same to two tensors."""
         source: Any = self.source
-        if isinstance(source, Pair):
+        if isinstance(source, FactorPair):
             source = (source.a, source.b, source.embedding, source.scale)
         return self.how, self.adapter.path, source, self.scale, self.rows, self.factor, self.indices
 
@@ -45,7 +45,7 @@ class Change:
         """A function that changes, in place, the wide rows it is given; the second argument is the first
         row's number.
         """
-        if isinstance(self.source, Pair):
+        if isinstance(self.source, FactorPair):
             return self._add_factors(self.source)
         if self.how == "rows":
             return self._put_rows(self.adapter.weights.read(self.source))
@@ -55,7 +55,7 @@ class Change:
             return _add(self.adapter.weights.read(self.source), self.scale * self.factor)
         return _add(self.adapter.delta(self.source), self.scale)
 
-    def _add_factors(self, pair: Pair) -> Apply:
+    def _add_factors(self, pair: FactorPair) -> Apply:
         left, right = self.adapter.factors(pair)
 
         def apply(block: Tensor, start: int) -> None:

@@ -27,14 +27,14 @@ from longctx.errors import UserError
 from longctx.lora import folder as files
 from longctx.lora.adapter import NORM_STEM
 from longctx.lora.difference import Difference, require_finite
-from longctx.lora.folder import Extension, Row
+from longctx.lora.folder import Extension, TensorRecord
 from longctx.lora.lowrank import Factors, Sketch, decompose
 from longctx.lora.modules import Module, WeightKind, carried_rope, check_pair, check_weights, layout, modules_of
 from longctx.lora.rank_choice import fit_size, rank_for_share
 from longctx.lora.shards import FactorWriter
 from longctx.lora.tensors import Checkpoint, Scratch
-from longctx.lora.ties import settle_pair
-from longctx.lora.verify import Held, held_out_losses, read_back
+from longctx.lora.ties import resolve_ties_of_pair
+from longctx.lora.verify import HeldOutLosses, held_out_losses, read_back
 from longctx.lora.writer import output_folder
 from longctx.storage.files import write_json
 from longctx.storage.writer import SafetensorsWriter
@@ -48,24 +48,24 @@ class ExtractResult:
 
     out: str
     rank: int
-    rows: list[Row]
+    rows: list[TensorRecord]
     extension: Extension
     bytes: int
     share: dict[str, float]
     checked: list[str]
-    losses: Held | None
+    losses: HeldOutLosses | None
 
     @property
-    def not_carried(self) -> list[Row]:
+    def not_carried(self) -> list[TensorRecord]:
         """Tensors that the training changed and the adapter leaves behind."""
         return [row for row in self.rows if row.carried == "no" and row.norm > 0]
 
 
 @dataclass(frozen=True)
-class _Part:
+class _TensorResult:
     """A tensor's outcome: its row, and what is written (a factor pair, or one exact difference)."""
 
-    row: Row
+    row: TensorRecord
     a: Tensor | None = None
     b: Tensor | None = None
     exact: Tensor | None = None
@@ -82,10 +82,10 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     with Checkpoint(config.base, what="base") as base, Checkpoint(config.tuned, what="tuned") as tuned:
         for checkpoint in (base, tuned):
             check_weights(checkpoint)
-        tied_head, tied = settle_pair(base, tuned)
+        tied_head, tied = resolve_ties_of_pair(base, tuned)
         check_pair(base, tuned, allow_shorter=config.allow_shorter)
         modules = sorted(modules_of(base), key=lambda m: (-prod(m.entry.shape), m.entry.name))
-        job = _Job(config, base, tuned, tied, tied_head)
+        job = _Extraction(config, base, tuned, tied, tied_head)
         ranks = _ranks_for_size(job, modules) if config.size_mb is not None else {}
         with output_folder(config.out, needed=_bytes_needed(job, modules, ranks)) as partial:
             parts = list(_write_tensors(job, modules, ranks, partial, progress))
@@ -102,7 +102,7 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     return ExtractResult(config.out, described["r"], rows, extension, size, files.totals(rows), checked, losses)
 
 
-class _Job:
+class _Extraction:
     """What every tensor's work needs: the pair, the precision, the device, one scratch per worker.
 
     tied_head: the output layer whose factors are the embedding's.
@@ -152,10 +152,10 @@ class _Job:
         seed = int.from_bytes(digest[:7], "little")
         return Sketch(self.config.oversample, self.config.power_max, self.config.tolerance, seed)
 
-    def map(self, work: Callable[[Module], _Part], modules: list[Module]) -> Iterator[_Part]:
+    def map(self, work: Callable[[Module], _TensorResult], modules: list[Module]) -> Iterator[_TensorResult]:
         """Results in the order of `modules`, several in flight."""
         with _one_thread_each(), ThreadPoolExecutor(self.workers) as pool:
-            waiting: deque[Future[_Part]] = deque()
+            waiting: deque[Future[_TensorResult]] = deque()
             try:
                 for module in modules:
                     waiting.append(pool.submit(work, module))
@@ -169,15 +169,15 @@ class _Job:
 
 
 def _write_tensors(
-    job: _Job, modules: list[Module], ranks: dict[str, int], partial: Path, progress: Progress | None
-) -> Iterator[_Part]:
+    job: _Extraction, modules: list[Module], ranks: dict[str, int], partial: Path, progress: Progress | None
+) -> Iterator[_TensorResult]:
     """Factors and exact differences go to their files as they come; rows are handed on without them."""
     names = [module.name for module in modules if job.carried(module) == "factors"]
     names += [job.tied_head] if job.tied_head else []
     vectors = [module.entry.name for module in modules if job.carried(module) == "exact"]
     writer = FactorWriter(partial, names, max_bytes=int(job.config.max_shard_mb * 1e6))
     exact = SafetensorsWriter(partial / f"{NORM_STEM}.safetensors", vectors) if vectors else None
-    unchanged: list[_Part] = []
+    unchanged: list[_TensorResult] = []
     changed_leaves: set[str] = set()
     for done, part in enumerate(job.map(lambda module: _work(job, module, ranks), modules), 1):
         if part.a is not None and part.b is not None:
@@ -200,7 +200,7 @@ def _write_tensors(
         if needed and part.a is not None and part.b is not None:
             writer.add(part.row.tensor, part.row.kind, part.a, part.b)
         row = replace(part.row, carried="factors" if needed else "no", rank=1 if needed else 0)
-        yield _Part(row)
+        yield _TensorResult(row)
     writer.close()
     if exact is not None:
         exact.close()
@@ -208,7 +208,7 @@ def _write_tensors(
             exact.path.unlink()
 
 
-def _work(job: _Job, module: Module, ranks: dict[str, int]) -> _Part:
+def _work(job: _Extraction, module: Module, ranks: dict[str, int]) -> _TensorResult:
     difference, how = job.difference(module), job.carried(module)
     if how == "factors":
         return _factor(job, module, difference, ranks)
@@ -218,11 +218,11 @@ def _work(job: _Job, module: Module, ranks: dict[str, int]) -> _Part:
     if how == "exact":
         dense = difference.dense()
         assert dense is not None, "norms and biases are small"
-        return _Part(row, exact=dense[0].to("cpu", torch.float32, copy=True))
-    return _Part(row)
+        return _TensorResult(row, exact=dense[0].to("cpu", torch.float32, copy=True))
+    return _TensorResult(row)
 
 
-def _factor(job: _Job, module: Module, difference: Difference, ranks: dict[str, int]) -> _Part:
+def _factor(job: _Extraction, module: Module, difference: Difference, ranks: dict[str, int]) -> _TensorResult:
     factors = _decompose(job, module, difference, ranks)
     require_finite(factors.total, module.entry.name, job.config.base, job.config.tuned)
     rank = len(factors.values)
@@ -238,30 +238,30 @@ def _factor(job: _Job, module: Module, difference: Difference, ranks: dict[str, 
             f"all (relative residual {sqrt(left_over) / norm:.3g}); use dtype=float32"
         )
     share = 1 - left_over / factors.total if norm else 1.0
-    row = Row(module.entry.name, module.kind.value, list(module.entry.shape), rank, norm, share,
+    row = TensorRecord(module.entry.name, module.kind.value, list(module.entry.shape), rank, norm, share,
               sqrt(left_over / factors.total) if norm else 0.0, factors.method, factors.converged, "factors",
               difference.sha256)  # fmt: skip
     if module.kind is WeightKind.EMBEDDING:
-        return _Part(row, a=left.T.contiguous(), b=right.T.contiguous())
-    return _Part(row, a=right.contiguous(), b=left.contiguous())
+        return _TensorResult(row, a=left.T.contiguous(), b=right.T.contiguous())
+    return _TensorResult(row, a=right.contiguous(), b=left.contiguous())
 
 
-def _decompose(job: _Job, module: Module, difference: Difference, ranks: dict[str, int]) -> Factors:
+def _decompose(job: _Extraction, module: Module, difference: Difference, ranks: dict[str, int]) -> Factors:
     if job.config.share is None:
         return decompose(difference, job.rank(module, ranks), job.sketch(module))
     return rank_for_share(difference, job.config.share, job.config.max_rank, job.sketch(module))
 
 
-def _ranks_for_size(job: _Job, modules: list[Module]) -> dict[str, int]:
+def _ranks_for_size(job: _Extraction, modules: list[Module]) -> dict[str, int]:
     """A first pass over all spectra, then the ranks that fit."""
     chosen = [module for module in modules if job.carried(module) == "factors"]
 
-    def spectrum(module: Module) -> _Part:
+    def spectrum(module: Module) -> _TensorResult:
         difference = job.difference(module)
         factors = decompose(difference, job.config.max_rank, job.sketch(module))
         require_finite(factors.total, module.entry.name, job.config.base, job.config.tuned)
         row = _row(module, difference, rank=0, norm=sqrt(factors.total), kept=False, carried="factors")
-        return _Part(row, values=factors.values.cpu())
+        return _TensorResult(row, values=factors.values.cpu())
 
     spectra = {part.row.tensor: part.values for part in job.map(spectrum, chosen) if part.values is not None}
     assert job.config.size_mb is not None
@@ -269,8 +269,8 @@ def _ranks_for_size(job: _Job, modules: list[Module]) -> dict[str, int]:
     return fit_size(spectra, cost, job.config.size_mb * 1e6)
 
 
-def _row(module: Module, difference: Difference, *, rank: int, norm: float, kept: bool, carried: str) -> Row:
-    return Row(module.entry.name, module.kind.value, list(module.entry.shape), rank, norm, float(kept),
+def _row(module: Module, difference: Difference, *, rank: int, norm: float, kept: bool, carried: str) -> TensorRecord:
+    return TensorRecord(module.entry.name, module.kind.value, list(module.entry.shape), rank, norm, float(kept),
                float(not kept and norm > 0), "-", True, carried, difference.sha256)  # fmt: skip
 
 
@@ -280,7 +280,7 @@ def _extension(base: Checkpoint, tuned: Checkpoint) -> Extension:
     return Extension(rope, window, base_rope, base_window)
 
 
-def _bytes_needed(job: _Job, modules: list[Module], ranks: dict[str, int]) -> int:
+def _bytes_needed(job: _Extraction, modules: list[Module], ranks: dict[str, int]) -> int:
     """An upper bound of what will be written."""
     total = 2**20
     for module in modules:
@@ -293,7 +293,7 @@ def _bytes_needed(job: _Job, modules: list[Module], ranks: dict[str, int]) -> in
     return total
 
 
-def _refuse_identical(rows: list[Row], config: ExtractConfig) -> None:
+def _refuse_identical(rows: list[TensorRecord], config: ExtractConfig) -> None:
     if not any(row.norm > 0 for row in rows):
         raise UserError(
             f"base={config.base} and tuned={config.tuned} hold the same numbers in all {len(rows)} tensors: there is "

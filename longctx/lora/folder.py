@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorRecord:
     """What became of one tensor. share: of the squared norm, kept by the factors as written; residual:
     relative.
     """
@@ -54,7 +54,7 @@ class Extension:
         return (self.rope_parameters, self.window) != (self.base_rope_parameters, self.base_window)
 
 
-def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool, tied_head: str | None) -> dict[str, Any]:
+def adapter_config(rows: Sequence[TensorRecord], base: str, *, rslora: bool, tied_head: str | None) -> dict[str, Any]:
     """PEFT's adapter_config.json; alpha equals the rank, module by module.
 
     tied_head: the output layer that has the embedding's factors; PEFT is told to keep the two one.
@@ -86,17 +86,17 @@ def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool, tied_head: s
     }
 
 
-def totals(rows: Sequence[Row]) -> dict[str, float]:
+def totals(rows: Sequence[TensorRecord]) -> dict[str, float]:
     """Share of the squared norm kept: of the matrices with factors, and of everything that changed."""
 
-    def share(chosen: Sequence[Row]) -> float:
+    def share(chosen: Sequence[TensorRecord]) -> float:
         total = sum(row.norm**2 for row in chosen)
         return sum(row.share * row.norm**2 for row in chosen) / total if total else 1.0
 
     return {"factors": share([row for row in rows if row.carried == "factors"]), "everything": share(rows)}
 
 
-def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, layout: Mapping[str, Any],
+def write_side_file(folder: Path, rows: Sequence[TensorRecord], extension: Extension, layout: Mapping[str, Any],
                     config: ExtractConfig) -> None:  # fmt: skip
     document = {
         "format": 1,
@@ -115,7 +115,7 @@ def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, lay
     write_json(folder / SIDE_FILE, document)
 
 
-def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: ExtractConfig) -> None:
+def write_card(folder: Path, rows: Sequence[TensorRecord], extension: Extension, config: ExtractConfig) -> None:
     carried = [row for row in rows if row.carried == "factors"]
     exact = [row for row in rows if row.carried == "exact"]
     lost = [row for row in rows if row.carried == "no" and row.norm > 0]

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 from longctx.errors import UserError
-from longctx.lora.adapter import Adapter, Pair
-from longctx.lora.changes import ORDER, Change
+from longctx.lora.adapter import Adapter, FactorPair
+from longctx.lora.changes import ORDER, TensorChange
 from longctx.lora.modules import WeightKind, classify
 from longctx.lora.tensors import Checkpoint, Entry, row_blocks
-from longctx.lora.ties import Tables
+from longctx.lora.ties import EmbeddingTables
 from longctx.storage.writer import DTYPES
 
 _MATRICES = (WeightKind.LINEAR, WeightKind.HEAD, WeightKind.EMBEDDING)
 
 
 @dataclass(frozen=True)
-class Choices:
+class MergeChoices:
     """What the user decides: scale; vocab (`skip` or `common` rows); copies (`own`, `adapter`, None: not said)."""
 
     scale: float = 1.0
@@ -36,7 +36,7 @@ class Choices:
 class Match:
     """Changes in the order in which they take effect, and the parts that do not fit, by what is wrong."""
 
-    changes: list[Change] = field(default_factory=list)
+    changes: list[TensorChange] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
@@ -54,7 +54,7 @@ class Match:
         return [f"{title}: {', '.join(names)}" for title, names in titles if names]
 
 
-def match(adapter: Adapter, target: Checkpoint, tables: Tables, choices: Choices) -> Match:
+def match(adapter: Adapter, target: Checkpoint, tables: EmbeddingTables, choices: MergeChoices) -> Match:
     """Hold the adapter's parts against the target's tensors.
 
     Raises UserError where a choice is needed that the user has not made, and where parts contradict.
@@ -71,7 +71,7 @@ def match(adapter: Adapter, target: Checkpoint, tables: Tables, choices: Choices
 
 
 class _Matcher:
-    def __init__(self, adapter: Adapter, target: Checkpoint, tables: Tables, choices: Choices) -> None:
+    def __init__(self, adapter: Adapter, target: Checkpoint, tables: EmbeddingTables, choices: MergeChoices) -> None:
         self.adapter, self.target, self.tables, self.choices = adapter, target, tables, choices
         self.settings, self.found = adapter.settings, Match()
         # Less those that peft ignores, once compare_with_config has found them.
@@ -195,19 +195,21 @@ class _Matcher:
             for name, entry in self.adapter.side.entries.items():
                 self.put(name, "exact", name, entry.shape)
 
-    def put(self, tensor: str, how: str, source: Pair | str, shape: Any, **more: Any) -> None:
+    def put(self, tensor: str, how: str, source: FactorPair | str, shape: Any, **more: Any) -> None:
         entry = self.entry(tensor)
         if entry is None:
             self.found.unexpected.append(tensor)
         elif entry.shape == shape:
-            change = Change(tensor, how, self.adapter, source, self.choices.scale, entry.rows, **more)
+            change = TensorChange(tensor, how, self.adapter, source, self.choices.scale, entry.rows, **more)
             self.found.changes.append(change)
         elif not _only_vocabulary_differs(entry, shape):
             self.found.misshaped.append(f"{tensor} {list(shape)} for {list(entry.shape)}")
         else:
             common, rows = self.choices.vocab == "common", min(entry.rows, shape[0])
             if common:
-                self.found.changes.append(Change(tensor, how, self.adapter, source, self.choices.scale, rows, **more))
+                self.found.changes.append(
+                    TensorChange(tensor, how, self.adapter, source, self.choices.scale, rows, **more)
+                )
             left_out = f"rows {rows} and up" if common else "all; vocab=common merges the common rows"
             sizes = f"the adapter has {shape[0]} rows, the target {entry.rows}"
             self.found.skipped.append(f"{tensor}: {left_out} ({sizes})")
@@ -252,7 +254,7 @@ class _Matcher:
             self.found.skipped.append(f"{tensor}: a copy of the base's own weights; the target keeps its own")
         return self.choices.copies == "adapter"
 
-    def _twins(self, embedding: Pair, head: Pair) -> bool:
+    def _twins(self, embedding: FactorPair, head: FactorPair) -> bool:
         read = self.adapter.weights.read
         if not embedding.embedding or head.embedding or embedding.rank != head.rank or embedding.shape != head.shape:
             return False

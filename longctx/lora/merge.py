@@ -19,11 +19,11 @@ from longctx.config.lora import MergeConfig
 from longctx.errors import UserError
 from longctx.identity import RECORD
 from longctx.lora.adapter import Adapter
-from longctx.lora.changes import ORDER, Change
-from longctx.lora.match import Choices, Match, layout_differences, match
+from longctx.lora.changes import ORDER, TensorChange
+from longctx.lora.match import Match, MergeChoices, layout_differences, match
 from longctx.lora.modules import carried_rope, check_weights, layout
 from longctx.lora.tensors import Checkpoint, Scratch, row_blocks
-from longctx.lora.ties import Tables, settle
+from longctx.lora.ties import EmbeddingTables, resolve_ties
 from longctx.lora.writer import output_folder
 from longctx.rope.config import describe_rope, rope_to_carry, with_rope
 from longctx.storage.files import write_json
@@ -68,7 +68,7 @@ class _Output:
 
     name: str
     source: Entry
-    changes: list[Change]
+    changes: list[TensorChange]
 
 
 def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
@@ -79,12 +79,12 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
     scales = _scales(config)
     with Checkpoint(config.target, what="target") as target:
         check_weights(target)
-        before, tables = target.config(), settle(target)
+        before, tables = target.config(), resolve_ties(target)
         check_shapes(target, before)
         adapters = [Adapter(path) for path in config.adapter]
         try:
             matches = [
-                match(adapter, target, tables, Choices(scale, config.vocab, config.copies))
+                match(adapter, target, tables, MergeChoices(scale, config.vocab, config.copies))
                 for adapter, scale in zip(adapters, scales, strict=True)
             ]
             _refuse_misfits(config, matches, adapters, layout(before))
@@ -197,11 +197,11 @@ def _rope(
     return dict(rope), window, []
 
 
-def _outputs(target: Checkpoint, tables: Tables, matches: list[Match]) -> tuple[list[_Output], bool]:
+def _outputs(target: Checkpoint, tables: EmbeddingTables, matches: list[Match]) -> tuple[list[_Output], bool]:
     """(tensors to write, whether the config must not tie): a shared weight stays one while both of its names
     change alike.
     """
-    by_tensor: dict[str, list[Change]] = {}
+    by_tensor: dict[str, list[TensorChange]] = {}
     for change in sorted((c for found in matches for c in found.changes), key=lambda c: ORDER.index(c.how)):
         by_tensor.setdefault(change.tensor, []).append(change)
     outputs = [_Output(name, entry, by_tensor.get(name, [])) for name, entry in target.entries.items()]
@@ -215,7 +215,7 @@ def _outputs(target: Checkpoint, tables: Tables, matches: list[Match]) -> tuple[
     return [*outputs, _Output(tables.head, target.entries[tables.embedding], heads)], True
 
 
-def _notes(tables: Tables, adapters: list[Adapter], *, unties: bool) -> list[str]:
+def _notes(tables: EmbeddingTables, adapters: list[Adapter], *, unties: bool) -> list[str]:
     notes = [tables.note] if tables.note and not (unties and tables.shared) else []
     if unties and tables.shared:
         notes.append(

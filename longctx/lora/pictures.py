@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longctx.lora.info import AdapterInfo, ModuleInfo, layer_of
+from longctx.lora.describe import AdapterInfo, ModuleInfo, layer_of
 from longctx.storage.files import save_figure
 
 _INK, _GRID = "#23262b", "#d9dce1"

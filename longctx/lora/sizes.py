@@ -34,7 +34,7 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
-class Size:
+class AdapterSize:
     """bytes: of the factors. elements: of the matrices to be decomposed. seconds: extrapolated, if
     measured.
     """
@@ -71,7 +71,7 @@ def _shape(plan: str) -> Shape:
     return shape_of(*config_json(folder))
 
 
-def plan_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bool) -> Size:
+def adapter_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bool) -> AdapterSize:
     """The size of a rank-`rank` adapter of the model's linear layers, and of lm_head and embeddings if
     asked.
     """
@@ -86,7 +86,7 @@ def plan_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bo
     times = {name: 2 if tied and name == "embed_tokens" else 1 for name, *_ in chosen}
     total = sum(times[name] * count * r * (rows + columns) for name, r, rows, columns, count in chosen)
     one = sum(times[name] * count * (rows + columns) for name, _, rows, columns, count in chosen)
-    return Size(
+    return AdapterSize(
         model=plan,
         rank=rank,
         matrices=sum(count for *_, count in chosen),

@@ -108,7 +108,7 @@ class Checkpoint(Table):
 
 
 def row_blocks(entry: Entry, width: int = 4) -> Iterator[tuple[int, int]]:
-    """Row ranges of about BLOCK_BYTES each, counting `width` bytes an element."""
+    """TensorRecord ranges of about BLOCK_BYTES each, counting `width` bytes an element."""
     columns = prod(entry.shape[1:])
     step = max(1, BLOCK_BYTES // max(1, columns * width))
     for start in range(0, entry.rows, step):

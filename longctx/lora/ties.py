@@ -1,7 +1,7 @@
 """The embedding and the output layer of a model: one weight or two, decided as transformers 5 loads them.
 
 The config says whether they are tied. A file may store a tied weight under both names (then it is one weight
-if the numbers agree and two if they do not), under the embedding's, or under the output layer's. `settle`
+if the numbers agree and two if they do not), under the embedding's, or under the output layer's. `resolve_ties`
 leaves one name for one weight, so that nothing after it can change half of a pair.
 """
 
@@ -28,7 +28,7 @@ TIED_BY_DEFAULT = frozenset({
 
 
 @dataclass(frozen=True)
-class Tables:
+class EmbeddingTables:
     """embedding, head: tensor names, None where the model has no such tensor.
 
     declared: the config ties them (PEFT goes by this). shared: transformers loads one weight for both.
@@ -46,7 +46,7 @@ class Tables:
         return tuple(name for name in (self.embedding, self.head) if name is not None)
 
 
-def settle(checkpoint: Checkpoint) -> Tables:
+def resolve_ties(checkpoint: Checkpoint) -> EmbeddingTables:
     """Drop or rename entries so that a shared weight stands under the embedding's name alone.
 
     Raises UserError where the config does not tie and one of the two is missing.
@@ -56,28 +56,30 @@ def settle(checkpoint: Checkpoint) -> Tables:
     embedding, head = _find(checkpoint, WeightKind.EMBEDDING), _find(checkpoint, WeightKind.HEAD)
     declared = _declared(config, head is not None and embedding is not None)
     if embedding is None and head is None:
-        return Tables(None, None, declared=False, shared=False)
+        return EmbeddingTables(None, None, declared=False, shared=False)
     if embedding is not None and head is not None:
-        return _settle_both(checkpoint, embedding, head, declared)
+        return _resolve_both(checkpoint, embedding, head, declared)
     stored = embedding or head
     assert stored is not None
     if not declared:
         _refuse_missing(checkpoint, config, stored)
-        return Tables(embedding and embedding.name, head and head.name, declared=False, shared=False)
+        return EmbeddingTables(embedding and embedding.name, head and head.name, declared=False, shared=False)
     if embedding is not None:
-        return Tables(embedding.name, _head_of(embedding.name), declared=True, shared=True)
+        return EmbeddingTables(embedding.name, _head_of(embedding.name), declared=True, shared=True)
     name = _embedding_of(checkpoint, stored.name)
     checkpoint.rename({stored.name: name})
-    return Tables(name, stored.name, True, True, f"{stored.name} is the tied weight's stored name; it is {name} now")
+    return EmbeddingTables(
+        name, stored.name, True, True, f"{stored.name} is the tied weight's stored name; it is {name} now"
+    )
 
 
-def settle_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, bool]:
+def resolve_ties_of_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, bool]:
     """(output layer that one difference changes together with the embedding, whether either model is tied).
 
     Where only one of the two models is tied, its weight gets both names and the two differences travel
     separately.
     """
-    first, second = settle(base), settle(tuned)
+    first, second = resolve_ties(base), resolve_ties(tuned)
     if first.shared and second.shared:
         return first.head, True
     _separate(base, first)
@@ -85,7 +87,7 @@ def settle_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, bool]:
     return None, first.shared or second.shared
 
 
-def _separate(checkpoint: Checkpoint, tables: Tables) -> None:
+def _separate(checkpoint: Checkpoint, tables: EmbeddingTables) -> None:
     """Give a shared weight both of its names."""
     if tables.shared:
         assert tables.embedding is not None
@@ -93,18 +95,18 @@ def _separate(checkpoint: Checkpoint, tables: Tables) -> None:
         checkpoint.entries[tables.head] = replace(checkpoint.entries[tables.embedding], name=tables.head)
 
 
-def _settle_both(checkpoint: Checkpoint, embedding: Entry, head: Entry, declared: bool) -> Tables:
+def _resolve_both(checkpoint: Checkpoint, embedding: Entry, head: Entry, declared: bool) -> EmbeddingTables:
     if not declared:
-        return Tables(embedding.name, head.name, declared=False, shared=False)
+        return EmbeddingTables(embedding.name, head.name, declared=False, shared=False)
     if _equal(checkpoint, embedding, head):
         del checkpoint.entries[head.name]
         note = f"{head.name} was stored beside {embedding.name} with the same numbers; the tied weight is stored once"
-        return Tables(embedding.name, head.name, True, True, note)
+        return EmbeddingTables(embedding.name, head.name, True, True, note)
     note = (
         f"config.json ties {head.name} to {embedding.name}, and the file stores different numbers for them: "
         "transformers loads two weights, and so does longctx"
     )
-    return Tables(embedding.name, head.name, True, False, note)
+    return EmbeddingTables(embedding.name, head.name, True, False, note)
 
 
 def _declared(config: Mapping[str, Any], stores_both: bool) -> bool:

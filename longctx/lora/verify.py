@@ -16,9 +16,9 @@ import torch
 
 from longctx.errors import RunFailed, UserError
 from longctx.lora.adapter import Adapter
-from longctx.lora.changes import Change
+from longctx.lora.changes import TensorChange
 from longctx.lora.difference import Difference
-from longctx.lora.folder import Row
+from longctx.lora.folder import TensorRecord
 from longctx.lora.tensors import Checkpoint, Scratch
 from longctx.signals import beside, temporary
 
@@ -30,7 +30,7 @@ _SLACK = 2e-3
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldOutLosses:
     """Mean loss per token on held-out text, at the base's window or less."""
 
     base: float
@@ -39,12 +39,12 @@ class Held:
     tokens: int
 
 
-def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[Row]) -> list[str]:
+def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[TensorRecord]) -> list[str]:
     """Apply the adapter in `folder` to one tensor of each kind and projection; returns the tensors' names.
 
     Raises RunFailed when base + adapter is not as near to tuned as the table says.
     """
-    sample: dict[str, Row] = {}
+    sample: dict[str, TensorRecord] = {}
     for row in sorted(rows, key=lambda row: (len(row.shape), torch.Size(row.shape).numel())):
         if row.carried != "no" and row.norm > 0:
             sample.setdefault(row.tensor.removesuffix(".weight").rsplit(".", 1)[-1], row)
@@ -61,12 +61,14 @@ def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[Row]
     return [row.tensor for row in sample.values()]
 
 
-def _relative_residual(adapter: Adapter, base: Checkpoint, tuned: Checkpoint, row: Row, scratch: Scratch) -> float:
+def _relative_residual(
+    adapter: Adapter, base: Checkpoint, tuned: Checkpoint, row: TensorRecord, scratch: Scratch
+) -> float:
     """||tuned - (base + adapter)|| / ||tuned - base|| of one tensor."""
     entry = base.entries[row.tensor]
     module = row.tensor.removesuffix(".weight")
     source = adapter.pairs[module] if row.carried == "factors" else row.tensor
-    apply = Change(row.tensor, row.carried, adapter, source, 1.0, entry.rows).load()
+    apply = TensorChange(row.tensor, row.carried, adapter, source, 1.0, entry.rows).load()
     # base - tuned, to which the adapter is added: what is left should be as small as the table says.
     negative = Difference(
         tuned,
@@ -85,7 +87,7 @@ def _relative_residual(adapter: Adapter, base: Checkpoint, tuned: Checkpoint, ro
     return left_over**0.5 / row.norm
 
 
-def held_out_losses(config: ExtractConfig, folder: Path) -> Held:
+def held_out_losses(config: ExtractConfig, folder: Path) -> HeldOutLosses:
     """Losses of base, tuned and base + adapter (merged for the purpose and removed again) on config.text."""
     from longctx.config.lora import MergeConfig
     from longctx.lora.merge import merge
@@ -95,7 +97,7 @@ def held_out_losses(config: ExtractConfig, folder: Path) -> Held:
     with temporary(beside(folder.with_name("verify"))) as merged:
         merge(MergeConfig(target=config.base, adapter=[str(folder)], out=str(merged)))
         losses = [_loss(path, ids, config.text_window) for path in (config.base, config.tuned, str(merged))]
-    return Held(*losses, tokens=len(ids))
+    return HeldOutLosses(*losses, tokens=len(ids))
 
 
 def _tokens(config: ExtractConfig) -> list[int]:

@@ -22,7 +22,7 @@ from longctx.model.architectures import backbone_of, check_layers
 from longctx.model.norms import train_norms
 from longctx.model.offload import HostStore
 from longctx.model.rotary import Rotate
-from longctx.model.saved import SavePolicy, keep_everything, kept_checkpoint
+from longctx.model.saved import SAVE_EVERYTHING, SavePolicy, selective_checkpoint
 from longctx.shape import shape_of
 
 
@@ -32,7 +32,7 @@ class TrainedLayer:
     Without a layout (plain generation, a look at hidden states) the family's own forward runs.
     """
 
-    plan: SavePolicy = keep_everything
+    save_policy: SavePolicy = SAVE_EVERYTHING
 
     def forward(
         self,
@@ -45,12 +45,14 @@ class TrainedLayer:
         if layout is None or position_embeddings is None:
             own: Any = super()
             return own.forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        plan = self.plan
-        with plan.saving():
-            out = kept_checkpoint(plan.attention, plan.store, _attend, self, hidden_states, position_embeddings, layout)
-            block = plan.block // hidden_states.shape[0] or hidden_states.shape[1]
+        policy = self.save_policy
+        with policy.saving():
+            out = selective_checkpoint(
+                policy.attention, policy.store, _attend, self, hidden_states, position_embeddings, layout
+            )
+            block = policy.block // hidden_states.shape[0] or hidden_states.shape[1]
             parts = zip(hidden_states.split(block, 1), out.split(block, 1), strict=True)
-            finished = [kept_checkpoint(plan.feed_forward, plan.store, _finish, self, *part) for part in parts]
+            finished = [selective_checkpoint(policy.feed_forward, policy.store, _finish, self, *part) for part in parts]
             return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
 
 
@@ -92,14 +94,14 @@ def train_layers(model: nn.Module) -> None:
     train_norms(model)
 
 
-def plan_layers(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: HostStore | None) -> None:
+def set_save_policies(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: HostStore | None) -> None:
     """Tell every layer what to keep for a forward of `tokens` tokens (batch included)."""
     base = backbone_of(model)
     shape = shape_of(base.config.to_dict(), "the model's config")
     keep = shape.footprint(base.embed_tokens.weight.element_size()).kept_layers(memory, tokens)
     count = len(base.layers)
     for index, layer in enumerate(base.layers):
-        layer.plan = SavePolicy.of(memory, layer=index, layers=count, keep_matmuls=keep, store=store)
+        layer.save_policy = SavePolicy.of(memory, layer=index, layers=count, keep_matmuls=keep, store=store)
 
 
 @cache

@@ -13,7 +13,7 @@ from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
 from longctx.model.architectures import check_config
 from longctx.model.norms import train_norms
-from longctx.model.single import Place, placed_as_drawn, placed_as_loaded
+from longctx.model.placement import Place, placed_as_drawn, placed_as_loaded
 from longctx.storage import model as storage
 
 
@@ -24,7 +24,7 @@ def load(
 
     dtype: float32, bfloat16 or float64; auto: what the folder says (longctx.dtype). attention: "longctx", or
     transformers' "sdpa" or "eager". place: called with each parameter as it is loaded, before the next is
-    (longctx.model.single); the model stays where it puts them, whatever `device`. Raises
+    (longctx.model.placement); the model stays where it puts them, whatever `device`. Raises
     UserError for a missing path, a family that is not supported, sliding-window or soft-capped layers, and a checkpoint
     that lacks weights.
     """

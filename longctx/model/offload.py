@@ -1,4 +1,4 @@
-"""Saved tensors of the layers in host memory, copied out behind the computation and fetched a layer ahead.
+"""HostView tensors of the layers in host memory, copied out behind the computation and fetched a layer ahead.
 
 A layer's input and its attention output are saved several times (whole, and as token blocks): their storage
 is copied once and the views are made again on the way back. On a GPU copies run on a stream of their own,
@@ -18,7 +18,7 @@ from torch import Tensor
 _AHEAD = 3  # storages of one layer: its input, the attention output, the lse
 
 
-class _Away:
+class _HostCopy:
     """One storage on the host. views: saved tensors of it that backward has not asked for yet."""
 
     def __init__(self, flat: Tensor, stream: Any) -> None:
@@ -59,10 +59,10 @@ class _Away:
 
 
 @dataclass(frozen=True)
-class Saved:
+class HostView:
     """A tensor as a view of a storage that is away."""
 
-    away: _Away
+    copy: _HostCopy
     place: int
     size: torch.Size
     stride: tuple[int, ...]
@@ -73,7 +73,7 @@ class HostStore:
     """One model's saved tensors, in the order of the forward pass."""
 
     def __init__(self) -> None:
-        self._order: list[_Away] = []
+        self._order: list[_HostCopy] = []
         self._here: dict[int, int] = {}
         self._streams: dict[torch.device, Any] = {}
 
@@ -87,19 +87,19 @@ class HostStore:
             yield
         self._here = {}
 
-    def put(self, tensor: Tensor) -> Saved:
+    def put(self, tensor: Tensor) -> HostView:
         storage = tensor.untyped_storage()
         place = self._here.get(storage.data_ptr())
         if place is None:
             flat = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
             place = self._here[storage.data_ptr()] = len(self._order)
-            self._order.append(_Away(flat, self._stream(tensor.device)))
+            self._order.append(_HostCopy(flat, self._stream(tensor.device)))
         away = self._order[place]
         away.views += 1
-        return Saved(away, place, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return HostView(away, place, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
-    def get(self, saved: Saved) -> Tensor:
-        flat = saved.away.take()
+    def get(self, saved: HostView) -> Tensor:
+        flat = saved.copy.take()
         for away in self._order[max(0, saved.place - _AHEAD) : saved.place]:
             if away.views:
                 away.start()

@@ -1,6 +1,6 @@
 """What a layer keeps for its backward pass: checkpoints that save the outputs of chosen operators.
 
-`kept_checkpoint` is torch's non-reentrant checkpoint with two dispatch modes of our own: in the forward pass
+`selective_checkpoint` is torch's non-reentrant checkpoint with two dispatch modes of our own: in the forward pass
 the outputs of the chosen operators are kept, in the recomputation they are handed back in the same order, so
 attention never runs twice. torch's own selective checkpointing does the same but ignores, in eager mode, the
 policy that offloads (2.13); here both kinds of storage are one.
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longctx.attention import SAVED_OPS
 from longctx.config.model import MemoryConfig
-from longctx.model.offload import HostStore, Saved
+from longctx.model.offload import HostStore, HostView
 
 Chooser = Callable[[Any, tuple[Any, ...]], bool]
 
@@ -77,10 +77,10 @@ def _nothing(op: Any, args: tuple[Any, ...]) -> bool:
     return False
 
 
-keep_everything = SavePolicy(None, None, 0)
+SAVE_EVERYTHING = SavePolicy(None, None, 0)
 
 
-def kept_checkpoint(
+def selective_checkpoint(
     keep: Chooser | None, store: HostStore | None, function: Callable[..., Tensor], *args: Any
 ) -> Tensor:
     """`function(*args)`, recomputed in the backward pass except for what the operators `keep` chooses gave.
@@ -95,12 +95,12 @@ def kept_checkpoint(
         if keep is _nothing:
             return contextlib.nullcontext(), contextlib.nullcontext()
         kept: deque[Any] = deque()
-        return _Keep(keep, kept, store), _HandBack(keep, kept, store)
+        return _SaveOutputs(keep, kept, store), _ReplayOutputs(keep, kept, store)
 
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-class _Keep(TorchDispatchMode):
+class _SaveOutputs(TorchDispatchMode):
     """Keeps the outputs of the chosen operators, in order."""
 
     def __init__(self, keep: Chooser, kept: deque[Any], store: HostStore | None) -> None:
@@ -113,11 +113,11 @@ class _Keep(TorchDispatchMode):
             self.kept.append(tree_map_only(Tensor, self._put, out))
         return out
 
-    def _put(self, tensor: Tensor) -> Tensor | Saved:
+    def _put(self, tensor: Tensor) -> Tensor | HostView:
         return tensor.detach() if self.store is None else self.store.put(tensor)
 
 
-class _HandBack(TorchDispatchMode):
+class _ReplayOutputs(TorchDispatchMode):
     """Gives the kept outputs back in place of computing them; none is left afterwards."""
 
     def __init__(self, keep: Chooser, kept: deque[Any], store: HostStore | None) -> None:
@@ -130,4 +130,4 @@ class _HandBack(TorchDispatchMode):
         if not self.kept:
             raise RuntimeError(f"{func} was kept once and has been handed back; backward ran twice")
         out = self.kept.popleft()
-        return out if self.store is None else tree_map_only(Saved, self.store.get, out)
+        return out if self.store is None else tree_map_only(HostView, self.store.get, out)

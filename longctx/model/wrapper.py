@@ -18,7 +18,7 @@ from longctx.attention import ContextParallel, Layout
 from longctx.config.model import MemoryConfig
 from longctx.distributed.transport import SingleRankTransport
 from longctx.model.architectures import backbone_of, causal_lm_of
-from longctx.model.layer import plan_layers, train_layers
+from longctx.model.layer import set_save_policies, train_layers
 from longctx.model.loss import IGNORED, token_losses
 from longctx.model.offload import HostStore
 from longctx.topology import split
@@ -94,7 +94,7 @@ class LossModel(nn.Module):
         if positions.dim() == 1:
             positions = positions.expand(input_ids.shape[0], -1)
         base = backbone_of(self.model)
-        plan_layers(self.model, self.memory, tokens=input_ids.numel(), store=self._store)
+        set_save_policies(self.model, self.memory, tokens=input_ids.numel(), store=self._store)
         layout = layout or _alone().layout(input_ids.shape[1])
         out = base(input_ids=input_ids, position_ids=positions, use_cache=False, layout=layout)
         return out.last_hidden_state

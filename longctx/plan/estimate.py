@@ -26,7 +26,7 @@ Links = tuple[Link, Link]  # of one device: inside a node of the schedule, and b
 
 
 @dataclass(frozen=True)
-class Attention:
+class AttentionTime:
     """One layer's attention of one forward on one schedule: seconds computing and seconds waiting for
     links.
     """
@@ -47,7 +47,7 @@ class Estimate:
     stage: Stage
     decision: Decision
     tokens_per_rank: int
-    attention: Attention
+    attention: AttentionTime
     memory: Memory
     flop: float
     seconds: float
@@ -91,7 +91,7 @@ def links_of(decision: Decision, machines: Machines, hardware: HardwareConfig) -
 @lru_cache(maxsize=256)
 def time_attention(
     schedule: str, topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int
-) -> Attention:
+) -> AttentionTime:
     """Simulate one layer, forward and backward, of one causal document.
 
     Beyond NODES_SIMULATED nodes so many stand for all, with blocks of true size and work: a ring's exposed
@@ -110,12 +110,12 @@ def time_attention(
         timeline = simulate(schedules, sizes, evenly(block * work), {"inner": links[0], "outer": links[1]})
         computing += block * work * (topology.size // h)
         exposed += timeline.exposed() * max(1.0, longer)
-    return Attention(schedule, h, computing, exposed)
+    return AttentionTime(schedule, h, computing, exposed)
 
 
-def quickest(topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int = 0) -> Attention:
+def quickest(topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int = 0) -> AttentionTime:
     """The quickest schedule by simulation; the earlier of SCHEDULES where two differ by less than 1 %."""
-    found: list[Attention] = []
+    found: list[AttentionTime] = []
     for schedule in SCHEDULES:
         h = ulysses if ulysses > 1 else topology.ranks
         heads_fit = h > 1 and topology.ranks % h == 0 and sizes.q_heads % h == 0

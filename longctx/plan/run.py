@@ -17,7 +17,7 @@ from longctx.decide import Machines
 from longctx.errors import UserError
 from longctx.plan.draw import as_svg, as_text
 from longctx.plan.estimate import Estimate, Links, estimate_all, kernel_of, links_of
-from longctx.plan.remedies import USABLE, Room, advice
+from longctx.plan.remedies import USABLE, DeviceLimits, advice
 from longctx.plan.simulate import BACKWARD_WORK, Timeline, evenly, simulate
 from longctx.rope import rope_of_model
 from longctx.schedule import Sizes, build
@@ -47,11 +47,11 @@ def with_dtype(config: PlanConfig) -> tuple[PlanConfig, str]:
     return replace(config, model=model), source
 
 
-def room_of(config: PlanConfig, shape: Shape) -> Room:
+def limits_of(config: PlanConfig, shape: Shape) -> DeviceLimits:
     """The memory of the planned devices."""
     machines = Machines(config.nodes * config.ranks, config.ranks)
     hardware = config.hardware
-    return Room(machines, hardware.device, kernel_of(shape, config), hardware.memory_gib * GIB)
+    return DeviceLimits(machines, hardware.device, kernel_of(shape, config), hardware.memory_gib * GIB)
 
 
 def _stages(config: PlanConfig) -> tuple[Shape, list[Stage]]:
@@ -64,7 +64,7 @@ def _stages(config: PlanConfig) -> tuple[Shape, list[Stage]]:
 
 def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dict[str, Any]:
     """Bytes, flop and seconds per stage."""
-    stages, room = {}, room_of(config, shape)
+    stages, limits = {}, limits_of(config, shape)
     for item in estimates:
         stages[item.stage.name] = {
             "seq_len": item.stage.seq_len,
@@ -76,7 +76,7 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
             "tokens_per_rank": item.tokens_per_rank,
             "quicker_schedule": item.quicker,
             "memory": {**asdict(item.memory), "total": item.memory.total},
-            "fits": room.holds(item.memory),
+            "fits": limits.holds(item.memory),
             "flop_per_step": item.flop,
             "seconds_per_step": item.seconds,
             "link_seconds_per_step": item.exposed,
@@ -87,7 +87,7 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
         "nodes": config.nodes,
         "ranks": config.ranks,
         "dtype": config.model.dtype,
-        "kernel": room.kernel,
+        "kernel": limits.kernel,
         "parameters": shape.parameters,
         "stages": stages,
         "hours": sum(item.hours for item in estimates),
@@ -100,11 +100,11 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: s
     from rich.markup import escape
     from rich.table import Table
 
-    hardware, room = config.hardware, room_of(config, shape)
+    hardware, limits = config.hardware, limits_of(config, shape)
     title = (
         f"{_count(shape.parameters)} parameters on {config.nodes} x {config.ranks} {hardware.name} at "
         f"{hardware.rate(config.model.dtype) / 1e12:.3g} TFLOP/s, engine {config.engine.name}, ZeRO "
-        f"{config.engine.zero}\n{config.model.dtype} ({source}), attention kernel {room.kernel}"
+        f"{config.engine.zero}\n{config.model.dtype} ({source}), attention kernel {limits.kernel}"
     )
     made = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("stage", "schedule"):
@@ -121,31 +121,31 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: s
             f"{item.tokens_per_rank}",
             _gib(owned),
             _gib(memory.saved),
-            _gib(memory.total) + ("" if room.holds(memory) else "!"),
+            _gib(memory.total) + ("" if limits.holds(memory) else "!"),
             f"{item.seconds:.3g}",
             f"{item.exposed / item.seconds:.0%}",
             f"{item.stage.steps}",
             f"{item.hours:.2g}",
         )
-    made.caption, made.caption_justify = escape("\n".join(_notes(config, shape, estimates, room))), "left"
+    made.caption, made.caption_justify = escape("\n".join(_notes(config, shape, estimates, limits))), "left"
     return made
 
 
-def _notes(config: PlanConfig, shape: Shape, estimates: list[Estimate], room: Room) -> list[str]:
+def _notes(config: PlanConfig, shape: Shape, estimates: list[Estimate], limits: DeviceLimits) -> list[str]:
     """The lines under the table."""
     hours = sum(item.hours for item in estimates)
-    devices = f"{hours:.3g} hours, {hours * room.machines.world:.3g} device-hours"
+    devices = f"{hours:.3g} hours, {hours * limits.machines.world:.3g} device-hours"
     lines = ["", f"{devices}; tokens and GiB per device (docs/plan.md)"]
     if host := max(item.memory.host for item in estimates) * config.ranks:
         lines.append(f"offloaded: up to {_gib(host)} GiB in the memory of each node")
     for item in estimates:
         if item.quicker:
             lines.append(f"{item.stage.name}: attention is quicker by parallel.schedule={item.quicker}")
-    if not all(room.holds(item.memory) for item in estimates):
+    if not all(limits.holds(item.memory) for item in estimates):
         stages = [item.stage for item in estimates]
         lines.append(
             f"! more than {USABLE:.0%} of {config.hardware.memory_gib:g} GiB, which train refuses. "
-            + advice(stages, shape, config, room)
+            + advice(stages, shape, config, limits)
         )
     return lines
 
