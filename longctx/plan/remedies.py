@@ -1,7 +1,7 @@
-"""Whether a curriculum fits the memory of its devices, and which settings would make it fit.
+"""Checks whether a curriculum fits the memory of its devices, and finds settings that would make it fit.
 
-`longctx plan` marks a stage that does not fit, `longctx train` refuses it; both name changes that were tried here on
-the same estimate, so that what is advised does fit.
+`longctx plan` marks a stage that does not fit, and `longctx train` refuses it. Both advise only changes that fit by the
+same estimate.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ from longctx.plan.memory import Memory, need
 from longctx.shape import Shape
 
 GIB = 2.0**30
-USABLE = 0.92  # of the memory: the rest is the allocator's fragments, communication libraries and the CUDA context
+USABLE = 0.92  # share of the memory; the allocator's fragments, communication and the CUDA context take the rest
 Changes = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class DeviceLimits:
-    """device: cuda or cpu. device_bytes: memory of one device (on a CPU: a rank's part of the machine's). host_bytes:
-    memory of a node beside its GPUs, None where it is not known or not apart.
+    """The memory of the devices that a run would use.
+
+    device: cuda or cpu. device_bytes: memory of one device (on a CPU: one rank's share of the machine's memory).
+    host_bytes: the host's memory of one node with GPUs, or None if it is unknown or is the devices' own.
     """
 
     machines: Machines
@@ -36,12 +38,13 @@ class DeviceLimits:
     host_bytes: float | None = None
 
     def holds(self, memory: Memory) -> bool:
-        beside = self.host_bytes is None or memory.host * self.machines.ranks_per_node <= USABLE * self.host_bytes
-        return memory.total <= USABLE * self.device_bytes and beside
+        """Whether devices and hosts have enough memory."""
+        on_host = self.host_bytes is None or memory.host * self.machines.ranks_per_node <= USABLE * self.host_bytes
+        return memory.total <= USABLE * self.device_bytes and on_host
 
 
 def needs(stages: Sequence[Stage], shape: Shape, config: TrainConfig, limits: DeviceLimits) -> list[Memory]:
-    """What one device holds in each stage. Raises UserError for what cannot be split over the ranks."""
+    """Bytes that one device holds in each stage; raises UserError for a stage that does not divide over the ranks."""
     heads = (shape.heads, shape.kv_heads)
     decisions = decide_all(stages, config.parallel, config.engine, limits.machines, heads, config.model.dtype)
     return [
@@ -51,7 +54,7 @@ def needs(stages: Sequence[Stage], shape: Shape, config: TrainConfig, limits: De
 
 
 def check_memory(stages: Sequence[Stage], shape: Shape, config: TrainConfig, limits: DeviceLimits) -> None:
-    """Raises UserError naming the first stage that does not fit, what it needs, and up to three ways out."""
+    """Raise UserError for the first stage that does not fit, with its need and up to three changes that would help."""
     found = zip(stages, needs(stages, shape, config, limits), strict=True)
     stage, memory = next((pair for pair in found if not limits.holds(pair[1])), (None, None))
     if stage is None or memory is None:
@@ -73,7 +76,7 @@ def check_memory(stages: Sequence[Stage], shape: Shape, config: TrainConfig, lim
 
 
 def advice(stages: Sequence[Stage], shape: Shape, config: TrainConfig, limits: DeviceLimits) -> str:
-    """One sentence with what would make every stage fit."""
+    """One sentence with the changes that would make every stage fit."""
     ways = remedies(stages, shape, config, limits)
     return f"What would fit: {'; or '.join(ways)}." if ways else "No setting here makes it fit: take shorter stages."
 
@@ -81,11 +84,11 @@ def advice(stages: Sequence[Stage], shape: Shape, config: TrainConfig, limits: D
 def remedies(
     stages: Sequence[Stage], shape: Shape, config: TrainConfig, limits: DeviceLimits, limit: int = 3
 ) -> list[str]:
-    """Changes with which every stage fits, the mildest first."""
+    """Changes with which every stage fits, as words for the command line, the mildest first."""
     ways: list[Changes] = []
     for candidate in _candidates(config, limits):
         changes = {key: value for key, value in candidate.items() if _get(config, key) != value}
-        known = any(way.items() <= changes.items() for way in ways)  # it does more than one that suffices
+        known = any(way.items() <= changes.items() for way in ways)  # a part of these changes is enough
         if not known and len(ways) < limit and _fits(stages, shape, _with(config, changes), limits):
             ways.append(changes)
     found = [" ".join(_spelt(key, value) for key, value in way.items()) for way in ways]
@@ -104,14 +107,14 @@ def _largest(memory: Memory) -> list[str]:
 def lower(
     stage: Stage, shape: Shape, config: TrainConfig, limits: DeviceLimits, limit: int = 3
 ) -> list[tuple[str, Memory]]:
-    """Single settings that lower what a device holds in this stage, the strongest first, with what it holds then."""
+    """Single settings that lower the memory of this stage, the strongest first, each with the memory it leads to."""
     now = needs([stage], shape, config, limits)[0].total
     found: list[tuple[str, Memory]] = []
     for changes in [*_dials(config, limits), *_shards(config, limits)]:
         changed = _with(config, changes)
         try:
             memory = needs([stage], shape, changed, limits)[0] if changed is not None else None
-        except UserError:  # a split that is refused is no remedy
+        except UserError:  # training would refuse this setting
             continue
         if memory is not None and memory.total < 0.999 * now:
             found.append((" ".join(_spelt(key, value) for key, value in changes.items()), memory))
@@ -119,7 +122,7 @@ def lower(
 
 
 def _candidates(config: TrainConfig, limits: DeviceLimits) -> Iterator[Changes]:
-    """Single dials, then shards of weights and optimizer, then several together."""
+    """Single settings first, then ZeRO and offloading, then combinations of both."""
     dials, shards = _dials(config, limits), _shards(config, limits)
     yield from dials
     yield from shards
@@ -173,7 +176,7 @@ def _fits(stages: Sequence[Stage], shape: Shape, config: TrainConfig | None, lim
 
 
 def _more_nodes(stages: Sequence[Stage], shape: Shape, config: TrainConfig, limits: DeviceLimits) -> Iterator[int]:
-    """The smallest multiple of the nodes, at most 64, on which every stage fits."""
+    """The smallest multiple of the nodes, up to 64 times, on which every stage fits."""
     for times in (2, 4, 8, 16, 32, 64):
         machines = Machines(times * limits.machines.world, limits.machines.ranks_per_node)
         if limits.device == "cuda" and _fits(stages, shape, config, dataclasses.replace(limits, machines=machines)):
@@ -182,7 +185,7 @@ def _more_nodes(stages: Sequence[Stage], shape: Shape, config: TrainConfig, limi
 
 
 def _with(config: TrainConfig, changes: Changes) -> TrainConfig | None:
-    """The config with these keys changed; None where they contradict others."""
+    """The config with these keys changed, or None if they contradict others."""
     try:
         for key, value in changes.items():
             config = _set(config, key.split("."), value)

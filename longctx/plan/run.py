@@ -1,6 +1,6 @@
-"""`longctx plan`: a table of the stages a training command would run, or the timeline of a schedule.
+"""The verb plan: prints a table of the stages that a training command would run, or the timeline of a schedule.
 
-Nothing is loaded and nothing is started; a stage that would not fit or not divide is said so here.
+It loads no model and starts no ranks. It marks stages that do not fit, and refuses stages that do not divide.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GIB = 2.0**30
 
 
 def run(config: PlanConfig) -> int:
-    """Print what `show` names; exit status 0 also when a stage does not fit (the table says so)."""
+    """Print the table or the schedule that `show` names; the exit status is 0 even if a stage does not fit."""
     if config.show == "schedule":
         return show_schedule(config)
     config, source = with_dtype(config)
@@ -42,7 +42,7 @@ def run(config: PlanConfig) -> int:
 
 
 def with_dtype(config: PlanConfig) -> tuple[PlanConfig, str]:
-    """The config with the model's dtype resolved, and where it comes from."""
+    """The config with the model's dtype resolved, and in words where the dtype was found."""
     model, source = dtypes.resolve(config.model)
     return replace(config, model=model), source
 
@@ -63,7 +63,7 @@ def _stages(config: PlanConfig) -> tuple[Shape, list[Stage]]:
 
 
 def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dict[str, Any]:
-    """Bytes, flop and seconds per stage."""
+    """The JSON document: bytes, flop and seconds of each stage."""
     stages, limits = {}, limits_of(config, shape)
     for item in estimates:
         stages[item.stage.name] = {
@@ -96,7 +96,7 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
 
 
 def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: str) -> Any:
-    """One row per stage, 80 columns; GiB per device. source: where the dtype comes from."""
+    """A table of at most 80 columns with a row per stage; source: where the dtype was found, in words."""
     from rich.markup import escape
     from rich.table import Table
 
@@ -159,7 +159,7 @@ def _gib(count: float) -> str:
 
 
 def show_schedule(config: PlanConfig) -> int:
-    """Draw one attention layer's pass as text, and as SVG where a file is named."""
+    """Draw one pass of an attention layer as text, and as SVG if a file is named."""
     draw = config.draw
     schedule, topology, sizes, h, links = _drawn(config)
     if schedule == "ulysses_ring" and (topology.ranks % h or sizes.q_heads % h):
@@ -190,7 +190,7 @@ def show_schedule(config: PlanConfig) -> int:
 
 
 def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int, Links]:
-    """Schedule, topology, sizes, Ulysses size and links of what is drawn."""
+    """The schedule, topology, sizes, Ulysses ranks and links to draw."""
     draw, hardware = config.draw, config.hardware
     if draw.stage is None:
         topology = Topology(config.nodes, config.ranks)
