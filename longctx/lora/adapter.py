@@ -1,7 +1,7 @@
-"""Reading any LoRA in PEFT's format: ours, mergekit's, peft's own; and our side files where they are.
+"""Reads a LoRA in PEFT's format, whether longctx, mergekit or peft wrote it, and the side files of longctx.
 
-The tensors are sorted by what PEFT does with them when it loads the file. What cannot be added to weights is
-refused with its reason, here or by PeftSettings.
+The tensors are sorted by what PEFT does with them when it loads the file. Adapters that cannot be added to weights are
+refused with the reason, here or by PeftSettings.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _FACTOR = re.compile(r"(.+)\.(?:lora_([AB])(?:\.default)?\.weight|lora_embedding
 _FACTOR_BIAS = re.compile(r"(.+)\.lora_B(?:\.default)?\.bias")
 _ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 _INNER = re.compile(r"(.+?)\.(token_adapter\.base_layer|base_layer|original_module)\.(weight|bias)")
-# Written when embeddings are saved whole: copies of what also stands under the plain name, and a buffer.
+# PEFT writes these when it saves embeddings whole: a buffer, and copies of tensors under their plain names.
 _UNREAD = re.compile(r".+\.(modules_to_save\.\w+|token_adapter\.trainable_tokens_original(?:\.default)?)")
 
 
 @dataclass(frozen=True)
 class FactorPair:
-    """delta = scale * B @ A for module `module`, transposed for an embedding.
+    """The factors of one module: delta = scale * B @ A, transposed for an embedding.
 
-    a, b: tensor names. shape: of the delta as the weight stands in a checkpoint, [rows, columns].
+    a, b: tensor names. shape: [rows, columns] of the delta, as the weight has them in a checkpoint.
     """
 
     module: str
@@ -45,15 +45,16 @@ class FactorPair:
 
 
 class Adapter:
-    """An adapter folder or hub id.
+    """An adapter in a folder or on the hub.
 
-    settings: adapter_config.json. pairs: factors by module. whole: stored tensors under the model's own names
-    (modules_to_save, resized embeddings, trained biases). inner: stored tensors of layers that an adapter
-    wraps, by the model's name: trained biases, and copies of the base's embeddings. biases: of factors, by
-    module. rows: single rows of an embedding, by module. deltas: exact differences of norms and biases from
-    our side file. extension: our longctx.json, or None. Each maps to the file's own name of the tensor.
-    Raises UserError when a factor lacks its partner or the adapter is of a kind that no sum of weights
-    expresses.
+    settings: adapter_config.json. pairs: the factors, by module. whole: tensors stored under the model's names
+    (modules_to_save, resized embeddings, trained biases). inner: tensors of layers that the adapter wraps, by the
+    model's name (trained biases, copies of the base's embeddings). biases: biases of factors, by module. rows: single
+    rows of an embedding, by module. deltas: names of norms and biases whose exact differences are in longctx's side
+    file. extension: longctx.json, or None.
+
+    whole, inner, biases and rows map to the tensor's name in the file. Raises UserError when a factor lacks its
+    partner, and when adding to weights cannot express the adapter.
     """
 
     def __init__(self, path: str) -> None:
@@ -78,12 +79,12 @@ class Adapter:
         return list(self.side.entries) if self.side is not None else []
 
     def factors(self, pair: FactorPair, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """(left [rows, r], right [r, columns]) with delta = pair.scale * left @ right."""
+        """Read (left [rows, r], right [r, columns]), with delta = pair.scale * left @ right."""
         a, b = self.weights.read(pair.a).to(dtype), self.weights.read(pair.b).to(dtype)
         return (a.T.contiguous(), b.T.contiguous()) if pair.embedding else (b, a)
 
     def delta(self, name: str) -> Tensor:
-        """The exact difference of a norm or bias."""
+        """Read the exact difference of a norm or bias."""
         assert self.side is not None
         return self.side.read(name)
 

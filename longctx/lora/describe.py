@@ -17,8 +17,10 @@ from longctx.rope.config import describe_rope
 
 @dataclass(frozen=True)
 class ModuleInfo:
-    """spectrum: singular values of scale * B A, descending. share: of the difference's squared norm, if
-    known.
+    """One module of an adapter.
+
+    spectrum: singular values of scale * B A, descending. share: the kept share of the difference's squared norm, or
+    None if it is unknown.
     """
 
     module: str
@@ -31,6 +33,12 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class AdapterInfo:
+    """The description of an adapter.
+
+    exact: number of exact differences of norms and biases. replaced: tensors saved whole. share: the kept share of the
+    squared norm of all factors. extends: whether the adapter carries another rope or window than the base's.
+    """
+
     path: str
     base: str | None
     bytes: int
@@ -44,7 +52,7 @@ class AdapterInfo:
 
 
 def describe(path: str) -> AdapterInfo:
-    """Everything lora-info prints. Raises UserError for what is not an adapter."""
+    """Describe the adapter in a folder or on the hub; raises UserError if it is none."""
     with Adapter(path) as adapter:
         side = adapter.extension or {}
         known = side.get("tensors", {})
@@ -79,11 +87,11 @@ def _spectrum(adapter: Adapter, pair: Any) -> list[float]:
 
 
 def _place(module: str) -> tuple[int, str]:
-    """Sorts modules by layer; what stands outside the layers comes last."""
+    """A sort key for modules: by layer, and modules outside the layers last."""
     layer = layer_of(module)
     return (10**6 if layer is None else layer), module
 
 
 def layer_of(module: str) -> int | None:
-    """The layer's number in a module's name."""
+    """The number of the layer in a module's name, or None for a module outside the layers."""
     return next((int(part) for part in module.split(".") if part.isdigit()), None)

@@ -1,9 +1,8 @@
-"""`longctx lora-extract`: tuned - base as a LoRA, one tensor at a time, with its errors measured and its
-sign checked.
+"""Extracts tuned - base as a LoRA, one tensor at a time, measures its errors and checks its sign.
 
-The pair is compared before anything is read; differences are taken in fp32 (Difference), cut to rank r
-(lowrank) and measured again with the factors as they are written. Results do not depend on the number of
-workers: a tensor is one worker's, with one thread, and files are written in a fixed order.
+The two models are compared before any weight is read. Differences are computed in fp32 (Difference), approximated at
+rank r (lowrank), and measured again with the factors as they are written. The result does not depend on the number of
+workers: one worker with one thread processes a tensor, and files are written in a fixed order.
 """
 
 from __future__ import annotations
@@ -44,7 +43,11 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class ExtractResult:
-    """out: the adapter's folder. rows: one per tensor. bytes: of the factors. losses: with verify=loss."""
+    """The result of an extraction.
+
+    out: the adapter's folder. rows: one record per tensor. bytes: size of the factors. share: see folder.totals.
+    checked: tensors that were read back. losses: with verify=loss.
+    """
 
     out: str
     rank: int
@@ -57,13 +60,13 @@ class ExtractResult:
 
     @property
     def not_carried(self) -> list[TensorRecord]:
-        """Tensors that the training changed and the adapter leaves behind."""
+        """Tensors that the training changed and the adapter does not carry."""
         return [row for row in self.rows if row.carried == "no" and row.norm > 0]
 
 
 @dataclass(frozen=True)
 class _TensorResult:
-    """A tensor's outcome: its row, and what is written (a factor pair, or one exact difference)."""
+    """The result for one tensor: its record, and the factors or the exact difference to write."""
 
     row: TensorRecord
     a: Tensor | None = None
@@ -75,8 +78,8 @@ class _TensorResult:
 def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractResult:
     """Write the adapter `config.out` that carries tuned - base.
 
-    progress(done, total, tensor) is called after each tensor.
-    Raises UserError for every pair that has no meaningful difference; then nothing is left behind.
+    progress(done, total, tensor) is called after each tensor. Raises UserError if the two models have no meaningful
+    difference; then no files are left.
     """
     _check_options(config)
     with Checkpoint(config.base, what="base") as base, Checkpoint(config.tuned, what="tuned") as tuned:
@@ -103,9 +106,9 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
 
 
 class _Extraction:
-    """What every tensor's work needs: the pair, the precision, the device, one scratch per worker.
+    """The inputs and settings of one extraction, and one scratch buffer per worker.
 
-    tied_head: the output layer whose factors are the embedding's.
+    tied_head: the output layer that shares the embedding's factors, or None.
     """
 
     def __init__(
@@ -135,7 +138,7 @@ class _Extraction:
         return min(ranks.get(module.entry.name, self.config.rank), *module.entry.shape)
 
     def bytes_per_rank(self, module: Module) -> int:
-        """An embedding's factors are written for a tied output layer as well."""
+        """Bytes of the module's factors per rank; an embedding's factors are also written for a tied output layer."""
         twice = module.kind is WeightKind.EMBEDDING and self.tied_head is not None
         return sum(module.entry.shape) * self.stored.itemsize * (2 if twice else 1)
 
@@ -153,7 +156,7 @@ class _Extraction:
         return Sketch(self.config.oversample, self.config.power_max, self.config.tolerance, seed)
 
     def map(self, work: Callable[[Module], _TensorResult], modules: list[Module]) -> Iterator[_TensorResult]:
-        """Results in the order of `modules`, several in flight."""
+        """Yield the results in the order of `modules`, with several modules in work at a time."""
         with _one_thread_each(), ThreadPoolExecutor(self.workers) as pool:
             waiting: deque[Future[_TensorResult]] = deque()
             try:
@@ -171,7 +174,7 @@ class _Extraction:
 def _write_tensors(
     job: _Extraction, modules: list[Module], ranks: dict[str, int], partial: Path, progress: Progress | None
 ) -> Iterator[_TensorResult]:
-    """Factors and exact differences go to their files as they come; rows are handed on without them."""
+    """Write factors and exact differences to their files as they arrive, and yield the records."""
     names = [module.name for module in modules if job.carried(module) == "factors"]
     names += [job.tied_head] if job.tied_head else []
     vectors = [module.entry.name for module in modules if job.carried(module) == "exact"]
@@ -195,7 +198,7 @@ def _write_tensors(
         if progress is not None:
             progress(done, len(modules), part.row.tensor)
     for part in unchanged:
-        # PEFT selects modules by the last part of their names, so an unchanged sibling needs its zero.
+        # PEFT selects modules by the last part of their names, so an unchanged module of that name needs zero factors.
         needed = _leaf(part.row.tensor) in changed_leaves
         if needed and part.a is not None and part.b is not None:
             writer.add(part.row.tensor, part.row.kind, part.a, part.b)
@@ -253,7 +256,7 @@ def _decompose(job: _Extraction, module: Module, difference: Difference, ranks: 
 
 
 def _ranks_for_size(job: _Extraction, modules: list[Module]) -> dict[str, int]:
-    """A first pass over all spectra, then the ranks that fit."""
+    """Compute all spectra in a first pass, and choose the ranks that fit the size."""
     chosen = [module for module in modules if job.carried(module) == "factors"]
 
     def spectrum(module: Module) -> _TensorResult:
@@ -281,7 +284,7 @@ def _extension(base: Checkpoint, tuned: Checkpoint) -> Extension:
 
 
 def _bytes_needed(job: _Extraction, modules: list[Module], ranks: dict[str, int]) -> int:
-    """An upper bound of what will be written."""
+    """An upper bound of the bytes that will be written."""
     total = 2**20
     for module in modules:
         how = job.carried(module)
@@ -332,9 +335,7 @@ def _leaf(tensor: str) -> str:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """One torch thread per worker: no oversubscription, and sums in an order that does not depend on the
-    machine's load.
-    """
+    """Run torch with one thread per worker, so cores are not oversubscribed and the order of sums is fixed."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,6 +1,6 @@
-"""What stands in an adapter's folder besides the factors: PEFT's config, our side file, the model card.
+"""Writes an adapter's files other than the factors: PEFT's config, longctx's side file and the model card.
 
-Nothing here depends on the time or on the output's name, so the same seed gives the same bytes.
+The content does not depend on the time or on the output's name, so the same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """What became of one tensor. share: of the squared norm, kept by the factors as written; residual:
-    relative.
+    """The record of one tensor in the side file and the model card.
+
+    norm: of the difference. share: the share of its squared norm that the written factors keep. residual: the norm of
+    what they leave, divided by `norm`. carried: factors, exact or no.
     """
 
     tensor: str
@@ -42,7 +44,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Extension:
-    """What the training made of the model's reach; written to longctx.json and used by lora-merge."""
+    """The rope and window before and after the training; longctx.json records them and lora-merge writes them."""
 
     rope_parameters: dict[str, Any]
     window: int | None
@@ -55,9 +57,9 @@ class Extension:
 
 
 def adapter_config(rows: Sequence[TensorRecord], base: str, *, rslora: bool, tied_head: str | None) -> dict[str, Any]:
-    """PEFT's adapter_config.json; alpha equals the rank, module by module.
+    """The content of PEFT's adapter_config.json; alpha equals the rank of each module.
 
-    tied_head: the output layer that has the embedding's factors; PEFT is told to keep the two one.
+    tied_head: the output layer that shares the embedding's factors; PEFT is told to keep the two tied.
     """
     carried = [row for row in rows if row.carried == "factors"]
     rank = max(row.rank for row in carried)
@@ -87,7 +89,7 @@ def adapter_config(rows: Sequence[TensorRecord], base: str, *, rslora: bool, tie
 
 
 def totals(rows: Sequence[TensorRecord]) -> dict[str, float]:
-    """Share of the squared norm kept: of the matrices with factors, and of everything that changed."""
+    """The kept share of the squared norm: of the matrices with factors, and of all tensors that changed."""
 
     def share(chosen: Sequence[TensorRecord]) -> float:
         total = sum(row.norm**2 for row in chosen)
@@ -175,7 +177,7 @@ def write_card(folder: Path, rows: Sequence[TensorRecord], extension: Extension,
 
 
 def command(config: ExtractConfig) -> str:
-    """The command that makes this adapter again; settings at their defaults are left out."""
+    """The command that makes this adapter again, without settings that have their defaults."""
     default = type(config)(base="", tuned="", out="")
     words = [
         "longctx",
@@ -192,7 +194,7 @@ def command(config: ExtractConfig) -> str:
 
 
 def carried_as(kind: WeightKind, *, profile: str, head: bool, embeddings: bool) -> str:
-    """How a changed tensor travels: `factors`, `exact` (difference in the side file) or `no`."""
+    """How the adapter carries a changed tensor: `factors`, `exact` (a difference in the side file) or `no`."""
     if kind is WeightKind.LINEAR or (kind is WeightKind.HEAD and head) or (kind is WeightKind.EMBEDDING and embeddings):
         return "factors"
     return "exact" if kind is WeightKind.VECTOR and profile == "full" else "no"

@@ -13,7 +13,7 @@ from longctx.lora.sizes import adapter_size, measure_throughput
 
 
 def run(config: InfoConfig) -> int:
-    """`longctx lora-info`."""
+    """Run `longctx lora-info`; returns the exit status."""
     if (config.adapter is None) == (config.plan is None):
         raise UserError("give adapter=FOLDER to describe one, or plan=MODEL to size one (configs/lora_info.yaml)")
     if config.plan is not None:

@@ -1,7 +1,8 @@
-"""Which tensor of a target each part of an adapter changes, as PEFT would; and what does not fit, all of it listed.
+"""Finds the tensor of a target that each part of an adapter changes, as PEFT does, and lists all parts that do not fit.
 
-PEFT takes the modules from adapter_config.json and then loads whatever the file holds under their names: what
-is missing stays at its start, what is too much is ignored. Both are listed here, and the caller refuses them.
+PEFT takes the modules from adapter_config.json and then loads the tensors that the file holds under their names. It
+leaves missing tensors at their initial values and ignores surplus ones. Both are listed here, and the caller refuses
+them.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _MATRICES = (WeightKind.LINEAR, WeightKind.HEAD, WeightKind.EMBEDDING)
 
 @dataclass(frozen=True)
 class MergeChoices:
-    """What the user decides: scale; vocab (`skip` or `common` rows); copies (`own`, `adapter`, None: not said)."""
+    """The user's choices: scale; vocab (`skip` or merge the `common` rows); copies (`own`, `adapter` or not given)."""
 
     scale: float = 1.0
     vocab: str = "skip"
@@ -34,7 +35,7 @@ class MergeChoices:
 
 @dataclass
 class Match:
-    """Changes in the order in which they take effect, and the parts that do not fit, by what is wrong."""
+    """The changes in the order in which they apply, and the parts that do not fit, sorted by what is wrong."""
 
     changes: list[TensorChange] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
@@ -55,9 +56,9 @@ class Match:
 
 
 def match(adapter: Adapter, target: Checkpoint, tables: EmbeddingTables, choices: MergeChoices) -> Match:
-    """Hold the adapter's parts against the target's tensors.
+    """Match the adapter's parts with the target's tensors.
 
-    Raises UserError where a choice is needed that the user has not made, and where parts contradict.
+    Raises UserError when the user must make a choice first, and when parts contradict each other.
     """
     matcher = _Matcher(adapter, target, tables, choices)
     matcher.compare_with_config()
@@ -71,10 +72,12 @@ def match(adapter: Adapter, target: Checkpoint, tables: EmbeddingTables, choices
 
 
 class _Matcher:
+    """Matches one adapter with one target and collects the result in `found`."""
+
     def __init__(self, adapter: Adapter, target: Checkpoint, tables: EmbeddingTables, choices: MergeChoices) -> None:
         self.adapter, self.target, self.tables, self.choices = adapter, target, tables, choices
         self.settings, self.found = adapter.settings, Match()
-        # Less those that peft ignores, once compare_with_config has found them.
+        # compare_with_config removes the pairs that peft ignores.
         self.pairs = dict(adapter.pairs)
         self.ties_factors = tables.declared and self.settings.ties_factors
         self.ties_saved = tables.declared and self.settings.ties_saved
@@ -83,15 +86,13 @@ class _Matcher:
             self.names.append(tables.head)
 
     def entry(self, tensor: str) -> Entry | None:
-        """The target's tensor; the embedding's stands for the output layer that shares it."""
+        """The target's tensor of this name; an output layer that shares the embedding's weight has the embedding's."""
         if self.tables.shared and tensor == self.tables.head:
             tensor = str(self.tables.embedding)
         return self.target.entries.get(tensor)
 
     def compare_with_config(self) -> None:
-        """Modules that the config names and the file lacks, or that the file holds and the config does not
-        name.
-        """
+        """List modules that the config names and the file lacks, and modules that only the file has."""
         self._refuse_older_ours()
         for tensor in self.names:
             entry = self.entry(tensor)
@@ -113,7 +114,7 @@ class _Matcher:
                 self.found.missing.append(tensor)
 
     def stored_tensors(self) -> None:
-        """modules_to_save get a weight of their own; anything else is loaded into the model's."""
+        """Match stored tensors: modules_to_save get a weight of their own, others are loaded into the model's."""
         for tensor, stored in self.adapter.whole.items():
             saved, shape = self._saved(tensor), self.adapter.weights.entries[stored].shape
             if not saved and self._wrapped(_module(tensor)):
@@ -131,7 +132,7 @@ class _Matcher:
                 self.put(name, "replaced", stored, shape)
 
     def inner_tensors(self) -> None:
-        """What is loaded into a wrapped layer, below the adapter: trained biases, and copies of the base's."""
+        """Match tensors that are loaded into a wrapped layer: trained biases, and copies of the base's weights."""
         for tensor, stored in self.adapter.inner.items():
             if not self._saved(tensor) and not self._wrapped(_module(tensor)):
                 self.found.ignored.append(f"{_module(tensor)}.base_layer.{tensor.rsplit('.', 1)[1]}")
@@ -143,7 +144,7 @@ class _Matcher:
                 self.put(name, "replaced", stored, self.adapter.weights.entries[stored].shape)
 
     def single_rows(self) -> None:
-        """trainable_token_indices; in a tied model PEFT replaces the rows of both layers."""
+        """Match the rows of trainable_token_indices; in a tied model PEFT replaces the rows of both layers."""
         embedding = _module(self.tables.embedding)
         for module, stored in self.adapter.rows.items():
             tensor, shape = f"{module}.weight", self.adapter.weights.entries[stored].shape
@@ -215,7 +216,7 @@ class _Matcher:
             self.found.skipped.append(f"{tensor}: {left_out} ({sizes})")
 
     def _spread(self, tensor: str, *, both: bool) -> tuple[str, ...]:
-        """The tensors a part of `tensor` changes: in a tied pair both, where that is what it means."""
+        """The tensors that a part of `tensor` changes; `both` of a tied pair if the part applies to both."""
         if both and tensor in self.tables.both:
             return self.tables.both
         return (tensor,)
@@ -224,7 +225,7 @@ class _Matcher:
         return self.settings.saves(tensor) or (self.ties_saved and tensor in self.tables.both)
 
     def _storage(self, tensor: str) -> tuple[str, ...]:
-        """The tensors that the model's own weight under this name is used as."""
+        """The tensors for which the model uses its own weight of this name."""
         names = self.tables.both if self.tables.shared and tensor in self.tables.both else (tensor,)
         return tuple(name for name in names if not self._saved(name))
 
@@ -239,7 +240,7 @@ class _Matcher:
         return _module(tensor) not in self.adapter.rows and not tied
 
     def _use_copy(self, tensor: str, stored: str) -> bool:
-        """Whether a copy of the base's own weights takes the place of the target's: peft says yes."""
+        """Whether the adapter's copy of the base's weight replaces the target's weight, as it does in peft."""
         entry = self.entry(tensor)
         if entry is None or _equal(self.target, entry.name, self.adapter.weights, stored):
             return entry is None
@@ -314,7 +315,7 @@ def _equal(left: Checkpoint, first: str, right: Checkpoint, second: str) -> bool
 
 
 def layout_differences(extension: Mapping[str, Any] | None, target: Mapping[str, Any]) -> list[str]:
-    """Where the adapter's base and the target lay out their heads differently though shapes agree."""
+    """The differences between the head layouts of the adapter's base and the target, which shapes may not show."""
     known = (extension or {}).get("layout") or {}
     keys = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
     return [f"{key} {known[key]} / {target.get(key)}" for key in keys if key in known and known[key] != target.get(key)]

@@ -1,9 +1,8 @@
-"""`longctx lora-merge`: adapters into a fine-tune of their base, tensor by tensor, with the window that
-they carry.
+"""Merges adapters into a fine-tune of their base, tensor by tensor, and gives it the window that they carry.
 
-Only rows of one tensor and its factors are in memory; sums are in fp32 and cast once. config.json gets the
-rope and window of the adapter in both key styles: a merge that leaves them untouched, as common scripts do,
-gives a model that cannot use what was merged into it.
+Only rows of one tensor and its factors are in memory. Sums are computed in fp32 and cast once. config.json gets the
+adapter's rope and window in both styles of keys; common merge scripts do not change them, and the merged model then
+cannot use the longer window.
 """
 
 from __future__ import annotations
@@ -47,10 +46,10 @@ _NOT_COPIED = (
 
 @dataclass(frozen=True)
 class MergeResult:
-    """out: the merged model's folder. applied, skipped, untouched: tensors, with the reason where one is
-    needed.
+    """The result of a merge.
 
-    rope, window: what config.json says now. notes: what the user should know.
+    out: the merged model's folder. applied, skipped, untouched: tensors, with how or why in parentheses. rope, window:
+    those of the new config.json. notes: messages for the user.
     """
 
     out: str
@@ -64,7 +63,7 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class _Output:
-    """A tensor to write: `source` of the target under `name`, with these changes."""
+    """A tensor to write: the target's tensor `source`, with these changes, under `name`."""
 
     name: str
     source: Entry
@@ -74,7 +73,7 @@ class _Output:
 def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
     """Write the merged model `config.out`; progress(done, total, tensor) is called after each tensor.
 
-    Raises UserError, with nothing left behind, when any part of an adapter does not fit.
+    Raises UserError when any part of an adapter does not fit; then no files are left.
     """
     scales = _scales(config)
     with Checkpoint(config.target, what="target") as target:
@@ -149,7 +148,7 @@ def _refuse_misfits(
 def _rope(
     config: MergeConfig, adapters: list[Adapter], before: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, int | None, list[str]]:
-    """(rope or None to leave the target's, window, notes)."""
+    """The rope of the merged model (None: the target's), its window, and notes."""
     own_rope, own_window = rope_to_carry(before, f"target={config.target}, config.json")
     if config.rope.rule == "keep":
         if config.like is not None or config.rope.theta is not None or config.window is not None:
@@ -198,8 +197,9 @@ def _rope(
 
 
 def _outputs(target: Checkpoint, tables: EmbeddingTables, matches: list[Match]) -> tuple[list[_Output], bool]:
-    """(tensors to write, whether the config must not tie): a shared weight stays one while both of its names
-    change alike.
+    """The tensors to write, and whether config.json must not tie embedding and output layer.
+
+    A shared weight stays shared if both of its names change in the same way.
     """
     by_tensor: dict[str, list[TensorChange]] = {}
     for change in sorted((c for found in matches for c in found.changes), key=lambda c: ORDER.index(c.how)):
@@ -295,10 +295,10 @@ def _write_copied(target: Checkpoint, output: _Output, writer: SafetensorsWriter
 
 
 def _copy_others(target: Checkpoint, partial: Path, window: int | None, notes: list[str]) -> None:
-    """Tokenizer, generation config, templates and the rest; tokenizer_config's length follows the window."""
+    """Copy tokenizer, generation config, templates and other files, and raise the tokenizer's length to the window."""
     for name in target.source.names():
         if name.endswith(_NOT_COPIED) or name in ("config.json", ".gitattributes", "hashes.json", RECORD):
-            continue  # the last two are about the target's own weights
+            continue  # the last two describe the target's own weights
         (partial / name).write_bytes(target.source.fetch(name).read_bytes())
     if window is not None and (partial / "tokenizer_config.json").exists():
         settings = target.config("tokenizer_config.json")

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint a LoRA can carry, under which names, and whether two checkpoints are a pair.
+"""Classifies the tensors of a checkpoint for a LoRA, and checks that two checkpoints are a base and its training.
 
-Everything is decided from names, shapes and config.json; no model is built. Names follow PEFT:
-`model.layers.0.mlp.up_proj.weight` belongs to module `model.layers.0.mlp.up_proj`.
+Names, shapes and config.json decide; no model is built. Names follow PEFT: `model.layers.0.mlp.up_proj.weight` belongs
+to module `model.layers.0.mlp.up_proj`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from longctx.shape import head_dim_of, kv_heads_of, text_section
 from longctx.storage.model import check_shapes
 from longctx.storage.table import Entry
 
-# Input embeddings by their usual names; everything else two-dimensional is a linear layer.
+# The usual names of input embeddings and output layers; all other two-dimensional weights are linear layers.
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out", "output")
-# These keep their linears transposed (Conv1D), so a LoRA of a torch Linear does not fit them.
+# Architectures that store their linear layers transposed (Conv1D), so a LoRA of a torch Linear does not fit them.
 _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-# What must agree for a difference, or a merge, to mean anything.
+# Keys of config.json on which two models must agree before they are subtracted or merged.
 _IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _IDENTITY += (
     "head_dim",
@@ -36,6 +36,8 @@ _IDENTITY += (
 
 
 class WeightKind(Enum):
+    """The kind of a weight, on which depends how a LoRA can carry it."""
+
     LINEAR = "linear"
     HEAD = "lm_head"
     EMBEDDING = "embedding"
@@ -45,7 +47,7 @@ class WeightKind(Enum):
 
 @dataclass(frozen=True)
 class Module:
-    """One tensor and its place: module is the name PEFT knows, leaf its last part."""
+    """One tensor and its kind; `name` is PEFT's name of its module, and `leaf` the last part of the name."""
 
     entry: Entry
     kind: WeightKind
@@ -76,7 +78,7 @@ def modules_of(checkpoint: Checkpoint) -> list[Module]:
 
 
 def layout(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity keys of a config.json, head_dim and num_key_value_heads filled in as transformers does."""
+    """The keys of a config.json on which models must agree, with the head numbers filled in as in transformers."""
     inner = {**config, **text_section(config)}
     values = {key: inner[key] for key in _IDENTITY if inner.get(key) is not None}
     if "num_attention_heads" in values:
@@ -86,12 +88,12 @@ def layout(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def carried_rope(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
-    """(rope_parameters, window) of a checkpoint as an adapter records them."""
+    """The rope_parameters and the window of a checkpoint, as an adapter records them."""
     return rope_to_carry(checkpoint.config(), f"{checkpoint.what}={checkpoint.path}, config.json")
 
 
 def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> None:
-    """UserError unless tuned can be a training of base."""
+    """Raise UserError unless `tuned` can be the result of training `base`."""
     first, second = base.config(), tuned.config()
     ours, theirs = layout(first), layout(second)
     differing = [f"{key} {ours.get(key)} / {theirs.get(key)}" for key in _IDENTITY if ours.get(key) != theirs.get(key)]
@@ -109,7 +111,7 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> N
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Refuse quantized weights, transposed linears and folders that transformers reads as an adapter."""
+    """Refuse quantized weights, transposed linear layers, and folders that transformers reads as an adapter."""
     config = checkpoint.config()
     if checkpoint.source.exists("adapter_config.json"):
         raise UserError(
@@ -168,7 +170,7 @@ def _check_tokenizers(base: Checkpoint, tuned: Checkpoint) -> None:
 
 
 def _vocabulary(content: bytes) -> Any:
-    """Tokens and ids of a tokenizer.json or vocab.json, without what saving it again may change."""
+    """The tokens and ids of a tokenizer.json or vocab.json, without fields that change when it is saved again."""
     table = json.loads(content)
     model = table.get("model", {}) if isinstance(table, dict) else {}
     if not isinstance(model, dict) or "vocab" not in model:

@@ -1,8 +1,8 @@
-"""The embedding and the output layer of a model: one weight or two, decided as transformers 5 loads them.
+"""Decides, as transformers 5 does, whether the embedding and the output layer of a model are one weight or two.
 
-The config says whether they are tied. A file may store a tied weight under both names (then it is one weight
-if the numbers agree and two if they do not), under the embedding's, or under the output layer's. `resolve_ties`
-leaves one name for one weight, so that nothing after it can change half of a pair.
+The config says whether they are tied. A file may store a tied weight under both names (one weight if the numbers agree,
+two if they differ), under the embedding's name, or under the output layer's name. `resolve_ties` leaves one name for
+one weight, so that later code cannot change only half of a pair.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from longctx.lora.tensors import Checkpoint, Entry, row_blocks
 from longctx.shape import text_section
 from longctx.storage.writer import DTYPES
 
-# Rotary decoders whose config class ties by default, for a config.json that does not say.
+# Rotary decoders whose configuration class ties by default, for a config.json without tie_word_embeddings.
 TIED_BY_DEFAULT = frozenset({
     "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text",
     "gemma3n", "gemma3n_text", "jetmoe", "lfm2", "lfm2_moe", "minicpm3", "modernbert-decoder",
@@ -29,10 +29,10 @@ TIED_BY_DEFAULT = frozenset({
 
 @dataclass(frozen=True)
 class EmbeddingTables:
-    """embedding, head: tensor names, None where the model has no such tensor.
+    """The embedding and the output layer of a checkpoint.
 
-    declared: the config ties them (PEFT goes by this). shared: transformers loads one weight for both.
-    note: how the file differs from the usual layout, if it does.
+    embedding, head: tensor names, or None if the model has no such tensor. declared: the config ties them (PEFT uses
+    this). shared: transformers loads one weight for both. note: how the file differs from the usual layout, or None.
     """
 
     embedding: str | None
@@ -47,9 +47,9 @@ class EmbeddingTables:
 
 
 def resolve_ties(checkpoint: Checkpoint) -> EmbeddingTables:
-    """Drop or rename entries so that a shared weight stands under the embedding's name alone.
+    """Drop or rename entries so that a shared weight is only under the embedding's name.
 
-    Raises UserError where the config does not tie and one of the two is missing.
+    Raises UserError when the config does not tie and one of the two tensors is missing.
     """
     config = checkpoint.config()
     _restore_prefix(checkpoint)
@@ -74,10 +74,10 @@ def resolve_ties(checkpoint: Checkpoint) -> EmbeddingTables:
 
 
 def resolve_ties_of_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, bool]:
-    """(output layer that one difference changes together with the embedding, whether either model is tied).
+    """Resolve the ties of base and tuned.
 
-    Where only one of the two models is tied, its weight gets both names and the two differences travel
-    separately.
+    Returns the output layer that shares the embedding's difference (None if they have separate differences), and
+    whether either model is tied. If only one of the models is tied, its weight gets both names.
     """
     first, second = resolve_ties(base), resolve_ties(tuned)
     if first.shared and second.shared:
@@ -88,7 +88,7 @@ def resolve_ties_of_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[str | Non
 
 
 def _separate(checkpoint: Checkpoint, tables: EmbeddingTables) -> None:
-    """Give a shared weight both of its names."""
+    """Put a shared weight under both of its names."""
     if tables.shared:
         assert tables.embedding is not None
         assert tables.head is not None
@@ -117,13 +117,13 @@ def _declared(config: Mapping[str, Any], stores_both: bool) -> bool:
 
 
 def _find(checkpoint: Checkpoint, kind: WeightKind) -> Entry | None:
-    """The model's own table of this kind; those of prediction or vision parts have longer names."""
+    """The model's own tensor of this kind; the tensors of prediction or vision parts have longer names."""
     found = [entry for entry in checkpoint.entries.values() if classify(entry) is kind]
     return min(found, key=lambda entry: (entry.name.count("."), len(entry.name)), default=None)
 
 
 def _equal(checkpoint: Checkpoint, first: Entry, second: Entry) -> bool:
-    """Whether both hold the same numbers once they are loaded in the model's dtype."""
+    """Whether two tensors hold the same numbers after they are loaded in the model's dtype."""
     if first.shape != second.shape:
         return False
     config = checkpoint.config()
@@ -137,7 +137,7 @@ def _equal(checkpoint: Checkpoint, first: Entry, second: Entry) -> bool:
 
 
 def _restore_prefix(checkpoint: Checkpoint) -> None:
-    """Names of a decoder that was saved without its output layer get the `model.` that transformers adds."""
+    """Add the prefix `model.`, as transformers does, to the names of a decoder saved without its output layer."""
     names = checkpoint.entries
     if "embed_tokens.weight" in names and any(name.startswith("layers.") for name in names):
         heads = {entry.name for entry in names.values() if classify(entry) is WeightKind.HEAD}

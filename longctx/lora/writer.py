@@ -1,4 +1,4 @@
-"""Output folders that appear under their name only when complete."""
+"""Creates output folders that appear under their name only when they are complete."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from longctx.storage.files import replacing
 
 @contextmanager
 def output_folder(out: str, *, needed: int) -> Iterator[Path]:
-    """A folder to write into that is renamed to `out` when the block ends well and removed when it does not.
+    """Yield a folder to write into; it is renamed to `out` if the block succeeds and removed if it fails.
 
-    needed: bytes that will be written; checked against the disk before anything is.
-    Raises UserError when `out` exists or the disk is too small.
+    needed: bytes that will be written. Raises UserError, before anything is written, when `out` exists or the disk is
+    too small.
     """
     final = Path(out)
     if final.exists():
