@@ -171,7 +171,7 @@ def _estimate(
         tokens_per_rank=sizes.tokens,
         attention=attention,
         memory=memory,
-        flop=micro_steps * (tokens * products + shape.layers * scored) * machines.world,
+        flop=micro_steps * (products + shape.layers * scored) * machines.world,
         seconds=micro_steps * one + exposed,
         exposed=exposed,
         quicker=best.schedule if gain > 0.05 else None,
