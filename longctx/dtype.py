@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import UserError
+from longctx.storage.model import read_config
 
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig
@@ -38,7 +39,7 @@ def resolve(model: ModelConfig) -> tuple[ModelConfig, str]:
 
 def found(path: str) -> tuple[str, str]:
     """The dtype of the model at a folder or hub id, and in words where it was found."""
-    dtype, source = stated(_config(path)), "config.json"
+    dtype, source = stated(read_config(path)[0]), "config.json"
     if dtype is None:
         dtype, source = stored(Path(path)), "the stored weights, config.json names none"
     if dtype is None:
@@ -73,21 +74,3 @@ def stored(folder: Path) -> str | None:
         return None
     kinds = Counter(str(entry.get("dtype")) for name, entry in header.items() if name != "__metadata__")
     return next((_STORED.get(kind, kind.lower()) for kind, _ in kinds.most_common(1)), None)
-
-
-def _config(path: str) -> dict[str, Any]:
-    """The content of config.json; empty if it cannot be read, since loading the model reports that error."""
-    file: Path | str = Path(path) / "config.json"
-    if not Path(path).is_dir() and path.count("/") == 1 and path[0] not in "./~":
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            file = hf_hub_download(path, "config.json")
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
-            return {}
-    try:
-        values = json.loads(Path(file).read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longctx.errors import UserError
+from longctx.storage.model import read_config
 
 if TYPE_CHECKING:
     from longctx.config.model import InitConfig, MemoryConfig, ModelConfig
@@ -289,30 +290,7 @@ def config_json(path: str | Path) -> tuple[dict[str, Any], str]:
     Raises UserError when the file does not exist or is not a JSON object.
     """
     text = str(path)
-    if text == "???":  # Hydra's mark of a value that must be given
-        raise UserError("model.path is missing; give a folder or hub id as model.path=... (configs/model/path.yaml)")
-    file = Path(text) if text.endswith(".json") else Path(text) / "config.json"
-    if not file.is_file():
-        if Path(text).is_dir() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-            missing = "" if Path(text).exists() else " does not exist, and so"
-            raise UserError(
-                f"model.path={text}{missing} has no config.json; give a folder in Hugging Face format or a hub id"
-            )
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            file = Path(hf_hub_download(text, "config.json"))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"model.path={text} cannot be read from the hub: {first}") from None
-    try:
-        values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"model.path={text}: config.json is not JSON: {error} ({file})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"model.path={text}: config.json holds no JSON object ({file})")
-    return values, str(file)
+    return read_config(str(Path(text).parent) if text.endswith(".json") else text)
 
 
 def integer(config: Mapping[str, Any], key: str, source: str) -> int:

@@ -71,8 +71,11 @@ class Table:
                 )
 
     def _list_files(self) -> list[str]:
-        index = f"{self.stem}.safetensors.index.json"
+        # A single file goes before an index left beside it, as in transformers and peft.
+        single, index = f"{self.stem}.safetensors", f"{self.stem}.safetensors.index.json"
         self._index: dict[str, str] = {}
+        if self.source.exists(single):
+            return [single]
         if self.source.exists(index):
             found = read_object(self.source, index, self.what).get("weight_map")
             if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
@@ -81,9 +84,6 @@ class Table:
                 )
             self._index = found
             return sorted(set(self._index.values()))
-        single = f"{self.stem}.safetensors"
-        if self.source.exists(single):
-            return [single]
         if any(self.source.exists(name) for name in _PICKLES):
             raise UserError(
                 f"{self.what}={self.path} holds pickles (.bin), which run code when loaded; convert it to safetensors "
