@@ -1,7 +1,7 @@
-"""How a stage falls onto ranks: the one place that decides cp, nodes, schedule, Ulysses ranks and micro-batch.
+"""Decides how a stage runs on its ranks: cp, nodes, schedule, Ulysses ranks, micro-batch and attention kernel.
 
-`longctx plan`, the checks before a run starts and every rank of it ask the same functions, so that what is planned
-is what runs. Pure arithmetic: no processes, no torch.
+`longctx plan`, the checks before a run and every rank of the run call the same functions, so that a run does what was
+planned. The module is pure arithmetic, without processes and without torch.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ REFERENCE = "reference"
 
 @dataclass(frozen=True)
 class Machines:
-    """The ranks of a run: `world` of them, `ranks_per_node` on each node."""
+    """The `world` ranks of a run, with `ranks_per_node` on each node."""
 
     world: int
     ranks_per_node: int
 
     def inside_a_node(self, neighbours: int) -> bool:
-        """Whether every group of so many neighbouring ranks lies within one node."""
+        """Whether every group of `neighbours` consecutive ranks lies within one node."""
         return neighbours <= self.ranks_per_node and self.ranks_per_node % neighbours == 0
 
 
 @dataclass(frozen=True)
 class Decision:
-    """One stage on its ranks.
+    """How one stage runs on its ranks.
 
-    cp: ranks that share a sequence; dp = world / cp groups hold different ones. nodes, schedule, ulysses: how the cp
-    ranks attend. per_group: sequences of a data-parallel group per step; per_forward: of them in one forward pass.
+    cp ranks share a sequence, and dp = world / cp groups hold different sequences. nodes, schedule and ulysses say how
+    the cp ranks attend. Each group trains per_group sequences in a step and per_forward sequences in a forward pass.
     """
 
     cp: int
@@ -52,17 +52,21 @@ class Decision:
 
     @property
     def topology(self) -> Topology:
-        """The cp ranks as the schedule sees them."""
+        """The nodes of the cp ranks, and the ranks on each, as the schedule takes them."""
         return Topology(self.nodes, self.cp // self.nodes)
 
 
 def decide(
     stage: Stage, parallel: ParallelConfig, engine: EngineConfig, machines: Machines, heads: tuple[int, int]
 ) -> Decision:
-    """heads: the model's (query, kv) heads. Raises UserError for what the world, batch, length or heads refuse."""
+    """Decide how one stage runs.
+
+    heads: the model's (query, kv) heads. Raises UserError when the world, the batch, the length or the heads do not
+    allow what the config asks for.
+    """
     cp = choose_cp(stage, parallel, machines.world)
     share = shares(stage, engine, world=machines.world, cp=cp, rank=0, file=FILE)
-    ring = choose_ring(parallel, cp=cp, local_world=machines.ranks_per_node, stage=stage.name, heads=heads)
+    ring = choose_schedule(parallel, cp=cp, local_world=machines.ranks_per_node, stage=stage.name, heads=heads)
     return Decision(cp, share.dp, ring.nodes, ring.schedule, ring.ulysses, share.per_rank, share.per)
 
 
@@ -74,7 +78,7 @@ def decide_all(
     heads: tuple[int, int],
     dtype: str,
 ) -> list[Decision]:
-    """`decide` for every stage; also refuses an engine's contradictions and cp of a stage that does not exist."""
+    """Decide how every stage runs; also refuses a contradictory engine and a cp for a stage that does not exist."""
     stages = list(stages)
     check_engine(engine, dtype)
     names = [stage.name for stage in stages]
@@ -85,7 +89,7 @@ def decide_all(
 
 
 def check_engine(config: EngineConfig, dtype: str) -> None:
-    """Raises UserError for what the chosen engine cannot do. dtype: of the weights."""
+    """Raise UserError when the chosen engine cannot do what the config asks. dtype: the weights' dtype."""
     where = "configs/engine"
     if config.name == "deepspeed" and dtype == "float64":
         raise UserError("model.dtype=float64 is not something DeepSpeed trains; use engine=ddp (configs/model)")
@@ -95,11 +99,14 @@ def check_engine(config: EngineConfig, dtype: str) -> None:
             f"cannot hold; use engine.zero=2, which also holds less memory ({where}/deepspeed.yaml)"
         )
     if config.name == "ddp" and config.zero:
-        raise UserError(f"engine.zero={config.zero} is not something engine=ddp can do, it replicates "
-                        f"everything; use engine=deepspeed or engine.zero=0 ({where}/ddp.yaml)")  # fmt: skip
+        raise UserError(
+            f"engine.zero={config.zero} is not something engine=ddp can do, it replicates everything; use "
+            f"engine=deepspeed or engine.zero=0 ({where}/ddp.yaml)"
+        )
     if config.name == "deepspeed" and not config.zero:
-        raise UserError("engine.zero=0 shards nothing, which is engine=ddp; choose engine.zero=1, 2 or 3 "
-                        f"({where}/deepspeed.yaml)")  # fmt: skip
+        raise UserError(
+            f"engine.zero=0 shards nothing, which is engine=ddp; choose engine.zero=1, 2 or 3 ({where}/deepspeed.yaml)"
+        )
     if config.name == "ddp" and (config.offload_optimizer or config.offload_parameters):
         raise UserError(f"engine.offload_* needs engine=deepspeed ({where}/ddp.yaml)")
     if config.offload_parameters and config.zero != 3:
@@ -107,16 +114,19 @@ def check_engine(config: EngineConfig, dtype: str) -> None:
             f"engine.offload_parameters=true needs engine.zero=3, not {config.zero} ({where}/deepspeed.yaml)"
         )
     if config.secondary_partition != 1 and config.zero != 3:
-        raise UserError(f"engine.secondary_partition={config.secondary_partition} (hpZ) needs engine.zero=3 "
-                        f"({where}/deepspeed.yaml)")  # fmt: skip
+        raise UserError(
+            f"engine.secondary_partition={config.secondary_partition} (hpZ) needs engine.zero=3 "
+            f"({where}/deepspeed.yaml)"
+        )
 
 
 def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
-    """Ranks that hold one sequence of this stage. Raises UserError for a cp that the world or length refuses.
+    """The number of ranks that hold one sequence of this stage.
 
-    auto: the smallest divisor of the world for which a rank holds at most parallel.tokens_per_rank tokens
-    of a sequence and the batch divides over the groups; else the largest for which the batch divides. The layout pads
-    a length that cp does not divide.
+    auto takes the smallest divisor of the world for which a rank holds at most parallel.tokens_per_rank tokens of a
+    sequence and the groups divide the batch; if there is none, it takes the largest divisor whose groups divide the
+    batch. The layout pads a length that cp does not divide. Raises UserError when cp does not divide the world or
+    leaves a rank fewer than two tokens.
     """
     fixed = parallel.stages.get(stage.name, parallel.cp)
     key = f"parallel.stages.{stage.name}" if stage.name in parallel.stages else "parallel.cp"
@@ -135,44 +145,46 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
     fits = [cp for cp in fits if _long_enough(stage, cp)]
     if not fits:
         raise UserError(
-            f"curriculum.stages.{stage.name}: batch={stage.batch} sequences of {stage.seq_len} tokens fit no "
-            f"split of {world} ranks; take a batch that is a multiple of {world}, or a length of {2 * world} tokens or "
-            f"more ({FILE})"
+            f"curriculum.stages.{stage.name}: batch={stage.batch} sequences of {stage.seq_len} tokens fit no split of "
+            f"{world} ranks; take a batch that is a multiple of {world}, or a length of {2 * world} tokens or more "
+            f"({FILE})"
         )
     small = [cp for cp in fits if stage.seq_len <= parallel.tokens_per_rank * cp]
     return small[0] if small else fits[-1]
 
 
 def _long_enough(stage: Stage, cp: int) -> bool:
-    """Whether cp ranks can share a sequence: the layout's shortest is two tokens a rank."""
+    """Whether cp ranks can share a sequence: the layout needs two tokens on each rank."""
     return cp == 1 or stage.seq_len >= 2 * cp
 
 
 def tokens_per_rank(stage: Stage, cp: int) -> int:
-    """Tokens of one sequence on each of cp ranks, the layout's padding included."""
+    """Tokens of one sequence on each of cp ranks, including the layout's padding."""
     multiple = 2 if stage.layout == "zigzag" and cp > 1 else 1
     return -(-stage.seq_len // (cp * multiple)) * multiple
 
 
 @dataclass(frozen=True)
-class RingChoice:
-    """How cp ranks attend: over so many nodes, by which schedule, in groups of how many Ulysses ranks."""
+class ScheduleChoice:
+    """How cp ranks attend: the number of nodes, the schedule, and the number of ranks that split heads."""
 
     nodes: int
     schedule: str
     ulysses: int
 
 
-def choose_ring(
+def choose_schedule(
     parallel: ParallelConfig, *, cp: int, local_world: int, stage: str, heads: tuple[int, int] | None = None
-) -> RingChoice:
-    """local_world: ranks of a node. heads: (query, kv) heads, None: not looked at.
+) -> ScheduleChoice:
+    """Choose the schedule of the cp ranks.
 
-    auto: a flat ring within a node, a double ring over several, ulysses_ring where parallel.ulysses is above 1; a
-    ulysses_ring takes all ranks of a node. Raises UserError for what does not divide.
+    local_world: ranks of a node. heads: (query, kv) heads, or None to leave them unchecked. auto takes a flat ring
+    within a node, a double ring over several nodes, and ulysses_ring where parallel.ulysses is above 1; with
+    parallel.ulysses=auto a ulysses_ring takes all ranks of a node. Raises UserError when nodes, ranks or heads do not
+    divide.
     """
     if cp == 1:
-        return RingChoice(1, "flat_ring", 1)
+        return ScheduleChoice(1, "flat_ring", 1)
     nodes = parallel.nodes
     if isinstance(nodes, str):
         nodes = cp // local_world if cp > local_world and cp % local_world == 0 else 1
@@ -189,7 +201,7 @@ def choose_ring(
                 f"parallel.ulysses={wanted} with parallel.schedule={schedule}: only ulysses_ring exchanges heads; set "
                 f"parallel.schedule=ulysses_ring or leave parallel.ulysses at auto ({FILE})"
             )
-        return RingChoice(nodes, schedule, 1)
+        return ScheduleChoice(nodes, schedule, 1)
     h = cp // nodes if isinstance(wanted, str) else wanted
     if h < 1 or (cp // nodes) % h:
         raise UserError(f"parallel.ulysses={h} does not divide the {cp // nodes} ranks of a node among {where}")
@@ -198,14 +210,12 @@ def choose_ring(
             f"parallel.ulysses={h} cannot share out {heads[0]} query and {heads[1]} kv heads: it must divide the "
             f"first, and of it and the second one must divide the other ({FILE})"
         )
-    return RingChoice(nodes, schedule, h)
+    return ScheduleChoice(nodes, schedule, h)
 
 
 @dataclass(frozen=True)
 class Shares:
-    """How a stage's batch falls onto ranks: dp groups take consecutive sequences, `per` of them per
-    forward.
-    """
+    """How ranks share a stage's batch: each of dp groups takes per_rank consecutive sequences, `per` in a forward."""
 
     dp: int
     dp_rank: int
@@ -213,22 +223,24 @@ class Shares:
     per: int
 
     def sequences(self, cursor: int) -> list[list[int]]:
-        """Indices of this rank's sequences of the step that begins at the global `cursor`, by micro-batch."""
+        """Indices of this rank's sequences in the step that begins at the global `cursor`, one list per micro-batch."""
         first = cursor + self.dp_rank * self.per_rank
         mine = list(range(first, first + self.per_rank))
         return [mine[at : at + self.per] for at in range(0, len(mine), self.per)]
 
 
 def shares(stage: Stage, engine: EngineConfig, *, world: int, cp: int, rank: int, file: str) -> Shares:
-    """Raises UserError where the batch does not divide over the data-parallel groups."""
+    """Share a stage's batch among the data-parallel groups.
+
+    Raises UserError when the groups do not divide the batch, or the micro-batch does not divide a group's sequences.
+    """
     dp = world // cp
     if stage.batch % dp:
         fits = [c for c in range(cp, world + 1) if world % c == 0 and stage.batch % (world // c) == 0]
         hint = f"parallel.cp={fits[0]} fits, or" if fits else "take"
         raise UserError(
-            f"curriculum.stages.{stage.name}.batch={stage.batch} sequences cannot be shared by the {dp} "
-            f"data-parallel groups of {world} ranks with cp={cp}; {hint} a batch that is a multiple of {dp} "
-            f"({file})"
+            f"curriculum.stages.{stage.name}.batch={stage.batch} sequences cannot be shared by the {dp} data-parallel "
+            f"groups of {world} ranks with cp={cp}; {hint} a batch that is a multiple of {dp} ({file})"
         )
     per_rank = stage.batch // dp
     if engine.micro_batch == "auto":
@@ -238,15 +250,14 @@ def shares(stage: Stage, engine: EngineConfig, *, world: int, cp: int, rank: int
         if per < 1 or per_rank % per:
             fit = max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(per, 1))
             raise UserError(
-                f"engine.micro_batch={per} does not divide the {per_rank} sequences that stage {stage.name} "
-                f"gives each of the {dp} data-parallel groups; engine.micro_batch={fit} or auto fits "
-                "(configs/engine)"
+                f"engine.micro_batch={per} does not divide the {per_rank} sequences that stage {stage.name} gives each "
+                f"of the {dp} data-parallel groups; engine.micro_batch={fit} or auto fits (configs/engine)"
             )
     return Shares(dp, rank // cp, per_rank, per)
 
 
 def assumed_kernels(device: str, dtype: str, head_dim: int) -> dict[str, list[str]]:
-    """Why each attention kernel cannot serve on a machine that is only planned, where every package is installed."""
+    """The reasons why each attention kernel cannot serve on a planned machine, if every package is installed there."""
     fast = []
     if dtype != "bfloat16":
         fast.append(f"needs fp16 or bf16, got {dtype}")
@@ -258,10 +269,11 @@ def assumed_kernels(device: str, dtype: str, head_dim: int) -> dict[str, list[st
 
 
 def choose_kernel(device: str, dtype: str, serving: Mapping[str, Sequence[str]], wanted: str) -> str:
-    """The attention kernel of a run: `wanted`, or for auto the first that serves.
+    """The attention kernel of a run: `wanted`, or under auto the first that can serve.
 
-    device: cuda or cpu. serving: kernels in order of preference with the reasons why each cannot serve (none: it can).
-    Raises UserError for a named kernel that cannot serve, and on a GPU for auto where only the reference is left.
+    device: cuda or cpu. serving: the kernels in order of preference, each with the reasons why it cannot serve; an
+    empty list means that it can. Raises UserError when the named kernel cannot serve, and when auto finds only the
+    reference kernel on a GPU.
     """
     if wanted != "auto":
         if reasons := serving[wanted]:

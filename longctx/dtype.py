@@ -1,8 +1,8 @@
-"""The dtype a model is trained in: model.dtype, or what the model's own folder says.
+"""The dtype in which a model is trained: model.dtype, or the dtype that the model's folder names.
 
-Only config.json and, where it is silent, one safetensors header are read, so that planning and refusals need neither
-torch nor transformers. bfloat16 weights are trained through float32 masters (longctx.train), so a model keeps the
-dtype it came in; float16 becomes bfloat16, since training in float16 would need scaled gradients.
+Only config.json is read, and one safetensors header if config.json names no dtype, so planning and refusals need
+neither torch nor transformers. Training keeps float32 masters of bfloat16 weights (longctx.train), so a model keeps its
+dtype. float16 becomes bfloat16, because training in float16 would need scaled gradients.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import UserError
+from longctx.storage.model import read_config
 
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig
@@ -24,9 +25,9 @@ _STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float
 
 
 def resolve(model: ModelConfig) -> tuple[ModelConfig, str]:
-    """`model` with its dtype in place of auto, and where that dtype comes from, in words.
+    """Replace dtype=auto in `model`; returns the new config, and in words where the dtype was found.
 
-    Raises UserError where the folder names a dtype that cannot be trained (float8, int8).
+    Raises UserError when the folder names a dtype that cannot be trained (float8, int8).
     """
     if model.dtype != "auto":
         return model, "model.dtype"
@@ -37,8 +38,8 @@ def resolve(model: ModelConfig) -> tuple[ModelConfig, str]:
 
 
 def found(path: str) -> tuple[str, str]:
-    """(dtype, where it comes from) for the model at a folder or hub id."""
-    dtype, source = stated(_config(path)), "config.json"
+    """The dtype of the model at a folder or hub id, and in words where it was found."""
+    dtype, source = stated(read_config(path)[0]), "config.json"
     if dtype is None:
         dtype, source = stored(Path(path)), "the stored weights, config.json names none"
     if dtype is None:
@@ -54,14 +55,14 @@ def found(path: str) -> tuple[str, str]:
 
 
 def stated(config: Mapping[str, Any]) -> str | None:
-    """The dtype a config.json names, as transformers 5 reads it: `dtype`, or else version 4's `torch_dtype`."""
+    """The dtype that a config.json names, read as transformers 5 does: `dtype`, or else version 4's `torch_dtype`."""
     value = config.get("dtype") or config.get("torch_dtype")
     name = str(value).removeprefix("torch.") if isinstance(value, str) else None
     return None if name == "auto" else name
 
 
 def stored(folder: Path) -> str | None:
-    """The dtype of most tensors in the folder's first safetensors file, from its header; None without one."""
+    """The most frequent dtype in the header of the folder's first safetensors file; None without such a file."""
     file = next(iter(sorted(folder.glob("*.safetensors"))), None)
     if file is None:
         return None
@@ -69,25 +70,7 @@ def stored(folder: Path) -> str | None:
         with file.open("rb") as handle:
             size = int.from_bytes(handle.read(8), "little")
             header = json.loads(handle.read(size)) if size < 2**27 else {}
-    except (OSError, ValueError):  # loading says what is wrong with it
+    except (OSError, ValueError):  # loading the file reports what is wrong with it
         return None
     kinds = Counter(str(entry.get("dtype")) for name, entry in header.items() if name != "__metadata__")
     return next((_STORED.get(kind, kind.lower()) for kind, _ in kinds.most_common(1)), None)
-
-
-def _config(path: str) -> dict[str, Any]:
-    """The content of config.json; empty where it cannot be read, which whoever loads the model explains."""
-    file: Path | str = Path(path) / "config.json"
-    if not Path(path).is_dir() and path.count("/") == 1 and path[0] not in "./~":
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            file = hf_hub_download(path, "config.json")
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
-            return {}
-    try:
-        values = json.loads(Path(file).read_text())
-    except (OSError, ValueError):
-        return {}
-    return values if isinstance(values, dict) else {}

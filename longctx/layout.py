@@ -1,11 +1,11 @@
 """Which token of a sequence lies on which rank, and which rectangles of attention a pair of ranks shares.
 
-Index arithmetic only. Every layout reduces to *pieces*: runs of consecutive tokens of one document,
-ascending on each rank. Two facts make that enough (no mask is ever built): a rank's tokens of one document
-ascend, so its own block is one causal call per document; and of another rank's tokens of that document a
-query piece sees a prefix, so an off-diagonal pair is a few plain rectangles or nothing. Zigzag as in
-zhuzilin/ring-flash-attention (compare Striped Attention, 2311.09431); the document-wise layout cuts each
-long document itself into 2R pieces.
+This module is index arithmetic only. Every layout reduces to *pieces*: runs of consecutive tokens of one document, in
+ascending order on each rank. No mask is ever built, for two reasons. A rank's tokens of one document ascend, so the
+rank's own block is one causal call per document. A query piece sees a prefix of another rank's tokens of the same
+document, so an off-diagonal pair of ranks shares a few plain rectangles or nothing. The zigzag layout follows
+zhuzilin/ring-flash-attention (compare Striped Attention, 2311.09431). The documents layout cuts each long document
+into 2R pieces.
 
     S tokens of the sequence, N ranks = R ring positions x h Ulysses ranks
     L tokens of a position, n = L / h tokens of a rank
@@ -25,7 +25,7 @@ LAYOUT_KINDS: tuple[LayoutKind, ...] = ("contiguous", "zigzag", "documents")
 
 
 class Rect(NamedTuple):
-    """Queries [q0, q1) meet keys [k0, k1), all of them or causally (then both runs have one length)."""
+    """Queries [q0, q1) attend to keys [k0, k1): to all of them, or causally between two runs of equal length."""
 
     q0: int
     q1: int
@@ -35,12 +35,13 @@ class Rect(NamedTuple):
 
     @property
     def pairs(self) -> int:
+        """Query-key pairs that the rectangle computes."""
         n = self.q1 - self.q0
         return n * (n + 1) // 2 if self.causal else n * (self.k1 - self.k0)
 
 
 class Copy(NamedTuple):
-    """`length` tokens of block number `block` from `source` to `target` in the gathered, ascending order."""
+    """Copies `length` tokens of the `block`-th block from `source` to `target`, a place in the ascending order."""
 
     block: int
     source: int
@@ -49,8 +50,11 @@ class Copy(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
-    """One ring position's pieces in ascending order; `local` is where each begins on the position."""
+class DocumentPieces:
+    """The pieces of one ring position in ascending order.
+
+    doc: each piece's document. start, end: its tokens in the sequence. local: its first token on the position.
+    """
 
     doc: np.ndarray
     start: np.ndarray
@@ -59,25 +63,25 @@ class Pieces:
 
     @cached_property
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """The first and the last piece of each document here; a document's pieces follow one another."""
+        """The first and the last piece of each document here; the pieces of a document are adjacent."""
         change = np.flatnonzero(self.doc[1:] != self.doc[:-1]) + 1
         if not len(self.doc):
             return change, change
         return np.r_[0, change], np.r_[change, len(self.doc)] - 1
 
     def runs(self) -> list[tuple[int, int]]:
-        """(first local token, past the last) of each document on this position."""
+        """The local tokens [first, past) of each document on this position."""
         first, last = self.edges
         ends = self.local[last] + self.end[last] - self.start[last]
         return list(zip(self.local[first].tolist(), ends.tolist(), strict=True))
 
 
 class SequenceLayout:
-    """A sequence of `seq_len` tokens over `positions` ring positions of `ulysses` ranks each.
+    """Distributes a sequence of `seq_len` tokens over `positions` ring positions of `ulysses` ranks each.
 
-    `boundaries` are cu_seqlens [0, ..., seq_len] (None: one document). The layout owns the padding:
-    `padded_len` is the length it pads to, padding belongs to no document and has index -1. Raises
-    ValueError naming the argument for lengths below 2N and for boundaries that do not ascend to seq_len.
+    `boundaries` are cu_seqlens [0, ..., seq_len] (None: one document). The layout pads the sequence to `padded_len`
+    tokens; padding belongs to no document and has index -1. Raises ValueError, which names the argument, for lengths
+    below 2N and for boundaries that do not ascend to seq_len.
     """
 
     def __init__(
@@ -100,7 +104,7 @@ class SequenceLayout:
         self.rank_len = self.position_len // ulysses
         self.padded_len = self.position_len * positions
         self._rects: dict[tuple, list[Rect]] = {}
-        self._orders: dict[tuple[int, ...], tuple[Pieces, list[Copy]]] = {}
+        self._orders: dict[tuple[int, ...], tuple[DocumentPieces, list[Copy]]] = {}
 
     @property
     def padding(self) -> int:
@@ -108,17 +112,17 @@ class SequenceLayout:
 
     @cached_property
     def segments(self) -> list[np.ndarray]:
-        """Per position: [k, 2] (start, length) runs of the sequence in ascending order, padding left out."""
+        """The runs [k, 2] of (start, length) that each position holds, in ascending order and without padding."""
         if self.kind == "documents":
             return _document_segments(self.boundaries, self.count, self.position_len)
         return _chunk_segments(self.seq_len, self.count, self.position_len, self.kind)
 
     @cached_property
-    def pieces(self) -> list[Pieces]:
+    def pieces(self) -> list[DocumentPieces]:
         return [_cut(segments, self.boundaries) for segments in self.segments]
 
     def indices(self, rank: int) -> np.ndarray:
-        """int64 [n]: the index in the sequence of each token of `rank`, -1 for padding."""
+        """The index in the sequence of each token of `rank`, -1 for padding; int64 [n]."""
         position, u = divmod(rank, self.ulysses)
         whole = np.full(self.position_len, -1, np.int64)
         at = 0
@@ -128,7 +132,7 @@ class SequenceLayout:
         return whole[u * self.rank_len : (u + 1) * self.rank_len]
 
     def positions(self, rank: int, *, restart: bool = False) -> np.ndarray:
-        """int64 [n]: RoPE positions, through the sequence or restarting with each document; padding is 0."""
+        """RoPE positions, counted through the sequence or from each document's start; int64 [n], 0 for padding."""
         indices = self.indices(rank)
         real = np.maximum(indices, 0)
         if restart:
@@ -136,7 +140,7 @@ class SequenceLayout:
         return np.where(indices < 0, 0, real)
 
     def local_boundaries(self, rank: int) -> np.ndarray:
-        """int64 [d+1]: cu_seqlens of the documents among `rank`'s own tokens (padding past the last)."""
+        """cu_seqlens of the documents among `rank`'s own tokens, int64 [d + 1]; padding comes after the last."""
         indices = self.indices(rank)
         real = indices[indices >= 0]
         doc = np.searchsorted(self.boundaries, real, side="right")
@@ -144,7 +148,7 @@ class SequenceLayout:
 
     @cached_property
     def work(self) -> np.ndarray:
-        """bool [R, R]: do queries of position i meet keys of position j?"""
+        """Whether queries of position i attend to keys of position j; bool [R, R]."""
         meets = np.eye(self.count, dtype=bool)
         places: dict[int, list[tuple[int, int, int]]] = {}
         for position, pieces in enumerate(self.pieces):
@@ -159,10 +163,10 @@ class SequenceLayout:
         return meets
 
     def rects(self, position: int, blocks: tuple[int, ...], part: tuple[int, int] = (0, 1)) -> list[Rect]:
-        """The work of `position`'s queries with the keys of `blocks`, the keys in `gather_order`.
+        """The rectangles between the queries of `position` and the keys of `blocks`, which lie in `gather_order`.
 
-        `blocks == (position,)` is the diagonal, one causal rectangle per document; `part` (i, n) takes the
-        i-th of n shares of it, the last about half of the work.
+        `blocks == (position,)` is the diagonal: one causal rectangle per document. Only the diagonal is divided:
+        `part` (i, n) takes the i-th of n shares, of which the last has about half of the work.
         """
         key = (position, blocks, part)
         if key not in self._rects:
@@ -192,15 +196,15 @@ class SequenceLayout:
         return rects
 
     def gather_order(self, blocks: tuple[int, ...]) -> list[Copy]:
-        """The copies that bring the tokens of several blocks into ascending order; one block needs none."""
+        """The copies that bring the tokens of several blocks into ascending order."""
         return self._gathered(blocks)[1]
 
-    def _gathered(self, blocks: tuple[int, ...]) -> tuple[Pieces, list[Copy]]:
+    def _gathered(self, blocks: tuple[int, ...]) -> tuple[DocumentPieces, list[Copy]]:
         if blocks not in self._orders:
             self._orders[blocks] = self._order(blocks)
         return self._orders[blocks]
 
-    def _order(self, blocks: tuple[int, ...]) -> tuple[Pieces, list[Copy]]:
+    def _order(self, blocks: tuple[int, ...]) -> tuple[DocumentPieces, list[Copy]]:
         if len(blocks) == 1:
             return self.pieces[blocks[0]], [Copy(0, 0, 0, self.position_len)]
         parts = [self.pieces[b] for b in blocks]
@@ -218,27 +222,27 @@ class SequenceLayout:
                 last = copies.pop()
                 s, t, n = last.source, last.target, last.length + n
             copies.append(Copy(b, s, t, n))
-        return Pieces(doc, start, end, target), copies
+        return DocumentPieces(doc, start, end, target), copies
 
     def loads(self) -> np.ndarray:
-        """int64 [R]: query-key pairs per ring position."""
+        """Query-key pairs of each ring position; int64 [R]."""
         return np.array([_pairs(p, self.boundaries) for p in self.pieces])
 
     def imbalance(self) -> float:
-        """max / mean of the positions' query-key pairs; 1.0 is perfect."""
+        """The largest number of query-key pairs of a position, divided by the mean; 1.0 is perfect balance."""
         loads = self.loads()
         return float(loads.max() / loads.mean())
 
 
 def check_boundaries(boundaries: np.ndarray | None, seq_len: int) -> np.ndarray:
-    """cu_seqlens as int64 [documents + 1]; ValueError unless they ascend strictly from 0 to seq_len."""
+    """cu_seqlens as int64 [documents + 1]; raises ValueError unless they ascend strictly from 0 to seq_len."""
     if boundaries is None:
         return np.array([0, seq_len], np.int64)
     array = np.asarray(boundaries)
     if array.ndim != 1 or len(array) < 2 or not np.issubdtype(array.dtype, np.integer):
         raise ValueError(
-            f"documents has shape {array.shape} and type {array.dtype}: boundaries are integers "
-            f"[0, ..., {seq_len}], the cu_seqlens of the whole sequence (a dense mask is never needed)"
+            f"documents has shape {array.shape} and type {array.dtype}: boundaries are integers [0, ..., {seq_len}], "
+            "the cu_seqlens of the whole sequence (a dense mask is never needed)"
         )
     array = array.astype(np.int64)
     if array[0] != 0 or array[-1] != seq_len:
@@ -254,7 +258,7 @@ def check_boundaries(boundaries: np.ndarray | None, seq_len: int) -> np.ndarray:
 
 
 def _position_len(seq_len: int, positions: int, ulysses: int, kind: LayoutKind) -> int:
-    """Tokens of a position: a multiple of 2 in zigzag (two equal chunks) and of the Ulysses ranks."""
+    """Tokens of a position: a multiple of the Ulysses ranks, and of 2 in zigzag (two equal chunks)."""
     multiple = math.lcm(2, ulysses) if kind == "zigzag" else ulysses
     return -(-seq_len // (positions * multiple)) * multiple
 
@@ -270,7 +274,7 @@ def _chunk_segments(seq_len: int, positions: int, length: int, kind: LayoutKind)
     return result
 
 
-def _cut(segments: np.ndarray, boundaries: np.ndarray) -> Pieces:
+def _cut(segments: np.ndarray, boundaries: np.ndarray) -> DocumentPieces:
     """Cut segments at the document boundaries inside them."""
     starts, ends = [], []
     for start, length in segments:
@@ -281,20 +285,21 @@ def _cut(segments: np.ndarray, boundaries: np.ndarray) -> Pieces:
     start = np.concatenate(starts) if starts else np.zeros(0, np.int64)
     end = np.concatenate(ends) if ends else np.zeros(0, np.int64)
     doc = np.searchsorted(boundaries, start, side="right") - 1
-    return Pieces(doc, start, end, np.cumsum(end - start) - (end - start))
+    return DocumentPieces(doc, start, end, np.cumsum(end - start) - (end - start))
 
 
-def _pairs(pieces: Pieces, boundaries: np.ndarray) -> int:
-    """Sum over the tokens t of (t - document start + 1)."""
+def _pairs(pieces: DocumentPieces, boundaries: np.ndarray) -> int:
+    """Query-key pairs of the pieces: the sum over their tokens t of (t - document start + 1)."""
     first = pieces.start - boundaries[pieces.doc] + 1
     n = pieces.end - pieces.start
     return int((n * first + n * (n - 1) // 2).sum())
 
 
 def _document_segments(boundaries: np.ndarray, positions: int, length: int) -> list[np.ndarray]:
-    """Cut as few documents as balance the positions: the longest threshold within 5 %, else the best one.
+    """Cut only as many documents as balance needs.
 
-    Documents at or above the threshold are cut into 2R pieces each; the rest fill the positions up in order.
+    Documents at or above a threshold are cut into 2R pieces each, and the others fill the positions in order. The
+    highest threshold that balances the positions to 5 % is taken, or else the one that balances best.
     """
     lengths = np.diff(boundaries)
     seen, best, best_load = set(), None, math.inf
@@ -316,10 +321,10 @@ def _document_segments(boundaries: np.ndarray, positions: int, length: int) -> l
 
 
 def _place(boundaries: np.ndarray, cut: np.ndarray, positions: int, length: int) -> list[np.ndarray]:
-    """Pieces r and 2R-1-r of each cut document go to position r.
+    """Give pieces r and 2R-1-r of each cut document to position r, then fill the positions with the other documents.
 
-    Left-over tokens go round robin, so that positions differ by one token at most before the uncut documents
-    fill each up to `length`.
+    Tokens that 2R does not divide go round robin, so the positions differ by at most one token before the uncut
+    documents fill each of them up to `length`.
     """
     placed: list[list[tuple[int, int]]] = [[] for _ in range(positions)]
     turn = 0
@@ -360,9 +365,9 @@ def _joined(runs: list[tuple[int, int]]) -> np.ndarray:
 
 
 def _shares(rects: list[Rect], count: int) -> list[list[Rect]]:
-    """Deal the diagonal's rectangles into `count` shares: half the work to the last, the rest to the others.
+    """Divide the diagonal's rectangles into `count` shares: the last gets half of the work, the others the rest.
 
-    A document with more than a quarter of the work is cut: two causal halves and the square below them.
+    A document with more than a quarter of the work is cut into two causal halves and the square below them.
     """
     total = sum(r.pairs for r in rects)
     units: list[Rect] = []

@@ -1,7 +1,7 @@
-"""A decoder's numbers: sizes, weights, bytes per token and flop per token, from its config.json or from model.init.
+"""The numbers of a decoder: sizes, weights, bytes per token and flop per token, from config.json or model.init.
 
-Only JSON is read, so neither torch nor transformers is needed. A key that config.json leaves out has the value that
-transformers' configuration class gives it, and a value that transformers cannot build a model from is refused.
+The module reads only JSON, so it needs neither torch nor transformers. A key that config.json leaves out takes the
+default of transformers' configuration class. A value from which transformers cannot build a model is refused.
 
 Letters: E hidden, H heads, Q = H x head_dim, K = kv heads x head_dim, F feed-forward, b bytes per element.
 """
@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from longctx.errors import UserError
+from longctx.storage.model import read_config
 
 if TYPE_CHECKING:
     from longctx.config.model import InitConfig, MemoryConfig, ModelConfig
 
 
 class Defaults(NamedTuple):
-    """What a family's configuration class in transformers 5.23 takes for keys that config.json leaves out.
+    """Defaults of an architecture's configuration class in transformers 5.23, for keys that config.json leaves out.
 
-    window: max_position_embeddings. head_dim, kv_heads: None where they follow from hidden_size and the heads.
-    not_null: those of head_dim and num_key_value_heads with which no model is built when they are null.
+    window: max_position_embeddings. head_dim, kv_heads: None if they follow from hidden_size and the heads. tied:
+    whether embedding and head share a table. not_null: the keys for which transformers refuses a null.
     """
 
     window: int
@@ -41,21 +42,21 @@ DEFAULTS: dict[str, Defaults] = {
     "qwen3": Defaults(32768, 128, 32, False, frozenset({"head_dim"})),
     "gemma": Defaults(8192, 256, 16, True, frozenset({"head_dim", "num_key_value_heads"})),
 }
-# Biases beside those that attention_bias and mlp_bias ask for, and norms per head.
-_QKV_BIAS = {"qwen2"}
-_ATTENTION_BIAS = {"llama", "qwen3", "gemma"}
-_MLP_BIAS = {"llama"}
-_HEAD_NORMS = {"qwen3"}
+_QKV_BIAS = {"qwen2"}  # q, k and v always have a bias
+_ATTENTION_BIAS = {"llama", "qwen3", "gemma"}  # attention_bias=true adds a bias to q, k, v and o
+_MLP_BIAS = {"llama"}  # mlp_bias=true adds a bias to the feed-forward
+_HEAD_NORMS = {"qwen3"}  # q and k have a norm over each head
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that a token of training costs on one device (docs/memory.md); kept and products are per layer.
+    """Bytes that one token needs on its device during training (docs/memory.md).
 
-    kept: (E + Q) b + 4 H, every layer's input, attention output and lse. products: (Q + 2 K + E + 2 F) b, a layer
-    that keeps its matrix products (q k v, o, gate, up). working: (2 E + 3 Q + 5 K) b, the layer whose attention runs
-    backward (the residual's gradient and the normed input; q, gradients of attention output and q; k, v, theirs).
-    ends: 2 E b at the loss, the last hidden states and their gradient.
+    kept: (E + Q) b + 4 H for each layer's input, attention output and lse.
+    products: (Q + 2 K + E + 2 F) b for each layer that saves its matrix products (q, k, v, o, gate, up).
+    working: (2 E + 3 Q + 5 K) b for the layer whose attention runs backward: the gradient of the residual, the normed
+    input, q, the gradients of q and of the attention output, and k and v with their gradients.
+    ends: 2 E b at the loss, for the last hidden states and their gradient.
     """
 
     layers: int
@@ -65,16 +66,16 @@ class Footprint:
     ends: int
 
     def per_token(self, keep_matmuls: int = 0) -> int:
-        """What one more token costs at the peak, with that many layers keeping their products.
+        """Bytes that one more token adds to the peak when `keep_matmuls` layers save their products.
 
-        Without products the peak is the last layer's backward; with them it comes earlier, at the loss, since
-        the backward frees a layer's products before its attention runs.
+        Without saved products the peak lies in the last layer's backward. With them it lies earlier, at the loss,
+        because the backward frees a layer's products before its attention runs.
         """
         most = self.working if keep_matmuls == 0 else keep_matmuls * self.products + self.ends
         return self.layers * self.kept + most
 
     def kept_layers(self, memory: MemoryConfig, tokens: int) -> int:
-        """Layers that keep their products in a forward pass of `tokens` tokens, as training decides and plan counts."""
+        """Layers that save their products in a forward pass of `tokens` tokens; training and `plan` both use this."""
         if not memory.checkpoint:
             return self.layers
         if memory.keep_matmuls == "auto":
@@ -82,7 +83,7 @@ class Footprint:
         return min(memory.keep_matmuls, self.layers)
 
     def fitting(self, tokens: int, budget: float) -> int:
-        """Layers that can keep their products when `budget` bytes may be saved from forward to backward."""
+        """Layers that can save their products if the forward may save `budget` bytes for the backward."""
         left = budget / tokens - self.layers * self.kept - self.ends
         return max(0, min(self.layers, int(left // self.products)))
 
@@ -91,16 +92,15 @@ class Footprint:
 class Flops:
     """Floating point operations of a training step, for MFU, HFU and the planner.
 
-    MFU (PaLM, Chowdhery et al. 2204.02311, appendix B): forward and backward of every matrix product, 6 per
-    weight and token, plus attention. Attention is counted causally and per document, as it is computed: a
-    query-key pair costs 4 H D in the forward (scores and values, 2 each) and twice that in the backward; PaLM's
-    formula counts the full square and would flatter long sequences. The embedding's gather is free, the head's
-    product is not, and norms and biases take part in no product. HFU adds what is recomputed on purpose: with
-    activation checkpointing every layer's products run forward once more, and the flash backward forms the scores
-    again (2 H D per pair); the attention forward itself is kept.
+    MFU (PaLM, Chowdhery et al. 2204.02311, appendix B) counts the forward and backward of every matrix product, 6 per
+    weight and token, and attention. Attention is counted causally and per document, as it is computed: a query-key
+    pair costs 4 H D in the forward (2 for the scores, 2 for the values) and twice that in the backward. PaLM's formula
+    counts the full square and would flatter long sequences. The embedding's gather, norms and biases count nothing;
+    the head's product counts. HFU adds recomputation: activation checkpointing runs every layer's products forward
+    once more, and the flash backward computes the scores again (2 H D per pair). The attention forward runs once.
 
-    matmul_weights: weights used in matrix products, the head included; layer_weights: without it. pair: heads x
-    head size, summed over layers.
+    matmul_weights: weights in matrix products, including the head. layer_weights: the same without the head.
+    pair: heads x head size, summed over layers. recompute: whether activation checkpointing is on.
     """
 
     matmul_weights: int
@@ -109,24 +109,24 @@ class Flops:
     recompute: bool
 
     def model(self, tokens: float, pairs: float) -> float:
-        """FLOP that the mathematics asks for."""
+        """FLOP that the model needs, without recomputation (for MFU)."""
         return 6.0 * self.matmul_weights * tokens + 12.0 * self.pair * pairs
 
     def hardware(self, tokens: float, pairs: float) -> float:
-        """FLOP that are executed."""
+        """FLOP that the device executes, including recomputation (for HFU)."""
         return self.products(tokens) + 14.0 * self.pair * pairs
 
     def products(self, tokens: float) -> float:
-        """FLOP that are executed outside attention."""
+        """FLOP that the device executes outside attention, including recomputation."""
         again = 2.0 * self.layer_weights * tokens if self.recompute else 0.0
         return 6.0 * self.matmul_weights * tokens + again
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder of `layers` blocks: grouped-query attention and a gated feed-forward network.
+    """The sizes of a decoder whose blocks have grouped-query attention and a gated feed-forward network.
 
-    tied: whether embedding and head are one table. vectors: norm weights and biases of one block.
+    tied: whether embedding and head share one table. vectors: norm weights and biases of one block, counted.
     """
 
     layers: int
@@ -151,7 +151,7 @@ class Shape:
 
     @property
     def projections(self) -> dict[str, tuple[int, int]]:
-        """(rows, columns) of the matrices of one block."""
+        """The shapes (rows, columns) of the matrices of one block."""
         return {
             "q_proj": (self.query, self.hidden),
             "k_proj": (self.kv, self.hidden),
@@ -164,22 +164,22 @@ class Shape:
 
     @property
     def layer_weights(self) -> int:
-        """Weights of one block's matrix products."""
+        """Weights in the matrix products of one block."""
         return sum(rows * columns for rows, columns in self.projections.values())
 
     @property
     def matmul_weights(self) -> int:
-        """Weights that take part in matrix products: all blocks and the head."""
+        """Weights in the matrix products of all blocks and the head."""
         return self.layers * self.layer_weights + self.vocab * self.hidden
 
     @property
     def parameters(self) -> int:
-        """All weights, norms and biases included; a tied table counts once."""
+        """The number of parameters, including norms and biases; a tied table counts once."""
         tables = self.vocab * self.hidden * (1 if self.tied else 2)
         return self.layers * (self.layer_weights + self.vectors) + tables + self.hidden
 
     def footprint(self, itemsize: int) -> Footprint:
-        """Bytes per token when an activation takes `itemsize` bytes; the lse is kept in fp32, of fp64 in fp64."""
+        """Bytes per token for activations of `itemsize` bytes; the lse is saved in fp32, or fp64 for fp64."""
         e, q, k, f = self.hidden, self.query, self.kv, self.ffn
         return Footprint(
             layers=self.layers,
@@ -190,15 +190,15 @@ class Shape:
         )
 
     def flops(self, *, recompute: bool) -> Flops:
-        """recompute: activation checkpointing runs every block's products forward once more."""
+        """Flop per token; with `recompute`, activation checkpointing runs every block's products forward once more."""
         pair = self.layers * self.query
         return Flops(self.matmul_weights, self.layers * self.layer_weights, pair, recompute)
 
 
 def shape_of(config: Mapping[str, Any], source: str) -> Shape:
-    """The shape in a config.json's content, or in transformers' config.to_dict().
+    """The shape that a config.json, or transformers' config.to_dict(), describes.
 
-    source: the file, for messages. Raises UserError where a number is missing or is not a positive integer.
+    source: the file, for messages. Raises UserError when a number is missing or is not a positive integer.
     """
     inner = text_section(config)
     hidden, heads = integer(inner, "hidden_size", source), integer(inner, "num_attention_heads", source)
@@ -220,7 +220,7 @@ def shape_of(config: Mapping[str, Any], source: str) -> Shape:
 
 
 def shape_of_init(init: InitConfig) -> Shape:
-    """The shape of a model that is drawn at random."""
+    """The shape of a randomly initialised model."""
     values = {
         "model_type": init.family,
         "num_hidden_layers": init.layers,
@@ -236,12 +236,12 @@ def shape_of_init(init: InitConfig) -> Shape:
 
 
 def shape_of_model(model: ModelConfig) -> Shape:
-    """The shape of the model that `model` loads or draws; reads at most its config.json."""
+    """The shape of the model that `model` loads or initialises; reads at most its config.json."""
     return shape_of_init(model.init) if model.init is not None else shape_of(*config_json(str(model.path)))
 
 
 def head_dim_of(config: Mapping[str, Any], source: str) -> int:
-    """The size of an attention head: head_dim, the family's own, or hidden_size / num_attention_heads."""
+    """The size of an attention head: head_dim, the architecture's default, or hidden_size / num_attention_heads."""
     inner, known = text_section(config), DEFAULTS.get(model_type_of(config))
     said = _said(config, "head_dim", source)
     if said is not None:
@@ -258,14 +258,14 @@ def head_dim_of(config: Mapping[str, Any], source: str) -> int:
 
 
 def kv_heads_of(config: Mapping[str, Any], source: str) -> int:
-    """Key and value heads: num_key_value_heads, the family's own number, or as many as query heads."""
+    """Key and value heads: num_key_value_heads, the architecture's default, or the number of query heads."""
     inner, known = text_section(config), DEFAULTS.get(model_type_of(config))
     own = known.kv_heads if known and "num_key_value_heads" not in inner else None
     return _said(config, "num_key_value_heads", source) or own or integer(inner, "num_attention_heads", source)
 
 
 def tied_of(config: Mapping[str, Any]) -> bool:
-    """Whether embedding and head are one table; a multimodal config's own key decides before its text section's."""
+    """Whether embedding and head share one table; in a multimodal config the outer key wins over the text section's."""
     for section in (config, text_section(config)):
         if section.get("tie_word_embeddings") is not None:
             return bool(section["tie_word_embeddings"])
@@ -274,50 +274,27 @@ def tied_of(config: Mapping[str, Any]) -> bool:
 
 
 def text_section(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's part of a multimodal config, or the config itself."""
+    """The text section of a multimodal config, or the config itself."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config
 
 
 def model_type_of(config: Mapping[str, Any]) -> str:
-    """The text model's model_type, "" where the config names none."""
+    """The text model's model_type, or "" if the config names no type."""
     return str(text_section(config).get("model_type") or "").removesuffix("_text")
 
 
 def config_json(path: str | Path) -> tuple[dict[str, Any], str]:
-    """(content, file) of the config.json in a folder, at a hub id, or at the file itself.
+    """The content and the file name of a config.json. path: its folder, a hub id, or the file itself.
 
-    Raises UserError when there is none, or when it is not a JSON object.
+    Raises UserError when the file does not exist or is not a JSON object.
     """
     text = str(path)
-    if text == "???":  # Hydra's mark of a value that must be given
-        raise UserError("model.path is missing; give a folder or hub id as model.path=... (configs/model/path.yaml)")
-    file = Path(text) if text.endswith(".json") else Path(text) / "config.json"
-    if not file.is_file():
-        if Path(text).is_dir() or text.startswith((".", "/", "~")) or text.count("/") != 1:
-            missing = "" if Path(text).exists() else " does not exist, and so"
-            raise UserError(
-                f"model.path={text}{missing} has no config.json; give a folder in Hugging Face format or a hub id"
-            )
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            file = Path(hf_hub_download(text, "config.json"))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise UserError(f"model.path={text} cannot be read from the hub: {first}") from None
-    try:
-        values = json.loads(file.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"model.path={text}: config.json is not JSON: {error} ({file})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"model.path={text}: config.json holds no JSON object ({file})")
-    return values, str(file)
+    return read_config(str(Path(text).parent) if text.endswith(".json") else text)
 
 
 def integer(config: Mapping[str, Any], key: str, source: str) -> int:
-    """A positive integer of config.json; transformers takes neither "64" nor 64.0 nor null for one."""
+    """The positive integer under `key`; like transformers, it refuses "64", 64.0 and null."""
     if key not in config:
         raise UserError(f"{key} is missing; without it the decoder's size is not known; add it ({source})")
     value = config[key]
@@ -327,7 +304,7 @@ def integer(config: Mapping[str, Any], key: str, source: str) -> int:
 
 
 def _said(config: Mapping[str, Any], key: str, source: str) -> int | None:
-    """The number under `key`, None where it is absent or null; UserError for a null that builds no model."""
+    """The number under `key`, or None if it is absent or null; raises UserError if transformers refuses the null."""
     inner, family = text_section(config), model_type_of(config)
     if inner.get(key) is not None:
         return integer(inner, key, source)
@@ -341,6 +318,7 @@ def _said(config: Mapping[str, Any], key: str, source: str) -> int | None:
 
 
 def _vectors(inner: Mapping[str, Any], hidden: int, query: int, kv: int, ffn: int, head_dim: int) -> int:
+    """Norm weights and biases of one block, counted."""
     family = str(inner.get("model_type") or "")
     found = 2 * hidden
     if family in _HEAD_NORMS:

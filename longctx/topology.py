@@ -1,7 +1,7 @@
-"""Where the ranks of a context-parallel group sit: M nodes of W ranks, and what their links carry.
+"""The topology of a context-parallel group: M nodes of W ranks each, and the links between them.
 
-Ranks are numbered node-major (rank = node * W + local), as torchrun and Slurm's block distribution do, so
-that "inside a node" is integer arithmetic.
+Ranks are numbered node by node (rank = node * W + local), as torchrun and Slurm's block distribution number them, so
+integer arithmetic tells whether two ranks share a node.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Level = Literal["inner", "outer"]
 
 @dataclass(frozen=True)
 class Link:
-    """One direction of a link: `bandwidth` in bytes per second, `latency` in seconds."""
+    """One direction of a link, with its `bandwidth` in bytes per second and its `latency` in seconds."""
 
     bandwidth: float
     latency: float = 0.0
@@ -26,7 +26,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Topology:
-    """M `nodes` of W `ranks` each."""
+    """A group of M `nodes` with W `ranks` on each."""
 
     nodes: int = 1
     ranks: int = 1
@@ -43,12 +43,12 @@ class Topology:
         return rank // self.ranks
 
     def level(self, a: int, b: int) -> Level:
-        """The link level a message from rank `a` to rank `b` travels over."""
+        """The level of the link that carries a message from rank `a` to rank `b`."""
         return "inner" if self.node_of(a) == self.node_of(b) else "outer"
 
 
 def split(world_size: int, nodes: int) -> Topology:
-    """N ranks over `nodes` nodes of equal size; ValueError when N is not a product."""
+    """Put N ranks on `nodes` nodes of equal size; raises ValueError unless `nodes` divides N."""
     if nodes < 1 or world_size % nodes:
         raise ValueError(f"nodes={nodes} does not divide the {world_size} ranks: N must be nodes * ranks per node")
     return Topology(nodes, world_size // nodes)

@@ -13,13 +13,13 @@ from longctx.config.base import build
 from longctx.config.model import KernelName
 from longctx.config.plan import PlanConfig
 from longctx.config.train import TrainConfig
-from longctx.decide import CUDA_KERNELS, Machines, assumed_kernels, choose_kernel, decide
+from longctx.decide import CUDA_KERNELS, Machines, assumed_kernels, choose_kernel, decide, decide_all
 from longctx.errors import UserError
+from longctx.planner.estimate import estimate_all, links_of
 from longctx.planner.memory import need
 from longctx.planner.run import document
-from longctx.planner.stage import estimate_all, links_of
 from longctx.shape import shape_of_model
-from longctx.train.run import check, resolve_stages
+from longctx.train.run import resolve_stages
 from longctx.train.runfolder import with_dtype
 
 HEADS = [(8, 8), (8, 2), (6, 3), (4, 1)]
@@ -59,10 +59,10 @@ def trained(made: dict[str, Any], nodes: int, ranks: int) -> Any:
     try:
         config = with_dtype(build(TrainConfig, made, origin="test"))
         stages = resolve_stages(config)
-        check(config, stages, nodes * ranks, ranks)
         shape = shape_of_model(config.model)
-        machines = Machines(nodes * ranks, ranks)
-        found = decide(stages[0], config.parallel, config.engine, machines, (shape.heads, shape.kv_heads))
+        machines, heads = Machines(nodes * ranks, ranks), (shape.heads, shape.kv_heads)
+        decide_all(stages, config.parallel, config.engine, machines, heads, config.model.dtype)
+        found = decide(stages[0], config.parallel, config.engine, machines, heads)
         return {key: getattr(found, key) for key in ("cp", "dp", "nodes", "schedule", "ulysses", "per_forward")}
     except UserError as error:
         return str(error)
@@ -131,15 +131,15 @@ def test_layers_that_keep_products_are_counted_as_training_keeps_them(budget):
 
 def _trained_bytes(config: TrainConfig, tokens: int) -> float:
     """Bytes per token that a real model's layers keep, told to keep by training's own plan."""
-    from longctx.model.layer import plan_layers, train_layers
+    from longctx.model.layer import set_save_policies, train_layers
     from longctx.model.load import init_from
     from longctx.model.saved import attention_only
 
     assert config.model.init is not None
     model = init_from(config.model.init)
     train_layers(model)
-    plan_layers(model, config.model.memory, tokens=tokens, store=None)
-    keeping = sum(layer.plan.attention is not attention_only for layer in model.model.layers)
+    set_save_policies(model, config.model.memory, tokens=tokens, store=None)
+    keeping = sum(layer.save_policy.attention is not attention_only for layer in model.model.layers)
     cost = shape_of_model(config.model).footprint(4)
     return cost.layers * cost.kept + keeping * cost.products
 

@@ -15,7 +15,7 @@ import torch
 
 from longctx import doctor
 from longctx.attention.kernels import KERNELS
-from longctx.cli import load
+from longctx.config.compose import load
 from longctx.config.doctor import DoctorConfig
 from longctx.errors import UserError
 from longctx.verbs import VERBS

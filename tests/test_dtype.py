@@ -68,7 +68,7 @@ def test_spellings(word, dtype):
 
 @pytest.mark.parametrize("word", ["half", "fp16", "float16", "bfloat", "int8"])
 def test_other_words_are_refused(word):
-    with pytest.raises(UserError, match=rf"dtype='{word}' (is not trained|is not one of)"):
+    with pytest.raises(UserError, match=r"dtype='\S+' is not one of 'auto'"):
         build(ModelConfig, {"path": "x", "dtype": word}, origin="test")
 
 
@@ -119,5 +119,8 @@ def test_a_run_keeps_its_dtype_whatever_auto_would_say(tmp_path, documents):
     assert runfolder.with_dtype(auto).model.dtype == "float32"
     runfolder.prepare(auto)
     assert runfolder.read(tmp_path / "run" / "config.yaml").model.dtype == "float32"
+    mark = tmp_path / "run/stages/s64/checkpoints/step00000002/manifest.json"  # without a step it has no identity
+    mark.parent.mkdir(parents=True)
+    mark.write_text("{}")
     with pytest.raises(UserError, match=r"model.dtype was 'float32', now 'bfloat16'"):
         runfolder.prepare(config(tmp_path / "run", documents, model={**model, "dtype": "bf16"}))

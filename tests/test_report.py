@@ -56,9 +56,9 @@ class Page(HTMLParser):
         self.texts[tag] = self.texts.get(tag, "") + data
 
 
-def test_the_page_of_a_run_holds_the_figures_of_its_files(quickstart: Path):
-    page = Page(write_page(quickstart))
-    summary = json.loads((quickstart / "summary.json").read_text())
+def test_the_page_of_a_run_holds_the_figures_of_its_files(quickstart):
+    page = Page(write_page(quickstart.folder))
+    summary = json.loads((quickstart.folder / "summary.json").read_text())
     needles = {row[0]: row[1:] for row in page.tables["Needles found"][1:]}
     assert page.tables["Needles found"][0] == ["model", "512", "2,048", "pooled"]
     assert needles == {
@@ -67,19 +67,19 @@ def test_the_page_of_a_run_holds_the_figures_of_its_files(quickstart: Path):
     }
     losses = {row[0]: row[1:] for row in page.tables["Loss on held-out text"][1:]}
     assert losses == {name: [f"{value:.4f}" for value in found.values()] for name, found in summary["loss"].items()}
-    assert page.images["needle grids"] == (quickstart / "eval" / "needle.png").read_bytes()
+    assert page.images["needle grids"] == (quickstart.folder / "eval" / "needle.png").read_bytes()
     assert page.images["training loss"][:4] == b"\x89PNG"
-    lines = [json.loads(line) for line in (quickstart / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (quickstart.folder / "metrics.jsonl").read_text().splitlines()]
     for row, name in zip(page.tables["Stages"][1:], ("s2048", "s8192"), strict=True):
-        mark = json.loads((quickstart / "stages" / name / "finished.json").read_text())
+        mark = json.loads((quickstart.folder / "stages" / name / "finished.json").read_text())
         own = [line["loss"] for line in lines if line.get("stage") == name and line.get("loss") is not None]
         assert len(own) == mark["steps"]
         figures = [f"{summary['seq_len'][name]:,}", f"{summary['theta'][name]:,}", f"{summary['tokens'][name]:,}"]
         measured = [f"{own[-1]:.4f}", f"{mark['heldout_loss']:.4f}", f"{mark['seconds']:.0f}"]
         assert row == [name, *figures, str(mark["steps"]), *measured]
     assert f"rank {summary['adapter']['rank']}, {summary['adapter']['bytes'] / 1e6:.2f} MB" in page.texts["p"]
-    assert page.texts["pre"] == (quickstart / "config.yaml").read_text()
-    assert "http" not in (quickstart / "report.html").read_text().replace(page.texts["pre"], "")
+    assert page.texts["pre"] == (quickstart.folder / "config.yaml").read_text()
+    assert "http" not in (quickstart.folder / "report.html").read_text().replace(page.texts["pre"], "")
 
 
 def made_run(folder: Path, stage: str = "s64", losses: tuple[float, ...] = (6.0, 5.5), **files: Any) -> Path:

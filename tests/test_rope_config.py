@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from longctx.errors import UserError
-from longctx.model.family import FAMILIES
+from longctx.model.architectures import ARCHITECTURES
 from longctx.model.rotary import torch_power
 from longctx.rope import Rope, attention_factor, inv_freq
 from longctx.rope.config import new_keys, old_keys, rope_of, rope_to_carry, with_rope
@@ -180,12 +180,12 @@ def spellings(family: str) -> list[dict[str, Any]]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_rope_spellings_are_read_as_transformers_reads_them(family: str):
     every = spellings(family)
     assert len(every) >= 60
     for index, written in enumerate(every):
-        if index % len(FAMILIES) != sorted(FAMILIES).index(family):
+        if index % len(ARCHITECTURES) != sorted(ARCHITECTURES).index(family):
             continue
         config = {"model_type": family, "max_position_embeddings": 2048, **NUMBERS, **written}
         rope = compare(config)
@@ -259,7 +259,7 @@ ODD: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_odd_rope_values_are_read_as_transformers_reads_them_or_refused(family: str):
     for index, written in enumerate(ODD):
         config = {"model_type": family, **NUMBERS, **written}
@@ -299,7 +299,7 @@ def changed(values: dict[str, Any], what: list[tuple[str, Any]]) -> dict[str, An
 @st.composite
 def files(draw: st.DrawFn) -> dict[str, Any]:
     """A family's config.json: sections that are right or changed a little, in one place or in both."""
-    family = draw(st.sampled_from(sorted(FAMILIES)))
+    family = draw(st.sampled_from(sorted(ARCHITECTURES)))
     kinds = st.sampled_from(sections(family))
     section = kinds.flatmap(lambda values: changes(POOL).map(lambda what: changed(values, what)))
     config = {"model_type": family, **NUMBERS, "max_position_embeddings": 2048, "rope_theta": 1e6}

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from longctx.cli import load as configure
 from longctx.cli import main
+from longctx.config.compose import load as configure
 from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.config.model import ModelConfig
 from longctx.curriculum import Stage
 from longctx.errors import UserError
+from longctx.lora.describe import describe
 from longctx.lora.extract import extract
-from longctx.lora.info import describe
 from longctx.lora.merge import merge
 from longctx.rope import read_rope
 from longctx.verbs import VERBS

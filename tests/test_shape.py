@@ -16,7 +16,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from longctx.errors import UserError
 from longctx.lora.modules import layout
 from longctx.lora.sizes import shapes_of
-from longctx.model.family import FAMILIES
+from longctx.model.architectures import ARCHITECTURES
 from longctx.rope.config import PARTIAL, rope_of
 from longctx.shape import DEFAULTS, shape_of
 
@@ -46,7 +46,7 @@ def built(config: dict[str, Any]) -> Any:
         return None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 def test_shape_numbers_are_those_of_the_model_that_transformers_builds(family: str):
     for variant in VARIANTS:
         config = {"model_type": family, **NUMBERS, **variant}
@@ -66,7 +66,7 @@ def test_shape_numbers_are_those_of_the_model_that_transformers_builds(family: s
 
 
 def test_shape_defaults_are_those_of_transformers():
-    assert set(DEFAULTS) == set(FAMILIES)
+    assert set(DEFAULTS) == set(ARCHITECTURES)
     for family, known in DEFAULTS.items():
         ours = CONFIG_MAPPING[family].from_dict({"hidden_size": 80, "num_attention_heads": 10})
         kv_heads = known.kv_heads or ours.num_attention_heads

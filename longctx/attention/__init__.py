@@ -1,4 +1,4 @@
-"""Exact context-parallel attention: one executor, any schedule."""
+"""Exact context-parallel attention: one executor runs every schedule."""
 
 from longctx.attention.context import context_attention
 from longctx.attention.local_layout import Layout

@@ -1,6 +1,6 @@
-"""The function `context_attention`: checks its inputs, then runs the attention of this rank under a layout.
+"""The function `context_attention`, which checks its inputs and runs the attention of this rank under a layout.
 
-B batch, H heads, n = S_local tokens of this rank (padding included), D head dimension
+Shapes: B batch, H heads, n tokens of this rank (padding included), D head dimension.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def context_attention(
     return_lse: bool = False,
     attn_mask: None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Exact causal attention of this rank's queries with the whole sequence, within documents.
+    """Exact causal attention of this rank's queries to the whole sequence, within documents.
 
     q [B, Hq, n, D], k and v [B, Hkv, n, D] are sharded by `layout`. `scale` defaults to 1 / sqrt(D). Returns
     out [B, Hq, n, D] in q's type and, with return_lse, lse [B, Hq, n]: the natural logarithm of the softmax's
-    denominator in fp32 (fp64 for fp64), not differentiable. Padding rows have out 0 and lse -inf. Every rank of
-    the group must call it, and its backward, in the same order. Raises ValueError, naming argument, value and
-    rule, before anything is sent, and PeerLost when a peer dies.
+    denominator in fp32 (fp64 for fp64), which is not differentiable. Padding rows have out 0 and lse -inf. Every rank
+    of the group must make the same calls, and their backwards, in the same order. Raises ValueError, which names
+    argument, value and rule, before anything is sent, and PeerLost when a peer dies.
 
     >>> import longctx, torch
     >>> layout = longctx.ContextParallel.from_world().layout(seq_len=64)
@@ -56,15 +56,15 @@ def context_attention(
 
 
 def check_inputs(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
-    """ValueError naming the argument, its value and the rule."""
+    """Raise ValueError, which names the argument, its value and the rule, when the inputs do not fit the layout."""
     shapes = {"q": q, "k": k, "v": v}
     for name, x in shapes.items():
         if x.dim() != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: it must be [batch, heads, tokens, head_dim]")
         if x.shape[2] != layout.local_len:
             raise ValueError(
-                f"{name} has {x.shape[2]} tokens, this rank's share of the layout has {layout.local_len}: "
-                f"pass layout.shard({name}, dim=2)"
+                f"{name} has {x.shape[2]} tokens, this rank's share of the layout has {layout.local_len}: pass "
+                f"layout.shard({name}, dim=2)"
             )
         if x.dtype not in FLOATS:
             raise ValueError(f"{name} is {x.dtype}: attention takes fp16, bf16, fp32 or fp64")

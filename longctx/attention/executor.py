@@ -1,10 +1,11 @@
-"""Runs any schedule: posts transfers, calls the block kernel on rectangles, waits, merges.
+"""The executor: runs any schedule by posting transfers, calling the kernel on rectangles, waiting and merging.
 
 Blockwise attention over a ring is Ring Attention (2310.01889). The executor knows neither rings nor nodes: the schedule
-says what to send, `longctx.layout` says what to compute. The backward needs only q, k, v, out and lse. It requests
+says what to send, and `longctx.layout` says what to compute. The backward needs only q, k, v, out and lse. It receives
 the KV blocks again and sends their gradient on in fp32 (by default). Buffers come from a pool that outlives the call.
 
-    q [B, Hq, L, D]   k, v [B, Hkv, L, D]   a KV block [2, B, Hkv, L, D]   lse [B, Hq, L]
+Shapes: q [B, Hq, L, D], k and v [B, Hkv, L, D], a KV block [2, B, Hkv, L, D], lse [B, Hq, L], where L counts the tokens
+of a ring position.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from longctx.schedule import OWN, Compute, RankSchedule
 
 @dataclass
 class BufferPool:
-    """Buffers by shape and type, lent to a call and returned, so that the layers of a model share one set."""
+    """A pool of buffers by shape and type; each call returns its buffers, so the layers of a model share one set."""
 
     free: dict[tuple, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
     total: int = 0  # bytes allocated so far: the communication buffers of the executor
@@ -47,8 +48,8 @@ class BufferPool:
         self.total = 0
 
 
-class RingExecutor:
-    """The state of one call: the schedule, the transfers under way, and the buffers lent by the pool."""
+class ScheduleExecutor:
+    """Runs the schedule of one call; it holds the transfers under way and the buffers taken from the pool."""
 
     def __init__(
         self,
@@ -71,7 +72,7 @@ class RingExecutor:
         return buffer
 
     def _blocks(self, k: Tensor, v: Tensor) -> dict[int, Tensor]:
-        """The KV slots. The own block is packed once, to be sent and read; a single rank packs nothing."""
+        """The buffers of the KV slots. The own block is packed once, for sending; a single rank packs nothing."""
         if not self.schedule.kv_slots:
             return {}
         shape = (2, *k.shape)
@@ -81,7 +82,7 @@ class RingExecutor:
         return blocks
 
     def _keys(self, compute: Compute, blocks: dict[int, Tensor], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V that the computation reads: one block as it is, or several copied into ascending order."""
+        """The K and V that a computation reads: one block unchanged, or several copied into ascending order."""
         if len(compute.slots) == 1:
             block = blocks.get(compute.slots[0])
             return (k, v) if block is None else (block[0], block[1])
@@ -95,7 +96,7 @@ class RingExecutor:
         return self.joint[0], self.joint[1]
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """out (q's type and strides) and lse of all the rank's queries."""
+        """Compute out, in q's type and strides, and lse for all queries of this rank."""
         blocks = self._blocks(k, v)
         acc = Accumulator(q)
         for number, hop in enumerate(self.schedule.ring):
@@ -116,7 +117,7 @@ class RingExecutor:
         return acc.result()
 
     def _is_one_call(self, rows: int) -> bool:
-        """Whether the whole call is a single causal rectangle, which needs neither sums nor buffers."""
+        """Whether the whole call is one causal rectangle, which needs neither accumulators nor buffers."""
         if self.schedule.kv_slots or len(self.schedule.ring) != 1:
             return False
         return self._rects(self.schedule.ring[0].compute) == [Rect(0, rows, 0, rows, True)]
@@ -134,7 +135,10 @@ class RingExecutor:
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dkv_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv in accumulator type, or the kernel's own; `dkv_dtype` is the type of a travelling dKV."""
+        """Compute dq, dk and dv in the accumulators' type, or in the kernel's if the call is one rectangle.
+
+        dkv_dtype: the type in which dKV travels between ranks.
+        """
         if self._is_one_call(q.shape[2]):
             with self.transfers.span(0, "alone"):
                 return self.kernel.backward(dout, q, k, v, out, lse, causal=True, scale=self.scale)
@@ -189,7 +193,7 @@ class RingExecutor:
     def _collect(
         self, compute: Compute, found: list[tuple[Rect, Tensor, Tensor]], sums: dict[int, Sequence[Tensor]]
     ) -> None:
-        """Add the dK, dV of one hop to their sums; gradients of several blocks are split from their joint order."""
+        """Add the dK and dV of one hop to their sums, splitting the joint gradient of several blocks by block."""
         targets = [sums[slot] for slot in compute.into]
         if compute.fresh:
             for target in targets:

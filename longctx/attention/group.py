@@ -1,4 +1,4 @@
-"""The ranks that share a sequence: their transport, topology and schedule, and the state that their calls share."""
+"""The context-parallel group of a rank: transport, topology and schedule, and the state that its calls share."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from longctx.topology import Topology
 class AttentionGroup:
     """One rank's view of its context-parallel group.
 
-    ulysses: ranks that split heads. kernel: a backend forced by name. grad_dtype: the type of a travelling dKV
-    (None: fp32, fp64 for fp64). bytes: what this rank has sent.
+    ulysses: the number of ranks that split heads. kernel: the name of a kernel that must serve (None: the first that
+    can). grad_dtype: the type in which dKV travels (None: fp32, or fp64 for fp64). bytes: counts the bytes that this
+    rank sends.
     """
 
     transport: Transport
@@ -44,5 +45,5 @@ class AttentionGroup:
 
     @property
     def positions(self) -> int:
-        """Ring positions: ranks divided by the Ulysses ranks of a position."""
+        """The number of ring positions: all ranks divided by the Ulysses ranks of a position."""
         return self.size // self.ulysses

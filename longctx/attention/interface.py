@@ -1,9 +1,9 @@
-"""The function transformers' AttentionInterface calls, without importing transformers.
+"""The attention function that transformers' AttentionInterface calls; this module does not import transformers.
 
-Registered under a name that has no mask function, masks vanish and extra keyword arguments reach it (see
-docs): the layout travels as `layout=` through the model's forward. What exact causal attention cannot
-express (sliding windows, soft-capping, sinks, dropout, dense masks) is refused with the layer named, never
-silently made full.
+transformers has no mask function for the name under which it is registered, so models build no mask, and extra keyword
+arguments reach it: the layout travels as `layout=` through the model's forward (docs/attention.md). Attention that is
+not exact and causal (sliding windows, soft-capping, sinks, dropout, dense masks) is refused with the layer's name and
+never silently made full.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NAME = "longctx"
 
 
 def register(register: Callable[[str, Callable], object], name: str = NAME) -> str:
-    """Give `attend` to `AttentionInterface.register`; returns the name for attn_implementation."""
+    """Register `attend` with `AttentionInterface.register`; returns the name to pass as attn_implementation."""
     register(name, attend)
     return name
 
@@ -35,15 +35,18 @@ def attend(
     layout: Layout | None = None,
     **options,
 ) -> tuple[Tensor, None]:
-    """query [B, Hq, n, D], key and value [B, Hkv, n, D] -> ([B, n, Hq, D], None)."""
+    """Attend in a transformers layer: query [B, Hq, n, D], key and value [B, Hkv, n, D] -> ([B, n, Hq, D], None).
+
+    Raises ValueError, which names the layer, for attention that longctx does not compute.
+    """
     where = f"{type(module).__name__} of layer {getattr(module, 'layer_idx', '?')}"
     if layout is None:
         raise ValueError(f"{where} got no layout: pass layout=cp.layout(...) to the model's forward")
     window = options.get("sliding_window")
     if window is not None and window < layout.seq_len:
         raise ValueError(
-            f"{where} has sliding_window={window}, shorter than the sequence of {layout.seq_len}: context "
-            "attention is full within documents and would change the model"
+            f"{where} has sliding_window={window}, shorter than the sequence of {layout.seq_len}: context attention "
+            "is full within documents and would change the model"
         )
     if options.get("softcap") is not None:
         raise ValueError(f"{where} has softcap={options['softcap']}: soft-capped attention is not supported")

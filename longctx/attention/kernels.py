@@ -1,13 +1,18 @@
-"""Every attention kernel longctx can call: what each needs, why it cannot serve, how it is called.
+"""Every attention kernel that longctx can call, with the reasons why it cannot serve a problem.
 
-The ring needs (out, lse) forward and a backward that takes the *global* out and lse; all kernels here give
-both. Nothing falls back in silence: `choose` logs its choice once, `explain` says why the others do not
-apply, and asking for one that cannot serve is an error with its reasons. Optional packages are imported
-here and nowhere else.
+A kernel has a forward that returns (out, lse) and a backward that takes the *global* out and lse, as a ring needs.
+Nothing falls back silently: `choose` logs its choice once, `explain` gives the reasons against every other kernel, and
+a kernel that is asked for by name and cannot serve is an error with its reasons. Optional packages are imported only
+here.
 
-    q, out, dout [B, Hq, Sq, D]   k, v [B, Hkv, Sk, D]   lse [B, Hq, Sq]; strides free but for a dense last
-    dimension causal only where Sq == Sk (ATen aligns top-left, flash-attn >= 2.1 bottom-right: then they
-    agree)
+Shapes::
+
+    q, out, dout  [B, Hq, Sq, D]
+    k, v          [B, Hkv, Sk, D]
+    lse           [B, Hq, Sq]
+
+The last dimension must be contiguous; the other strides are free. causal=True needs Sq == Sk: ATen aligns the mask
+top-left and flash-attn >= 2.1 bottom-right, and they agree only there.
 """
 
 from __future__ import annotations
@@ -33,7 +38,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Problem:
-    """What a kernel is asked to serve; `capability` is the CUDA compute capability, (0, 0) on CPU."""
+    """The problem that a kernel must serve; `capability` is the CUDA compute capability, (0, 0) on a CPU."""
 
     device: str
     dtype: torch.dtype
@@ -45,7 +50,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A named pair of functions and the reasons it gives for not serving a problem."""
+    """A kernel: forward, backward, and a function that lists the reasons why it cannot serve a problem."""
 
     name: str
     forward: Forward
@@ -59,7 +64,7 @@ def problem_of(q: Tensor, k: Tensor) -> Problem:
 
 
 def _needs(problem: Problem, *, package: str | None = None, sm: int = 80, heads: int = 256) -> list[str]:
-    """What every CUDA kernel asks for."""
+    """The requirements of every CUDA kernel that `problem` does not meet."""
     reasons = []
     if problem.device != "cuda":
         reasons.append(f"needs CUDA tensors, got {problem.device}")
@@ -113,7 +118,7 @@ def _fa2_reasons(problem: Problem) -> list[str]:
         if tuple(map(int, version("flash-attn").split(".")[:2])) < (2, 7):
             reasons.append(f"needs flash-attn 2.7 or later, got {version('flash-attn')}")
     except PackageNotFoundError:
-        pass  # said above
+        pass  # _needs has listed the missing package
     return reasons
 
 
@@ -163,7 +168,7 @@ def _aten_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
 
 
 def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
-    """The random state a backward asks for and, without dropout, never reads."""
+    """The random state that a backward takes as an argument and does not read without dropout."""
     return torch.zeros(2, dtype=torch.int64, device=q.device), torch.zeros((), dtype=torch.int64, device=q.device)
 
 
@@ -258,7 +263,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 def this_machine(head_dim: int = 128, q_heads: int = 32, kv_heads: int = 8) -> Problem:
-    """What a bf16 model would ask of this machine's first GPU, or an fp32 one of its CPU."""
+    """The problem of a bf16 model on this machine's first GPU, or of an fp32 model on its CPU."""
     if torch.cuda.is_available():
         capability = torch.cuda.get_device_capability()
         return Problem("cuda", torch.bfloat16, head_dim, q_heads, kv_heads, capability)
@@ -266,13 +271,16 @@ def this_machine(head_dim: int = 128, q_heads: int = 32, kv_heads: int = 8) -> P
 
 
 def explain(problem: Problem) -> dict[str, list[str]]:
-    """Every kernel in order of preference with the reasons it cannot serve; an empty list means it can."""
+    """All kernels in order of preference, each with the reasons why it cannot serve; an empty list: it can."""
     return {name: kernel.unsupported_reasons(problem) for name, kernel in KERNELS.items()}
 
 
 @lru_cache(maxsize=64)
 def choose(problem: Problem, name: str | None = None) -> Kernel:
-    """The first kernel that can serve, or the named one; ValueError with its reasons when that one cannot."""
+    """The named kernel, or without a name the first that can serve.
+
+    Raises ValueError for an unknown name, and with its reasons for a named kernel that cannot serve.
+    """
     if name is not None:
         if name not in KERNELS:
             raise ValueError(f"kernel={name!r} is not one of {', '.join(KERNELS)}")

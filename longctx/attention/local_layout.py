@@ -1,10 +1,10 @@
-"""A sequence layout as one rank sees it: which tokens it holds, and how tensors are sharded and gathered by it.
+"""The layout of one sequence on one rank: which tokens the rank holds, and how it shards and gathers tensors.
 
 Sharding is an index_select, so it is differentiable. Un-sharding gathers the tokens of every rank and drops the
 padding. Its backward takes this rank's slice, because each rank is expected to compute the same loss of the whole
 sequence.
 
-    S tokens of the sequence, n = S_local tokens of this rank (padding included)
+Shapes: S tokens of the sequence, n tokens of this rank (padding included).
 """
 
 from __future__ import annotations
@@ -64,27 +64,27 @@ class Layout:
 
     @cached_property
     def indices(self) -> Tensor:
-        """int64 [n]: the index in the sequence of each local token, -1 for padding (for data loading)."""
+        """The index in the sequence of each local token, -1 for padding; int64 [n], for data loading."""
         return torch.from_numpy(self.arithmetic.indices(self.cp.rank))
 
     @property
     def valid(self) -> Tensor:
-        """bool [n]: False for padding."""
+        """Whether each local token is real; bool [n], False for padding."""
         return self.indices >= 0
 
     @cached_property
     def positions(self) -> Tensor:
-        """int64 [n]: RoPE positions, 0 for padding."""
+        """The RoPE position of each local token; int64 [n], 0 for padding."""
         return torch.from_numpy(self.arithmetic.positions(self.cp.rank, restart=self.restart))
 
     @property
     def local_boundaries(self) -> Tensor:
-        """int64 [d + 1]: cu_seqlens of the documents among the local tokens, padding excluded."""
+        """cu_seqlens of the documents among the local tokens, without padding; int64 [d + 1]."""
         return torch.from_numpy(self.arithmetic.local_boundaries(self.cp.rank))
 
     @property
     def imbalance(self) -> float:
-        """max / mean over ranks of the attention work; 1.0 is perfect."""
+        """The largest attention work of a rank divided by the mean; 1.0 is perfect balance."""
         return self.arithmetic.imbalance()
 
     def shard(self, x: Tensor, dim: int, fill: float | None = None) -> Tensor:
@@ -112,7 +112,7 @@ class Layout:
         return _Unshard.apply(x, self, dim)  # type: ignore[return-value]
 
     def order(self) -> np.ndarray:
-        """int64 [S]: the index of each token of the sequence in the concatenation of all ranks' tokens."""
+        """The index of each token of the sequence in the concatenation of all ranks' tokens; int64 [S]."""
         everyone = np.concatenate([self.arithmetic.indices(rank) for rank in range(self.cp.size)])
         return np.argsort(np.where(everyone < 0, self.padded_len, everyone), kind="stable")[: self.seq_len]
 

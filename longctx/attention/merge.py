@@ -1,11 +1,10 @@
-"""Adding one block's attention to what has been accumulated, in place and on slices.
+"""Merges the attention of one block into the accumulated result, in place and on slices.
 
-With w = sigmoid(lse_b - lse): out += w (out_b - out), lse = logaddexp(lse, lse_b). Both are stable for any
-lse; log(1 + exp(x)) is not. Accumulators are fp32 (fp64 for fp64), whatever the kernel returns:
-half-precision partial sums drift with the size of the ring. The own block comes first, so that every row
-starts from a finite lse.
+With w = sigmoid(lse_b - lse): out += w (out_b - out), lse = logaddexp(lse, lse_b). Both are stable for any lse;
+log(1 + exp(x)) is not. Accumulators are fp32 (fp64 for fp64) whatever type the kernel returns, because half-precision
+partial sums drift as the ring grows. The rank's own block comes first, so every row starts from a finite lse.
 
-    out [B, H, S, D]   lse [B, H, S]
+Shapes: out [B, H, S, D], lse [B, H, S].
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
 
 
 class Accumulator:
-    """out and lse of L query rows of one rank; out has the strides of `empty_like(q)`, as the op promises."""
+    """Accumulates out and lse of a rank's queries; out has the strides of `empty_like(q)`, as the op promises."""
 
     def __init__(self, q: Tensor) -> None:
         self.q = q
@@ -36,7 +35,7 @@ class Accumulator:
         self.lse: Tensor | None = None
 
     def own(self, parts: list[tuple[slice, Tensor, Tensor]]) -> None:
-        """The own block's results by query rows; uncovered rows (padding) get out 0 and lse -inf."""
+        """Set the results of the rank's own block, by query rows; rows of padding get out 0 and lse -inf."""
         rows = self.q.shape[2]
         if len(parts) == 1 and parts[0][0] == slice(0, rows):
             self.out, self.lse = parts[0][1], parts[0][2].to(self.dtype)
@@ -55,14 +54,14 @@ class Accumulator:
         merge_(self.out[:, :, where], self.lse[:, :, where], out, lse)
 
     def result(self) -> tuple[Tensor, Tensor]:
-        """out in q's type and strides, lse contiguous; copied only where a kernel gave others."""
+        """Return out in q's type and strides and lse contiguous, copying only what differs."""
         assert self.out is not None
         assert self.lse is not None
         return like(self.out, self.q), self.lse.contiguous()
 
 
 def like(x: Tensor, model: Tensor) -> Tensor:
-    """x with the type and strides of `empty_like(model)`."""
+    """Return x with the type and strides of `empty_like(model)`, copied only if they differ."""
     if x.dtype == model.dtype and x.stride() == torch.empty_like(model, device="meta").stride():
         return x
     return torch.empty_like(model).copy_(x)

@@ -1,9 +1,9 @@
-"""Context attention as a `torch.library` op: selective checkpointing can save it, torch.compile pass over it.
+"""Context attention as a `torch.library` op, which selective checkpointing can save and torch.compile can pass over.
 
-Ops take no process group, so one table maps an integer to what a ContextParallel knows (its `AttentionRunner`);
-close() takes its entries out. Boundaries travel as a tensor: an int list would recompile for every batch.
-The backward is an op too. With MUST_SAVE for `SAVED_OPS` the attention forward runs once per step: out and
-lse are its outputs.
+An op cannot take a process group, so a table maps an integer handle to an `AttentionRunner`, and closing a
+ContextParallel removes its entries. Boundaries travel as a tensor, because an int list would recompile for every batch.
+The backward is an op too. The forward's outputs are out and lse, so a checkpoint that saves the outputs of `SAVED_OPS`
+runs the attention forward once per step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class AttentionRunner(Protocol):
-    """What the op needs from the other side of the handle."""
+    """Runs the attention of one rank; the op finds it by its handle."""
 
     def run_forward(
         self, q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, scale: float
@@ -41,10 +41,10 @@ _TABLE: dict[int, AttentionRunner] = {}
 _NUMBERS = count(1)
 
 
-def enter(cache: AttentionRunner) -> int:
-    """Put a cache in the table; its handle."""
+def enter(runner: AttentionRunner) -> int:
+    """Put a runner into the table; returns its handle."""
     handle = next(_NUMBERS)
-    _TABLE[handle] = cache
+    _TABLE[handle] = runner
     return handle
 
 
@@ -60,7 +60,7 @@ def _find(handle: int) -> AttentionRunner:
 
 @torch.library.custom_op("longctx::context_attention", mutates_args=())
 def attend(q: Tensor, k: Tensor, v: Tensor, boundaries: Tensor, handle: int, scale: float) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, n, D] with the strides of `empty_like(q)`, and lse (gathered by heads under Ulysses)."""
+    """Return out [B, Hq, n, D], with the strides of `empty_like(q)`, and lse (gathered by heads under Ulysses)."""
     return _find(handle).run_forward(q, k, v, boundaries, scale)
 
 
@@ -82,7 +82,7 @@ def differentiate(
     handle: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv with the inputs' types and strides."""
+    """Return dq, dk and dv in the types and strides of q, k and v."""
     return _find(handle).run_backward(dout, q, k, v, out, lse, boundaries, scale)
 
 
@@ -113,7 +113,7 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
     if dlse is not None:
         raise ValueError("lse is not differentiable: detach it before using it in a loss")
     q, k, v, out, lse, boundaries = ctx.saved_tensors
-    if dout is None:  # nothing asks for out, yet the peers wait for this rank's part of the ring
+    if dout is None:  # no gradient reaches out, but the peers still wait for this rank's transfers
         dout = torch.zeros_like(out)
     dq, dk, dv = differentiate(dout, q, k, v, out, lse, boundaries, ctx.handle, ctx.scale)
     return dq, dk, dv, None, None, None

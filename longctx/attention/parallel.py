@@ -1,12 +1,14 @@
 """The public API of the attention: a `ContextParallel` owns the ranks' communicators and makes layouts.
 
+Example, on every rank::
+
     cp = ContextParallel.from_world(nodes=2, schedule="double_ring")
     layout = cp.layout(seq_len=S, documents=boundaries, kind="zigzag")
     q, k, v = (layout.shard(x, dim=2) for x in (q, k, v))
     out = layout.unshard(context_attention(q, k, v, layout), dim=2)
 
-Without torch.distributed, or with a world of one, everything works and nothing is sent. Schedule and layout follow
-from global values alone, so that all ranks raise the same errors and post the same transfers.
+Without torch.distributed, or in a world of one rank, the same code runs and nothing is sent. Schedule and layout depend
+only on values that all ranks share, so all ranks raise the same errors and post the same transfers.
 """
 
 from __future__ import annotations
@@ -36,9 +38,8 @@ Schedule = Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]
 class ContextParallel(AttentionGroup):
     """A context-parallel group: the ranks that share sequences, and the schedule by which they attend.
 
-    `kernel` forces a backend by name. `grad_dtype` is the type of a travelling dKV (default fp32, fp64 for fp64).
-    `timeout` (seconds) bounds each transfer; the default is that of the parent group. Close it to free its
-    communicators.
+    `kernel` names the kernel that must serve (default: the first that can). `grad_dtype` is the type in which dKV
+    travels (default: fp32, or fp64 for fp64). `close` frees the communicators.
 
     >>> import longctx, torch
     >>> cp = longctx.ContextParallel.from_world(schedule="flat_ring")  # after init_process_group; without it, one rank
@@ -83,9 +84,10 @@ class ContextParallel(AttentionGroup):
         grad_dtype: torch.dtype | None = None,
         trace: bool = False,
     ) -> ContextParallel:
-        """Over all ranks, or those of `group` (dp x cp), numbered node by node; call it on every member.
+        """Make a ContextParallel over all ranks, or over the ranks of `group`; every member must call it.
 
-        Raises ValueError when `nodes` does not divide the ranks or `ulysses` the ranks of a node.
+        Ranks are numbered node by node. `timeout` (seconds) bounds each transfer; the default is the parent group's.
+        Raises ValueError when `nodes` does not divide the ranks or `ulysses` does not divide the ranks of a node.
         """
         size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         check(size, nodes, schedule, ulysses)
@@ -105,7 +107,7 @@ class ContextParallel(AttentionGroup):
 
     @classmethod
     def from_mesh(cls, mesh, dim: str = "cp", **options) -> ContextParallel:
-        """Over dimension `dim` of a torch DeviceMesh; `options` as in `from_world`."""
+        """Make a ContextParallel over dimension `dim` of a torch DeviceMesh; `options` as in `from_world`."""
         return cls.from_world(group=mesh.get_group(dim), **options)
 
     def layout(
@@ -115,11 +117,11 @@ class ContextParallel(AttentionGroup):
         kind: LayoutKind = "zigzag",
         positions: Literal["sequence", "document"] = "sequence",
     ) -> Layout:
-        """Where the tokens of a sequence of `seq_len` lie. `documents`: cu_seqlens [0, ..., seq_len] or None.
+        """Distribute a sequence of `seq_len` tokens over the ranks.
 
-        `kind`: contiguous, zigzag (balanced for one document), documents (each long one cut into 2N pieces).
-        `positions`: run through the sequence, or restart with each document.
-        Raises ValueError naming the argument: see `SequenceLayout`.
+        `documents`: cu_seqlens [0, ..., seq_len], or None for one document. `kind`: contiguous, zigzag (balanced for
+        one document) or documents (each long document cut into 2N pieces). `positions`: RoPE positions run through the
+        sequence or restart with each document. Raises ValueError, which names the argument: see `SequenceLayout`.
         """
         if positions not in ("sequence", "document"):
             raise ValueError(f"positions={positions!r} is not one of sequence, document")
@@ -134,13 +136,13 @@ class ContextParallel(AttentionGroup):
         return Layout(self.caches[key], arithmetic, positions == "document")
 
     def write_trace(self, path: str | Path) -> None:
-        """Write this rank's Chrome trace (needs trace=True)."""
+        """Write this rank's Chrome trace to `path`; needs trace=True."""
         if self.trace is None:
             raise ValueError("trace=False: this ContextParallel kept no trace; make it with trace=True")
         self.trace.write(path)
 
     def close(self) -> None:
-        """Destroy the communicators and forget the layouts; calling it again does nothing."""
+        """Give the communicators back and drop the layouts; a second call does nothing."""
         for cache in self.caches.values():
             op.leave(cache.handle)
         self.caches.clear()
@@ -149,7 +151,7 @@ class ContextParallel(AttentionGroup):
 
 
 def check(size: int, nodes: int, schedule: str, ulysses: int | None) -> int:
-    """The Ulysses ranks of a valid combination; ValueError otherwise, before anything is set up."""
+    """The number of Ulysses ranks; raises ValueError for an invalid combination, before anything is set up."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")
     local = split(size, nodes).ranks

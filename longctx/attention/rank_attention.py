@@ -1,4 +1,4 @@
-"""Attention of this rank under one layout: gather heads (under Ulysses), run the ring, scatter the results."""
+"""The attention of one rank under one layout: gather heads (under Ulysses), run the executor, scatter the results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from longctx.attention import op
-from longctx.attention.executor import RingExecutor
+from longctx.attention.executor import ScheduleExecutor
 from longctx.attention.group import AttentionGroup
 from longctx.attention.kernels import choose, problem_of
 from longctx.attention.merge import accumulator_dtype, like
@@ -18,11 +18,11 @@ from longctx.attention.ulysses import Heads, gather, scatter
 from longctx.layout import LayoutKind, SequenceLayout
 from longctx.schedule import RankSchedule, build
 
-LAYOUTS_KEPT = 16  # document boundaries whose schedules are remembered, per (seq_len, kind)
+LAYOUTS_KEPT = 16  # layouts in the cache of one (seq_len, kind)
 
 
 class RankAttention:
-    """The forward and backward schedules of one SequenceLayout on one rank."""
+    """Runs attention on one rank; holds the forward and backward schedules of one SequenceLayout."""
 
     def __init__(self, cp: AttentionGroup, layout: SequenceLayout) -> None:
         self.cp, self.layout = cp, layout
@@ -38,7 +38,7 @@ class RankAttention:
             for backward in (False, True)
         )
 
-    def _ring(self, schedule: RankSchedule, q: Tensor, k: Tensor, scale: float) -> RingExecutor:
+    def _executor(self, schedule: RankSchedule, q: Tensor, k: Tensor, scale: float) -> ScheduleExecutor:
         kernel = choose(problem_of(q, k), self.cp.kernel)
         transfers = TransferQueue(
             self.cp.transport,
@@ -46,45 +46,45 @@ class RankAttention:
             f"{schedule.name} {'backward' if schedule.backward else 'forward'}",
             self.cp.trace,
         )
-        return RingExecutor(schedule, self.layout, transfers, kernel, self.cp.pool, scale)
+        return ScheduleExecutor(schedule, self.layout, transfers, kernel, self.cp.pool, scale)
 
     def _heads(self, q: Tensor, k: Tensor) -> Heads:
         return Heads(self.cp.rank % self.cp.ulysses, self.cp.ulysses, q.shape[1], k.shape[1])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """out [B, Hq, n, D] and lse [B, Hq / h, L], the latter over this rank's heads and the position's L tokens."""
+        """Return out [B, Hq, n, D] and lse [B, Hq / h, L], which covers this rank's heads and its position's tokens."""
         schedule = self.schedules[0]
-        ring = self._ring(schedule, q, k, scale)
+        executor = self._executor(schedule, q, k, scale)
         if not schedule.gather:
-            return ring.forward(q, k, v)
+            return executor.forward(q, k, v)
         heads = self._heads(q, k)
-        gathered, lse = ring.forward(*gather(schedule.gather[0], ring.transfers, heads, [q, k, v]))
+        gathered, lse = executor.forward(*gather(schedule.gather[0], executor.transfers, heads, [q, k, v]))
         out = torch.zeros_like(q)
-        scatter(schedule.scatter[0], ring.transfers, heads, [gathered], [out])
+        scatter(schedule.scatter[0], executor.transfers, heads, [gathered], [out])
         return out, lse
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk, dv of the inputs' types, from the global out and lse."""
+        """Return dq, dk and dv in the inputs' types, computed from the global out and lse."""
         schedule = self.schedules[1]
-        ring = self._ring(schedule, q, k, scale)
+        executor = self._executor(schedule, q, k, scale)
         dkv_dtype = self.cp.grad_dtype or accumulator_dtype(q.dtype)
         if not schedule.gather:
-            dq, dk, dv = ring.backward(dout, q, k, v, out, lse, dkv_dtype)
+            dq, dk, dv = executor.backward(dout, q, k, v, out, lse, dkv_dtype)
             return like(dq, q), like(dk, k), like(dv, v)
         heads = self._heads(q, k)
-        saved = gather(schedule.gather[0], ring.transfers, heads, [q, out, dout, k, v])
+        saved = gather(schedule.gather[0], executor.transfers, heads, [q, out, dout, k, v])
         qg, outg, doutg, kg, vg = saved
-        dq_part, *dkv_part = ring.backward(doutg, qg, kg, vg, outg, lse, dkv_dtype)
+        dq_part, *dkv_part = executor.backward(doutg, qg, kg, vg, outg, lse, dkv_dtype)
         dq = torch.zeros_like(q)
-        scatter(schedule.scatter[0], ring.transfers, heads, [dq_part.to(q.dtype)], [dq])
+        scatter(schedule.scatter[0], executor.transfers, heads, [dq_part.to(q.dtype)], [dq])
         dk, dv = (torch.zeros_like(x, dtype=accumulator_dtype(x.dtype)) for x in (k, v))
-        scatter(schedule.scatter[1], ring.transfers, heads, [part.to(dkv_dtype) for part in dkv_part], [dk, dv])
+        scatter(schedule.scatter[1], executor.transfers, heads, [part.to(dkv_dtype) for part in dkv_part], [dk, dv])
         return dq, like(dk, k), like(dv, v)
 
     def local_lse(self, lse: Tensor, q_heads: int) -> Tensor:
-        """Exchange lse [B, Hq / h, L] to [B, Hq, n]. Only a caller that asks for lse pays for this exchange."""
+        """Exchange lse [B, Hq / h, L] for [B, Hq, n]; only a caller that asks for lse pays for this exchange."""
         if self.cp.ulysses == 1:
             return lse
         h, me = self.cp.ulysses, self.cp.rank % self.cp.ulysses
@@ -96,7 +96,7 @@ class RankAttention:
 
 
 class LayoutCache:
-    """The layouts of one (seq_len, kind) that were used lately, by document boundaries; an op's handle names it."""
+    """Recently used layouts of one (seq_len, kind), by document boundaries; the op finds the cache by its handle."""
 
     def __init__(self, cp: AttentionGroup, seq_len: int, kind: LayoutKind) -> None:
         self.cp, self.seq_len = cp, seq_len
@@ -105,7 +105,7 @@ class LayoutCache:
         self.recent: OrderedDict[bytes, RankAttention] = OrderedDict()
 
     def prepare(self, boundaries: np.ndarray, arithmetic: SequenceLayout | None = None) -> RankAttention:
-        """The attention under these boundaries; built unless it was used lately."""
+        """Return the attention for these boundaries, building it unless it is in the cache."""
         key = boundaries.tobytes()
         if key not in self.recent:
             if arithmetic is None:

@@ -1,10 +1,9 @@
-"""Plain attention in any floating type: what the kernels are compared with, and a fallback one can choose.
+"""The reference kernel: plain attention in any floating type, the oracle of the other kernels and a slow fallback.
 
-Rows of queries are taken in blocks so that memory stays bounded; gradients follow FlashAttention-2
-(2307.08691, equations 12 to 17) from the given *global* out and lse, which is what lets a ring call it per
-block.
+It takes rows of queries in blocks, so that memory stays bounded. Gradients follow FlashAttention-2 (2307.08691,
+equations 12 to 17) from the given *global* out and lse, so a ring can call it block by block.
 
-    q [B, Hq, Sq, D]   k, v [B, Hkv, Sk, D]   lse [B, Hq, Sq] natural logarithm
+Shapes: q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D], lse [B, Hq, Sq] (natural logarithm), G = Hq / Hkv.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ ROWS = 1024
 
 
 def _scores(q: Tensor, k: Tensor, start: int, causal: bool, scale: float) -> Tensor:
-    """[B, Hkv, G, rows, Sk] scaled scores of query rows that begin at `start`."""
+    """Scaled scores [B, Hkv, G, rows, Sk] of the query rows that begin at `start`."""
     scores = torch.einsum("bhgsd,bhtd->bhgst", q, k) * scale
     if causal:
         rows = torch.arange(start, start + q.shape[3], device=q.device)
@@ -26,13 +25,13 @@ def _scores(q: Tensor, k: Tensor, start: int, causal: bool, scale: float) -> Ten
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
-    """[B, Hq, S, D] -> [B, Hkv, G, S, D] in at least fp32."""
+    """Split the heads by KV head, in at least fp32: [B, Hq, S, D] -> [B, Hkv, G, S, D]."""
     x = x if x.dtype == torch.float64 else x.float()
     return x.unflatten(1, (kv_heads, -1))
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention of q with k, v; out in q's type, lse in fp32 (fp64 for fp64 inputs)."""
+    """Attend from q to k and v; returns out in q's type and lse in fp32 (fp64 for fp64 inputs)."""
     heads = k.shape[1]
     queries, keys, values = _grouped(q, heads), _grouped(k, heads)[:, :, 0], _grouped(v, heads)[:, :, 0]
     outs, sums = [], []
@@ -47,7 +46,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> t
 def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of this block from the global out and lse."""
+    """The gradients dq, dk and dv of this block, from the global out and lse."""
     heads = k.shape[1]
     queries, keys, values = _grouped(q, heads), _grouped(k, heads)[:, :, 0], _grouped(v, heads)[:, :, 0]
     grads, outs = _grouped(dout, heads), _grouped(out, heads)

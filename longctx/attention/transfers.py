@@ -1,7 +1,7 @@
-"""The transfers of one call: posts them on a transport, counts their bytes, names hop and peer when one fails.
+"""The transfers of one attention call: posted on a transport, counted in bytes, and named when one fails.
 
-With a trace it also records Chrome trace events (Perfetto opens them): one row of computation and one per channel of
-transfers. A transfer ends in the trace when its wait returns, which is an upper bound.
+With a trace, Chrome trace events are recorded too (Perfetto opens them): one row for computations and one for each
+channel. A transfer ends in the trace when its wait returns, which is an upper bound.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from longctx.schedule import Transfer
 
 
 class Trace:
-    """Chrome trace events of one rank, in microseconds."""
+    """Collects Chrome trace events of one rank, in microseconds."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank

@@ -1,11 +1,10 @@
-"""Trading tokens for heads in a group of h ranks (Ulysses, 2309.14509): the plan's gather and scatter hops.
+"""Exchanges tokens for heads within a group of h ranks (Ulysses, 2309.14509): the schedule's gather and scatter hops.
 
-Rank u of a group holds tokens [u n, (u+1) n) of its ring position and all heads; after the gather it holds
-all L = h n tokens and heads [u Hq/h, (u+1) Hq/h). Concatenation in rank order is the position's own order:
-nothing is permuted. Where h exceeds the kv heads, h / Hkv ranks receive the same kv head, and their
-gradients are summed on the way back.
+Rank u of a group holds tokens [u n, (u+1) n) of its ring position and all heads. After the gather it holds all L = h n
+tokens and heads [u Hq/h, (u+1) Hq/h). Tokens concatenated in rank order are in the position's order, so nothing is
+permuted. If h exceeds the kv heads, h / Hkv ranks receive the same kv head, and the scatter sums their gradients.
 
-    local [B, H, n, D]   gathered [B, H / h, L, D]   lse stays gathered between forward and backward
+Shapes: local [B, H, n, D], gathered [B, H / h, L, D]. lse stays gathered between forward and backward.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from longctx.schedule import Hop
 
 @dataclass(frozen=True)
 class Heads:
-    """Which heads rank `me` of `h` works on."""
+    """The heads that each of `h` ranks works on; this rank is `me`."""
 
     me: int
     h: int
@@ -40,12 +39,12 @@ class Heads:
         return slice(head, head + 1)
 
     def of(self, tensor: Tensor, u: int) -> Tensor:
-        """The heads of `tensor` (queries or keys, by its count) that rank u works on."""
+        """The heads of `tensor` that rank u works on; the number of heads tells queries from keys and values."""
         return tensor[:, self.q(u) if tensor.shape[1] == self.q_heads else self.kv(u)]
 
 
 def check_heads(h: int, q_heads: int, kv_heads: int) -> None:
-    """ValueError unless h ranks can share the heads out."""
+    """Raise ValueError unless h ranks can split the heads."""
     if q_heads % h:
         raise ValueError(f"ulysses={h} does not divide the {q_heads} query heads")
     if kv_heads % h and h % kv_heads:
@@ -53,7 +52,7 @@ def check_heads(h: int, q_heads: int, kv_heads: int) -> None:
 
 
 def gather(hop: Hop, transfers: TransferQueue, heads: Heads, tensors: list[Tensor]) -> list[Tensor]:
-    """[B, H, n, D] each -> [B, H / h, h n, D] each; one message per peer carries them all."""
+    """Gather tokens and split heads: each [B, H, n, D] -> [B, H / h, h n, D]; one message per peer carries them all."""
     n = tensors[0].shape[2]
     outs = []
     for x in tensors:
@@ -79,7 +78,7 @@ def gather(hop: Hop, transfers: TransferQueue, heads: Heads, tensors: list[Tenso
 
 
 def scatter(hop: Hop, transfers: TransferQueue, heads: Heads, tensors: list[Tensor], outs: list[Tensor]) -> None:
-    """The way back: [B, H / h, h n, D] each is *added* into `outs` [B, H, n, D] at its own heads."""
+    """Undo `gather`: *add* each [B, H / h, h n, D] to its heads of `outs` [B, H, n, D]."""
     n = outs[0].shape[2]
     received = []
     for transfer in hop.post:

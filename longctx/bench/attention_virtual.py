@@ -140,7 +140,7 @@ def _virtual(problem: AttentionCase, kernel: Kernel, device: torch.device, ranks
     """The same work by `ranks` virtual ranks of a flat ring that take turns."""
     import torch
 
-    from longctx.attention.executor import BufferPool, RingExecutor
+    from longctx.attention.executor import BufferPool, ScheduleExecutor
     from longctx.attention.transfers import TransferQueue
     from longctx.distributed.counters import ByteCounter
     from longctx.distributed.transport import SingleRankTransport, ThreadTransport, ThreadWorld, Transport
@@ -159,7 +159,7 @@ def _virtual(problem: AttentionCase, kernel: Kernel, device: torch.device, ranks
     def rank_work(transport: Transport) -> None:
         q, k, v, grad = inputs[transport.rank]
         ahead, back = (
-            RingExecutor(
+            ScheduleExecutor(
                 schedules[transport.rank],
                 layout,
                 TransferQueue(transport, ByteCounter(), "bench"),

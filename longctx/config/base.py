@@ -91,7 +91,7 @@ Count = Annotated[int, BeforeValidator(parse_count)]
 Text = Annotated[str, BeforeValidator(_text)]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
-AsDtype = BeforeValidator(lambda value: DTYPES.get(value, value) if isinstance(value, str) else value)
+AsDtype = BeforeValidator(lambda value: DTYPES.get(value.lower(), value) if isinstance(value, str) else value)
 AsList = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value])
 
 

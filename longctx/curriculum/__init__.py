@@ -1,4 +1,4 @@
-"""Stages resolved to numbers; see longctx.curriculum.resolve."""
+"""Resolves a curriculum to stages of plain numbers; see longctx.curriculum.resolve."""
 
 from longctx.curriculum.resolve import resolve
 from longctx.curriculum.select import selected

@@ -1,8 +1,8 @@
-"""A curriculum resolved to numbers: for each stage its rope, steps, learning rate, mix and layout.
+"""Resolves a curriculum to numbers: each stage's rope, steps, learning rate, mix and layout.
 
-Pure arithmetic on the validated config and three facts of the model (head size, rope_parameters, window), so
-that the planner, the table of `longctx theta` and every rank of a training run get the same stages.
-Everything a user can get wrong between stages is refused here.
+This is pure arithmetic on the validated config and three facts about the model (head size, rope_parameters, window), so
+the planner, the table of `longctx theta` and every rank of a training run get the same stages. All mistakes that a user
+can make between stages are refused here.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from typing import Any
 from longctx.config.curriculum import AdvanceConfig, CurriculumConfig, StageConfig
 from longctx.curriculum.select import FoundTheta, read_theta_file, selected
 from longctx.curriculum.stage import Advance, Stage
-from longctx.curriculum.steps import batch_size, schedules
+from longctx.curriculum.steps import batch_size, steps_and_rates
 from longctx.errors import UserError
 from longctx.rope import THETA_ONLY, ExplicitTheta, Rope, apply
 
 
 def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any], window: int, file: str) -> list[Stage]:
-    """The stages of a curriculum for one model.
+    """Resolve the stages of a curriculum for one model.
 
-    head_dim, rope (rope_parameters), window (max_position_embeddings): what the model has before the first
-    stage. file: where the curriculum stands, for messages. Raises UserError for everything a stage cannot be.
+    head_dim, rope (rope_parameters) and window (max_position_embeddings) are the model's before the first stage. file:
+    the curriculum's file, for messages. Raises UserError for a stage that cannot be trained as it is written.
     """
     chosen = selected(config, file)
     overrides = read_theta_file(config, file)
     original = Rope(dict(rope), head_dim, window)
     previous = original
     stages: list[Stage] = []
-    rates = schedules(config, chosen, file)
+    rates = steps_and_rates(config, chosen, file)
     for index, (name, stage) in enumerate(chosen.items()):
         where = f"curriculum.stages.{name}"
         _check_length(config, where, stage.seq_len, previous.window, first=index == 0, file=file)
@@ -38,10 +38,9 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
             parameters = _with_found(parameters, rule, overrides[name], where, config.theta_file)
         if parameters["rope_theta"] < previous.theta and (index or not config.scratch):
             raise UserError(
-                f"{where}: theta={parameters['rope_theta']:.0f} is below the {previous.theta:.0f} it starts "
-                "from; a theta must not fall from stage to stage, or positions learned so far are lost. "
-                "Give a higher theta, or rule.start=previous so that the rule goes on from the stage "
-                f"before ({file})"
+                f"{where}: theta={parameters['rope_theta']:.0f} is below the {previous.theta:.0f} it starts from; a "
+                "theta must not fall from stage to stage, or positions learned so far are lost. Give a higher theta, "
+                f"or rule.start=previous so that the rule goes on from the stage before ({file})"
             )
         batch, steps = batch_size(stage, where, file), rates[name].steps
         stages.append(
@@ -73,14 +72,14 @@ def _check_length(config: CurriculumConfig, where: str, length: int, before: int
         return
     if first and length < before:
         raise UserError(
-            f"{where}.seq_len={length} is shorter than the model's window of {before}; start at {before} or "
-            f"longer, drop the stage ('~{where}'), or set curriculum.scratch=true for a model that is "
-            f"trained from scratch ({file})"
+            f"{where}.seq_len={length} is shorter than the model's window of {before}; start at {before} or longer, "
+            f"drop the stage ('~{where}'), or set curriculum.scratch=true for a model that is trained from scratch "
+            f"({file})"
         )
     if not first and (length < before or (length == before and not config.scratch)):
         raise UserError(
-            f"{where}.seq_len={length} does not come after {before}: the lengths of the stages must "
-            f"increase; give it a longer seq_len or drop the stage ('~{where}') ({file})"
+            f"{where}.seq_len={length} does not come after {before}: the lengths of the stages must increase; give it "
+            f"a longer seq_len or drop the stage ('~{where}') ({file})"
         )
 
 
@@ -94,11 +93,14 @@ def _rope(
     *,
     found: bool,
 ) -> tuple[dict[str, Any], str]:
-    """(rope_parameters, name of the rule). found: a theta file has this stage's theta, so it need name none."""
+    """The stage's rope_parameters and the name of the rule that made them.
+
+    found: a theta file has this stage's theta, so the stage need not name one.
+    """
     if stage.theta is not None and stage.rule is not None:
         raise UserError(
-            f"{where} names both theta={stage.theta} and rule={stage.rule.name!r}; give exactly one of the "
-            f"two and set the other to null ({file})"
+            f"{where} names both theta={stage.theta} and rule={stage.rule.name!r}; give exactly one of the two and "
+            f"set the other to null ({file})"
         )
     if stage.theta is not None:
         if stage.theta <= 1:
@@ -111,8 +113,8 @@ def _rope(
         if found:
             return apply(ExplicitTheta(theta=original.theta), original, stage.seq_len, where), ExplicitTheta.name
         raise UserError(
-            f"{where} names neither theta nor rule, and the curriculum has no rule; give one of them, for "
-            f"example {where}.rule=dynamic-ntk ({file})"
+            f"{where} names neither theta nor rule, and the curriculum has no rule; give one of them, for example "
+            f"{where}.rule=dynamic-ntk ({file})"
         )
     start = previous if rule.start == "previous" else original
     return apply(rule, start, stage.seq_len, f"{where}.rule"), rule.name
@@ -121,7 +123,7 @@ def _rope(
 def _with_found(
     parameters: dict[str, Any], rule: str, found: FoundTheta, where: str, path: str | None
 ) -> dict[str, Any]:
-    """The stage's rope with the theta that was found under the same scaling."""
+    """Replace the theta of the stage's rope by the one that a search found under the same scaling."""
     same = found.rule is None or found.rule == rule or {found.rule, rule} <= THETA_ONLY
     if not same:
         raise UserError(

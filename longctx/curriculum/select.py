@@ -1,4 +1,4 @@
-"""Which stages of a curriculum run, in which order, and the thetas a search has put in their place."""
+"""Selects and orders the stages of a curriculum, and reads the thetas that a search found for them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from longctx.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class FoundTheta:
-    """A theta of the file. rule: what it was searched under (None: written by hand, taken under any)."""
+    """A theta from a theta file, and the rule it was searched under (None: written by hand, valid under any)."""
 
     theta: int
     rule: str | None
 
 
 def selected(config: CurriculumConfig, file: str) -> dict[str, StageConfig]:
-    """The stages that run, in order: names like s64k by the length in the name, other names as they stand."""
+    """The stages that run, in order: sorted by length if all names are like s64k, otherwise as they are written."""
     wanted = config.only if config.only is not None else list(config.stages)
     for name in wanted:
         if name not in config.stages:
@@ -39,7 +39,7 @@ def selected(config: CurriculumConfig, file: str) -> dict[str, StageConfig]:
 
 
 def read_theta_file(config: CurriculumConfig, file: str) -> dict[str, FoundTheta]:
-    """Thetas by stage from the file `longctx theta search=true` wrote; empty without one."""
+    """Read the thetas by stage from the file that `longctx theta search=true` wrote; empty without a file."""
     if config.theta_file is None:
         return {}
     import yaml

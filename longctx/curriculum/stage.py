@@ -1,7 +1,6 @@
-"""What a resolved stage is: numbers only, the same on every rank, and the two rules that run inside it.
+"""A resolved stage: plain numbers, the same on every rank, with its learning rate and the rule for ending it early.
 
-The learning rate at a step and the rule for leaving a stage early are pure functions here, so that a resumed
-run and the planner ask the same question and get the same answer.
+Both rules are pure functions of the step or the losses, so a resumed run computes the same values as before.
 """
 
 from __future__ import annotations
@@ -14,10 +13,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LearningRate:
-    """Peak and final rate, warm-up in steps, kind; offset and span place the stage on a schedule it
-    continues.
+    """The learning rate of a stage, which may continue the decay that an earlier stage began.
 
-    offset: steps of that schedule done before this stage. span: its steps altogether.
+    kind: constant, cosine or linear. offset: steps of the decay before this stage. span: steps of the whole decay.
     """
 
     peak: float
@@ -28,10 +26,10 @@ class LearningRate:
     span: int
 
     def at(self, step: int) -> float:
-        """The rate of the stage's optimizer step `step` (0-based).
+        """The learning rate of the stage's step `step` (0-based).
 
-        Warm-up reaches the peak with its last step. The decay starts at the peak and would reach `final` one step
-        after the schedule's last (share k / n for step k of n), so that every step, a single one too, trains.
+        The warm-up reaches the peak with its last step. The decay starts at the peak and would reach `final` one step
+        after the last (share k / n for step k of n), so every step trains, even if there is only one.
         """
         done = self.offset + step
         if done < self.warmup_steps:
@@ -46,14 +44,14 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class Advance:
-    """When a stage may end early; see config.curriculum.AdvanceConfig for the rule."""
+    """The rule by which a stage may end early; config.curriculum.AdvanceConfig explains it."""
 
     steps: int
     min_drop: float
     min_share: float
 
     def flattened(self, losses: Sequence[float], stage_steps: int) -> bool:
-        """Whether the stage may end; losses: one per step, on the last quarter of the window."""
+        """Whether the stage may end; `losses` has one value per step, taken on the last quarter of each sequence."""
         if len(losses) < max(2 * self.steps, math.ceil(self.min_share * stage_steps)):
             return False
         recent = math.fsum(losses[-self.steps :]) / self.steps
@@ -63,10 +61,11 @@ class Advance:
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage as it will run. rope: transformers' rope_parameters; window before it: `start_window` tokens.
+    """One stage as training runs it.
 
-    tokens: whole batches, steps * batch * seq_len. batch: sequences per optimizer step. advance: None unless
-    on. rule: the rule that made the rope ("theta": chosen outright).
+    rope: transformers' rope_parameters. tokens: steps * batch * seq_len. batch: sequences per step. advance: None if
+    the stage may not end early. start_window: the model's window before the stage, in tokens. rule: the name of the
+    rule that made the rope ("theta": the theta was given).
     """
 
     name: str

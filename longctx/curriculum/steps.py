@@ -1,4 +1,4 @@
-"""Batch, steps and learning rate of each stage; a schedule may span several stages (`continue`)."""
+"""Computes the batch, steps and learning rate of each stage; a decay may span several stages (kind `continue`)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,19 @@ from longctx.errors import UserError
 
 
 @dataclass(frozen=True)
-class Scheduled:
+class StepsAndRate:
+    """The steps and the learning rate of one stage."""
+
     steps: int
     rate: LearningRate
 
 
-def schedules(config: CurriculumConfig, chosen: Mapping[str, StageConfig], file: str) -> dict[str, Scheduled]:
-    """Steps and rate per stage; a run of `continue` stages shares the schedule of the stage it follows."""
+def steps_and_rates(config: CurriculumConfig, chosen: Mapping[str, StageConfig], file: str) -> dict[str, StepsAndRate]:
+    """The steps and learning rate of each stage; stages of kind `continue` share the decay of the stage they follow."""
     steps = {name: _steps(stage, f"curriculum.stages.{name}", file) for name, stage in chosen.items()}
     kinds = {name: stage.lr.kind or config.lr.kind or "constant" for name, stage in chosen.items()}
     names = list(chosen)
-    scheduled: dict[str, Scheduled] = {}
+    scheduled: dict[str, StepsAndRate] = {}
     for position, name in enumerate(names):
         where = f"curriculum.stages.{name}.lr"
         if kinds[name] == "continue":
@@ -38,7 +40,7 @@ def schedules(config: CurriculumConfig, chosen: Mapping[str, StageConfig], file:
                     break
                 span += steps[later]
             rate = _rate(chosen[name].lr, config.lr, kinds[name], span, where, file)
-        scheduled[name] = Scheduled(steps[name], rate)
+        scheduled[name] = StepsAndRate(steps[name], rate)
     return scheduled
 
 
@@ -55,8 +57,8 @@ def _rate(
     if kind == "constant":
         if own.final is not None and own.final != peak:
             raise UserError(
-                f"{where}.final={own.final} does not go with kind=constant, which stays at the peak {peak}; "
-                f"name kind=cosine or linear, or leave final out ({file})"
+                f"{where}.final={own.final} does not go with kind=constant, which stays at the peak {peak}; name "
+                f"kind=cosine or linear, or leave final out ({file})"
             )
         return LearningRate(peak, peak, warmup, kind, 0, span)
     final = 0.0 if final is None else final
@@ -66,6 +68,7 @@ def _rate(
 
 
 def batch_size(stage: StageConfig, where: str, file: str) -> int:
+    """Sequences per step; raises UserError when batch and batch_tokens do not give exactly one whole number."""
     if (stage.batch is None) == (stage.batch_tokens is None):
         raise UserError(
             f"{where} needs exactly one of batch (sequences per step) and batch_tokens (the same in tokens) ({file})"
@@ -78,8 +81,8 @@ def batch_size(stage: StageConfig, where: str, file: str) -> int:
     if stage.batch_tokens % stage.seq_len or stage.batch_tokens == 0:
         near = max(1, round(stage.batch_tokens / stage.seq_len)) * stage.seq_len
         raise UserError(
-            f"{where}.batch_tokens={stage.batch_tokens} is not a whole number of sequences of "
-            f"{stage.seq_len} tokens; {near} fits ({file})"
+            f"{where}.batch_tokens={stage.batch_tokens} is not a whole number of sequences of {stage.seq_len} tokens; "
+            f"{near} fits ({file})"
         )
     return stage.batch_tokens // stage.seq_len
 

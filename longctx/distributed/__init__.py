@@ -1,4 +1,4 @@
-"""The world a process belongs to: ranks, launcher environment, ranks started here, and point-to-point transfers.
+"""The world of a process: its rank, the launcher's environment, starting ranks here, and point-to-point transfers.
 
-`ranks` imports torch; import from the modules, so that a command that only asks for its rank does not wait for it.
+Import from the modules: `ranks` imports torch, and a command that only asks for its rank should not wait for it.
 """

@@ -1,4 +1,4 @@
-"""What went over the transport, by link level and payload: always counted, so that tests hold it to formulas."""
+"""Counts the bytes that a rank sends, by link level and payload; tests compare the counts with formulas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from longctx.topology import Level
 
 
 class ByteCounter:
-    """Bytes sent by this rank, per (level, payload)."""
+    """Counts the bytes that this rank has sent, per (level, payload)."""
 
     def __init__(self) -> None:
         self.sent: Counter[tuple[Level, str]] = Counter()

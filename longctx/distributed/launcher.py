@@ -1,4 +1,4 @@
-"""The environment that torchrun or srun gives to a rank, under torch's names. Imports no torch."""
+"""The environment that torchrun or srun gives to a rank, under torch's names; this module does not import torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def leave_launcher() -> None:
-    """Make this process one of its own, whatever torchrun or srun started it for."""
+    """Remove the launcher's variables, so that this process is a world of its own and no rank of torchrun or srun."""
     for name in [name for name in os.environ if name.startswith("SLURM_STEP_")]:
         del os.environ[name]
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
@@ -14,9 +14,9 @@ def leave_launcher() -> None:
 
 
 def launcher_environment() -> dict[str, str]:
-    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun or srun; one process otherwise.
+    """RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE from torchrun or srun, or those of a single process.
 
-    srun gives SLURM_* names: they are copied to torch's, and the first host of the step list is the master.
+    srun's SLURM_* variables are copied to torch's names, and the first host of the step is the master.
     """
     if "WORLD_SIZE" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
@@ -30,7 +30,7 @@ def launcher_environment() -> dict[str, str]:
 
 
 def _first_host(nodes: str) -> str:
-    """`node[03-05,9]` -> `node03`; `a,b` -> `a`."""
+    """The first host of Slurm's list: `node[03-05,9]` -> `node03`; `a,b` -> `a`."""
     head, bracket, rest = nodes.partition("[")
     if not bracket or "," in head:
         return head.split(",")[0]

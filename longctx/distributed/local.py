@@ -1,8 +1,8 @@
 """Starts ranks on this machine as processes of `python -m MODULE`, and ends them together.
 
-SIGTERM, SIGUSR1 and SIGHUP are passed on to each rank once it handles them (save, leave with 75), so that a rank that
-is still importing neither loses a signal nor dies of it. Ctrl-C ends all ranks at once. When a rank dies, its own error
-is on the screen and the others have PATIENCE to notice; then they are killed.
+SIGTERM, SIGUSR1 and SIGHUP are passed on to a rank once it handles them (it saves and exits with 75), so a rank that is
+still importing neither loses a signal nor dies of it. Ctrl-C ends all ranks at once. When a rank dies, it has printed
+its own error; the others get PATIENCE seconds to end and are then killed.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from longctx.processes import handles, kill, module_command, send
 from longctx.signals import SAVED_AND_REQUEUE, StopRequest, stop_request
 
 STORE_FD = "LONGCTX_STORE_FD"  # rank 0: the listening socket of the store at MASTER_PORT; empty for the others
-PATIENCE = 10.0  # seconds that the other ranks have to notice a dead one before they are killed
-SAVING = 120.0  # and to leave after one that left with 75
+PATIENCE = 10.0  # seconds that the other ranks have to end after one died
+SAVING = 120.0  # seconds that the other ranks have to end after one exited with 75
 
 
 @dataclass(frozen=True)
-class Ended:
-    """How the ranks ended: the first that did not end with 0 (its rank and status), and every status."""
+class RankExits:
+    """The exit statuses of all ranks, and the first rank that did not exit with 0 (its rank and status)."""
 
     first: tuple[int, int] | None
     statuses: list[int]
 
 
-def run_ranks(nproc: int, threads: int, module: str, *words: str) -> Ended:
-    """`python -m MODULE WORDS` once per rank, in torchrun's environment; returns when all have ended."""
+def run_ranks(nproc: int, threads: int, module: str, *words: str) -> RankExits:
+    """Run `python -m MODULE WORDS` once per rank, in torchrun's environment; returns when all ranks have ended."""
     stop = stop_request()
-    stop.unsaved()  # a signal is the ranks' to answer
+    stop.unsaved()  # the ranks answer signals, not this process
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         _start(ranks, nproc, threads, *module_command(module, *words))
@@ -46,7 +46,7 @@ def run_ranks(nproc: int, threads: int, module: str, *words: str) -> Ended:
 def _start(
     ranks: list[subprocess.Popen[bytes]], nproc: int, threads: int, command: Sequence[str], environment: dict[str, str]
 ) -> None:
-    """Fill `ranks`. Rank 0 inherits the store's socket, so that nobody can take its port in between."""
+    """Start the processes into `ranks`; rank 0 inherits the store's socket, so no other process can take its port."""
     with socket.create_server(("127.0.0.1", 0)) as store:
         world = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1",
                  "MASTER_PORT": str(store.getsockname()[1])}  # fmt: skip
@@ -55,12 +55,12 @@ def _start(
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             fds = [store.fileno()] if rank == 0 else []
             own[STORE_FD] = str(store.fileno()) if rank == 0 else ""
-            # A session of its own: a terminal's ctrl-C reaches this process, which ends the ranks.
+            # Each rank gets its own session, so a terminal's ctrl-C reaches only this process, which ends the ranks.
             ranks.append(subprocess.Popen(command, env={**environment, **own}, pass_fds=fds, start_new_session=True))
 
 
-def _follow(ranks: list[subprocess.Popen[bytes]], stop: StopRequest) -> Ended:
-    """Wait for all ranks; pass a signal on to each; kill what is left after a rank that failed."""
+def _follow(ranks: list[subprocess.Popen[bytes]], stop: StopRequest) -> RankExits:
+    """Wait for all ranks, passing signals on to them, and kill those that outlive a failed rank for too long."""
     told: set[int] = set()
     first: tuple[int, int] | None = None
     limit = float("inf")
@@ -79,4 +79,4 @@ def _follow(ranks: list[subprocess.Popen[bytes]], stop: StopRequest) -> Ended:
             kill(running)
         time.sleep(0.05)
     statuses = [rank.returncode for rank in ranks]
-    return Ended(first or next(((n, s) for n, s in enumerate(statuses) if s), None), statuses)
+    return RankExits(first or next(((n, s) for n, s in enumerate(statuses) if s), None), statuses)

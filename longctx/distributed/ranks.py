@@ -1,7 +1,7 @@
-"""This process among the others: rank, world, device, and the few small collectives of the control plane.
+"""The world as one rank sees it: rank, world, device, and the few small collectives that control a run.
 
-Every run has a process group, also a run of one process, so that nothing downstream asks whether it is
-distributed. Ranks that fail together raise together: `agree` turns one rank's mistake into everybody's.
+Every run has a process group, even a run of one process, so no other module asks whether the run is distributed.
+`agree` makes all ranks raise the error of one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from longctx.errors import RunFailed, UserError
 
 @dataclass
 class Ranks:
-    """One rank's view of the world. local_world ranks run on this node."""
+    """One rank's view of the world; local_world ranks run on its node."""
 
     rank: int
     world: int
@@ -39,9 +39,10 @@ class Ranks:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when every rank is here, however long that takes: work of one rank (tokenizing, an export, an
-        adapter) may outlast any collective's timeout. A rank that died is its launcher's matter, one that answers
-        no more the watcher's.
+        """Wait until every rank has called this, without a timeout.
+
+        One rank's work (tokenizing, an export, an adapter) may take longer than any collective's timeout. The launcher
+        handles dead ranks; the watchdog handles hung ones.
         """
         if self.world == 1:
             return
@@ -54,7 +55,7 @@ class Ranks:
             pause = min(2 * pause, 1.0)
 
     def gather(self, value: Any) -> list[Any]:
-        """`value` of every rank, in order, on every rank."""
+        """Return the values of all ranks, in rank order, on every rank."""
         if self.world == 1:
             return [value]
         out: list[Any] = [None] * self.world
@@ -62,7 +63,7 @@ class Ranks:
         return out
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's `value` on every rank."""
+        """Return rank 0's `value` on every rank."""
         if self.world == 1:
             return value
         box = [value]
@@ -70,7 +71,7 @@ class Ranks:
         return box[0]
 
     def sum(self, values: list[float]) -> list[float]:
-        """Element-wise sum over ranks, in float64: one small message."""
+        """Return the element-wise sum over ranks in float64, in one small message."""
         if self.world == 1:
             return list(values)
         packed = torch.tensor(values, dtype=torch.float64)
@@ -82,10 +83,9 @@ class Ranks:
 
     @contextmanager
     def agree(self, what: str) -> Iterator[None]:
-        """Run the body on every rank; if it fails on one, all raise that rank's error, so that none is left
-        waiting.
+        """Run the body on every rank; if it fails on one, all ranks raise that rank's error, and none waits forever.
 
-        Collectives must not stand inside the body unless all ranks reach them whatever happens.
+        The body may contain a collective only if every rank reaches it even when another rank fails.
         """
         error: Exception | None = None
         try:
@@ -96,14 +96,14 @@ class Ranks:
         reports = self.gather(None if error is None else (isinstance(error, UserError), str(error)))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report]
         if failed:
-            rank, by_user, text = next((report for report in failed if report[2]), failed[0])  # who has words
+            rank, by_user, text = next((report for report in failed if report[2]), failed[0])  # one with a message
             if by_user:
                 raise UserError(text) from error
             raise RunFailed(f"{what} failed on rank {rank}: {text}") from error
 
 
 def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this rank. Raises UserError when CUDA is asked for and there is none."""
+    """The device of this rank; raises UserError when CUDA is asked for and there is none."""
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("engine.device=cuda, but this machine shows no CUDA device; use engine.device=cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():
@@ -151,7 +151,7 @@ def join(rank: int, world: int, timeout_seconds: float) -> None:
         return
     try:
         dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
-    except ValueError as error:  # a variable of the launcher is missing
+    except ValueError as error:  # a variable that the launcher sets is missing
         raise UserError(
             f"WORLD_SIZE={world} says that a launcher started this rank, but {_first_line(error)}; start all ranks "
             "with torchrun or srun, or unset WORLD_SIZE (docs/training.md)"
@@ -181,7 +181,7 @@ def _launchers_store(world: int, timeout: timedelta) -> dist.Store:
 
 
 def _set_timeout(timeout: timedelta) -> None:
-    """Of the world's collectives: ranks under a launcher had to join it before they knew the config."""
+    """Set the timeout of the world's collectives; ranks under a launcher join the world before they know it."""
     if dist.get_world_size() > 1:
         cast(Any, dist.distributed_c10d)._set_pg_timeout(timeout, dist.group.WORLD)
 

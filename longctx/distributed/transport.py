@@ -27,13 +27,16 @@ class PeerLost(RuntimeError):
 
 
 class Pending(Protocol):
-    """A posted transfer; `wait` returns when both directions are done and raises PeerLost naming the peer."""
+    """A posted transfer; `wait` returns when both directions are done and raises PeerLost, which names the peer."""
 
     def wait(self) -> None: ...
 
 
 class Transport(Protocol):
-    """`rank` of `size`; `post` exchanges one tensor with each of two peers (they may be the same one)."""
+    """Carries tensors between the ranks of a group.
+
+    `post` sends one tensor to a peer and receives one from a peer, which may be the same one.
+    """
 
     rank: int
     size: int
@@ -43,7 +46,7 @@ class Transport(Protocol):
     def all_gather(self, tensor: Tensor) -> list[Tensor]: ...
 
     def unsupported(self, device: str) -> str | None:
-        """Why tensors of this device type cannot travel, or None."""
+        """The reason why tensors of this device type cannot travel, or None if they can."""
         ...
 
     def close(self) -> None: ...
@@ -97,7 +100,7 @@ class DistributedTransport:
 
     def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending:
         group = self.groups[channel]
-        # The receive first: gloo queues its "ready" note behind our own data where both peers are one.
+        # Post the receive first: if both peers are one, gloo would queue its "ready" note behind our own data.
         operations = [
             dist.P2POp(dist.irecv, recv, group=group, group_peer=source),
             dist.P2POp(dist.isend, send, group=group, group_peer=to),
@@ -110,7 +113,7 @@ class DistributedTransport:
         return _Posted(works, names if len(works) == 2 else [", ".join(names)])
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensor of every rank, sent as bytes because gloo does not know every type."""
+        """Return the tensors of all ranks; they travel as bytes, because gloo does not know every type."""
         flat = tensor.contiguous().view(-1).view(torch.uint8)
         parts = [torch.empty_like(flat) for _ in range(self.size)]
         try:
@@ -184,7 +187,7 @@ def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
 
 
 class ThreadWorld:
-    """Virtual ranks as threads of one process. With `serial` one runs at a time, so that their times add up."""
+    """Virtual ranks as threads of one process; with `serial` one runs at a time, so that their times add up."""
 
     def __init__(self, size: int, *, serial: bool = False, timeout: float = 60.0) -> None:
         self.size, self.timeout = size, timeout
@@ -197,7 +200,7 @@ class ThreadWorld:
             return self.mail[channel, source, to]
 
     def run(self, work: Callable[[ThreadTransport], object]) -> list:
-        """work(transport) on every virtual rank; the results by rank, or the first failed rank's exception."""
+        """Call work(transport) on every virtual rank; returns the results by rank, or raises the first rank's error."""
 
         def body(rank: int) -> object:
             with self.turn or nullcontext():

@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.eval import EvalConfig, EvalModel, default_name
+from longctx.config.model import ModelConfig
+from longctx.data.check import check_name, check_sources
+from longctx.data.tokenizer import check_tokenizer_of
 from longctx.distributed.launcher import launcher_environment
 from longctx.errors import UserError
 from longctx.rope import read_rope, rope_of
 from longctx.storage.files import write_text
+from longctx.storage.model import check_model
 
 if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks
@@ -70,10 +74,11 @@ def models_of(config: EvalConfig) -> dict[str, EvalModel]:
 def target_of(config: EvalConfig, name: str, model: EvalModel) -> Target:
     """What is to be evaluated under this name. Raises UserError when the folder holds no model longctx knows."""
     from longctx.eval.examine import Target
-    from longctx.model.family import check_config
+    from longctx.model.architectures import check_config
     from longctx.model.load import read_config
 
     try:
+        _check_files(config, model)
         hf = read_config(model.path)
         check_config(hf, model.path)
         own = read_rope(model.path)
@@ -88,6 +93,14 @@ def target_of(config: EvalConfig, name: str, model: EvalModel) -> Target:
     title = f"{name} (theta {model.theta:,.0f})" if model.theta is not None else f"{name} (another rope)"
     rope = _checked({**hf.to_dict(), "rope_parameters": {**own.parameters, **changed}, "rope_scaling": None}, name)
     return Target(name, model.path, title, dict(rope.parameters), model.window or rope.window)
+
+
+def _check_files(config: EvalConfig, model: EvalModel) -> None:
+    """Refuse in a second what would fail after tokenizing or loading: weights, tokenizer, documents."""
+    vocabulary = check_model(model.path).get("vocab_size")
+    check_tokenizer_of(ModelConfig(path=model.path, tokenizer=model.tokenizer), vocab_size=vocabulary)
+    check_name(config.data, config.source, "source")
+    check_sources(config.data, [config.source], Path(config.cache))
 
 
 def _checked(values: dict[str, Any], name: str) -> Rope:

@@ -43,7 +43,7 @@ def length_of(window: int | str, caller: str) -> int:
 
 def check_model(model: Any, caller: str) -> None:
     """Raise UserError unless longctx can train `model` exactly."""
-    from longctx.model.family import causal_lm_of, check_config
+    from longctx.model.architectures import causal_lm_of, check_config
 
     inner = causal_lm_of(model)
     if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):

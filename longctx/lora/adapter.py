@@ -1,7 +1,7 @@
-"""Reading any LoRA in PEFT's format: ours, mergekit's, peft's own; and our side files where they are.
+"""Reads a LoRA in PEFT's format, whether longctx, mergekit or peft wrote it, and the side files of longctx.
 
-The tensors are sorted by what PEFT does with them when it loads the file. What cannot be added to weights is
-refused with its reason, here or by PeftSettings.
+The tensors are sorted by what PEFT does with them when it loads the file. Adapters that cannot be added to weights are
+refused with the reason, here or by PeftSettings.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _FACTOR = re.compile(r"(.+)\.(?:lora_([AB])(?:\.default)?\.weight|lora_embedding
 _FACTOR_BIAS = re.compile(r"(.+)\.lora_B(?:\.default)?\.bias")
 _ROWS = re.compile(r"(.+)\.token_adapter\.trainable_tokens_delta(?:\.default)?")
 _INNER = re.compile(r"(.+?)\.(token_adapter\.base_layer|base_layer|original_module)\.(weight|bias)")
-# Written when embeddings are saved whole: copies of what also stands under the plain name, and a buffer.
+# PEFT writes these when it saves embeddings whole: a buffer, and copies of tensors under their plain names.
 _UNREAD = re.compile(r".+\.(modules_to_save\.\w+|token_adapter\.trainable_tokens_original(?:\.default)?)")
 
 
 @dataclass(frozen=True)
-class Pair:
-    """delta = scale * B @ A for module `module`, transposed for an embedding.
+class FactorPair:
+    """The factors of one module: delta = scale * B @ A, transposed for an embedding.
 
-    a, b: tensor names. shape: of the delta as the weight stands in a checkpoint, [rows, columns].
+    a, b: tensor names. shape: [rows, columns] of the delta, as the weight has them in a checkpoint.
     """
 
     module: str
@@ -45,15 +45,16 @@ class Pair:
 
 
 class Adapter:
-    """An adapter folder or hub id.
+    """An adapter in a folder or on the hub.
 
-    settings: adapter_config.json. pairs: factors by module. whole: stored tensors under the model's own names
-    (modules_to_save, resized embeddings, trained biases). inner: stored tensors of layers that an adapter
-    wraps, by the model's name: trained biases, and copies of the base's embeddings. biases: of factors, by
-    module. rows: single rows of an embedding, by module. deltas: exact differences of norms and biases from
-    our side file. extension: our longctx.json, or None. Each maps to the file's own name of the tensor.
-    Raises UserError when a factor lacks its partner or the adapter is of a kind that no sum of weights
-    expresses.
+    settings: adapter_config.json. pairs: the factors, by module. whole: tensors stored under the model's names
+    (modules_to_save, resized embeddings, trained biases). inner: tensors of layers that the adapter wraps, by the
+    model's name (trained biases, copies of the base's embeddings). biases: biases of factors, by module. rows: single
+    rows of an embedding, by module. deltas: names of norms and biases whose exact differences are in longctx's side
+    file. extension: longctx.json, or None.
+
+    whole, inner, biases and rows map to the tensor's name in the file. Raises UserError when a factor lacks its
+    partner, and when adding to weights cannot express the adapter.
     """
 
     def __init__(self, path: str) -> None:
@@ -66,7 +67,7 @@ class Adapter:
         self.side: Checkpoint | None = None
         if self.weights.source.exists(f"{NORM_STEM}.safetensors"):
             self.side = Checkpoint(path, what="adapter", stem=NORM_STEM)
-        self.pairs: dict[str, Pair] = {}
+        self.pairs: dict[str, FactorPair] = {}
         self.whole: dict[str, str] = {}
         self.inner: dict[str, str] = {}
         self.biases: dict[str, str] = {}
@@ -77,13 +78,13 @@ class Adapter:
     def deltas(self) -> list[str]:
         return list(self.side.entries) if self.side is not None else []
 
-    def factors(self, pair: Pair, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """(left [rows, r], right [r, columns]) with delta = pair.scale * left @ right."""
+    def factors(self, pair: FactorPair, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Read (left [rows, r], right [r, columns]), with delta = pair.scale * left @ right."""
         a, b = self.weights.read(pair.a).to(dtype), self.weights.read(pair.b).to(dtype)
         return (a.T.contiguous(), b.T.contiguous()) if pair.embedding else (b, a)
 
     def delta(self, name: str) -> Tensor:
-        """The exact difference of a norm or bias."""
+        """Read the exact difference of a norm or bias."""
         assert self.side is not None
         return self.side.read(name)
 
@@ -138,13 +139,12 @@ class Adapter:
         for name in self.weights.entries:
             yield name, name.removeprefix(_PREFIX)
 
-    def _pair(self, module: str, a: str, b: str, embedding: bool) -> Pair:
+    def _pair(self, module: str, a: str, b: str, embedding: bool) -> FactorPair:
         first, second = self.weights.entries[a], self.weights.entries[b]
         if len(first.shape) != 2 or len(second.shape) != 2 or first.shape[0] != second.shape[1]:
             raise UserError(
-                f"adapter={self.path}: the factors of {module} do not fit each other: A "
-                f"{list(first.shape)}, B {list(second.shape)}; A is [rank, in] and B is [out, rank] (nothing was "
-                "written)"
+                f"adapter={self.path}: the factors of {module} do not fit each other: A {list(first.shape)}, B "
+                f"{list(second.shape)}; A is [rank, in] and B is [out, rank] (nothing was written)"
             )
         rank = first.shape[0]
         shape = (first.shape[1], second.shape[0]) if embedding else (second.shape[0], first.shape[1])
@@ -154,4 +154,4 @@ class Adapter:
                 f"adapter={self.path}: adapter_config.json says rank {told} for {module} and its factors have "
                 f"{rank}; file and config do not belong together (nothing was written)"
             )
-        return Pair(module, a, b, embedding, rank, self.settings.scale(module), shape)
+        return FactorPair(module, a, b, embedding, rank, self.settings.scale(module), shape)

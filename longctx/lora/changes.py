@@ -1,4 +1,4 @@
-"""What a part of an adapter does to a tensor: a function on blocks of its rows."""
+"""Applies one part of an adapter to a tensor, block of rows by block of rows."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from typing import Any
 
 from torch import Tensor
 
-from longctx.lora.adapter import Adapter, Pair
+from longctx.lora.adapter import Adapter, FactorPair
 
 Apply = Callable[[Tensor, int], None]
-# The order in which PEFT's parts take effect: stored tensors first, then what is added to them.
+# The order in which PEFT applies the parts: stored tensors first, then additions to them.
 ORDER = ("replaced", "rows", "factors", "bias", "exact")
 
 
 @dataclass(frozen=True)
-class Change:
-    """What one part of an adapter does to the first `rows` rows of `tensor`, w.
+class TensorChange:
+    """The change that one part of an adapter makes to the first `rows` rows of `tensor`, called w here.
 
-    how: `replaced` (w + scale * (new - w)), `rows` (the same for single rows), `factors` (w + scale *
-    pair.scale * B A), `bias` (w + scale * factor * b, for factors that have a bias), `exact` (w + scale *
-    difference). source: a Pair, or the stored tensor's name.
+    how: `replaced` (w + scale * (new - w)), `rows` (the same for single rows), `factors` (w + scale * pair.scale * B
+    A), `bias` (w + scale * factor * b, for factors that have a bias) or `exact` (w + scale * difference). source: a
+    FactorPair, or the stored tensor's name.
     """
 
     tensor: str
     how: str
     adapter: Adapter
-    source: Pair | str
+    source: FactorPair | str
     scale: float
     rows: int
     factor: float = 1.0
@@ -35,17 +35,15 @@ class Change:
 
     @property
     def effect(self) -> tuple[Any, ...]:
-        """Equal for two changes that do the same to two tensors."""
+        """A key that two changes share if they do the same to their tensors."""
         source: Any = self.source
-        if isinstance(source, Pair):
+        if isinstance(source, FactorPair):
             source = (source.a, source.b, source.embedding, source.scale)
         return self.how, self.adapter.path, source, self.scale, self.rows, self.factor, self.indices
 
     def load(self) -> Apply:
-        """A function that changes, in place, the wide rows it is given; the second argument is the first
-        row's number.
-        """
-        if isinstance(self.source, Pair):
+        """Return a function (block, first row) that applies the change in place to a block of widened rows."""
+        if isinstance(self.source, FactorPair):
             return self._add_factors(self.source)
         if self.how == "rows":
             return self._put_rows(self.adapter.weights.read(self.source))
@@ -55,7 +53,7 @@ class Change:
             return _add(self.adapter.weights.read(self.source), self.scale * self.factor)
         return _add(self.adapter.delta(self.source), self.scale)
 
-    def _add_factors(self, pair: Pair) -> Apply:
+    def _add_factors(self, pair: FactorPair) -> Apply:
         left, right = self.adapter.factors(pair)
 
         def apply(block: Tensor, start: int) -> None:

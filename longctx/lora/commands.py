@@ -1,4 +1,4 @@
-"""The verbs lora-extract and lora-merge: progress on standard error, the result for people or as JSON."""
+"""The verbs lora-extract and lora-merge, with progress on standard error and the result as text or JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longctx.rope.config import describe_rope
 
 
 def run_extract(config: ExtractConfig) -> int:
-    """`longctx lora-extract`."""
+    """Run `longctx lora-extract`; returns the exit status."""
     began = time.perf_counter()
     with _bar("extracting") as tick:
         result = extract(config, tick)
@@ -29,7 +29,7 @@ def run_extract(config: ExtractConfig) -> int:
 
 
 def run_merge(config: MergeConfig) -> int:
-    """`longctx lora-merge`."""
+    """Run `longctx lora-merge`; returns the exit status."""
     began = time.perf_counter()
     with _bar("merging") as tick:
         result = merge(config, tick)
@@ -70,8 +70,8 @@ def _print_extract(result: ExtractResult, seconds: float) -> None:
               f"{describe_rope(result.extension.rope_parameters)}")  # fmt: skip
     if (held := result.losses) is not None:
         print(
-            f"  loss on {held.tokens} tokens of held-out text: base {held.base:.4f}, tuned {held.tuned:.4f}, "
-            f"base + adapter {held.merged:.4f}"
+            f"  loss on {held.tokens} tokens of held-out text: base {held.base:.4f}, tuned {held.tuned:.4f}, base + "
+            f"adapter {held.merged:.4f}"
         )
     if result.not_carried:
         names = ", ".join(row.tensor for row in result.not_carried[:8])
@@ -110,7 +110,7 @@ def _span(values: list[Any], form: str) -> str:
 
 @contextmanager
 def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """One line now and then on standard error, for work that lasts; short work says nothing."""
+    """Yield a progress function that prints a line to standard error every two seconds."""
     last = time.monotonic()
 
     def tick(done: int, total: int, name: str) -> None:

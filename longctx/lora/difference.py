@@ -1,9 +1,8 @@
-"""tuned - base of one tensor, by row blocks, in fp32 or fp64: both sides are widened before they are
-subtracted.
+"""The difference tuned - base of one tensor, computed by row blocks in fp32 or fp64.
 
-bf16 has 8 bits, so a difference taken in bf16 keeps little of what training changed. A difference that fits
-its share of the memory is kept; a larger one (a 70B's lm_head is 4 GiB in fp32) is read again on every
-pass.
+Both sides are widened before they are subtracted: bf16 has 8 bits, so a difference in bf16 would lose most of what
+training changed. A difference that fits its share of the memory is kept; a larger one (a 70B's lm_head is 4 GiB in
+fp32) is read again on every pass.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ _BLOCK_ELEMENTS = 2**20
 
 
 class Difference:
-    """Rows x columns view of tuned - base (one-dimensional tensors are one row). A lowrank.BlockMatrix.
+    """tuned - base of one tensor as a matrix (a lowrank.BlockMatrix); a one-dimensional tensor is one row.
 
-    budget: bytes of difference this worker may keep. hashed: whether sha256 is wanted. sha256: of the base
-    tensor's bytes, after one whole pass.
+    budget: bytes of difference that this worker may keep. hashed: compute `sha256`, the hash of the base tensor's
+    bytes, in the first complete pass.
     """
 
     def __init__(
@@ -43,7 +42,7 @@ class Difference:
         self._kept: Tensor | None = None
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, block [rows, columns]); a block is valid until the next one is asked for."""
+        """Yield (first row, block [rows, columns]); a block is valid until the next one is requested."""
         if self._kept is not None:
             yield 0, self._kept
             return
@@ -60,19 +59,20 @@ class Difference:
         self._kept = whole
 
     def dense(self) -> Tensor | None:
-        """The difference whole, or None where it does not fit."""
+        """The complete difference, or None if it does not fit its memory."""
         if self._kept is None and self._resident:
             for _ in self.blocks():
                 pass
         return self._kept
 
     def norm_squared(self) -> float:
-        """||tuned - base||_F^2."""
+        """Compute ||tuned - base||_F^2."""
         return sum(float(torch.linalg.vector_norm(block).double() ** 2) for _, block in self.blocks())
 
     def residual_squared(self, left: Tensor, right: Tensor, scale: float) -> float:
-        """||tuned - base - scale * left @ right||_F^2 with left [rows, r], right [r, columns]; uses up a
-        kept one.
+        """Compute ||tuned - base - scale * left @ right||_F^2 with left [rows, r] and right [r, columns].
+
+        This overwrites a kept difference, which is read again afterwards if it is needed.
         """
         total = 0.0
         left, right = left.to(self.device, self.dtype), right.to(self.device, self.dtype)
@@ -103,10 +103,9 @@ class Difference:
 
 
 def require_finite(norm_squared: float, name: str, base: str, tuned: str) -> None:
-    """UserError when a difference is not a number: a damaged shard, or a training that diverged."""
+    """Raise UserError if a difference is NaN or infinite: a shard is damaged, or the training diverged."""
     if norm_squared != norm_squared or norm_squared == float("inf"):
         raise UserError(
-            f"{name} is not finite in base={base} or tuned={tuned} (NaN or infinity): the shard is damaged "
-            "or the training "
-            "diverged; nothing was written"
+            f"{name} is not finite in base={base} or tuned={tuned} (NaN or infinity): the shard is damaged or the "
+            "training diverged; nothing was written"
         )

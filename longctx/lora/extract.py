@@ -1,9 +1,8 @@
-"""`longctx lora-extract`: tuned - base as a LoRA, one tensor at a time, with its errors measured and its
-sign checked.
+"""Extracts tuned - base as a LoRA, one tensor at a time, measures its errors and checks its sign.
 
-The pair is compared before anything is read; differences are taken in fp32 (Difference), cut to rank r
-(lowrank) and measured again with the factors as they are written. Results do not depend on the number of
-workers: a tensor is one worker's, with one thread, and files are written in a fixed order.
+The two models are compared before any weight is read. Differences are computed in fp32 (Difference), approximated at
+rank r (lowrank), and measured again with the factors as they are written. The result does not depend on the number of
+workers: one worker with one thread processes a tensor, and files are written in a fixed order.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ from longctx.errors import UserError
 from longctx.lora import folder as files
 from longctx.lora.adapter import NORM_STEM
 from longctx.lora.difference import Difference, require_finite
-from longctx.lora.folder import Extension, Row
+from longctx.lora.folder import Extension, TensorRecord
 from longctx.lora.lowrank import Factors, Sketch, decompose
-from longctx.lora.modules import Kind, Module, carried_rope, check_pair, check_weights, layout, modules_of
-from longctx.lora.ranks import fit_size, rank_for_share
+from longctx.lora.modules import Module, WeightKind, carried_rope, check_pair, check_weights, layout, modules_of
+from longctx.lora.rank_choice import fit_size, rank_for_share
 from longctx.lora.shards import FactorWriter
 from longctx.lora.tensors import Checkpoint, Scratch
-from longctx.lora.ties import settle_pair
-from longctx.lora.verify import Held, held_out_losses, read_back
+from longctx.lora.ties import resolve_ties_of_pair
+from longctx.lora.verify import HeldOutLosses, held_out_losses, read_back
 from longctx.lora.writer import output_folder
 from longctx.storage.files import write_json
 from longctx.storage.writer import SafetensorsWriter
@@ -44,28 +43,32 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class ExtractResult:
-    """out: the adapter's folder. rows: one per tensor. bytes: of the factors. losses: with verify=loss."""
+    """The result of an extraction.
+
+    out: the adapter's folder. rows: one record per tensor. bytes: size of the factors. share: see folder.totals.
+    checked: tensors that were read back. losses: with verify=loss.
+    """
 
     out: str
     rank: int
-    rows: list[Row]
+    rows: list[TensorRecord]
     extension: Extension
     bytes: int
     share: dict[str, float]
     checked: list[str]
-    losses: Held | None
+    losses: HeldOutLosses | None
 
     @property
-    def not_carried(self) -> list[Row]:
-        """Tensors that the training changed and the adapter leaves behind."""
+    def not_carried(self) -> list[TensorRecord]:
+        """Tensors that the training changed and the adapter does not carry."""
         return [row for row in self.rows if row.carried == "no" and row.norm > 0]
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A tensor's outcome: its row, and what is written (a factor pair, or one exact difference)."""
+class _TensorResult:
+    """The result for one tensor: its record, and the factors or the exact difference to write."""
 
-    row: Row
+    row: TensorRecord
     a: Tensor | None = None
     b: Tensor | None = None
     exact: Tensor | None = None
@@ -75,17 +78,17 @@ class _Part:
 def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractResult:
     """Write the adapter `config.out` that carries tuned - base.
 
-    progress(done, total, tensor) is called after each tensor.
-    Raises UserError for every pair that has no meaningful difference; then nothing is left behind.
+    progress(done, total, tensor) is called after each tensor. Raises UserError if the two models have no meaningful
+    difference; then no files are left.
     """
     _check_options(config)
     with Checkpoint(config.base, what="base") as base, Checkpoint(config.tuned, what="tuned") as tuned:
         for checkpoint in (base, tuned):
             check_weights(checkpoint)
-        tied_head, tied = settle_pair(base, tuned)
+        tied_head, tied = resolve_ties_of_pair(base, tuned)
         check_pair(base, tuned, allow_shorter=config.allow_shorter)
         modules = sorted(modules_of(base), key=lambda m: (-prod(m.entry.shape), m.entry.name))
-        job = _Job(config, base, tuned, tied, tied_head)
+        job = _Extraction(config, base, tuned, tied, tied_head)
         ranks = _ranks_for_size(job, modules) if config.size_mb is not None else {}
         with output_folder(config.out, needed=_bytes_needed(job, modules, ranks)) as partial:
             parts = list(_write_tensors(job, modules, ranks, partial, progress))
@@ -102,10 +105,10 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     return ExtractResult(config.out, described["r"], rows, extension, size, files.totals(rows), checked, losses)
 
 
-class _Job:
-    """What every tensor's work needs: the pair, the precision, the device, one scratch per worker.
+class _Extraction:
+    """The inputs and settings of one extraction, and one scratch buffer per worker.
 
-    tied_head: the output layer whose factors are the embedding's.
+    tied_head: the output layer that shares the embedding's factors, or None.
     """
 
     def __init__(
@@ -135,8 +138,8 @@ class _Job:
         return min(ranks.get(module.entry.name, self.config.rank), *module.entry.shape)
 
     def bytes_per_rank(self, module: Module) -> int:
-        """An embedding's factors are written for a tied output layer as well."""
-        twice = module.kind is Kind.EMBEDDING and self.tied_head is not None
+        """Bytes of the module's factors per rank; an embedding's factors are also written for a tied output layer."""
+        twice = module.kind is WeightKind.EMBEDDING and self.tied_head is not None
         return sum(module.entry.shape) * self.stored.itemsize * (2 if twice else 1)
 
     def difference(self, module: Module) -> Difference:
@@ -152,10 +155,10 @@ class _Job:
         seed = int.from_bytes(digest[:7], "little")
         return Sketch(self.config.oversample, self.config.power_max, self.config.tolerance, seed)
 
-    def map(self, work: Callable[[Module], _Part], modules: list[Module]) -> Iterator[_Part]:
-        """Results in the order of `modules`, several in flight."""
+    def map(self, work: Callable[[Module], _TensorResult], modules: list[Module]) -> Iterator[_TensorResult]:
+        """Yield the results in the order of `modules`, with several modules in work at a time."""
         with _one_thread_each(), ThreadPoolExecutor(self.workers) as pool:
-            waiting: deque[Future[_Part]] = deque()
+            waiting: deque[Future[_TensorResult]] = deque()
             try:
                 for module in modules:
                     waiting.append(pool.submit(work, module))
@@ -169,15 +172,15 @@ class _Job:
 
 
 def _write_tensors(
-    job: _Job, modules: list[Module], ranks: dict[str, int], partial: Path, progress: Progress | None
-) -> Iterator[_Part]:
-    """Factors and exact differences go to their files as they come; rows are handed on without them."""
+    job: _Extraction, modules: list[Module], ranks: dict[str, int], partial: Path, progress: Progress | None
+) -> Iterator[_TensorResult]:
+    """Write factors and exact differences to their files as they arrive, and yield the records."""
     names = [module.name for module in modules if job.carried(module) == "factors"]
     names += [job.tied_head] if job.tied_head else []
     vectors = [module.entry.name for module in modules if job.carried(module) == "exact"]
     writer = FactorWriter(partial, names, max_bytes=int(job.config.max_shard_mb * 1e6))
     exact = SafetensorsWriter(partial / f"{NORM_STEM}.safetensors", vectors) if vectors else None
-    unchanged: list[_Part] = []
+    unchanged: list[_TensorResult] = []
     changed_leaves: set[str] = set()
     for done, part in enumerate(job.map(lambda module: _work(job, module, ranks), modules), 1):
         if part.a is not None and part.b is not None:
@@ -186,8 +189,8 @@ def _write_tensors(
             else:
                 changed_leaves.add(_leaf(part.row.tensor))
                 writer.add(part.row.tensor, part.row.kind, part.a, part.b)
-                if part.row.kind == Kind.EMBEDDING.value and job.tied_head is not None:
-                    writer.add(job.tied_head, Kind.HEAD.value, part.b.T.contiguous(), part.a.T.contiguous())
+                if part.row.kind == WeightKind.EMBEDDING.value and job.tied_head is not None:
+                    writer.add(job.tied_head, WeightKind.HEAD.value, part.b.T.contiguous(), part.a.T.contiguous())
         elif part.exact is not None and exact is not None and part.row.norm > 0:
             exact.add(part.row.tensor, part.exact)
         if part.row.norm > 0 or part.a is None:
@@ -195,12 +198,12 @@ def _write_tensors(
         if progress is not None:
             progress(done, len(modules), part.row.tensor)
     for part in unchanged:
-        # PEFT selects modules by the last part of their names, so an unchanged sibling needs its zero.
+        # PEFT selects modules by the last part of their names, so an unchanged module of that name needs zero factors.
         needed = _leaf(part.row.tensor) in changed_leaves
         if needed and part.a is not None and part.b is not None:
             writer.add(part.row.tensor, part.row.kind, part.a, part.b)
         row = replace(part.row, carried="factors" if needed else "no", rank=1 if needed else 0)
-        yield _Part(row)
+        yield _TensorResult(row)
     writer.close()
     if exact is not None:
         exact.close()
@@ -208,7 +211,7 @@ def _write_tensors(
             exact.path.unlink()
 
 
-def _work(job: _Job, module: Module, ranks: dict[str, int]) -> _Part:
+def _work(job: _Extraction, module: Module, ranks: dict[str, int]) -> _TensorResult:
     difference, how = job.difference(module), job.carried(module)
     if how == "factors":
         return _factor(job, module, difference, ranks)
@@ -218,11 +221,11 @@ def _work(job: _Job, module: Module, ranks: dict[str, int]) -> _Part:
     if how == "exact":
         dense = difference.dense()
         assert dense is not None, "norms and biases are small"
-        return _Part(row, exact=dense[0].to("cpu", torch.float32, copy=True))
-    return _Part(row)
+        return _TensorResult(row, exact=dense[0].to("cpu", torch.float32, copy=True))
+    return _TensorResult(row)
 
 
-def _factor(job: _Job, module: Module, difference: Difference, ranks: dict[str, int]) -> _Part:
+def _factor(job: _Extraction, module: Module, difference: Difference, ranks: dict[str, int]) -> _TensorResult:
     factors = _decompose(job, module, difference, ranks)
     require_finite(factors.total, module.entry.name, job.config.base, job.config.tuned)
     rank = len(factors.values)
@@ -234,35 +237,34 @@ def _factor(job: _Job, module: Module, difference: Difference, ranks: dict[str, 
     left_over = difference.residual_squared(left, right, scale) if norm else 0.0
     if not left_over <= factors.total * (1 + 1e-6):
         raise UserError(
-            f"{module.entry.name}: its factors in {job.config.dtype} are further from the difference than "
-            "nothing at all "
-            f"(relative residual {sqrt(left_over) / norm:.3g}); use dtype=float32"
+            f"{module.entry.name}: its factors in {job.config.dtype} are further from the difference than nothing at "
+            f"all (relative residual {sqrt(left_over) / norm:.3g}); use dtype=float32"
         )
     share = 1 - left_over / factors.total if norm else 1.0
-    row = Row(module.entry.name, module.kind.value, list(module.entry.shape), rank, norm, share,
+    row = TensorRecord(module.entry.name, module.kind.value, list(module.entry.shape), rank, norm, share,
               sqrt(left_over / factors.total) if norm else 0.0, factors.method, factors.converged, "factors",
               difference.sha256)  # fmt: skip
-    if module.kind is Kind.EMBEDDING:
-        return _Part(row, a=left.T.contiguous(), b=right.T.contiguous())
-    return _Part(row, a=right.contiguous(), b=left.contiguous())
+    if module.kind is WeightKind.EMBEDDING:
+        return _TensorResult(row, a=left.T.contiguous(), b=right.T.contiguous())
+    return _TensorResult(row, a=right.contiguous(), b=left.contiguous())
 
 
-def _decompose(job: _Job, module: Module, difference: Difference, ranks: dict[str, int]) -> Factors:
+def _decompose(job: _Extraction, module: Module, difference: Difference, ranks: dict[str, int]) -> Factors:
     if job.config.share is None:
         return decompose(difference, job.rank(module, ranks), job.sketch(module))
     return rank_for_share(difference, job.config.share, job.config.max_rank, job.sketch(module))
 
 
-def _ranks_for_size(job: _Job, modules: list[Module]) -> dict[str, int]:
-    """A first pass over all spectra, then the ranks that fit."""
+def _ranks_for_size(job: _Extraction, modules: list[Module]) -> dict[str, int]:
+    """Compute all spectra in a first pass, and choose the ranks that fit the size."""
     chosen = [module for module in modules if job.carried(module) == "factors"]
 
-    def spectrum(module: Module) -> _Part:
+    def spectrum(module: Module) -> _TensorResult:
         difference = job.difference(module)
         factors = decompose(difference, job.config.max_rank, job.sketch(module))
         require_finite(factors.total, module.entry.name, job.config.base, job.config.tuned)
         row = _row(module, difference, rank=0, norm=sqrt(factors.total), kept=False, carried="factors")
-        return _Part(row, values=factors.values.cpu())
+        return _TensorResult(row, values=factors.values.cpu())
 
     spectra = {part.row.tensor: part.values for part in job.map(spectrum, chosen) if part.values is not None}
     assert job.config.size_mb is not None
@@ -270,8 +272,8 @@ def _ranks_for_size(job: _Job, modules: list[Module]) -> dict[str, int]:
     return fit_size(spectra, cost, job.config.size_mb * 1e6)
 
 
-def _row(module: Module, difference: Difference, *, rank: int, norm: float, kept: bool, carried: str) -> Row:
-    return Row(module.entry.name, module.kind.value, list(module.entry.shape), rank, norm, float(kept),
+def _row(module: Module, difference: Difference, *, rank: int, norm: float, kept: bool, carried: str) -> TensorRecord:
+    return TensorRecord(module.entry.name, module.kind.value, list(module.entry.shape), rank, norm, float(kept),
                float(not kept and norm > 0), "-", True, carried, difference.sha256)  # fmt: skip
 
 
@@ -281,8 +283,8 @@ def _extension(base: Checkpoint, tuned: Checkpoint) -> Extension:
     return Extension(rope, window, base_rope, base_window)
 
 
-def _bytes_needed(job: _Job, modules: list[Module], ranks: dict[str, int]) -> int:
-    """An upper bound of what will be written."""
+def _bytes_needed(job: _Extraction, modules: list[Module], ranks: dict[str, int]) -> int:
+    """An upper bound of the bytes that will be written."""
     total = 2**20
     for module in modules:
         how = job.carried(module)
@@ -294,18 +296,16 @@ def _bytes_needed(job: _Job, modules: list[Module], ranks: dict[str, int]) -> in
     return total
 
 
-def _refuse_identical(rows: list[Row], config: ExtractConfig) -> None:
+def _refuse_identical(rows: list[TensorRecord], config: ExtractConfig) -> None:
     if not any(row.norm > 0 for row in rows):
         raise UserError(
-            f"base={config.base} and tuned={config.tuned} hold the same numbers in all {len(rows)} tensors: "
-            "there is no "
-            "difference to extract; check that tuned is the trained model (nothing was written)"
+            f"base={config.base} and tuned={config.tuned} hold the same numbers in all {len(rows)} tensors: there is "
+            "no difference to extract; check that tuned is the trained model (nothing was written)"
         )
     if not any(row.carried == "factors" for row in rows):
         raise UserError(
-            f"only norms, biases or embeddings differ between base={config.base} and tuned={config.tuned}; "
-            "no linear layer "
-            "changed, so there is no LoRA to write; embeddings=true carries embeddings (nothing was written)"
+            f"only norms, biases or embeddings differ between base={config.base} and tuned={config.tuned}; no linear "
+            "layer changed, so there is no LoRA to write; embeddings=true carries embeddings (nothing was written)"
         )
 
 
@@ -314,9 +314,8 @@ def _check_options(config: ExtractConfig) -> None:
         raise UserError("share and size_mb both choose the ranks; give one of them (configs/lora_extract.yaml)")
     if config.profile == "serving" and (config.lm_head or config.embeddings):
         raise UserError(
-            "profile=serving carries layers only, since vLLM refuses adapters with lm_head or embeddings; "
-            "use profile=full, or "
-            "leave lm_head and embeddings out (configs/lora_extract.yaml)"
+            "profile=serving carries layers only, since vLLM refuses adapters with lm_head or embeddings; use "
+            "profile=full, or leave lm_head and embeddings out (configs/lora_extract.yaml)"
         )
     if config.verify == "loss" and config.text is None:
         raise UserError("verify=loss needs text=FILE, a text neither model was trained on (configs/lora_extract.yaml)")
@@ -336,9 +335,7 @@ def _leaf(tensor: str) -> str:
 
 @contextmanager
 def _one_thread_each() -> Iterator[None]:
-    """One torch thread per worker: no oversubscription, and sums in an order that does not depend on the
-    machine's load.
-    """
+    """Run torch with one thread per worker, so cores are not oversubscribed and the order of sums is fixed."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

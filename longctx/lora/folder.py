@@ -1,6 +1,6 @@
-"""What stands in an adapter's folder besides the factors: PEFT's config, our side file, the model card.
+"""Writes an adapter's files other than the factors: PEFT's config, longctx's side file and the model card.
 
-Nothing here depends on the time or on the output's name, so the same seed gives the same bytes.
+The content does not depend on the time or on the output's name, so the same seed gives the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import longctx
 from longctx.lora.adapter import SIDE_FILE
-from longctx.lora.modules import Kind
+from longctx.lora.modules import WeightKind
 from longctx.rope.config import describe_rope
 from longctx.storage.files import write_json
 
@@ -22,9 +22,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
-    """What became of one tensor. share: of the squared norm, kept by the factors as written; residual:
-    relative.
+class TensorRecord:
+    """The record of one tensor in the side file and the model card.
+
+    norm: of the difference. share: the share of its squared norm that the written factors keep. residual: the norm of
+    what they leave, divided by `norm`. carried: factors, exact or no.
     """
 
     tensor: str
@@ -42,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Extension:
-    """What the training made of the model's reach; written to longctx.json and used by lora-merge."""
+    """The rope and window before and after the training; longctx.json records them and lora-merge writes them."""
 
     rope_parameters: dict[str, Any]
     window: int | None
@@ -54,15 +56,15 @@ class Extension:
         return (self.rope_parameters, self.window) != (self.base_rope_parameters, self.base_window)
 
 
-def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool, tied_head: str | None) -> dict[str, Any]:
-    """PEFT's adapter_config.json; alpha equals the rank, module by module.
+def adapter_config(rows: Sequence[TensorRecord], base: str, *, rslora: bool, tied_head: str | None) -> dict[str, Any]:
+    """The content of PEFT's adapter_config.json; alpha equals the rank of each module.
 
-    tied_head: the output layer that has the embedding's factors; PEFT is told to keep the two one.
+    tied_head: the output layer that shares the embedding's factors; PEFT is told to keep the two tied.
     """
     carried = [row for row in rows if row.carried == "factors"]
     rank = max(row.rank for row in carried)
     module = {row.tensor.removesuffix(".weight"): row.rank for row in carried}
-    embedding = next((row for row in carried if row.kind == Kind.EMBEDDING.value), None)
+    embedding = next((row for row in carried if row.kind == WeightKind.EMBEDDING.value), None)
     tied = embedding is not None and tied_head is not None
     if embedding is not None and tied_head is not None:
         module[tied_head.removesuffix(".weight")] = embedding.rank
@@ -86,17 +88,17 @@ def adapter_config(rows: Sequence[Row], base: str, *, rslora: bool, tied_head: s
     }
 
 
-def totals(rows: Sequence[Row]) -> dict[str, float]:
-    """Share of the squared norm kept: of the matrices with factors, and of everything that changed."""
+def totals(rows: Sequence[TensorRecord]) -> dict[str, float]:
+    """The kept share of the squared norm: of the matrices with factors, and of all tensors that changed."""
 
-    def share(chosen: Sequence[Row]) -> float:
+    def share(chosen: Sequence[TensorRecord]) -> float:
         total = sum(row.norm**2 for row in chosen)
         return sum(row.share * row.norm**2 for row in chosen) / total if total else 1.0
 
     return {"factors": share([row for row in rows if row.carried == "factors"]), "everything": share(rows)}
 
 
-def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, layout: Mapping[str, Any],
+def write_side_file(folder: Path, rows: Sequence[TensorRecord], extension: Extension, layout: Mapping[str, Any],
                     config: ExtractConfig) -> None:  # fmt: skip
     document = {
         "format": 1,
@@ -115,7 +117,7 @@ def write_side_file(folder: Path, rows: Sequence[Row], extension: Extension, lay
     write_json(folder / SIDE_FILE, document)
 
 
-def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: ExtractConfig) -> None:
+def write_card(folder: Path, rows: Sequence[TensorRecord], extension: Extension, config: ExtractConfig) -> None:
     carried = [row for row in rows if row.carried == "factors"]
     exact = [row for row in rows if row.carried == "exact"]
     lost = [row for row in rows if row.carried == "no" and row.norm > 0]
@@ -129,18 +131,16 @@ def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: 
         "",
         f"# The difference {config.tuned} - {config.base}, as a LoRA",
         "",
-        f"Rank {max(row.rank for row in carried)}, {len(carried)} modules, profile `{config.profile}`. It "
-        "keeps "
+        f"Rank {max(row.rank for row in carried)}, {len(carried)} modules, profile `{config.profile}`. It keeps "
         f"{share['factors']:.2%} of the squared norm of the matrices it carries.",
         "",
     ]
     if extension.changed:
         lines += [
-            f"The tuned model reads {extension.window:,} tokens "
-            f"({describe_rope(extension.rope_parameters)}); the base read "
-            f"{extension.base_window:,} ({describe_rope(extension.base_rope_parameters)}). **The weights "
-            "alone do not carry "
-            "that**: a merged model's config.json must say so too, and `longctx lora-merge` writes it.",
+            f"The tuned model reads {extension.window:,} tokens ({describe_rope(extension.rope_parameters)}); the "
+            f"base read {extension.base_window:,} ({describe_rope(extension.base_rope_parameters)}). **The weights "
+            "alone do not carry that**: a merged model's config.json must say so too, and `longctx lora-merge` "
+            "writes it.",
             "",
         ]
     lines += [
@@ -156,8 +156,7 @@ def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: 
     lines += ["```", "longctx lora-merge target=FINE_TUNE adapter=THIS_FOLDER out=MERGED", "```", ""]
     if exact:
         lines += [
-            f"{len(exact)} norms and biases are carried exactly, as differences, in "
-            "`norm_deltas.safetensors`: "
+            f"{len(exact)} norms and biases are carried exactly, as differences, in `norm_deltas.safetensors`: "
             "longctx adds them, peft and vLLM do not read them.",
             "",
         ]
@@ -170,15 +169,15 @@ def write_card(folder: Path, rows: Sequence[Row], extension: Extension, config: 
         "|---|---|---|---|---|---|",
     ]
     lines += [
-        f"| {row.tensor} | {' x '.join(map(str, row.shape))} | {row.rank} | {row.norm:.4g} | "
-        f"{row.share:.4f} | {row.residual:.4f} |"
+        f"| {row.tensor} | {' x '.join(map(str, row.shape))} | {row.rank} | {row.norm:.4g} | {row.share:.4f} | "
+        f"{row.residual:.4f} |"
         for row in carried
     ]
     (folder / "README.md").write_text("\n".join(lines) + "\n")
 
 
 def command(config: ExtractConfig) -> str:
-    """The command that makes this adapter again; settings at their defaults are left out."""
+    """The command that makes this adapter again, without settings that have their defaults."""
     default = type(config)(base="", tuned="", out="")
     words = [
         "longctx",
@@ -194,8 +193,8 @@ def command(config: ExtractConfig) -> str:
     return " ".join(shlex.quote(word) for word in words)
 
 
-def carried_as(kind: Kind, *, profile: str, head: bool, embeddings: bool) -> str:
-    """How a changed tensor travels: `factors`, `exact` (difference in the side file) or `no`."""
-    if kind is Kind.LINEAR or (kind is Kind.HEAD and head) or (kind is Kind.EMBEDDING and embeddings):
+def carried_as(kind: WeightKind, *, profile: str, head: bool, embeddings: bool) -> str:
+    """How the adapter carries a changed tensor: `factors`, `exact` (a difference in the side file) or `no`."""
+    if kind is WeightKind.LINEAR or (kind is WeightKind.HEAD and head) or (kind is WeightKind.EMBEDDING and embeddings):
         return "factors"
-    return "exact" if kind is Kind.VECTOR and profile == "full" else "no"
+    return "exact" if kind is WeightKind.VECTOR and profile == "full" else "no"

@@ -1,91 +1,28 @@
-"""`longctx lora-info`: what an adapter is, from its files alone, with pictures; or what one would weigh.
-
-Spectra come from the factors themselves, whoever made them: with A^T = Q_a R_a and B = Q_b R_b the singular
-values of B A are those of R_b R_a^T, r x r.
-"""
+"""The verb lora-info: describes an adapter, with pictures on request, or sizes one that does not exist yet."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from longctx.config.lora import InfoConfig
 from longctx.console import emit_json
 from longctx.errors import UserError
-from longctx.lora.adapter import Adapter
-from longctx.lora.sizes import measure_throughput, plan_size
-from longctx.rope.config import describe_rope
-
-
-@dataclass(frozen=True)
-class ModuleInfo:
-    """spectrum: singular values of scale * B A, descending. share: of the difference's squared norm, if
-    known.
-    """
-
-    module: str
-    rank: int
-    scale: float
-    shape: tuple[int, int]
-    spectrum: list[float]
-    share: float | None
-
-
-@dataclass(frozen=True)
-class AdapterInfo:
-    path: str
-    base: str | None
-    bytes: int
-    modules: list[ModuleInfo]
-    exact: int
-    replaced: list[str]
-    window: int | None
-    rope: str | None
-    share: float | None
-    extends: bool
-
-
-def describe(path: str) -> AdapterInfo:
-    """Everything lora-info prints. Raises UserError for what is not an adapter."""
-    with Adapter(path) as adapter:
-        side = adapter.extension or {}
-        known = side.get("tensors", {})
-        modules = [
-            ModuleInfo(
-                pair.module, pair.rank, pair.scale, pair.shape, _spectrum(adapter, pair),
-                known.get(f"{pair.module}.weight", {}).get("share"),
-            )
-            for pair in adapter.pairs.values()
-        ]  # fmt: skip
-        rope = side.get("rope_parameters")
-        return AdapterInfo(
-            path=path,
-            base=adapter.config.get("base_model_name_or_path"),
-            bytes=sum(entry.nbytes for entry in adapter.weights.entries.values()),
-            modules=sorted(modules, key=lambda item: _place(item.module)),
-            exact=len(adapter.deltas),
-            replaced=[*adapter.whole, *adapter.inner, *(f"{module} (rows)" for module in adapter.rows)],
-            window=side.get("window"),
-            rope=describe_rope(rope) if rope else None,
-            share=side.get("share", {}).get("factors"),
-            extends=bool(side.get("extends")),
-        )
+from longctx.lora.describe import AdapterInfo, describe
+from longctx.lora.sizes import adapter_size, measure_throughput
 
 
 def run(config: InfoConfig) -> int:
-    """`longctx lora-info`."""
+    """Run `longctx lora-info`; returns the exit status."""
     if (config.adapter is None) == (config.plan is None):
         raise UserError("give adapter=FOLDER to describe one, or plan=MODEL to size one (configs/lora_info.yaml)")
     if config.plan is not None:
-        return _run_plan(config, config.plan)
+        return _run_size(config, config.plan)
     assert config.adapter is not None
     info = describe(config.adapter)
     pictures: list[str] = []
     if config.plots is not None:
-        from longctx.lora.pictures import draw
+        from longctx.lora.pictures import draw  # matplotlib is slow to import
 
         pictures = draw(info, Path(config.plots))
     if config.format == "json":
@@ -95,8 +32,8 @@ def run(config: InfoConfig) -> int:
     return 0
 
 
-def _run_plan(config: InfoConfig, plan: str) -> int:
-    size = plan_size(plan, config.rank, dtype=config.dtype, lm_head=config.lm_head, embeddings=config.embeddings)
+def _run_size(config: InfoConfig, plan: str) -> int:
+    size = adapter_size(plan, config.rank, dtype=config.dtype, lm_head=config.lm_head, embeddings=config.embeddings)
     if config.measure:
         rate = measure_throughput(config.rank)
         size = replace(size, seconds=size.elements / rate, throughput=rate)
@@ -108,8 +45,7 @@ def _run_plan(config: InfoConfig, plan: str) -> int:
     print(f"  {size.matrices} matrices, {size.elements / 1e9:.2f} B numbers, {per_rank:.3f} MB per rank")
     if size.seconds is not None and size.throughput is not None:
         print(
-            f"  about {_duration(size.seconds)} here ({size.throughput / 1e6:.0f} M numbers/s measured on a "
-            "sample, "
+            f"  about {_duration(size.seconds)} here ({size.throughput / 1e6:.0f} M numbers/s measured on a sample, "
             "reading not counted)"
         )
     return 0
@@ -135,25 +71,6 @@ def _print(info: AdapterInfo, pictures: list[str]) -> None:
         print(f"  {item.module:<44} {item.rank:>4} {share:>7}  {values}")
     for picture in pictures:
         print(f"  {picture}")
-
-
-def _spectrum(adapter: Adapter, pair: Any) -> list[float]:
-    left, right = adapter.factors(pair)
-    first = torch.linalg.qr(left, mode="r")[1]
-    second = torch.linalg.qr(right.T, mode="r")[1]
-    values = torch.linalg.svdvals(first.double() @ second.double().T) * pair.scale
-    return [float(f"{value:.6g}") for value in values.tolist()]
-
-
-def _place(module: str) -> tuple[int, str]:
-    """Sorts modules by layer; what stands outside the layers comes last."""
-    layer = layer_of(module)
-    return (10**6 if layer is None else layer), module
-
-
-def layer_of(module: str) -> int | None:
-    """The layer's number in a module's name."""
-    return next((int(part) for part in module.split(".") if part.isdigit()), None)
 
 
 def _duration(seconds: float) -> str:

@@ -1,11 +1,11 @@
-"""The best rank-r approximation of a matrix seen only through row blocks: randomized subspace iteration.
+"""Approximates a matrix that is read in row blocks at rank r, by randomized subspace iteration.
 
-Halko, Martinsson & Tropp 2011 (0909.4061), algorithm 4.4: from a random Q [n, l] the bases of the rows and
-of the columns are multiplied and orthonormalized in turns. Departures: the first two products share one
-pass over the blocks, either side may finish, whether to go on is decided by what the last half step gained,
-at no extra pass, and where the gain has not died out after `power_max` steps the exact SVD is taken.
+Source: Halko, Martinsson & Tropp 2011 (0909.4061), algorithm 4.4. From a random Q [n, l], the bases of the rows and of
+the columns are multiplied and orthonormalized in turns. This version departs from it in four ways: the first two
+products share one pass over the blocks; the iteration may end at either side; it ends by the gain of the last half
+step, which needs no extra pass; and the exact SVD is taken if the gain is not small after `power_max` steps.
 
-X [m, n] the matrix (m rows in blocks)   r rank kept   l = r + oversample columns of the sketch
+Shapes: X [m, n] the matrix (m rows in blocks), r the rank, l = r + oversample the columns of the sketch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 class BlockMatrix(Protocol):
-    """X, as its row blocks in order; blocks() may be called many times."""
+    """A matrix X that is read as row blocks in order; blocks() may be called many times."""
 
     shape: tuple[int, int]
     dtype: torch.dtype
@@ -28,13 +28,17 @@ class BlockMatrix(Protocol):
 
     def blocks(self) -> Iterator[tuple[int, Tensor]]: ...
     def dense(self) -> Tensor | None:
-        """X whole, where memory allows it."""
+        """The complete X, or None if it does not fit the memory."""
         ...
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """How hard to try. tolerance: squared norm still to be gained (an estimate) over the squared residual."""
+    """The settings of the iteration.
+
+    power_max: the largest number of steps. tolerance: the iteration ends when the estimated squared norm still to gain
+    is below this share of the squared residual.
+    """
 
     oversample: int = 16
     power_max: int = 8
@@ -44,9 +48,9 @@ class Sketch:
 
 @dataclass(frozen=True)
 class Factors:
-    """X ~ left @ diag(values) @ right.T; left [m, k], values [k] descending, right [n, k]; total = ||X||_F^2.
+    """The approximation X ~ left @ diag(values) @ right.T, with left [m, k], values [k] descending, right [n, k].
 
-    method: `exact`, or the number of half steps. converged: the error check passed.
+    total: ||X||_F^2. method: `exact`, or the number of half steps. converged: whether the tolerance was met.
     """
 
     left: Tensor
@@ -58,7 +62,7 @@ class Factors:
 
 
 def decompose(matrix: BlockMatrix, rank: int, sketch: Sketch) -> Factors:
-    """Rank-`rank` factors of the matrix (fewer when it has fewer rows or columns)."""
+    """Approximate the matrix at rank `rank`, or at a lower one if it has fewer rows or columns."""
     m, n = matrix.shape
     rank = min(rank, m, n)
     columns = min(rank + sketch.oversample, m, n)
@@ -94,12 +98,11 @@ def decompose(matrix: BlockMatrix, rank: int, sketch: Sketch) -> Factors:
 
 
 def _still_to_gain(gain: float, values: Tensor, rank: int) -> float:
-    """What further half steps would add to the norm kept, after one that added `gain`.
+    """Estimate the squared norm that further half steps would add, after one that added `gain`.
 
-    What a half step leaves undone of component i shrinks by (sigma_l+1 / sigma_i)^2 (0909.4061, section
-    10.4), so the gains to come are a geometric sum. The slowest kept component stands for sigma_i and the
-    sketch's last value, somewhat too small, for sigma_l+1: a flat spectrum may be left up to twice as far
-    off as estimated.
+    The error of component i shrinks by (sigma_l+1 / sigma_i)^2 with every half step (0909.4061, section 10.4), so the
+    further gains are a geometric sum. The smallest kept value is used for sigma_i. The sketch's last value is used for
+    sigma_l+1; it is somewhat too small, so the error of a flat spectrum may be up to twice the estimate.
     """
     slowest, last = float(values[rank - 1]), float(values[-1])
     if gain <= 0 or slowest == 0:
@@ -119,14 +122,14 @@ def _exact(matrix: BlockMatrix, rank: int) -> Factors:
 
 
 def _nothing(matrix: BlockMatrix, total: float) -> Factors:
-    """Zero of rank 1, for a matrix that is zero or not finite (then `total` says so)."""
+    """Zero factors of rank 1, for a matrix that is zero or not finite (`total` tells which)."""
     m, n = matrix.shape
     empty = torch.zeros(1, dtype=matrix.dtype, device=matrix.device)
     return Factors(empty.new_zeros(m, 1), empty, empty.new_zeros(n, 1), total, "unchanged")
 
 
 def _first_pass(matrix: BlockMatrix, draw: Tensor) -> tuple[Tensor, float]:
-    """Z = X^T (X Q) and ||X||_F^2, reading every block once."""
+    """Compute Z = X^T (X Q) and ||X||_F^2, reading every block once."""
     z, total = torch.zeros_like(draw), 0.0
     for _, block in matrix.blocks():
         z.addmm_(block.T, block @ draw)

@@ -1,7 +1,8 @@
-"""Which tensor of a target each part of an adapter changes, as PEFT would; and what does not fit, all of it listed.
+"""Finds the tensor of a target that each part of an adapter changes, as PEFT does, and lists all parts that do not fit.
 
-PEFT takes the modules from adapter_config.json and then loads whatever the file holds under their names: what
-is missing stays at its start, what is too much is ignored. Both are listed here, and the caller refuses them.
+PEFT takes the modules from adapter_config.json and then loads the tensors that the file holds under their names. It
+leaves missing tensors at their initial values and ignores surplus ones. Both are listed here, and the caller refuses
+them.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from typing import Any
 import torch
 
 from longctx.errors import UserError
-from longctx.lora.adapter import Adapter, Pair
-from longctx.lora.changes import ORDER, Change
-from longctx.lora.modules import Kind, classify
+from longctx.lora.adapter import Adapter, FactorPair
+from longctx.lora.changes import ORDER, TensorChange
+from longctx.lora.modules import WeightKind, classify
 from longctx.lora.tensors import Checkpoint, Entry, row_blocks
-from longctx.lora.ties import Tables
+from longctx.lora.ties import EmbeddingTables
 from longctx.storage.writer import DTYPES
 
-_MATRICES = (Kind.LINEAR, Kind.HEAD, Kind.EMBEDDING)
+_MATRICES = (WeightKind.LINEAR, WeightKind.HEAD, WeightKind.EMBEDDING)
 
 
 @dataclass(frozen=True)
-class Choices:
-    """What the user decides: scale; vocab (`skip` or `common` rows); copies (`own`, `adapter`, None: not said)."""
+class MergeChoices:
+    """The user's choices: scale; vocab (`skip` or merge the `common` rows); copies (`own`, `adapter` or not given)."""
 
     scale: float = 1.0
     vocab: str = "skip"
@@ -34,9 +35,9 @@ class Choices:
 
 @dataclass
 class Match:
-    """Changes in the order in which they take effect, and the parts that do not fit, by what is wrong."""
+    """The changes in the order in which they apply, and the parts that do not fit, sorted by what is wrong."""
 
-    changes: list[Change] = field(default_factory=list)
+    changes: list[TensorChange] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
@@ -54,10 +55,10 @@ class Match:
         return [f"{title}: {', '.join(names)}" for title, names in titles if names]
 
 
-def match(adapter: Adapter, target: Checkpoint, tables: Tables, choices: Choices) -> Match:
-    """Hold the adapter's parts against the target's tensors.
+def match(adapter: Adapter, target: Checkpoint, tables: EmbeddingTables, choices: MergeChoices) -> Match:
+    """Match the adapter's parts with the target's tensors.
 
-    Raises UserError where a choice is needed that the user has not made, and where parts contradict.
+    Raises UserError when the user must make a choice first, and when parts contradict each other.
     """
     matcher = _Matcher(adapter, target, tables, choices)
     matcher.compare_with_config()
@@ -71,10 +72,12 @@ def match(adapter: Adapter, target: Checkpoint, tables: Tables, choices: Choices
 
 
 class _Matcher:
-    def __init__(self, adapter: Adapter, target: Checkpoint, tables: Tables, choices: Choices) -> None:
+    """Matches one adapter with one target and collects the result in `found`."""
+
+    def __init__(self, adapter: Adapter, target: Checkpoint, tables: EmbeddingTables, choices: MergeChoices) -> None:
         self.adapter, self.target, self.tables, self.choices = adapter, target, tables, choices
         self.settings, self.found = adapter.settings, Match()
-        # Less those that peft ignores, once compare_with_config has found them.
+        # compare_with_config removes the pairs that peft ignores.
         self.pairs = dict(adapter.pairs)
         self.ties_factors = tables.declared and self.settings.ties_factors
         self.ties_saved = tables.declared and self.settings.ties_saved
@@ -83,23 +86,21 @@ class _Matcher:
             self.names.append(tables.head)
 
     def entry(self, tensor: str) -> Entry | None:
-        """The target's tensor; the embedding's stands for the output layer that shares it."""
+        """The target's tensor of this name; an output layer that shares the embedding's weight has the embedding's."""
         if self.tables.shared and tensor == self.tables.head:
             tensor = str(self.tables.embedding)
         return self.target.entries.get(tensor)
 
     def compare_with_config(self) -> None:
-        """Modules that the config names and the file lacks, or that the file holds and the config does not
-        name.
-        """
+        """List modules that the config names and the file lacks, and modules that only the file has."""
         self._refuse_older_ours()
         for tensor in self.names:
             entry = self.entry(tensor)
             assert entry is not None
-            kind = Kind.HEAD if tensor == self.tables.head else classify(entry)
+            kind = WeightKind.HEAD if tensor == self.tables.head else classify(entry)
             module, tied = tensor.removesuffix(".weight"), self.ties_factors and tensor in self.tables.both
             if kind in _MATRICES and tensor.endswith(".weight"):
-                wanted = self.settings.targets(module, linear=kind is Kind.LINEAR)
+                wanted = self.settings.targets(module, linear=kind is WeightKind.LINEAR)
                 wanted = tensor == self.tables.embedding if tied else wanted
                 if wanted and module not in self.adapter.pairs:
                     self.found.missing.append(module)
@@ -113,7 +114,7 @@ class _Matcher:
                 self.found.missing.append(tensor)
 
     def stored_tensors(self) -> None:
-        """modules_to_save get a weight of their own; anything else is loaded into the model's."""
+        """Match stored tensors: modules_to_save get a weight of their own, others are loaded into the model's."""
         for tensor, stored in self.adapter.whole.items():
             saved, shape = self._saved(tensor), self.adapter.weights.entries[stored].shape
             if not saved and self._wrapped(_module(tensor)):
@@ -131,7 +132,7 @@ class _Matcher:
                 self.put(name, "replaced", stored, shape)
 
     def inner_tensors(self) -> None:
-        """What is loaded into a wrapped layer, below the adapter: trained biases, and copies of the base's."""
+        """Match tensors that are loaded into a wrapped layer: trained biases, and copies of the base's weights."""
         for tensor, stored in self.adapter.inner.items():
             if not self._saved(tensor) and not self._wrapped(_module(tensor)):
                 self.found.ignored.append(f"{_module(tensor)}.base_layer.{tensor.rsplit('.', 1)[1]}")
@@ -143,7 +144,7 @@ class _Matcher:
                 self.put(name, "replaced", stored, self.adapter.weights.entries[stored].shape)
 
     def single_rows(self) -> None:
-        """trainable_token_indices; in a tied model PEFT replaces the rows of both layers."""
+        """Match the rows of trainable_token_indices; in a tied model PEFT replaces the rows of both layers."""
         embedding = _module(self.tables.embedding)
         for module, stored in self.adapter.rows.items():
             tensor, shape = f"{module}.weight", self.adapter.weights.entries[stored].shape
@@ -195,25 +196,27 @@ class _Matcher:
             for name, entry in self.adapter.side.entries.items():
                 self.put(name, "exact", name, entry.shape)
 
-    def put(self, tensor: str, how: str, source: Pair | str, shape: Any, **more: Any) -> None:
+    def put(self, tensor: str, how: str, source: FactorPair | str, shape: Any, **more: Any) -> None:
         entry = self.entry(tensor)
         if entry is None:
             self.found.unexpected.append(tensor)
         elif entry.shape == shape:
-            change = Change(tensor, how, self.adapter, source, self.choices.scale, entry.rows, **more)
+            change = TensorChange(tensor, how, self.adapter, source, self.choices.scale, entry.rows, **more)
             self.found.changes.append(change)
         elif not _only_vocabulary_differs(entry, shape):
             self.found.misshaped.append(f"{tensor} {list(shape)} for {list(entry.shape)}")
         else:
             common, rows = self.choices.vocab == "common", min(entry.rows, shape[0])
             if common:
-                self.found.changes.append(Change(tensor, how, self.adapter, source, self.choices.scale, rows, **more))
+                self.found.changes.append(
+                    TensorChange(tensor, how, self.adapter, source, self.choices.scale, rows, **more)
+                )
             left_out = f"rows {rows} and up" if common else "all; vocab=common merges the common rows"
             sizes = f"the adapter has {shape[0]} rows, the target {entry.rows}"
             self.found.skipped.append(f"{tensor}: {left_out} ({sizes})")
 
     def _spread(self, tensor: str, *, both: bool) -> tuple[str, ...]:
-        """The tensors a part of `tensor` changes: in a tied pair both, where that is what it means."""
+        """The tensors that a part of `tensor` changes; `both` of a tied pair if the part applies to both."""
         if both and tensor in self.tables.both:
             return self.tables.both
         return (tensor,)
@@ -222,7 +225,7 @@ class _Matcher:
         return self.settings.saves(tensor) or (self.ties_saved and tensor in self.tables.both)
 
     def _storage(self, tensor: str) -> tuple[str, ...]:
-        """The tensors that the model's own weight under this name is used as."""
+        """The tensors for which the model uses its own weight of this name."""
         names = self.tables.both if self.tables.shared and tensor in self.tables.both else (tensor,)
         return tuple(name for name in names if not self._saved(name))
 
@@ -237,7 +240,7 @@ class _Matcher:
         return _module(tensor) not in self.adapter.rows and not tied
 
     def _use_copy(self, tensor: str, stored: str) -> bool:
-        """Whether a copy of the base's own weights takes the place of the target's: peft says yes."""
+        """Whether the adapter's copy of the base's weight replaces the target's weight, as it does in peft."""
         entry = self.entry(tensor)
         if entry is None or _equal(self.target, entry.name, self.adapter.weights, stored):
             return entry is None
@@ -252,7 +255,7 @@ class _Matcher:
             self.found.skipped.append(f"{tensor}: a copy of the base's own weights; the target keeps its own")
         return self.choices.copies == "adapter"
 
-    def _twins(self, embedding: Pair, head: Pair) -> bool:
+    def _twins(self, embedding: FactorPair, head: FactorPair) -> bool:
         read = self.adapter.weights.read
         if not embedding.embedding or head.embedding or embedding.rank != head.rank or embedding.shape != head.shape:
             return False
@@ -273,8 +276,8 @@ class _Matcher:
         width = () if entry is None else entry.shape[1:]
         if len(set(indices)) != len(indices) or outside or shape != (len(indices), *(width or shape[1:])):
             raise self._contradiction(
-                f"trainable_token_indices says rows {indices[:8]} of {tensor} "
-                f"{list(entry.shape) if entry else ''} and the file holds {list(shape)}"
+                f"trainable_token_indices says rows {indices[:8]} of {tensor} {list(entry.shape) if entry else ''} "
+                f"and the file holds {list(shape)}"
             )
 
     def _refuse_older_ours(self) -> None:
@@ -300,7 +303,7 @@ def _module(tensor: str | None) -> str | None:
 
 
 def _only_vocabulary_differs(entry: Entry, shape: tuple[int, ...]) -> bool:
-    return classify(entry) in (Kind.EMBEDDING, Kind.HEAD) and entry.shape[1:] == shape[1:]
+    return classify(entry) in (WeightKind.EMBEDDING, WeightKind.HEAD) and entry.shape[1:] == shape[1:]
 
 
 def _equal(left: Checkpoint, first: str, right: Checkpoint, second: str) -> bool:
@@ -312,7 +315,7 @@ def _equal(left: Checkpoint, first: str, right: Checkpoint, second: str) -> bool
 
 
 def layout_differences(extension: Mapping[str, Any] | None, target: Mapping[str, Any]) -> list[str]:
-    """Where the adapter's base and the target lay out their heads differently though shapes agree."""
+    """The differences between the head layouts of the adapter's base and the target, which shapes may not show."""
     known = (extension or {}).get("layout") or {}
     keys = ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim")
     return [f"{key} {known[key]} / {target.get(key)}" for key in keys if key in known and known[key] != target.get(key)]

@@ -1,9 +1,8 @@
-"""`longctx lora-merge`: adapters into a fine-tune of their base, tensor by tensor, with the window that
-they carry.
+"""Merges adapters into a fine-tune of their base, tensor by tensor, and gives it the window that they carry.
 
-Only rows of one tensor and its factors are in memory; sums are in fp32 and cast once. config.json gets the
-rope and window of the adapter in both key styles: a merge that leaves them untouched, as common scripts do,
-gives a model that cannot use what was merged into it.
+Only rows of one tensor and its factors are in memory. Sums are computed in fp32 and cast once. config.json gets the
+adapter's rope and window in both styles of keys; common merge scripts do not change them, and the merged model then
+cannot use the longer window.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from longctx.config.lora import MergeConfig
 from longctx.errors import UserError
 from longctx.identity import RECORD
 from longctx.lora.adapter import Adapter
-from longctx.lora.changes import ORDER, Change
-from longctx.lora.match import Choices, Match, layout_differences, match
+from longctx.lora.changes import ORDER, TensorChange
+from longctx.lora.match import Match, MergeChoices, layout_differences, match
 from longctx.lora.modules import carried_rope, check_weights, layout
 from longctx.lora.tensors import Checkpoint, Scratch, row_blocks
-from longctx.lora.ties import Tables, settle
+from longctx.lora.ties import EmbeddingTables, resolve_ties
 from longctx.lora.writer import output_folder
 from longctx.rope.config import describe_rope, rope_to_carry, with_rope
 from longctx.storage.files import write_json
@@ -47,10 +46,10 @@ _NOT_COPIED = (
 
 @dataclass(frozen=True)
 class MergeResult:
-    """out: the merged model's folder. applied, skipped, untouched: tensors, with the reason where one is
-    needed.
+    """The result of a merge.
 
-    rope, window: what config.json says now. notes: what the user should know.
+    out: the merged model's folder. applied, skipped, untouched: tensors, with how or why in parentheses. rope, window:
+    those of the new config.json. notes: messages for the user.
     """
 
     out: str
@@ -64,27 +63,27 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class _Output:
-    """A tensor to write: `source` of the target under `name`, with these changes."""
+    """A tensor to write: the target's tensor `source`, with these changes, under `name`."""
 
     name: str
     source: Entry
-    changes: list[Change]
+    changes: list[TensorChange]
 
 
 def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
     """Write the merged model `config.out`; progress(done, total, tensor) is called after each tensor.
 
-    Raises UserError, with nothing left behind, when any part of an adapter does not fit.
+    Raises UserError when any part of an adapter does not fit; then no files are left.
     """
     scales = _scales(config)
     with Checkpoint(config.target, what="target") as target:
         check_weights(target)
-        before, tables = target.config(), settle(target)
+        before, tables = target.config(), resolve_ties(target)
         check_shapes(target, before)
         adapters = [Adapter(path) for path in config.adapter]
         try:
             matches = [
-                match(adapter, target, tables, Choices(scale, config.vocab, config.copies))
+                match(adapter, target, tables, MergeChoices(scale, config.vocab, config.copies))
                 for adapter, scale in zip(adapters, scales, strict=True)
             ]
             _refuse_misfits(config, matches, adapters, layout(before))
@@ -118,9 +117,8 @@ def _scales(config: MergeConfig) -> list[float]:
         return config.scale * len(config.adapter)
     if len(config.scale) != len(config.adapter):
         raise UserError(
-            f"scale has {len(config.scale)} values for {len(config.adapter)} adapters; give one for all or "
-            "one for each "
-            "(configs/lora_merge.yaml)"
+            f"scale has {len(config.scale)} values for {len(config.adapter)} adapters; give one for all or one for "
+            "each (configs/lora_merge.yaml)"
         )
     return config.scale
 
@@ -139,10 +137,9 @@ def _refuse_misfits(
         if problems:
             hint = "" if found.misshaped or differing else ", or allow_partial=true merges what fits"
             raise UserError(
-                f"adapter={adapter.path} does not match target={config.target}; {'; '.join(problems)}. "
-                "Merge into a fine-tune of "
-                f"the adapter's base ({adapter.config.get('base_model_name_or_path')}){hint} (nothing was "
-                "written)"
+                f"adapter={adapter.path} does not match target={config.target}; {'; '.join(problems)}. Merge into a "
+                f"fine-tune of the adapter's base ({adapter.config.get('base_model_name_or_path')}){hint} (nothing "
+                "was written)"
             )
         if not found.changes:
             raise UserError(f"adapter={adapter.path} changes nothing in target={config.target} (nothing was written)")
@@ -151,7 +148,7 @@ def _refuse_misfits(
 def _rope(
     config: MergeConfig, adapters: list[Adapter], before: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, int | None, list[str]]:
-    """(rope or None to leave the target's, window, notes)."""
+    """The rope of the merged model (None: the target's), its window, and notes."""
     own_rope, own_window = rope_to_carry(before, f"target={config.target}, config.json")
     if config.rope.rule == "keep":
         if config.like is not None or config.rope.theta is not None or config.window is not None:
@@ -176,11 +173,9 @@ def _rope(
     extending = [item for item in told if item["extends"]]
     if not told:
         raise UserError(
-            f"adapter={', '.join(config.adapter)} carries no rope and window (it was not made by longctx), "
-            "so the merged model's "
-            "config.json would stay as it is; say rope.theta=... window=..., or like=EXTENDED_MODEL, or "
-            "rope=keep if the adapter "
-            "does not extend the context (configs/lora_merge.yaml)"
+            f"adapter={', '.join(config.adapter)} carries no rope and window (it was not made by longctx), so the "
+            "merged model's config.json would stay as it is; say rope.theta=... window=..., or like=EXTENDED_MODEL, "
+            "or rope=keep if the adapter does not extend the context (configs/lora_merge.yaml)"
         )
     if not extending:
         return None, own_window, ["the adapter does not change rope or window; the target's stay"]
@@ -188,25 +183,25 @@ def _rope(
     if len(targets) > 1:
         raise UserError(
             "the adapters were made for different windows: "
-            f"{'; '.join(f'{rope}, {window}' for rope, window in sorted(targets))}; "
-            "say which with rope.theta=... window=... or like=... (configs/lora_merge.yaml)"
+            f"{'; '.join(f'{rope}, {window}' for rope, window in sorted(targets))}; say which with rope.theta=... "
+            "window=... or like=... (configs/lora_merge.yaml)"
         )
     rope, window = extending[0]["rope_parameters"], extending[0]["window"]
     if (own_rope, own_window) == (rope, window):
         raise UserError(
-            f"target={config.target} has the adapter's rope and window already ({describe_rope(rope)}, "
-            f"{window}); merging again "
-            "would add the extension twice. If only its config.json was edited, say rope=keep (nothing was "
-            "written)"
+            f"target={config.target} has the adapter's rope and window already ({describe_rope(rope)}, {window}); "
+            "merging again would add the extension twice. If only its config.json was edited, say rope=keep (nothing "
+            "was written)"
         )
     return dict(rope), window, []
 
 
-def _outputs(target: Checkpoint, tables: Tables, matches: list[Match]) -> tuple[list[_Output], bool]:
-    """(tensors to write, whether the config must not tie): a shared weight stays one while both of its names
-    change alike.
+def _outputs(target: Checkpoint, tables: EmbeddingTables, matches: list[Match]) -> tuple[list[_Output], bool]:
+    """The tensors to write, and whether config.json must not tie embedding and output layer.
+
+    A shared weight stays shared if both of its names change in the same way.
     """
-    by_tensor: dict[str, list[Change]] = {}
+    by_tensor: dict[str, list[TensorChange]] = {}
     for change in sorted((c for found in matches for c in found.changes), key=lambda c: ORDER.index(c.how)):
         by_tensor.setdefault(change.tensor, []).append(change)
     outputs = [_Output(name, entry, by_tensor.get(name, [])) for name, entry in target.entries.items()]
@@ -220,7 +215,7 @@ def _outputs(target: Checkpoint, tables: Tables, matches: list[Match]) -> tuple[
     return [*outputs, _Output(tables.head, target.entries[tables.embedding], heads)], True
 
 
-def _notes(tables: Tables, adapters: list[Adapter], *, unties: bool) -> list[str]:
+def _notes(tables: EmbeddingTables, adapters: list[Adapter], *, unties: bool) -> list[str]:
     notes = [tables.note] if tables.note and not (unties and tables.shared) else []
     if unties and tables.shared:
         notes.append(
@@ -286,9 +281,8 @@ def _write_changed(target: Checkpoint, output: _Output, writer: SafetensorsWrite
         rows.copy_(wide)
         if not bool(torch.isfinite(rows).all()):
             raise UserError(
-                f"{output.name} is not finite after merging (in the target, the adapter, or beyond what "
-                f"{entry.dtype} holds); "
-                "nothing was written"
+                f"{output.name} is not finite after merging (in the target, the adapter, or beyond what {entry.dtype} "
+                "holds); nothing was written"
             )
         writer.write(rows)
 
@@ -301,10 +295,10 @@ def _write_copied(target: Checkpoint, output: _Output, writer: SafetensorsWriter
 
 
 def _copy_others(target: Checkpoint, partial: Path, window: int | None, notes: list[str]) -> None:
-    """Tokenizer, generation config, templates and the rest; tokenizer_config's length follows the window."""
+    """Copy tokenizer, generation config, templates and other files, and raise the tokenizer's length to the window."""
     for name in target.source.names():
         if name.endswith(_NOT_COPIED) or name in ("config.json", ".gitattributes", "hashes.json", RECORD):
-            continue  # the last two are about the target's own weights
+            continue  # the last two describe the target's own weights
         (partial / name).write_bytes(target.source.fetch(name).read_bytes())
     if window is not None and (partial / "tokenizer_config.json").exists():
         settings = target.config("tokenizer_config.json")

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint a LoRA can carry, under which names, and whether two checkpoints are a pair.
+"""Classifies the tensors of a checkpoint for a LoRA, and checks that two checkpoints are a base and its training.
 
-Everything is decided from names, shapes and config.json; no model is built. Names follow PEFT:
-`model.layers.0.mlp.up_proj.weight` belongs to module `model.layers.0.mlp.up_proj`.
+Names, shapes and config.json decide; no model is built. Names follow PEFT: `model.layers.0.mlp.up_proj.weight` belongs
+to module `model.layers.0.mlp.up_proj`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from longctx.shape import head_dim_of, kv_heads_of, text_section
 from longctx.storage.model import check_shapes
 from longctx.storage.table import Entry
 
-# Input embeddings by their usual names; everything else two-dimensional is a linear layer.
+# The usual names of input embeddings and output layers; all other two-dimensional weights are linear layers.
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _HEADS = ("lm_head", "embed_out", "output")
-# These keep their linears transposed (Conv1D), so a LoRA of a torch Linear does not fit them.
+# Architectures that store their linear layers transposed (Conv1D), so a LoRA of a torch Linear does not fit them.
 _TRANSPOSED = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"}
-# What must agree for a difference, or a merge, to mean anything.
+# Keys of config.json on which two models must agree before they are subtracted or merged.
 _IDENTITY = ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 _IDENTITY += (
     "head_dim",
@@ -35,7 +35,9 @@ _IDENTITY += (
 )
 
 
-class Kind(Enum):
+class WeightKind(Enum):
+    """The kind of a weight, on which depends how a LoRA can carry it."""
+
     LINEAR = "linear"
     HEAD = "lm_head"
     EMBEDDING = "embedding"
@@ -45,10 +47,10 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Module:
-    """One tensor and its place: module is the name PEFT knows, leaf its last part."""
+    """One tensor and its kind; `name` is PEFT's name of its module, and `leaf` the last part of the name."""
 
     entry: Entry
-    kind: Kind
+    kind: WeightKind
 
     @property
     def name(self) -> str:
@@ -59,16 +61,16 @@ class Module:
         return self.name.rsplit(".", 1)[-1]
 
 
-def classify(entry: Entry) -> Kind:
+def classify(entry: Entry) -> WeightKind:
     """The kind of a tensor, from its name and shape."""
     leaf = entry.name.removesuffix(".weight").rsplit(".", 1)[-1]
     if len(entry.shape) == 1:
-        return Kind.VECTOR
+        return WeightKind.VECTOR
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):
-        return Kind.OTHER
+        return WeightKind.OTHER
     if leaf in _EMBEDDINGS:
-        return Kind.EMBEDDING
-    return Kind.HEAD if leaf in _HEADS else Kind.LINEAR
+        return WeightKind.EMBEDDING
+    return WeightKind.HEAD if leaf in _HEADS else WeightKind.LINEAR
 
 
 def modules_of(checkpoint: Checkpoint) -> list[Module]:
@@ -76,7 +78,7 @@ def modules_of(checkpoint: Checkpoint) -> list[Module]:
 
 
 def layout(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity keys of a config.json, head_dim and num_key_value_heads filled in as transformers does."""
+    """The keys of a config.json on which models must agree, with the head numbers filled in as in transformers."""
     inner = {**config, **text_section(config)}
     values = {key: inner[key] for key in _IDENTITY if inner.get(key) is not None}
     if "num_attention_heads" in values:
@@ -86,19 +88,18 @@ def layout(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def carried_rope(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
-    """(rope_parameters, window) of a checkpoint as an adapter records them."""
+    """The rope_parameters and the window of a checkpoint, as an adapter records them."""
     return rope_to_carry(checkpoint.config(), f"{checkpoint.what}={checkpoint.path}, config.json")
 
 
 def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> None:
-    """UserError unless tuned can be a training of base."""
+    """Raise UserError unless `tuned` can be the result of training `base`."""
     first, second = base.config(), tuned.config()
     ours, theirs = layout(first), layout(second)
     differing = [f"{key} {ours.get(key)} / {theirs.get(key)}" for key in _IDENTITY if ours.get(key) != theirs.get(key)]
     if differing:
         raise UserError(
-            f"base={base.path} and tuned={tuned.path} are not one architecture: {', '.join(differing)} "
-            "(base / tuned, "
+            f"base={base.path} and tuned={tuned.path} are not one architecture: {', '.join(differing)} (base / tuned, "
             "config.json); a difference exists only between a model and its own training"
         )
     _check_tensors(base, tuned)
@@ -110,7 +111,7 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> N
 
 
 def check_weights(checkpoint: Checkpoint) -> None:
-    """Refuse quantized weights, transposed linears and folders that transformers reads as an adapter."""
+    """Refuse quantized weights, transposed linear layers, and folders that transformers reads as an adapter."""
     config = checkpoint.config()
     if checkpoint.source.exists("adapter_config.json"):
         raise UserError(
@@ -121,16 +122,14 @@ def check_weights(checkpoint: Checkpoint) -> None:
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, Mapping) else quantized
         raise UserError(
-            f"{checkpoint.what}={checkpoint.path} is quantized ({method}, quantization_config in "
-            "config.json); its numbers are "
-            "codes and cannot be subtracted or added; give the checkpoint in bf16, fp16 or fp32"
+            f"{checkpoint.what}={checkpoint.path} is quantized ({method}, quantization_config in config.json); its "
+            "numbers are codes and cannot be subtracted or added; give the checkpoint in bf16, fp16 or fp32"
         )
     checkpoint.require_floats()
     if config.get("model_type") in _TRANSPOSED:
         raise UserError(
-            f"{checkpoint.what}={checkpoint.path}: {config['model_type']} stores its linears transposed, "
-            "which longctx does "
-            "not support; rotary models (llama, mistral, qwen, gemma, phi3, ...) are"
+            f"{checkpoint.what}={checkpoint.path}: {config['model_type']} stores its linears transposed, which "
+            "longctx does not support; rotary models (llama, mistral, qwen, gemma, phi3, ...) are"
         )
 
 
@@ -153,8 +152,7 @@ def _check_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
     ]
     if parts:
         raise UserError(
-            f"base={base.path} and tuned={tuned.path} do not hold the same tensors; {'; '.join(parts)}. Use "
-            "the exact "
+            f"base={base.path} and tuned={tuned.path} do not hold the same tensors; {'; '.join(parts)}. Use the exact "
             "checkpoint the training started from"
         )
 
@@ -166,14 +164,13 @@ def _check_tokenizers(base: Checkpoint, tuned: Checkpoint) -> None:
         first, second = base.source.fetch(file).read_bytes(), tuned.source.fetch(file).read_bytes()
         if first != second and (file == "tokenizer.model" or _vocabulary(first) != _vocabulary(second)):
             raise UserError(
-                f"base={base.path} and tuned={tuned.path} have different vocabularies ({file}): the rows of "
-                "their embeddings "
-                "mean different tokens; extract from the checkpoint with the same tokenizer"
+                f"base={base.path} and tuned={tuned.path} have different vocabularies ({file}): the rows of their "
+                "embeddings mean different tokens; extract from the checkpoint with the same tokenizer"
             )
 
 
 def _vocabulary(content: bytes) -> Any:
-    """Tokens and ids of a tokenizer.json or vocab.json, without what saving it again may change."""
+    """The tokens and ids of a tokenizer.json or vocab.json, without fields that change when it is saved again."""
     table = json.loads(content)
     model = table.get("model", {}) if isinstance(table, dict) else {}
     if not isinstance(model, dict) or "vocab" not in model:
@@ -189,9 +186,7 @@ def _check_direction(base: Checkpoint, tuned: Checkpoint) -> None:
     smaller = window_base == window_tuned and theta_base > theta_tuned
     if shorter or smaller:
         raise UserError(
-            f"base and tuned look swapped: base={base.path} reads {window_base} tokens "
-            f"({describe_rope(rope_base)}) and "
-            f"tuned={tuned.path} reads {window_tuned} ({describe_rope(rope_tuned)}), and the longer one is "
-            "the tuned one; "
-            "exchange them, or say allow_shorter=true if training really shortened the window"
+            f"base and tuned look swapped: base={base.path} reads {window_base} tokens ({describe_rope(rope_base)}) "
+            f"and tuned={tuned.path} reads {window_tuned} ({describe_rope(rope_tuned)}), and the longer one is the "
+            "tuned one; exchange them, or say allow_shorter=true if training really shortened the window"
         )

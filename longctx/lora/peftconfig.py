@@ -1,7 +1,7 @@
-"""adapter_config.json as PEFT 0.21 reads it: which modules an adapter changes, with which rank and scale.
+"""Reads adapter_config.json as PEFT 0.21 does: the modules that an adapter changes, with their ranks and scales.
 
-Every key of PEFT's LoraConfig stands in one of three tables: honoured, without effect on a loaded adapter,
-or refused when it is set. A key in none of them is refused by its name, since its meaning is not known.
+Every key of PEFT's LoraConfig is in one of three tables: honoured, without effect on a loaded adapter, or refused if it
+is set. Unknown keys are refused too, because their meaning is not known.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ HONOURED = frozenset({
     "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "trainable_token_indices",
     "init_lora_weights", "lora_bias", "ensure_weight_tying",
 })  # fmt: skip
-# Training, bookkeeping, and settings of initialisations. `bias` only says what was saved, and the file shows
-# that; PEFT itself sets fan_in_fan_out to false for every torch Linear.
+# Settings of training, bookkeeping and initialisation. `bias` says which biases were saved, and the file shows that.
+# PEFT itself sets fan_in_fan_out to false for every torch Linear.
 NO_EFFECT = frozenset({
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "lora_dropout", "bias", "fan_in_fan_out", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
@@ -38,16 +38,17 @@ REFUSED: Mapping[str, str] = {
     "kasa_config": "KaSA truncates the base's own weights",
     "megatron_config": "it was made for Megatron's parallel layers",
 }
-# PEFT's EMBEDDING_LAYER_NAMES: the only module names for which ensure_weight_tying does something.
+# PEFT's EMBEDDING_LAYER_NAMES, the only module names for which ensure_weight_tying has an effect.
 TIED_LEAVES = ("embed_tokens", "lm_head")
 _PLAIN_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class PeftSettings:
-    """One adapter's config. where: the words errors begin with.
+    """The config of one adapter. `where` is the beginning of its error messages.
 
-    Raises UserError for settings that no sum of weights expresses, unknown keys and values of a wrong type.
+    Raises UserError for settings that adding to weights cannot express, for unknown keys and for values of a wrong
+    type.
     """
 
     def __init__(self, config: Any, where: str) -> None:
@@ -72,12 +73,12 @@ class PeftSettings:
         return _by_pattern(self._rank_pattern, module, self._rank)
 
     def scale(self, module: str) -> float:
-        """alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA (2312.03732)."""
+        """The scale of the module's factors: alpha / r, or alpha / sqrt(r) for rank-stabilized LoRA (2312.03732)."""
         rank, alpha = self.rank(module), _by_pattern(self._alpha_pattern, module, self._alpha)
         return alpha / math.sqrt(rank) if self._rslora else alpha / rank
 
     def targets(self, module: str, *, linear: bool) -> bool:
-        """Whether PEFT gives the module factors. linear: a linear layer other than the output layer."""
+        """Whether PEFT gives the module factors; `linear`: it is a linear layer other than the output layer."""
         if _named(self._exclude, module):
             return False
         if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self._saved):
@@ -91,13 +92,13 @@ class PeftSettings:
         return any(module.endswith(f".{name}") for name in self._target) and self._chosen_layer(module)
 
     def saves(self, tensor: str) -> bool:
-        """Whether modules_to_save covers the tensor: PEFT takes every module whose name ends so."""
+        """Whether modules_to_save covers the tensor; PEFT takes every module whose name ends with an entry."""
         parts = tensor.split(".")
         modules = [".".join(parts[:count]) for count in range(1, len(parts))]
         return any(module.endswith(name) for module in modules for name in self._saved)
 
     def token_rows(self, module: str, embedding: str | None) -> list[int] | None:
-        """The rows of the module that the adapter replaces. embedding: the model's input embedding module."""
+        """The rows of the module that the adapter replaces, or None; `embedding`: the model's input embedding."""
         if self._tokens is None:
             return None
         if isinstance(self._tokens, dict):
@@ -107,12 +108,12 @@ class PeftSettings:
 
     @property
     def ties_saved(self) -> bool:
-        """Whether modules_to_save holds for embedding and output layer together, in a tied model."""
+        """Whether modules_to_save applies to embedding and output layer together in a tied model."""
         return self.ensure_weight_tying and any(name.rsplit(".", 1)[-1] in TIED_LEAVES for name in self._saved)
 
     @property
     def ties_factors(self) -> bool:
-        """Whether factors hold for embedding and output layer together, in a tied model."""
+        """Whether factors apply to embedding and output layer together in a tied model."""
         if not self.ensure_weight_tying or self.ties_saved:
             return False
         if isinstance(self._target, str):
@@ -184,7 +185,7 @@ def _named(names: str | list[str], module: str) -> bool:
 
 
 def _by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
-    """The value of the first pattern that matches, in the file's order; PEFT's get_pattern_key."""
+    """The value of the first pattern that matches, in the file's order, like PEFT's get_pattern_key."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value

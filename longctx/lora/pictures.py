@@ -1,7 +1,6 @@
-"""Two pictures of an adapter for a paper or a card: how fast its spectra fall, and where the difference is
-kept.
+"""Draws two pictures of an adapter: its spectra, and the share of each module's difference that it keeps.
 
-Matplotlib is imported here and nowhere else in this package.
+No other module of this room imports matplotlib.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from longctx.lora.info import AdapterInfo, ModuleInfo, layer_of
+from longctx.lora.describe import AdapterInfo, ModuleInfo, layer_of
 from longctx.storage.files import save_figure
 
 _INK, _GRID = "#23262b", "#d9dce1"
@@ -38,7 +37,7 @@ def draw(info: AdapterInfo, folder: Path) -> list[str]:
 
 
 def _spectra(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> str:
-    """One panel per projection, one line per layer, dark to light from the first layer to the last."""
+    """Draw the spectra: one panel per projection, one line per layer, dark for the first and light for the last."""
     columns = min(4, len(by_leaf))
     rows = -(-len(by_leaf) // columns)
     figure, axes = pyplot.subplots(
@@ -72,7 +71,7 @@ def _spectra(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> s
 
 
 def _shares(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> str:
-    """Share of the squared norm kept: a row per projection, a column per layer."""
+    """Draw the kept shares of the squared norm, with a row per projection and a column per layer."""
     in_layers = {leaf: items for leaf, items in sorted(by_leaf.items()) if layer_of(items[0].module) is not None}
     outside = {leaf: items for leaf, items in sorted(by_leaf.items()) if leaf not in in_layers}
     last = max((layer_of(item.module) or 0 for items in in_layers.values() for item in items), default=0)

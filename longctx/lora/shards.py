@@ -1,6 +1,4 @@
-"""The file or files of an adapter's factors: one as long as it is small enough for PEFT, which reads only
-one.
-"""
+"""Writes an adapter's factors: to one file, the only form that PEFT reads, or to shards if they exceed max_bytes."""
 
 from __future__ import annotations
 
@@ -10,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from longctx.lora.modules import Kind
+from longctx.lora.modules import WeightKind
 from longctx.storage.files import write_json
 from longctx.storage.writer import SafetensorsWriter
 
 
 class FactorWriter:
-    """Writes A and B of each module under PEFT's names; starts another shard past max_bytes."""
+    """Writes A and B of each module under PEFT's names, and starts another shard after max_bytes."""
 
     def __init__(self, folder: Path, modules: Sequence[str], *, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
@@ -25,11 +23,11 @@ class FactorWriter:
         self._shard_of: dict[str, int] = {}
 
     def add(self, tensor: str, kind: str, a: Tensor, b: Tensor) -> None:
-        """One module's factors: A [r, in], B [out, r] (for an embedding, in = vocabulary)."""
+        """Write one module's factors A [r, in] and B [out, r] (for an embedding, in = vocabulary)."""
         module = f"base_model.model.{tensor.removesuffix('.weight')}"
         suffixes = (
             ("lora_embedding_A", "lora_embedding_B")
-            if kind == Kind.EMBEDDING.value
+            if kind == WeightKind.EMBEDDING.value
             else ("lora_A.weight", "lora_B.weight")
         )
         size = sum(half.numel() * half.element_size() for half in (a, b))

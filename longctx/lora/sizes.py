@@ -1,8 +1,7 @@
-"""What an adapter will weigh and how long its extraction will take, before anything is read: arithmetic on
-shapes.
+"""Predicts the size of an adapter and the time of its extraction from the shapes of a model's matrices.
 
-Bytes = itemsize * rank * (rows + columns), summed over the matrices; published rank-32 adapters of
-Llama-3-70B with lm_head weigh 837 MB, which this reproduces.
+Bytes = itemsize * rank * (rows + columns), summed over the matrices. This gives the 837 MB of published rank-32
+adapters of Llama-3-70B with lm_head.
 """
 
 from __future__ import annotations
@@ -34,9 +33,11 @@ ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 @dataclass(frozen=True)
-class Size:
-    """bytes: of the factors. elements: of the matrices to be decomposed. seconds: extrapolated, if
-    measured.
+class AdapterSize:
+    """The predicted size of an adapter.
+
+    bytes: size of the factors. elements: numbers in the matrices to decompose. seconds: time of the decomposition,
+    extrapolated from `throughput` (elements per second); None unless it was measured.
     """
 
     model: str
@@ -50,7 +51,7 @@ class Size:
 
 
 def shapes_of(plan: str) -> list[tuple[str, int, int, int]]:
-    """(projection, rows, columns, how many) of a preset, or of the model in a folder."""
+    """The matrices (projection, rows, columns, count) of a preset, or of the model in a folder."""
     shape = _shape(plan)
     found = [(name, rows, columns, shape.layers) for name, (rows, columns) in shape.projections.items()]
     found.append(("embed_tokens", shape.vocab, shape.hidden, 1))
@@ -71,10 +72,8 @@ def _shape(plan: str) -> Shape:
     return shape_of(*config_json(folder))
 
 
-def plan_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bool) -> Size:
-    """The size of a rank-`rank` adapter of the model's linear layers, and of lm_head and embeddings if
-    asked.
-    """
+def adapter_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bool) -> AdapterSize:
+    """Predict the size of a rank-`rank` adapter of the linear layers, and of lm_head and embeddings on request."""
     shapes = shapes_of(plan)
     tied = all(name != "lm_head" for name, *_ in shapes)
     chosen = [
@@ -82,11 +81,11 @@ def plan_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bo
         for name, rows, columns, count in shapes
         if (lm_head or name != "lm_head") and (embeddings or name != "embed_tokens")
     ]
-    # A tied embedding's factors are written for the output layer as well.
+    # The factors of a tied embedding are also written for the output layer.
     times = {name: 2 if tied and name == "embed_tokens" else 1 for name, *_ in chosen}
     total = sum(times[name] * count * r * (rows + columns) for name, r, rows, columns, count in chosen)
     one = sum(times[name] * count * (rows + columns) for name, _, rows, columns, count in chosen)
-    return Size(
+    return AdapterSize(
         model=plan,
         rank=rank,
         matrices=sum(count for *_, count in chosen),
@@ -97,9 +96,7 @@ def plan_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bo
 
 
 def measure_throughput(rank: int) -> float:
-    """Elements per second that this machine decomposes at this rank, all cores: a 2048 x 2048 sample,
-    repeated.
-    """
+    """Measure the elements per second that this machine decomposes at this rank, with 2048 x 2048 samples."""
     import os
     from concurrent.futures import ThreadPoolExecutor
 
@@ -123,7 +120,7 @@ def measure_throughput(rank: int) -> float:
 
 
 class _Sample:
-    """A matrix in memory as lowrank reads it."""
+    """A matrix in memory as a lowrank.BlockMatrix."""
 
     def __init__(self, matrix: Any) -> None:
         self._matrix = matrix

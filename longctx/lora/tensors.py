@@ -1,9 +1,8 @@
-"""Lazy reading of safetensors: a model is a table of (shape, dtype, place in a file) until rows are asked
-for.
+"""Reads safetensors lazily: a model is a table of shapes, dtypes and places in files until rows are requested.
 
-Rows are read with pread into buffers the caller reuses. Mapped pages count as the process's memory and stay
-until the kernel wants them back, which is how tools that map a checkpoint come to need as much memory as the
-checkpoint is long. Format: https://github.com/huggingface/safetensors#format.
+Rows are read with pread into buffers that the caller reuses. Tools that map a checkpoint instead can need as much
+memory as the checkpoint is long, because mapped pages count as the process's memory until the kernel reclaims them.
+Format: https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ BLOCK_BYTES = 16 * 2**20
 
 
 class Scratch:
-    """Named buffers of one worker, grown when needed and otherwise reused: no page is faulted in twice."""
+    """Named buffers of one worker, which grow when needed and are otherwise reused."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -42,7 +41,7 @@ class Scratch:
 
 
 class Checkpoint(Table):
-    """A table of tensors whose rows can be read; closes its files at the end of the block."""
+    """A table of tensors whose rows can be read; as a context manager it closes its files at the end."""
 
     def __init__(self, path: str, *, what: str, stem: str = "model") -> None:
         super().__init__(path, what=what, stem=stem)
@@ -53,7 +52,7 @@ class Checkpoint(Table):
     def read(
         self, name: str, start: int = 0, stop: int | None = None, *, out: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Rows start..stop of a tensor in the file's dtype. out: bytes to read into."""
+        """Read rows [start, stop) of a tensor in the file's dtype; `out`: bytes to read into."""
         entry = self.entries[name]
         stop = entry.rows if stop is None else stop
         size = (stop - start) * entry.row_bytes
@@ -63,13 +62,13 @@ class Checkpoint(Table):
         return buffer.view(DTYPES[entry.dtype]).view(shape)
 
     def raw(self, name: str, *, out: torch.Tensor, offset: int, size: int) -> torch.Tensor:
-        """`size` bytes of a tensor of any dtype, for copying."""
+        """Read `size` bytes of a tensor of any dtype, for copying."""
         buffer = out[:size]
         self._pread(self.entries[name], offset, buffer)
         return buffer
 
     def rename(self, names: Mapping[str, str]) -> None:
-        """Give tensors other names; the file keeps its own."""
+        """Rename tensors in this table; the file does not change."""
         self.entries = {
             names.get(name, name): replace(entry, name=names.get(name, name)) for name, entry in self.entries.items()
         }
@@ -101,14 +100,14 @@ class Checkpoint(Table):
             count = os.preadv(descriptor, [view[got:]], place + got)
             if count == 0:
                 raise UserError(
-                    f"{self.what}={self.path}: {entry.file} ends inside {entry.name}; the shard is "
-                    "truncated, fetch it again"
+                    f"{self.what}={self.path}: {entry.file} ends inside {entry.name}; the shard is truncated, fetch "
+                    "it again"
                 )
             got += count
 
 
 def row_blocks(entry: Entry, width: int = 4) -> Iterator[tuple[int, int]]:
-    """Row ranges of about BLOCK_BYTES each, counting `width` bytes an element."""
+    """Yield row ranges [start, stop) of about BLOCK_BYTES each, at `width` bytes per element."""
     columns = prod(entry.shape[1:])
     step = max(1, BLOCK_BYTES // max(1, columns * width))
     for start in range(0, entry.rows, step):

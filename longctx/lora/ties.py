@@ -1,8 +1,8 @@
-"""The embedding and the output layer of a model: one weight or two, decided as transformers 5 loads them.
+"""Decides, as transformers 5 does, whether the embedding and the output layer of a model are one weight or two.
 
-The config says whether they are tied. A file may store a tied weight under both names (then it is one weight
-if the numbers agree and two if they do not), under the embedding's, or under the output layer's. `settle`
-leaves one name for one weight, so that nothing after it can change half of a pair.
+The config says whether they are tied. A file may store a tied weight under both names (one weight if the numbers agree,
+two if they differ), under the embedding's name, or under the output layer's name. `resolve_ties` leaves one name for
+one weight, so that later code cannot change only half of a pair.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from longctx.errors import UserError
-from longctx.lora.modules import Kind, classify
+from longctx.lora.modules import WeightKind, classify
 from longctx.lora.tensors import Checkpoint, Entry, row_blocks
 from longctx.shape import text_section
 from longctx.storage.writer import DTYPES
 
-# Rotary decoders whose config class ties by default, for a config.json that does not say.
+# Rotary decoders whose configuration class ties by default, for a config.json without tie_word_embeddings.
 TIED_BY_DEFAULT = frozenset({
     "cohere", "cohere2", "ernie4_5", "ernie4_5_moe", "falcon", "gemma", "gemma2", "gemma3", "gemma3_text",
     "gemma3n", "gemma3n_text", "jetmoe", "lfm2", "lfm2_moe", "minicpm3", "modernbert-decoder",
@@ -28,11 +28,11 @@ TIED_BY_DEFAULT = frozenset({
 
 
 @dataclass(frozen=True)
-class Tables:
-    """embedding, head: tensor names, None where the model has no such tensor.
+class EmbeddingTables:
+    """The embedding and the output layer of a checkpoint.
 
-    declared: the config ties them (PEFT goes by this). shared: transformers loads one weight for both.
-    note: how the file differs from the usual layout, if it does.
+    embedding, head: tensor names, or None if the model has no such tensor. declared: the config ties them (PEFT uses
+    this). shared: transformers loads one weight for both. note: how the file differs from the usual layout, or None.
     """
 
     embedding: str | None
@@ -46,38 +46,40 @@ class Tables:
         return tuple(name for name in (self.embedding, self.head) if name is not None)
 
 
-def settle(checkpoint: Checkpoint) -> Tables:
-    """Drop or rename entries so that a shared weight stands under the embedding's name alone.
+def resolve_ties(checkpoint: Checkpoint) -> EmbeddingTables:
+    """Drop or rename entries so that a shared weight is only under the embedding's name.
 
-    Raises UserError where the config does not tie and one of the two is missing.
+    Raises UserError when the config does not tie and one of the two tensors is missing.
     """
     config = checkpoint.config()
     _restore_prefix(checkpoint)
-    embedding, head = _find(checkpoint, Kind.EMBEDDING), _find(checkpoint, Kind.HEAD)
+    embedding, head = _find(checkpoint, WeightKind.EMBEDDING), _find(checkpoint, WeightKind.HEAD)
     declared = _declared(config, head is not None and embedding is not None)
     if embedding is None and head is None:
-        return Tables(None, None, declared=False, shared=False)
+        return EmbeddingTables(None, None, declared=False, shared=False)
     if embedding is not None and head is not None:
-        return _settle_both(checkpoint, embedding, head, declared)
+        return _resolve_both(checkpoint, embedding, head, declared)
     stored = embedding or head
     assert stored is not None
     if not declared:
         _refuse_missing(checkpoint, config, stored)
-        return Tables(embedding and embedding.name, head and head.name, declared=False, shared=False)
+        return EmbeddingTables(embedding and embedding.name, head and head.name, declared=False, shared=False)
     if embedding is not None:
-        return Tables(embedding.name, _head_of(embedding.name), declared=True, shared=True)
+        return EmbeddingTables(embedding.name, _head_of(embedding.name), declared=True, shared=True)
     name = _embedding_of(checkpoint, stored.name)
     checkpoint.rename({stored.name: name})
-    return Tables(name, stored.name, True, True, f"{stored.name} is the tied weight's stored name; it is {name} now")
+    return EmbeddingTables(
+        name, stored.name, True, True, f"{stored.name} is the tied weight's stored name; it is {name} now"
+    )
 
 
-def settle_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, bool]:
-    """(output layer that one difference changes together with the embedding, whether either model is tied).
+def resolve_ties_of_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, bool]:
+    """Resolve the ties of base and tuned.
 
-    Where only one of the two models is tied, its weight gets both names and the two differences travel
-    separately.
+    Returns the output layer that shares the embedding's difference (None if they have separate differences), and
+    whether either model is tied. If only one of the models is tied, its weight gets both names.
     """
-    first, second = settle(base), settle(tuned)
+    first, second = resolve_ties(base), resolve_ties(tuned)
     if first.shared and second.shared:
         return first.head, True
     _separate(base, first)
@@ -85,26 +87,26 @@ def settle_pair(base: Checkpoint, tuned: Checkpoint) -> tuple[str | None, bool]:
     return None, first.shared or second.shared
 
 
-def _separate(checkpoint: Checkpoint, tables: Tables) -> None:
-    """Give a shared weight both of its names."""
+def _separate(checkpoint: Checkpoint, tables: EmbeddingTables) -> None:
+    """Put a shared weight under both of its names."""
     if tables.shared:
         assert tables.embedding is not None
         assert tables.head is not None
         checkpoint.entries[tables.head] = replace(checkpoint.entries[tables.embedding], name=tables.head)
 
 
-def _settle_both(checkpoint: Checkpoint, embedding: Entry, head: Entry, declared: bool) -> Tables:
+def _resolve_both(checkpoint: Checkpoint, embedding: Entry, head: Entry, declared: bool) -> EmbeddingTables:
     if not declared:
-        return Tables(embedding.name, head.name, declared=False, shared=False)
+        return EmbeddingTables(embedding.name, head.name, declared=False, shared=False)
     if _equal(checkpoint, embedding, head):
         del checkpoint.entries[head.name]
         note = f"{head.name} was stored beside {embedding.name} with the same numbers; the tied weight is stored once"
-        return Tables(embedding.name, head.name, True, True, note)
+        return EmbeddingTables(embedding.name, head.name, True, True, note)
     note = (
         f"config.json ties {head.name} to {embedding.name}, and the file stores different numbers for them: "
         "transformers loads two weights, and so does longctx"
     )
-    return Tables(embedding.name, head.name, True, False, note)
+    return EmbeddingTables(embedding.name, head.name, True, False, note)
 
 
 def _declared(config: Mapping[str, Any], stores_both: bool) -> bool:
@@ -114,14 +116,14 @@ def _declared(config: Mapping[str, Any], stores_both: bool) -> bool:
     return not stores_both or config.get("model_type") in TIED_BY_DEFAULT
 
 
-def _find(checkpoint: Checkpoint, kind: Kind) -> Entry | None:
-    """The model's own table of this kind; those of prediction or vision parts have longer names."""
+def _find(checkpoint: Checkpoint, kind: WeightKind) -> Entry | None:
+    """The model's own tensor of this kind; the tensors of prediction or vision parts have longer names."""
     found = [entry for entry in checkpoint.entries.values() if classify(entry) is kind]
     return min(found, key=lambda entry: (entry.name.count("."), len(entry.name)), default=None)
 
 
 def _equal(checkpoint: Checkpoint, first: Entry, second: Entry) -> bool:
-    """Whether both hold the same numbers once they are loaded in the model's dtype."""
+    """Whether two tensors hold the same numbers after they are loaded in the model's dtype."""
     if first.shape != second.shape:
         return False
     config = checkpoint.config()
@@ -135,10 +137,10 @@ def _equal(checkpoint: Checkpoint, first: Entry, second: Entry) -> bool:
 
 
 def _restore_prefix(checkpoint: Checkpoint) -> None:
-    """Names of a decoder that was saved without its output layer get the `model.` that transformers adds."""
+    """Add the prefix `model.`, as transformers does, to the names of a decoder saved without its output layer."""
     names = checkpoint.entries
     if "embed_tokens.weight" in names and any(name.startswith("layers.") for name in names):
-        heads = {entry.name for entry in names.values() if classify(entry) is Kind.HEAD}
+        heads = {entry.name for entry in names.values() if classify(entry) is WeightKind.HEAD}
         checkpoint.rename({name: f"model.{name}" for name in names if name not in heads})
 
 
@@ -161,9 +163,9 @@ def _embedding_of(checkpoint: Checkpoint, head: str) -> str:
 
 def _refuse_missing(checkpoint: Checkpoint, config: Mapping[str, Any], stored: Entry) -> None:
     if any("ForCausalLM" in str(name) for name in config.get("architectures") or []):
-        other = "output layer" if classify(stored) is Kind.EMBEDDING else "input embedding"
+        other = "output layer" if classify(stored) is WeightKind.EMBEDDING else "input embedding"
         raise UserError(
             f"{checkpoint.what}={checkpoint.path} stores {stored.name} and no {other}, and its config.json says "
-            "tie_word_embeddings: false, so transformers would draw that weight at random; set "
-            "tie_word_embeddings to true if the two are one weight, or fetch the missing shard (config.json)"
+            "tie_word_embeddings: false, so transformers would draw that weight at random; set tie_word_embeddings "
+            "to true if the two are one weight, or fetch the missing shard (config.json)"
         )

@@ -1,9 +1,7 @@
-"""Proof that the adapter as written does what it says: files read back and applied, and, if asked, losses
-on text.
+"""Verifies a written adapter: reads its files back, applies them, and on request measures losses on a text.
 
-The residuals in the table come from the factors in memory. Here the finished folder is opened the way lora-
-merge opens it, added to the base and compared with the tuned model, so a wrong sign, scale or order of
-files cannot pass.
+The residuals in the records come from the factors in memory. Here the finished folder is opened as lora-merge opens it,
+added to the base and compared with the tuned model, so a wrong sign, scale or order of files is found.
 """
 
 from __future__ import annotations
@@ -16,22 +14,22 @@ import torch
 
 from longctx.errors import RunFailed, UserError
 from longctx.lora.adapter import Adapter
-from longctx.lora.changes import Change
+from longctx.lora.changes import TensorChange
 from longctx.lora.difference import Difference
-from longctx.lora.folder import Row
+from longctx.lora.folder import TensorRecord
 from longctx.lora.tensors import Checkpoint, Scratch
 from longctx.signals import beside, temporary
 
 if TYPE_CHECKING:
     from longctx.config.lora import ExtractConfig
 
-# Rounding of the sums; a wrong sign gives about 2, a missing scale about 1.
+# Tolerance for the rounding of sums; a wrong sign gives an error of about 2, a missing scale one of about 1.
 _SLACK = 2e-3
 
 
 @dataclass(frozen=True)
-class Held:
-    """Mean loss per token on held-out text, at the base's window or less."""
+class HeldOutLosses:
+    """The mean losses per token on a held-out text of `tokens` tokens."""
 
     base: float
     tuned: float
@@ -39,12 +37,12 @@ class Held:
     tokens: int
 
 
-def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[Row]) -> list[str]:
-    """Apply the adapter in `folder` to one tensor of each kind and projection; returns the tensors' names.
+def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[TensorRecord]) -> list[str]:
+    """Apply the adapter in `folder` to one tensor of each projection and kind; returns the names of the tensors.
 
-    Raises RunFailed when base + adapter is not as near to tuned as the table says.
+    Raises RunFailed when base + adapter is not as near to tuned as the records say.
     """
-    sample: dict[str, Row] = {}
+    sample: dict[str, TensorRecord] = {}
     for row in sorted(rows, key=lambda row: (len(row.shape), torch.Size(row.shape).numel())):
         if row.carried != "no" and row.norm > 0:
             sample.setdefault(row.tensor.removesuffix(".weight").rsplit(".", 1)[-1], row)
@@ -54,21 +52,22 @@ def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[Row]
             residual = _relative_residual(adapter, base, tuned, row, scratch)
             if abs(residual - row.residual) > _SLACK:
                 raise RunFailed(
-                    f"{row.tensor}: base + adapter, read back from the file, is {residual:.4f} of the "
-                    "difference away from tuned "
-                    f"where {row.residual:.4f} was expected; the adapter is wrong and was removed. Please "
+                    f"{row.tensor}: base + adapter, read back from the file, is {residual:.4f} of the difference away "
+                    f"from tuned where {row.residual:.4f} was expected; the adapter is wrong and was removed. Please "
                     "report this"
                 )
     return [row.tensor for row in sample.values()]
 
 
-def _relative_residual(adapter: Adapter, base: Checkpoint, tuned: Checkpoint, row: Row, scratch: Scratch) -> float:
-    """||tuned - (base + adapter)|| / ||tuned - base|| of one tensor."""
+def _relative_residual(
+    adapter: Adapter, base: Checkpoint, tuned: Checkpoint, row: TensorRecord, scratch: Scratch
+) -> float:
+    """Compute ||tuned - (base + adapter)|| / ||tuned - base|| of one tensor."""
     entry = base.entries[row.tensor]
     module = row.tensor.removesuffix(".weight")
     source = adapter.pairs[module] if row.carried == "factors" else row.tensor
-    apply = Change(row.tensor, row.carried, adapter, source, 1.0, entry.rows).load()
-    # base - tuned, to which the adapter is added: what is left should be as small as the table says.
+    apply = TensorChange(row.tensor, row.carried, adapter, source, 1.0, entry.rows).load()
+    # The adapter is added to base - tuned; the remainder should be as small as the record says.
     negative = Difference(
         tuned,
         base,
@@ -86,8 +85,8 @@ def _relative_residual(adapter: Adapter, base: Checkpoint, tuned: Checkpoint, ro
     return left_over**0.5 / row.norm
 
 
-def held_out_losses(config: ExtractConfig, folder: Path) -> Held:
-    """Losses of base, tuned and base + adapter (merged for the purpose and removed again) on config.text."""
+def held_out_losses(config: ExtractConfig, folder: Path) -> HeldOutLosses:
+    """Measure the losses of base, tuned and base + adapter (a temporary merge) on config.text."""
     from longctx.config.lora import MergeConfig
     from longctx.lora.merge import merge
 
@@ -96,7 +95,7 @@ def held_out_losses(config: ExtractConfig, folder: Path) -> Held:
     with temporary(beside(folder.with_name("verify"))) as merged:
         merge(MergeConfig(target=config.base, adapter=[str(folder)], out=str(merged)))
         losses = [_loss(path, ids, config.text_window) for path in (config.base, config.tuned, str(merged))]
-    return Held(*losses, tokens=len(ids))
+    return HeldOutLosses(*losses, tokens=len(ids))
 
 
 def _tokens(config: ExtractConfig) -> list[int]:
@@ -116,15 +115,15 @@ def _tokens(config: ExtractConfig) -> list[int]:
     return ids
 
 
-def _loss(path: str, ids: list[int], window: int) -> float:
-    """Mean loss per predicted token over windows of `window` tokens."""
+def _loss(path: str, ids: list[int], length: int) -> float:
+    """The mean loss per predicted token of the model at `path`, on parts of `length` tokens."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     total, count = 0.0, 0
     with torch.inference_mode():
-        for start in range(0, len(ids), window):
-            part = torch.tensor([ids[start : start + window]])
+        for start in range(0, len(ids), length):
+            part = torch.tensor([ids[start : start + length]])
             if part.shape[1] > 1:
                 total += float(model(input_ids=part, labels=part).loss) * (part.shape[1] - 1)
                 count += part.shape[1] - 1

@@ -1,4 +1,4 @@
-"""Output folders that appear under their name only when complete."""
+"""Creates output folders that appear under their name only when they are complete."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from longctx.storage.files import replacing
 
 @contextmanager
 def output_folder(out: str, *, needed: int) -> Iterator[Path]:
-    """A folder to write into that is renamed to `out` when the block ends well and removed when it does not.
+    """Yield a folder to write into; it is renamed to `out` if the block succeeds and removed if it fails.
 
-    needed: bytes that will be written; checked against the disk before anything is.
-    Raises UserError when `out` exists or the disk is too small.
+    needed: bytes that will be written. Raises UserError, before anything is written, when `out` exists or the disk is
+    too small.
     """
     final = Path(out)
     if final.exists():
@@ -26,8 +26,8 @@ def output_folder(out: str, *, needed: int) -> Iterator[Path]:
     free = shutil.disk_usage(above).free
     if needed > free:
         raise UserError(
-            f"out={out} needs {needed / 1e6:,.1f} MB and the disk of {above} has {free / 1e6:,.1f} MB free; "
-            "free some space or name a folder on another disk (nothing was written)"
+            f"out={out} needs {needed / 1e6:,.1f} MB and the disk of {above} has {free / 1e6:,.1f} MB free; free some "
+            "space or name a folder on another disk (nothing was written)"
         )
     parent.mkdir(parents=True, exist_ok=True)
     with replacing(final) as partial:

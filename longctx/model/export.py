@@ -1,8 +1,8 @@
-"""A Hugging Face folder from a stream of tensors: what a stage hands to evaluation, extraction and users.
+"""Exports a model folder in Hugging Face format from a stream of tensors, for evaluation, extraction and users.
 
-Tensors are written as they come, so no rank ever holds the whole model. Theta and window stand in the config
-both as transformers 5 reads them (rope_parameters) and as older readers do (rope_theta, rope_scaling). The
-folder is written beside its place, read back, and renamed.
+Tensors are written as they arrive, so no rank holds the whole model. The config states theta and window both as
+transformers 5 reads them (rope_parameters) and as older readers do (rope_theta, rope_scaling). The folder is written
+under a hidden name, read back, and renamed.
 """
 
 from __future__ import annotations
@@ -36,14 +36,13 @@ def export(
     write: bool = True,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Write the model whose (name, tensor) pairs `state` yields to the folder `out`, replacing one that is
-    there.
+    """Write the model whose (name, tensor) pairs `state` yields to the folder `out`, replacing an older folder.
 
-    source: where its config and generation config come from, a ModelConfig or a folder or hub id. tokenizer:
-    a transformers tokenizer, or None. rope, window: rope_parameters and max_position_embeddings to serve
-    with. write=False only draws the stream to its end, which the ranks beside the writing one owe to its
-    collectives. Names may carry the `model.` of a LossModel. Raises RunFailed when a weight is missing or
-    unknown, when the disk is too small, or when the folder does not read back as written.
+    source: a ModelConfig, folder or hub id that gives the config and the generation config. tokenizer: a transformers
+    tokenizer, or None. rope, window: rope_parameters and max_position_embeddings of the exported model. write=False
+    only consumes the stream; ranks that do not write must do so, because the stream's collectives need every rank.
+    Names may have the prefix `model.` of a LossModel. Raises RunFailed when a weight is missing or unknown, when the
+    disk is too small, or when the folder does not read back as written.
     """
     out = Path(out)
     if not write:
@@ -59,7 +58,7 @@ def _write(
     beside: Path, out: Path, state: Iterable[tuple[str, Tensor]], source: ModelConfig | str | Path, tokenizer: Any,
     rope: Mapping[str, Any], window: int, shard_bytes: int,
 ) -> None:  # fmt: skip
-    """Write the folder `beside`, read it back, and put it in the place of `out`."""
+    """Write the folder `beside`, read it back, and move it to `out`."""
     config, generation = _configs(source, tokenizer)
     expected = _expected(config)
     beside.mkdir(parents=True)
@@ -85,7 +84,7 @@ def _write(
 
 
 def served_config(config: Mapping[str, Any], rope: Mapping[str, Any], window: int, dtype: str) -> dict[str, Any]:
-    """`config` (a config.json's content) with rope, window and dtype in the new keys and in the older ones."""
+    """Return `config` (the content of a config.json) with rope, window and dtype under the new and the older keys."""
     kept = {key: value for key, value in config.items() if not key.startswith("_attn")}
     changed = with_rope(kept, {"rope_type": "default", **rope}, window)
     return {**changed, "dtype": dtype, "torch_dtype": dtype, "use_cache": True}
@@ -94,7 +93,7 @@ def served_config(config: Mapping[str, Any], rope: Mapping[str, Any], window: in
 def _configs(source: ModelConfig | str | Path, tokenizer: Any) -> tuple[Any, Any]:
     """The transformers config and generation config of the model that training began with.
 
-    A model drawn at random knows no special tokens, so the tokenizer's are written.
+    The config of a randomly initialised model has no special tokens, so the tokenizer's are taken.
     """
     from transformers import GenerationConfig
 
@@ -109,14 +108,12 @@ def _configs(source: ModelConfig | str | Path, tokenizer: Any) -> tuple[Any, Any
     config = read_config(path)
     try:
         return config, GenerationConfig.from_pretrained(path)
-    except OSError:  # many folders carry none; transformers then derives one from the config, and so do we
+    except OSError:  # many folders have no generation config; transformers then derives one, and so do we
         return config, GenerationConfig.from_model_config(config)
 
 
 def _expected(config: Any) -> dict[str, int]:
-    """Bytes of every weight by name, from a model without storage; tied weights once. At most fp32 is
-    counted.
-    """
+    """Bytes of every weight by name, counted in fp32 from a model on the meta device; tied weights count once."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -131,8 +128,7 @@ def _known(name: str, expected: Mapping[str, int]) -> str:
         if candidate in expected:
             return candidate
     raise RunFailed(
-        f"export: {name} is no weight of the model; adapters are merged (longctx lora-merge) before a "
-        "folder in "
+        f"export: {name} is no weight of the model; adapters are merged (longctx lora-merge) before a folder in "
         "Hugging Face format is written"
     )
 
@@ -141,13 +137,13 @@ def _check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunFailed(
-            f"export: {folder.parent} has {free / 2**30:.2f} GiB free and the model may need "
-            f"{needed / 2**30:.2f} GiB; free some space and continue the run (folder=)"
+            f"export: {folder.parent} has {free / 2**30:.2f} GiB free and the model may need {needed / 2**30:.2f} "
+            "GiB; free some space and continue the run (folder=)"
         )
 
 
 def _carry_tokenizer(tokenizer: Any, folder: Path, window: int) -> None:
-    """Save the tokenizer, its model_max_length the new window."""
+    """Save the tokenizer with the new window as its model_max_length."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text())
@@ -155,20 +151,20 @@ def _carry_tokenizer(tokenizer: Any, folder: Path, window: int) -> None:
 
 
 def _verify_rope(folder: Path, rope: Mapping[str, Any], window: int) -> None:
-    """The written config.json, as transformers reads it, holds the rope and window that were asked for."""
+    """Raise RuntimeError unless transformers reads the given rope and window from the written config.json."""
     from transformers import AutoConfig
 
     read = AutoConfig.from_pretrained(folder)
     wrong = [key for key, value in rope.items() if read.rope_parameters.get(key) != value]
     if wrong or read.max_position_embeddings != window:
         raise RuntimeError(
-            f"config.json reads back with {read.rope_parameters} and window {read.max_position_embeddings}, "
-            f"not {dict(rope)} and {window}"
+            f"config.json reads back with {read.rope_parameters} and window {read.max_position_embeddings}, not "
+            f"{dict(rope)} and {window}"
         )
 
 
 def _publish(beside: Path, out: Path) -> None:
-    """Put the folder in its place; a reader sees the old one or the new one."""
+    """Sync the folder and rename it to `out`; a reader sees the old folder or the new one."""
     for path in beside.iterdir():
         sync(path)
     with signals.temporary(signals.beside(out.with_name(f"{out.stem}-old{out.suffix}"))) as old:

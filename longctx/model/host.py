@@ -1,7 +1,7 @@
-"""Host memory: give freed tensors back to the system instead of letting glibc's heap grow around them.
+"""Host memory: makes glibc return the memory of freed tensors to the system.
 
-glibc raises its mmap threshold to the largest block ever freed (up to 32 MiB), after which activations of
-that size live in its heap, between longer-lived ones, and the process keeps what it no longer needs.
+glibc raises its mmap threshold to the largest block ever freed (up to 32 MiB). From then on it places activations of
+that size in its heap, between longer-lived blocks, and the process keeps memory that it no longer needs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _THRESHOLD = 4 << 20
 
 
 def return_freed_memory() -> None:
-    """Map blocks of 4 MiB and more separately from now on, in this process; only glibc knows how."""
+    """Make this process map blocks of 4 MiB and more separately from now on; does nothing without glibc."""
     if not sys.platform.startswith("linux"):
         return
     libc = ctypes.CDLL(None)

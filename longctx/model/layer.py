@@ -1,9 +1,10 @@
-"""The decoder layer as it is trained: attention computed once, everything else recomputed in token blocks.
+"""The decoder layer in training: attention runs once, everything else is recomputed in blocks of tokens.
 
-A layer is two checkpointed regions around the attention op: tokens -> q, k, v -> attention, whose output and
-lse are saved, and a block of tokens -> o_proj, residual, feed-forward. Only the layer's input, the attention
-output and lse outlive the forward pass; no product but q, k, v, o, gate and up is ever repeated, and the
-feed-forward's wide activations exist for one block at a time (Liu et al. 2310.01889, blockwise FFN).
+A layer has two checkpointed regions. The first goes from the tokens over q, k and v through attention, whose output and
+lse are saved. The second takes a block of tokens through o_proj, the residual and the feed-forward. Only the layer's
+input, the attention output and the lse outlive the forward pass. The backward repeats no products other than q, k, v,
+o, gate and up, and the wide activations of the feed-forward exist for one block at a time (Liu et al. 2310.01889,
+blockwise FFN).
 
 Shapes: B batch, S tokens of this rank, E hidden size, H heads, D head dim.
 """
@@ -18,21 +19,21 @@ from torch import Tensor, nn
 
 from longctx.attention.interface import attend
 from longctx.config.model import MemoryConfig
-from longctx.model.family import backbone_of, check_layers
+from longctx.model.architectures import backbone_of, check_layers
 from longctx.model.norms import train_norms
 from longctx.model.offload import HostStore
 from longctx.model.rotary import Rotate
-from longctx.model.saved import KeepPlan, keep_everything, kept_checkpoint
+from longctx.model.saved import SAVE_EVERYTHING, SavePolicy, selective_checkpoint
 from longctx.shape import shape_of
 
 
 class TrainedLayer:
-    """Mixed into a family's decoder layer class by `train_layers`; runs when a layout is passed.
+    """The forward that `train_layers` mixes into an architecture's decoder layer; it runs when a layout is passed.
 
-    Without a layout (plain generation, a look at hidden states) the family's own forward runs.
+    Without a layout, as in plain generation, transformers' own forward runs.
     """
 
-    plan: KeepPlan = keep_everything
+    save_policy: SavePolicy = SAVE_EVERYTHING
 
     def forward(
         self,
@@ -45,17 +46,19 @@ class TrainedLayer:
         if layout is None or position_embeddings is None:
             own: Any = super()
             return own.forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        plan = self.plan
-        with plan.saving():
-            out = kept_checkpoint(plan.attention, plan.store, _attend, self, hidden_states, position_embeddings, layout)
-            block = plan.block // hidden_states.shape[0] or hidden_states.shape[1]
+        policy = self.save_policy
+        with policy.saving():
+            out = selective_checkpoint(
+                policy.attention, policy.store, _attend, self, hidden_states, position_embeddings, layout
+            )
+            block = policy.block // hidden_states.shape[0] or hidden_states.shape[1]
             parts = zip(hidden_states.split(block, 1), out.split(block, 1), strict=True)
-            finished = [kept_checkpoint(plan.feed_forward, plan.store, _finish, self, *part) for part in parts]
+            finished = [selective_checkpoint(policy.feed_forward, policy.store, _finish, self, *part) for part in parts]
             return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
 
 
 def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any) -> Tensor:
-    """x [B, S, E], turn = cos, sin [B, S, D] -> attention output [B, S, H*D], before o_proj."""
+    """The first region: x [B, S, E] and turn = (cos, sin) [B, S, D] -> attention output [B, S, H * D] before o_proj."""
     module = layer.self_attn
     normed = layer.input_layernorm(x)
     q, k, v = (
@@ -75,7 +78,7 @@ def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any) -> 
 
 
 def _finish(layer: Any, x: Tensor, out: Tensor) -> Tensor:
-    """A block of the layer's input and of its attention output -> the layer's output, all [B, block, E]."""
+    """The second region: a block of the layer's input and attention output -> the layer's output [B, block, E]."""
     hidden = x + layer.self_attn.o_proj(out)
     return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
 
@@ -83,7 +86,7 @@ def _finish(layer: Any, x: Tensor, out: Tensor) -> Tensor:
 def train_layers(model: nn.Module) -> None:
     """Make every decoder layer of `model` a TrainedLayer and every norm a TrainedNorm, in place.
 
-    Their classes change, modules and names of parameters do not.
+    Only their classes change; the modules and the names of their parameters do not.
     """
     check_layers(model)
     for layer in backbone_of(model).layers:
@@ -92,17 +95,17 @@ def train_layers(model: nn.Module) -> None:
     train_norms(model)
 
 
-def plan_layers(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: HostStore | None) -> None:
-    """Tell every layer what to keep for a forward of `tokens` tokens (batch included)."""
+def set_save_policies(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: HostStore | None) -> None:
+    """Set each layer's save policy for a forward pass of `tokens` tokens (batch included)."""
     base = backbone_of(model)
     shape = shape_of(base.config.to_dict(), "the model's config")
     keep = shape.footprint(base.embed_tokens.weight.element_size()).kept_layers(memory, tokens)
     count = len(base.layers)
     for index, layer in enumerate(base.layers):
-        layer.plan = KeepPlan.of(memory, layer=index, layers=count, keep_matmuls=keep, store=store)
+        layer.save_policy = SavePolicy.of(memory, layer=index, layers=count, keep_matmuls=keep, store=store)
 
 
 @cache
 def _trained(family: type) -> type:
-    """One subclass per family class, so that ZeRO-3 can be told of it as a leaf module."""
+    """The subclass for a layer class; there is one per class, so that ZeRO-3 can treat it as a leaf module."""
     return type(f"Trained{family.__name__}", (TrainedLayer, family), {})

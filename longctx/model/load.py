@@ -1,6 +1,6 @@
-"""A Hugging Face model for training: loaded from a folder or hub id, or drawn at random from a shape.
+"""Loads a Hugging Face model for training from a folder or hub id, or initialises one at random from a shape.
 
-What longctx cannot train exactly is refused before any weight is read.
+Models that longctx cannot train exactly are refused before any weight is read.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from typing import Any
 from longctx import dtype as dtypes
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
-from longctx.model.family import check_config
+from longctx.model.architectures import check_config
 from longctx.model.norms import train_norms
-from longctx.model.single import Place, placed_as_drawn, placed_as_loaded
+from longctx.model.placement import Place, placed_as_drawn, placed_as_loaded
 from longctx.storage import model as storage
 
 
 def load(
     path: str, *, dtype: str = "auto", attention: str = "longctx", device: str = "cpu", place: Place | None = None
 ) -> Any:
-    """The causal LM at `path`: a local folder, or a hub id when no such folder exists.
+    """Load the causal LM at `path`: a local folder, or a hub id when no such folder exists.
 
-    dtype: float32, bfloat16 or float64; auto: what the folder says (longctx.dtype). attention: "longctx", or
-    transformers' "sdpa" or "eager". place: called with each parameter as it is loaded, before the next is
-    (longctx.model.single); the model stays where it puts them, whatever `device`. Raises
-    UserError for a missing path, a family that is not supported, sliding-window or soft-capped layers, and a checkpoint
-    that lacks weights.
+    dtype: float32, bfloat16 or float64, or auto for the dtype that the folder names (longctx.dtype). attention:
+    "longctx", or transformers' "sdpa" or "eager". place: called with each parameter before the next one is loaded
+    (longctx.model.placement); with it the model stays where `place` puts the parameters, and `device` is not used.
+    Raises UserError for a missing path, an architecture that is not supported, sliding-window or soft-capped layers,
+    and a checkpoint that lacks weights.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -57,13 +57,13 @@ def load(
 
 
 def read_config(path: str) -> Any:
-    """The transformers configuration at a folder or hub id; nothing else is read."""
+    """Read the transformers configuration of a folder or hub id, and nothing else."""
     from transformers import AutoConfig
 
     _, file = storage.read_config(path)
     try:
         return AutoConfig.from_pretrained(path)
-    except Exception as error:  # whatever a damaged config.json makes transformers raise
+    except Exception as error:  # transformers raises many types of errors for a damaged config.json
         first = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
             f"model.path={path}: transformers cannot read its config.json ({type(error).__name__}: {first}); mend the "
@@ -72,10 +72,10 @@ def read_config(path: str) -> Any:
 
 
 def init_from(spec: InitConfig, *, dtype: str = "auto", attention: str = "longctx", place: Place | None = None) -> Any:
-    """A model of `spec`'s shape, random weights from its seed; the global random state is left alone.
+    """Make a model of `spec`'s shape with random weights from its seed; the global random state does not change.
 
-    dtype: auto is float32. place: called with each parameter as it is drawn, before the next is; the numbers are the
-    same.
+    dtype: auto means float32. place: called with each parameter before the next one is drawn; the weights are the same
+    with it and without it.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -116,7 +116,7 @@ def config_of(spec: InitConfig) -> Any:
 
 
 def model_of(config: ModelConfig, place: Place | None = None) -> Any:
-    """The model a ModelConfig describes, with the rotary precision it asks for; place: see load and init_from."""
+    """Load or initialise the model of a ModelConfig in its rotary precision; place: see `load` and `init_from`."""
     from longctx.model.rotary import set_rope
     from longctx.rope import rope_of_model
 
@@ -145,7 +145,6 @@ def _check_loaded(info: dict[str, Any], path: str) -> None:
     if wrong:
         kind, names = next(iter(wrong.items()))
         raise UserError(
-            f"model.path={path}: {len(names)} weights are {kind.removesuffix('_keys')} in its safetensors, "
-            "the "
-            f"first {names[0]}; the folder is incomplete or belongs to another config.json ({path})"
+            f"model.path={path}: {len(names)} weights are {kind.removesuffix('_keys')} in its safetensors, the first "
+            f"{names[0]}; the folder is incomplete or belongs to another config.json ({path})"
         )

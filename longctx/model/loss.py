@@ -1,9 +1,9 @@
-"""The loss of the last hidden states, without the logits: sum(w x token loss) in chunks of tokens.
+"""Computes the loss of the last hidden states without storing the logits: sum(w x token loss) in chunks of tokens.
 
-A chunk's logits live in one buffer that becomes the probabilities and then the gradient; both gradients are
-made in the forward pass (three matrix products, as with the logits kept) and scaled in the backward pass, so
-nothing of size tokens x vocabulary exists and nothing is computed twice. torch's linear_cross_entropy was
-tried first: its chunked form has neither token weights nor a z-loss (docs/log.md has the times).
+The logits of a chunk live in one buffer, which becomes the probabilities and then the gradient. The forward pass
+computes the gradients of hidden states and weight (three matrix products, as many as with stored logits) and the
+backward pass scales them, so no tensor of size tokens x vocabulary exists and nothing is computed twice. torch's
+linear_cross_entropy has neither token weights nor a z-loss in its chunked form (docs/log.md has the times).
 
 Shapes: T tokens, E hidden size, V vocabulary, C tokens of a chunk.
 """
@@ -20,7 +20,10 @@ IGNORED = -100
 
 
 class TokenLosses(NamedTuple):
-    """total: sum of w x (nll + z lse^2), a scalar in the graph. nll [T] and z_total are detached."""
+    """The loss of T tokens.
+
+    total: sum of w x (nll + z lse^2), a scalar with a gradient. nll [T] and z_total have none.
+    """
 
     total: Tensor
     nll: Tensor
@@ -32,10 +35,10 @@ def token_losses(
 ) -> TokenLosses:
     """The weighted loss of `head`'s logits at every labelled token.
 
-    hidden [T, E]; labels [T] with -100 where nothing is predicted; weights [T]; chunk: tokens at once.
-    nll [T] is fp32 (fp64 for fp64 inputs) and 0 where unlabelled; without any label the total is a zero that
-    is still connected to `hidden`. A plain Linear takes the fast path; any other head (a LoRA around it) is
-    called chunk by chunk under checkpointing, one product more.
+    hidden [T, E]; labels [T], -100 for tokens without a label; weights [T]; chunk: tokens at once. nll [T] is fp32
+    (fp64 for fp64 inputs), and 0 without a label. If no token has a label, the total is a zero that is still connected
+    to `hidden`. A plain Linear takes the fast path; any other head (a LoRA around it) is called chunk by chunk under
+    checkpointing, which costs one more product.
     """
     weights = weights.to(_accumulator(hidden.dtype))
     if type(head) is nn.Linear:
@@ -97,14 +100,14 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the loss's gradients were made once, in the forward pass, and are spent")
+            raise RuntimeError("the loss computes its gradients in the forward pass, and backward has used them")
         scaled = [None if made is None else made.mul_(grads[0].to(made.dtype)) for made in ctx.gradients]
         ctx.gradients = None
         return *scaled, None, None, None, None, None
 
 
 def _labelled(labels: Tensor, chunk: int) -> list[slice] | list[Tensor]:
-    """Rows that carry a label, `chunk` at a time: slices where all do, indices where some are skipped."""
+    """The rows with a label, `chunk` at a time: as slices if every row has one, otherwise as indices."""
     rows = (labels != IGNORED).nonzero().squeeze(-1)
     if len(rows) == len(labels):
         return [slice(start, min(start + chunk, len(labels))) for start in range(0, len(labels), chunk)]
@@ -112,7 +115,7 @@ def _labelled(labels: Tensor, chunk: int) -> list[slice] | list[Tensor]:
 
 
 def _add_product(total: Tensor, gradient: Tensor, part: Tensor) -> None:
-    """total [V, E] += gradient [C, V]^T part [C, E], accumulated in total's type."""
+    """Add gradient [C, V]^T part [C, E] to total [V, E], in total's type."""
     if total.dtype == part.dtype:
         total.addmm_(gradient.t(), part)
     else:

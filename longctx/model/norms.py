@@ -1,8 +1,7 @@
-"""RMSNorm that saves its input and one number per token, in fp32 for half precision and in fp64 for fp64
-models.
+"""RMSNorm that saves only its input and one number per row, and computes in fp32, or in fp64 for fp64 models.
 
-transformers' keeps two more tensors of the hidden size for the backward pass, and rounds to fp32 whatever the
-model's type: an fp64 model with it is an oracle to 1e-8 at best, with this one to 1e-10.
+transformers' RMSNorm saves two more tensors of the hidden size for the backward pass and always rounds to fp32. An fp64
+model is then an oracle to 1e-8 at best; with this norm it is one to 1e-10.
 
 Shapes: N rows (batch x tokens, x heads for Qwen3's q and k), E the normed dimension.
 """
@@ -19,7 +18,7 @@ _ROWS = 1024
 
 
 class TrainedNorm:
-    """Mixed into a family's RMSNorm class by `train_norms`; the same values, less kept."""
+    """The forward that `train_norms` mixes into an architecture's RMSNorm; same values, fewer saved tensors."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         module: Any = self
@@ -30,7 +29,7 @@ class TrainedNorm:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """y = x / rms(x) * w (Zhang & Sennrich 1910.07467, eq. 4); Gemma multiplies by 1 + w, before rounding."""
+    """Computes y = x / rms(x) * w (Zhang & Sennrich 1910.07467, eq. 4); Gemma multiplies by 1 + w before rounding."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
@@ -72,7 +71,7 @@ def _blocks(x: Tensor) -> list[slice]:
 
 
 def train_norms(model: nn.Module) -> None:
-    """Make every RMSNorm of `model` a TrainedNorm, in place; modules and parameter names stay."""
+    """Make every RMSNorm of `model` a TrainedNorm, in place; modules and parameter names do not change."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm") and not isinstance(module, TrainedNorm):
             module.__class__ = _trained(type(module))

@@ -1,8 +1,8 @@
-"""Saved tensors of the layers in host memory, copied out behind the computation and fetched a layer ahead.
+"""Moves saved tensors to host memory: copies overlap with the computation and return one layer ahead of their use.
 
-A layer's input and its attention output are saved several times (whole, and as token blocks): their storage
-is copied once and the views are made again on the way back. On a GPU copies run on a stream of their own,
-through pinned memory; on a CPU "host memory" is a second copy, which serves the tests and nobody else.
+Autograd saves a layer's input and its attention output several times, whole and as blocks of tokens. Their storage is
+copied once, and the views are recreated when the backward asks for them. On a GPU copies run on their own stream
+through pinned memory. On a CPU the "host memory" is a second copy, which only tests use.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 _AHEAD = 3  # storages of one layer: its input, the attention output, the lse
 
 
-class _Away:
-    """One storage on the host. views: saved tensors of it that backward has not asked for yet."""
+class _HostCopy:
+    """The copy of one storage in host memory; `views` counts its saved tensors that backward has not used yet."""
 
     def __init__(self, flat: Tensor, stream: Any) -> None:
         self.device, self.stream, self.views = flat.device, stream, 0
@@ -34,7 +34,7 @@ class _Away:
         flat.record_stream(stream)
 
     def start(self) -> None:
-        """Begin the way back, if it has not begun."""
+        """Start copying the storage back to its device, unless that has started."""
         if self.back is not None:
             return
         if self.stream is None:
@@ -44,7 +44,7 @@ class _Away:
             self.back = self.host.to(self.device, non_blocking=True)
 
     def take(self) -> Tensor:
-        """The storage on its device, for one of its views; dropped there after the last."""
+        """Return the storage on its device for one view; after the last view the device copy is dropped."""
         self.start()
         assert self.back is not None
         back = self.back
@@ -59,10 +59,10 @@ class _Away:
 
 
 @dataclass(frozen=True)
-class Saved:
-    """A tensor as a view of a storage that is away."""
+class HostView:
+    """A saved tensor as a view of a storage whose copy is in host memory."""
 
-    away: _Away
+    copy: _HostCopy
     place: int
     size: torch.Size
     stride: tuple[int, ...]
@@ -70,16 +70,16 @@ class Saved:
 
 
 class HostStore:
-    """One model's saved tensors, in the order of the forward pass."""
+    """Holds the saved tensors of one model in host memory, in the order of the forward pass."""
 
     def __init__(self) -> None:
-        self._order: list[_Away] = []
+        self._order: list[_HostCopy] = []
         self._here: dict[int, int] = {}
         self._streams: dict[torch.device, Any] = {}
 
     @contextmanager
     def layer(self, *, first: bool) -> Iterator[None]:
-        """Save what autograd saves inside to the host; storages are told apart while the layer runs."""
+        """Move the tensors that autograd saves inside this context to the host; a shared storage is copied once."""
         if first:
             self._order = []
         self._here = {}
@@ -87,19 +87,19 @@ class HostStore:
             yield
         self._here = {}
 
-    def put(self, tensor: Tensor) -> Saved:
+    def put(self, tensor: Tensor) -> HostView:
         storage = tensor.untyped_storage()
         place = self._here.get(storage.data_ptr())
         if place is None:
             flat = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
             place = self._here[storage.data_ptr()] = len(self._order)
-            self._order.append(_Away(flat, self._stream(tensor.device)))
+            self._order.append(_HostCopy(flat, self._stream(tensor.device)))
         away = self._order[place]
         away.views += 1
-        return Saved(away, place, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        return HostView(away, place, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
-    def get(self, saved: Saved) -> Tensor:
-        flat = saved.away.take()
+    def get(self, saved: HostView) -> Tensor:
+        flat = saved.copy.take()
         for away in self._order[max(0, saved.place - _AHEAD) : saved.place]:
             if away.views:
                 away.start()

@@ -1,7 +1,7 @@
-"""The model's rotary embedding: rebuilt for a stage, checked against longctx.rope, angles in fp32 or fp64.
+"""The rotary embedding of a model: rebuilt for each stage and checked against longctx.rope, with fp32 or fp64 angles.
 
-transformers computes inv_freq once, in fp32, and forms angles in fp32: at position 2^20 a fast dimension's
-angle is off by up to 0.06. `ExactRotary` keeps fp64 frequencies and angles and rounds only cos and sin.
+transformers computes inv_freq and the angles in fp32, so at position 2^20 the angle of a fast dimension is off by up to
+0.06. `ExactRotary` computes frequencies and angles in fp64 and rounds only cos and sin.
 
 Shapes: B batch, S tokens, H heads, D head dim (all of it rotates).
 """
@@ -24,14 +24,12 @@ _TOLERANCE = 2e-6
 
 
 def torch_power(base: float, exponents: np.ndarray) -> np.ndarray:
-    """base^exponents as torch takes it; with it longctx.rope.inv_freq(dtype=float32) gives transformers' own bits."""
+    """base^exponents, computed by torch; with it longctx.rope.inv_freq in float32 equals transformers bit for bit."""
     return torch.pow(base, torch.from_numpy(exponents)).numpy()
 
 
 class ExactRotary(nn.Module):
-    """cos and sin [B, S, D] of positions [B, S], the angle formed in fp64; a stand-in for transformers'
-    module.
-    """
+    """Replaces transformers' rotary module: cos and sin [B, S, D] of positions [B, S], with angles in fp64."""
 
     inv_freq: Tensor
 
@@ -41,7 +39,7 @@ class ExactRotary(nn.Module):
         self.attention_scaling = scaling
 
     def _apply(self, fn: Any, recurse: bool = True) -> ExactRotary:
-        """`model.to(bfloat16)` must not round the frequencies; only the device follows."""
+        """Move the frequencies to the model's device, but do not round them when the model's dtype changes."""
         exact = self.inv_freq
         super()._apply(fn, recurse)
         self.inv_freq = exact.to(self.inv_freq.device)
@@ -56,24 +54,22 @@ class ExactRotary(nn.Module):
 
 
 def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precision: Precision = "float32") -> None:
-    """Give a Hugging Face model `rope` (transformers' rope_parameters) and `window` tokens, in place.
+    """Give a Hugging Face model the rope `rope` (transformers' rope_parameters) and a window of `window` tokens.
 
-    The config's rope_parameters and max_position_embeddings are replaced and the rotary module is rebuilt,
-    since transformers reads them only in its constructor; the new inv_freq is asserted against longctx.rope.
-    Raises UserError for a rope that changes with the sequence's length (dynamic, longrope's short factors
-    aside): a training stage fixes one.
+    The model changes in place. The config's rope_parameters and max_position_embeddings are replaced, and the rotary
+    module is rebuilt, because transformers reads them only in its constructor. The new inv_freq is checked against
+    longctx.rope. Raises UserError for a rope that changes with the sequence's length (dynamic, or longrope with
+    different short and long factors), because a training stage needs fixed frequencies.
     """
-    from longctx.model.family import backbone_of, causal_lm_of
+    from longctx.model.architectures import backbone_of, causal_lm_of
 
     base = backbone_of(model)
     config = causal_lm_of(model).config
     kind = rope.get("rope_type", "default")
     if kind == "dynamic" or (kind == "longrope" and rope["short_factor"] != rope["long_factor"]):
         raise UserError(
-            f"rope_type={kind!r} changes inv_freq with the length of the sequence at run time, and a "
-            "training "
-            "stage needs one fixed set of frequencies; give the stage a theta, another rule, or equal "
-            "factors "
+            f"rope_type={kind!r} changes inv_freq with the length of the sequence at run time, and a training stage "
+            "needs one fixed set of frequencies; give the stage a theta, another rule, or equal factors "
             "(curriculum.stages.*.rule)"
         )
     give_rope(config, {"rope_type": kind, **rope}, window)
@@ -92,7 +88,8 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
 def give_rope(config: Any, rope: Mapping[str, Any], window: int) -> None:
     """Set a transformers configuration's rope_parameters and max_position_embeddings, in place.
 
-    transformers prefers a top-level original_max_position_embeddings, which such an object may carry from its file.
+    The object may also have a top-level original_max_position_embeddings from its file. transformers prefers that one,
+    so it is set too.
     """
     config.rope_parameters = dict(rope)
     config.max_position_embeddings = int(window)
@@ -102,7 +99,7 @@ def give_rope(config: Any, rope: Mapping[str, Any], window: int) -> None:
 
 
 def check_inv_freq(found: Tensor, exact: np.ndarray, what: str) -> None:
-    """Raise RuntimeError when a rotary module's inv_freq [D/2] is not `exact` to fp32 rounding."""
+    """Raise RuntimeError unless a rotary module's inv_freq [D/2] equals `exact` up to fp32 rounding."""
     ours = torch.from_numpy(np.asarray(exact, dtype=np.float64))
     theirs = found.detach().double().cpu()
     if theirs.shape != ours.shape:
@@ -113,7 +110,7 @@ def check_inv_freq(found: Tensor, exact: np.ndarray, what: str) -> None:
 
 
 def _transformers_rotary(base: nn.Module) -> type[nn.Module]:
-    """The family's own rotary class, also after ExactRotary took its place."""
+    """The rotary class that transformers has for this architecture, even if ExactRotary has replaced its module."""
     import sys
 
     name = type(base).__name__.removesuffix("Model") + "RotaryEmbedding"
@@ -121,11 +118,11 @@ def _transformers_rotary(base: nn.Module) -> type[nn.Module]:
 
 
 class Rotate(torch.autograd.Function):
-    """x [B, S, H, D] turned by cos, sin [B, S, D] -> [B, H, S, D] (Su et al. 2104.09864, eq. 34).
+    """Rotates x [B, S, H, D] by cos and sin [B, S, D] -> [B, H, S, D] (Su et al. 2104.09864, eq. 34).
 
-    The same products and sums as transformers' q * cos + rotate_half(q) * sin, without its temporaries; the
-    backward pass turns by the opposite angle and saves nothing but cos and sin. Memory stays in x's order,
-    which is the one the attention kernels write, so that nothing is copied on the way in or out.
+    It computes the same products and sums as transformers' q * cos + rotate_half(q) * sin, without the temporaries. The
+    backward pass rotates by the opposite angle and needs only cos and sin. The result keeps x's order in memory, which
+    is the attention kernels' order too, so nothing is copied before or after attention.
     """
 
     @staticmethod

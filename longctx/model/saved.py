@@ -1,9 +1,9 @@
-"""What a layer keeps for its backward pass: checkpoints that save the outputs of chosen operators.
+"""Save policies: activation checkpointing that saves the outputs of chosen operators.
 
-`kept_checkpoint` is torch's non-reentrant checkpoint with two dispatch modes of our own: in the forward pass
-the outputs of the chosen operators are kept, in the recomputation they are handed back in the same order, so
-attention never runs twice. torch's own selective checkpointing does the same but ignores, in eager mode, the
-policy that offloads (2.13); here both kinds of storage are one.
+`selective_checkpoint` is torch's non-reentrant checkpoint with two dispatch modes. The forward pass saves the outputs
+of the chosen operators, and the recomputation replays them in the same order, so attention never runs twice. torch's
+own selective checkpointing does the same, but in eager mode it ignores the policy that offloads (2.13). Here a saved
+output may be on the device or in host memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longctx.attention import SAVED_OPS
 from longctx.config.model import MemoryConfig
-from longctx.model.offload import HostStore, Saved
+from longctx.model.offload import HostStore, HostView
 
 Chooser = Callable[[Any, tuple[Any, ...]], bool]
 
@@ -30,25 +30,26 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 def attention_only(op: Any, args: tuple[Any, ...]) -> bool:
-    """Context attention's out and lse."""
+    """Choose context attention, whose outputs are out and lse."""
     return op in SAVED_OPS
 
 
 def attention_and_products(op: Any, args: tuple[Any, ...]) -> bool:
-    """Attention, and q, k, v before they are turned."""
+    """Choose attention and the products q, k and v (before rotation)."""
     return attention_only(op, args) or op in _PRODUCTS
 
 
 def widening_products(op: Any, args: tuple[Any, ...]) -> bool:
-    """gate and up (wider than what goes in); o_proj and down are cheap or never needed again."""
+    """Choose gate and up, whose outputs are wider than their inputs; o_proj is cheap and down is not needed again."""
     return op in _PRODUCTS and args[-1].shape[-1] > args[-1].shape[-2]
 
 
 @dataclass(frozen=True)
-class KeepPlan:
-    """One layer's plan: what each of its two regions keeps (None: everything), and the tokens of a block.
+class SavePolicy:
+    """What one layer saves for its backward pass: the operators of its two regions (None: everything autograd saves).
 
-    store: where kept tensors go, if not on the device; first: the forward pass begins with this layer.
+    block: tokens of a block of the second region. store: the host memory for saved tensors (None: they stay on the
+    device). first: whether the forward pass begins with this layer.
     """
 
     attention: Chooser | None
@@ -60,8 +61,8 @@ class KeepPlan:
     @classmethod
     def of(
         cls, memory: MemoryConfig, *, layer: int, layers: int, keep_matmuls: int, store: HostStore | None
-    ) -> KeepPlan:
-        """Layer `layer` of `layers`: the last `keep_matmuls` also keep their matrix products."""
+    ) -> SavePolicy:
+        """The policy of layer `layer` of `layers`; the last `keep_matmuls` layers also save their matrix products."""
         if not memory.checkpoint:
             return cls(None, None, memory.ffn_block)
         if layer >= layers - keep_matmuls:
@@ -69,7 +70,7 @@ class KeepPlan:
         return cls(attention_only, _nothing, memory.ffn_block, store, layer == 0)
 
     def saving(self) -> Any:
-        """The context in which a layer's forward saves."""
+        """The context in which the layer's forward runs."""
         return contextlib.nullcontext() if self.store is None else self.store.layer(first=self.first)
 
 
@@ -77,16 +78,16 @@ def _nothing(op: Any, args: tuple[Any, ...]) -> bool:
     return False
 
 
-keep_everything = KeepPlan(None, None, 0)
+SAVE_EVERYTHING = SavePolicy(None, None, 0)
 
 
-def kept_checkpoint(
+def selective_checkpoint(
     keep: Chooser | None, store: HostStore | None, function: Callable[..., Tensor], *args: Any
 ) -> Tensor:
-    """`function(*args)`, recomputed in the backward pass except for what the operators `keep` chooses gave.
+    """Call `function(*args)` and recompute it in the backward pass, but save the outputs of the chosen operators.
 
-    Only tensors given directly as arguments are saved through saved-tensor hooks; those inside tuples are
-    held as they are. keep=None calls the function and lets autograd save what it likes.
+    keep: chooses the operators. Only tensors given directly as arguments pass through saved-tensor hooks; tensors
+    inside tuples stay where they are. keep=None calls the function without a checkpoint.
     """
     if keep is None or not torch.is_grad_enabled():
         return function(*args)
@@ -95,13 +96,13 @@ def kept_checkpoint(
         if keep is _nothing:
             return contextlib.nullcontext(), contextlib.nullcontext()
         kept: deque[Any] = deque()
-        return _Keep(keep, kept, store), _HandBack(keep, kept, store)
+        return _SaveOutputs(keep, kept, store), _ReplayOutputs(keep, kept, store)
 
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
-class _Keep(TorchDispatchMode):
-    """Keeps the outputs of the chosen operators, in order."""
+class _SaveOutputs(TorchDispatchMode):
+    """Saves the outputs of the chosen operators, in order, during the forward pass."""
 
     def __init__(self, keep: Chooser, kept: deque[Any], store: HostStore | None) -> None:
         super().__init__()
@@ -113,12 +114,12 @@ class _Keep(TorchDispatchMode):
             self.kept.append(tree_map_only(Tensor, self._put, out))
         return out
 
-    def _put(self, tensor: Tensor) -> Tensor | Saved:
+    def _put(self, tensor: Tensor) -> Tensor | HostView:
         return tensor.detach() if self.store is None else self.store.put(tensor)
 
 
-class _HandBack(TorchDispatchMode):
-    """Gives the kept outputs back in place of computing them; none is left afterwards."""
+class _ReplayOutputs(TorchDispatchMode):
+    """Replays the saved outputs instead of computing them; each can be replayed once."""
 
     def __init__(self, keep: Chooser, kept: deque[Any], store: HostStore | None) -> None:
         super().__init__()
@@ -128,6 +129,6 @@ class _HandBack(TorchDispatchMode):
         if not self.keep(func, args):
             return func(*args, **(kwargs or {}))
         if not self.kept:
-            raise RuntimeError(f"{func} was kept once and has been handed back; backward ran twice")
+            raise RuntimeError(f"the saved output of {func} has been used already; backward ran twice")
         out = self.kept.popleft()
-        return out if self.store is None else tree_map_only(Saved, self.store.get, out)
+        return out if self.store is None else tree_map_only(HostView, self.store.get, out)

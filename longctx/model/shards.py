@@ -1,4 +1,4 @@
-"""Shards of a model's safetensors, written one tensor at a time and read back to be sure."""
+"""Writes the safetensors shards of an export one tensor at a time, and verifies them by reading them back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PIECE = 1 << 24
 class ShardWriter:
     """Writes `model-0000i-of-0000n.safetensors` and their index into `folder`.
 
-    limit: bytes of a shard before the next begins. names: every tensor that may come, for the header.
+    limit: bytes after which the next shard begins. names: every tensor that may be added, for the header's size.
     """
 
     def __init__(self, folder: Path, *, limit: int, names: Iterable[str]) -> None:
@@ -30,7 +30,7 @@ class ShardWriter:
         self._where: dict[str, int] = {}
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append one tensor; it may be freed afterwards. Raises ValueError for a name that came before."""
+        """Append one tensor, which may be freed afterwards; raises ValueError for a name that was added before."""
         if name in self._where:
             raise ValueError(f"tensor {name} was written twice")
         data = tensor.detach().cpu().contiguous()
@@ -42,7 +42,7 @@ class ShardWriter:
         self.hashes[name] = hashlib.sha256(bytes_of(data.reshape(-1).view(torch.uint8)) if size else b"").hexdigest()
 
     def close(self) -> None:
-        """Finish the last shard, give the files their names, write the index and the hashes."""
+        """Finish the last shard, rename the files, and write the index and the hashes."""
         if self._shards:
             self._shards[-1].close()
         count = len(self._shards)
@@ -64,7 +64,7 @@ class ShardWriter:
 
 
 def verify(folder: Path, hashes: Mapping[str, str]) -> None:
-    """Re-read every shard's header and every tensor's bytes; RuntimeError naming the first that differs."""
+    """Read back every header and every tensor; raises RuntimeError, which names the first tensor that differs."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
         for name, digest in hashes_of(path).items():
@@ -77,7 +77,7 @@ def verify(folder: Path, hashes: Mapping[str, str]) -> None:
 
 
 def hashes_of(path: Path) -> dict[str, str]:
-    """sha256 of every tensor's bytes in one safetensors file, read in pieces."""
+    """The sha256 of each tensor's bytes in one safetensors file, which is read in pieces."""
     found: dict[str, str] = {}
     with path.open("rb") as file:
         room = int.from_bytes(file.read(8), "little")

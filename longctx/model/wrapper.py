@@ -1,7 +1,7 @@
-"""The module an engine trains: input ids in, the sum of weighted token losses out.
+"""The module that an engine trains: it takes input ids and returns the sum of weighted token losses.
 
-Head and loss are computed inside its forward, where ZeRO-3 has the weights gathered, and in chunks, so that
-no logits exist. The caller shifts labels before it shards the sequence and divides by the global weight.
+Head and loss run inside its forward, where ZeRO-3 has gathered the weights, and in chunks, so the logits are never
+stored. The caller shifts the labels before it shards the sequence, and divides the loss by the global weight.
 
 Shapes: B batch, S this rank's tokens, E hidden size.
 """
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from longctx.attention import ContextParallel, Layout
 from longctx.config.model import MemoryConfig
 from longctx.distributed.transport import SingleRankTransport
-from longctx.model.family import backbone_of, causal_lm_of
-from longctx.model.layer import plan_layers, train_layers
+from longctx.model.architectures import backbone_of, causal_lm_of
+from longctx.model.layer import set_save_policies, train_layers
 from longctx.model.loss import IGNORED, token_losses
 from longctx.model.offload import HostStore
 from longctx.topology import split
 
 
 class LossOutput(NamedTuple):
-    """loss_sum: sum of w x (nll + z lse^2) over this rank's labelled tokens, in the graph even if there are
-    none.
+    """The loss of this rank's tokens.
 
-    Detached: tokens (how many are labelled), weight_sum (their w), nll_sum (of w x nll), z_sum; and on
-    request per_token [B, S], the plain nll, 0 where unlabelled, and logits [n, V].
+    loss_sum: sum of w x (nll + z lse^2) over the labelled tokens, connected to the graph even without any. The other
+    fields are detached. tokens: number of labelled tokens. weight_sum: sum of their w. nll_sum: sum of w x nll. z_sum:
+    sum of w x z lse^2. per_token [B, S], on request: nll, and 0 without a label. logits [n, V], on request.
     """
 
     loss_sum: Tensor
@@ -42,9 +42,10 @@ class LossOutput(NamedTuple):
 
 
 class LossModel(nn.Module):
-    """A Hugging Face causal LM (peft's wrapper around one too) with its loss, in the least memory.
+    """A Hugging Face causal LM, or peft's wrapper around one, with its loss, prepared for long sequences.
 
-    z_loss: factor of lse^2 beside the nll (PaLM 2204.02311, section 5), weighted like its token.
+    z_loss: factor of lse^2, which is added to each token's nll (PaLM 2204.02311, section 5).
+
 
     `longctx.prepare` makes it from plain arguments, `longctx.shard_batch` makes what its forward takes.
 
@@ -76,12 +77,12 @@ class LossModel(nn.Module):
         per_token: bool = False,
         logits_at: Tensor | None = None,
     ) -> LossOutput:
-        """Loss of this rank's tokens.
+        """Compute the loss of this rank's tokens.
 
-        input_ids, labels, weights [B, S]; positions [B, S] or [S]; labels are already shifted (labels[i]
-        follows input_ids[i]) with -100 where nothing is predicted; weights None counts every label once.
-        layout: this rank's attention layout, None for one process and one document. logits_at: indices into
-        B*S whose logits [n, V] are wanted, for evaluation.
+        input_ids, labels and weights are [B, S], positions [B, S] or [S]. labels are shifted already (labels[i] follows
+        input_ids[i]), with -100 for tokens without a label. weights=None gives every label the weight 1. layout: this
+        rank's attention layout, or None for one process and one document. logits_at: indices into B * S whose logits
+        [n, V] are returned, for evaluation.
         """
         head = causal_lm_of(self.model).get_output_embeddings()
         hidden = self.hidden(input_ids, positions, layout).flatten(0, 1)
@@ -100,11 +101,11 @@ class LossModel(nn.Module):
         )
 
     def hidden(self, input_ids: Tensor, positions: Tensor, layout: Layout | None = None) -> Tensor:
-        """Last hidden states [B, S, E], after the final norm."""
+        """Compute the last hidden states [B, S, E], after the final norm."""
         if positions.dim() == 1:
             positions = positions.expand(input_ids.shape[0], -1)
         base = backbone_of(self.model)
-        plan_layers(self.model, self.memory, tokens=input_ids.numel(), store=self._store)
+        set_save_policies(self.model, self.memory, tokens=input_ids.numel(), store=self._store)
         layout = layout or _alone().layout(input_ids.shape[1])
         # transformers hands a mask of four dimensions on as it is, and its layers do not see it under a layout: none of
         # S x S is made, whatever attention the model was loaded with.
@@ -115,5 +116,5 @@ class LossModel(nn.Module):
 
 @cache
 def _alone() -> ContextParallel:
-    """The context of sequences that are whole here, whatever the world; it has no communicators to close."""
+    """A ContextParallel of this rank alone, for sequences that are not sharded; it has no communicators to close."""
     return ContextParallel(SingleRankTransport(), split(1, 1))

@@ -1,1 +1,1 @@
-"""What a stage takes before anything is started: memory, time, pictures of schedules, from plain data."""
+"""The planner: estimates the memory and time of each stage and draws schedules, without starting anything."""

@@ -1,8 +1,8 @@
-"""Pictures of a simulated schedule: one row of computation and one per used link level for every rank.
+"""Draws the timeline of a simulated schedule, as text for terminals and as SVG for pages.
 
-Text for terminals and logs, SVG for pages. A computation shows the rank whose KV block it works on; a
-message shows its payload (k: KV, d: dKV, h: heads exchanged under Ulysses). Empty space in a compute row
-is time spent waiting.
+Every rank has one row for its computations and one for each level of links over which it sends. A computation shows the
+rank whose KV block it works on. A message shows its payload (k: KV, d: dKV, h: heads exchanged under Ulysses). Empty
+space in a compute row is time spent waiting.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ from longctx.planner.simulate import Span, Timeline
 
 _LEFT = 64  # where the rows begin
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
-# Okabe and Ito's colours tell apart for every kind of sight; computations take shades of one hue by the
-# block's node.
+# Colours after Okabe and Ito, which colour-blind readers can tell apart; computations are coloured by the block's node.
 _COLOURS = {"kv": "#0072B2", "dkv": "#D55E00", "heads": "#CC79A7"}
 _BLOCKS = ("#009E73", "#56B4E9", "#E69F00", "#F0E442", "#8DA0CB", "#B3B3B3", "#66C2A5", "#FC8D62")
 
 
 def kind_of(span: Span) -> str:
-    """ "kv", "dkv" or "heads" (every exchange of Ulysses) for a message."""
+    """The kind of a message: kv, dkv, or heads for every exchange of Ulysses."""
     return str(span.payload) if span.payload in ("kv", "dkv") else "heads"
 
 
 def rows_of(timeline: Timeline, ranks: list[int]) -> list[tuple[str, list[Span]]]:
-    """(label, spans) from top to bottom; a link over which the rank sends nothing gets no row."""
+    """The rows (label, spans) from top to bottom; a level over which the rank sends nothing gets no row."""
     rows = []
     for rank in ranks:
         mine = [span for span in timeline.spans if span.rank == rank]
@@ -39,14 +38,14 @@ def rows_of(timeline: Timeline, ranks: list[int]) -> list[tuple[str, list[Span]]
 
 
 def _per_block(span: Span) -> list[Span]:
-    """A computation on several gathered blocks as equal parts, one per block."""
+    """Split a computation on several gathered blocks into equal parts, one per block."""
     count = len(span.blocks)
     edges = [span.start + (span.end - span.start) * i / count for i in range(count + 1)]
     return [replace(span, start=edges[i], end=edges[i + 1], blocks=(span.blocks[i],)) for i in range(count)]
 
 
 def as_text(timeline: Timeline, *, width: int = 100, ranks: list[int] | None = None) -> str:
-    """An ASCII timeline `width` columns wide; messages that cost nothing are a single column."""
+    """Draw the timeline in ASCII, `width` columns wide; a message that takes no time is one column wide."""
     shown = list(range(timeline.ranks)) if ranks is None else ranks
     scale = width / timeline.seconds if timeline.seconds else 0.0
     lines = []
@@ -65,7 +64,7 @@ def as_text(timeline: Timeline, *, width: int = 100, ranks: list[int] | None = N
 
 
 def as_svg(timeline: Timeline, title: str, *, nodes: int, width: int = 960, ranks: list[int] | None = None) -> str:
-    """The same timeline as a standalone SVG document."""
+    """Draw the timeline as a standalone SVG document."""
     shown = list(range(timeline.ranks)) if ranks is None else ranks
     blocks = 1 + max(span.blocks[0] for span in timeline.spans if span.kind == "compute")
     per_node = max(1, blocks // nodes)  # a Ulysses group owns one block together

@@ -1,8 +1,7 @@
-"""Bytes one device holds in a stage: weights and optimizer under ZeRO, what is kept for backward, buffers.
+"""Estimates the bytes that one device holds in a stage: weights and optimizer under ZeRO, saved tensors, buffers.
 
-The terms are those of docs/memory.md and docs/attention.md, each on its own line, so that the largest
-shows. Not counted: the allocator's fragments, communication libraries, and the CUDA context (together 1
-to 3 GiB on a GPU).
+docs/memory.md and docs/attention.md explain the terms. They stay separate, so that the largest can be shown. The
+allocator's fragments, communication libraries and the CUDA context are not counted (together 1 to 3 GiB on a GPU).
 """
 
 from __future__ import annotations
@@ -33,9 +32,11 @@ REFERENCE_COPIES = 4  # its backward holds scores, probabilities and the gradien
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one device. saved: kept from forward to backward over all layers; working: one layer at work.
+    """Bytes on one device.
 
-    host: bytes in the host's memory for this device, where something is offloaded; not a part of `total`.
+    saved: tensors that all layers save from forward to backward. working: the layer whose backward runs. ring: buffers
+    and accumulators of attention. loss: the logits of a chunk. host: offloaded bytes in the host's memory for this
+    device, which are not part of `total`.
     """
 
     weights: float
@@ -53,7 +54,7 @@ class Memory:
 
 
 def pool_bytes(schedule: RankSchedule, sizes: Sizes) -> int:
-    """What the executor's pool lends to one call: the packed own block, foreign KV and dKV, gathered KV."""
+    """Bytes of the executor's buffers in one call: the packed own block, foreign KV and dKV, gathered KV."""
     k = (
         sizes.batch
         * sizes.tokens
@@ -66,7 +67,7 @@ def pool_bytes(schedule: RankSchedule, sizes: Sizes) -> int:
 
 
 def ring_buffers(schedules: Sequence[RankSchedule], sizes: Sizes) -> float:
-    """The pool, fp32 accumulators of out, dq, dk and dv, and what Ulysses gathers, at the larger pass."""
+    """Bytes of the pool, of the accumulators (out, dq, dk, dv) and of what Ulysses gathers, in the larger pass."""
     wide = max(4, sizes.wire_bytes)
     k = sizes.batch * sizes.tokens * sizes.kv_heads * sizes.head_dim
     q = sizes.batch * sizes.tokens * sizes.q_heads * sizes.head_dim
@@ -79,7 +80,7 @@ def ring_buffers(schedules: Sequence[RankSchedule], sizes: Sizes) -> float:
 
 
 def sizes_of(stage: Stage, shape: Shape, decision: Decision, dtype: str) -> Sizes:
-    """One forward pass's share of attention on one rank; travelling gradients are at least fp32."""
+    """The sizes of attention on one rank in one forward pass; gradients travel in at least fp32."""
     b = BYTES[dtype]
     tokens = tokens_per_rank(stage, decision.cp)
     return Sizes(tokens, shape.heads, shape.kv_heads, shape.head_dim, decision.per_forward, b, max(b, 4))
@@ -87,15 +88,15 @@ def sizes_of(stage: Stage, shape: Shape, decision: Decision, dtype: str) -> Size
 
 @lru_cache(maxsize=256)
 def attention_buffers(schedule: str, topology: Topology, sizes: Sizes, ulysses: int, kernel: str) -> float:
-    """Bytes of one attention call: ring buffers, and the scores of a block of rows where the kernel keeps them.
+    """Bytes of one attention call: its buffers, and the scores of a block of rows if the reference kernel runs.
 
-    Beyond NODES_SIMULATED nodes so many stand for all, since buffers do not grow with them.
+    At most NODES_SIMULATED nodes are counted, because buffers do not grow with more nodes.
     """
     small = Topology(min(topology.nodes, NODES_SIMULATED), topology.ranks)
     found = 0.0
     for rank in range(small.size):
-        plans = [build(schedule, small, rank, backward=backward, ulysses=ulysses) for backward in (False, True)]
-        found = max(found, ring_buffers(plans, sizes))
+        schedules = [build(schedule, small, rank, backward=backward, ulysses=ulysses) for backward in (False, True)]
+        found = max(found, ring_buffers(schedules, sizes))
     if kernel != "reference":
         return found
     rows = min(REFERENCE_ROWS, sizes.tokens)
@@ -105,7 +106,10 @@ def attention_buffers(schedule: str, topology: Topology, sizes: Sizes, ulysses: 
 def need(
     stage: Stage, shape: Shape, config: TrainConfig, decision: Decision, *, world: int, kernel: str, device: str
 ) -> Memory:
-    """What one device holds in a stage of a training run. device: cuda, or cpu, where offloading frees nothing."""
+    """Bytes that one device holds in a stage of a training run.
+
+    device: cuda, or cpu, where offloading frees no memory.
+    """
     sizes = sizes_of(stage, shape, decision, config.model.dtype)
     engine = config.engine
     return stage_memory(
@@ -124,7 +128,7 @@ def need(
 
 
 def trained_weights(shape: Shape, freeze: Sequence[str]) -> int:
-    """How many weights have gradients once the parameters that `optim.freeze` names are left out."""
+    """The number of weights that have gradients, without the parameters that `optim.freeze` names."""
     e, q, kv = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     of_layer = {
         "self_attn.q_proj": e * q, "self_attn.k_proj": e * kv, "self_attn.v_proj": e * kv, "self_attn.o_proj": q * e,
@@ -154,11 +158,11 @@ def stage_memory(
     offload_parameters: bool = False,
     offload_saved: bool = False,
 ) -> Memory:
-    """tokens: on this device per forward. zero: 0 (replicated) to 3. ring: bytes of `attention_buffers`. trained:
-    weights that have gradients and moments (None: all).
+    """Bytes that one device holds, from plain numbers.
 
-    Weights of 4 bytes and more are their own masters; bfloat16 keeps fp32 masters with the optimizer. Gradients are at
-    least fp32.
+    tokens: tokens on this device in one forward. zero: 0 (replicated) to 3. ring: bytes of `attention_buffers`.
+    trained: the number of weights that have gradients and moments (None: all). fp32 and fp64 weights are their own
+    masters; bfloat16 weights have fp32 masters in the optimizer. Gradients are at least fp32.
     """
     b = BYTES[dtype]
     wide = max(4, b)

@@ -1,6 +1,6 @@
-"""`longctx plan`: a table of the stages a training command would run, or the timeline of a schedule.
+"""The verb plan: prints a table of the stages that a training command would run, or the timeline of a schedule.
 
-Nothing is loaded and nothing is started; a stage that would not fit or not divide is said so here.
+It loads no model and starts no ranks. It marks stages that do not fit, and refuses stages that do not divide.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from longctx.curriculum import Stage, resolve
 from longctx.decide import Machines
 from longctx.errors import UserError
 from longctx.planner.draw import as_svg, as_text
-from longctx.planner.remedies import USABLE, Room, advice
+from longctx.planner.estimate import Estimate, Links, estimate_all, kernel_of, links_of
+from longctx.planner.remedies import USABLE, DeviceLimits, advice
 from longctx.planner.simulate import BACKWARD_WORK, Timeline, evenly, simulate
-from longctx.planner.stage import Estimate, Links, estimate_all, kernel_of, links_of
 from longctx.rope import rope_of_model
 from longctx.schedule import Sizes, build
 from longctx.shape import Shape, shape_of_model
@@ -28,7 +28,7 @@ GIB = 2.0**30
 
 
 def run(config: PlanConfig) -> int:
-    """Print what `show` names; exit status 0 also when a stage does not fit (the table says so)."""
+    """Print the table or the schedule that `show` names; the exit status is 0 even if a stage does not fit."""
     if config.show == "schedule":
         return show_schedule(config)
     if config.format == "json":
@@ -48,16 +48,16 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 
 
 def with_dtype(config: PlanConfig) -> tuple[PlanConfig, str]:
-    """The config with the model's dtype resolved, and where it comes from."""
+    """The config with the model's dtype resolved, and in words where the dtype was found."""
     model, source = dtypes.resolve(config.model)
     return replace(config, model=model), source
 
 
-def room_of(config: PlanConfig, shape: Shape) -> Room:
+def limits_of(config: PlanConfig, shape: Shape) -> DeviceLimits:
     """The memory of the planned devices."""
     machines = Machines(config.nodes * config.ranks, config.ranks)
     hardware = config.hardware
-    return Room(machines, hardware.device, kernel_of(shape, config), hardware.memory_gib * GIB)
+    return DeviceLimits(machines, hardware.device, kernel_of(shape, config), hardware.memory_gib * GIB)
 
 
 def _stages(config: PlanConfig) -> tuple[Shape, list[Stage]]:
@@ -69,8 +69,8 @@ def _stages(config: PlanConfig) -> tuple[Shape, list[Stage]]:
 
 
 def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dict[str, Any]:
-    """Bytes, flop and seconds per stage."""
-    stages, room = {}, room_of(config, shape)
+    """The JSON document: bytes, flop and seconds of each stage."""
+    stages, limits = {}, limits_of(config, shape)
     for item in estimates:
         stages[item.stage.name] = {
             "seq_len": item.stage.seq_len,
@@ -82,7 +82,7 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
             "tokens_per_rank": item.tokens_per_rank,
             "quicker_schedule": item.quicker,
             "memory": {**asdict(item.memory), "total": item.memory.total},
-            "fits": room.holds(item.memory),
+            "fits": limits.holds(item.memory),
             "flop_per_step": item.flop,
             "seconds_per_step": item.seconds,
             "link_seconds_per_step": item.exposed,
@@ -93,7 +93,7 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
         "nodes": config.nodes,
         "ranks": config.ranks,
         "dtype": config.model.dtype,
-        "kernel": room.kernel,
+        "kernel": limits.kernel,
         "parameters": shape.parameters,
         "stages": stages,
         "hours": sum(item.hours for item in estimates),
@@ -102,15 +102,15 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
 
 
 def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: str) -> Any:
-    """One row per stage, 80 columns; GiB per device. source: where the dtype comes from."""
+    """A table of at most 80 columns with a row per stage; source: where the dtype was found, in words."""
     from rich.markup import escape
     from rich.table import Table
 
-    hardware, room = config.hardware, room_of(config, shape)
+    hardware, limits = config.hardware, limits_of(config, shape)
     title = (
         f"{_count(shape.parameters)} parameters on {config.nodes} x {config.ranks} {hardware.name} at "
         f"{hardware.rate(config.model.dtype) / 1e12:.3g} TFLOP/s, engine {config.engine.name}, ZeRO "
-        f"{config.engine.zero}\n{config.model.dtype} ({source}), attention kernel {room.kernel}"
+        f"{config.engine.zero}\n{config.model.dtype} ({source}), attention kernel {limits.kernel}"
     )
     made = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("stage", "schedule"):
@@ -127,31 +127,31 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: s
             f"{item.tokens_per_rank}",
             _gib(owned),
             _gib(memory.saved),
-            _gib(memory.total) + ("" if room.holds(memory) else "!"),
+            _gib(memory.total) + ("" if limits.holds(memory) else "!"),
             f"{item.seconds:.3g}",
             f"{item.exposed / item.seconds:.0%}",
             f"{item.stage.steps}",
             f"{item.hours:.2g}",
         )
-    made.caption, made.caption_justify = escape("\n".join(_notes(config, shape, estimates, room))), "left"
+    made.caption, made.caption_justify = escape("\n".join(_notes(config, shape, estimates, limits))), "left"
     return made
 
 
-def _notes(config: PlanConfig, shape: Shape, estimates: list[Estimate], room: Room) -> list[str]:
+def _notes(config: PlanConfig, shape: Shape, estimates: list[Estimate], limits: DeviceLimits) -> list[str]:
     """The lines under the table."""
     hours = sum(item.hours for item in estimates)
-    devices = f"{hours:.3g} hours, {hours * room.machines.world:.3g} device-hours"
+    devices = f"{hours:.3g} hours, {hours * limits.machines.world:.3g} device-hours"
     lines = ["", f"{devices}; tokens and GiB per device (docs/plan.md)"]
     if host := max(item.memory.host for item in estimates) * config.ranks:
         lines.append(f"offloaded: up to {_gib(host)} GiB in the memory of each node")
     for item in estimates:
         if item.quicker:
             lines.append(f"{item.stage.name}: attention is quicker by parallel.schedule={item.quicker}")
-    if not all(room.holds(item.memory) for item in estimates):
+    if not all(limits.holds(item.memory) for item in estimates):
         stages = [item.stage for item in estimates]
         lines.append(
             f"! more than {USABLE:.0%} of {config.hardware.memory_gib:g} GiB, which train refuses. "
-            + advice(stages, shape, config, room)
+            + advice(stages, shape, config, limits)
         )
     return lines
 
@@ -165,7 +165,7 @@ def _gib(count: float) -> str:
 
 
 def show_schedule(config: PlanConfig) -> int:
-    """Draw one attention layer's pass as text, and as SVG where a file is named."""
+    """Draw one pass of an attention layer as text, and as SVG if a file is named."""
     draw = config.draw
     schedule, topology, sizes, h, links = _drawn(config)
     if schedule == "ulysses_ring" and (topology.ranks % h or sizes.q_heads % h):
@@ -178,8 +178,8 @@ def show_schedule(config: PlanConfig) -> int:
         )
     timeline = _time(config, schedule, topology, sizes, h, links)
     title = (
-        f"{schedule}, {draw.direction}, {topology.nodes} nodes x {topology.ranks} ranks, "
-        f"{sizes.tokens} tokens per rank on {config.hardware.name}"
+        f"{schedule}, {draw.direction}, {topology.nodes} nodes x {topology.ranks} ranks, {sizes.tokens} tokens per "
+        f"rank on {config.hardware.name}"
     )
     shown = list(range(min(draw.show_ranks, topology.size)))
     if draw.svg:
@@ -196,7 +196,7 @@ def show_schedule(config: PlanConfig) -> int:
 
 
 def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int, Links]:
-    """Schedule, topology, sizes, Ulysses size and links of what is drawn."""
+    """The schedule, topology, sizes, Ulysses ranks and links to draw."""
     draw, hardware = config.draw, config.hardware
     if draw.stage is None:
         topology = Topology(config.nodes, config.ranks)

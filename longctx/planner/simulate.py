@@ -1,9 +1,8 @@
-"""Runs a schedule's plain data on a clock: when every rank computes, sends and waits, given the links' rates.
+"""Simulates a schedule: computes when every rank computes, sends and waits, given the rates of the links.
 
-The executor's order is kept (post, compute, wait, add), a message starts when both ends have posted it
-and its sender's link is free, and links are first come, first served. Ranks, not cores, are the unit:
-ranks that share cores are modelled by the computation times they are given. What the simulator says of a
-schedule it says of what the executor will run.
+The simulator reads the same data as the executor and keeps its order (post, compute, wait, add). A message starts when
+both ends have posted it and its sender's link is free; links serve messages in order of arrival. Every rank computes on
+its own; ranks that share cores are modelled by longer computations.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ BACKWARD_WORK = 2.5  # five matrix products instead of two
 
 @dataclass(frozen=True)
 class Span:
-    """Something that takes time: a computation of `rank`, or a message it sends (`peer` receives it)."""
+    """An interval of time: a computation of `rank`, or a message from `rank` to `peer`."""
 
     rank: int
     kind: Literal["compute", "inner", "outer"]
@@ -36,7 +35,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Timeline:
-    """All spans of a schedule; `finished` is when each rank is done, `seconds` when the last one is."""
+    """All spans of a schedule; `finished` has the time at which each rank is done, `seconds` the last of them."""
 
     schedule: str
     finished: tuple[float, ...]
@@ -51,7 +50,7 @@ class Timeline:
         return max(self.finished)
 
     def busy(self, rank: int, kind: str) -> float:
-        """Seconds `rank` spends on spans of one kind."""
+        """Seconds that `rank` spends in spans of one kind."""
         return sum(span.end - span.start for span in self.spans if span.rank == rank and span.kind == kind)
 
     def exposed(self) -> float:
@@ -60,9 +59,10 @@ class Timeline:
 
 
 def blocks_of(compute: Compute) -> float:
-    """Work of a computation in KV blocks: a zigzag diagonal costs the same as any other block.
+    """The work of a computation, in KV blocks; a zigzag diagonal costs as much as any other block.
 
-    Of a diagonal in n shares the last is half and the others are equal parts of the rest, as layout deals.
+    If a diagonal has n shares, the last has half of its work and the others equal parts of the rest, as in
+    longctx.layout.
     """
     i, n = compute.part
     share = 1.0 if n == 1 else 0.5 if i == n - 1 else 0.5 / (n - 1)
@@ -70,7 +70,7 @@ def blocks_of(compute: Compute) -> float:
 
 
 def evenly(seconds_per_block: float) -> Callable[[int, Compute], float]:
-    """Every block costs the same on every rank, as zigzag makes it for one document."""
+    """A cost function by which every block costs the same on every rank, as in zigzag with one document."""
     return lambda _rank, compute: seconds_per_block * blocks_of(compute)
 
 
@@ -81,11 +81,10 @@ def simulate(
     links: Mapping[Level, Link | None],
     starts: Sequence[float] | None = None,
 ) -> Timeline:
-    """Time the schedules of all ranks (rank r's at index r), which start together or at `starts`.
+    """Simulate the schedules of all ranks (rank r's at index r), which start together or at `starts`.
 
-    compute: seconds of one computation of a rank. links: one rank's link per level; None costs nothing.
-    Raises ValueError when the schedule cannot finish: a receive without its send, or ranks waiting for
-    one another.
+    compute: seconds of one computation of a rank. links: one rank's link per level (None: transfers take no time).
+    Raises ValueError when the schedule cannot finish, because a receive has no send or ranks wait for each other.
     """
     clock = _Clock(schedules, sizes, compute, links)
     for rank in range(len(schedules)):
@@ -106,6 +105,8 @@ _Lane = tuple[int, int, str, str]  # source, target, channel, payload
 
 @dataclass
 class _Clock:
+    """The event queue of a simulation and the state of every rank."""
+
     schedules: Sequence[RankSchedule]
     sizes: Sizes
     compute: Callable[[int, Compute], float]
@@ -129,7 +130,7 @@ class _Clock:
         heapq.heappush(self.queue, (time, self.posted, action, arguments))
 
     def enter(self, now: float, rank: int) -> None:
-        """Begin the rank's current hop: post its transfers, then compute."""
+        """Start the rank's current hop: post its transfers, then compute."""
         hop = self.schedules[rank].hops[self.hop[rank]]
         for transfer in hop.post:
             self.halves[rank, transfer.id] = 2
@@ -148,14 +149,14 @@ class _Clock:
         self._leave(now, rank)
 
     def _leave(self, now: float, rank: int) -> None:
-        """Go on to the next hop once nothing of this one is awaited."""
+        """Go on to the next hop if the computation and all awaited transfers of this one are done."""
         hops = self.schedules[rank].hops
         if self.computing[rank] or any(self.halves.get((rank, number), 2) for number in hops[self.hop[rank]].wait):
             return
         self.hop[rank] += 1
         self.finished[rank] = now
         if self.hop[rank] < len(hops):
-            self.computing[rank] = True  # nothing else may move the rank on before it enters
+            self.computing[rank] = True  # no other event may advance the rank before it enters the hop
             self.at(now, self.enter, rank)
 
     def _match(
@@ -165,7 +166,7 @@ class _Clock:
         send: tuple[int, Transfer] | None = None,
         receive: Transfer | None = None,
     ) -> None:
-        """Pair the k-th send of a lane with its k-th receive; a pair goes on its sender's link."""
+        """Pair the k-th send of a lane with its k-th receive, and put the pair on the sender's link."""
         sends, receives = self.sends[lane], self.receives[lane]
         if send is not None:
             sends.append(send)
@@ -188,7 +189,7 @@ class _Clock:
         self.at(end, self.through, source, sent.id, target, received.id)
 
     def through(self, now: float, source: int, sent: int, target: int, received: int) -> None:
-        """A message has arrived: both ends may be waiting for it."""
+        """Handle the arrival of a message, for which both ends may be waiting."""
         for rank, number in ((source, sent), (target, received)):
             self.halves[rank, number] -= 1
             if self.hop[rank] < len(self.schedules[rank].hops):

@@ -1,10 +1,9 @@
-"""Bytes a rank sends per attention call, in closed form: what the schedules' plain data and the counters
-must equal.
+"""The bytes that a rank sends per attention call, in closed form; schedules and byte counters must equal them.
 
-n = S/N tokens per rank, K = n Hkv d and Q = n Hq d elements, b bytes per element on the wire, g bytes per
-element of a travelling gradient, rho = max(1, h/Hkv). The counts are the least a ring needs: a rank's own
-contribution to its own KV block stays at home, and so does that of whoever received a foreign block until
-its inner ring closes.
+n = S / N tokens per rank, K = n Hkv d and Q = n Hq d elements, b bytes per sent element, g bytes per element of a
+travelling gradient, rho = max(1, h / Hkv). The counts are the smallest that a ring needs: a rank does not send its
+contribution to its own KV block, and the receiver of a foreign group's block does not send its contribution before the
+inner ring ends.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from longctx.topology import Level, Topology
 
 
 def busiest(schedule: str, topology: Topology, sizes: Sizes, *, backward: bool, ulysses: int = 1) -> dict[Level, int]:
-    """Bytes the busiest rank of each level sends in one pass (backward: that pass alone), one document.
+    """Bytes that the busiest rank sends over each level in one pass, for one document.
 
-    A flat ring's messages inside a node and across are sent by different ranks: (N-1) x 2K each.
+    In a flat ring different ranks send within a node and across nodes: (N-1) x 2K elements each.
     """
     m, w, n = topology.nodes, topology.ranks, topology.size
     k = sizes.batch * sizes.tokens * sizes.kv_heads * sizes.head_dim
@@ -34,6 +33,5 @@ def busiest(schedule: str, topology: Topology, sizes: Sizes, *, backward: bool, 
     hops = (n // h - 1) * rho * hop
     exchanged = (4 * q + 2 * rho * k) * b + 2 * rho * k * g if backward else (2 * q + 2 * rho * k) * b
     inside = exchanged * (h - 1) // h
-    # below h = W some ring hops stay inside the node and share the rank's inner count with the exchange
-    # of heads
+    # If h < W, some hops of the ring stay inside the node and add to the inner bytes of the exchange of heads.
     return {"inner": inside + (hops if h < w else 0), "outer": hops if m > 1 else 0}

@@ -1,9 +1,8 @@
-"""Rotary position embeddings as arithmetic: what a model has, the rules that stretch it, what a theta
-supports.
+"""Rotary position embeddings as arithmetic: reading a model's rope, extending it by a rule, and bounding its length.
 
-Plain numpy on the dicts that transformers calls `rope_parameters`; config.json's are read and written in
-longctx.rope.config. Imports neither torch nor transformers, so that
-`longctx theta` answers at once and the planner can use it.
+The modules compute with numpy on the dicts that transformers calls `rope_parameters`. longctx.rope.config reads and
+writes them in config.json, and longctx.rope.rules has one class per rule. Neither torch nor transformers is imported,
+so `longctx theta` and the planner start quickly.
 """
 
 from longctx.rope.bound import (

@@ -1,4 +1,4 @@
-"""Values of a rope section that transformers cannot compute with, each refused in one paragraph."""
+"""Refuses values of a rope section with which transformers cannot compute, each in one paragraph."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REQUIRED = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
-# Numbers that transformers computes with, by rope_type; the others' values are not looked at.
+# Keys whose numbers transformers uses, by rope_type; other keys are not checked.
 _NUMBERS = {
     "linear": ("factor",),
     "dynamic": ("factor",),
@@ -33,7 +33,7 @@ _OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all
 
 
 def check_rope(parameters: Mapping[str, Any], head_dim: int, family: str, source: str) -> None:
-    """Raise UserError for values of the section that transformers cannot compute with."""
+    """Raise UserError for a value of the rope section with which transformers cannot compute."""
     kind, theta = parameters["rope_type"], parameters.get("rope_theta")
     if not isinstance(kind, str) or kind not in ROPE_TYPES:
         raise UserError(
@@ -68,7 +68,7 @@ def check_rope(parameters: Mapping[str, Any], head_dim: int, family: str, source
 
 
 def _check_share(parameters: Mapping[str, Any], head_dim: int, family: str, source: str) -> None:
-    """A family that turns whole heads has no room for a part, and rotary pairs need an even number."""
+    """Refuse a partial rotation in an architecture that rotates whole heads, and an odd number of dimensions."""
     kind, share = parameters["rope_type"], parameters.get("partial_rotary_factor", 1.0)
     if not is_number(share) or not 0 < share <= 1:
         raise UserError(

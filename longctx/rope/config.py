@@ -1,9 +1,10 @@
-"""The rope section and window of a config.json, read and written in one place.
+"""Reads and writes the rope section and the window of a config.json; no other module does.
 
-Reading follows transformers 5.23 (RotaryEmbeddingConfigMixin): a non-empty rope_scaling replaces rope_parameters;
-what the section lacks comes from the top level, then from the family's configuration class; `type` stands in for
-rope_type; a top-level original_max_position_embeddings wins over the section's. What transformers cannot build a
-model from is refused. Writing gives the section both as transformers 5 reads it and as older readers do.
+Reading follows transformers 5.23 (RotaryEmbeddingConfigMixin). A non-empty rope_scaling replaces rope_parameters. Keys
+that the section lacks come from the top level, then from the architecture's configuration class. `type` replaces a
+missing rope_type. A top-level original_max_position_embeddings wins over the section's. A section from which
+transformers cannot build a model is refused. Writing states the section both as transformers 5 reads it and as older
+readers do.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ if TYPE_CHECKING:
 
 Parameters = dict[str, Any]
 
-# Families whose config.json may leave rope_theta out; all of them then turn with this one.
+# The theta of architectures whose config.json may leave rope_theta out (_SILENT).
 _DEFAULT_THETA = 10000.0
 _SILENT = {*DEFAULTS, "gpt_neox", "phi", "phi3", "stablelm", "internlm", "baichuan", "falcon"}
-# Families that turn part of a head, with the share that config.json may leave out; the others turn all of it.
+# Architectures that rotate part of a head, with the share they use if config.json has none; others rotate all of it.
 PARTIAL = {
     "bamba": 0.5, "glm": 0.5, "glm4": 0.5, "glm4_moe": 0.5, "glm4_moe_lite": 1.0, "glm4v": 1.0, "glm4v_moe": 0.5,
     "glm_image": 1.0, "glm_ocr": 1.0, "gpt_neox": 0.25, "gpt_neox_japanese": 1.0, "minimax_m2": 1.0, "moonshine": 0.9,
@@ -36,8 +37,8 @@ PARTIAL = {
 }  # fmt: skip
 _NEOX = {"gpt_neox", "gpt_neox_japanese"}  # rotary_emb_base and rotary_pct in place of the usual keys
 _PHI3 = {"phi3", "phi4_multimodal"}  # their class always has a top-level original_max_position_embeddings
-# Families with a rope for sliding and one for full attention, which rope_scaling adds to. Theta of full attention,
-# the key of the sliding one in older files, and its theta.
+# Architectures with one rope for sliding and one for full attention; rope_scaling applies to the latter. Values: the
+# theta of full attention, the key of the sliding theta in older files, and that theta.
 _LAYERED = {
     "gemma3": (1e6, "rope_local_base_freq", 1e4),
     "gemma3n": (1e6, "rope_local_base_freq", 1e4),
@@ -49,7 +50,7 @@ _HAS_ORIGINAL = ("yarn", "llama3", "longrope")
 
 @dataclass(frozen=True)
 class Rope:
-    """A model's rotary embedding: transformers' rope_parameters, the head's size, the window it was made for.
+    """A model's rotary embedding: transformers' rope_parameters, the size of a head, and the window.
 
     parameters: at least rope_type and rope_theta. window: tokens. source: the file, for messages.
     """
@@ -69,7 +70,7 @@ class Rope:
 
     @property
     def dim(self) -> int:
-        """Rotary dimension d."""
+        """The rotary dimension d."""
         return rotary_dim(self.parameters, self.head_dim)
 
     def frequencies(self, dtype: Any = "float64") -> Frequencies:
@@ -77,7 +78,7 @@ class Rope:
         return inv_freq(self.parameters, self.head_dim, window=self.window, length=self.window, dtype=dtype)
 
     def note(self) -> str | None:
-        """What it means that this rope is already scaled, or None when it is plain."""
+        """A sentence that says how rules treat this rope if it is scaled already, or None for a plain rope."""
         factor = self.parameters.get("factor")
         original = self.parameters.get(ORIGINAL)
         told = {
@@ -94,26 +95,27 @@ class Rope:
 
 
 def read_rope(path: str | Path) -> Rope:
-    """The rope of the model in a folder or at a hub id; reads its config.json and nothing else.
+    """Read the rope of the model in a folder or at a hub id, from its config.json alone.
 
-    Raises UserError when there is no such file, no rotary embedding, several, or one that transformers refuses.
+    Raises UserError when the file does not exist, and when the model has no rotary embedding, several of them, or one
+    that transformers refuses.
     """
     return rope_of(*config_json(path))
 
 
 def rope_of_model(model: ModelConfig) -> Rope:
-    """The rope of the model that `model` loads or draws."""
+    """The rope of the model that `model` loads or initialises."""
     return rope_of_init(model.init) if model.init is not None else read_rope(str(model.path))
 
 
 def rope_of_init(init: InitConfig) -> Rope:
-    """The rope of a model that is drawn at random."""
+    """The rope of a randomly initialised model."""
     rope = {"rope_type": "default", "rope_theta": init.theta}
     return Rope(rope, shape_of_init(init).head_dim, init.window, "model.init")
 
 
 def rope_of(config: Mapping[str, Any], source: str) -> Rope:
-    """The rope in a config.json's content, or in transformers' config.to_dict(); UserError as read_rope."""
+    """The rope in a config.json's content, or in transformers' config.to_dict(); raises UserError like read_rope."""
     inner, family = text_section(config), model_type_of(config)
     parameters, window = rope_section(config, source)
     if is_nested(parameters):
@@ -124,9 +126,9 @@ def rope_of(config: Mapping[str, Any], source: str) -> Rope:
     named = any(inner.get(key) for key in ("rope_parameters", "rope_scaling"))
     if not named and "rope_theta" not in parameters:
         raise UserError(
-            f"model_type={inner.get('model_type')!r} has no rotary position embedding (neither "
-            "rope_parameters nor rope_theta stands in its config), so there is no theta to change; longctx "
-            f"extends rotary models only ({source})"
+            f"model_type={inner.get('model_type')!r} has no rotary position embedding (neither rope_parameters nor "
+            "rope_theta stands in its config), so there is no theta to change; longctx extends rotary models only "
+            f"({source})"
         )
     head_dim = head_dim_of(config, source)
     if window is None:
@@ -138,14 +140,14 @@ def rope_of(config: Mapping[str, Any], source: str) -> Rope:
 
 
 def rope_section(config: Mapping[str, Any], source: str) -> tuple[Parameters, int | None]:
-    """(rope_parameters, window in tokens) of a config.json's content, in one form whatever its style.
+    """The rope_parameters and the window (tokens) of a config.json's content, in one form for both styles of keys.
 
-    Ropes that differ by layer stay a dict of dicts. rope_theta is left out where neither the file nor the family
-    says it, window is None where they do not. Raises UserError for a section that is no dict and for a window that
-    is no number; the section's own values are left to rope_of.
+    Ropes that differ by layer stay a dict of dicts. If neither the file nor the architecture gives a theta or a window,
+    rope_theta is left out and the window is None. Raises UserError for a section that is no dict and for a window that
+    is no number; rope_of checks the values in the section.
 
-    The window is max_position_embeddings, except that yarn serves original_max_position_embeddings x factor where
-    that is longer: such files keep the length before the extension (Qwen2.5's model card, vLLM).
+    The window is max_position_embeddings, except for a yarn rope whose original_max_position_embeddings x factor is
+    longer: such files keep the length before the extension (Qwen2.5's model card, vLLM).
     """
     inner, family = text_section(config), model_type_of(config)
     section = _layered(inner, family, source) if family in _LAYERED else _section(inner, source)
@@ -173,7 +175,7 @@ def rope_section(config: Mapping[str, Any], source: str) -> tuple[Parameters, in
 
 
 def rope_to_carry(config: Mapping[str, Any], source: str) -> tuple[Parameters, int | None]:
-    """rope_section as an adapter records it: a rope that longctx knows is checked, any other is taken word for word."""
+    """rope_section as an adapter records it: a rope that longctx knows is checked, any other is copied unchanged."""
     parameters, window = rope_section(config, source)
     known = not is_nested(parameters) and parameters["rope_type"] in ROPE_TYPES and "rope_theta" in parameters
     if known:
@@ -182,10 +184,10 @@ def rope_to_carry(config: Mapping[str, Any], source: str) -> tuple[Parameters, i
 
 
 def with_rope(config: Mapping[str, Any], rope: Mapping[str, Any], window: int) -> dict[str, Any]:
-    """A copy of a config.json's content that reads `window` tokens with `rope`, whatever rope it had before.
+    """A copy of a config.json's content with `rope` and a window of `window` tokens in place of the old ones.
 
-    rope: rope_parameters, or a dict of them by kind of layer. Keys of either style that would change what
-    transformers 5 reads back are overwritten or removed.
+    rope: rope_parameters, or a dict of them by kind of layer. Keys of either style that would change what transformers
+    5 reads back are overwritten or removed.
     """
     changed = dict(config)
     inner, family = changed, model_type_of(config)
@@ -199,7 +201,7 @@ def with_rope(config: Mapping[str, Any], rope: Mapping[str, Any], window: int) -
     rope = dict(rope)
     if family in PARTIAL:
         rope.setdefault("partial_rotary_factor", 1.0)
-    elif family in DEFAULTS:  # turns whole heads, but transformers would look at the share of a scaled rope
+    elif family in DEFAULTS:  # rotates whole heads, but transformers would use the share of a scaled rope
         inner.pop("partial_rotary_factor", None)
         if rope.get("rope_type", "default") != "proportional":
             rope.pop("partial_rotary_factor", None)
@@ -214,12 +216,12 @@ def with_rope(config: Mapping[str, Any], rope: Mapping[str, Any], window: int) -
 
 
 def new_keys(rope: Mapping[str, Any], window: int) -> dict[str, Any]:
-    """The keys as transformers 5 reads them: everything in `rope_parameters`."""
+    """The keys as transformers 5 reads them, with everything in `rope_parameters`."""
     return {"max_position_embeddings": int(window), "rope_parameters": dict(rope)}
 
 
 def old_keys(rope: Mapping[str, Any], window: int) -> dict[str, Any]:
-    """The keys as transformers 4, vLLM and llama.cpp read them: `rope_theta` beside `rope_scaling`."""
+    """The keys as transformers 4, vLLM and llama.cpp read them: `rope_theta` and `rope_scaling`."""
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     kind = scaling.get("rope_type", "default")
     keys: dict[str, Any] = {"max_position_embeddings": int(window)}
@@ -231,7 +233,7 @@ def old_keys(rope: Mapping[str, Any], window: int) -> dict[str, Any]:
 
 
 def describe_rope(rope: Mapping[str, Any]) -> str:
-    """A few words for tables: `theta 15,296,098`, or `yarn, theta 10,000, factor 4.0`."""
+    """Describe a rope in a few words: `theta 15,296,098`, or `yarn, theta 10,000, factor 4.0`."""
     plain = _main(rope)
     theta = plain.get("rope_theta")
     words = [] if plain.get("rope_type", "default") == "default" else [str(plain["rope_type"])]
@@ -241,12 +243,12 @@ def describe_rope(rope: Mapping[str, Any]) -> str:
 
 
 def is_nested(rope: Mapping[str, Any]) -> bool:
-    """Whether this is a dict of ropes by kind of layer; a kind without one has null."""
+    """Whether `rope` is a dict of ropes by kind of layer; a kind without a rope has null."""
     return bool(rope) and all(isinstance(value, Mapping) or value is None for value in rope.values())
 
 
 def _main(rope: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rope of full attention, where layers have different ones."""
+    """The rope itself, or the rope of full attention if layers have different ones."""
     if not is_nested(rope):
         return rope
     return rope.get("full_attention") or next((value for value in rope.values() if value), {})
@@ -280,7 +282,7 @@ def _object(inner: Mapping[str, Any], key: str, source: str) -> Parameters:
 
 
 def _theta(inner: Mapping[str, Any], section: Mapping[str, Any], family: str) -> Parameters:
-    """rope_theta of the section, else of the top level, else of the family; empty where none says it."""
+    """The rope_theta of the section, or of the top level, or of the architecture; empty if none of them has one."""
     top = "rotary_emb_base" if family in _NEOX else "rope_theta"
     if "rope_theta" in section:
         return {"rope_theta": section["rope_theta"]}
@@ -290,7 +292,7 @@ def _theta(inner: Mapping[str, Any], section: Mapping[str, Any], family: str) ->
 
 
 def _share(inner: Mapping[str, Any], section: Mapping[str, Any], family: str) -> Any:
-    """The share of a head that turns: partial_rotary_factor of the section, the top level, or the family."""
+    """The share of a head that rotates: partial_rotary_factor of the section, the top level, or the architecture."""
     if "partial_rotary_factor" in section:
         return section["partial_rotary_factor"]
     top = inner.get("rotary_pct" if family in _NEOX else "partial_rotary_factor")

@@ -1,9 +1,11 @@
-"""Inverse frequencies and the cos/sin factor of every rope type transformers has, from its `rope_parameters`.
+"""Inverse frequencies and the cos/sin factor of every rope type in transformers, from its `rope_parameters`.
 
-float32 mirrors transformers' own arithmetic step by step, bit for bit when given torch's power (longctx.model.rotary
-has it; this room does without torch); float64 is the exact value the bounds are computed with. Shapes: d = rotary
-dimension, frequencies are [d/2].
-Sources: Su et al. 2104.09864, and transformers modeling_rope_utils for the names of the keys.
+In float32 the arithmetic follows transformers step by step, and bit for bit with torch's power function
+(longctx.model.rotary passes it; this module does not import torch). In float64 it gives the exact values, which the
+bounds use.
+
+Shapes: d rotary dimension, frequencies [d/2]. Sources: Su et al. 2104.09864; transformers' modeling_rope_utils for the
+names of the keys.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ Power = Callable[[float, Frequencies], Frequencies]
 
 
 def rotary_dim(rope: Parameters, head_dim: int) -> int:
-    """How many of a head's dimensions rotate: all of them unless `partial_rotary_factor` says otherwise."""
+    """The number of a head's dimensions that rotate: all of them unless `partial_rotary_factor` says otherwise."""
     if rope.get("rope_type") == "proportional":
         return head_dim
     return int(head_dim * rope.get("partial_rotary_factor", 1.0))
@@ -35,10 +37,10 @@ def inv_freq(
     """Inverse frequencies [d/2] in radians per token.
 
     rope: transformers' rope_parameters (`rope_type`, `rope_theta`, ...). window: max_position_embeddings.
-    length: the sequence's own length, which `dynamic` and `longrope` look at; None as at a model's start.
-    dtype: float64 for exact values, float32 for transformers' arithmetic. power: how theta^(2i/d) is taken; None:
-    in float64, rounded once (torch's SIMD power in float32 differs from that by a unit in the last place at times).
-    Raises ValueError for an unknown rope_type.
+    length: the length of the sequence, which `dynamic` and `longrope` use (None: as when a model is made).
+    dtype: float64 for exact values, float32 for transformers' arithmetic. power: the function that computes
+    theta^(2i/d) (None: in float64, rounded once; torch's SIMD power in float32 sometimes differs from that in the last
+    place). Raises ValueError for an unknown rope_type.
     """
     kind = rope.get("rope_type", "default")
     if kind not in _INV_FREQ:
@@ -47,7 +49,7 @@ def inv_freq(
 
 
 def attention_factor(rope: Parameters, *, window: int) -> float:
-    """What cos and sin are multiplied by: 0.1 ln s + 1 for yarn, sqrt(1 + ln s / ln L0) for longrope, else 1.
+    """The factor of cos and sin: 0.1 ln s + 1 for yarn, sqrt(1 + ln s / ln L0) for longrope, and 1 otherwise.
 
     Sources: YaRN 2309.00071, LongRoPE 2402.13753; an explicit `attention_factor` wins in both.
     """
@@ -69,16 +71,17 @@ def attention_factor(rope: Parameters, *, window: int) -> float:
 
 
 def ramp(low: float, high: float, count: int, dtype: Any) -> Frequencies:
-    """0 below `low`, 1 above `high`, linear between, over dimension indices 0..count-1."""
+    """A ramp over dimension indices 0..count-1: 0 below `low`, 1 above `high`, linear between."""
     if low == high:
         high += 0.001
     return np.clip((np.arange(count, dtype=dtype) - dtype.type(low)) / dtype.type(high - low), 0, 1)
 
 
 def correction_range(rope: Parameters, dim: int) -> tuple[float, float]:
-    """Dimension indices between which transformers' yarn ramps: i(rot) = d ln(L0/(2 pi rot)) / (2 ln theta).
+    """The dimension indices between which transformers' yarn ramps: i(rot) = d ln(L0/(2 pi rot)) / (2 ln theta).
 
-    rot = beta_fast (32) and beta_slow (1), floored and ceiled unless `truncate` is false, then clipped.
+    rot is beta_fast (32) for the first index and beta_slow (1) for the second. The indices are rounded down and up
+    unless `truncate` is false, and then clipped to the valid range.
     """
     original, theta = rope["original_max_position_embeddings"], rope["rope_theta"]
 
@@ -92,13 +95,13 @@ def correction_range(rope: Parameters, dim: int) -> tuple[float, float]:
 
 
 def _power(base: float, exponents: Frequencies) -> Frequencies:
-    """In float64 and rounded once, from operands already in the exponents' dtype."""
+    """base^exponents, computed in float64 from operands in the exponents' dtype, and rounded once."""
     dtype = exponents.dtype
     return np.power(np.float64(dtype.type(base)), exponents.astype(np.float64)).astype(dtype)
 
 
 class _Numbers(NamedTuple):
-    """dtype of every intermediate, and how powers are taken."""
+    """The dtype of every intermediate result, and the function that computes powers."""
 
     dtype: np.dtype[Any]
     power: Power
@@ -107,7 +110,7 @@ class _Numbers(NamedTuple):
         return self.dtype.type(value)
 
     def wavelengths(self, theta: float, dim: int, span: int | None = None) -> Frequencies:
-        """theta^(2i/d) for 2i < span (None: d)."""
+        """The powers theta^(2i/d) for all i with 2i < span (None: d)."""
         return self.power(theta, np.arange(0, span or dim, 2).astype(self.dtype) / self.type(dim))
 
 

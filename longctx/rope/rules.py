@@ -1,8 +1,8 @@
-"""The published ways to stretch RoPE, one small frozen dataclass each, with the paper's equation.
+"""The published rules that extend RoPE to longer windows: one frozen dataclass each, with the paper's equation.
 
-s = L/L0 (new over present window), d = rotary dimension, f_i = theta^(-2i/d), lambda_i = 2 pi / f_i. `to_hf`
-takes what the model (or the stage before) has and gives the `rope_parameters` transformers reads. Thetas are
-truncated to integers, as the published ones are.
+s = L / L0 (new window over present window), d = rotary dimension, f_i = theta^(-2i/d), lambda_i = 2 pi / f_i. `to_hf`
+takes the rope of the model, or of the previous stage, and returns the `rope_parameters` that transformers reads.
+Thetas are truncated to integers, like the published ones. A new rule is a new class here, which `AnyRule` lists.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _THETA_EXTENDS = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """A way from one rope to a longer one. A config holds the rule itself: its `name` tells which one."""
+    """A rule that extends a rope to a longer window; a config holds an instance, and `name` tells the class."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}  # the config layer refuses another rule's parameters
     name: str
@@ -44,7 +44,7 @@ class Rule:
 
 
 def _with_theta(rope: Rope, theta: float) -> Parameters:
-    """The same rope with another theta; `dynamic` becomes plain, since training fixes what it would vary."""
+    """The rope with another theta; a `dynamic` rope becomes plain, because training needs fixed frequencies."""
     if rope.kind == "dynamic":
         kept = {key: value for key, value in rope.parameters.items() if key != "factor"}
         return {**kept, "rope_type": "default", "rope_theta": theta}
@@ -60,7 +60,7 @@ def _plain(rope: Rope, **changes: Any) -> Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Linear(Rule):
-    """Position interpolation: f'_i = f_i / s (Chen et al. 2306.15595). factor overrides s."""
+    """Position interpolation: f'_i = f_i / s (Chen et al. 2306.15595); factor overrides s."""
 
     name: Literal["linear"] = "linear"
     extends: ClassVar[frozenset[str]] = frozenset({"default", "linear"})
@@ -85,11 +85,10 @@ class Ntk(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class DynamicNtk(Rule):
-    """Stage-to-stage dynamic NTK: theta' = theta (f s - (f-1))^(d/(d-2)) (emozilla, 2023; transformers
-    `dynamic`).
+    """Dynamic NTK from stage to stage: theta' = theta (f s - (f-1))^(d/(d-2)).
 
-    With factor f = 4, chained from stage to stage, it gives Gradient AI's published Llama-3 thetas to the
-    integer.
+    Source: emozilla, 2023, and transformers' `dynamic`. With factor f = 4, applied from stage to stage, it gives
+    Gradient AI's published Llama-3 thetas exactly.
     """
 
     name: Literal["dynamic-ntk"] = "dynamic-ntk"
@@ -104,7 +103,7 @@ class DynamicNtk(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class ScalingLaw(Rule):
-    """theta' = theta^(ln(L/2pi) / ln(L0/2pi)), keeping the critical dimension (Liu et al. 2310.05209)."""
+    """The scaling law theta' = theta^(ln(L/2pi) / ln(L0/2pi)), which keeps the critical dimension (2310.05209)."""
 
     name: Literal["scaling-law"] = "scaling-law"
     extends: ClassVar[frozenset[str]] = _THETA_EXTENDS
@@ -117,11 +116,10 @@ class ScalingLaw(Rule):
 
 
 def _paper_ramp(rope: Rope, length: int, alpha: float, beta: float, attention: float) -> Parameters:
-    """f'_i = (1-g) f_i/s + g f_i with g = clip((L0/lambda_i - alpha)/(beta - alpha), 0, 1), YaRN
-    2309.00071.
+    """YaRN's ramp (2309.00071): f'_i = (1-g) f_i/s + g f_i with g = clip((L0/lambda_i - alpha)/(beta - alpha), 0, 1).
 
-    transformers' own yarn ramps over the dimension's index instead, so these frequencies are written as
-    `longrope` with equal short and long factors, which reproduces them as they stand.
+    transformers' yarn ramps over the dimension's index instead, so these frequencies are written as `longrope` with
+    equal short and long factors, which reproduces them exactly.
     """
     scale = length / rope.window
     frequencies = rope.frequencies()
@@ -140,7 +138,7 @@ def _paper_ramp(rope: Rope, length: int, alpha: float, beta: float, attention: f
 
 @dataclass(frozen=True, kw_only=True)
 class ByParts(Rule):
-    """NTK-by-parts: the paper's ramp over rotations, cos and sin unscaled (YaRN 2309.00071 sec. 3.2)."""
+    """NTK-by-parts: the paper's ramp over rotations, with unscaled cos and sin (YaRN 2309.00071, section 3.2)."""
 
     name: Literal["by-parts"] = "by-parts"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
@@ -153,7 +151,7 @@ class ByParts(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class YarnPaper(Rule):
-    """YaRN as the paper writes it: by-parts, and cos and sin times 0.1 ln s + 1 (2309.00071)."""
+    """YaRN as in the paper: by-parts, with cos and sin times 0.1 ln s + 1 (2309.00071)."""
 
     name: Literal["yarn-paper"] = "yarn-paper"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
@@ -167,10 +165,10 @@ class YarnPaper(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Yarn(Rule):
-    """YaRN as transformers, vLLM and the authors' code have it: the ramp runs over the dimension's index.
+    """YaRN as in transformers, vLLM and the authors' code, where the ramp runs over the dimension's index.
 
-    Between floor and ceil of i(rot) = d ln(L0/(2 pi rot)) / (2 ln theta), rot = beta_fast, beta_slow. A model
-    that is already yarn keeps its original length and gets the factor L / original.
+    The ramp lies between the floor and the ceiling of i(rot) = d ln(L0/(2 pi rot)) / (2 ln theta) for rot = beta_fast
+    and beta_slow. A model that is yarn already keeps its original length and gets the factor L / original.
     """
 
     name: Literal["yarn"] = "yarn"
@@ -192,10 +190,10 @@ class Yarn(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3(Rule):
-    """Llama 3.1's: lambda < L0/4 kept, lambda > L0 divided by 8, t = (L0/lambda - 1)/3 between
-    (transformers).
+    """Llama 3.1's rule, as in transformers.
 
-    factor 8 is the published one, used there for s = 16.
+    Frequencies with lambda < L0/4 stay, those with lambda > L0 are divided by the factor, and those between are
+    interpolated with t = (L0/lambda - 1)/3. The published factor is 8, which Llama 3.1 uses for s = 16.
     """
 
     name: Literal["llama3"] = "llama3"
@@ -217,10 +215,10 @@ class Llama3(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class LongRope(Rule):
-    """LongRoPE: lambda'_i = factor_i lambda_i, cos and sin times sqrt(1 + ln s / ln L0) (2402.13753).
+    """LongRoPE: lambda'_i = factor_i lambda_i, with cos and sin times sqrt(1 + ln s / ln L0) (2402.13753).
 
-    The factors come from a search outside longctx, d/2 of them. Sequences within the window may have their
-    own, short_factor, when served; training wants one set, so that left out they are the long ones.
+    The d/2 factors come from a search outside longctx. A served model may use other factors, short_factor, for
+    sequences within the original window. Training needs one set, so short_factor defaults to long_factor.
     """
 
     name: Literal["longrope"] = "longrope"
@@ -233,8 +231,8 @@ class LongRope(Rule):
         for name, factors in (("long_factor", self.long_factor), ("short_factor", short)):
             if len(factors) != rope.dim // 2:
                 raise UserError(
-                    f"{name} has {len(factors)} numbers, but longrope needs one per rotary pair, "
-                    f"{rope.dim // 2} for this model ({rope.source})"
+                    f"{name} has {len(factors)} numbers, but longrope needs one per rotary pair, {rope.dim // 2} for "
+                    f"this model ({rope.source})"
                 )
         return _plain(
             rope,
@@ -248,7 +246,7 @@ class LongRope(Rule):
 
 @dataclass(frozen=True, kw_only=True)
 class ExplicitTheta(Rule):
-    """A theta chosen outright, "adjusted base frequency" (Xiong et al. 2309.16039); the rest is kept."""
+    """A given theta, the "adjusted base frequency" of Xiong et al. (2309.16039); the other parameters stay."""
 
     name: Literal["theta"] = "theta"
     extends: ClassVar[frozenset[str]] = frozenset(ROPE_TYPES)
@@ -262,12 +260,12 @@ AnyRule = Linear | Ntk | DynamicNtk | ScalingLaw | ByParts | Yarn | YarnPaper | 
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in get_args(AnyRule)}
 
 
-# Rules that change theta and nothing else: a theta means the same under each of them.
+# Rules that change only theta, so that a theta found under one of them is valid under the others.
 THETA_ONLY = frozenset({Ntk.name, DynamicNtk.name, ScalingLaw.name, ExplicitTheta.name})
 
 
 def make_rule(name: str, values: Mapping[str, Any], where: str = "rule") -> Rule:
-    """The rule `name` with the parameters the user gave.
+    """Make the rule `name` with the user's parameters.
 
     Raises UserError for an unknown name, a parameter the rule does not have, or a factor below 1.
     """
@@ -287,15 +285,15 @@ def make_rule(name: str, values: Mapping[str, Any], where: str = "rule") -> Rule
 
 
 def apply(rule: Rule, rope: Rope, length: int, where: str = "rule") -> Parameters:
-    """rule.to_hf(rope, length), after asking whether the rule can start from this rope_type.
+    """Return rule.to_hf(rope, length), after checking that the rule can extend a rope of this type.
 
-    Raises UserError that names the rules that can.
+    Raises UserError, which names the rules that can.
     """
     if rope.kind not in rule.extends:
         able = [name for name, other in RULES.items() if rope.kind in other.extends]
         raise UserError(
-            f"{where}={rule.name}: rope_type={rope.kind!r} cannot be extended by rule {rule.name!r}; "
-            f"from {rope.kind!r} these can: {', '.join([*able, 'an explicit theta'])} ({rope.source})"
+            f"{where}={rule.name}: rope_type={rope.kind!r} cannot be extended by rule {rule.name!r}; from "
+            f"{rope.kind!r} these can: {', '.join([*able, 'an explicit theta'])} ({rope.source})"
         )
     if rope.dim <= 2:
         raise UserError(f"{where}: a rotary dimension of {rope.dim} leaves nothing to stretch ({rope.source})")

@@ -1,4 +1,4 @@
-"""Schedules of context-parallel attention: the data (`hops`) and the one builder (`build`)."""
+"""Schedules of context-parallel attention: their data (`hops`) and the one function that makes them (`build`)."""
 
 from longctx.schedule.build import build
 from longctx.schedule.hops import (

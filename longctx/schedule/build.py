@@ -1,11 +1,11 @@
-"""One builder for every ring: a flat ring is a double ring of a single group.
+"""Builds every schedule: a flat ring is a double ring with a single group.
 
-Ring Attention (2310.01889), double ring as in BurstAttention (2403.09347), Ulysses x ring as in USP
-(2405.07719): an outer ring over `grid[0]` groups, an inner ring (or all-gather) over `grid[1]` members,
-positions group-major. It departs from public implementations in the backward: a rank's own contribution to
-its block stays at home, and a block's sum travels only between the ranks that add to it, so dKV makes N-1
-(flat) or M(W-1) inner and M-1 outer (double) hops, not N or MW. Outer KV comes straight from its owner:
-three foreign blocks are live, not four.
+Sources: Ring Attention (2310.01889), the double ring of BurstAttention (2403.09347), Ulysses x ring as in USP
+(2405.07719). An outer ring runs over `grid[0]` groups and an inner ring (or an all-gather) over the `grid[1]` members
+of each; positions are numbered group by group. The backward departs from public implementations: a rank's contribution
+to its own block is never sent, and a block's gradient travels only between the ranks that add to it. dKV so makes N-1
+hops (flat), or M(W-1) inner and M-1 outer hops (double), instead of N or MW. Outer KV comes directly from its owner, so
+three foreign blocks are live instead of four.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ def build(
     ulysses: int | None = None,
     work: np.ndarray | None = None,
 ) -> RankSchedule:
-    """The schedule of `rank`.
+    """Build the schedule of `rank`.
 
-    `work[i, j]` says whether queries of ring position i meet KV of position j (None: always). The ring jumps over
-    offsets at which no pair meets. `ulysses` counts the ranks that split heads (default: all ranks of a node).
+    `work[i, j]` says whether queries of ring position i attend to KV of position j (None: always). The ring skips
+    offsets at which no pair does. `ulysses` counts the ranks that split heads (default: all ranks of a node).
     Raises ValueError for an unknown schedule and for an `ulysses` that does not divide the ranks of a node.
     """
     if schedule not in SCHEDULES:
@@ -74,7 +74,7 @@ def _heads(topology: Topology, rank: int, h: int, backward: bool, gather: bool) 
 
 @dataclass
 class _Draft:
-    """A hop under construction; slots are still names."""
+    """A hop under construction, whose slots are still names."""
 
     post: list = field(default_factory=list)
     compute: tuple | None = None  # (blocks, names, part, into names, fresh)
@@ -83,7 +83,7 @@ class _Draft:
 
 
 class _Builder:
-    """Drafts the hops with named buffers, then gives buffers numbers by their lifetimes."""
+    """Drafts the hops with named buffers, then assigns buffers to slots by their lifetimes."""
 
     def __init__(self, topology: Topology, rank: int, h: int, grid: tuple[int, int], gathered: bool, work) -> None:
         self.topology, self.rank, self.h, self.grid, self.gathered = topology, rank, h, grid, gathered
@@ -94,11 +94,11 @@ class _Builder:
         self.starts: list[int] = []  # per visit: index of its first hop
 
     def position(self, a: int, b: int) -> int:
-        """Ring position `a` groups and `b` members behind mine (negative: ahead)."""
+        """The ring position `a` groups and `b` members behind this one (negative: ahead)."""
         return (self.m - a) % self.grid[0] * self.grid[1] + (self.w - b) % self.grid[1]
 
     def exchange(self, hop: int, payload: Payload, channel: Channel, send: tuple, recv: tuple) -> int:
-        """Post at `hop`: send = (to position, block, buffer), recv = (from position, block, buffer)."""
+        """Post a transfer at `hop`: send = (to position, block, buffer), recv = (from position, block, buffer)."""
         self._until(hop)
         self.count += 1
         self.hops[hop].post.append((self.count, payload, channel, send, recv))
@@ -114,7 +114,7 @@ class _Builder:
         return RankSchedule("", self.rank, backward, self.h, _size(kv), _size(dkv), ring)
 
     def _forward(self) -> None:
-        """KV: outer transfers go straight from the owner, posted before the inner ring, awaited after it."""
+        """Draft the hops of KV: outer transfers come from the owner, posted before the inner ring, awaited after it."""
         for k, (a, members) in enumerate(self.visits):
             first = len(self.hops)
             self.starts.append(first)
@@ -132,7 +132,7 @@ class _Builder:
                 self.hops[-1].wait.append(outer)
 
     def _circle(self, a: int, members: list[int], held) -> None:
-        """The inner ring: the block hops on to the next member that has work for it."""
+        """Draft one inner ring: the block goes on to the next member that has work for it."""
         before = 0
         for b in members:
             now, distance = len(self.hops) - 1, b - before
@@ -146,7 +146,7 @@ class _Builder:
             before = b
 
     def _gather(self, a: int, members: list[int], held) -> None:
-        """All-gather inside the group, then one computation on all the gathered blocks."""
+        """Draft one all-gather inside the group, and one computation on all gathered blocks."""
         if not members:
             return
         now = len(self.hops) - 1
@@ -159,7 +159,11 @@ class _Builder:
         self.hops.append(_Draft(compute=(blocks, names, (0, 1), tuple(("travel", a, b) for b in members), True)))
 
     def _backward(self) -> None:
-        """dKV follows the KV: inner sums close at the rank that received the block, then hop outwards."""
+        """Draft the hops of dKV, which follow the KV.
+
+        The inner sum of a block ends at the rank that received the block from its owner; from there the outer
+        transfers carry it to the other groups and to its owner.
+        """
         computed = len(self.hops)
         ready = -1  # hop after which the previous visit's sum is complete
         previous = None
@@ -187,7 +191,7 @@ class _Builder:
         self._split_diagonal(computed)
 
     def _close(self, a: int, members: list[int], start: int, last: int) -> int:
-        """The inner dKV hops of one visit; returns the hop after which the visit's own sum is complete."""
+        """Draft the inner dKV hops of one visit; returns the hop after which the visit's sum is complete."""
         target = ("sum", a) if a else OWN
         if not members:
             return start
@@ -217,7 +221,7 @@ class _Builder:
             self.hops.append(_Draft())
 
     def _split_diagonal(self, computed: int) -> None:
-        """Homing hops hide behind shares of the diagonal block: the last tail hops get one share each."""
+        """Give each of the last two hops a share of the diagonal block, so that its transfers overlap with work."""
         tail = list(range(computed, len(self.hops)))[-2:]
         shares = len(tail) + 1
         blocks, names, _, into, fresh = self.hops[0].compute  # type: ignore[misc]
@@ -243,7 +247,7 @@ class _Builder:
 
 
 def _visits(grid: tuple[int, int], work: np.ndarray | None) -> list[tuple[int, list[int]]]:
-    """The (group offset, member offsets > 0) to visit, own group first, derived alike on every rank."""
+    """The group offsets to visit, each with its member offsets > 0, own group first; the same on every rank."""
     groups, members = grid
     if work is not None and work.shape != (groups * members, groups * members):
         raise ValueError(f"work has shape {work.shape}, expected {(groups * members,) * 2}")
@@ -261,7 +265,7 @@ def _visits(grid: tuple[int, int], work: np.ndarray | None) -> list[tuple[int, l
 
 
 def _numbers(hops: list[_Draft], kind: Literal["kv", "dkv"]) -> dict:
-    """Number the named buffers: two whose lifetimes (in hops) overlap never share a slot."""
+    """Assign the named buffers to slots: buffers whose lifetimes (in hops) overlap never share a slot."""
     mine = {
         number: (send[2], recv[2]) for hop in hops for number, payload, _, send, recv in hop.post if payload == kind
     }

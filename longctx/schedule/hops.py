@@ -33,7 +33,10 @@ Channel = Literal["inner", "outer", "heads"]
 
 @dataclass(frozen=True)
 class Message:
-    """One direction of a transfer. `block`: the ring position that owns the KV (a rank, except under Ulysses)."""
+    """One direction of a transfer.
+
+    block: the ring position that owns the KV (a rank, except under Ulysses). slot: the buffer that holds it.
+    """
 
     peer: int
     block: int
@@ -43,7 +46,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Transfer:
-    """A send and the receive that is posted with it. `channel` and KV or dKV name the communicator of both."""
+    """A send and the receive that is posted with it; payload and channel name the communicator of both."""
 
     id: int
     payload: Payload
@@ -54,10 +57,10 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Compute:
-    """Attention of this rank's queries with KV `blocks`. `part` (i, n) is the i-th of n shares of the diagonal.
+    """Attention of this rank's queries to KV `blocks`, which lie in `slots`.
 
-    In the backward pass the gradient of block k goes to dKV slot `into[k]`: it replaces the slot's content if
-    `fresh`, and is added to it otherwise.
+    part: (i, n) takes the i-th of n shares of the diagonal. In the backward pass the gradient of block k goes to dKV
+    slot `into[k]`: it replaces the slot's content if `fresh`, and is added to it otherwise.
     """
 
     blocks: tuple[int, ...]
@@ -69,7 +72,7 @@ class Compute:
 
 @dataclass(frozen=True)
 class Hop:
-    """One hop of a rank: post, compute, wait, add, in this order."""
+    """One hop of a rank, which posts, computes, waits and adds, in this order."""
 
     post: tuple[Transfer, ...] = ()
     compute: Compute | None = None
@@ -79,7 +82,7 @@ class Hop:
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes that turn a schedule into bytes: tokens of a rank, and heads before Ulysses exchanges them.
+    """The sizes that turn a schedule into bytes; tokens are a rank's, and heads count before Ulysses exchanges them.
 
     wire_bytes: bytes of an element of q, k, v or out. grad_bytes: bytes of an element of a travelling dKV.
     """
@@ -95,7 +98,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class RankSchedule:
-    """The hops of one rank; `kv_slots` and `dkv_slots` count the foreign buffers live at once."""
+    """The hops of one rank; `kv_slots` and `dkv_slots` count the buffers of foreign blocks that are live at once."""
 
     name: str
     rank: int
@@ -116,7 +119,7 @@ class RankSchedule:
             yield from hop.post
 
     def bytes(self, sizes: Sizes) -> dict[Level, int]:
-        """Bytes that this rank sends per link level. The executor's counters must equal them."""
+        """Bytes that this rank sends over each level of links; tests compare the executor's counters with them."""
         total: Counter[Level] = Counter({"inner": 0, "outer": 0})
         for transfer in self.transfers():
             total[transfer.send.level] += payload_bytes(transfer.payload, sizes, self.ulysses)
@@ -124,7 +127,7 @@ class RankSchedule:
 
 
 def payload_bytes(payload: Payload, sizes: Sizes, ulysses: int = 1) -> int:
-    """Bytes of one message, with K = n Hkv d, Q = n Hq d and rho = max(1, h / Hkv)."""
+    """Bytes of one message; under Ulysses with h ranks, h kv heads travel if a layer has fewer than h."""
     per_head = sizes.batch * sizes.tokens * sizes.head_dim
     q = per_head * sizes.q_heads
     kv = 2 * per_head * max(sizes.kv_heads, ulysses if ulysses > 1 else 0)

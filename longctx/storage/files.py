@@ -1,4 +1,4 @@
-"""Files and folders that appear whole, on the disk before something else may point at them."""
+"""Writes files and folders that appear only when complete, and syncs them before anything can refer to them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longctx.signals import beside, temporary
 
 
 def sync(path: Path) -> None:
-    """Have a file's bytes, or the names in a folder, on the disk."""
+    """fsync a file's bytes, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,9 +23,9 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A hidden path to write to, renamed to `path` when the block ends well and removed when it does not.
+    """Yield a hidden path to write to; it is renamed to `path` if the block succeeds and removed if it fails.
 
-    A reader sees the old file or the new one. A folder takes the place of nothing or of an empty folder only.
+    A reader sees the old file or the new one. A folder can replace only an empty folder.
     """
     with temporary(beside(path)) as partial:
         yield partial
@@ -35,24 +35,24 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a file or folder: a reader sees all of it or nothing."""
+    """Remove a file or folder in one step: a reader sees all of it or nothing."""
     with temporary(beside(path.with_name(f"{path.stem}-old{path.suffix}"))) as old:
         os.replace(path, old)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a small file."""
+    """Write a small text file through `replacing`."""
     with replacing(path) as partial:
         partial.write_text(text)
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Replace a small JSON file."""
+    """Write a small JSON file through `replacing`."""
     write_text(path, json.dumps(document, indent=2) + "\n")
 
 
 def save_figure(figure: Any, path: Path, *, dpi: int) -> None:
-    """A matplotlib figure in the format that the name's suffix says, PNG without one."""
+    """Save a matplotlib figure in the format of the name's suffix, or as PNG without one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:
         figure.savefig(partial, dpi=dpi, format=path.suffix.removeprefix(".") or "png")

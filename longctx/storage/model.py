@@ -1,7 +1,7 @@
-"""The check of a model's folder that every verb makes before anything long: config.json, weights, tokenizer.
+"""Checks a model's folder before a verb does anything long: config.json, weights and tokenizer.
 
-Only JSON and the headers of safetensors are read, in a fraction of a second however large the model is, and
-neither torch nor transformers is imported. Every refusal names the file, the value, the rule and the remedy.
+The checks read only JSON and the headers of safetensors, in a fraction of a second for a model of any size, and import
+neither torch nor transformers. Every refusal names the file, the value, the rule and the remedy.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model
 
 
 def looks_local(path: str) -> bool:
-    """A folder that exists, or a name no hub id can have: hub ids are NAME or OWNER/NAME."""
+    """Whether `path` exists or cannot be a hub id; hub ids are NAME or OWNER/NAME."""
     return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
 
 
 def read_config(path: str | None, what: str = "model.path") -> tuple[dict[str, Any], str]:
-    """The content of a model's config.json and the file's name; path: a folder, or a hub id.
+    """The content of a model's config.json, and the name of the file.
 
-    what: the key the user named it by. Raises UserError when there is none, or it is not a JSON object.
+    path: a folder or a hub id. what: the config key that names the model, for messages. Raises UserError when the file
+    does not exist or is not a JSON object.
     """
     folder = model_folder(path, what)
     config, file = read_object(Folder(folder), "config.json", what), str(folder / "config.json")
@@ -49,8 +50,8 @@ def read_config(path: str | None, what: str = "model.path") -> tuple[dict[str, A
 
 
 def model_folder(path: str | None, what: str = "model.path") -> Path:
-    """The local folder of a model; of a hub id, the cached snapshot with its config.json."""
-    if path is None or path in ("", "???"):  # the last is Hydra's mark of a value that must be given
+    """The local folder of a model; for a hub id, the cached snapshot that holds its config.json."""
+    if path is None or path in ("", "???"):  # Hydra writes ??? for a value that must be given
         raise UserError(f"{what} is missing; give a folder or hub id as {what}=... (configs/model/path.yaml)")
     folder = Path(path)
     if not looks_local(path):
@@ -87,7 +88,7 @@ def _snapshot(path: str, what: str) -> Path:
 def check_model(path: str | None, what: str = "model.path") -> dict[str, Any]:
     """Refuse a model that cannot be trained or evaluated; returns the content of its config.json.
 
-    A hub id's weights are left to the download, which checks them. Raises UserError.
+    The weights of a hub id are not checked here, because the download checks them. Raises UserError.
     """
     config, _ = read_config(path, what)
     assert path is not None
@@ -100,7 +101,7 @@ def check_model(path: str | None, what: str = "model.path") -> dict[str, Any]:
 def check_family(config: Mapping[str, Any], source: str, what: str = "model.path") -> None:
     """Refuse a quantized model, and an architecture that longctx cannot train exactly.
 
-    config: config.json as it stands, or a transformers configuration as a dict. source: the path or id, for the
+    config: the content of a config.json, or a transformers configuration as a dict. source: the path or id, for the
     message. Raises UserError.
     """
     where, file = f"{what}={source}", f"{source}/config.json"
@@ -140,7 +141,7 @@ def check_family(config: Mapping[str, Any], source: str, what: str = "model.path
 
 
 def sliding_layer(config: Mapping[str, Any]) -> int | None:
-    """The first layer with a sliding window, or None; absent keys have transformers' defaults."""
+    """The number of the first layer with a sliding window, or None; absent keys take transformers' defaults."""
     kinds = config.get("layer_types")
     if kinds is not None:
         return next((index for index, kind in enumerate(kinds) if kind != "full_attention"), None)
@@ -154,10 +155,10 @@ def sliding_layer(config: Mapping[str, Any]) -> int | None:
 
 
 def check_shapes(table: Table, config: Mapping[str, Any]) -> None:
-    """Compare the headers with config.json: every weight of the decoder is there, in the shape the config gives.
+    """Check that the headers hold every weight of the decoder in the shape that config.json gives it.
 
-    Families other than ours pass. Raises UserError with the first weight that is missing, left over or of
-    another shape.
+    Architectures that longctx does not train pass. Raises UserError with the first weight that is missing, left over
+    or of another shape.
     """
     table.require_floats()
     expected = expected_shapes(config)
@@ -188,7 +189,7 @@ def check_shapes(table: Table, config: Mapping[str, Any]) -> None:
 
 
 def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a decoder's weights, as far as config.json's own numbers give them."""
+    """The names and shapes of a decoder's weights, as far as the numbers in config.json determine them."""
     kind = config.get("model_type")
     numbers = [config.get(key) for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")]
     if kind not in FAMILIES or not all(isinstance(number, int) for number in numbers):
@@ -215,10 +216,10 @@ def expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def check_tokenizer(source: str | None, *, vocab_size: int | None = None, named: bool = True) -> None:
-    """Refuse a tokenizer's folder that cannot be read, or that gives ids without a row in the embedding.
+    """Refuse a tokenizer that cannot be read, or whose ids exceed the rows of the embedding.
 
-    named: `source` is model.tokenizer and not the model's own folder. A hub id is left to the download.
-    Raises UserError.
+    named: `source` is model.tokenizer and not the model's own folder. A hub id is not checked, because the download
+    checks it. Raises UserError.
     """
     what = "model.tokenizer" if named else "model.path"
     if not source or source == "???":
@@ -231,8 +232,8 @@ def check_tokenizer(source: str | None, *, vocab_size: int | None = None, named:
     folder = Path(source)
     if not folder.is_dir():
         raise UserError(
-            f"{what}={source} is not a folder here and no hub id; give the folder or hub id of a tokenizer"
-            " (configs/model)"
+            f"{what}={source} is not a folder here and no hub id; give the folder or hub id of a tokenizer "
+            "(configs/model)"
         )
     files = Folder(folder)
     if not any(files.exists(name) for name in VOCABULARIES):
@@ -266,14 +267,14 @@ def _check_vocabulary(tokenizer: Mapping[str, Any], source: str, what: str, voca
 
 
 def _check_reading(file: Path, what: str) -> None:
-    """Let the tokenizers library read the file, in a tenth of the time that transformers takes to be imported."""
+    """Read the file with the tokenizers library, in a tenth of the time that importing transformers takes."""
     try:
         from tokenizers import Tokenizer
     except ImportError:  # the light install tokenizes nothing
         return
     try:
         Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing narrower
+    except Exception as error:  # the library raises plain Exception
         raise UserError(
             f"{what}={file.parent}: tokenizer.json cannot be read as a tokenizer ({error}); fetch it again, or name "
             "another with model.tokenizer= (configs/model)"

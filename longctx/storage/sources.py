@@ -1,6 +1,6 @@
-"""Where a checkpoint's files come from: a local folder, or the Hugging Face hub, one file at a time.
+"""Reads a checkpoint's files, one at a time, from a local folder or from the Hugging Face hub.
 
-On the hub only the headers are asked for until a shard's rows are read, so a wrong pair is refused before
+From the hub only headers are requested until a shard's rows are read, so a wrong pair of models is refused before
 anything large is downloaded.
 """
 
@@ -28,7 +28,7 @@ class Source(Protocol):
 
 
 def open_source(path: str, what: str) -> Source:
-    """The folder `path`, or the hub repository of that name (`owner/name`)."""
+    """Open the folder `path`, or the hub repository of that name (`owner/name`)."""
     if Path(path).is_dir():
         return Folder(Path(path))
     looks_like_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
@@ -38,7 +38,7 @@ def open_source(path: str, what: str) -> Source:
 
 
 class Folder:
-    """A local folder."""
+    """A checkpoint's files in a local folder."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -56,7 +56,7 @@ class Folder:
         return sorted(entry.name for entry in self.path.iterdir() if entry.is_file())
 
     def header(self, file: str, what: str) -> list[dict[str, Any]]:
-        """Entries (name, dtype, shape, start, nbytes) of one safetensors file, checked against its length."""
+        """The entries (name, dtype, shape, start, nbytes) of one safetensors file, checked against its length."""
         path = self.path / file
         if not path.is_file():
             raise UserError(f"{what}={self.path}: shard {file} is missing though the index names it; fetch it again")
@@ -64,7 +64,7 @@ class Folder:
 
 
 def _text(path: Path, where: str) -> str:
-    """A text file of a model's folder. Raises UserError when it cannot be read as UTF-8, or is a git-lfs pointer."""
+    """The content of a text file; raises UserError when it cannot be read as UTF-8 or is a git-lfs pointer."""
     try:
         content = path.read_bytes()
         _refuse_pointer(content, path.name, where)
@@ -82,7 +82,7 @@ def _refuse_pointer(beginning: bytes, name: str, where: str) -> None:
 
 
 def read_header(path: Path, where: str) -> list[dict[str, Any]]:
-    """The table of a safetensors file. Raises UserError when it is damaged or the file too short."""
+    """The table of a safetensors file; raises UserError when it is damaged or the file is too short."""
     try:
         return _read_header(path, where)
     except OSError as error:
@@ -116,14 +116,14 @@ def _read_header(path: Path, where: str) -> list[dict[str, Any]]:
     end = max((entry["start"] + entry["nbytes"] for entry in entries), default=0)
     if 8 + length + end > size:
         raise UserError(
-            f"{where}: {path.name} is truncated: its header promises {8 + length + end} bytes and it has "
-            f"{size}; fetch it again"
+            f"{where}: {path.name} is truncated: its header promises {8 + length + end} bytes and it has {size}; "
+            "fetch it again"
         )
     return sorted(entries, key=lambda entry: entry["start"])
 
 
 class Hub:
-    """A repository on the hub, read through huggingface_hub's cache."""
+    """A checkpoint's files in a hub repository, read through huggingface_hub's cache."""
 
     def __init__(self, name: str, what: str) -> None:
         try:
@@ -140,8 +140,7 @@ class Hub:
         except (RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"{what}={name} is neither a folder here nor readable on the hub ({reason}); check the "
-                "spelling, and "
+                f"{what}={name} is neither a folder here nor readable on the hub ({reason}); check the spelling, and "
                 "`hf auth login` for gated models"
             ) from None
 

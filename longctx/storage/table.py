@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint from its headers alone: names, types, shapes and places. No weight is read.
+"""The tensors of a checkpoint, read from its headers: names, types, shapes and places; no weight is read.
 
 Format: https://github.com/huggingface/safetensors#format.
 """
@@ -21,7 +21,7 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor: its place is `start` bytes into the data of `file`."""
+    """One tensor, which begins `start` bytes into the data of `file`."""
 
     name: str
     dtype: str
@@ -42,9 +42,9 @@ class Entry:
 class Table:
     """The tensors and JSON files of a model, or of an adapter, in a local folder or on the hub.
 
-    what: the key the user named it by (`model.path`, `base`, `adapter`), for messages.
-    stem: `model` or `adapter_model`.
-    Raises UserError for a missing or truncated file, an index that names an absent shard, and pickles.
+    what: the config key that names it (`model.path`, `base`, `adapter`), for messages. stem: how the names of its files
+    begin, `model` or `adapter_model`. Raises UserError for a missing or truncated file, an index that names an absent
+    shard, and pickles.
     """
 
     def __init__(self, path: str, *, what: str, stem: str = "model") -> None:
@@ -57,24 +57,25 @@ class Table:
         self._check_index()
 
     def config(self, name: str = "config.json") -> dict[str, Any]:
-        """A JSON file of the folder; UserError when it is absent or not a JSON object."""
+        """A JSON file of the folder; raises UserError when it is absent or not a JSON object."""
         return read_object(self.source, name, self.what)
 
     def require_floats(self) -> None:
-        """Refuse quantized weights: their numbers are codes, so neither a difference nor a sum means
-        anything.
-        """
+        """Refuse quantized weights: their numbers are codes, and differences and sums of codes mean nothing."""
         for entry in self.entries.values():
             if entry.dtype not in TORCH_NAMES and len(entry.shape) >= 2:
                 raise UserError(
-                    f"{self.what}={self.path} is quantized: {entry.name} is stored as {entry.dtype}, whose "
-                    "numbers are codes and cannot be trained, subtracted or added; give the checkpoint in bf16, fp16 "
-                    f"or fp32 ({entry.file})"
+                    f"{self.what}={self.path} is quantized: {entry.name} is stored as {entry.dtype}, whose numbers "
+                    "are codes and cannot be trained, subtracted or added; give the checkpoint in bf16, fp16 or fp32 "
+                    f"({entry.file})"
                 )
 
     def _list_files(self) -> list[str]:
-        index = f"{self.stem}.safetensors.index.json"
+        # A single file goes before an index left beside it, as in transformers and peft.
+        single, index = f"{self.stem}.safetensors", f"{self.stem}.safetensors.index.json"
         self._index: dict[str, str] = {}
+        if self.source.exists(single):
+            return [single]
         if self.source.exists(index):
             found = read_object(self.source, index, self.what).get("weight_map")
             if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
@@ -83,14 +84,10 @@ class Table:
                 )
             self._index = found
             return sorted(set(self._index.values()))
-        single = f"{self.stem}.safetensors"
-        if self.source.exists(single):
-            return [single]
         if any(self.source.exists(name) for name in _PICKLES):
             raise UserError(
-                f"{self.what}={self.path} holds pickles (.bin), which run code when loaded; convert it to "
-                "safetensors first "
-                "(`model.save_pretrained(folder)` of transformers or peft does)"
+                f"{self.what}={self.path} holds pickles (.bin), which run code when loaded; convert it to safetensors "
+                "first (`model.save_pretrained(folder)` of transformers or peft does)"
             )
         shards = [name for name in self.source.names() if name.endswith(".safetensors")]
         hint = f"; it has {shards[0]}, whose index {index} is missing: fetch it too" if shards else ""
@@ -122,7 +119,7 @@ class Table:
 
 
 def read_object(source: Source, name: str, what: str) -> dict[str, Any]:
-    """A JSON object out of a folder or repository. Raises UserError when it is absent or something else."""
+    """A JSON object from a folder or repository; raises UserError when it is absent or not an object."""
     text = source.text(name, what)
     if text is None:
         raise UserError(f"{what}={source.name} has no {name}; give a folder in Hugging Face format")

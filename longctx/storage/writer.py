@@ -1,7 +1,7 @@
-"""Streaming writing of safetensors: one tensor in memory at a time.
+"""Writes safetensors as a stream, with one tensor in memory at a time.
 
-A safetensors header stands before the data and needs every offset, so room for it is left at the start and
-filled in at the end; what is written meanwhile is never held in memory.
+The header precedes the data and needs every offset. The writer reserves space for it at the start of the file and fills
+it in at the end, so written tensors need not stay in memory.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {dtype: code for code, dtype in DTYPES.ite
 
 
 class SafetensorsWriter:
-    """One file: `begin` a tensor, `write` its bytes in order, then the next; `close` writes the header.
+    """Writes one file: `begin` a tensor, `write` its bytes in order, then the next; `close` writes the header.
 
-    names: every tensor that may be written, to know how much room the header can need.
+    names: every tensor that may be written, from which the size of the header is estimated.
     """
 
     def __init__(self, path: Path, names: Iterable[str]) -> None:
@@ -40,20 +40,20 @@ class SafetensorsWriter:
         self._current = name
 
     def write(self, data: torch.Tensor) -> None:
-        """Append a contiguous CPU tensor's bytes to the tensor begun last."""
+        """Append the bytes of a contiguous CPU tensor to the tensor that was begun last."""
         if data.numel():
             self._file.write(bytes_of(data.reshape(-1).view(torch.uint8)))
         self._end += data.numel() * data.element_size()
         self._table[self._current]["data_offsets"][1] = self._end  # type: ignore[index]
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
-        """A whole tensor at once."""
+        """Write a whole tensor."""
         self.begin(name, DTYPE_NAMES[tensor.dtype], tensor.shape)
         self.write(tensor.contiguous())
 
     @property
     def written(self) -> int:
-        """Bytes of data so far."""
+        """Bytes of data written so far."""
         return self._end
 
     def close(self) -> None:

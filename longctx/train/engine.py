@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, OptimConfig
     from longctx.distributed.ranks import Ranks
     from longctx.model import LossModel, LossOutput
-    from longctx.model.single import Place
+    from longctx.model.placement import Place
 
 
 class Engine(Protocol):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx import console
-from longctx.distributed.local import Ended, run_ranks
+from longctx.distributed.local import RankExits, run_ranks
 from longctx.processes import warn_if_crowded
 from longctx.signals import SAVED_AND_REQUEUE, interrupted_words, swept
 from longctx.train.runfolder import where
@@ -35,7 +35,7 @@ def start_ranks(launch: LaunchConfig, resolved: Path, cache: Path) -> int:
     return _explain(ended, run, killed_before)
 
 
-def _explain(ended: Ended, run: Path, killed_before: int | None) -> int:
+def _explain(ended: RankExits, run: Path, killed_before: int | None) -> int:
     """The last line, and the status: the first failing rank's own, translated where a signal ended it."""
     if ended.first is None:
         return 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from longctx.decide import Machines, choose_kernel
-from longctx.planner.remedies import Room, check_memory
+from longctx.planner.remedies import DeviceLimits, check_memory
 from longctx.shape import Shape, shape_of_model
 
 if TYPE_CHECKING:
@@ -45,12 +45,12 @@ def check_machine(config: TrainConfig, stages: Sequence[Stage], world: int, loca
         check_memory(stages, shape, config, room_here(Machines(world, local_world), device, kernel))
 
 
-def room_here(machines: Machines, device: str, kernel: str) -> Room:
+def room_here(machines: Machines, device: str, kernel: str) -> DeviceLimits:
     """This machine's memory. On a CPU each rank of the node gets an equal part."""
     if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
-        return Room(machines, device, kernel, memory, host_memory())
-    return Room(machines, device, kernel, host_memory() / machines.ranks_per_node)
+        return DeviceLimits(machines, device, kernel, memory, host_memory())
+    return DeviceLimits(machines, device, kernel, host_memory() / machines.ranks_per_node)
 
 
 def host_memory() -> float:

@@ -199,7 +199,7 @@ def check_libraries(config: TrainConfig) -> Any:
     """What torch and transformers say of the device, the tokenizer and the model's config; returns the tokenizer."""
     from longctx.data.tokenizer import load_tokenizer
     from longctx.distributed.ranks import choose_device
-    from longctx.model.family import check_config
+    from longctx.model.architectures import check_config
     from longctx.model.load import config_of, read_config
 
     choose_device(config.engine.device, 0)

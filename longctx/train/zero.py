@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, OptimConfig
     from longctx.distributed.ranks import Ranks
     from longctx.model import LossModel, LossOutput
-    from longctx.model.single import Place
+    from longctx.model.placement import Place
 
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 

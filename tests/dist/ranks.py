@@ -7,6 +7,8 @@ is cheap.
 from __future__ import annotations
 
 import multiprocessing
+import queue
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -41,7 +43,7 @@ def run_ranks(
     failures: dict[Any, list[str]] = {}
     try:
         for _ in range(world - leaves):
-            rank, found = results.get(timeout=timeout)
+            rank, found = _next(results, processes, timeout, leaves)
             for case, text in found:
                 failures.setdefault(case, []).append(f"rank {rank}: {text}")
     finally:
@@ -50,6 +52,18 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
     return failures
+
+
+def _next(results: Any, processes: Sequence[Any], timeout: float, leaves: int) -> tuple[int, list]:
+    """The next rank's report; AssertionError when more ranks have died than may."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        try:
+            return results.get(timeout=1.0)
+        except queue.Empty:
+            dead = [process.exitcode for process in processes if process.exitcode not in (None, 0)]
+            assert len(dead) <= leaves, f"ranks ended with {dead} and reported nothing"
+    raise AssertionError(f"no rank reported within {timeout} s")
 
 
 def _rank(rank: int, world: int, body: Callable, cases: list, store: str, results: Any, leaves: int) -> None:
@@ -64,7 +78,7 @@ def _rank(rank: int, world: int, body: Callable, cases: list, store: str, result
     for case in cases:
         try:
             body(rank, world, case)
-        except (AssertionError, ValueError, RuntimeError):
+        except Exception:
             found.append((case, traceback.format_exc(limit=4)))
             if "PeerLost" in found[-1][1]:
                 break  # the ring is broken: later cases would hang

@@ -104,18 +104,18 @@ def test_differences_too_large_to_keep_are_read_again(trio: Make, tmp_path: Path
 
     import longctx.lora.extract as module
 
-    job = module._Job
+    job = module._Extraction
 
     class Cramped(job):  # type: ignore[misc, valid-type]
         def __init__(self, *arguments: object) -> None:
             super().__init__(*arguments)  # type: ignore[arg-type]
             self.budget = 0
 
-    module._Job = Cramped
+    module._Extraction = Cramped
     try:
         extract(dataclasses.replace(kept, out=str(tmp_path / "read")))
     finally:
-        module._Job = job
+        module._Extraction = job
     for file in ("adapter_model.safetensors", "longctx.json"):
         assert (tmp_path / "kept" / file).read_bytes() == (tmp_path / "read" / file).read_bytes()
 

@@ -15,9 +15,9 @@ import torch
 
 from longctx.cli import main
 from longctx.config.lora import ExtractConfig
+from longctx.lora.describe import describe
 from longctx.lora.extract import extract
-from longctx.lora.info import describe
-from longctx.lora.sizes import plan_size
+from longctx.lora.sizes import adapter_size
 
 from .conftest import Trio, tensors
 
@@ -26,10 +26,10 @@ Make = Callable[..., Trio]
 
 def test_published_size_of_llama3_70b() -> None:
     """837.1 MB at rank 32 with lm_head, 828.4 without: what the published adapters weigh."""
-    size = plan_size("llama3_70b", 32, dtype="bfloat16", lm_head=True, embeddings=False)
+    size = adapter_size("llama3_70b", 32, dtype="bfloat16", lm_head=True, embeddings=False)
     assert round(size.bytes / 1e6, 1) == 837.1
     assert size.matrices == 561
-    without = plan_size("llama3_70b", 32, dtype="bfloat16", lm_head=False, embeddings=False)
+    without = adapter_size("llama3_70b", 32, dtype="bfloat16", lm_head=False, embeddings=False)
     assert round(without.bytes / 1e6, 1) == 828.4
     assert round(without.bytes_per_rank / 1e6, 3) == 25.887
 
@@ -37,7 +37,7 @@ def test_published_size_of_llama3_70b() -> None:
 def test_planned_size_is_the_written_size(trio: Make, tmp_path: Path) -> None:
     pair = trio("llama")
     made = extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=40))
-    planned = plan_size(pair.base, 40, dtype="bfloat16", lm_head=True, embeddings=False)
+    planned = adapter_size(pair.base, 40, dtype="bfloat16", lm_head=True, embeddings=False)
     assert describe(made.out).bytes == planned.bytes
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from longctx.lora.lowrank import Sketch, decompose
-from longctx.lora.ranks import fit_size, rank_for_share
+from longctx.lora.rank_choice import fit_size, rank_for_share
 
 
 class Matrix:

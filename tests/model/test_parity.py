@@ -12,7 +12,7 @@ import torch
 from longctx import ContextParallel
 from longctx.config.model import MemoryConfig
 from longctx.model import LossModel, init_from
-from longctx.model.family import FAMILIES
+from longctx.model.architectures import ARCHITECTURES
 from tests.model.conftest import dense_mask, gradients, plain_token_losses, sequence, tiny, worst
 
 SMALL = {"ffn_block": 40, "loss_chunk": 24}
@@ -37,7 +37,7 @@ def pair(family: str, dtype: str, **changes):
     return ours, theirs
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ARCHITECTURES)
 @pytest.mark.parametrize(("dtype", "loss_bar", "gradient_bar"), [("float32", 1e-6, 1e-5), ("float64", 1e-12, 1e-10)])
 def test_loss_and_gradients_of_every_family(family, dtype, loss_bar, gradient_bar):
     ours, theirs = pair(family, dtype)

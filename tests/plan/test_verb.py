@@ -6,7 +6,7 @@ import pytest
 
 from longctx.cli import main
 from longctx.config.hardware import HardwareConfig
-from longctx.planner.stage import Links, Speed, quickest, time_attention
+from longctx.planner.estimate import Links, Speed, quickest, time_attention
 from longctx.schedule import Sizes
 from longctx.topology import Link, Topology
 
@@ -151,7 +151,7 @@ def test_four_nodes_stand_for_more(schedule, monkeypatch):
     sizes, speed, slow = Sizes(512, 8, 8, 128), Speed(4e14), links(2.0)
     topology = Topology(8, 2)
     short = time_attention(schedule, topology, sizes, speed, slow, 2)
-    monkeypatch.setattr("longctx.planner.stage.NODES_SIMULATED", 8)
+    monkeypatch.setattr("longctx.planner.estimate.NODES_SIMULATED", 8)
     time_attention.cache_clear()
     whole = time_attention(schedule, topology, sizes, speed, slow, 2)
     time_attention.cache_clear()

@@ -13,7 +13,7 @@ from longctx.config.train import TrainConfig
 from longctx.decide import Machines
 from longctx.errors import UserError
 from longctx.planner.memory import stage_memory, trained_weights
-from longctx.planner.remedies import Room, check_memory, needs, remedies
+from longctx.planner.remedies import DeviceLimits, check_memory, needs, remedies
 from longctx.shape import shape_of_model
 from longctx.train import machine
 from longctx.train.run import resolve_stages, train
@@ -54,9 +54,9 @@ def changed(made: dict[str, Any], way: str) -> dict[str, Any]:
     return made
 
 
-def room(world: int, device: str, gib: float, host: float | None = None) -> Room:
+def room(world: int, device: str, gib: float, host: float | None = None) -> DeviceLimits:
     kernel = "cudnn" if device == "cuda" else "torch_cpu"
-    return Room(Machines(world, min(world, 8)), device, kernel, gib * GIB, host and host * GIB)
+    return DeviceLimits(Machines(world, min(world, 8)), device, kernel, gib * GIB, host and host * GIB)
 
 
 CASES = [
@@ -92,7 +92,9 @@ def test_what_is_advised_does_fit(seq_len, changes, here):
             tried += 1
         elif more := re.match(r"(\d+) times as many nodes", way):
             machines = Machines(here.machines.world * int(more[1]), here.machines.ranks_per_node)
-            check_memory(*parts(made), Room(machines, here.device, here.kernel, here.device_bytes, here.host_bytes))
+            check_memory(
+                *parts(made), DeviceLimits(machines, here.device, here.kernel, here.device_bytes, here.host_bytes)
+            )
     assert tried
 
 

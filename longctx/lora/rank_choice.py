@@ -1,6 +1,4 @@
-"""Ranks that are not one number: per module for a share of the squared norm, or all together for a size in
-bytes.
-"""
+"""Chooses LoRA ranks module by module, for a share of the squared norm or for a size of the adapter in bytes."""
 
 from __future__ import annotations
 
@@ -14,13 +12,14 @@ from longctx.errors import UserError
 from longctx.lora.lowrank import BlockMatrix, Factors, Sketch, decompose
 
 _FIRST_RANK = 16
-# The header's line and the padding of one pair of factors.
+# The header entry and the padding of one pair of factors.
 _BYTES_PER_MODULE = 640
 
 
 def rank_for_share(matrix: BlockMatrix, share: float, max_rank: int, sketch: Sketch) -> Factors:
-    """The fewest components that keep `share` of ||X||_F^2, at most max_rank; the sketch doubles until they
-    do.
+    """The factors of lowest rank that keep `share` of ||X||_F^2, at most max_rank.
+
+    The rank of the sketch doubles until it keeps the share.
     """
     limit = min(max_rank, *matrix.shape)
     rank = min(_FIRST_RANK, limit)
@@ -37,19 +36,17 @@ def rank_for_share(matrix: BlockMatrix, share: float, max_rank: int, sketch: Ske
 
 
 def fit_size(spectra: Mapping[str, Tensor], cost: Mapping[str, int], size: float) -> dict[str, int]:
-    """Ranks per module whose factors fit `size` bytes: always the component with most squared norm per byte
-    next.
+    """Choose the rank of each module so that all factors fit into `size` bytes.
 
-    spectra: singular values, descending. cost: bytes of one rank. Every module gets at least rank 1.
-    Raises UserError when not even that fits.
+    Each step adds the component with the most squared norm per byte. spectra: singular values, descending. cost: bytes
+    per rank. Every module gets at least rank 1; raises UserError if not even that fits.
     """
     ranks = dict.fromkeys(spectra, 1)
     left = size - sum(cost[name] + _BYTES_PER_MODULE for name in spectra)
     if left < 0:
         raise UserError(
-            f"size_mb={size / 1e6:g} is less than rank 1 of every module needs, {(size - left) / 1e6:.3g} "
-            "MB; give more, or a "
-            "dtype of fewer bytes (configs/lora_extract.yaml)"
+            f"size_mb={size / 1e6:g} is less than rank 1 of every module needs, {(size - left) / 1e6:.3g} MB; give "
+            "more, or a dtype of fewer bytes (configs/lora_extract.yaml)"
         )
     queue = [(-_gain(values, 1, cost[name]), name) for name, values in spectra.items() if len(values) > 1]
     heapq.heapify(queue)

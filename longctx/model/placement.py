@@ -1,8 +1,8 @@
-"""A model loaded or drawn one parameter at a time, so that a rank can cut each to its share before the next exists.
+"""Loads or initialises a model one parameter at a time, so that a rank can shard each before the next one exists.
 
-`place` gets every parameter once, in the same order on all ranks, as soon as it holds its numbers; it may replace
-the parameter's data. The numbers are those of a model made whole: a loaded parameter is placed when transformers
-registers it, and a drawn one is drawn where it would have been drawn, with the same random state.
+The callback `place` gets every parameter once, in the same order on all ranks, as soon as it holds its values; it may
+replace the parameter's data. The values equal those of a model that is made in one piece: a loaded parameter is placed
+when transformers registers it, and a random one is drawn at the usual point from the same random state.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from torch.nn.modules.module import register_module_parameter_registration_hook 
 
 Place = Callable[[nn.Parameter], None]
 
-_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' switch: its threads read on until the model is whole
+_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"  # 1 stops transformers' threads, which otherwise read the whole model ahead
 
 
 @contextmanager
 def placed_as_loaded(place: Place, config: Any) -> Iterator[None]:
-    """While from_pretrained runs. The caller places what is left: the two tables of a tied model, which transformers
-    compares first, and what a folder does not hold.
+    """Place each parameter that from_pretrained loads inside this context.
+
+    The caller places the rest: the two tables of a tied model, which transformers compares first, and parameters that
+    the folder does not hold.
     """
     table = (config.vocab_size, config.hidden_size) if config.tie_word_embeddings else None
 
@@ -48,8 +50,10 @@ def placed_as_loaded(place: Place, config: Any) -> Iterator[None]:
 
 @contextmanager
 def placed_as_drawn(place: Place) -> Iterator[None]:
-    """While from_config runs. torch draws each module when it is made and transformers draws it again: the first
-    numbers are drawn for the random state's sake and dropped, the second are placed.
+    """Place each parameter that from_config draws inside this context.
+
+    torch draws a module's parameters when it makes the module, and transformers draws them again. The first values only
+    advance the random state and are dropped; the second are placed.
     """
     from transformers import PreTrainedModel
 

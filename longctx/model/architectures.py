@@ -1,8 +1,8 @@
-"""Which models the trainer understands, and why it refuses the others.
+"""The architectures that longctx trains, and the checks that refuse all others.
 
-The loss and the decoder layer are computed here rather than by transformers' forward, so a family counts as
-supported only once tests/model holds its loss and every gradient against transformers'. Sliding windows and
-soft-capping would need another attention; they are refused with the layer named, never silently made full.
+longctx computes the loss and the decoder layer itself instead of calling transformers' forward, so an architecture is
+supported only once tests/model compares its loss and every gradient with transformers'. Sliding windows and
+soft-capping would need another attention; they are refused with the layer's number and never silently made full.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import nn
 
 from longctx.storage.model import check_family
 
-# model_type of config.json -> the decoder layer's attention children besides q, k, v, o.
-FAMILIES: dict[str, frozenset[str]] = {
+# model_type of config.json -> the children of a layer's attention other than q_proj, k_proj, v_proj and o_proj.
+ARCHITECTURES: dict[str, frozenset[str]] = {
     "llama": frozenset(),
     "mistral": frozenset(),
     "qwen2": frozenset(),
@@ -27,18 +27,18 @@ _LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm
 
 
 def causal_lm_of(model: nn.Module) -> Any:
-    """The transformers causal LM inside `model`, which may be wrapped by peft."""
+    """The transformers causal LM inside `model`, which peft may wrap."""
     get_base_model = getattr(model, "get_base_model", None)
     return get_base_model() if callable(get_base_model) else model
 
 
 def backbone_of(model: nn.Module) -> Any:
-    """Embeddings, layers and final norm, without the head."""
+    """The decoder of `model` without its head: embeddings, layers and final norm."""
     return causal_lm_of(model).model
 
 
 def check_config(config: Any, source: str) -> None:
-    """Raise UserError when the config describes a model longctx cannot train exactly.
+    """Raise UserError when the config describes a model that longctx cannot train exactly.
 
     config: a transformers configuration. source: the path or id, for the message.
     """
@@ -46,15 +46,14 @@ def check_config(config: Any, source: str) -> None:
 
 
 def check_layers(model: nn.Module) -> None:
-    """Assert that every decoder layer is built as its family's was when it was checked."""
+    """Raise RuntimeError unless every decoder layer has the parts that its architecture had when it was tested."""
     base = backbone_of(model)
-    extra = FAMILIES[base.config.model_type]
+    extra = ARCHITECTURES[base.config.model_type]
     for index, layer in enumerate(cast(list[Any], base.layers)):
         parts = {name for name, _ in layer.named_children()}
         projections = {name for name, _ in layer.self_attn.named_children()}
         if parts != _LAYER_PARTS or projections != _PROJECTIONS | extra:
             raise RuntimeError(
-                f"layer {index} of {type(base).__name__} is made of {sorted(parts | projections)}, not of "
-                "what this "
+                f"layer {index} of {type(base).__name__} is made of {sorted(parts | projections)}, not of what this "
                 "version of longctx knows; use the transformers version pinned in launch/"
             )

@@ -1,8 +1,8 @@
-"""A stage in numbers before it runs: its split over ranks, its schedule, memory, flop and seconds of one
-step.
+"""Estimates a stage before it runs: its split over ranks, its schedule, memory, flop and seconds per step.
 
-Time is flop over the rate that the device is said to reach, plus the link time the simulator finds exposed in
-attention, plus what ZeRO moves when it cannot hide. An estimate to choose by, within tens of percent.
+The time of a step is its flop over the configured rate of the device, plus the link time that the simulator finds
+exposed in attention, plus the time of ZeRO's transfers that does not overlap with computation. The estimate is good to
+tens of percent, enough to choose between settings.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from longctx.topology import Link, Topology
 
 # The reference kernel writes and reads its fp32 scores about ten times: scale, mask, logsumexp, subtract, exp, product.
 REFERENCE_PASSES = 10
-Links = tuple[Link, Link]  # of one device: inside a node of the schedule, and between two
+Links = tuple[Link, Link]  # the links of one device: inside a node of the schedule, and between nodes
 
 
 @dataclass(frozen=True)
-class Attention:
-    """One layer's attention of one forward on one schedule: seconds computing and seconds waiting for
-    links.
-    """
+class AttentionTime:
+    """The time of one layer's attention under a schedule, forward and backward: seconds computing, and waiting."""
 
     schedule: str
     ulysses: int
@@ -39,15 +37,16 @@ class Attention:
 
 @dataclass(frozen=True)
 class Estimate:
-    """One stage. flop: executed per step by all devices. seconds: one optimizer step; exposed: of it on links.
+    """The estimate of one stage.
 
-    quicker: a schedule by which attention would take at least 5 % less, or None.
+    flop: floating point operations of all devices in one step. seconds: time of one step. exposed: the part of it spent
+    waiting for links. quicker: a schedule that would save at least 5 % of attention's time, or None.
     """
 
     stage: Stage
     decision: Decision
     tokens_per_rank: int
-    attention: Attention
+    attention: AttentionTime
     memory: Memory
     flop: float
     seconds: float
@@ -65,14 +64,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Speed:
-    """FLOP/s of attention on one device, and seconds per score that memory traffic adds."""
+    """The speed of attention on one device: FLOP/s, and the seconds that memory traffic adds per score."""
 
     rate: float
     per_score: float = 0.0
 
     @classmethod
     def of(cls, hardware: HardwareConfig, dtype: str, kernel: str) -> Speed:
-        """A fast kernel runs at the dtype's rate, the reference in fp32 or wider with passes over its scores."""
+        """The speed of a kernel: the reference computes in fp32 or wider and adds passes over its scores."""
         if kernel != "reference":
             return cls(hardware.rate(dtype))
         wide = "float64" if dtype == "float64" else "float32"
@@ -80,7 +79,7 @@ class Speed:
 
 
 def links_of(decision: Decision, machines: Machines, hardware: HardwareConfig) -> Links:
-    """A level of the schedule whose ranks are not all on one machine goes at the network's pace."""
+    """The links of each level of the schedule; a level whose ranks span machines has the network's rate."""
     latency = hardware.latency_us * 1e-6
     near, far = (Link(gbytes * 1e9, latency) for gbytes in (hardware.inner_gbytes, hardware.outer_gbytes))
     sizes = (decision.topology.ranks, decision.cp)
@@ -91,11 +90,11 @@ def links_of(decision: Decision, machines: Machines, hardware: HardwareConfig) -
 @lru_cache(maxsize=256)
 def time_attention(
     schedule: str, topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int
-) -> Attention:
-    """Simulate one layer, forward and backward, of one causal document.
+) -> AttentionTime:
+    """Simulate the attention of one layer, forward and backward, for one causal document.
 
-    Beyond NODES_SIMULATED nodes so many stand for all, with blocks of true size and work: a ring's exposed
-    time grows with its hops.
+    At most NODES_SIMULATED nodes are simulated, with blocks of the real size and work; the exposed time is then scaled
+    by the number of hops.
     """
     h = ulysses if schedule == "ulysses_ring" else 1
     whole = sizes.tokens * topology.size
@@ -110,12 +109,12 @@ def time_attention(
         timeline = simulate(schedules, sizes, evenly(block * work), {"inner": links[0], "outer": links[1]})
         computing += block * work * (topology.size // h)
         exposed += timeline.exposed() * max(1.0, longer)
-    return Attention(schedule, h, computing, exposed)
+    return AttentionTime(schedule, h, computing, exposed)
 
 
-def quickest(topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int = 0) -> Attention:
-    """The quickest schedule by simulation; the earlier of SCHEDULES where two differ by less than 1 %."""
-    found: list[Attention] = []
+def quickest(topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int = 0) -> AttentionTime:
+    """The quickest schedule by simulation; of schedules within 1 % of it, the first in SCHEDULES."""
+    found: list[AttentionTime] = []
     for schedule in SCHEDULES:
         h = ulysses if ulysses > 1 else topology.ranks
         heads_fit = h > 1 and topology.ranks % h == 0 and sizes.q_heads % h == 0
@@ -130,14 +129,14 @@ def quickest(topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulyss
 
 
 def kernel_of(shape: Shape, config: PlanConfig) -> str:
-    """The attention kernel on the planned device. Raises UserError where training there would refuse it."""
+    """The attention kernel on the planned device; raises UserError if training there would refuse it."""
     device, dtype = config.hardware.device, config.model.dtype
     serving = assumed_kernels(device, dtype, shape.head_dim)
     return choose_kernel(device, dtype, serving, config.model.attention_kernel)
 
 
 def estimate_all(stages: list[Stage], shape: Shape, config: PlanConfig) -> list[Estimate]:
-    """config.model.dtype: resolved. Raises UserError for what training would refuse."""
+    """Estimate every stage; config.model.dtype must be resolved. Raises UserError for what training would refuse."""
     machines = Machines(config.nodes * config.ranks, config.ranks)
     heads = (shape.heads, shape.kv_heads)
     decisions = decide_all(stages, config.parallel, config.engine, machines, heads, config.model.dtype)
@@ -171,7 +170,7 @@ def _estimate(
         tokens_per_rank=sizes.tokens,
         attention=attention,
         memory=memory,
-        flop=micro_steps * (tokens * products + shape.layers * scored) * machines.world,
+        flop=micro_steps * (products + shape.layers * scored) * machines.world,
         seconds=micro_steps * one + exposed,
         exposed=exposed,
         quicker=best.schedule if gain > 0.05 else None,
@@ -179,15 +178,13 @@ def _estimate(
 
 
 def _weights_moved(shape: Shape, config: PlanConfig, b: int, micro_steps: int, computing: float) -> float:
-    """Seconds by which ZeRO-3's gathers and the gradients' reduction outlast the computation they hide
-    behind.
-    """
+    """Seconds by which ZeRO-3's gathers and the gradients' reduction exceed the computation they overlap with."""
     world = config.nodes * config.ranks
     if world == 1:
         return 0.0
     gbytes = config.hardware.outer_gbytes if config.nodes > 1 else config.hardware.inner_gbytes
     gathers = 3 * micro_steps * b if config.engine.zero >= 3 else 0
-    # fp32 gradients: scattered at every micro-step when they are sharded, else all-reduced once
+    # Gradients are fp32: sharded ones are reduced at every micro-step, others are all-reduced once a step.
     reduction = 4 * micro_steps if config.engine.zero >= 2 else 2 * 4
     moved = shape.parameters * (gathers + reduction) * (world - 1) / world
     return max(0.0, moved / (gbytes * 1e9) - computing)
