@@ -20,7 +20,7 @@ from longctx.config.compose import load, schema_of
 from longctx.config.words import CommandLine, Overrides
 from longctx.errors import UserError
 from longctx.processes import die_with_parent
-from longctx.train.signals import INTERRUPTED, SAVED_AND_REQUEUE, asking
+from longctx.signals import INTERRUPTED, SAVED_AND_REQUEUE, asking
 from longctx.verbs import Verb
 
 _MEANING = {0: "done", 1: "failed", 2: "refused"}

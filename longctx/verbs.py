@@ -23,7 +23,7 @@ class Verb:
 
 
 _ALL = [
-    Verb("train", "longctx.config.train:TrainConfig", "longctx.train.run:run",
+    Verb("train", "longctx.config.train:TrainConfig", "longctx.run.lifecycle:run",
          "extend a model's context, stage by stage"),
     Verb("eval", "longctx.config.eval:EvalConfig", "longctx.eval.run:run",
          "needles found and loss by position, of one model or of several side by side"),

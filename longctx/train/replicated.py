@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from longctx.train.engine import decay_groups, trainable
 from longctx.train.fragments import Fragment, FragmentReader, Kind
+from longctx.train.parameters import decay_groups, trainable
 
 if TYPE_CHECKING:
     from longctx.config.train import OptimConfig
@@ -26,7 +26,7 @@ MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 
 
 class ReplicatedEngine:
-    """See longctx.train.engine.Engine."""
+    """The engine that keeps all weights on every rank; see longctx.train.engine.Engine for its methods."""
 
     def __init__(self, optim: OptimConfig, model: LossModel, ranks: Ranks) -> None:
         self.model, self.ranks, self.clip = model.to(ranks.device), ranks, optim.clip

@@ -126,7 +126,7 @@ def test_a_small_run_is_far_from_being_refused(tmp_path: Path) -> None:
 def test_frozen_weights_have_no_optimizer() -> None:
     from longctx.config.model import InitConfig
     from longctx.model import init_from
-    from longctx.train.engine import freeze, trainable
+    from longctx.train.parameters import freeze, trainable
 
     for tied in (False, True):
         spec = InitConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab=64, tie_embeddings=tied)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from longctx.distributed import ranks as worlds
 from longctx.errors import UserError
-from longctx.train import ranks as worlds
 from longctx.train.run import train
 
 from .made import config

@@ -153,7 +153,7 @@ def test_a_stage_added_at_the_end_is_trained_and_nothing_else(
     [
         (stages(s128={**STAGES["s128"], "steps": 9}), "curriculum.stages.s128 was planned with.*steps=4.*steps=9"),
         (stages(s128={**STAGES["s128"], "batch": 4}), "batch=2.*batch=4.*read twice"),
-        (stages(s96={**STAGES["s64"], "seq_len": 96}), "stands in stage s128, and s96 before it was never trained"),
+        (stages(s96={**STAGES["s64"], "seq_len": 96}), "stopped in stage s128, and s96 before it was never trained"),
         ({"accept": ["curriculum"], "curriculum": {"stages": {"s64": STAGES["s64"]}}}, "s128, which the curriculum no"),
     ],
     ids=["longer", "batch", "inserted", "gone"],

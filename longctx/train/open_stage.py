@@ -47,7 +47,7 @@ class OpenStage:
     group: dist.ProcessGroup | None
     words: str
 
-    def window(self, cursor: int) -> list[MicroBatch]:
+    def micro_batches(self, cursor: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins at the global cursor."""
         return [self._batch(self.data, indices) for indices in self.shares.sequences(cursor)]
 

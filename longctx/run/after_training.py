@@ -16,14 +16,14 @@ from longctx.config.hooks import EvidenceHook
 from longctx.config.train import TrainConfig
 from longctx.eval.examine import Result, Target, examine, forwards
 from longctx.eval.ground import Ground, open_ground
-from longctx.hooks import evidence
-from longctx.hooks.adapter import extract_adapter, merge_sibling
-from longctx.hooks.evidence import Claim
-from longctx.hooks.proof import draw_proof
-from longctx.hooks.side import train_side
-from longctx.hooks.summary import tell, write_summary
 from longctx.report.page import write_page
 from longctx.rope import read_rope
+from longctx.run import evidence
+from longctx.run.adapter import extract_adapter, merge_sibling
+from longctx.run.evidence import Claim
+from longctx.run.proof import draw_proof
+from longctx.run.side_run import train_side
+from longctx.run.summary import tell, write_summary
 
 
 def run_hooks(config: TrainConfig, folder: Path) -> int:

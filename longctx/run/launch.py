@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def start_ranks(launch: LaunchConfig, resolved: Path, cache: Path) -> int:
-    """Run `python -m longctx.train --resolved FILE` on launch.nproc ranks; returns the run's exit status.
+    """Run `python -m longctx.run.rank FILE` on launch.nproc ranks; returns the run's exit status.
 
     cache: where ranks write tokenized documents.
     """
@@ -31,7 +31,7 @@ def start_ranks(launch: LaunchConfig, resolved: Path, cache: Path) -> int:
     with ExitStack() as folders:
         for folder in (run, cache):
             folders.enter_context(swept(folder))
-        ended = run_ranks(launch.nproc, threads, "longctx.train", "--resolved", str(resolved))
+        ended = run_ranks(launch.nproc, threads, "longctx.run.rank", str(resolved))
     return _explain(ended, run, killed_before)
 
 
