@@ -13,13 +13,13 @@ from longctx.config.base import build
 from longctx.config.model import KernelName
 from longctx.config.plan import PlanConfig
 from longctx.config.train import TrainConfig
-from longctx.decide import CUDA_KERNELS, Machines, assumed_kernels, choose_kernel, decide
+from longctx.decide import CUDA_KERNELS, Machines, assumed_kernels, choose_kernel, decide, decide_all
 from longctx.errors import UserError
 from longctx.plan.memory import need
 from longctx.plan.run import document
 from longctx.plan.stage import estimate_all, links_of
 from longctx.shape import shape_of_model
-from longctx.train.run import check, resolve_stages
+from longctx.train.run import resolve_stages
 from longctx.train.runfolder import with_dtype
 
 HEADS = [(8, 8), (8, 2), (6, 3), (4, 1)]
@@ -59,10 +59,10 @@ def trained(made: dict[str, Any], nodes: int, ranks: int) -> Any:
     try:
         config = with_dtype(build(TrainConfig, made, origin="test"))
         stages = resolve_stages(config)
-        check(config, stages, nodes * ranks, ranks)
         shape = shape_of_model(config.model)
-        machines = Machines(nodes * ranks, ranks)
-        found = decide(stages[0], config.parallel, config.engine, machines, (shape.heads, shape.kv_heads))
+        machines, heads = Machines(nodes * ranks, ranks), (shape.heads, shape.kv_heads)
+        decide_all(stages, config.parallel, config.engine, machines, heads, config.model.dtype)
+        found = decide(stages[0], config.parallel, config.engine, machines, heads)
         return {key: getattr(found, key) for key in ("cp", "dp", "nodes", "schedule", "ulysses", "per_forward")}
     except UserError as error:
         return str(error)

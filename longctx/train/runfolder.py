@@ -162,7 +162,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
+class IdentityChange:
     """An identity key that differs, and how, in words. part: a whole section came or went with it."""
 
     key: str
@@ -170,7 +170,7 @@ class Change:
     part: bool = False
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, known: Mapping[str, Any]) -> list[Change]:
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, known: Mapping[str, Any]) -> list[IdentityChange]:
     """Every identity key that differs; a key unknown to one side counts as null, a section as a whole.
 
     known: the keys whose files are compared by content, so that their paths may differ.
@@ -178,18 +178,18 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, known: Map
     return [change for key in IDENTITY for change in _compare(key, before.get(key), now.get(key), known)]
 
 
-def _compare(key: str, old: Any, new: Any, known: Mapping[str, Any]) -> Iterator[Change]:
+def _compare(key: str, old: Any, new: Any, known: Mapping[str, Any]) -> Iterator[IdentityChange]:
     if key in FREE_INSIDE or _names_known_files(key, known) or old == new:
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for inner in dict.fromkeys([*new, *old]):
             yield from _compare(f"{key}.{inner}", old.get(inner), new.get(inner), known)
     elif old is None and isinstance(new, Mapping):
-        yield Change(key, f"{key} is new", part=True)
+        yield IdentityChange(key, f"{key} is new", part=True)
     elif isinstance(old, Mapping) and new is None:
-        yield Change(key, f"{key} is gone", part=True)
+        yield IdentityChange(key, f"{key} is gone", part=True)
     else:
-        yield Change(key, f"{key} was {old!r}, now {new!r}")
+        yield IdentityChange(key, f"{key} was {old!r}, now {new!r}")
 
 
 def _names_known_files(key: str, known: Mapping[str, Any]) -> bool:
@@ -199,11 +199,11 @@ def _names_known_files(key: str, known: Mapping[str, Any]) -> bool:
     return key in known or (key.endswith(".path") and key.removesuffix(".path") in known)
 
 
-def _refuse(folder: Path, changes: list[Change]) -> None:
+def _refuse(folder: Path, changes: list[IdentityChange]) -> None:
     """Raise UserError with what changed and the shortest `accept` that covers it, unless nothing did."""
     if not changes:
         return
-    groups: dict[str, list[Change]] = {}
+    groups: dict[str, list[IdentityChange]] = {}
     for change in changes:
         groups.setdefault(change.key.split(".")[0], []).append(change)
     keys = [name if len(own) > 1 or own[0].part else own[0].key for name, own in groups.items()]
@@ -230,14 +230,16 @@ def _recorded(folder: Path) -> dict[str, dict[str, str]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _other_files(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> Iterator[Change]:
+def _other_files(
+    before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
+) -> Iterator[IdentityChange]:
     """A change per key whose files have other contents than those recorded."""
     for key, files in now.items():
         old = before.get(key, files)
         names = [name for name in dict.fromkeys([*files, *old]) if old.get(name) != files.get(name)]
         if names:
             shown = ", ".join(name for name in names[:3] if name)
-            yield Change(key, f"{key} holds other files than at the start" + (f" ({shown})" if shown else ""))
+            yield IdentityChange(key, f"{key} holds other files than at the start" + (f" ({shown})" if shown else ""))
 
 
 def where(folder: Path) -> str:

@@ -14,9 +14,10 @@ from longctx.decide import Machines
 from longctx.errors import UserError
 from longctx.plan.memory import stage_memory, trained_weights
 from longctx.plan.remedies import Room, check_memory, needs, remedies
+from longctx.run.training import train_run
 from longctx.shape import shape_of_model
 from longctx.train import machine
-from longctx.train.run import resolve_stages, train
+from longctx.train.run import resolve_stages
 from longctx.train.runfolder import with_dtype
 
 from .made import config
@@ -109,7 +110,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_exists(tmp_path: Path) -> 
     model = {"init": HUGE, "tokenizer": "none"}
     huge = config(tmp_path / "run", tmp_path / "docs", model=model, launch={"nproc": 2})
     with pytest.raises(UserError, match=r"(?s)stage s64 of 64 tokens needs about .* GiB on each rank \(optimizer"):
-        train(huge)
+        train_run(huge)
     assert not (tmp_path / "run").exists()
     accepted = with_dtype(config(tmp_path / "run", tmp_path / "docs", model=model, accept=["memory"]))
     machine.check_machine(accepted, resolve_stages(accepted), 2, 2)  # nothing is said
