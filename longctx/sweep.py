@@ -1,4 +1,4 @@
-"""`-m key=a,b other=1,2`: the product of all values, one run after another, each in a process and a folder of its own.
+"""`-m key=a,b other=1,2`: runs every combination of the values, each in a process and a folder of its own.
 
 Every combination is composed and validated before the first one starts. A run that fails does not stop the others; one
 that was interrupted, or saved and asks to be requeued, does. Starting the same sweep again continues it.
@@ -53,7 +53,7 @@ def sweep(verb: Verb, line: CommandLine) -> int:
 
 
 def _label(values: dict[str, str]) -> str:
-    """A name that tells the values: peak-1e-5_cp-2. The key's last part serves while it is unambiguous."""
+    """A name made of the values: peak-1e-5_cp-2. A key is shortened to its last part where that is unambiguous."""
     lasts = [key.rpartition(".")[2] for key in values]
     parts = []
     for key, value in values.items():

@@ -1,5 +1,6 @@
-"""The verbs of the command line: for each its schema and the function that does it, named as text so that
-`longctx theta` never imports what `longctx train` needs.
+"""The verbs of the command line, each with its schema and its function.
+
+Both are named as text, so that `longctx theta` never imports the libraries of `longctx train`.
 
 A verb with spaces has subverbs; its root config is the name with underscores (`lora-extract` ->
 configs/lora_extract.yaml, `bench attention` -> configs/bench_attention.yaml).

@@ -1,8 +1,8 @@
-"""engine=ddp: every rank holds everything; gradients live in one flat buffer, reduced once per step.
+"""engine=ddp: every rank holds all weights; gradients are in one flat buffer, which is reduced once per step.
 
-For small models this beats bucketed DDP (one collective, no hooks) and, unlike it, adds in the same order
-before and after a restart, so that resuming is bit-identical on any number of ranks. With one process there
-is no wrapper and no collective. bf16 weights get fp32 master copies and fp32 gradient accumulation.
+For small models this is faster than bucketed DDP (one collective, no hooks). Unlike DDP it adds in the same order
+before and after a restart, so that a resumed run is bit-identical on any number of ranks. One process needs no
+wrapper and no collective. bfloat16 weights get fp32 masters and fp32 gradient accumulation.
 """
 
 from __future__ import annotations

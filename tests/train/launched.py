@@ -26,9 +26,7 @@ class Started(Watched):
 
 
 class Launched(Started):
-    """`python -m longctx.run --resolved RUN/config.yaml`, which starts its ranks through
-    torch.distributed.run.
-    """
+    """`python -m longctx.run --resolved RUN/config.yaml`, which starts its own ranks."""
 
     def __init__(self, run: Path) -> None:
         self._file = open(run / "life.log", "w+")  # noqa: SIM115

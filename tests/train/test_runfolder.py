@@ -100,11 +100,12 @@ def test_a_meant_change_is_accepted(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_step_has_no_identity(tmp_path: Path, documents: Path) -> None:
-    """A wrong data.path, then the right one with another seed: the first start has claimed nothing."""
+    """A refused command writes no config, and a config without a step is replaced."""
     run = tmp_path / "run"
     with pytest.raises(UserError, match="nowhere does not exist"):
         train_run(config(run, tmp_path / "nowhere"))
-    assert (run / "config.yaml").exists()
+    assert not (run / "config.yaml").exists()
+    runfolder.prepare(config(run, documents))
     (run / runfolder.WANDB_ID).write_text("of another")
     assert train_run(config(run, documents, seed=9, curriculum={"stages": {"s64": {**STAGE, "steps": 1}}})) == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 9
