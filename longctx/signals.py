@@ -199,7 +199,7 @@ def beside(path: Path) -> Path:
 
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """A file or folder that is removed at the end of the block, and when a signal other than SIGKILL ends the process."""
+    """A file or folder that is removed at the end of the block, or when a signal (not SIGKILL) ends the process."""
     with _lock:
         _temporary.add(path)
     try:
