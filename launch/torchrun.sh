@@ -15,7 +15,7 @@ trap 'rm -f "$LONGCTX_REQUEUE"' EXIT
 trap 'exit 130' INT  # torchrun itself ends with 1
 for attempt in $(seq 0 "${REQUEUES:-3}"); do
   "$python" -m torch.distributed.run --nnodes "$nodes" --node-rank "$rank" --nproc-per-node "$per_node" \
-    --master-addr "$head" --master-port "$port" -m longctx.train "$@"
+    --master-addr "$head" --master-port "$port" -m longctx.run "$@"
   status=$?
   [ -s "$LONGCTX_REQUEUE" ] || exit "$status"
   : > "$LONGCTX_REQUEUE"

@@ -1,4 +1,4 @@
-"""The first line on the screen of each verb that works for more than a few seconds, said before torch is imported."""
+"""The first line on the screen of a verb that works for more than a few seconds, written before torch is imported."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def opening(verb: str, config: Any) -> str | None:
-    """What this verb does first, given its config; None for a verb that answers at once."""
+    """The first thing that a verb does with this config, in words; None for a verb that answers at once."""
     match verb:
         case "train":
             return f"{config.name}: {_starting(config.launch.nproc, config.model.path)}"

@@ -1,4 +1,4 @@
-"""The processes started from this one: that they do not outlive it, which there are, and which signals they handle."""
+"""Child processes: tie their lives to this process, list them, end them, and see which signals they handle."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ END_SECONDS = 5.0  # the kernel's time to end killed processes
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """Linux: have the kernel kill this process when its parent dies, however that dies.
+    """Let the kernel kill this process when its parent dies, on Linux.
 
-    parent: the parent's pid, for a process that may have lost it before it came here.
+    parent: the parent's pid. A process whose parent died before this call ends at once.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
@@ -28,7 +28,7 @@ def die_with_parent(parent: int | None = None) -> None:
 
 
 def module_command(module: str, *words: str) -> tuple[list[str], dict[str, str]]:
-    """(command, environment) of a process that runs a module of this very longctx with this interpreter.
+    """The command and environment of a process that runs a module of this longctx with this interpreter.
 
     Unlike multiprocessing's spawn it does not import the caller's __main__, so it works from a script without a
     `__main__` guard, from a notebook and from standard input.
@@ -39,7 +39,7 @@ def module_command(module: str, *words: str) -> tuple[list[str], dict[str, str]]
 
 
 def children(pid: int | None = None) -> list[int]:
-    """Processes started by `pid` (this one), whichever of its threads started them; Linux."""
+    """The pids of the processes that any thread of `pid` (default: this process) has started. Linux only."""
     found: list[int] = []
     for task in Path(f"/proc/{pid or os.getpid()}/task").glob("*"):
         try:
@@ -50,7 +50,7 @@ def children(pid: int | None = None) -> list[int]:
 
 
 def descendants() -> list[int]:
-    """Children, their children and so on."""
+    """The pids of all processes below this one: children, their children and so on."""
     found = children()
     for pid in found:  # grows while it is read
         found += children(pid)
@@ -58,7 +58,7 @@ def descendants() -> list[int]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
+    """Whether a process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
@@ -66,7 +66,7 @@ def alive(pid: int) -> bool:
 
 
 def handles(pid: int, number: int) -> bool:
-    """Whether a process has a handler for a signal: before that, most signals end it. True where nobody can tell."""
+    """Whether a process has a handler for a signal; without one, most signals end it. True where this is unknown."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -83,7 +83,7 @@ def send(pid: int, number: int) -> None:
 
 
 def kill(pids: Sequence[int]) -> None:
-    """Kill these processes and return when they are gone."""
+    """Kill these processes and wait until they are gone."""
     for pid in pids:
         send(pid, signal.SIGKILL)
     end = time.monotonic() + END_SECONDS
@@ -92,7 +92,7 @@ def kill(pids: Sequence[int]) -> None:
 
 
 def kill_descendants() -> list[int]:
-    """Kill whatever was started from here; returns the pids."""
+    """Kill all processes below this one, and return their pids."""
     ended: list[int] = []
     while running := [pid for pid in descendants() if pid not in ended]:  # one may just have started another
         kill(running)

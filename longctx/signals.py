@@ -1,12 +1,12 @@
-"""How a process of longctx ends on a signal: nothing half-written, no process left, one line, a status.
+"""Ends a process on a signal: it removes half-written files, kills child processes, writes one line, sets a status.
 
 Ctrl-C ends every verb at once with 130. SIGTERM, SIGUSR1 (Slurm's usual grace signal) and SIGHUP (a closed terminal)
-ask a training run to save and to leave with 75, to be requeued: at once where all is saved, and through `StopRequest`
-where steps are not. Other verbs end on SIGTERM as on ctrl-C, with status 143.
+ask a training run to save and to leave with 75, to be requeued: at once where everything is saved, and through
+`StopRequest` where steps are unsaved. Other verbs end on SIGTERM as on ctrl-C, with status 143.
 
 The handler raises nothing: an exception at any instant of an import, a destructor or a library's callback is swallowed
 or ends in pages of tracebacks. It kills the processes started from here, removes the registered temporary files,
-writes the line and leaves. Python runs a handler in the main thread only, after the call it is in (a collective, a
+writes the line and exits. Python runs a handler in the main thread only, after the call it is in (a collective, a
 kernel); where that takes longer than PATIENCE, a thread woken by the signal does the same.
 """
 
@@ -58,16 +58,16 @@ class StopRequest:
         return self.name is not None
 
     def unsaved(self) -> None:
-        """From here on a signal is noted, and `asked` is to be looked at."""
+        """From here on a signal is only noted, and the caller checks `asked`."""
         self._unsaved = True
 
     def saved(self, words: str) -> None:
-        """All that was done is on the disk. words: say so on the last line of a process that leaves at once."""
+        """From here on a signal ends an owned process at once. words: what is saved, for its last line."""
         self._words, self._unsaved = words, False
         self._leave_if_asked()
 
     def note(self, number: int, frame: FrameType | None = None) -> None:
-        """The handler."""
+        """Note a signal; the signal handler."""
         if number == signal.SIGHUP:
             go_silent()
         if self.name is None:
@@ -85,20 +85,20 @@ class StopRequest:
 
 
 def stop_request() -> StopRequest:
-    """The process's own where `catch` made one, or one that only notes; to be closed."""
+    """The stop request of this process if `catch` made one, else a new one that only notes. The caller closes it."""
     return _stop or StopRequest()
 
 
 def all_saved(words: str) -> None:
-    """In a process that `catch` owns, a signal ends it at once from here on; see StopRequest.saved."""
+    """Call StopRequest.saved on the stop request of this process, if `catch` made one."""
     if _stop is not None:
         _stop.saved(words)
 
 
 def catch(*, requeue: bool = False, speaks: bool = True) -> None:
-    """Let signals end this process in order; what is started as a command calls it first of all.
+    """Install the signal handlers of a command; the first call of its main function.
 
-    requeue: it trains, see the module. speaks: it may write the last line; ranks other than 0 may not.
+    requeue: the command trains (see the module). speaks: it writes the last line, as only rank 0 does.
     """
     global _speaks, _stop
     _speaks = speaks
@@ -113,25 +113,25 @@ def catch(*, requeue: bool = False, speaks: bool = True) -> None:
 
 
 def done() -> None:
-    """The work is done: ignore what comes while the interpreter ends, where Python would die of it."""
+    """Ignore signals while the interpreter shuts down, when the work is done."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 
 def interrupted_words(where: Callable[[], str]) -> None:
-    """Have ctrl-C's last line go on with what where() says (what of the run remains)."""
+    """Continue the last line after ctrl-C with the text of where(): what of the run is saved."""
     global _where
     _where = where
 
 
 def asking() -> list[signal.Signals]:
-    """The signals that ask a run to stop; SIGHUP not under nohup, which has it ignored."""
+    """The signals that ask a run to stop. Under nohup, which ignores SIGHUP, it is not among them."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signal.SIGTERM, signal.SIGUSR1] + ([] if ignored else [signal.SIGHUP])
 
 
 def _handle(number: int, frame: FrameType | None = None) -> None:
-    if _leaver == threading.get_ident():  # on the way out already, beneath this call
+    if _leaver == threading.get_ident():  # this thread is ending the process already
         return
     if number == signal.SIGINT:
         leave(INTERRUPTED, f"interrupted; {_where()}" if _where else "interrupted")
@@ -142,7 +142,7 @@ def _handle(number: int, frame: FrameType | None = None) -> None:
 
 
 def _watch(numbers: list[signal.Signals]) -> None:
-    """A thread that handles a signal PATIENCE seconds after it came, if this process is still here."""
+    """Start a thread that handles a signal PATIENCE seconds after it came, if the main thread has not."""
     read, write = os.pipe()
     os.set_blocking(write, False)
     signal.set_wakeup_fd(write, warn_on_full_buffer=False)
@@ -157,7 +157,7 @@ def _watch(numbers: list[signal.Signals]) -> None:
 
 
 def leave(status: int, words: str) -> NoReturn:
-    """End this process and those it started: temporary files removed, one line on standard error."""
+    """End this process and its descendants, remove temporary files, and write one line to standard error."""
     global _leaver
     _lock.acquire()  # a second thread that comes here waits for the end
     _leaver = threading.get_ident()
@@ -175,31 +175,31 @@ def _say(words: str) -> None:
         return
     show_cursor = "\x1b[?25h\n" if os.isatty(2) else ""  # a progress bar hides it, and its line is not ended
     with suppress(OSError):
-        os.write(2, f"{show_cursor}longctx: {words}\n".encode())  # print may be in the middle of a line itself
+        os.write(2, f"{show_cursor}longctx: {words}\n".encode())  # the signal may have interrupted a print
 
 
 def note_requeue() -> None:
-    """Tell the script that started this (launch/): torchrun and srun do not hand on the status of a rank."""
+    """Write status 75 to the file of the launch script: torchrun and srun do not pass on the status of a rank."""
     if path := os.environ.get("LONGCTX_REQUEUE"):
         with suppress(OSError):
             Path(path).write_text(f"{SAVED_AND_REQUEUE}\n")
 
 
 def go_silent() -> None:
-    """Standard output and error to nowhere: their terminal is gone."""
+    """Redirect standard output and error to /dev/null: their terminal is gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
 
 
 def beside(path: Path) -> Path:
-    """Where this process writes what shall appear as `path`: hidden, with its pid and the same suffix."""
+    """The hidden name under which this process writes a file or folder before it becomes `path`: .NAME.partial-PID."""
     return path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
 
 
 @contextmanager
 def temporary(path: Path) -> Iterator[Path]:
-    """A file or folder that exists inside this block only, however the process ends, SIGKILL apart."""
+    """A file or folder that is removed at the end of the block, or when a signal (not SIGKILL) ends the process."""
     with _lock:
         _temporary.add(path)
     try:
@@ -211,7 +211,7 @@ def temporary(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def swept(folder: Path) -> Iterator[None]:
-    """While processes started from here write into `folder`: what they leave there is removed if this one leaves."""
+    """Remove what child processes left half-written in `folder`, if a signal ends this process inside the block."""
     with _lock:
         _swept.append(folder)
     try:
@@ -221,7 +221,7 @@ def swept(folder: Path) -> Iterator[None]:
 
 
 def sweep(folder: Path, *, owners: Collection[int] | None = None, names: Collection[str] | None = None) -> None:
-    """Remove what is half-written under `folder`, see `beside`: by these processes and for these names, if given."""
+    """Remove half-written files under `folder` (see `beside`), of these owners (pids) and names only, if given."""
     for path in folder.rglob(".*.partial-*"):
         found = _PARTIAL.match(path.name)
         if found and (owners is None or int(found[2]) in owners) and (names is None or found[1] in names):
@@ -229,7 +229,7 @@ def sweep(folder: Path, *, owners: Collection[int] | None = None, names: Collect
 
 
 def remove(path: Path) -> None:
-    """A file or a folder, also one into which another thread or rank still writes."""
+    """Remove a file or a folder, also one into which another thread or rank still writes."""
     for _ in range(200):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

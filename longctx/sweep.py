@@ -1,4 +1,4 @@
-"""`-m key=a,b other=1,2`: the product of all values, one run after another, each in a process and a folder of its own.
+"""`-m key=a,b other=1,2`: runs every combination of the values, each in a process and a folder of its own.
 
 Every combination is composed and validated before the first one starts. A run that fails does not stop the others; one
 that was interrupted, or saved and asks to be requeued, does. Starting the same sweep again continues it.
@@ -20,7 +20,7 @@ from longctx.config.compose import load, schema_of
 from longctx.config.words import CommandLine, Overrides
 from longctx.errors import UserError
 from longctx.processes import die_with_parent
-from longctx.train.signals import INTERRUPTED, SAVED_AND_REQUEUE, asking
+from longctx.signals import INTERRUPTED, SAVED_AND_REQUEUE, asking
 from longctx.verbs import Verb
 
 _MEANING = {0: "done", 1: "failed", 2: "refused"}
@@ -53,7 +53,7 @@ def sweep(verb: Verb, line: CommandLine) -> int:
 
 
 def _label(values: dict[str, str]) -> str:
-    """A name that tells the values: peak-1e-5_cp-2. The key's last part serves while it is unambiguous."""
+    """A name made of the values: peak-1e-5_cp-2. A key is shortened to its last part where that is unambiguous."""
     lasts = [key.rpartition(".")[2] for key in values]
     parts = []
     for key, value in values.items():

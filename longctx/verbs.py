@@ -1,5 +1,6 @@
-"""The verbs of the command line: for each its schema and the function that does it, named as text so that
-`longctx theta` never imports what `longctx train` needs.
+"""The verbs of the command line, each with its schema and its function.
+
+Both are named as text, so that `longctx theta` never imports the libraries of `longctx train`.
 
 A verb with spaces has subverbs; its root config is the name with underscores (`lora-extract` ->
 configs/lora_extract.yaml, `bench attention` -> configs/bench_attention.yaml).
@@ -23,7 +24,7 @@ class Verb:
 
 
 _ALL = [
-    Verb("train", "longctx.config.train:TrainConfig", "longctx.train.run:run",
+    Verb("train", "longctx.config.train:TrainConfig", "longctx.run.lifecycle:run",
          "extend a model's context, stage by stage"),
     Verb("eval", "longctx.config.eval:EvalConfig", "longctx.eval.run:run",
          "needles found and loss by position, of one model or of several side by side"),

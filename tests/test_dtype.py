@@ -14,8 +14,8 @@ from longctx.config.base import build
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
 from longctx.model import init_from, load
+from longctx.run.lifecycle import run
 from longctx.train import runfolder
-from longctx.train.run import run
 
 from .train.made import TOKENIZER, VOCAB, config, write_documents
 

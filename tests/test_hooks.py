@@ -15,10 +15,10 @@ from longctx.config.base import build
 from longctx.config.hooks import HooksConfig, SideRun
 from longctx.config.train import ParallelConfig, TrainConfig
 from longctx.errors import UserError
-from longctx.hooks.pipeline import run_hooks
-from longctx.hooks.side import side_config, train_side
+from longctx.run.after_training import run_hooks
+from longctx.run.lifecycle import run
+from longctx.run.side_run import side_config, train_side
 from longctx.train import runfolder
-from longctx.train.run import run
 from tests.train.made import config as run_config
 from tests.train.made import write_documents
 

@@ -33,7 +33,7 @@ PRELOAD = [
     "torch.distributed",
     "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto",
-    "longctx.train.run",
+    "longctx.run.training",
     "longctx.train.loop",
     "longctx.train.replicated",
     "longctx.model.export",
@@ -179,6 +179,6 @@ def _rank(run: Path, rank: int, world: int, port: int, file_limit: int | None) -
     os.dup2(log, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    from longctx.train.__main__ import main
+    from longctx.run.rank import main
 
-    sys.exit(main(["--resolved", str(run / "config.yaml")]))
+    sys.exit(main(str(run / "config.yaml")))

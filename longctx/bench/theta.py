@@ -50,7 +50,7 @@ class Line:
 
 def run(config: BenchThetaConfig) -> int:
     """Train and examine every rule, print the table (Markdown) or the document."""
-    from longctx.train.run import run as train
+    from longctx.run.lifecycle import run as train
 
     out = Path(config.out)
     check_model(config.train.model.path)

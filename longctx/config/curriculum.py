@@ -52,8 +52,9 @@ class AdvanceConfig:
 
 @schema
 class StageConfig:
-    """One stage: exactly one of theta and rule, of tokens and steps, of batch and batch_tokens. What it leaves null of
-    rule, lr, mix, layout and advance is the curriculum's.
+    """One stage: exactly one of theta and rule, of tokens and steps, of batch and batch_tokens.
+
+    Where rule, lr, mix, layout or advance is null, the curriculum's value holds.
     """
 
     seq_len: Length  #: tokens per sequence: 65536, 64k, 1M

@@ -35,8 +35,9 @@ def choice_file(group: str, choice: str, extra_dirs: Sequence[Path] = ()) -> Pat
 
 
 def defaults_of(root: str) -> dict[str, str | None]:
-    """The groups of a root file, as they are written on the command line (`model`, or `model@train.model`), with
-    the choice each has by default; those of the roots it builds on (plan on train) come first.
+    """The groups of a root file, in the command line's spelling, with the default choice of each.
+
+    Examples: `model`, or `model@train.model`. The groups of the roots it builds on (plan on train) come first.
     """
     found: dict[str, str | None] = {}
     for entry in (read(config_dir() / f"{root}.yaml") or {}).get("defaults", []):

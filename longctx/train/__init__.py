@@ -1,3 +1,1 @@
-"""Training: the loop over stages, the exact step, the engines under it, and runs that survive being
-killed.
-"""
+"""Training: the loop over stages, the exact step, its engines, and runs that survive a kill."""

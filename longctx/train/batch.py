@@ -1,9 +1,8 @@
-"""From packed sequences to what one rank computes on: shifted labels, weights, positions, the layout, the
-shard.
+"""Turns packed sequences into one rank's micro-batch: tokens, shifted labels, weights, positions and layout.
 
-Labels are shifted before the sequence is sharded, so the token after a shard's end is the right one.
-Sequences of one micro-batch become rows where they share their document boundaries, and one flattened row
-with the documents' boundaries otherwise: exact either way, since no document reads another.
+Labels are shifted before the sequence is sharded, so that the last token of a shard has the right label. The sequences
+of a micro-batch become rows where they have the same document boundaries, and one flattened row otherwise. Both are
+exact, since no document attends to another.
 
 Legend: B rows, S tokens per row, S_local tokens of a row on this rank.
 """
@@ -23,11 +22,14 @@ IGNORED = -100
 
 @dataclass
 class MicroBatch:
-    """One forward's worth on this rank. inputs: what LossModel.forward takes.
+    """The input of one forward and backward pass on this rank.
 
-    weight: sum of loss weights on this rank; tokens: of this rank, without the layout's padding; pairs: query-key
-    pairs of the whole rows, for the FLOP count. documents: the names of what is in it, looked up when asked for.
-    tail: loss weights [B, S_local] of the last quarter of each sequence only, where a stage asks for them.
+    inputs: the arguments of LossModel.forward.
+    weight: the sum of loss weights on this rank.
+    tokens: this rank's tokens, without the layout's padding.
+    pairs: query-key pairs of the whole rows, for the FLOP count.
+    documents: returns the names of the documents in it.
+    tail: loss weights [B, S_local] of the last quarter of each sequence, only where a stage asks for them.
     """
 
     inputs: dict[str, Any]
@@ -46,17 +48,17 @@ class MicroBatch:
 
 
 def micro_batch(data: Any, indices: Sequence[int], context: Any, kind: str, *, tail: bool = False) -> MicroBatch:
-    """Sequences `indices` of a data.StageData as one forward of this rank (CPU tensors).
+    """Make this rank's micro-batch (CPU tensors) of the sequences `indices` of a data.StageData.
 
-    context: the ContextParallel of the stage. kind: layout of a row over its ranks. Only this rank's tokens
-    are read. tail: also give the loss weights of the last quarter of each sequence.
+    Only this rank's tokens are read. context: the ContextParallel of the stage. kind: the layout of a row over its
+    ranks. tail: also give the loss weights of the last quarter of each sequence.
     """
     bounds = [np.asarray(data.boundaries(index), dtype=np.int64) for index in indices]
     length = data.seq_len
     pairs = float(sum((np.diff(b) * (np.diff(b) + 1) // 2).sum() for b in bounds))
     if all(np.array_equal(b, bounds[0]) for b in bounds[1:]):
         rows, documents = [[index] for index in indices], bounds[0]
-    else:  # one row: the documents of all sequences behind each other
+    else:  # one row: the documents of all sequences in order
         rows = [list(indices)]
         documents = np.concatenate([[0], *(b[1:] + place * length for place, b in enumerate(bounds))])
     with context.lock:  # this may run on the data thread while attention reads the same plans
@@ -75,10 +77,9 @@ def micro_batch(data: Any, indices: Sequence[int], context: Any, kind: str, *, t
 
 
 def _row(data: Any, indices: Sequence[int], held: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """tokens int64, labels int64, weights float32, each [S_local], at the row's positions `held` (-1:
-    padding).
+    """Tokens (int64), labels (int64) and weights (float32), each [S_local], of the row's positions `held`.
 
-    A label is the token after its own within the same sequence, wherever that token lies.
+    A position of -1 is padding. A label is the next token of the same sequence, on whichever rank that token lies.
     """
     tokens, labels = np.zeros(len(held), np.int64), np.full(len(held), IGNORED, np.int64)
     weights = np.zeros(len(held), np.float32)

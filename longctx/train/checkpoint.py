@@ -1,10 +1,9 @@
-"""Checkpoints that a kill at any instant cannot spoil.
+"""Checkpoints that stay intact whenever a run is killed.
 
-Each rank writes its fragments into a temporary folder and syncs them; rank 0 adds the state and a manifest
-with every file's sha256, renames the folder, and only then moves the pointer. A folder without a valid
-manifest was never finished. On loading the ranks check every hash between them; a damaged file is named and
-the checkpoint before it is used. A save that fails (a full disk) leaves the last one intact and training goes
-on.
+Each rank writes its fragments into a temporary folder and syncs them. Rank 0 adds the state and a manifest with every
+file's sha256, renames the folder, and only then updates the pointer. A folder without a valid manifest is unfinished.
+When a checkpoint is loaded, the ranks divide the files among them and check every hash; a damaged file is named, and
+the previous checkpoint is used. A save that fails (a full disk) leaves the previous one intact, and training goes on.
 """
 
 from __future__ import annotations
@@ -39,11 +38,13 @@ GIB = 2**30
 
 @dataclass
 class State:
-    """Where a run stands. cursor: sequences of the current stage already used, whatever dp and cp were.
+    """The progress of a run.
 
-    stage: its place in the curriculum, which may move while the run rests; stage_name and planned (seq_len, batch,
-    steps) say which it is. trained: names of the stages whose end was reached. ended: the stage is trained to its
-    end (perhaps early), its export may still be due.
+    cursor: sequences of the current stage already used, whatever dp and cp were.
+    stage: its index in the curriculum, which may change between two starts of a run; stage_name and planned (seq_len,
+    batch, steps) identify it.
+    trained: names of the stages that were trained to their end.
+    ended: the current stage is trained to its end (perhaps early), and its export may still be due.
     """
 
     step: int = 0
@@ -71,7 +72,7 @@ class Checkpoints:
         self._size = 0.0
 
     def save(self, engine: Engine, state: State, stage: str) -> Path | None:
-        """Write a checkpoint; None when it could not be written (said aloud, the last one is intact)."""
+        """Write a checkpoint and return its folder; None, after a message, where that failed."""
         final = self.run / "stages" / stage / "checkpoints" / f"step{state.step:08d}"
         with temporary(beside(final)) as own:
             partial, problem = self.ranks.broadcast(
@@ -83,7 +84,7 @@ class Checkpoints:
             return final if self._write(partial, final, engine, state) else None
 
     def _write(self, partial: Path, final: Path, engine: Engine, state: State) -> bool:
-        """Whether every rank's fragments are in place under the final name."""
+        """Write all fragments and publish them; whether that succeeded on every rank."""
         file = f"rank{self.ranks.rank:05d}.safetensors"
         entry, failure = self._write_own(partial / file, engine)
         reports = self.ranks.gather((entry, failure))
@@ -93,11 +94,11 @@ class Checkpoints:
             failures = self._publish(partial, final, files, state, engine)
         failures = self.ranks.broadcast(failures)
         if failures:
-            console.say(f"[yellow]checkpoint at step {state.step} failed, the one before it stands:[/] {failures[0]}")
+            console.say(f"[yellow]checkpoint at step {state.step} failed, the previous one is intact:[/] {failures[0]}")
         return not failures
 
     def _make_room(self, partial: Path, engine: Engine) -> str | None:
-        """Rank 0 makes the folder and looks at the free disk; returns what stands in the way."""
+        """Rank 0 makes the folder and checks the free disk space; returns the obstacle in words, or None."""
         if not self.ranks.first:
             return None
         try:
@@ -130,7 +131,7 @@ class Checkpoints:
                         "state_sha256": _sha256(partial / "state.json")}  # fmt: skip
             write_text(partial / "manifest.json", json.dumps(manifest))
             sync(partial)
-            if final.exists():  # left by a run that was continued from an older checkpoint
+            if final.exists():  # the run has been continued from an older checkpoint
                 discard(final)
             os.rename(partial, final)
             sync(final.parent)
@@ -147,7 +148,7 @@ class Checkpoints:
                     discard(path)
 
     def _found(self) -> list[Path]:
-        """Finished checkpoints, newest first."""
+        """The finished checkpoints, newest first."""
         folders = [path.parent for path in self.run.glob("stages/*/checkpoints/step*/manifest.json")]
         return sorted(folders, key=lambda path: path.name, reverse=True)
 
@@ -160,7 +161,7 @@ class Checkpoints:
         for folder in map(Path, candidates):
             problems = [text for found in self.ranks.gather(list(self._damage(folder))) for text in found]
             if problems:
-                console.say(f"[yellow]checkpoint {folder} is damaged:[/] {problems[0]}; the one before it is used")
+                console.say(f"[yellow]checkpoint {folder} is damaged:[/] {problems[0]}; the previous one is used")
                 continue
             return self._restore(folder, engine)
         if candidates:
@@ -171,7 +172,7 @@ class Checkpoints:
         return None
 
     def _damage(self, folder: Path) -> Iterator[str]:
-        """What is wrong with the files this rank checks (every world-th one)."""
+        """A message for each damaged file among those that this rank checks (every world-th one)."""
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             entries = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
@@ -218,7 +219,7 @@ def _random_states(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def check_same_model(stored: dict[str, list[int]], own: dict[str, list[int]], folder: Path) -> None:
-    """Raises UserError when a checkpoint's trainable parameters are not this model's."""
+    """Raise UserError where a checkpoint's trainable parameters differ from this model's."""
     wrong = [name for name in own if stored.get(name) != own[name]] + [name for name in stored if name not in own]
     if wrong:
         name = wrong[0]

@@ -1,7 +1,7 @@
-"""What a person sees while it trains: one bar per stage with loss, tokens/s and the time left; or plain
-lines.
+"""The progress of a training run on the screen: one bar per stage, or plain lines.
 
-Rank 0 only, on standard error. `auto` draws bars on a terminal and prints a line now and then elsewhere.
+Both show loss, tokens per second and the time left. Rank 0 writes them to standard error. `auto` draws bars on a
+terminal and prints lines elsewhere.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ REFRESH_SECONDS = 0.5
 
 
 class Display:
-    """Context manager; `step` is cheap and redraws at most twice a second."""
+    """A context manager that shows each step; it redraws at most twice a second."""
 
     def __init__(self, mode: str, every: int, stages: Sequence[Stage], *, first: bool) -> None:
         wanted = mode if mode != "auto" else ("rich" if sys.stderr.isatty() else "plain")
@@ -49,7 +49,7 @@ class Display:
             self._bars.stop()
 
     def stage(self, stage: Stage, done: int, words: str) -> None:
-        """A stage begins, or goes on after `done` steps."""
+        """Show that a stage begins, or continues after `done` steps."""
         self._rate = None
         if self._bars:
             self._tasks[stage.name] = self._bars.add_task(

@@ -1,22 +1,21 @@
-"""What the loop needs from whoever owns the weights: a small interface, and the choice between two engines.
+"""The interface between the training loop and the owner of the weights, and the choice between two engines.
 
-Every engine averages gradients over all ranks, data and context parallel alike; the step scales the loss so
-that this average is the exact gradient. Small enough that FSDP2 can come behind it later.
+Every engine averages gradients over all ranks, data and context parallel alike; the step scales the loss so that this
+average is the exact gradient. The interface is small enough for an FSDP2 engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from fnmatch import fnmatch
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import nn
 
 from longctx import console
 from longctx.decide import check_engine
 from longctx.errors import UserError
 from longctx.train.fragments import Fragment, FragmentReader
+from longctx.train.parameters import freeze
 
 if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, OptimConfig
@@ -28,38 +27,38 @@ if TYPE_CHECKING:
 class Engine(Protocol):
     """Weights, gradients and optimizer state of one run, on this rank.
 
-    facts: what was really obtained (distributed type, world, ZeRO stage, backend, dtypes), for the log.
+    facts: distributed type, world, ZeRO stage, backend and dtypes as obtained, for the log.
     """
 
     facts: dict[str, Any]
     model: LossModel
 
     def forward(self, **batch: Any) -> LossOutput:
-        """The wrapped model's loss: a sharded model's whole weights may be read only in here."""
+        """The loss of a micro-batch. A sharded model's full weights may be read only inside this call."""
         ...
 
     def backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        """Add a micro-batch's gradient; last: it closes the accumulation window and is reduced over ranks."""
+        """Add a micro-batch's gradient. last: it is the step's last micro-batch, and the sum is reduced over ranks."""
         ...
 
     def grad_norm(self) -> float:
-        """L2 norm of the averaged gradient, equal on all ranks (a collective), before clipping."""
+        """The L2 norm of the averaged gradient before clipping, equal on all ranks (a collective)."""
         ...
 
     def step(self, lr: float) -> None:
-        """Clip and apply the gradient, then forget it."""
+        """Clip the gradient, update the weights, and clear the gradient."""
         ...
 
     def discard(self) -> None:
-        """Forget the gradient."""
+        """Clear the gradient without an update."""
         ...
 
     def shapes(self) -> dict[str, list[int]]:
-        """Trainable parameters and their full shapes."""
+        """The full shape of every trainable parameter, by name."""
         ...
 
     def fragments(self) -> Iterator[Fragment]:
-        """This rank's share of weights and moments; over all ranks, every element exactly once."""
+        """This rank's share of weights and moments. Over all ranks, every element comes exactly once."""
         ...
 
     def restore(self, reader: FragmentReader) -> None:
@@ -67,14 +66,14 @@ class Engine(Protocol):
         ...
 
     def state_for_export(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, full tensor) one at a time, a collective; every rank iterates, rank 0 has the data."""
+        """(name, full tensor), one at a time. A collective: every rank iterates, and rank 0 has the data."""
         ...
 
     def close(self) -> None: ...
 
 
 def build(config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ranks) -> Engine:
-    """The engine the config names. Raises UserError for what it cannot do."""
+    """Build the engine that the config names. Raises UserError for settings that it does not support."""
     kinds = {parameter.dtype for parameter in model.parameters()}
     check_engine(config, str(next(model.parameters()).dtype).removeprefix("torch."))
     if torch.bfloat16 in kinds and ranks.device.type == "cuda" and not torch.cuda.is_bf16_supported():
@@ -96,41 +95,9 @@ def build(config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ran
 
 
 def placer(config: EngineConfig, optim: OptimConfig, dtype: str, ranks: Ranks) -> Place | None:
-    """What cuts each parameter to this rank's share as it is loaded; None for engines that start from a whole model."""
+    """The function that cuts each parameter to this rank's share as it is loaded; None except under ZeRO-3."""
     if config.name != "deepspeed" or config.zero != 3:
         return None
-    from longctx.train.zero import placer3
+    from longctx.train.zero import zero3_placer
 
-    return placer3(config, optim, getattr(torch, dtype), ranks)
-
-
-def freeze(model: nn.Module, patterns: Iterable[str]) -> None:
-    """Stop training the parameters whose names match a pattern such as `*embed_tokens*`."""
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in patterns:
-        hit = [name for name in names if fnmatch(name, pattern)]
-        if not hit:
-            raise UserError(
-                f"optim.freeze={pattern!r} matches no parameter; names look like {names[0]} (configs/optim)"
-            )
-        for name in hit:
-            model.get_parameter(name).requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError("optim.freeze leaves nothing to train; drop a pattern (configs/optim)")
-
-
-def trainable(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def full_shape(parameter: torch.Tensor) -> torch.Size:
-    """The parameter's shape, also when only a share of it is here."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay, vectors (norms, biases) do not."""
-    matrices = [p for _, p in named if len(full_shape(p)) >= 2]
-    vectors = [p for _, p in named if len(full_shape(p)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+    return zero3_placer(config, optim, getattr(torch, dtype), ranks)

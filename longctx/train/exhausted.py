@@ -1,4 +1,4 @@
-"""Out of memory on a rank, in one paragraph: what the plan says it held, and what would make it less."""
+"""Explains out of memory on a rank in one paragraph: the memory that the plan estimates, and ways to lower it."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _WORDS = {
 
 @contextmanager
 def explained(config: TrainConfig, stage: Stage, ranks: Ranks, doing: str) -> Iterator[None]:
-    """Turn an allocation that fails inside the block into OutOfMemory with the whole explanation.
+    """Turn an allocation failure inside the block into OutOfMemory with an explanation.
 
-    doing: what the rank does there, for the message. One rank of a run explains; the others stay silent.
+    doing: the rank's activity in the block, for the message. The first rank that fails explains; the messages of the
+    others are empty.
     """
     try:
         yield
@@ -45,7 +46,7 @@ def explained(config: TrainConfig, stage: Stage, ranks: Ranks, doing: str) -> It
 
 
 def explain(error: BaseException, config: TrainConfig, stage: Stage, ranks: Ranks, doing: str) -> str:
-    """The paragraph: where, what was asked for, what a rank holds by the plan, and up to three remedies."""
+    """The message: the rank, the failed allocation, a rank's memory by the plan, and up to three remedies."""
     said = next(iter(str(error).strip().splitlines()), type(error).__name__)
     said = said.split("] . ")[-1].split(" If reserved")[0].rstrip(".")
     shape = shape_of_model(config.model)
@@ -66,14 +67,14 @@ def explain(error: BaseException, config: TrainConfig, stage: Stage, ranks: Rank
 
 
 def _first_to_say(ranks: Ranks) -> bool:
-    """Whether no other rank has explained yet; the store of the launcher keeps count."""
+    """Whether this rank is the first to explain; ranks count in the process group's store."""
     if ranks.world == 1:
         return True
     import torch.distributed as dist
 
     try:
         return cast(Any, dist.distributed_c10d._get_default_store()).add("out of memory", 1) == 1
-    except Exception:  # the store is gone with its rank: better said twice than not at all
+    except Exception:  # rank 0 and its store are gone: explaining twice is better than never
         return True
 
 

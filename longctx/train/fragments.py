@@ -1,9 +1,9 @@
-"""One checkpoint format for every engine: pieces of flattened tensors, each with its place.
+"""The checkpoint format that all engines share: pieces of flattened tensors with their offsets.
 
-A fragment is elements [start, start + numel) of a parameter's flattened weight or optimizer moment. An engine
-writes the fragments it owns and reads those it needs, so a run continues on another number of ranks, another
-dp x cp, another ZeRO stage or the other engine without a conversion. The files are safetensors: loading runs
-no code, unlike the pickles of DeepSpeed's universal checkpoints.
+A fragment is elements [start, start + numel) of a parameter's flattened weight or optimizer moment. An engine writes
+the fragments it owns and reads those it needs, so that a run continues on another number of ranks, another dp x cp,
+another ZeRO stage or the other engine without a conversion. The files are safetensors: loading them runs no code,
+unlike the pickles of DeepSpeed's universal checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Kind = Literal["weight", "exp_avg", "exp_avg_sq", "steps"]
 
 @dataclass(frozen=True)
 class Fragment:
-    """data: flat, elements [start, start + data.numel()) of parameter `name`'s `kind`."""
+    """Elements [start, start + data.numel()) of the flattened weight or moment (`kind`) of parameter `name`."""
 
     kind: Kind
     name: str
@@ -33,7 +33,7 @@ class Fragment:
 
 
 def write(path: Path, fragments: Iterator[Fragment], extra: Mapping[str, torch.Tensor]) -> list[dict[str, Any]]:
-    """Write one rank's file, one fragment in memory at a time; returns the index of its fragments for the manifest."""
+    """Write one rank's file, one fragment in memory at a time; return the index of its fragments for the manifest."""
     pieces = {f"{piece.kind}/{piece.start}/{piece.name}": piece for piece in fragments if piece.data.numel()}
     tensors = {key: piece.data.detach() for key, piece in pieces.items()}
     tensors |= {f"extra/{name}": value for name, value in extra.items()}

@@ -1,7 +1,7 @@
-"""What keeps a bad step from being taken: NaN or infinity stops the run, a loss spike skips the step.
+"""Guards against bad steps: NaN or infinity stops the run, a loss spike skips the step.
 
-All ranks see the same global loss and norm, so they decide alike without talking. The batch that broke is
-written down, with its documents and the ranks whose own loss was not finite, so that it can be replayed.
+All ranks see the same global loss and norm, so they decide alike without communication. A failing batch is written to
+RUN/failures with its documents and the ranks whose own loss was not finite, so that it can be replayed.
 """
 
 from __future__ import annotations
@@ -25,8 +25,9 @@ MINIMUM_HISTORY = 10
 
 
 class Guards:
-    """recent: losses of the last steps taken; part of the checkpoint, so that a resumed run decides the
-    same.
+    """The guards of one stage.
+
+    recent: losses of the last steps taken. They are part of the checkpoint, so that a resumed run decides the same.
     """
 
     def __init__(self, config: GuardsConfig, run: Path, ranks: Ranks, recent: list[float]) -> None:
@@ -34,11 +35,11 @@ class Guards:
         self.in_a_row = 0
         self.mute = 0
 
-    def check_finite(self, loss: float, norm: float, own: float, window: Sequence[MicroBatch], step: int) -> None:
-        """Raises RunFailed before the optimizer is touched. own: this rank's share of the loss."""
+    def check_finite(self, loss: float, norm: float, own: float, batches: Sequence[MicroBatch], step: int) -> None:
+        """Raise RunFailed where loss or norm is not finite; own: this rank's share of the loss."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
-        documents = [name for batch in window for name in batch.documents()]
+        documents = [name for batch in batches for name in batch.documents()]
         reports = self.ranks.gather({"rank": self.ranks.rank, "finite": math.isfinite(own), "documents": documents})
         culprits = [report["rank"] for report in reports if not report["finite"]]
         what = f"loss={loss}" if not math.isfinite(loss) else f"gradient norm={norm} (loss {loss:.4f})"

@@ -1,9 +1,8 @@
-"""Naming the rank that stalls. Every rank's watcher thread publishes where its main thread is; rank 0
-compares.
+"""Finds the rank that stalls: a thread of every rank publishes the phase of its main thread, and rank 0 compares.
 
-When nothing moves for `limit` seconds, all ranks but the culprit wait in a collective: the culprit is the one
-whose thread no longer reports at all, or else the one that is furthest behind. It is named and the run ends,
-instead of hanging until somebody looks.
+When no rank makes progress for `limit` seconds, all ranks but the stalled one wait in a collective. The stalled rank is
+the one whose thread no longer reports, or else the one that is furthest behind. It is named, and the run ends instead
+of hanging.
 """
 
 from __future__ import annotations
@@ -18,13 +17,16 @@ from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
 
-# Phases that may last longer than any limit (tokenizing, loading, an export, an adapter): only silence is judged.
+# Phases that may last longer than any limit (tokenizing, loading, an export, an adapter): there only silence counts.
 PATIENT = ("start", "hand-off")
 
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank is: steps and phases passed so far, seconds since it last moved, age of the report."""
+    """A rank's report.
+
+    moves: phases passed so far. still: seconds since the last one began. age: seconds since the report came.
+    """
 
     rank: int
     moves: int
@@ -35,7 +37,7 @@ class Beat:
 
 
 class Progress:
-    """Written by the main thread, read by the watcher: `at` costs an attribute or two."""
+    """The current phase, written by the main thread and read by the watcher; `at` only sets attributes."""
 
     def __init__(self) -> None:
         self.moves, self.step, self.phase, self.since = 0, 0, "start", time.monotonic()
@@ -45,7 +47,10 @@ class Progress:
 
 
 class Watcher:
-    """A thread per rank. limit: seconds without any rank moving. Rank 0 judges, and rank 1 judges rank 0."""
+    """The watching thread of a rank; limit: seconds without progress on any rank.
+
+    Rank 0 looks for stalled ranks, and rank 1 looks at rank 0.
+    """
 
     def __init__(
         self,
@@ -106,7 +111,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(beats: list[Beat], limit: float) -> Verdict | None:
-    """Which rank stalls, and why; None while some rank still moves, or works at what may take long."""
+    """The rank that stalls, and why; None while some rank makes progress or is in a phase that may take long."""
     if min(beat.still for beat in beats) < limit:
         return None
     silent = [beat for beat in beats if beat.age > limit / 2]
@@ -118,7 +123,7 @@ def verdict(beats: list[Beat], limit: float) -> Verdict | None:
     return Verdict(
         culprit.rank,
         f"rank {culprit.rank} stalls at step {culprit.step}: {why}, while the others wait in "
-        f"{', '.join(others)} (guards.stall_seconds={limit:g}). The last checkpoint stands; run the same "
+        f"{', '.join(others)} (guards.stall_seconds={limit:g}). The last checkpoint is intact; run the same "
         "command to continue",
     )
 

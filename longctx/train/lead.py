@@ -1,8 +1,8 @@
-"""How long a run needs to leave on a signal, beside the time that its scheduler gives it.
+"""Compares the time that a run needs to leave on a signal with the time that its scheduler gives it.
 
 A scheduler sends its signal some seconds before it kills: LONGCTX_SIGNAL_LEAD says how many (launch/slurm.sbatch and
-launch/torchrun.sh set it). A signal waits until ranks look for one again, between two micro-batches or two steps, and
-for the save after that.
+launch/torchrun.sh set it). A run needs the time until its ranks look for a signal again, between two micro-batches or
+two steps, and the time of a save.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MARGIN = 1.3
 
 
 class Lead:
-    """seconds: what the scheduler gives, None where nobody said. save_seconds: what the last save took."""
+    """The scheduler's seconds (None where they are unknown) and those that the last save took."""
 
     def __init__(self) -> None:
         text = os.environ.get("LONGCTX_SIGNAL_LEAD", "")
@@ -30,8 +30,11 @@ class Lead:
         self._warned = 0.0
 
     def check(self, wait: float, ranks: Ranks) -> None:
-        """wait: seconds that a signal waits at most in a step like the last one. Warns when that and a save take longer
-        than is given, and again only when that grows by half.
+        """Warn when a signal's wait and a save take longer than the scheduler gives.
+
+        It warns again only when that time has grown by half.
+
+        wait: seconds that a signal waits at most in a step like the last one.
         """
         if self.seconds is None or not ranks.first:
             return

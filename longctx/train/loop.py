@@ -1,182 +1,134 @@
-"""The loop over stages: train, save, export, hand over. What it needs it is given, evaluation included.
+"""The training loop over stages: train, save, export, hand over to the next stage.
 
-A stage hand-off rebuilds RoPE, the context-parallel groups, the layout and the data; weights, optimizer and
-the global data position carry over, and no parameter is resharded, because every engine spans all ranks
-whatever cp is. Everything at a stage's end leaves a mark, so a run killed there goes on exactly where it was.
+A hand-off rebuilds RoPE, the context-parallel groups, the layout and the data. Weights, optimizer and the global data
+position carry over, and no parameter is resharded, because every engine spans all ranks whatever cp is. Each part of a
+stage's end leaves a mark on disk, so that a run killed there continues exactly where it was.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
-from longctx import console
 from longctx.data.loader import Loader
-from longctx.distributed.ranks import Ranks
-from longctx.errors import UserError
-from longctx.shape import Flops
-from longctx.signals import SAVED_AND_REQUEUE, StopRequest
+from longctx.signals import SAVED_AND_REQUEUE
 from longctx.storage.files import write_text
 from longctx.train import flops
 from longctx.train.checkpoint import Checkpoints, State
-from longctx.train.display import Display
 from longctx.train.engine import Engine
 from longctx.train.exhausted import explained
 from longctx.train.guards import Guards
-from longctx.train.heartbeat import Progress
 from longctx.train.lead import Lead
-from longctx.train.metrics import Metrics, memory_gib
-from longctx.train.profile import ProfileWindow
-from longctx.train.stage import OpenStage, open_stage
+from longctx.train.metrics import memory_gib
+from longctx.train.open_stage import OpenStage, open_stage
+from longctx.train.place import enter, saved_words
+from longctx.train.run_context import Recorder, RunContext
 from longctx.train.step import Stepper, StepReport, Timer
 
 if TYPE_CHECKING:
-    from longctx.config.train import TrainConfig
     from longctx.curriculum import Stage
 
-CONFIG_FILE = "configs/train.yaml"
-# evaluate(stage, folder of its exported model, folder for results): called on rank 0, the others wait.
-Evaluate = Callable[["Stage", Path, Path], None]
+# after_stage(stage, folder of its exported model, folder for results): called on rank 0 while the other ranks wait.
+AfterStage = Callable[["Stage", Path, Path], None]
 
 
-@dataclass
-class Job:
-    """Everything a run holds on one rank. metrics: rank 0 only."""
+@dataclass(kw_only=True)
+class Saving:
+    """The checkpoints of a run, and what is known about the last one.
 
-    config: TrainConfig
-    run: Path
-    ranks: Ranks
-    stages: Sequence[Stage]
-    engine: Engine
-    tokenizer: Any
+    step: the last step that is saved. at: when it was saved (time.monotonic). lead: warns when a save does not fit into
+    the seconds that a scheduler gives after its signal.
+    """
+
     checkpoints: Checkpoints
-    state: State
-    metrics: Metrics | None
-    display: Display
-    stop: StopRequest
-    flops: Flops
-    profile: ProfileWindow
-    evaluate: Evaluate | None = None
-    progress: Progress = field(default_factory=Progress)
-    saved_at: float = field(default_factory=time.monotonic)
-    saved_step: int = 0
+    step: int
+    at: float = field(default_factory=time.monotonic)
     lead: Lead = field(default_factory=Lead)
 
 
-def run_stages(job: Job) -> int:
-    """Train what is left. Returns 0, or 75 when a signal asked to stop (the state is saved)."""
-    job.progress.at("start", job.state.step)
-    for stage in job.stages[job.state.stage :]:
-        if _stopping(job):
+@dataclass(kw_only=True)
+class Training:
+    """A run in progress on one rank."""
+
+    context: RunContext
+    engine: Engine
+    state: State
+    saving: Saving
+    recorder: Recorder
+    after_stage: AfterStage | None = None
+
+
+def run_stages(training: Training) -> int:
+    """Train the stages that are left. Returns 0, or 75 when a signal asked to stop (the state is saved)."""
+    context, state, progress = training.context, training.state, training.recorder.progress
+    progress.at("start", state.step)
+    for stage in context.stages[state.stage :]:
+        if _stopping(training):
             return SAVED_AND_REQUEUE
-        if stage.index > job.state.stage or not job.state.planned:
-            _enter(job.state, stage)
-        job.progress.at("start", job.state.step)
-        with explained(job.config, stage, job.ranks, "training"):
-            opened = open_stage(job.config, stage, job.ranks, job.engine.model, job.tokenizer)
+        if stage.index > state.stage or not state.planned:
+            enter(state, stage)
+        progress.at("start", state.step)
+        with explained(context.config, stage, context.ranks, "training"):
+            opened = open_stage(context.config, stage, context.ranks, training.engine.model, context.tokenizer)
             try:
-                if not job.state.ended and (code := _train(job, stage, opened)):
+                if not state.ended and (code := _train(training, stage, opened)):
                     return code
-                if _stopping(job):
+                if _stopping(training):
                     return SAVED_AND_REQUEUE
-                _finish(job, stage, opened)
+                _finish(training, stage, opened)
             finally:
                 opened.close()
     return 0
 
 
-def _stopping(job: Job) -> bool:
-    """Whether some rank was asked to stop. If not, and all steps are saved, a signal ends a process of its own at once
-    from here to the next step: evaluation, exports, adapters and tokenizing may take long.
+def _stopping(training: Training) -> bool:
+    """Whether some rank was asked to stop.
+
+    If none was and all steps are saved, a signal ends a process of its own at once, from here to the next step:
+    evaluation, exports, adapters and tokenizing may take long.
     """
-    if job.ranks.any(job.stop.asked):
+    if training.context.ranks.any(training.context.stop.asked):
         return True
-    if job.saved_step == job.state.step:
-        job.stop.saved(saved_words(job.state.step))
+    if training.saving.step == training.state.step:
+        training.context.stop.saved(saved_words(training.state.step))
     return False
 
 
-def saved_words(step: int) -> str:
-    return f"saved at step {step}" if step else "nothing was trained"
-
-
-def _enter(state: State, stage: Stage) -> None:
-    state.stage, state.stage_step, state.cursor, state.ended = stage.index, 0, 0, False
-    state.stage_name, state.planned = stage.name, planned(stage)
-    state.stage_seconds = 0.0
-    state.recent_losses, state.tail_losses = [], []
-
-
-def planned(stage: Stage) -> list[int]:
-    """What a stage's documents were drawn for: with other numbers the cursor would point into other documents."""
-    return [stage.seq_len, stage.batch, stage.steps]
-
-
-def find_place(state: State, stages: Sequence[Stage]) -> None:
-    """Let the state of a checkpoint point at its stage again, wherever the curriculum has it now.
-
-    Raises UserError when the stage is gone, was planned otherwise, or has untrained stages before it.
-    """
-    if not state.planned:
-        return
-    names, new_name = [stage.name for stage in stages], "or take a new name=..."
-    if state.stage_name not in names:
-        raise UserError(
-            f"the run stands in stage {state.stage_name}, which the curriculum no longer has (stages: "
-            f"{', '.join(names)}); put it back, {new_name} (configs/curriculum)"
-        )
-    index = names.index(state.stage_name)
-    if planned(stages[index]) != state.planned:
-        words = "seq_len={} batch={} steps={}"
-        was, now = words.format(*state.planned), words.format(*planned(stages[index]))
-        raise UserError(
-            f"curriculum.stages.{state.stage_name} was planned with {was} and stands at step {state.stage_step}; with "
-            f"{now} its documents would be drawn anew and some read twice. Leave it as it was and add a stage after "
-            f"it, {new_name} (configs/curriculum)"
-        )
-    untrained = [name for name in names[:index] if name not in state.trained]
-    if untrained:
-        raise UserError(
-            f"the run stands in stage {state.stage_name}, and {', '.join(untrained)} before it was never trained; give "
-            f"it a place after {state.stage_name}, {new_name} (configs/curriculum)"
-        )
-    state.stage = index
-
-
-def _train(job: Job, stage: Stage, opened: OpenStage) -> int:
-    """Steps of one stage from where the state stands; 75 when told to stop."""
-    state, config = job.state, job.config
-    guards = Guards(config.guards, job.run, job.ranks, state.recent_losses)
-    stepper = Stepper(job.engine, job.ranks, guards, job.progress, opened.cp_size, lambda: job.stop.asked)
-    job.display.stage(stage, state.stage_step, opened.words)
+def _train(training: Training, stage: Stage, opened: OpenStage) -> int:
+    """Train the steps of a stage that are left; 75 when a signal asked to stop."""
+    context, state, recorder = training.context, training.state, training.recorder
+    guards = Guards(context.config.guards, context.folder, context.ranks, state.recent_losses)
+    stop = context.stop
+    stepper = Stepper(training.engine, context.ranks, guards, recorder.progress, opened.cp_size, lambda: stop.asked)
+    recorder.display.stage(stage, state.stage_step, opened.words)
     end = stage.steps * stage.batch
-    job.stop.unsaved()
-    with Loader(opened.window, batch=stage.batch, cursor=state.cursor, end=end) as loader:
+    stop.unsaved()
+    with Loader(opened.micro_batches, batch=stage.batch, cursor=state.cursor, end=end) as loader:
         while not state.ended:
-            timer = Timer(job.ranks.device)
+            timer = Timer(context.ranks.device)
             began = time.perf_counter()
-            job.progress.at("data", state.step)
-            job.profile.before(state.step)
-            window = next(loader)
+            recorder.progress.at("data", state.step)
+            recorder.profile.before(state.step)
+            batches = next(loader)
             lr = stage.lr.at(state.stage_step)
-            report = stepper.take(window, lr, step=state.step, timer=timer, votes=[_save_due(job)])
+            report = stepper.take(batches, lr, step=state.step, timer=timer, votes=[_save_due(training)])
             if report is None:
-                if job.saved_step != state.step:
-                    _save(job, stage)
+                if training.saving.step != state.step:
+                    _save(training, stage)
                 return SAVED_AND_REQUEUE
             seconds = time.perf_counter() - began
             _advance(state, stage, report, seconds)
-            job.profile.after(state.step)
-            _log(job, stage, opened, report, lr, seconds)
+            recorder.profile.after(state.step)
+            _log(training, stage, opened, report, lr, seconds)
             if state.ended or report.votes[0]:
-                _save(job, stage)
-            job.lead.check(report.wait, job.ranks)
+                _save(training, stage)
+            training.saving.lead.check(report.wait, context.ranks)
     return 0
 
 
@@ -194,36 +146,40 @@ def _advance(state: State, stage: Stage, report: StepReport, seconds: float) -> 
     state.ended = state.stage_step >= stage.steps or early
 
 
-def _save_due(job: Job) -> bool:
-    """Whether this rank finds that a checkpoint is due after the coming step (rank 0's clock decides)."""
-    every, minutes = job.config.checkpoint.every, job.config.checkpoint.minutes
-    by_step = every > 0 and (job.state.step + 1) % every == 0
-    by_clock = job.ranks.first and minutes > 0 and time.monotonic() - job.saved_at > 60 * minutes
+def _save_due(training: Training) -> bool:
+    """Whether this rank wants a checkpoint after the coming step; for the minutes, rank 0's clock decides."""
+    checkpoint = training.context.config.checkpoint
+    by_step = checkpoint.every > 0 and (training.state.step + 1) % checkpoint.every == 0
+    since = time.monotonic() - training.saving.at
+    by_clock = training.context.ranks.first and checkpoint.minutes > 0 and since > 60 * checkpoint.minutes
     return by_step or by_clock
 
 
-def _save(job: Job, stage: Stage) -> None:
-    job.progress.at("save", job.state.step)
-    job.state.written_by = {"world": job.ranks.world, **job.engine.facts}
+def _save(training: Training, stage: Stage) -> None:
+    state, saving, engine = training.state, training.saving, training.engine
+    training.recorder.progress.at("save", state.step)
+    state.written_by = {"world": training.context.ranks.world, **engine.facts}
     began = time.monotonic()
-    if job.checkpoints.save(job.engine, job.state, stage.name):
-        job.saved_step = job.state.step
-    job.saved_at = time.monotonic()
-    job.lead.save_seconds = job.saved_at - began
+    if saving.checkpoints.save(engine, state, stage.name):
+        saving.step = state.step
+    saving.at = time.monotonic()
+    saving.lead.save_seconds = saving.at - began
 
 
-def _log(job: Job, stage: Stage, opened: OpenStage, report: StepReport, lr: float, seconds: float) -> None:
+def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport, lr: float, seconds: float) -> None:
+    """Show the step on the screen and write its line of metrics.jsonl."""
+    state, recorder, context = training.state, training.recorder, training.context
     if report.skipped:
-        spike = f"loss {report.loss:.4f} is a spike (guards.spike={job.config.guards.spike})"
+        spike = f"loss {report.loss:.4f} is a spike (guards.spike={context.config.guards.spike})"
         why = spike if report.weight > 0 else "no token of the batch carries loss"
-        job.display.say(f"[yellow]step {job.state.step} skipped:[/] {why}")
-    if job.metrics is None:
+        recorder.display.say(f"[yellow]step {state.step} skipped:[/] {why}")
+    if recorder.metrics is None:
         return
-    state, world = job.state, job.ranks.world
-    rate = job.flops.model(report.tokens, report.pairs) / seconds / world
-    executed = job.flops.hardware(report.tokens, report.pairs) / seconds / world
-    name = torch.cuda.get_device_name(job.ranks.device) if job.ranks.device.type == "cuda" else None
-    peak = flops.peak_flops(name, job.config.logging.peak_tflops)
+    world, device = context.ranks.world, context.ranks.device
+    rate = context.flops.model(report.tokens, report.pairs) / seconds / world
+    executed = context.flops.hardware(report.tokens, report.pairs) / seconds / world
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    peak = flops.peak_flops(name, context.config.logging.peak_tflops)
     line = {
         "step": state.step, "stage": stage.name, "stage_index": stage.index, "stage_step": state.stage_step,
         "loss": report.loss if report.weight > 0 else None, "tail_loss": report.tail_loss,
@@ -232,47 +188,42 @@ def _log(job: Job, stage: Stage, opened: OpenStage, report: StepReport, lr: floa
         "weight": report.weight, "cursor": state.cursor, "tokens_per_second": report.tokens / seconds,
         "tokens_per_second_per_rank": report.tokens / seconds / world, "model_tflops": rate / 1e12,
         "mfu": rate / peak if peak else None, "hfu": executed / peak if peak else None,
-        "memory_gib": memory_gib(job.ranks.device), "theta": stage.theta, "seq_len": stage.seq_len,
+        "memory_gib": memory_gib(device), "theta": stage.theta, "seq_len": stage.seq_len,
         "cp": opened.cp_size, "dp": world // opened.cp_size,
         "data": {key: opened.data.stats()[key] for key in ("padding", "cut", "epochs")},
         "seconds": {"step": seconds, **report.seconds}, "time": time.time(),
     }  # fmt: skip
-    job.metrics.step(line)
-    job.display.step(stage, state.stage_step, line)
+    recorder.metrics.step(line)
+    recorder.display.step(stage, state.stage_step, line)
 
 
-def _finish(job: Job, stage: Stage, opened: OpenStage) -> None:
-    """Export, held-out loss and evaluation of a trained stage, once; finished.json is the mark."""
-    folder = job.run / "stages" / stage.name
+def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
+    """Export and evaluate a trained stage once; finished.json marks that it is done."""
+    context, state, recorder = training.context, training.state, training.recorder
+    folder = context.folder / "stages" / stage.name
     mark = folder / "finished.json"
-    if stage.name not in job.state.trained:
-        job.state.trained.append(stage.name)
-    if job.ranks.broadcast(mark.exists()):
-        if job.metrics:
-            job.metrics.stage_ended(job.state.step, job.state.tokens, json.loads(mark.read_text())["heldout_loss"])
+    if stage.name not in state.trained:
+        state.trained.append(stage.name)
+    if context.ranks.broadcast(mark.exists()):
+        if recorder.metrics:
+            recorder.metrics.stage_ended(state.step, state.tokens, json.loads(mark.read_text())["heldout_loss"])
         return
-    job.progress.at("hand-off", job.state.step)
-    heldout = opened.heldout_loss(job.engine, job.ranks)
-    opened.export(job.engine, job.ranks, folder / "model")
+    recorder.progress.at("hand-off", state.step)
+    heldout = opened.heldout_loss(training.engine, context.ranks)
+    opened.export(training.engine, context.ranks, folder / "model")
     facts = {
-        "stage": stage.name, "index": stage.index, "steps": job.state.stage_step,
-        "tokens": job.state.cursor * stage.seq_len,
-        "seconds": job.state.stage_seconds, "seq_len": stage.seq_len, "theta": stage.theta,
-        "heldout_loss": heldout, "model": str((folder / "model").relative_to(job.run)),
+        "stage": stage.name, "index": stage.index, "steps": state.stage_step,
+        "tokens": state.cursor * stage.seq_len,
+        "seconds": state.stage_seconds, "seq_len": stage.seq_len, "theta": stage.theta,
+        "heldout_loss": heldout, "model": str((folder / "model").relative_to(context.folder)),
     }  # fmt: skip
-    if job.ranks.first:
+    if context.ranks.first:
         words = "" if heldout is None else f", held-out loss {heldout:.4f}"
-        job.display.say(f"[bold]{stage.name}[/] done in {job.state.stage_seconds:.0f} s{words}: {folder / 'model'}")
-        if job.metrics:
-            job.metrics.stage_ended(job.state.step, job.state.tokens, heldout)
-        if job.evaluate is not None:
+        recorder.display.say(f"[bold]{stage.name}[/] done in {state.stage_seconds:.0f} s{words}: {folder / 'model'}")
+        if recorder.metrics:
+            recorder.metrics.stage_ended(state.step, state.tokens, heldout)
+        if training.after_stage is not None:
             (folder / "eval").mkdir(exist_ok=True)
-            job.evaluate(stage, folder / "model", folder / "eval")
+            training.after_stage(stage, folder / "model", folder / "eval")
         write_text(mark, json.dumps(facts, indent=1))
-    job.ranks.wait()
-
-
-def say_resumed(state: State, stages: Sequence[Stage]) -> None:
-    if state.step:
-        name = stages[min(state.stage, len(stages) - 1)].name
-        console.say(f"continuing at step {state.step} (stage {name}, {state.tokens:,} tokens done)")
+    context.ranks.wait()

@@ -1,6 +1,6 @@
-"""What a run finds out about this machine before a rank starts: device, dtype, attention kernel, memory.
+"""Checks of this machine before a rank starts: device, dtype, attention kernel and memory.
 
-Each is refused here where it would fail or crawl later, with the planner's own arithmetic.
+They refuse with the planner's arithmetic what would fail or be very slow later.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 
 def device_type(engine: EngineConfig) -> str:
-    """cuda or cpu: where the ranks will work."""
+    """The device type of the ranks: cuda or cpu."""
     return "cpu" if engine.device == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
 def kernel_of(model: ModelConfig, shape: Shape, device: str) -> str:
-    """The attention kernel that serves the model on this machine. Raises UserError where none does, or no fast one."""
+    """The attention kernel for the model on this machine. Raises UserError where none fits, or only a slow one."""
     from longctx.attention.kernels import Problem, explain
 
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
@@ -38,7 +38,7 @@ def kernel_of(model: ModelConfig, shape: Shape, device: str) -> str:
 
 
 def check_machine(config: TrainConfig, stages: Sequence[Stage], world: int, local_world: int) -> None:
-    """Raises UserError for an attention kernel or a memory that this machine has not; config: with its dtype."""
+    """Raise UserError where this machine lacks the attention kernel or the memory; config: a settled one."""
     shape, device = shape_of_model(config.model), device_type(config.engine)
     kernel = kernel_of(config.model, shape, device)
     if "memory" not in config.accept:
@@ -46,7 +46,7 @@ def check_machine(config: TrainConfig, stages: Sequence[Stage], world: int, loca
 
 
 def room_here(machines: Machines, device: str, kernel: str) -> DeviceLimits:
-    """This machine's memory. On a CPU each rank of the node gets an equal part."""
+    """The memory of a rank on this machine: its GPU's, or on CPUs an equal part of the node's."""
     if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
         return DeviceLimits(machines, device, kernel, memory, host_memory())
@@ -54,7 +54,7 @@ def room_here(machines: Machines, device: str, kernel: str) -> DeviceLimits:
 
 
 def host_memory() -> float:
-    """Bytes of this machine's memory, or of the control group this process is held to."""
+    """Bytes of this machine's memory, or the limit of this process's control group if that is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limits = []
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
@@ -66,7 +66,7 @@ def host_memory() -> float:
 
 
 def describe(model: ModelConfig, shape: Shape, device: str) -> str:
-    """The line a run begins with: what the numbers are kept in and which kernel attends."""
+    """The first line of a run: the dtypes of weights, masters and optimizer, and the attention kernel."""
     wide = "float64" if model.dtype == "float64" else "float32"
     masters = f"{model.dtype} weights" + (f" with {wide} masters" if model.dtype != wide else "")
     kernel = kernel_of(model, shape, device)

@@ -1,12 +1,13 @@
-"""metrics.jsonl, one line per step, is the record of a run; wandb, where wanted, mirrors it.
+"""metrics.jsonl records a run with one line per step; wandb, where wanted, mirrors it.
 
-Rank 0 writes both. A run that is continued cuts the lines after its checkpoint, so that each step stands there once and
-a killed run leaves the same file as an undisturbed one. The wandb run belongs to the run's folder: its id is written
-there before the first step, and a process that continues the run first gives wandb the rows that it does not have.
-Offline, where every process writes a folder of its own and a killed one leaves it empty, these are all rows: the newest
-folder holds the whole run, and at its end the older ones are marked so that `wandb sync` passes over them. Rows keep
-their numbers, so that what was synced before does not stand there twice. wandb's keys stand under train/, speed/,
-memory/, rope/, data/ and eval/ with tokens as the x axis.
+Rank 0 writes both. A continued run removes the lines after its checkpoint, so that the file has each step once and a
+killed run leaves the same file as an undisturbed one.
+
+The wandb run belongs to the run's folder: its id is written there before the first step. A process that continues the
+run first sends wandb the rows that it lacks. Offline these are all rows, because every process writes a folder of its
+own and a killed one leaves it empty. The newest folder then holds the whole run, and at the run's end the older ones
+are marked so that `wandb sync` skips them. Rows keep their numbers, so that no row is synced twice. wandb's keys begin
+with train/, speed/, memory/, rope/, data/ and eval/, and tokens are the x axis.
 """
 
 from __future__ import annotations
@@ -45,10 +46,12 @@ WANDB_KEYS = {
 
 
 class Metrics:
-    """Use on rank 0; `step` writes one line and hands it to wandb.
+    """The metrics of a run, on rank 0.
 
-    last_step: the step of the checkpoint that the run goes on from. A row's number in wandb is its step plus the number
-    of stages that ended before it, so that the held-out loss at a stage's end has a number of its own.
+    last_step: the step of the checkpoint that the run continues from.
+
+    A row's number in wandb is its step plus the number of stages that ended before it, so
+    that the held-out loss at a stage's end has a number of its own.
     """
 
     def __init__(self, run: Path, config: LoggingConfig, resolved: Mapping[str, Any], *, last_step: int) -> None:
@@ -66,7 +69,7 @@ class Metrics:
         self._mirror(line)
 
     def stage_ended(self, step: int, tokens: int, heldout_loss: float | None) -> None:
-        """Hand the held-out loss at a stage's end to wandb; in the run's folder it stands in finished.json."""
+        """Send the held-out loss at a stage's end to wandb; in the run's folder, finished.json has it."""
         self._ended += 1
         if heldout_loss is not None:
             self._mirror({"step": step, "tokens": tokens, "heldout_loss": heldout_loss})
@@ -87,7 +90,7 @@ class Metrics:
             self._wandb.log(wandb_line(line), step=number, commit=True)
 
     def _replay(self, run: Path) -> None:
-        """Give wandb what earlier processes recorded. The end of the last stage is the loop's to report."""
+        """Send wandb the rows of earlier processes. The loop reports the end of the last stage."""
         last: dict[str, Any] = {}
         for _, lines in groupby(read(self.path), key=lambda line: line["stage"]):
             if last:
@@ -109,7 +112,7 @@ class Metrics:
             self._file = None
 
     def _keep_until(self, step: int) -> None:
-        """Cut lines of steps that will be done again, and a line that a kill left half-written."""
+        """Remove the lines of steps that will be done again, and a line that a kill left half-written."""
         if not self.path.exists():
             return
         lines = self.path.read_text(errors="replace").splitlines(keepends=True)
@@ -131,7 +134,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def wandb_line(line: Mapping[str, Any]) -> dict[str, Any]:
-    """A line under wandb's keys; the split of a step's time becomes speed/seconds_*."""
+    """A line under wandb's keys; the seconds of a step's phases become speed/seconds_*."""
     out = {WANDB_KEYS[key]: value for key, value in line.items() if key in WANDB_KEYS and value is not None}
     out |= {f"speed/seconds_{phase}": value for phase, value in line.get("seconds", {}).items()}
     out |= {f"data/{key}": value for key, value in line.get("data", {}).items()}
@@ -159,7 +162,7 @@ def _start_wandb(run: Path, config: LoggingConfig, resolved: Mapping[str, Any]) 
 
 
 def memory_gib(device: torch.device) -> float:
-    """High-water mark of this rank: the device's allocator, or the process's resident set on a CPU."""
+    """The most GiB that this rank has held: of the device's allocator, or of the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,7 +1,7 @@
-"""What is refused before a rank starts: every mistake that settings, files, headers and the disk already show.
+"""Checks before a rank starts: they refuse every mistake that settings, files, headers and the disk show.
 
-`check` needs neither torch nor transformers and answers in about a second; `check_libraries` loads what the
-ranks will load anyway. Documents are tokenized after both.
+`check` needs neither torch nor transformers and answers in about a second. `check_libraries` imports the libraries that
+the ranks need anyway. Documents are tokenized after both.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ GIB = 2.0**30
 
 
 def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_world: int) -> None:
-    """Refuse what would fail in every rank; the cheapest checks come first. Raises UserError.
+    """Raise UserError for what would fail in every rank; the cheapest checks come first.
 
     world, local_world: the ranks that will train, and those of them on this node.
     """
@@ -50,7 +50,7 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
 
 
 def check_settings(config: TrainConfig) -> None:
-    """What the settings alone show."""
+    """Raise UserError for mistakes that the settings alone show."""
     if config.launch.nproc < 1:
         raise UserError(f"launch.nproc={config.launch.nproc} must be 1 or more ranks (configs/train.yaml)")
     if config.model.attention != "longctx":
@@ -65,7 +65,7 @@ def check_settings(config: TrainConfig) -> None:
 
 
 def check_engine(config: EngineConfig) -> None:
-    """Numbers that must be positive, and a package that the engine lacks."""
+    """Raise UserError for engine numbers that must be positive and for a missing deepspeed."""
     where = "configs/engine"
     if config.timeout_seconds <= 0 or config.micro_batch_tokens < 1:
         raise UserError(
@@ -86,7 +86,7 @@ def check_profile(config: ProfileConfig) -> None:
 
 
 def check_logging(config: LoggingConfig) -> None:
-    """wandb is installed where it is wanted, and knows an account where it shall be online."""
+    """Raise UserError where wandb is wanted and not installed, or wanted online without an account."""
     if config.wandb == "disabled":
         return
     where = "or set logging.wandb=disabled (configs/logging)"
@@ -107,14 +107,14 @@ def _wandb_knows_us() -> bool:
     login: Any = wandb.login
     try:
         return bool(login(prompt=False))
-    except TypeError:  # an older wandb asks on the terminal where it knows nobody
+    except TypeError:  # an older wandb, which would ask on the terminal
         return True
     except Exception:  # a key that wandb itself finds unusable
         return False
 
 
 def check_freeze(patterns: Sequence[str], names: Sequence[str]) -> None:
-    """Raises UserError for a pattern that matches no parameter. names: as training calls them; none known: no check."""
+    """Raise UserError for a pattern that matches no parameter. names: training's names; empty: nothing is checked."""
     for pattern in patterns if names else ():
         if not any(fnmatch(name, pattern) for name in names):
             raise UserError(
@@ -125,20 +125,20 @@ def check_freeze(patterns: Sequence[str], names: Sequence[str]) -> None:
 
 
 def _names(values: dict[str, Any]) -> list[str]:
-    """Parameters as training calls them, biases that some families have included."""
+    """The names that parameters have in training, including the biases that some model families have."""
     weights = [f"model.{name}" for name in expected_shapes(values)]
     return weights + [name.removesuffix("weight") + "bias" for name in weights if "_proj" in name]
 
 
 def cache_folder(config: TrainConfig) -> Path:
-    """Where the run's tokenized documents are."""
+    """The folder of the run's tokenized documents."""
     return Path(config.cache).expanduser() if config.cache else Path(config.folder) / "data"
 
 
 def check_folders(config: TrainConfig) -> None:
-    """The run's folder and the cache can be written to. Raises UserError."""
+    """Raise UserError where the run's folder or the cache cannot be written to."""
     for folder, key in ((Path(config.folder), "run_dir"), (cache_folder(config), "cache")):
-        above = _standing(folder)
+        above = _nearest_existing(folder)
         if not above.is_dir():
             raise UserError(f"{key}={folder} cannot be made: {above} is a file; choose another {key}=")
         if not os.access(above, os.W_OK | os.X_OK):
@@ -148,9 +148,9 @@ def check_folders(config: TrainConfig) -> None:
 
 
 def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, source_bytes: int) -> None:
-    """The disks hold what the run will write: checkpoints, the stages' models, tokenized documents.
+    """Raise UserError where a disk lacks space for what the run will write, unless `accept` has `disk`.
 
-    Raises UserError with needed and free, unless `accept` has `disk`.
+    A run writes checkpoints, the stages' models and tokenized documents.
     """
     if "disk" in config.accept:
         return
@@ -171,10 +171,10 @@ def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, so
     }
     needed: dict[int, float] = {}
     for folder, size in parts.values():
-        device = _standing(folder).stat().st_dev
+        device = _nearest_existing(folder).stat().st_dev
         needed[device] = needed.get(device, 0.0) + size
     for folder in (run, cache):
-        above = _standing(folder)
+        above = _nearest_existing(folder)
         free, want = shutil.disk_usage(above).free, needed[above.stat().st_dev]
         if want > free:
             listed = ", ".join(f"{name} {_gib(size)}" for name, (_, size) in parts.items() if size > 0.01 * want)
@@ -185,7 +185,7 @@ def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, so
             )
 
 
-def _standing(folder: Path) -> Path:
+def _nearest_existing(folder: Path) -> Path:
     """The nearest path above `folder` that exists."""
     whole = folder.absolute()
     return next(path for path in (whole, *whole.parents) if path.exists())
@@ -196,7 +196,7 @@ def _gib(size: float) -> str:
 
 
 def check_libraries(config: TrainConfig) -> Any:
-    """What torch and transformers say of the device, the tokenizer and the model's config; returns the tokenizer."""
+    """Check the device, the model's config and the tokenizer with torch and transformers; return the tokenizer."""
     from longctx.data.tokenizer import load_tokenizer
     from longctx.distributed.ranks import choose_device
     from longctx.model.architectures import check_config

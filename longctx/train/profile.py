@@ -1,6 +1,4 @@
-"""A window of steps under torch.profiler: profile.steps=[10,12] writes RUN/profile/step10-12.json (Chrome,
-Perfetto).
-"""
+"""torch.profiler over some steps: profile.steps=[10,12] writes RUN/profile/step10-12.json (Chrome, Perfetto)."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class ProfileWindow:
-    """Rank 0 only; steps are global and 0-based, the end is exclusive."""
+    """Records steps [first, end) of the run, counted from 0, on rank 0."""
 
     def __init__(self, config: ProfileConfig, run: Path, ranks: Ranks) -> None:
         self._steps = tuple(config.steps) if config.steps is not None and ranks.first else None
@@ -33,12 +31,12 @@ class ProfileWindow:
             self._active.__enter__()
 
     def after(self, done: int) -> None:
-        """done: steps finished so far."""
+        """Stop at the end of the recorded steps; done: steps finished so far."""
         if self._steps is not None and done >= self._steps[1]:
             self.close()
 
     def close(self) -> None:
-        """Write what has been traced, also where the run ends inside the window."""
+        """Write the trace so far, also where the run ends before the last recorded step."""
         if self._active is None or self._steps is None:
             return
         self._active.__exit__(None, None, None)

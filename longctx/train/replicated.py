@@ -1,8 +1,8 @@
-"""engine=ddp: every rank holds everything; gradients live in one flat buffer, reduced once per step.
+"""engine=ddp: every rank holds all weights; gradients are in one flat buffer, which is reduced once per step.
 
-For small models this beats bucketed DDP (one collective, no hooks) and, unlike it, adds in the same order
-before and after a restart, so that resuming is bit-identical on any number of ranks. With one process there
-is no wrapper and no collective. bf16 weights get fp32 master copies and fp32 gradient accumulation.
+For small models this is faster than bucketed DDP (one collective, no hooks). Unlike DDP it adds in the same order
+before and after a restart, so that a resumed run is bit-identical on any number of ranks. One process needs no
+wrapper and no collective. bfloat16 weights get fp32 masters and fp32 gradient accumulation.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from longctx.train.engine import decay_groups, trainable
 from longctx.train.fragments import Fragment, FragmentReader, Kind
+from longctx.train.parameters import decay_groups, trainable
 
 if TYPE_CHECKING:
     from longctx.config.train import OptimConfig
@@ -26,7 +26,7 @@ MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 
 
 class ReplicatedEngine:
-    """See longctx.train.engine.Engine."""
+    """The engine that keeps all weights on every rank; see longctx.train.engine.Engine for its methods."""
 
     def __init__(self, optim: OptimConfig, model: LossModel, ranks: Ranks) -> None:
         self.model, self.ranks, self.clip = model.to(ranks.device), ranks, optim.clip

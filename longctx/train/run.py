@@ -1,23 +1,23 @@
-"""`longctx train`: check what can be checked, start the ranks if need be, train, and hand over to the hooks.
+"""Training in this process: check what can be checked, join the other ranks, load the model, train all stages.
 
-One process with launch.nproc > 1 and no launcher around it starts the ranks itself; under torchrun or srun
-each rank comes here on its own. Mistakes are refused before any rank starts.
+The process is a run's only one, or one rank of several. Who starts ranks, and what follows training, is not decided
+here (`longctx.run`). Mistakes are refused before the model is loaded.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from fnmatch import fnmatch
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
 from longctx.distributed import ranks as worlds
-from longctx.distributed.launcher import launcher_environment, leave_launcher
+from longctx.distributed.launcher import launcher_environment
 from longctx.shape import shape_of_model
 from longctx.signals import SAVED_AND_REQUEUE, StopRequest, all_saved, interrupted_words, stop_request
 from longctx.train import exhausted, preflight, runfolder
@@ -27,60 +27,74 @@ from longctx.train.runfolder import with_dtype
 if TYPE_CHECKING:
     from longctx.curriculum import Stage
     from longctx.distributed.ranks import Ranks
+    from longctx.train.engine import Engine
+    from longctx.train.loop import AfterStage
+    from longctx.train.run_context import RunContext
+
+# Gives the patterns of the parameters that the run's adapter will not carry.
+NotCarried = Callable[[], Sequence[str]]
 
 
-def run(config: TrainConfig) -> int:
-    """Train, then run the post-training hooks. Returns the exit status."""
-    config = settled(config)
-    status = train(config)
-    if status == 0 and launcher_environment()["RANK"] == "0":
-        leave_launcher()  # what the hooks train beside this run is theirs to start
-        all_saved("training is done")
-        with runfolder.held(Path(config.folder)):
-            status = int(_hooks().after_training(config, Path(config.folder)) or 0)
-    return status
+def train(
+    config: TrainConfig,
+    *,
+    not_carried: NotCarried = list,
+    after_stage: AfterStage | None = None,
+    checked: bool = False,
+) -> int:
+    """Train all stages in this process. Returns 0, or the status of what ended the run.
 
-
-def train(config: TrainConfig, *, prepared: bool = False) -> int:
-    """Train all stages, here or on ranks started for it; 0, or the status of what ended the run.
-
-    prepared: the process that started this rank has checked everything and tokenized the documents.
+    not_carried: gives the patterns of the parameters that the run's adapter will not carry; optim.freeze=auto freezes
+    them. after_stage: called on rank 0 at the end of each stage, see `longctx.train.loop.AfterStage`. checked: the
+    process that started this one has checked everything and tokenized the documents. Raises UserError for what the
+    checks refuse.
     """
-    config = settled(config)
-    environment = launcher_environment()
-    world, local_world = int(environment["WORLD_SIZE"]), int(environment["LOCAL_WORLD_SIZE"])
-    starts_ranks = world == 1 and config.launch.nproc > 1
-    if starts_ranks:
-        world = local_world = config.launch.nproc
-    if starts_ranks or world == 1:
-        stages = resolve_stages(config)
-        preflight.check(config, stages, world=world, local_world=local_world)
-        check_machine(config, stages, world, local_world)
-    if not starts_ranks:
-        return run_rank(config, prepared=prepared)
-    with runfolder.held(Path(config.folder)):
-        folder = runfolder.prepare(config)
-    prepare_data(config, resolve_stages(config), preflight.check_libraries(config))
-    from longctx.train.launch import start_ranks
+    config = settled(config, not_carried=not_carried)
+    stages = None
+    if not checked and launcher_environment()["WORLD_SIZE"] == "1":
+        stages = checked_stages(config, world=1, local_world=1)
+    stop = stop_request()
+    interrupted_words(lambda: runfolder.where(Path(config.folder)))
+    try:
+        ranks = worlds.start(config.engine.device, config.engine.timeout_seconds)
+        if not ranks.first:
+            console.silence()
+        # Another node may not see the run's folder, which says what a continued run freezes: rank 0 decides.
+        config = replace(config, optim=replace(config.optim, freeze=ranks.broadcast(config.optim.freeze)))
+        _set_threads(config, ranks)
+        with ExitStack() as held:
+            with ranks.agree("checking the command and the run's folder"):
+                if stages is None and not checked and ranks.local_rank == 0:  # each node has its own disk
+                    stages = checked_stages(config, world=ranks.world, local_world=ranks.local_world)
+                if ranks.first:
+                    held.enter_context(runfolder.held(Path(config.folder)))
+                    runfolder.prepare(config)
+            with ranks.agree("reading the curriculum"):
+                stages = stages or resolve_stages(config)
+            return _train(_context(config, ranks, stages, stop, checked=checked), not_carried, after_stage)
+    finally:
+        stop.close()
+        worlds.stop()
 
-    return start_ranks(config.launch, folder / "config.yaml", preflight.cache_folder(config))
 
-
-def settled(config: TrainConfig) -> TrainConfig:
-    """The config with model.dtype=auto and optim.freeze=auto decided, or as the run that is continued began."""
+def settled(config: TrainConfig, *, not_carried: NotCarried = list) -> TrainConfig:
+    """The config with model.dtype=auto and optim.freeze=auto decided; a run that is continued keeps its own."""
     config = with_dtype(config)
     if config.optim.freeze != "auto":
         return config
-    began = runfolder.frozen(Path(config.folder))
-    freeze = _hooks().left_out(config) if began is None else began
-    return replace(config, optim=replace(config.optim, freeze=freeze))
+    stored = runfolder.frozen(Path(config.folder))
+    return replace(config, optim=replace(config.optim, freeze=list(not_carried()) if stored is None else stored))
 
 
-def _hooks() -> Any:
-    """What runs after stages and after training: named, not imported, for train and eval know nothing of
-    each other.
+def checked_stages(config: TrainConfig, *, world: int, local_world: int) -> list[Stage]:
+    """The stages of a settled config, once everything that needs no ranks has been checked. Raises UserError.
+
+    world, local_world: the ranks that will train, and those of them on this node.
     """
-    return import_module("longctx.hooks")
+    stages = resolve_stages(config)
+    preflight.check(config, stages, world=world, local_world=local_world)
+    check_machine(config, stages, world, local_world)
+    return stages
 
 
 def resolve_stages(config: TrainConfig) -> list[Stage]:
@@ -94,9 +108,9 @@ def resolve_stages(config: TrainConfig) -> list[Stage]:
 
 
 def prepare_data(config: TrainConfig, stages: list[Stage], tokenizer: Any) -> None:
-    """Tokenize and plan the documents of the stages that are left. Raises UserError.
+    """Tokenize and plan the documents of all unfinished stages. Raises UserError.
 
-    A stage whose data cannot be trained is thus refused now and not after days.
+    A later stage whose data cannot be trained is thus refused before the first one begins.
     """
     from longctx.data.opening import check_stages
 
@@ -105,32 +119,6 @@ def prepare_data(config: TrainConfig, stages: list[Stage], tokenizer: Any) -> No
         config.data, left, tokenizer=tokenizer, seed=config.seed, cache=preflight.cache_folder(config),
         vocab_size=shape_of_model(config.model).vocab,
     )  # fmt: skip
-
-
-def run_rank(config: TrainConfig, *, prepared: bool = False) -> int:
-    """This rank's part of the run, from joining the others to leaving them."""
-    stop = stop_request()
-    interrupted_words(lambda: runfolder.where(Path(config.folder)))
-    try:
-        ranks = worlds.start(config.engine.device, config.engine.timeout_seconds)
-        if not ranks.first:
-            console.silence()
-        # Rank 0 may be the only one that sees what the run in the folder began with.
-        config = replace(config, optim=replace(config.optim, freeze=ranks.broadcast(config.optim.freeze)))
-        _set_threads(config, ranks)
-        with ExitStack() as mine:
-            with ranks.agree("checking the command and the run's folder"):
-                if ranks.world > 1 and not prepared and ranks.local_rank == 0:  # each node has a disk of its own
-                    stages = resolve_stages(config)
-                    preflight.check(config, stages, world=ranks.world, local_world=ranks.local_world)
-                    check_machine(config, stages, ranks.world, ranks.local_world)
-                if ranks.first:
-                    mine.enter_context(runfolder.held(Path(config.folder)))
-                    runfolder.prepare(config)
-            return _train(config, ranks, stop, prepared=prepared)
-    finally:
-        stop.close()
-        worlds.stop()
 
 
 def _set_threads(config: TrainConfig, ranks: Ranks) -> None:
@@ -142,70 +130,84 @@ def _set_threads(config: TrainConfig, ranks: Ranks) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
 
 
-def _train(config: TrainConfig, ranks: Ranks, stop: StopRequest, *, prepared: bool) -> int:
+def _context(config: TrainConfig, ranks: Ranks, stages: list[Stage], stop: StopRequest, *, checked: bool) -> RunContext:
+    """Seed this rank, load the tokenizer and, unless that is done, tokenize the documents (once per node)."""
     import torch
     from transformers.utils import logging as hf_logging
 
-    from longctx.model import LossModel, model_of
-    from longctx.train import engine as engines
-    from longctx.train import loop
-    from longctx.train.checkpoint import Checkpoints, State
-    from longctx.train.display import Display
-    from longctx.train.heartbeat import Progress, Watcher
-    from longctx.train.metrics import Metrics
-    from longctx.train.profile import ProfileWindow
+    from longctx.train.run_context import RunContext
 
-    hf_logging.disable_progress_bar()  # a bar per rank says nothing that the run's own display does not
+    hf_logging.disable_progress_bar()  # the run has a display of its own
     torch.manual_seed(config.seed + ranks.rank)
-    run = Path(config.folder)
-    stages = resolve_stages(config)
-    console.say(describe(config.model, shape_of_model(config.model), ranks.device.type))
+    shape = shape_of_model(config.model)
+    console.say(describe(config.model, shape, ranks.device.type))
     with ranks.agree("preparing the tokenizer and the data"):
         tokenizer = preflight.check_libraries(config)
-        if not prepared and ranks.local_rank == 0:
+        if not checked and ranks.local_rank == 0:
             prepare_data(config, stages, tokenizer)
+    flops = shape.flops(recompute=config.model.memory.checkpoint)
+    return RunContext(
+        config=config, folder=Path(config.folder), ranks=ranks, stages=stages, tokenizer=tokenizer, flops=flops,
+        stop=stop,
+    )  # fmt: skip
+
+
+def _load_engine(context: RunContext, not_carried: NotCarried) -> Engine:
+    """Load the model, ready for long sequences, into the engine that the config names."""
+    from longctx.model import LossModel, model_of
+    from longctx.train import engine as engines
+
+    config, ranks = context.config, context.ranks
     place = engines.placer(config.engine, config.optim, config.model.dtype, ranks)
-    with ranks.agree("loading the model"), exhausted.explained(config, stages[0], ranks, "loading the model for"):
+    loading = exhausted.explained(config, context.stages[0], ranks, "loading the model for")
+    with ranks.agree("loading the model"), loading:
         hf = model_of(config.model, place)
-    counted = shape_of_model(config.model).flops(recompute=config.model.memory.checkpoint)
     model = LossModel(hf, config.model.memory, z_loss=config.optim.z_loss)
     engine = engines.build(config.engine, config.optim, model, ranks)
-    _say_frozen(config, list(engine.shapes()))
+    _say_frozen(config, list(engine.shapes()), not_carried())
+    return engine
+
+
+def _train(context: RunContext, not_carried: NotCarried, after_stage: AfterStage | None) -> int:
+    """Load model and checkpoint, then train the stages that are left."""
+    from longctx.train import loop, place
+    from longctx.train.checkpoint import Checkpoints, State
+    from longctx.train.heartbeat import Progress, Watcher
+    from longctx.train.run_context import Recorder
+
+    config, ranks, stop = context.config, context.ranks, context.stop
+    engine = _load_engine(context, not_carried)
     progress = Progress()
     watcher = Watcher(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
-    checkpoints = Checkpoints(run, ranks, keep=config.checkpoint.keep, spare_gib=config.checkpoint.spare_gib)
+    checkpoints = Checkpoints(context.folder, ranks, keep=config.checkpoint.keep, spare_gib=config.checkpoint.spare_gib)
     state = checkpoints.load(engine) or State()
-    all_saved(loop.saved_words(state.step))
-    loop.find_place(state, stages)
-    loop.say_resumed(state, stages)
-    profile, metrics = ProfileWindow(config.profile, run, ranks), None
-    if ranks.first:
-        metrics = Metrics(run, config.logging, runfolder.to_dict(config), last_step=state.step)
+    all_saved(place.saved_words(state.step))
+    place.find_place(state, context.stages)
+    place.say_resumed(state, context.stages)
+    recorder = Recorder.open(context, progress, last_step=state.step)
+    training = loop.Training(
+        context=context, engine=engine, state=state, recorder=recorder, after_stage=after_stage,
+        saving=loop.Saving(checkpoints=checkpoints, step=state.step),
+    )  # fmt: skip
     try:
-        with Display(config.logging.display, config.logging.every, stages, first=ranks.first) as display:
-            job = loop.Job(
-                config, run, ranks, stages, engine, tokenizer, checkpoints, state, metrics, display, stop,
-                counted, profile, _hooks().after_stage(config), progress, saved_step=state.step,
-            )  # fmt: skip
-            status = loop.run_stages(job)
-        if ranks.any(stop.asked):  # also after the last step: what is due after training can be done later
+        with recorder.display:
+            status = loop.run_stages(training)
+        if ranks.any(stop.asked):  # also after the last step: what follows training can be done later
             status = SAVED_AND_REQUEUE
         ranks.wait()
         if status == SAVED_AND_REQUEUE:
-            saved = loop.saved_words(job.saved_step)
+            saved = place.saved_words(training.saving.step)
             console.say(f"longctx: {stop.name or 'a signal'}: {saved}; the same command continues the run")
         return status
     finally:
         watcher.close()
-        profile.close()
-        if metrics:
-            metrics.close()
+        recorder.close()
         engine.close()
 
 
-def _say_frozen(config: TrainConfig, trained: list[str]) -> None:
-    """One line about what is not trained, or is trained and will be missing in the adapter."""
-    lost = [name.removeprefix("model.") for name in trained if any(fnmatch(name, p) for p in _hooks().left_out(config))]
+def _say_frozen(config: TrainConfig, trained: Sequence[str], not_carried: Sequence[str]) -> None:
+    """Say in one line what is trained but missing in the adapter, or else what is not trained."""
+    lost = [name.removeprefix("model.") for name in trained if any(fnmatch(name, p) for p in not_carried)]
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         console.say(

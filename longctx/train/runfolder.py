@@ -1,6 +1,6 @@
-"""The run's folder: its resolved config, what it was made from, and what may differ when the run is continued.
+"""The run's folder: its resolved config, the hashes of its inputs, and the check of both when a run is continued.
 
-Identity keys (model, data, curriculum, optim, seed) may not change under a run; everything else may. Where such a key
+The identity keys (model, data, curriculum, optim, seed) must not change during a run; all others may. Where such a key
 is a path, the content of the files decides (inputs.json has their hashes), so that a run, its model and its documents
 may be moved. A change is refused with the differing keys, unless `accept` names it or the user takes a new name. A run
 without a checkpoint has no identity yet: its config is replaced.
@@ -38,25 +38,25 @@ FREE_INSIDE = ("model.memory", "model.attention", "model.attention_kernel")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """The resolved config as plain values, as it stands in config.yaml."""
+    """The resolved config as plain values, as config.yaml has it."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def fingerprint(config: TrainConfig) -> str:
-    """sha256 over every key: what ranks compare."""
+    """The sha256 over every key, which ranks compare."""
     return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()
 
 
 def read(path: Path) -> TrainConfig:
-    """The config.yaml of a run's folder, through the same door as any other config; the run is where the file lies."""
+    """The validated config of a run's config.yaml; its run_dir is that file's folder."""
     config = build(TrainConfig, yaml.safe_load(path.read_text()), origin=str(path))
     return dataclasses.replace(config, run_dir=str(path.parent))
 
 
 def with_dtype(config: TrainConfig) -> TrainConfig:
-    """The config with model.dtype in place of auto: the dtype of the run that is continued, else the model's own.
+    """The config with model.dtype=auto decided: the dtype of the run that is continued, else the model's own.
 
-    The run's config.yaml then holds a name, so a run keeps its dtype whatever auto would say later.
+    config.yaml then has the decided name, so that a run keeps its dtype.
     """
     if config.model.dtype != "auto":
         return config
@@ -76,7 +76,9 @@ def _stored_dtype(stored: Path) -> Any:
 
 
 def prepare(config: TrainConfig) -> Path:
-    """Make or continue the run's folder: check identity, write config.yaml. For rank 0 or the launcher, which holds it.
+    """Make or continue the run's folder: check identity, write config.yaml.
+
+    Only the process that holds the folder calls it: rank 0, or the process that starts the ranks.
 
     Raises UserError naming the identity keys that differ from the run already there.
     """
@@ -89,7 +91,7 @@ def prepare(config: TrainConfig) -> Path:
         if has_step(folder):
             _refuse(folder, [change for change in changes if not _accepted(change.key, config.accept)])
             inputs = {**recorded, **inputs}
-        elif changes:  # another run: wandb shall not add its steps to those of the first one
+        elif changes:  # another run: wandb must not add its steps to those of the first one
             (folder / WANDB_ID).unlink(missing_ok=True)
     write_text(folder / INPUTS, json.dumps(inputs, indent=1))
     write_text(stored, yaml.safe_dump(to_dict(config), sort_keys=False))
@@ -97,21 +99,21 @@ def prepare(config: TrainConfig) -> Path:
 
 
 def has_step(folder: Path) -> bool:
-    """Whether the run in the folder has trained: a checkpoint or the mark of a finished stage says so."""
+    """Whether the run in the folder has a checkpoint or a finished stage."""
     marks = ("stages/*/checkpoints/step*/manifest.json", "stages/*/finished.json")
     return any(True for pattern in marks for _ in folder.glob(pattern))
 
 
 def frozen(folder: Path) -> list[str] | None:
-    """What the run in the folder does not train; None where it has not trained yet."""
+    """The patterns of the parameters that the run in the folder freezes; None where it has not trained yet."""
     return yaml.safe_load((folder / "config.yaml").read_text())["optim"]["freeze"] if has_step(folder) else None
 
 
 def check_documents(config: TrainConfig, documents: Mapping[str, str]) -> None:
-    """Hold the documents that a stage reads against those that the run has read before, and record them (rank 0).
+    """Compare a stage's documents with those that the run has read before, and record them (rank 0).
 
     documents: per source, a hash of its documents and their tokens. Raises UserError where a run that has trained would
-    read others from here on, and `accept` does not say that it is meant.
+    now read other documents, and `accept` does not allow it.
     """
     folder = Path(config.folder)
     recorded = _recorded(folder)
@@ -138,9 +140,9 @@ def _made(folder: Path) -> Path:
 
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """The run is this process's alone (rank 0 of a run): two of them would write over each other's checkpoints.
+    """Lock the run's folder for this process: two runs would overwrite each other's checkpoints.
 
-    Raises UserError naming who has it. A file lock, so it ends with the process, whatever ends it.
+    Raises UserError that names the process that holds it. It is a file lock, so it ends with the process in any case.
     """
     with open(_made(folder) / ".lock", "a+") as file:
         try:
@@ -154,7 +156,7 @@ def held(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         else:
-            sweep(folder)  # what a killed process of this run left half-written
+            sweep(folder)  # files that a killed process of this run left half-written
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -162,34 +164,34 @@ def held(folder: Path) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Change:
-    """An identity key that differs, and how, in words. part: a whole section came or went with it."""
+class IdentityChange:
+    """An identity key that differs, with a message; part: a whole section was added or removed."""
 
     key: str
     words: str
     part: bool = False
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, known: Mapping[str, Any]) -> list[Change]:
-    """Every identity key that differs; a key unknown to one side counts as null, a section as a whole.
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, known: Mapping[str, Any]) -> list[IdentityChange]:
+    """Every identity key that differs; a missing key counts as null, a missing section as one change.
 
     known: the keys whose files are compared by content, so that their paths may differ.
     """
     return [change for key in IDENTITY for change in _compare(key, before.get(key), now.get(key), known)]
 
 
-def _compare(key: str, old: Any, new: Any, known: Mapping[str, Any]) -> Iterator[Change]:
+def _compare(key: str, old: Any, new: Any, known: Mapping[str, Any]) -> Iterator[IdentityChange]:
     if key in FREE_INSIDE or _names_known_files(key, known) or old == new:
         return
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for inner in dict.fromkeys([*new, *old]):
             yield from _compare(f"{key}.{inner}", old.get(inner), new.get(inner), known)
     elif old is None and isinstance(new, Mapping):
-        yield Change(key, f"{key} is new", part=True)
+        yield IdentityChange(key, f"{key} is new", part=True)
     elif isinstance(old, Mapping) and new is None:
-        yield Change(key, f"{key} is gone", part=True)
+        yield IdentityChange(key, f"{key} is gone", part=True)
     else:
-        yield Change(key, f"{key} was {old!r}, now {new!r}")
+        yield IdentityChange(key, f"{key} was {old!r}, now {new!r}")
 
 
 def _names_known_files(key: str, known: Mapping[str, Any]) -> bool:
@@ -199,11 +201,11 @@ def _names_known_files(key: str, known: Mapping[str, Any]) -> bool:
     return key in known or (key.endswith(".path") and key.removesuffix(".path") in known)
 
 
-def _refuse(folder: Path, changes: list[Change]) -> None:
-    """Raise UserError with what changed and the shortest `accept` that covers it, unless nothing did."""
+def _refuse(folder: Path, changes: list[IdentityChange]) -> None:
+    """Raise UserError with the changes and the shortest `accept` that covers them, if there are any."""
     if not changes:
         return
-    groups: dict[str, list[Change]] = {}
+    groups: dict[str, list[IdentityChange]] = {}
     for change in changes:
         groups.setdefault(change.key.split(".")[0], []).append(change)
     keys = [name if len(own) > 1 or own[0].part else own[0].key for name, own in groups.items()]
@@ -216,7 +218,7 @@ def _refuse(folder: Path, changes: list[Change]) -> None:
 
 
 def _inputs(config: TrainConfig) -> dict[str, dict[str, str]]:
-    """Hashes of the files that identity keys name. Documents come later, when a stage opens them."""
+    """Hashes of the files that identity keys name; those of documents are added when a stage opens them."""
     model = config.model.path
     return {
         "model.path": contents(model, MODEL),
@@ -230,23 +232,25 @@ def _recorded(folder: Path) -> dict[str, dict[str, str]]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _other_files(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> Iterator[Change]:
-    """A change per key whose files have other contents than those recorded."""
+def _other_files(
+    before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
+) -> Iterator[IdentityChange]:
+    """A change for each key whose files differ from the recorded hashes."""
     for key, files in now.items():
         old = before.get(key, files)
         names = [name for name in dict.fromkeys([*files, *old]) if old.get(name) != files.get(name)]
         if names:
             shown = ", ".join(name for name in names[:3] if name)
-            yield Change(key, f"{key} holds other files than at the start" + (f" ({shown})" if shown else ""))
+            yield IdentityChange(key, f"{key} holds other files than at the start" + (f" ({shown})" if shown else ""))
 
 
 def where(folder: Path) -> str:
-    """What remains of a run that ends here, in words."""
+    """The last checkpoint of a run that ends now, in words."""
     pointer = folder / "latest.json"
     if not pointer.exists():
         return "no checkpoint was written yet"
     step = json.loads(pointer.read_text())["checkpoint"].rsplit("step", 1)[-1]
-    return f"the checkpoint of step {int(step)} stands, the same command continues the run"
+    return f"the checkpoint of step {int(step)} is saved, the same command continues the run"
 
 
 def _accepted(key: str, accept: list[str]) -> bool:

@@ -1,8 +1,8 @@
-"""One optimizer step, exact whatever the ranks: sum(w * loss) * world / global sum(w) over the whole window.
+"""One optimizer step: sum(w * loss) * world / global sum(w) over all micro-batches, exact on any number of ranks.
 
-The weights are counted once per sequence and summed over all ranks before the first backward, so that neither
-uneven documents, nor ranks without labels, nor accumulation change the gradient. The engine averages over
-ranks, which cancels the factor `world`. Accumulation is owned here, not by an engine.
+The loss weights are summed over all micro-batches and ranks before the first backward pass, so that uneven documents,
+ranks without labels and accumulation do not change the gradient. The engine averages over ranks, which cancels the
+factor `world`. This module accumulates; the engines do not.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHECK_SECONDS = 5.0
 
 @dataclass
 class Timer:
-    """Seconds by phase. On a GPU the phases are those of the host unless `device` is synchronised."""
+    """Seconds by phase; on a GPU each lap waits until the device is done."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
@@ -41,10 +41,13 @@ class Timer:
 
 @dataclass
 class StepReport:
-    """What a step did, equal on all ranks but for `seconds`.
+    """The result of a step, equal on all ranks except for `seconds` and `wait`.
 
-    tokens, weight, pairs: over all ranks and micro-batches; loss: mean over `weight`; tail_loss: the same
-    over the last quarter of each sequence, where asked for. votes: per question, whether any rank said yes.
+    loss: the mean over `weight`.
+    tail_loss: the same over the last quarter of each sequence, where asked for.
+    tokens, weight, pairs: summed over all ranks and micro-batches.
+    votes: for each question, whether any rank said yes.
+    seconds: by phase.
     wait: seconds that a signal waits at most until the ranks look for one again.
     """
 
@@ -62,10 +65,10 @@ class StepReport:
 
 @dataclass
 class Stepper:
-    """What does not change from step to step of a stage.
+    """Takes the steps of one stage.
 
-    cp: ranks that hold one sequence. stop: whether this rank was asked to stop. check_seconds: how long ranks compute
-    before they look again, together, whether one of them was.
+    cp: ranks that hold one sequence. stop: whether this rank was asked to stop. check_seconds: seconds of computing
+    after which the ranks look again, together, whether one of them was.
     """
 
     engine: Engine
@@ -78,26 +81,26 @@ class Stepper:
     _pace: float = 0.0  # seconds per micro-batch of the last step
 
     def take(
-        self, window: Sequence[MicroBatch], lr: float, *, step: int, timer: Timer, votes: Sequence[bool] = ()
+        self, batches: Sequence[MicroBatch], lr: float, *, step: int, timer: Timer, votes: Sequence[bool] = ()
     ) -> StepReport | None:
-        """Forward, backward, reduce, guard, optimizer. window: this rank's micro-batches, as many on every
-        rank.
+        """Take a step: forward, backward, reduce, guard, optimizer. A collective.
 
-        None: a rank was asked to stop before the step or between its micro-batches; weights, optimizer and random
-        numbers are as after the step before. votes: questions (a save is due) that ride on the count's message. Raises
-        RunFailed when the loss or the gradient is not finite; the optimizer is then untouched.
+        batches: this rank's micro-batches, equally many on every rank. votes: questions to all ranks (is a save due?),
+        which are sent with the first message. Returns None when a rank was asked to stop before the step or between its
+        micro-batches; weights, optimizer and random numbers are then as after the previous step. Raises RunFailed when
+        the loss or the gradient is not finite; the optimizer is then untouched.
         """
         ranks, engine = self.ranks, self.engine
         pace = self._pace if ranks.first else 0.0  # one rank's clock, so that all look at the same micro-batches
         asked = [float(self.stop()), pace, *map(float, votes)]
-        weight, tokens, pairs, tail_weight, stopping, pace, *ballot = ranks.sum([*self._counts(window), *asked])
+        weight, tokens, pairs, tail_weight, stopping, pace, *ballot = ranks.sum([*self._counts(batches), *asked])
         if stopping:
             return None
         every = max(1, math.ceil(self.check_seconds / pace)) if pace > 0 else 1
         random, began = _random_state(ranks.device), time.perf_counter()
         scale = ranks.world / weight if weight > 0 else 0.0
         sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, loss of the last quarters
-        for position, batch in enumerate(window):
+        for position, batch in enumerate(batches):
             if position and position % every == 0 and ranks.any(self.stop()):
                 engine.discard()
                 _restore_random(random, ranks.device)
@@ -111,16 +114,16 @@ class Stepper:
                 sums[1] += (out.per_token.double() * batch.tail).sum()
             timer.lap("forward")
             self.progress.at("backward", step)
-            engine.backward(out.loss_sum * scale, last=position == len(window) - 1)
+            engine.backward(out.loss_sum * scale, last=position == len(batches) - 1)
             timer.lap("backward")
-        self._pace = (time.perf_counter() - began) / max(len(window), 1)
+        self._pace = (time.perf_counter() - began) / max(len(batches), 1)
         self.progress.at("reduce", step)
         norm = engine.grad_norm()
         own = sums.tolist()
         loss_sum, tail_sum = ranks.sum(own)
         mean = loss_sum / weight if weight > 0 else 0.0
         timer.lap("reduce")
-        self.guards.check_finite(mean, norm, own[0], window, step)
+        self.guards.check_finite(mean, norm, own[0], batches, step)
         skipped = self.guards.is_mute(weight, step) or self.guards.is_spike(mean)
         if skipped:
             engine.discard()
@@ -128,15 +131,15 @@ class Stepper:
             engine.step(lr)
         timer.lap("optimizer")
         tail = tail_sum / tail_weight if tail_weight > 0 else None
-        wait = time.perf_counter() - began - self._pace * max(0, len(window) - every)
+        wait = time.perf_counter() - began - self._pace * max(0, len(batches) - every)
         votes = [vote > 0 for vote in ballot]
         return StepReport(mean, tail, norm, int(tokens), weight, pairs, skipped, votes, timer.seconds, wait)
 
-    def _counts(self, window: Sequence[MicroBatch]) -> list[float]:
-        weight = sum(batch.weight for batch in window)
-        tokens = float(sum(batch.tokens for batch in window))
-        pairs = sum(batch.pairs for batch in window) / self.cp  # each of the cp ranks counts the whole rows
-        tail = sum(float(batch.tail.sum(dtype=torch.float64)) for batch in window if batch.tail is not None)
+    def _counts(self, batches: Sequence[MicroBatch]) -> list[float]:
+        weight = sum(batch.weight for batch in batches)
+        tokens = float(sum(batch.tokens for batch in batches))
+        pairs = sum(batch.pairs for batch in batches) / self.cp  # each of the cp ranks counts the whole rows
+        tail = sum(float(batch.tail.sum(dtype=torch.float64)) for batch in batches if batch.tail is not None)
         return [weight, tokens, pairs, tail]
 
 

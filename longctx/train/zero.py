@@ -1,10 +1,9 @@
-"""engine=deepspeed: ZeRO 1, 2 or 3 over all dp x cp ranks, through accelerate, without a sequence-parallel
-mpu.
+"""engine=deepspeed: ZeRO 1, 2 or 3 over all dp x cp ranks, through accelerate, without a sequence-parallel mpu.
 
-To DeepSpeed every rank is data parallel, so it averages over the world, which is what the step expects;
-gradient_accumulation_steps stays 1 and the window's boundary is set here. Communication and accumulation of
-gradients are fp32. What was really obtained is asserted: accelerate turns into DDP in silence when CPU is
-asked for in the wrong way. Tried with deepspeed 0.19.8; fragments replace its pickled checkpoints.
+To DeepSpeed every rank is data parallel, so it averages over the world, as the step expects.
+gradient_accumulation_steps stays 1, and this engine sets the boundary at the step's last micro-batch. Gradients are
+communicated and accumulated in fp32. The engine checks what it obtained, because accelerate silently falls back to DDP
+where CPU is asked for in the wrong way. Tested with deepspeed 0.19.8. Fragments replace its pickled checkpoints.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 
 from longctx.errors import RunFailed, UserError
-from longctx.train.engine import decay_groups, full_shape, trainable
 from longctx.train.fragments import Fragment, FragmentReader, Kind
+from longctx.train.parameters import decay_groups, full_shape, trainable
 
 if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, OptimConfig
@@ -30,10 +29,12 @@ if TYPE_CHECKING:
     from longctx.model.placement import Place
 
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
+# start in the parameter, elements, the flat fp32 partition that holds them, offset in that partition
+Piece = tuple[int, int, torch.Tensor, int]
 
 
 class ZeroEngine:
-    """See longctx.train.engine.Engine."""
+    """The ZeRO engine; see longctx.train.engine.Engine for its methods."""
 
     def __init__(self, config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ranks) -> None:
         self.model, self.ranks, self.stage = model, ranks, config.zero
@@ -78,7 +79,7 @@ class ZeroEngine:
         self.engine.backward(loss)
 
     def grad_norm(self) -> float:
-        norm = float(self.zero.scaled_global_norm() if self.stage < 3 else _norm3(self.zero))
+        norm = float(self.zero.scaled_global_norm() if self.stage < 3 else _gradient_norm(self.zero))
         return norm if norm >= 0 else float("nan")  # DeepSpeed writes -1 for inf and NaN
 
     def step(self, lr: float) -> None:
@@ -87,7 +88,7 @@ class ZeroEngine:
         self.engine.step()
 
     def discard(self) -> None:
-        """What DeepSpeed itself does when a step overflows."""
+        """Clear the gradient the way DeepSpeed does when a step overflows."""
         self.zero.zero_grad(set_to_none=True)
         if self.stage == 3:
             self.zero._pre_step()
@@ -107,9 +108,15 @@ class ZeroEngine:
     def shapes(self) -> dict[str, list[int]]:
         return dict(self._shapes)
 
+    def _own_piece(self, parameter: nn.Parameter) -> Piece | None:
+        """This rank's piece of a parameter; None where the rank holds no part of it."""
+        if self.stage == 3:
+            return _parameter_shard(self.zero, parameter, self.ranks)
+        return _optimizer_shard(self.zero, parameter)
+
     def fragments(self) -> Iterator[Fragment]:
         for name, parameter in self._named:
-            piece = _piece3(self.zero, parameter, self.ranks) if self.stage == 3 else _piece12(self.zero, parameter)
+            piece = self._own_piece(parameter)
             if piece is None:
                 continue
             start, numel, flat, offset = piece
@@ -124,7 +131,7 @@ class ZeroEngine:
 
     def restore(self, reader: FragmentReader) -> None:
         for name, parameter in self._named:
-            piece = _piece3(self.zero, parameter, self.ranks) if self.stage == 3 else _piece12(self.zero, parameter)
+            piece = self._own_piece(parameter)
             if piece is not None:
                 self._restore_piece(reader, name, *piece)
             if self.stage < 3:
@@ -138,8 +145,10 @@ class ZeroEngine:
             self._gather_persistent()
 
     def _gather_persistent(self) -> None:
-        """Whole again, as DeepSpeed keeps its small parameters between steps. Were they left cut, the next forward
-        would register some with modules that its recorded trace knows without them, and stop with a tracing error.
+        """Gather the small parameters that DeepSpeed keeps whole between steps.
+
+        If they stayed partitioned, the next forward pass would register some of them with modules whose recorded trace
+        lacks them, and stop with a tracing error.
         """
         small = self.zero.persistent_parameters
         if small:
@@ -183,10 +192,11 @@ class ZeroEngine:
             state._shared_state.clear()
 
 
-def placer3(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> Place:
-    """Cuts a parameter into the ranks' shares, of which this rank keeps its own, the way ZeRO-3 itself does to a whole
-    model; without its broadcast, since every rank has read or drawn the same numbers, so that a rank that cannot
-    leaves none waiting.
+def zero3_placer(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> Place:
+    """A function that partitions a parameter as ZeRO-3 does and keeps this rank's share.
+
+    It leaves out DeepSpeed's broadcast: every rank has read or drawn the same numbers, and a rank that fails to load
+    then leaves no other rank waiting in a collective.
     """
     _prepare_deepspeed(ranks)
     import deepspeed
@@ -213,7 +223,7 @@ def _backend(ranks: Ranks) -> str:
 
 
 def _prepare_deepspeed(ranks: Ranks) -> None:
-    """What DeepSpeed reads of its surroundings."""
+    """Set the environment variables that DeepSpeed reads, and quieten its log."""
     if ranks.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's only switch
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
@@ -241,7 +251,7 @@ def _accelerator(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, r
 
 
 def _settings(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's own config; nothing of it is left to `auto`."""
+    """DeepSpeed's own config, without a value left to `auto`."""
     gpu = ranks.device.type == "cuda"
     zero: dict[str, Any] = {
         "stage": config.zero, "overlap_comm": gpu, "contiguous_gradients": True, "reduce_scatter": gpu,
@@ -277,16 +287,14 @@ def _optimizer(config: EngineConfig, optim: OptimConfig, named: list[Any], ranks
     return torch.optim.AdamW(groups, **options, fused=True)
 
 
-def _norm3(zero: Any) -> float:
-    """Norm over the sub-groups' norms, which already span all ranks; -1 if one of them is not finite."""
+def _gradient_norm(zero: Any) -> float:
+    """The norm over the sub-groups' norms, which already span all ranks; -1 if one of them is not finite."""
     norms = [float(norm) for norm in zero._get_norm_groups()]
     return -1.0 if min(norms) < 0 else math.hypot(*norms)
 
 
-def _piece12(zero: Any, parameter: torch.Tensor) -> tuple[int, int, torch.Tensor, int] | None:
-    """(start in the parameter, elements, flat fp32 partition, offset in it) of this rank, None without
-    any.
-    """
+def _optimizer_shard(zero: Any, parameter: torch.Tensor) -> Piece | None:
+    """This rank's piece of a parameter under ZeRO 1 or 2, which partition the fp32 masters; None without one."""
     mapping = parameter._hp_mapping  # type: ignore[attr-defined]
     if mapping is None:
         return None
@@ -299,7 +307,8 @@ def _piece12(zero: Any, parameter: torch.Tensor) -> tuple[int, int, torch.Tensor
     )
 
 
-def _piece3(zero: Any, parameter: Any, ranks: Ranks) -> tuple[int, int, torch.Tensor, int] | None:
+def _parameter_shard(zero: Any, parameter: Any, ranks: Ranks) -> Piece | None:
+    """This rank's piece of a parameter under ZeRO-3, which partitions the parameters themselves; None without one."""
     group, offset, padded = zero.grad_position[zero.get_param_id(parameter)]
     start = ranks.rank * padded
     numel = min(padded, parameter.ds_numel - start)

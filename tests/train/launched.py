@@ -26,14 +26,12 @@ class Started(Watched):
 
 
 class Launched(Started):
-    """`python -m longctx.train --resolved RUN/config.yaml`, which starts its ranks through
-    torch.distributed.run.
-    """
+    """`python -m longctx.run --resolved RUN/config.yaml`, which starts its own ranks."""
 
     def __init__(self, run: Path) -> None:
         self._file = open(run / "life.log", "w+")  # noqa: SIM115
         process = subprocess.Popen(
-            [sys.executable, "-m", "longctx.train", "--resolved", str(run / "config.yaml")],
+            [sys.executable, "-m", "longctx.run", "--resolved", str(run / "config.yaml")],
             stdout=self._file,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -12,8 +12,8 @@ from typing import Any
 
 from longctx.bench.faults_run import CONTEXT
 from longctx.config.train import TrainConfig
+from longctx.run.training import settled
 from longctx.train import runfolder
-from longctx.train.run import settled
 
 
 def live(config: TrainConfig, world: int, *, stop_after: int | None = None, kill_after: int | None = None) -> int:
@@ -42,8 +42,8 @@ def live(config: TrainConfig, world: int, *, stop_after: int | None = None, kill
 def _rank(run: Path, rank: int, world: int, port: int, stop_after: int | None, kill_after: int | None) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    from longctx.run.rank import main
     from longctx.train import loop
-    from longctx.train.__main__ import main
 
     done, logged = loop._advance, loop._log
 
@@ -59,4 +59,4 @@ def _rank(run: Path, rank: int, world: int, port: int, stop_after: int | None, k
             signal.raise_signal(signal.SIGKILL)
 
     loop._advance, loop._log = advance, log
-    sys.exit(main(["--resolved", str(run / "config.yaml")]))
+    sys.exit(main(str(run / "config.yaml")))

@@ -24,7 +24,7 @@ from longctx.train import engine as engines
 from longctx.train.batch import micro_batch
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
-from longctx.train.stage import _open_context
+from longctx.train.open_stage import _open_context
 from longctx.train.step import Stepper, Timer
 from tests.watch import Watch
 

@@ -116,7 +116,7 @@ def test_a_write_that_fails_leaves_the_last_one(tmp_path: Path, capsys: pytest.C
         assert checkpoints.save(TwoTensors(9.0), State(step=2), "s64") is None  # type: ignore[arg-type]
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "the one before it stands" in " ".join(capsys.readouterr().err.split())
+    assert "the previous one is intact" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.glob("stages/*/checkpoints/.*"))
     state = checkpoints.load(TwoTensors())  # type: ignore[arg-type]
     assert state is not None

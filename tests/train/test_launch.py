@@ -80,7 +80,7 @@ def test_two_agents_as_two_nodes_give_the_losses_of_one_process(tmp_path: Path, 
     command += ["--master-addr", "localhost", "--master-port", str(port)]
     agents = [
         subprocess.Popen(
-            [*command, "--node-rank", str(node), "-m", "longctx.train", "--resolved",
+            [*command, "--node-rank", str(node), "-m", "longctx.run", "--resolved",
              str(tmp_path / "run" / "config.yaml")],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -104,7 +104,7 @@ def test_a_different_command_on_one_node_is_refused(tmp_path: Path) -> None:
         port = str(free.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "longctx.train", f"name=run{rank}", f"model.path={tmp_path}"],
+            [sys.executable, "-m", "longctx.run", f"name=run{rank}", f"model.path={tmp_path}"],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
                  "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

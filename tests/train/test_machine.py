@@ -14,9 +14,10 @@ from longctx.decide import Machines
 from longctx.errors import UserError
 from longctx.planner.memory import stage_memory, trained_weights
 from longctx.planner.remedies import DeviceLimits, check_memory, needs, remedies
+from longctx.run.training import train_run
 from longctx.shape import shape_of_model
 from longctx.train import machine
-from longctx.train.run import resolve_stages, train
+from longctx.train.run import resolve_stages
 from longctx.train.runfolder import with_dtype
 
 from .made import config
@@ -111,7 +112,7 @@ def test_a_run_that_does_not_fit_is_refused_before_it_exists(tmp_path: Path) -> 
     model = {"init": HUGE, "tokenizer": "none"}
     huge = config(tmp_path / "run", tmp_path / "docs", model=model, launch={"nproc": 2})
     with pytest.raises(UserError, match=r"(?s)stage s64 of 64 tokens needs about .* GiB on each rank \(optimizer"):
-        train(huge)
+        train_run(huge)
     assert not (tmp_path / "run").exists()
     accepted = with_dtype(config(tmp_path / "run", tmp_path / "docs", model=model, accept=["memory"]))
     machine.check_machine(accepted, resolve_stages(accepted), 2, 2)  # nothing is said
@@ -128,7 +129,7 @@ def test_a_small_run_is_far_from_being_refused(tmp_path: Path) -> None:
 def test_frozen_weights_have_no_optimizer() -> None:
     from longctx.config.model import InitConfig
     from longctx.model import init_from
-    from longctx.train.engine import freeze, trainable
+    from longctx.train.parameters import freeze, trainable
 
     for tied in (False, True):
         spec = InitConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab=64, tie_embeddings=tied)

@@ -14,8 +14,8 @@ import torch
 from longctx import cli
 from longctx.distributed.ranks import Ranks
 from longctx.errors import OutOfMemory, RunFailed
+from longctx.run.launch import _killed_for_memory, _who_kills
 from longctx.train import exhausted
-from longctx.train.launch import _killed_for_memory, _who_kills
 from longctx.train.run import resolve_stages, train
 
 from .made import VOCAB, config

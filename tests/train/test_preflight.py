@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from longctx.distributed import ranks as worlds
 from longctx.errors import UserError
-from longctx.train import ranks as worlds
-from longctx.train.run import train
+from longctx.run.training import train_run
 
 from .made import config
 
@@ -57,7 +57,7 @@ def test_documents_that_cannot_be_read(tmp_path: Path, case: str) -> None:
         folder.mkdir()
         make(folder)
     with pytest.raises(UserError, match=words):
-        train(config(tmp_path / "run", folder, launch=TWO))
+        train_run(config(tmp_path / "run", folder, launch=TWO))
     assert not (tmp_path / "run").exists()
 
 
@@ -69,7 +69,7 @@ def test_data_that_cannot_fill_a_stage_is_found_by_the_launcher(tmp_path: Path, 
     stages = {"s8192": {"seq_len": 8192, "theta": 40000, "steps": 1, "batch": 2}}
     made = config(tmp_path / "run", documents, data=data, curriculum={"stages": stages}, launch=TWO)
     with pytest.raises(UserError, match=r"prolong\.share=0\.5 asks for documents of 8,192 tokens"):
-        train(made)
+        train_run(made)
 
 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -92,7 +92,7 @@ def test_settings_that_cannot_be(tmp_path: Path, documents: Path, case: str) -> 
     if case == "cuda" and torch.cuda.is_available():
         pytest.skip("this machine has one")
     with pytest.raises(UserError, match=words):
-        train(config(tmp_path / "run", documents, launch=TWO, **changes))
+        train_run(config(tmp_path / "run", documents, launch=TWO, **changes))
 
 
 @pytest.mark.parametrize(
@@ -115,15 +115,15 @@ def test_a_disk_that_is_too_small_can_be_accepted(tmp_path: Path, documents: Pat
     made = config(
         tmp_path / "run", documents, curriculum={"stages": stages}, checkpoint={"spare_gib": 1e6}, accept=["disk"]
     )
-    assert train(made) == 0
+    assert train_run(made) == 0
 
 
 def test_folders_that_cannot_be_made(tmp_path: Path, documents: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"run_dir=.* cannot be made: .*file is a file"):
-        train(config(tmp_path / "file" / "run", documents, launch=TWO))
+        train_run(config(tmp_path / "file" / "run", documents, launch=TWO))
     with pytest.raises(UserError, match=r"cache=.* cannot be made: .*file is a file"):
-        train(config(tmp_path / "run", documents, launch=TWO, cache=str(tmp_path / "file")))
+        train_run(config(tmp_path / "run", documents, launch=TWO, cache=str(tmp_path / "file")))
 
 
 def test_wandb_online_without_an_account(tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +131,7 @@ def test_wandb_online_without_an_account(tmp_path: Path, documents: Path, monkey
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(UserError, match=r"logging\.wandb=online has no account to log to: run `wandb login`"):
-        train(config(tmp_path / "run", documents, launch=TWO, logging={"wandb": "online"}))
+        train_run(config(tmp_path / "run", documents, launch=TWO, logging={"wandb": "online"}))
 
 
 def test_a_pattern_that_freezes_nothing(tmp_path: Path, documents: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_pattern_that_freezes_nothing(tmp_path: Path, documents: Path) -> None
     with pytest.raises(
         UserError, match=r"optim\.freeze='\*nothing\*' matches no parameter; names look like model\.model"
     ):
-        train(config(tmp_path / "run", documents, launch=TWO, model=model, optim={"freeze": ["*nothing*"]}))
+        train_run(config(tmp_path / "run", documents, launch=TWO, model=model, optim={"freeze": ["*nothing*"]}))
 
 
 def test_an_occupied_port_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from longctx.config.train import TrainConfig
 from longctx.errors import RunFailed, UserError
+from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import loop, metrics
-from longctx.train.run import train
 
 from .made import TOKENIZER, config
 
@@ -90,9 +90,9 @@ def test_stopped_and_continued_is_bit_identical(
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         stop_after(patched, steps)
-        assert train(config(run, documents)) == SAVED_AND_REQUEUE
+        assert train_run(config(run, documents)) == SAVED_AND_REQUEUE
     assert len(losses(run)) == steps
-    assert train(config(run, documents)) == 0
+    assert train_run(config(run, documents)) == 0
     assert losses(run) == losses(undisturbed)
     assert all(value.equal(weights(run)[name]) for name, value in weights(undisturbed).items())
 
@@ -111,18 +111,18 @@ def test_a_crash_without_warning_repeats_the_lost_steps(
 
         patched.setattr(loop, "_log", crash)
         with pytest.raises(RunFailed, match="gone"):
-            train(config(run, documents))
+            train_run(config(run, documents))
     assert len(losses(run)) == 4  # saved at step 2: steps 3 and 4 are done again, and stand there once
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "loss"')  # half a line, as a kill leaves it
-    assert train(config(run, documents)) == 0
+    assert train_run(config(run, documents)) == 0
     assert losses(run) == losses(undisturbed)
     assert all(value.equal(weights(run)[name]) for name, value in weights(undisturbed).items())
 
 
 def test_a_finished_run_does_nothing_again(undisturbed: Path, documents: Path) -> None:
     before = (undisturbed / "stages/s128/model/model.safetensors").stat().st_mtime_ns
-    assert train(config(undisturbed, documents)) == 0
+    assert train_run(config(undisturbed, documents)) == 0
     assert (undisturbed / "stages/s128/model/model.safetensors").stat().st_mtime_ns == before
     assert len(losses(undisturbed)) == 9
 
@@ -141,9 +141,9 @@ def test_a_stage_added_at_the_end_is_trained_and_nothing_else(
     tmp_path: Path, documents: Path, undisturbed: Path
 ) -> None:
     run = tmp_path / "run"
-    assert train(config(run, documents)) == 0
+    assert train_run(config(run, documents)) == 0
     more = stages(s256={"seq_len": 256, "theta": 90000, "steps": 2, "batch": 1})
-    assert train(config(run, documents, **more)) == 0
+    assert train_run(config(run, documents, **more)) == 0
     assert losses(run)[:9] == losses(undisturbed)
     assert [line["stage"] for line in metrics.read(run / "metrics.jsonl")[9:]] == ["s256", "s256"]
 
@@ -153,7 +153,7 @@ def test_a_stage_added_at_the_end_is_trained_and_nothing_else(
     [
         (stages(s128={**STAGES["s128"], "steps": 9}), "curriculum.stages.s128 was planned with.*steps=4.*steps=9"),
         (stages(s128={**STAGES["s128"], "batch": 4}), "batch=2.*batch=4.*read twice"),
-        (stages(s96={**STAGES["s64"], "seq_len": 96}), "stands in stage s128, and s96 before it was never trained"),
+        (stages(s96={**STAGES["s64"], "seq_len": 96}), "stopped in stage s128, and s96 before it was never trained"),
         ({"accept": ["curriculum"], "curriculum": {"stages": {"s64": STAGES["s64"]}}}, "s128, which the curriculum no"),
     ],
     ids=["longer", "batch", "inserted", "gone"],
@@ -164,12 +164,12 @@ def test_a_curriculum_changed_under_a_run_is_refused_or_meant(
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         stop_after(patched, 6)
-        assert train(config(run, documents)) == SAVED_AND_REQUEUE
+        assert train_run(config(run, documents)) == SAVED_AND_REQUEUE
     changed = {**changed, "curriculum": {"lr": {"peak": 3.0e-3}, **changed["curriculum"]}}
     order = sorted(changed["curriculum"]["stages"].items(), key=lambda item: item[1]["seq_len"])
     changed["curriculum"]["stages"] = dict(order)
     with pytest.raises(UserError, match=message):
-        train(config(run, documents, **changed))
+        train_run(config(run, documents, **changed))
 
 
 def test_a_run_belongs_to_one_process(tmp_path: Path, documents: Path) -> None:
@@ -184,11 +184,11 @@ def test_a_run_belongs_to_one_process(tmp_path: Path, documents: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
         with pytest.raises(UserError, match=f"being written by process {other.pid} on"):
-            train(made)
+            train_run(made)
     finally:
         other.kill()
         other.wait()
-    assert train(config(tmp_path / "run", documents, curriculum=one_stage(1), accept=["curriculum"])) == 0
+    assert train_run(config(tmp_path / "run", documents, curriculum=one_stage(1), accept=["curriculum"])) == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -206,12 +206,12 @@ def test_work_after_training_is_left_at_once_and_asks_to_be_requeued(tmp_path: P
 
 
 def test_a_profile_window_may_span_stages(tmp_path: Path, documents: Path) -> None:
-    assert train(config(tmp_path / "run", documents, profile={"steps": [4, 6]})) == 0
+    assert train_run(config(tmp_path / "run", documents, profile={"steps": [4, 6]})) == 0
     assert (tmp_path / "run/profile/step4-6.json").stat().st_size > 1000
 
 
 def test_accumulation_and_rows_do_not_matter(tmp_path: Path, documents: Path, undisturbed: Path) -> None:
-    assert train(config(tmp_path / "run", documents, engine={"micro_batch": 1})) == 0
+    assert train_run(config(tmp_path / "run", documents, engine={"micro_batch": 1})) == 0
     assert losses(tmp_path / "run") == pytest.approx(losses(undisturbed), rel=1e-5)
 
 
@@ -221,7 +221,7 @@ def test_a_nan_stops_before_the_optimizer(tmp_path: Path, documents: Path, monke
     monkeypatch.setattr(ReplicatedEngine, "grad_norm", lambda engine: float("nan"))
     monkeypatch.setattr(ReplicatedEngine, "step", lambda engine, lr: pytest.fail("the step was taken"))
     with pytest.raises(RunFailed, match=r"gradient norm=nan.*step 0"):
-        train(config(tmp_path / "run", documents))
+        train_run(config(tmp_path / "run", documents))
     written = json.loads((tmp_path / "run/failures/step00000000.json").read_text())
     assert written["ranks"][0]["documents"][0].startswith("text:")
 
@@ -247,14 +247,14 @@ def test_a_batch_without_a_label_is_skipped_and_a_run_without_any_is_refused(tmp
             evaluate={"heldout_sequences": 0},
         )  # fmt: skip
 
-    assert train(run("some", ["assistant", "critic", "critic"] * 8)) == 0
+    assert train_run(run("some", ["assistant", "critic", "critic"] * 8)) == 0
     lines = metrics.read(tmp_path / "some/run/metrics.jsonl")
     mute = [line for line in lines if line["weight"] == 0]
     assert 0 < len(mute) < 12
     assert all(line["skipped"] and line["loss"] is None for line in mute)
     assert all(line["loss"] > 0 for line in lines if line["weight"] > 0)
     with pytest.raises(UserError, match="no token of its 12 sequences carries loss"):
-        train(run("none", ["critic"] * 24))
+        train_run(run("none", ["critic"] * 24))
 
 
 def test_wandb_mirrors_metrics(tmp_path: Path, documents: Path) -> None:
@@ -262,7 +262,7 @@ def test_wandb_mirrors_metrics(tmp_path: Path, documents: Path) -> None:
     pytest.importorskip("wandb")
     logged = {"display": "none", "wandb": "offline"}
     made = config(tmp_path / "run", documents, logging=logged, curriculum=one_stage(3))
-    assert train(made) == 0
+    assert train_run(made) == 0
     files = list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 1
     rows = wandb_rows(files[0])
@@ -334,5 +334,5 @@ def test_mistakes_are_refused_in_one_paragraph(
 ) -> None:
     made: TrainConfig = config(tmp_path / "run", documents, **change)
     with pytest.raises(UserError, match=message) as raised:
-        train(made)
+        train_run(made)
     assert "\n" not in str(raised.value)

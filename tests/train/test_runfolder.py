@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError
+from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import metrics, runfolder
-from longctx.train.run import settled, train
+from longctx.train.run import settled
 
 from .made import config
 from .test_run import stop_after
@@ -99,13 +100,14 @@ def test_a_meant_change_is_accepted(tmp_path: Path) -> None:
 
 
 def test_a_run_without_a_step_has_no_identity(tmp_path: Path, documents: Path) -> None:
-    """A wrong data.path, then the right one with another seed: the first start has claimed nothing."""
+    """A refused command writes no config, and a config without a step is replaced."""
     run = tmp_path / "run"
     with pytest.raises(UserError, match="nowhere does not exist"):
-        train(config(run, tmp_path / "nowhere"))
-    assert (run / "config.yaml").exists()
+        train_run(config(run, tmp_path / "nowhere"))
+    assert not (run / "config.yaml").exists()
+    runfolder.prepare(config(run, documents))
     (run / runfolder.WANDB_ID).write_text("of another")
-    assert train(config(run, documents, seed=9, curriculum={"stages": {"s64": {**STAGE, "steps": 1}}})) == 0
+    assert train_run(config(run, documents, seed=9, curriculum={"stages": {"s64": {**STAGE, "steps": 1}}})) == 0
     assert yaml.safe_load((run / "config.yaml").read_text())["seed"] == 9
     assert not (run / runfolder.WANDB_ID).exists()
 
@@ -114,7 +116,7 @@ def test_a_held_folder_keeps_its_config(tmp_path: Path, documents: Path) -> None
     """A second start with another config, before the first one's first step."""
     made = config(tmp_path / "run", documents, launch={"nproc": 2})
     with runfolder.held(runfolder.prepare(made)), pytest.raises(UserError, match="is being written by process"):
-        train(replace(made, seed=6))
+        train_run(replace(made, seed=6))
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 5
 
 
@@ -125,7 +127,7 @@ def stopped(tmp_path: Path, documents: Path, undisturbed: Path, monkeypatch: pyt
     shutil.copytree(documents, tmp_path / "here/docs")
     with monkeypatch.context() as patched:
         stop_after(patched, 3)
-        assert train(run_of(tmp_path / "here")) == SAVED_AND_REQUEUE
+        assert train_run(run_of(tmp_path / "here")) == SAVED_AND_REQUEUE
     return tmp_path / "here"
 
 
@@ -142,12 +144,12 @@ def test_a_moved_run_with_moved_inputs_goes_on(
     shutil.rmtree(stopped)
     (tmp_path / "link").symlink_to(tmp_path / "there")
     monkeypatch.chdir(tmp_path)
-    assert train(run_of(Path("./link"))) == 0
+    assert train_run(run_of(Path("./link"))) == 0
     run = tmp_path / "there/run"
     assert [line["step"] for line in metrics.read(run / "metrics.jsonl")] == list(range(1, 10))
     assert not stopped.exists()
     whole = run_of(tmp_path / "there")
-    assert train(replace(whole, run_dir=str(tmp_path / "whole"))) == 0
+    assert train_run(replace(whole, run_dir=str(tmp_path / "whole"))) == 0
     losses = [[line["loss"] for line in metrics.read(at / "metrics.jsonl")] for at in (run, tmp_path / "whole")]
     assert losses[0] == losses[1]
 
@@ -160,15 +162,15 @@ def test_other_weights_under_the_same_path_are_refused(stopped: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
     assert file.stat().st_mtime_ns != before.st_mtime_ns
     with pytest.raises(UserError, match=r"model.path holds other files than at the start \(model.safetensors\)"):
-        train(run_of(stopped))
+        train_run(run_of(stopped))
     runfolder.prepare(settled(run_of(stopped, accept=["model"])))
 
 
 def test_other_documents_under_the_same_path_are_refused_or_meant(stopped: Path) -> None:
     (stopped / "docs/999.txt").write_text("a document that came later " * 20)
     with pytest.raises(UserError, match=r"data.sources.text gives other documents.*'accept=\[data\]'"):
-        train(run_of(stopped))
-    assert train(run_of(stopped, accept=["data"])) == 0
+        train_run(run_of(stopped))
+    assert train_run(run_of(stopped, accept=["data"])) == 0
 
 
 def test_a_theta_file_is_known_by_its_content(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from longctx.model import LossModel, init_from, load
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import engine as engines
 from longctx.train import metrics
+from longctx.train.parameters import full_shape
 from longctx.train.run import train
 from tests.dist.ranks import run_ranks
 
@@ -68,7 +69,7 @@ def check_numbers(rank: int, world: int, case: Case) -> None:
     assert len(list(model.parameters())) == len(list(whole.parameters()))
     for name, parameter in ours.items():
         assert parameter.numel() == 0, f"{name} is whole"
-        assert engines.full_shape(parameter) == theirs[name].shape, name
+        assert full_shape(parameter) == theirs[name].shape, name
         assert parameter.requires_grad, name
         with deepspeed.zero.GatheredParameters([parameter]):
             assert parameter.dtype == theirs[name].dtype, name
@@ -141,7 +142,7 @@ def check_memory(rank: int, world: int, case: Case) -> None:
     init_from(SMALL, place=place)  # what is imported on the way takes memory too
     with Peak() as peak:
         model = LossModel(case.made(place), MemoryConfig())
-    whole = sum(engines.full_shape(p).numel() * p.element_size() for p in model.parameters())
+    whole = sum(full_shape(p).numel() * p.element_size() for p in model.parameters())
     assert whole > 190e6
     assert peak.bytes < whole / world + 25e6, f"{peak.bytes / 1e6:.0f} MB to load a model of {whole / 1e6:.0f} MB"
     engine = engines.build(ZERO3, OptimConfig(), model, ranks)

@@ -1,7 +1,7 @@
-"""Side runs: other trainings from the same base, as the controls and the sibling need them.
+"""Side runs: further trainings from the same base, for the control and the sibling.
 
-A side run is an ordinary run in RUN/side/NAME with one stage of its own, everything else as in the main run, so
-that it can be killed and continued like any other.
+A side run is an ordinary run in RUN/side/NAME. It has one stage of its own and the main run's other settings, and can
+be killed and continued like any run.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from longctx.signals import SAVED_AND_REQUEUE
 
 
 def side_folder(folder: Path, name: str) -> Path:
-    """Where a side run's only stage exports its model."""
+    """The folder into which a side run's only stage exports its model."""
     return folder / "side" / name / "stages" / name / "model"
 
 
 def side_config(config: TrainConfig, folder: Path, name: str, side: SideRun) -> TrainConfig:
-    """The main run's config with the side run's stage. Of its parallel settings only what a rank holds stays: the
-    others divide the main run's ranks and lengths, and a side run has its own.
+    """The main run's config with the side run's stage in place of its curriculum.
+
+    Of the parallel settings only tokens_per_rank stays: the others divide the main run's ranks and lengths.
     """
     return replace(
         config, name=f"{config.name}-{name}", run_dir=str(folder / "side" / name),
@@ -34,16 +35,19 @@ def side_config(config: TrainConfig, folder: Path, name: str, side: SideRun) -> 
 
 
 def train_side(config: TrainConfig, folder: Path, name: str, side: SideRun) -> Path:
-    """Train it, or find it trained; the folder of its model."""
+    """Train the side run unless it is finished, and return the folder of its model.
+
+    Raises RunFailed when the training ends with an error.
+    """
+    from longctx.run.training import train_run
     from longctx.train import runfolder
-    from longctx.train.run import train
 
     run = folder / "side" / name
     model = side_folder(folder, name)
     own = side_config(config, folder, name, side)
-    runfolder.prepare(own)  # a finished run too is refused where the config has changed under it
+    runfolder.prepare(own)  # refuses a changed config for a finished run too
     if not (run / "stages" / name / "finished.json").exists():
-        status = train(own)
+        status = train_run(own)
         if status == SAVED_AND_REQUEUE:
             raise SystemExit(status)
         if status != 0:

@@ -1,4 +1,4 @@
-"""Starts the ranks of a training run on this machine, and says in one last line how they ended."""
+"""Starts the ranks of a training run on this machine, and explains in one line how they ended."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def start_ranks(launch: LaunchConfig, resolved: Path, cache: Path) -> int:
-    """Run `python -m longctx.train --resolved FILE` on launch.nproc ranks; returns the run's exit status.
+    """Start launch.nproc ranks of `python -m longctx.run.rank FILE`, and return the run's exit status.
 
-    cache: where ranks write tokenized documents.
+    resolved: FILE, the run's config.yaml. cache: the folder of tokenized documents.
     """
     run = resolved.parent
     warn_if_crowded("launch.nproc", launch.nproc)
@@ -31,12 +31,12 @@ def start_ranks(launch: LaunchConfig, resolved: Path, cache: Path) -> int:
     with ExitStack() as folders:
         for folder in (run, cache):
             folders.enter_context(swept(folder))
-        ended = run_ranks(launch.nproc, threads, "longctx.train", "--resolved", str(resolved))
+        ended = run_ranks(launch.nproc, threads, "longctx.run.rank", str(resolved))
     return _explain(ended, run, killed_before)
 
 
 def _explain(ended: RankExits, run: Path, killed_before: int | None) -> int:
-    """The last line, and the status: the first failing rank's own, translated where a signal ended it."""
+    """Write the last line, and return the status of the first rank that failed (1 where a signal ended it)."""
     if ended.first is None:
         return 0
     rank, status = ended.first
@@ -54,7 +54,7 @@ def _explain(ended: RankExits, run: Path, killed_before: int | None) -> int:
 
 
 def _who_kills(killed_before: int | None) -> str:
-    """What a SIGKILL that nobody here sent means, by the kernel's own count of processes it killed for memory."""
+    """The sender of a SIGKILL, in words, by the kernel's count of processes it killed for memory."""
     now = _killed_for_memory()
     remedy = "`longctx plan` with the same settings shows what a rank holds, and docs/memory.md how to lower it"
     if now is not None and killed_before is not None and now > killed_before:
@@ -63,7 +63,7 @@ def _who_kills(killed_before: int | None) -> str:
 
 
 def _killed_for_memory() -> int | None:
-    """Processes that this machine's kernel has killed for want of memory; None where it does not count them."""
+    """The number of processes that this kernel has killed for lack of memory; None where it does not count them."""
     try:
         lines = Path("/proc/vmstat").read_text().splitlines()
     except OSError:

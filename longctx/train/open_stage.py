@@ -1,8 +1,7 @@
-"""One stage made ready on this rank: RoPE set, context-parallel group opened, documents packed; closed after
-it.
+"""Opens a stage on this rank: sets RoPE, opens the context-parallel group and packs the documents.
 
-cp is chosen per stage: as many ranks as a sequence needs to fit, so that short stages spend their ranks on
-different sequences instead. Groups are opened and closed with the stage, since undestroyed ones leak.
+cp is chosen for each stage: as many ranks as a sequence needs to fit, so that short stages use their ranks for
+different sequences. Groups are opened and closed with the stage, since groups that are never destroyed leak.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class OpenStage:
-    """A stage on this rank, to be closed after it. context: the attention's ContextParallel."""
+    """An open stage on this rank; its owner closes it. context: the attention's ContextParallel."""
 
     stage: Stage
     cp_size: int
@@ -47,7 +46,7 @@ class OpenStage:
     group: dist.ProcessGroup | None
     words: str
 
-    def window(self, cursor: int) -> list[MicroBatch]:
+    def micro_batches(self, cursor: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins at the global cursor."""
         return [self._batch(self.data, indices) for indices in self.shares.sequences(cursor)]
 
@@ -57,13 +56,13 @@ class OpenStage:
 
     @torch.no_grad()
     def heldout_loss(self, engine: Engine, ranks: Ranks) -> float | None:
-        """Mean loss on held-out sequences of this stage's kind, in sharded form; None without any."""
+        """The mean loss on held-out sequences of this stage (nats per token); None without any. A collective."""
         if self.heldout is None or len(self.heldout) == 0:
             return None
         dp = self.shares.dp
         total, weight = 0.0, 0.0
         for index in range(self.shares.dp_rank, -(-len(self.heldout) // dp) * dp, dp):
-            real = index < len(self.heldout)  # every group does as many, whatever divides
+            real = index < len(self.heldout)  # every group does equally many, also where dp does not divide them
             batch = self._batch(self.heldout, [index if real else 0]).to(ranks.device)
             out = engine.forward(**batch.inputs)
             if real:
@@ -72,7 +71,7 @@ class OpenStage:
         return total / weight if weight > 0 else None
 
     def export(self, engine: Engine, ranks: Ranks, out: Path) -> None:
-        """Write the Hugging Face folder of this stage's model (rank 0 writes, all ranks give their share)."""
+        """Write this stage's model as a Hugging Face folder. A collective: all ranks give their shares."""
         from longctx.model.export import export
 
         state = engine.state_for_export()
@@ -83,7 +82,7 @@ class OpenStage:
                     rope=self.stage.rope, window=self.stage.seq_len, write=ranks.first,
                 )  # fmt: skip
             finally:
-                for _ in state:  # what a failed export left: the others wait in its collectives
+                for _ in state:  # after a failed export: the other ranks wait in the remaining collectives
                     pass
 
     def close(self) -> None:
@@ -93,7 +92,7 @@ class OpenStage:
 
 
 def open_stage(config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel, tokenizer: Any) -> OpenStage:
-    """Make a stage ready; a collective. Raises UserError for what does not fit."""
+    """Open a stage, as a collective. Raises UserError for settings or data that do not fit."""
     from longctx.model import set_rope
 
     heads = _heads(model)
@@ -139,7 +138,7 @@ def _open_data(
 
 
 def _open_context(decision: Decision, ranks: Ranks, kernel: str | None) -> tuple[Any, dist.ProcessGroup | None]:
-    """The ContextParallel of this rank's group of cp neighbours; kernel: the attention kernel's name, None: any."""
+    """The ContextParallel of this rank's cp group, and that group; kernel: the attention kernel's name, None: any."""
     from longctx.attention import ContextParallel
     from longctx.distributed.transport import SingleRankTransport
 

@@ -1,4 +1,4 @@
-"""The evidence of a run: needle grids and held-out loss of every model that belongs in the proof.
+"""The evidence of a run: needle grids and held-out losses of the models that it compares.
 
 Each model is a Hugging Face folder as anyone would load it; its result is kept in RUN/eval/NAME.json and measured
 again only where the model, the questions or the text have changed (longctx.eval.examine).
@@ -22,7 +22,7 @@ from longctx.identity import identity, key_of
 
 @dataclass(frozen=True)
 class Claim:
-    """A target of the proof and what is asked of it. unseen: in the phrasing that training never saw."""
+    """A model to be evaluated and its questions; unseen: asked in a phrasing that training never saw."""
 
     target: Target
     grid: bool = True
@@ -40,7 +40,7 @@ class Claim:
 
 
 def behaviour(targets: Sequence[Target], hook: EvidenceHook, ground: Ground, out: Path) -> None:
-    """Each target's loss on held-out text of the kind the sibling was tuned on, at short length (behaviour.json)."""
+    """Write behaviour.json: each model's loss on short held-out text of the kind that the sibling was tuned on."""
     stored, length = out / "behaviour.json", hook.heldout_lengths[0]
     names = {target.name: identity(target.path) for target in targets}
     key = key_of({"models": names, "ground": ground.key, "windows": [length, hook.heldout_windows]})
@@ -55,7 +55,7 @@ def behaviour(targets: Sequence[Target], hook: EvidenceHook, ground: Ground, out
 
 
 def unseen_phrasing(hook: EvidenceHook) -> NeedleConfig | None:
-    """The grid's settings with the phrasing that training never saw."""
+    """The needle settings with the phrasing that training never saw; None where the config has none."""
     if hook.unseen is None:
         return None
     return replace(hook.needle, needle=hook.unseen.needle, question=hook.unseen.question)

@@ -1,4 +1,4 @@
-"""summary.json: what a run reached, in numbers, and the closing words on screen. No number is typed in."""
+"""summary.json with the results of a run, and the closing lines on the screen."""
 
 from __future__ import annotations
 
@@ -34,8 +34,10 @@ def write_summary(
 ) -> dict[str, Any]:
     """Write RUN/summary.json and return it.
 
-    needle: {subject: {length: accuracy pooled over depths and seeds}}; pooled, by_seed: the same over lengths.
-    loss: {subject: {window: nats per token}} on the same held-out windows. seconds: per stage, and after them.
+    needle: {model: {length: share of needles found over all depths and seeds}}.
+    needle_pooled, needle_by_seed: the same over all lengths.
+    loss: {model: {length: nats per token}} on the same held-out sequences.
+    seconds: of each stage, and of the steps after training.
     """
     grids = {name: found.grid for name, found in results.items() if found.grid is not None}
     summary: dict[str, Any] = {
@@ -64,7 +66,7 @@ def write_summary(
 
 
 def tell(summary: Mapping[str, Any], picture: Path) -> None:
-    """The last lines on screen."""
+    """Write the closing lines to the screen."""
     pooled, needle = summary["needle_pooled"], summary["needle"]
     longest = max(needle["extended"])
     words = [

@@ -1,6 +1,6 @@
-"""The adapter of a run, and the sibling it is merged into.
+"""The adapter of a run, and the sibling into which it is merged.
 
-Each folder holds a record of what it was made from; another model or another setting makes it anew.
+Each folder has the fingerprint of its inputs; it is made again where the models or the settings have changed.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ def left_out(config: TrainConfig) -> list[str]:
 
 
 def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
-    """Write tuned - base as a LoRA to `out`, unless it holds just that; says how much of the change it keeps."""
+    """Write tuned - base as a LoRA to `out` unless it is up to date, and say how much of the change it carries."""
     hook, base = config.hooks.lora, str(config.model.path)
     if Path(base).is_dir():
-        base = str(Path(base).resolve())  # peft looks for it from wherever the adapter is loaded
+        base = str(Path(base).resolve())  # peft resolves it against the folder of the process that loads the adapter
     settings = ExtractConfig(
         base=base, tuned=str(tuned), out=str(out), rank=hook.rank, profile=hook.profile,
         embeddings=hook.embeddings, dtype="bfloat16" if config.model.dtype == "bfloat16" else "float32",
@@ -49,7 +49,7 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
     paths = ("base", "tuned", "out")
     chosen = {name: value for name, value in asdict(settings).items() if name not in paths}
     key = key_of({"base": identity(base), "tuned": identity(tuned), **chosen})
-    if _stands(out, key):
+    if _up_to_date(out, key):
         return
     from longctx.lora.extract import extract
 
@@ -64,9 +64,9 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
 
 
 def merge_sibling(sibling: Path, adapter: Path, out: Path) -> None:
-    """Write sibling + adapter to `out`, unless it holds just that; theta and window come from the adapter."""
+    """Write sibling + adapter to `out` unless it is up to date; theta and window come from the adapter."""
     key = key_of({"sibling": identity(sibling), "adapter": identity(adapter)})
-    if _stands(out, key):
+    if _up_to_date(out, key):
         return
     from longctx.lora.merge import merge
 
@@ -74,8 +74,8 @@ def merge_sibling(sibling: Path, adapter: Path, out: Path) -> None:
     _record(out, key)
 
 
-def _stands(out: Path, key: str) -> bool:
-    """Whether `out` was made from what `key` names; what was made from something else is removed."""
+def _up_to_date(out: Path, key: str) -> bool:
+    """Whether the folder `out` has the fingerprint `key`; a folder with another one is removed."""
     if not out.exists():
         return False
     record = out / RECORD

@@ -1,7 +1,7 @@
-"""The order of things after training: adapter, sibling, control, grids, one picture, one summary.
+"""The steps after training: adapter, sibling, control, needle grids and losses, picture, summary, page.
 
-Everything is skipped where its result stands already and still belongs to the same models and settings. The last
-lines on screen say in plain words what happened, and where the picture is.
+A step is skipped where its result exists and its fingerprint matches. The last lines on the screen summarize the result
+and name the picture.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from longctx.config.hooks import EvidenceHook
 from longctx.config.train import TrainConfig
 from longctx.eval.examine import Result, Target, examine, forwards
 from longctx.eval.ground import Ground, open_ground
-from longctx.hooks import evidence
-from longctx.hooks.adapter import extract_adapter, merge_sibling
-from longctx.hooks.evidence import Claim
-from longctx.hooks.proof import draw_proof
-from longctx.hooks.side import train_side
-from longctx.hooks.summary import tell, write_summary
 from longctx.report.page import write_page
 from longctx.rope import read_rope
+from longctx.run import evidence
+from longctx.run.adapter import extract_adapter, merge_sibling
+from longctx.run.evidence import Claim
+from longctx.run.proof import draw_proof
+from longctx.run.side_run import train_side
+from longctx.run.summary import tell, write_summary
 
 
 def run_hooks(config: TrainConfig, folder: Path) -> int:
-    """Run what the config asks for; 0. A model drawn at random has no base to subtract, so it gets no adapter."""
+    """Do what config.hooks asks for, and return 0.
+
+    A randomly initialized model has no base to subtract, so it gets no adapter.
+    """
     stages = finished_stages(folder)
     if not stages:
         return 0
@@ -62,7 +65,7 @@ def run_hooks(config: TrainConfig, folder: Path) -> int:
 
 
 def finished_stages(folder: Path) -> list[dict[str, Any]]:
-    """finished.json of each trained stage, in the order they were trained."""
+    """The finished.json of each trained stage, in the order of training."""
     marks = [json.loads(path.read_text()) for path in (folder / "stages").glob("*/finished.json")]
     return sorted(marks, key=lambda mark: (mark["seq_len"], mark["stage"]))
 
@@ -92,7 +95,7 @@ def _examine_all(
 
 
 def _remark_short_text(ground: Ground, longest: int, source: str) -> None:
-    """A trained run is examined all the same; an evaluation by hand refuses this."""
+    """Warn where the held-out text is shorter than a sequence. (`longctx eval` refuses that.)"""
     if longest > ground.tokens:
         console.remark(
             f"source {source} holds out {ground.tokens:,} tokens and sequences of {longest:,} are asked for, so the "
@@ -104,7 +107,7 @@ def _claims(
     config: TrainConfig, hook: EvidenceHook, folder: Path, stages: list[dict[str, Any]],
     tuned: Path, sibling: Path | None, control: Path | None,
 ) -> list[Claim]:  # fmt: skip
-    """What is examined: the base and its controls, the extended model, and the sibling before and after."""
+    """The models to evaluate: the base, its controls, the extended model, the sibling before and after the merge."""
     base, last = str(config.model.path), stages[-1]
     claims = [Claim(Target("base", base, "base"))]
     if hook.theta_only:

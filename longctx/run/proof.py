@@ -1,4 +1,4 @@
-"""The proof in one picture: which models were asked, and what they found, in the order of the argument."""
+"""One picture of all needle grids of a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from pathlib import Path
 from longctx.eval.examine import Result
 from longctx.eval.picture import Panel, draw
 
-# Above: the model and its controls. Below: what the adapter does to a sibling, and the harder question.
+# Upper row: the base, its controls and the extended model. Lower row: the sibling without and with the adapter, and the
+# unseen phrasing.
 ORDER = ("base", "theta_only", "control", "extended", "sibling", "merged", "unseen")
 
 
 def draw_proof(results: Mapping[str, Result], path: Path) -> None:
-    """Draw a panel per result that has a grid."""
+    """Draw one panel for each result that has a grid."""
     chosen = [results[name] for name in ORDER if name in results]
     panels = [Panel(result.grid, result.target.title, result.window) for result in chosen if result.grid is not None]
     draw(panels, path, title="Needle in a haystack: six-digit values found, in percent", columns=4)

@@ -1,0 +1,25 @@
+"""`longctx train`: train all stages, then make the adapter, the merged sibling, the evidence and the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from longctx.config.train import TrainConfig
+from longctx.distributed.launcher import launcher_environment, leave_launcher
+from longctx.run.training import settled, train_run
+from longctx.signals import all_saved
+from longctx.train import runfolder
+
+
+def run(config: TrainConfig) -> int:
+    """Train, then do what `hooks` asks for after training. Returns the exit status."""
+    config = settled(config)
+    status = train_run(config)
+    if status == 0 and launcher_environment()["RANK"] == "0":
+        from longctx.run.after_training import run_hooks
+
+        leave_launcher()  # side runs start their own ranks
+        all_saved("training is done")
+        with runfolder.held(Path(config.folder)):
+            status = run_hooks(config, Path(config.folder))
+    return status

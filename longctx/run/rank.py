@@ -1,0 +1,108 @@
+"""`python -m longctx.run.rank FILE`: one rank of a run whose config is FILE, the config.yaml in the run's folder.
+
+`longctx train` starts its ranks this way. `rank_status` also serves the ranks that torchrun or srun start.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from longctx import signals
+from longctx.distributed.launcher import launcher_environment
+from longctx.errors import OutOfMemory, RunFailed, UserError
+from longctx.processes import die_with_parent
+
+
+def main(path: str) -> int:
+    """Train as one rank and return its exit status.
+
+    Without a launcher's environment this process starts launch.nproc ranks itself.
+    """
+
+    def body(rank: int, world: int) -> int:
+        from longctx.run.training import train_run
+        from longctx.train import runfolder
+
+        return train_run(runfolder.read(Path(path)), checked=world > 1)
+
+    return rank_status(body)
+
+
+def rank_status(body: Callable[[int, int], int]) -> int:
+    """Run body(rank, world) as one rank, and turn its errors into one message and an exit status.
+
+    Only rank 0 writes messages, unless another rank has an error of its own.
+    """
+    environment = launcher_environment()
+    rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    signals.catch(requeue=True, speaks=rank == 0)  # before the slow imports
+    die_with_parent()
+    try:
+        status = body(rank, world)
+        if status == signals.SAVED_AND_REQUEUE:
+            signals.note_requeue()
+        return status
+    except UserError as error:
+        tell(str(error), speak=rank == 0)
+        _leave_group()
+        return 2
+    except OutOfMemory as error:
+        tell(str(error), speak=bool(str(error)))  # any rank may explain it; the others have an empty message
+        return 1
+    except RunFailed as error:
+        tell(str(error), speak=rank == 0)
+        _leave_group()
+        return 1
+    except KeyboardInterrupt:
+        tell("interrupted", speak=rank == 0)
+        return signals.INTERRUPTED
+    except Exception as error:  # only here is it still known which rank failed
+        if world > 1 and _lost_peers(error):
+            time.sleep(5.0)  # the rank that died speaks first, and its launcher ends this one
+            first = str(error).strip().partition("\n")[0]
+            tell(f"rank {rank} lost its peers and stops ({first})", speak=True)
+            return 1
+        tell(f"rank {rank} of {world} failed:\n{traceback.format_exc()}", speak=True)
+        return 1
+
+
+def _lost_peers(error: Exception) -> bool:
+    """Whether the error means that another rank died.
+
+    torch has types of its own for it; gloo raises a RuntimeError whose text begins with a place in gloo's source.
+    """
+    import torch.distributed as dist
+
+    from longctx.distributed.transport import PeerLost
+
+    if isinstance(error, (PeerLost, dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)):
+        return True
+    place = str(error).partition("]")[0]
+    return isinstance(error, RuntimeError) and place.startswith("[") and "gloo" in place
+
+
+def _leave_group() -> None:
+    """Close the process group: gloo's threads may abort a rank that leaves it open, and change its status."""
+    from longctx.distributed import ranks
+
+    ranks.stop()
+
+
+def tell(text: str, *, speak: bool) -> None:
+    """Write a line to standard error if this rank may speak."""
+    if speak:
+        print(f"longctx: {text}", file=sys.stderr, flush=True)
+
+
+def leave(status: int) -> None:
+    """End this process with its rank's status; signals that come from here on are ignored."""
+    signals.done()
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    leave(main(sys.argv[1]))

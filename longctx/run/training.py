@@ -1,0 +1,66 @@
+"""The training of a run: on ranks started here, or in this process, which may be a rank that a launcher started.
+
+`longctx.train` receives from here what the later parts of a run need of it: which parameters the adapter will not
+carry, and what to make at the end of each stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from longctx.config.train import TrainConfig
+from longctx.distributed.launcher import launcher_environment
+from longctx.run.adapter import extract_adapter, left_out
+from longctx.train import preflight, runfolder
+from longctx.train import run as training
+
+if TYPE_CHECKING:
+    from longctx.curriculum import Stage
+
+
+def settled(config: TrainConfig) -> TrainConfig:
+    """The config with model.dtype=auto and optim.freeze=auto decided; a run that is continued keeps its own."""
+    return training.settled(config, not_carried=partial(left_out, config))
+
+
+def train_run(config: TrainConfig, *, checked: bool = False) -> int:
+    """Train all stages. Returns 0, or the status of what ended the run.
+
+    One process with launch.nproc > 1 and no launcher around it starts the ranks. checked: the process that started
+    this rank has checked everything and tokenized the documents.
+    """
+    config = settled(config)
+    if int(launcher_environment()["WORLD_SIZE"]) == 1 and config.launch.nproc > 1:
+        return _start_ranks(config)
+    return training.train(
+        config, not_carried=partial(left_out, config), after_stage=after_stage(config), checked=checked
+    )
+
+
+def _start_ranks(config: TrainConfig) -> int:
+    """Check everything, write config.yaml, tokenize the documents, and only then start launch.nproc ranks."""
+    nproc = config.launch.nproc
+    stages = training.checked_stages(config, world=nproc, local_world=nproc)
+    with runfolder.held(Path(config.folder)):
+        folder = runfolder.prepare(config)
+    training.prepare_data(config, stages, preflight.check_libraries(config))
+    from longctx.run.launch import start_ranks
+
+    return start_ranks(config.launch, folder / "config.yaml", preflight.cache_folder(config))
+
+
+def after_stage(config: TrainConfig) -> Callable[[Stage, Path, Path], None] | None:
+    """The function that makes an adapter at the end of each stage, or None where the config asks for no such adapter.
+
+    It takes the stage, the folder of its exported model and the folder for its results.
+    """
+    if not (config.hooks.lora.enabled and config.hooks.lora.per_stage and config.model.path):
+        return None
+
+    def adapter(stage: Stage, model: Path, out: Path) -> None:
+        extract_adapter(config, model, out.parent / "adapter")
+
+    return adapter

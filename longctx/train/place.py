@@ -1,0 +1,72 @@
+"""The place in the curriculum at which a run continues."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from longctx import console
+from longctx.errors import UserError
+from longctx.train.checkpoint import State
+
+if TYPE_CHECKING:
+    from longctx.curriculum import Stage
+
+
+def planned(stage: Stage) -> list[int]:
+    """The numbers that a stage's documents were drawn for.
+
+    With other numbers the cursor would point into other documents.
+    """
+    return [stage.seq_len, stage.batch, stage.steps]
+
+
+def enter(state: State, stage: Stage) -> None:
+    """Move the state to the beginning of a stage."""
+    state.stage, state.stage_step, state.cursor, state.ended = stage.index, 0, 0, False
+    state.stage_name, state.planned = stage.name, planned(stage)
+    state.stage_seconds = 0.0
+    state.recent_losses, state.tail_losses = [], []
+
+
+def find_place(state: State, stages: Sequence[Stage]) -> None:
+    """Find the stage that a checkpoint was saved in, and write its index into the state.
+
+    Raises UserError when the stage is gone, was planned otherwise, or has untrained stages before it.
+    """
+    if not state.planned:
+        return
+    names, new_name = [stage.name for stage in stages], "or take a new name=..."
+    if state.stage_name not in names:
+        raise UserError(
+            f"the run stopped in stage {state.stage_name}, which the curriculum no longer has (stages: "
+            f"{', '.join(names)}); put it back, {new_name} (configs/curriculum)"
+        )
+    index = names.index(state.stage_name)
+    if planned(stages[index]) != state.planned:
+        words = "seq_len={} batch={} steps={}"
+        was, now = words.format(*state.planned), words.format(*planned(stages[index]))
+        raise UserError(
+            f"curriculum.stages.{state.stage_name} was planned with {was} and stopped at step {state.stage_step}; with "
+            f"{now} its documents would be drawn anew and some read twice. Leave it as it was and add a stage after "
+            f"it, {new_name} (configs/curriculum)"
+        )
+    untrained = [name for name in names[:index] if name not in state.trained]
+    if untrained:
+        raise UserError(
+            f"the run stopped in stage {state.stage_name}, and {', '.join(untrained)} before it was never trained; "
+            f"give it a place after {state.stage_name}, {new_name} (configs/curriculum)"
+        )
+    state.stage = index
+
+
+def saved_words(step: int) -> str:
+    """What has been saved, in words."""
+    return f"saved at step {step}" if step else "nothing was trained"
+
+
+def say_resumed(state: State, stages: Sequence[Stage]) -> None:
+    """Say at which step a run continues, if it has trained before."""
+    if state.step:
+        name = stages[min(state.stage, len(stages) - 1)].name
+        console.say(f"continuing at step {state.step} (stage {name}, {state.tokens:,} tokens done)")
