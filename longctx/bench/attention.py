@@ -68,7 +68,7 @@ def measure_cpu(config: BenchAttentionConfig) -> dict[str, Any]:
     """The ring of `ranks` x 1 thread and SDPA of `ranks` threads, taking turns; medians and ratios per
     length.
     """
-    from longctx.bench.workers import Team
+    from longctx.bench.workers import WorkerGroup
 
     dtype = "float32" if config.dtype == "auto" else config.dtype
     problems = [
@@ -77,8 +77,8 @@ def measure_cpu(config: BenchAttentionConfig) -> dict[str, Any]:
     ]
     rows: list[dict[str, Any]] = []
     with (
-        Team(1, config.ranks, prepare_sdpa, None) as alone,
-        Team(config.ranks, 1, prepare_ring, None) as ring,
+        WorkerGroup(1, config.ranks, prepare_sdpa, None) as alone,
+        WorkerGroup(config.ranks, 1, prepare_ring, None) as ring,
     ):
         rate = max(alone.order("matrix")[0] for _ in range(3))
         for problem in problems:

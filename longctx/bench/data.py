@@ -116,7 +116,7 @@ def realistic_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _pack_once(documents: int, seq_len: int, seed: int, results: Any) -> None:
-    from longctx.data.plan import make_plan
+    from longctx.data.stage_packing import pack_stage
 
     rng = np.random.default_rng(seed)
     shares = {"web": 0.6, "books": 0.1, "code": 0.3}
@@ -129,7 +129,7 @@ def _pack_once(documents: int, seq_len: int, seed: int, results: Any) -> None:
     data = build(DataConfig, values, origin="bench data")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     begin = time.perf_counter()
-    plan = make_plan(
+    packing = pack_stage(
         data, data.mixes["m"], lengths, seq_len=seq_len, sequences=total // seq_len, seed=seed, stage="bench"
     )
     seconds = time.perf_counter() - begin
@@ -138,12 +138,12 @@ def _pack_once(documents: int, seq_len: int, seed: int, results: Any) -> None:
             "seq_len": seq_len,
             "documents": documents,
             "tokens": total,
-            "sequences": len(plan),
-            "pieces": len(plan.length),
+            "sequences": len(packing),
+            "pieces": len(packing.length),
             "seconds": seconds,
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
             "before_gib": before,
-            "padding": plan.padding,
+            "padding": packing.padding,
         }
     )
 
@@ -160,7 +160,7 @@ def read(config: BenchDataConfig) -> list[dict[str, float]]:
             for index in range(len(stage)):
                 stage.sequence(index)
             seconds = time.perf_counter() - begin
-            pieces = len(stage.plan.length) / len(stage)
+            pieces = len(stage.packing.length) / len(stage)
             rate = len(stage) * seq_len / seconds
             found.append({"seq_len": seq_len, "pieces_per_sequence": pieces, "tokens_per_s": rate})
     return found
@@ -202,24 +202,25 @@ def _peak(call: Callable[[], Any]) -> int:
 
 def random_stage(work: Path, seq_len: int, sequences: int, seed: int) -> Any:
     """A stage over one shard of random tokens with realistic document lengths, enough for these sequences."""
+    from longctx.data.corpus import Corpus
     from longctx.data.documents import Tally
-    from longctx.data.index import Corpus
-    from longctx.data.plan import make_plan
-    from longctx.data.shard import Row, write_shard
-    from longctx.data.stage import StageData
+    from longctx.data.shard import TokenizedDocument, write_shard
+    from longctx.data.stage_data import StageData
+    from longctx.data.stage_packing import pack_stage
 
     rng = np.random.default_rng(seed)
     lengths = realistic_lengths(max(64, sequences * seq_len // 800), rng)
     lengths = np.minimum(lengths, 2**18)
     folder = work / f"shard{seq_len}"
     rows = (
-        Row(f"doc/{i}", f"doc/{i}", rng.integers(0, 32000, n, dtype=np.uint16)) for i, n in enumerate(lengths.tolist())
+        TokenizedDocument(f"doc/{i}", f"doc/{i}", rng.integers(0, 32000, n, dtype=np.uint16))
+        for i, n in enumerate(lengths.tolist())
     )
     write_shard(folder, rows, np.uint16, masked=False, tally=Tally())
     values = {"sources": {"text": {"kind": "text", "path": "x"}}, "mixes": {"m": {"text": 1.0}}}
     data = build(DataConfig, values, origin="bench data")
     corpus = Corpus("text", data.sources["text"], [folder], split="train", heldout=0.0)
-    plan = make_plan(
+    packing = pack_stage(
         data,
         data.mixes["m"],
         {"text": corpus.lengths},
@@ -228,7 +229,7 @@ def random_stage(work: Path, seq_len: int, sequences: int, seed: int) -> Any:
         seed=seed,
         stage="b",
     )
-    return StageData(data, plan, {"text": corpus}, None, pad=0, seed=seed, stage="b", split="train")
+    return StageData(data, packing, {"text": corpus}, None, pad=0, seed=seed, stage="b", split="train")
 
 
 def _words(figures: dict[str, Any]) -> str:

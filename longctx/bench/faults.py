@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import console
-from longctx.bench.faults_run import Life, make_run
+from longctx.bench.faults_run import StartedRun, make_run
 from longctx.config.faults import FaultsConfig
 from longctx.errors import RunFailed
 
@@ -59,7 +59,7 @@ def run(config: FaultsConfig) -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config.out or temporary)
         reference = make_run(folder / "undisturbed", folder / "documents", config)
-        status, text = Life(reference, config.nproc).wait()
+        status, text = StartedRun(reference, config.nproc).wait()
         if status != 0:
             raise RunFailed(f"the undisturbed run failed with status {status}: {text[-2000:]}")
         soak = Soak(config, folder, weights_of(reference), random.Random(config.seed))
@@ -80,7 +80,7 @@ def _kill(soak: Soak) -> None:
     """Kill until the wanted number is reached, then let the last run end."""
     soak.begin()
     while sum(soak.kills.values()) < soak.config.kills:
-        life = Life(soak.path, soak.config.nproc)
+        life = StartedRun(soak.path, soak.config.nproc)
         before = life.step()
         starting = soak.rng.random() < 0.15
         alive = life.wait_for(soak.rng.uniform(0.0, 1.0)) if starting else life.wait_for_step(before + 1)
@@ -98,7 +98,7 @@ def _kill(soak: Soak) -> None:
         if seconds > SLOWEST_END:
             raise RunFailed(f"{seconds:.0f} s after the kill of one {kind} the run was still there")
         console.say(f"kill {sum(soak.kills.values())}/{soak.config.kills}: {kind} at step {reached}")
-    _finish(soak, Life(soak.path, soak.config.nproc))
+    _finish(soak, StartedRun(soak.path, soak.config.nproc))
 
 
 def _terminate(soak: Soak) -> None:
@@ -107,7 +107,7 @@ def _terminate(soak: Soak) -> None:
         return
     soak.begin()
     while soak.sigterms < soak.config.sigterms:
-        life = Life(soak.path, soak.config.nproc)
+        life = StartedRun(soak.path, soak.config.nproc)
         starting = soak.rng.random() < 0.3
         alive = life.wait_for(soak.rng.uniform(0.0, 1.0)) if starting else life.wait_for_step(life.step() + 1)
         if not (alive and life.wait_for(soak.rng.uniform(0.0, 0.3))):
@@ -126,10 +126,10 @@ def _terminate(soak: Soak) -> None:
             )
         soak.sigterms += 1
         console.say(f"sigterm {soak.sigterms}/{soak.config.sigterms}: saved at step {life.saved_step()}")
-    _finish(soak, Life(soak.path, soak.config.nproc))
+    _finish(soak, StartedRun(soak.path, soak.config.nproc))
 
 
-def _finish(soak: Soak, life: Life) -> str:
+def _finish(soak: Soak, life: StartedRun) -> str:
     status, text = life.wait()
     if status != 0:
         raise RunFailed(f"{soak.path} did not come to its end: status {status}: {text[-2000:]}")
@@ -142,7 +142,7 @@ def _damage(soak: Soak) -> dict[str, str]:
     found = {}
     for name in ("truncated", "flipped byte", "full disk"):
         soak.begin()
-        life = Life(soak.path, soak.config.nproc)
+        life = StartedRun(soak.path, soak.config.nproc)
         if not life.wait_for_step(6):
             raise RunFailed(f"the run ended before it could be damaged: {life.wait()}")
         life.terminate()
@@ -151,7 +151,7 @@ def _damage(soak: Soak) -> dict[str, str]:
             limit = largest_file(soak.path) - 1024
         else:
             spoil(soak.path, name)
-        text = _finish(soak, Life(soak.path, soak.config.nproc, file_limit=limit))
+        text = _finish(soak, StartedRun(soak.path, soak.config.nproc, file_limit=limit))
         told = [line for line in text.splitlines() if "damaged" in line or "not written" in line or "failed" in line]
         if not told:
             raise RunFailed(f"nothing was said about the {name}: {text[-2000:]}")

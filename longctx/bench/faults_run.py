@@ -38,7 +38,7 @@ PRELOAD = [
     "longctx.train.replicated",
     "longctx.model.export",
     "longctx.attention",
-    "longctx.data.opening",
+    "longctx.data.stage_opening",
 ]
 CONTEXT.set_forkserver_preload(PRELOAD)
 
@@ -90,7 +90,7 @@ def _write_documents(folder: Path) -> None:
         (folder / f"{number:03d}.txt").write_text(text)
 
 
-class Watched(ABC):
+class RunWatcher(ABC):
     """What a run's files say about it while it lives."""
 
     def __init__(self, run: Path) -> None:
@@ -121,7 +121,7 @@ class Watched(ABC):
         return False
 
 
-class Life(Watched):
+class StartedRun(RunWatcher):
     """One start of a run: its ranks, forked from a server that has imported torch, as torchrun would start
     them.
 

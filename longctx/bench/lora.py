@@ -26,7 +26,7 @@ from longctx.errors import RunFailed, UserError
 
 
 @dataclass(frozen=True)
-class Process:
+class ProcessFigures:
     """seconds: wall, imports included. imports: wall of importing alone. peak_mib: of the process itself."""
 
     seconds: list[float]
@@ -111,7 +111,7 @@ def _pair(config: BenchLoraConfig, folder: Path, layers: int) -> tuple[Path, Pat
     return place / "base", place / "tuned"
 
 
-def _ours(config: BenchLoraConfig, base: Path, tuned: Path, out: Path, *, runs: int) -> Process:
+def _ours(config: BenchLoraConfig, base: Path, tuned: Path, out: Path, *, runs: int) -> ProcessFigures:
     start = [sys.executable, "-m", "longctx.cli"]
     seconds, peak = [], 0.0
     for number in range(runs):
@@ -122,17 +122,17 @@ def _ours(config: BenchLoraConfig, base: Path, tuned: Path, out: Path, *, runs: 
         peak = max(peak, used)
     code = "import longctx.cli, longctx.config.compose, hydra, omegaconf, longctx.lora.commands"
     imports, _ = _child([sys.executable, "-c", code], config.threads)
-    return Process(seconds, imports, peak)
+    return ProcessFigures(seconds, imports, peak)
 
 
-def _mergekit(config: BenchLoraConfig, base: Path, tuned: Path, out: Path) -> Process:
+def _mergekit(config: BenchLoraConfig, base: Path, tuned: Path, out: Path) -> ProcessFigures:
     assert config.mergekit is not None
     words = ["--model", str(tuned), "--base-model", str(base), "--out-path", str(out)]
     took, peak = _child([config.mergekit, *words, "--max-rank", str(config.rank)], config.threads)
     say(f"mergekit: {took:.2f} s, {peak:.0f} MiB")
     python = Path(config.mergekit).parent / "python"
     imports, _ = _child([str(python), "-c", "import mergekit.scripts.extract_lora"], config.threads)
-    return Process([took], imports, peak)
+    return ProcessFigures([took], imports, peak)
 
 
 def _child(words: list[str], threads: int) -> tuple[float, float]:

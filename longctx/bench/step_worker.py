@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longctx.bench.step import BenchStepConfig
 from longctx.config.base import build
+from longctx.config.bench_step import BenchStepConfig
 from longctx.model import LossModel, init_from
 from longctx.model.host import return_freed_memory
 

@@ -21,7 +21,7 @@ Serve = Callable[[Any], Any]
 Prepare = Callable[[int, int, int, Any], Serve]  # (rank, world, port, settings) -> serve
 
 
-class Team:
+class WorkerGroup:
     """`size` workers of `threads` threads each, made by `prepare(rank, size, port, settings)`."""
 
     def __init__(self, size: int, threads: int, prepare: Prepare, settings: Any) -> None:
@@ -74,7 +74,7 @@ class Team:
                 process.terminate()
                 process.join(timeout=5)
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> WorkerGroup:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -4,18 +4,18 @@ sequence i of a stage.
 Nothing here imports torch, transformers or datasets before it is needed.
 """
 
-from longctx.data.opening import open_stage
-from longctx.data.stage import LocalSequence, PackedSequence, StageData
+from longctx.data.haystack import NeedleWriter
+from longctx.data.stage_data import LocalSequence, PackedSequence, StageData
+from longctx.data.stage_opening import open_stage
 from longctx.data.synth import Answer, SynthDocument, make_task
-from longctx.data.writer import Writer
 
 __all__ = [
     "Answer",
     "LocalSequence",
+    "NeedleWriter",
     "PackedSequence",
     "StageData",
     "SynthDocument",
-    "Writer",
     "make_task",
     "open_stage",
 ]

@@ -25,7 +25,7 @@ def conversation(
     problem = _problem(messages)
     if problem:
         tally.broken += 1
-        tally.note(document.place, problem)
+        tally.note(document.location, problem)
         return None
     if not any(message["content"].strip() for message in messages):
         tally.empty += 1
@@ -36,7 +36,7 @@ def conversation(
         encoding = backend.encode(text, add_special_tokens=False)
     except (TemplateError, UnicodeEncodeError) as error:  # roles in an order the template refuses; half a character
         tally.broken += 1
-        tally.note(document.place, error)
+        tally.note(document.location, error)
         return None
     mask = np.zeros(len(encoding.ids), np.uint8)
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)

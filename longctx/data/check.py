@@ -1,7 +1,7 @@
 """What is wrong with a stage's documents, found before anything is tokenized: names, files, formats, columns.
 
 Files are listed, tables' headers and a few records are read. Shares of broken records and lengths are judged when
-the documents are tokenized (longctx.data.opening).
+the documents are tokenized (longctx.data.stage_opening).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What reading gives: documents, the place of each in its file, and a tally of what could not be read.
+"""What reading gives: documents, the location of each in its file, and a tally of what could not be read.
 
 Also the reading of one file, plain or compressed, that every kind of source shares.
 """
@@ -35,7 +35,7 @@ class Unit:
     size: int = 0
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a record is: its name, or the name of its .jsonl with the byte at which its line begins (unpacked).
 
     People are shown a line number. It is counted only when it is shown, because counting reads the file again.
@@ -61,28 +61,30 @@ class Document:
     id: str
     group: str
     content: Any
-    place: Place
+    location: Location
 
 
 @dataclass
 class Tally:
-    """Counts of what was read. seen: documents and broken records. mistakes: the first few, with place and problem."""
+    """Counts of what was read. seen: documents and broken records. mistakes: the first few, with location and problem."""
 
     seen: int = 0
     empty: int = 0
     special: int = 0
     broken: int = 0
     not_utf8: int = 0
-    mistakes: list[tuple[Place, str]] = field(default_factory=list)
+    mistakes: list[tuple[Location, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Tally:
         """A tally out of JSON."""
-        return cls(**{**values, "mistakes": [(Place(*place), problem) for place, problem in values["mistakes"]]})
+        return cls(
+            **{**values, "mistakes": [(Location(*location), problem) for location, problem in values["mistakes"]]}
+        )
 
-    def note(self, place: Place, problem: object) -> None:
+    def note(self, location: Location, problem: object) -> None:
         if len(self.mistakes) < _SHOWN:
-            self.mistakes.append((place, str(problem)))
+            self.mistakes.append((location, str(problem)))
 
     def add(self, other: Tally) -> None:
         for name in ("seen", "empty", "special", "broken", "not_utf8"):
@@ -92,13 +94,13 @@ class Tally:
     @property
     def where(self) -> list[str]:
         """The first mistakes in words; counting their line numbers reads their files up to there."""
-        return [f"{place}: {problem}" for place, problem in self.mistakes]
+        return [f"{location}: {problem}" for location, problem in self.mistakes]
 
 
 def read_text(path: Path, name: str, tally: Tally) -> str | None:
     """The text of a file, or None (counted) when it is not UTF-8 or its compression is damaged."""
     tally.seen += 1
-    place = Place(name)
+    location = Location(name)
     try:
         with open_unpacked(path) as stream:
             return stream.read().decode("utf-8").removeprefix("\ufeff")
@@ -106,10 +108,10 @@ def read_text(path: Path, name: str, tally: Tally) -> str | None:
         raise
     except UnicodeDecodeError as error:
         tally.not_utf8 += 1
-        tally.note(place, f"not UTF-8 (byte {error.start})")
+        tally.note(location, f"not UTF-8 (byte {error.start})")
     except damaged() as error:
         tally.broken += 1
-        tally.note(place, error)
+        tally.note(location, error)
     return None
 
 

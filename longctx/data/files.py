@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.data import stdlib
-from longctx.data.documents import Document, Place, Tally, Unit, damaged, open_unpacked, read_text
+from longctx.data.documents import Document, Location, Tally, Unit, damaged, open_unpacked, read_text
 from longctx.errors import UserError
 
 TEXT = (".txt", ".md", ".markdown", ".rst")
@@ -97,7 +97,7 @@ def _table_units(path: Path, name: str, kind: str, column: str, size: int) -> li
 
 
 def _table_shape(path: Path, kind: str) -> tuple[int, list[str]]:
-    """Row groups (or record batches) and column names."""
+    """TokenizedDocument groups (or record batches) and column names."""
     if kind == "parquet":
         import pyarrow.parquet as pq
 
@@ -114,7 +114,7 @@ def read(unit: Unit, tally: Tally) -> Iterator[Document]:
     if unit.kind == "text":
         text = read_text(Path(unit.path), unit.name, tally)
         if text is not None:
-            yield Document(unit.name, unit.name, text, Place(unit.name))
+            yield Document(unit.name, unit.name, text, Location(unit.name))
     elif unit.kind == "python":
         yield from stdlib.documents(unit, tally)
     elif unit.kind == "jsonl":
@@ -134,23 +134,23 @@ def _json_lines(unit: Unit, tally: Tally) -> Iterator[Document]:
             stream.seek(unit.start - 1)
             byte = unit.start - 1 + len(stream.readline())
         while packed or byte < unit.end:
-            place = Place(unit.name, unit.path, byte)
+            location = Location(unit.name, unit.path, byte)
             try:
                 line = stream.readline()
             except errors as error:
                 tally.seen += 1
                 tally.broken += 1
-                tally.note(place, f"{error}; the rest of the file is skipped")
+                tally.note(location, f"{error}; the rest of the file is skipped")
                 return
             if not line:
                 return
             byte += len(line)
-            document = _json_line(line, unit, place, tally)
+            document = _json_line(line, unit, location, tally)
             if document is not None:
                 yield document
 
 
-def _json_line(line: bytes, unit: Unit, place: Place, tally: Tally) -> Document | None:
+def _json_line(line: bytes, unit: Unit, location: Location, tally: Tally) -> Document | None:
     if not line.strip():
         return None
     tally.seen += 1
@@ -158,21 +158,21 @@ def _json_line(line: bytes, unit: Unit, place: Place, tally: Tally) -> Document 
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
         tally.broken += 1
-        tally.note(place, error)
+        tally.note(location, error)
         return None
     if not isinstance(row, dict) or unit.column not in row:
         tally.broken += 1
         has = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
-        tally.note(place, f"no field {unit.column!r} ({has})")
+        tally.note(location, f"no field {unit.column!r} ({has})")
         return None
-    return _content(row[unit.column], f"{place.name}:byte{place.byte}", place, tally)
+    return _content(row[unit.column], f"{location.name}:byte{location.byte}", location, tally)
 
 
-def _content(value: Any, name: str, place: Place, tally: Tally) -> Document | None:
+def _content(value: Any, name: str, location: Location, tally: Tally) -> Document | None:
     if isinstance(value, str | list):
-        return Document(name, name, value, place)
+        return Document(name, name, value, location)
     tally.broken += 1
-    tally.note(place, f"the field holds {type(value).__name__}, not text or messages")
+    tally.note(location, f"the field holds {type(value).__name__}, not text or messages")
     return None
 
 
@@ -187,16 +187,16 @@ def _table_rows(unit: Unit, tally: Tally) -> Iterator[Document]:
                     content = value.as_py()
                 except UnicodeDecodeError as error:
                     tally.broken += 1
-                    tally.note(Place(name), error)
+                    tally.note(Location(name), error)
                     continue
-                document = _content(content, name, Place(name), tally)
+                document = _content(content, name, Location(name), tally)
                 if document is not None:
                     yield document
             row = first + len(column)
     except (OSError, ValueError) as error:  # pyarrow's are among them
         tally.seen += 1
         tally.broken += 1
-        tally.note(Place(f"{unit.name}:{row}"), f"{error}; the rows after it are skipped")
+        tally.note(Location(f"{unit.name}:{row}"), f"{error}; the rows after it are skipped")
 
 
 def _columns(unit: Unit) -> Iterator[tuple[int, Any]]:

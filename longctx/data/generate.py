@@ -10,11 +10,11 @@ from typing import Any
 from longctx.config.data_verbs import SynthesizeConfig
 from longctx.console import emit, emit_json, progress
 from longctx.data.check import check_name, check_sources
+from longctx.data.haystack import Haystack, NeedleWriter, corpus_haystack
 from longctx.data.mixing import rng_of
-from longctx.data.opening import open_source
+from longctx.data.stage_opening import open_source
 from longctx.data.synth import SynthDocument, make_task
 from longctx.data.tokenizer import load_tokenizer
-from longctx.data.writer import Haystack, Writer, corpus_haystack
 from longctx.errors import UserError
 from longctx.storage.files import replacing
 
@@ -28,7 +28,7 @@ def run(config: SynthesizeConfig) -> int:
     corpus = open_source(config.haystack, config.data, tokenizer, Path(config.cache), split=split)
     if not len(corpus):
         raise UserError(f"haystack={config.haystack} has no {split} documents; raise data.heldout, or take keys=train")
-    writer = Writer(tokenizer)
+    writer = NeedleWriter(tokenizer)
     straw = corpus_haystack(corpus, writer)
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ def run(config: SynthesizeConfig) -> int:
     return 0
 
 
-def _write(config: SynthesizeConfig, tokenizer: Any, straw: Haystack, writer: Writer, path: Path) -> None:
+def _write(config: SynthesizeConfig, tokenizer: Any, straw: Haystack, writer: NeedleWriter, path: Path) -> None:
     with path.open("w", encoding="utf-8") as out, progress() as bar:
         for number in bar.track(range(config.count), description="documents"):
             rng = rng_of(config.seed, "synth", config.task.kind, config.keys, number)

@@ -20,14 +20,14 @@ PACK, WHOLE, JOIN = 0, 1, 2  # packed or split as the stage says; never split; j
 
 
 @dataclass(frozen=True)
-class Drawn:
+class DrawnPieces:
     """Pieces of a source's documents: int32 [P] each; kind is PACK, WHOLE or JOIN; epochs: how often a
     document of the most repeated pool is seen, on average."""
 
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    kind: np.ndarray
+    placement: np.ndarray
     epochs: float
 
     @property
@@ -49,7 +49,7 @@ def draw(
     seed: int,
     words: tuple[str, ...],
     split: bool = True,
-) -> Drawn:
+) -> DrawnPieces:
     """`target` tokens out of documents with these lengths (int32 [D]), by a source's policy.
 
     words: stage and source, for the seed and for messages. split: cut documents longer than a sequence
@@ -59,31 +59,31 @@ def draw(
     where = f"source {words[-1]} in stage {words[0]}"
     joined = policy.kind == "joined"
     pieces = cut(lengths, seq_len if (split or policy.kind == "prolong") and not joined else 0)
-    kind = JOIN if joined else PACK
+    placement = JOIN if joined else PACK
     if policy.kind not in ("upsample", "prolong"):
-        return _take(pieces, np.arange(len(pieces.length)), target, kind, seed, (*words, "all"))
+        return _take(pieces, np.arange(len(pieces.length)), target, placement, seed, (*words, "all"))
     assert policy.share is not None
     if policy.kind == "upsample":
         assert policy.min_len is not None
         wanted, setting = policy.min_len, f"upsample.min_len={policy.min_len}"
         is_long = (lengths >= wanted)[pieces.document]
-        long_kind, long_target = PACK, round(target * policy.share)
+        long_placement, long_target = PACK, round(target * policy.share)
     else:
         wanted, setting = seq_len, f"prolong.share={policy.share:g}"
         is_long = pieces.length == seq_len
-        long_kind, long_target = WHOLE, round(policy.share * target / seq_len) * seq_len
+        long_placement, long_target = WHOLE, round(policy.share * target / seq_len) * seq_len
     long, short = np.flatnonzero(is_long), np.flatnonzero(~is_long)
     if long_target and not len(long):
-        _no_long(lengths, wanted, where, setting)
+        _refuse_no_long(lengths, wanted, where, setting)
     if not len(short):
         long_target = target
     parts = [
-        _take(pieces, long, min(long_target, target), long_kind, seed, (*words, "long")),
+        _take(pieces, long, min(long_target, target), long_placement, seed, (*words, "long")),
         _take(pieces, short, target - min(long_target, target), PACK, seed, (*words, "short")),
     ]
-    columns = ("document", "start", "length", "kind")
+    columns = ("document", "start", "length", "placement")
     joint = [np.concatenate([getattr(part, name) for part in parts]) for name in columns]
-    return Drawn(*joint, epochs=max(part.epochs for part in parts))
+    return DrawnPieces(*joint, epochs=max(part.epochs for part in parts))
 
 
 def longest_wanted(policy: LengthPolicy | None, seq_len: int) -> int:
@@ -94,7 +94,7 @@ def longest_wanted(policy: LengthPolicy | None, seq_len: int) -> int:
 
 
 @dataclass(frozen=True)
-class Pieces:
+class DocumentPieces:
     """Documents as pieces: int32 [P] each."""
 
     document: np.ndarray
@@ -102,19 +102,21 @@ class Pieces:
     length: np.ndarray
 
 
-def cut(lengths: np.ndarray, seq_len: int) -> Pieces:
+def cut(lengths: np.ndarray, seq_len: int) -> DocumentPieces:
     """Documents longer than a sequence in consecutive pieces of at most `seq_len` tokens (0: no cuts)."""
     document = np.arange(len(lengths), dtype=np.int32)
     if not len(lengths) or not seq_len or int(lengths.max()) <= seq_len:
-        return Pieces(document, np.zeros_like(document), lengths)
+        return DocumentPieces(document, np.zeros_like(document), lengths)
     count = -(-lengths // seq_len)
     owner = np.repeat(document, count)
     firsts = np.cumsum(count, dtype=np.int64) - count
     start = ((np.arange(len(owner)) - np.repeat(firsts, count)) * seq_len).astype(np.int32)
-    return Pieces(owner, start, np.minimum(lengths[owner] - start, seq_len).astype(np.int32))
+    return DocumentPieces(owner, start, np.minimum(lengths[owner] - start, seq_len).astype(np.int32))
 
 
-def _take(pieces: Pieces, pool: np.ndarray, target: int, kind: int, seed: int, words: tuple[str, ...]) -> Drawn:
+def _take(
+    pieces: DocumentPieces, pool: np.ndarray, target: int, placement: int, seed: int, words: tuple[str, ...]
+) -> DrawnPieces:
     """Pieces of a pool, epoch after epoch, until `target` tokens are reached; the last one is cut to reach
     it."""
     total = int(pieces.length[pool].sum(dtype=np.int64))
@@ -132,11 +134,13 @@ def _take(pieces: Pieces, pool: np.ndarray, target: int, kind: int, seed: int, w
     length = pieces.length[chosen]
     if len(length):
         length[-1] -= int(length.sum(dtype=np.int64)) - target
-    kinds = np.full(len(chosen), kind, np.int8)
-    return Drawn(pieces.document[chosen], pieces.start[chosen], length, kinds, target / total if total else 0.0)
+    placements = np.full(len(chosen), placement, np.int8)
+    return DrawnPieces(
+        pieces.document[chosen], pieces.start[chosen], length, placements, target / total if total else 0.0
+    )
 
 
-def _no_long(lengths: np.ndarray, wanted: int, where: str, setting: str) -> None:
+def _refuse_no_long(lengths: np.ndarray, wanted: int, where: str, setting: str) -> None:
     longest = int(lengths.max()) if len(lengths) else 0
     raise UserError(
         f"{where}: {setting} asks for documents of {wanted:,} tokens and no document is that long; the "
@@ -145,7 +149,7 @@ def _no_long(lengths: np.ndarray, wanted: int, where: str, setting: str) -> None
     )
 
 
-def synthetic(policy: LengthPolicy, target: int, seq_len: int, *, seed: int, words: tuple[str, ...]) -> Drawn:
+def synthetic(policy: LengthPolicy, target: int, seq_len: int, *, seed: int, words: tuple[str, ...]) -> DrawnPieces:
     """Virtual documents of a synth source, close to `target` tokens: at least one where target > 0."""
     where = f"source {words[-1]} in stage {words[0]}"
     size = policy.length or policy.min_len or seq_len
@@ -166,4 +170,4 @@ def synthetic(policy: LengthPolicy, target: int, seq_len: int, *, seed: int, wor
         size = seq_len if policy.kind == "full" else size
         lengths = np.full(max(1, round(target / size)), size, np.int32)
     number = np.arange(len(lengths), dtype=np.int32)
-    return Drawn(number, np.zeros_like(number), lengths, np.full(len(number), WHOLE, np.int8), 1.0)
+    return DrawnPieces(number, np.zeros_like(number), lengths, np.full(len(number), WHOLE, np.int8), 1.0)

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.data import DataConfig, SourceConfig
-from longctx.data.crew import tokenize_by
 from longctx.data.documents import Unit
 from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
+from longctx.data.worker_pool import tokenize_by
 from longctx.errors import UserError
 from longctx.processes import warn_if_crowded
 from longctx.signals import sweep

@@ -29,7 +29,7 @@ FORMAT = 2  # raise when the files' layout or the reading of documents changes
 
 
 @dataclass(frozen=True)
-class Row:
+class TokenizedDocument:
     """A document as it is stored: tokens uint [T], mask uint8 [T] or None."""
 
     name: str
@@ -64,7 +64,7 @@ class _Out:
         return {"bytes": stat.st_size, "sha256": self._digest.hexdigest(), "modified": stat.st_mtime_ns}
 
 
-def write_shard(folder: Path, rows: Iterable[Row], dtype: Any, *, masked: bool, tally: Tally) -> None:
+def write_shard(folder: Path, rows: Iterable[TokenizedDocument], dtype: Any, *, masked: bool, tally: Tally) -> None:
     """Write a new shard. tally: what reading the rows met, complete once they are consumed."""
     folder.mkdir(parents=True)
     lengths: list[int] = []

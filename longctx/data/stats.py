@@ -16,11 +16,11 @@ from longctx.config.data import DataConfig
 from longctx.config.data_verbs import StatsConfig
 from longctx.console import emit, emit_json, warn
 from longctx.data.check import check_sources
-from longctx.data.index import Corpus
-from longctx.data.opening import choose_mix
-from longctx.data.plan import make_plan
+from longctx.data.corpus import Corpus
+from longctx.data.run import open_both, summary, text_sources
+from longctx.data.stage_opening import choose_mix
+from longctx.data.stage_packing import pack_stage
 from longctx.data.tokenizer import load_tokenizer
-from longctx.data.verb import open_both, summary, text_sources
 from longctx.shape import shape_of_model
 
 
@@ -78,7 +78,7 @@ def stage_use(
     """Padding, and per source tokens, documents, cuts and epochs, of each stage as it will be trained."""
     found: dict[str, dict[str, Any]] = {}
     for stage in stages:
-        plan = make_plan(
+        packing = pack_stage(
             data,
             choose_mix(data, stage.mix, stage.name),
             lengths,
@@ -90,9 +90,9 @@ def stage_use(
         found[stage.name] = {
             "mix": stage.mix,
             "seq_len": stage.seq_len,
-            "sequences": len(plan),
-            "padding": plan.padding,
-            "sources": {name: asdict(use) for name, use in plan.use.items()},
+            "sequences": len(packing),
+            "padding": packing.padding,
+            "sources": {name: asdict(use) for name, use in packing.use.items()},
         }
     return found
 

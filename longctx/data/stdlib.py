@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from longctx.data.documents import Document, Place, Tally, Unit, read_text
+from longctx.data.documents import Document, Location, Tally, Unit, read_text
 from longctx.errors import UserError
 
 _SKIPPED = {
@@ -51,11 +51,11 @@ def documents(unit: Unit, tally: Tally) -> Iterator[Document]:
     if source is None:
         return
     if unit.column != "docs":
-        yield Document(unit.name, unit.name, source, Place(unit.name))
+        yield Document(unit.name, unit.name, source, Location(unit.name))
     page = docstrings(source, unit.name)
     if page:
         tally.seen += unit.column != "docs"  # the file itself is counted once already
-        yield Document(unit.name + "#docs", unit.name, page, Place(unit.name + "#docs"))
+        yield Document(unit.name + "#docs", unit.name, page, Location(unit.name + "#docs"))
 
 
 def docstrings(source: str, name: str) -> str:

@@ -3,7 +3,7 @@
 A task writes lines into a haystack at stated depths and asks at the end; tokens, loss weights and the places
 of the answers come out together, and the length is exact. Needles follow the pass-key test of Mohtashami and
 Jaggi 2305.16300, several needles, chains and variables follow RULER 2404.06654; keys are split as in
-longctx.data.keys. Departure from RULER: lines, not essays, and every answer is six digits.
+longctx.data.needle_keys. Departure from RULER: lines, not essays, and every answer is six digits.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from longctx.config.data import SynthTask
-from longctx.data.keys import Split, draw_keys, draw_values
-from longctx.data.writer import Haystack, Writer
+from longctx.data.haystack import Haystack, NeedleWriter
+from longctx.data.needle_keys import KeySide, draw_keys, draw_values
 from longctx.errors import UserError
 
 # L tokens of the document, A answers
@@ -59,16 +59,16 @@ def make_task(
     rng: np.random.Generator,
     haystack: Haystack,
     *,
-    keys: Split,
-    tokenizer: Writer | Any,
+    keys: KeySide,
+    tokenizer: NeedleWriter | Any,
 ) -> SynthDocument:
     """One document of exactly `length` tokens.
 
-    haystack: (rng, n) -> n tokens, see longctx.data.writer; keys: which side keys come from; tokenizer: a
-    Writer, or any fast Hugging Face tokenizer (a Writer is then made, which reads the whole vocabulary).
+    haystack: (rng, n) -> n tokens, see longctx.data.haystack; keys: which side keys come from; tokenizer: a
+    NeedleWriter, or any fast Hugging Face tokenizer (a NeedleWriter is then made, which reads the whole vocabulary).
     Raises UserError when the length cannot hold the task.
     """
-    writer = tokenizer if isinstance(tokenizer, Writer) else Writer(tokenizer)
+    writer = tokenizer if isinstance(tokenizer, NeedleWriter) else NeedleWriter(tokenizer)
     if task.kind == "copy":
         return _copy(task, length, rng, writer)
     lines, questions = _PLANS[task.kind](task, rng, keys)
@@ -76,7 +76,7 @@ def make_task(
     return _assemble(task, length, rng, haystack, writer, lines, depths, questions)
 
 
-def _needles(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+def _needles(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple[list[str], list[_Question]]:
     taken: set[str] = set()
     keys = draw_keys(rng, task.count, split, taken)
     values = draw_values(rng, task.count, taken)
@@ -85,7 +85,7 @@ def _needles(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[l
     return lines, [_ask(task, keys[i], values[i], i) for i in asked]
 
 
-def _chained(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+def _chained(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple[list[str], list[_Question]]:
     taken: set[str] = set()
     keys = draw_keys(rng, task.hops, split, taken)
     links = [*keys, *draw_values(rng, 1, taken)]
@@ -93,13 +93,13 @@ def _chained(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[l
     return lines, [_ask(task, links[0], links[-1], task.hops - 1)]
 
 
-def _table(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+def _table(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple[list[str], list[_Question]]:
     lines, questions = _needles(task, rng, split)
     moved = [_Question(q.before, q.answer, q.after, q.key, 0) for q in questions]
     return ["\n".join(lines)], moved
 
 
-def _variables(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+def _variables(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple[list[str], list[_Question]]:
     taken: set[str] = set()
     held = draw_keys(rng, task.count, split, taken)
     lines: list[str] = []
@@ -132,7 +132,7 @@ def _assemble(
     length: int,
     rng: np.random.Generator,
     haystack: Haystack,
-    writer: Writer,
+    writer: NeedleWriter,
     lines: list[str],
     depths: np.ndarray,
     questions: list[_Question],
@@ -186,7 +186,7 @@ def _places(straw: np.ndarray, depths: np.ndarray, newline_after: np.ndarray) ->
     return np.where(at_line, nearest, targets), at_line
 
 
-def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: Writer) -> SynthDocument:
+def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: NeedleWriter) -> SynthDocument:
     """A random segment over the ordinary vocabulary, repeated to the document's end."""
     head = 0 if writer.bos is None else 1
     most = (length - head) // 2

@@ -20,7 +20,7 @@ import numpy as np
 
 from longctx.data.documents import Document, Tally, Unit
 from longctx.data.files import read
-from longctx.data.shard import Row, write_shard
+from longctx.data.shard import TokenizedDocument, write_shard
 from longctx.signals import beside, temporary
 from longctx.storage.files import sync
 
@@ -73,11 +73,11 @@ def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
                 raise
 
 
-def _rows(job: ShardJob, spec: TokenizerSpec, tally: Tally) -> Iterator[Row]:
+def _rows(job: ShardJob, spec: TokenizerSpec, tally: Tally) -> Iterator[TokenizedDocument]:
     encode = _chat_encoder(spec, tally) if spec.chat is not None else _text_encoder(spec, tally)
     for batch in _batches(job, tally):
         for document, tokens, mask in encode(batch):
-            yield Row(document.id, document.group, tokens, mask)
+            yield TokenizedDocument(document.id, document.group, tokens, mask)
 
 
 def _batches(job: ShardJob, tally: Tally) -> Iterator[list[Document]]:
@@ -121,7 +121,7 @@ def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
     def usable(document: Document) -> bool:
         if not isinstance(document.content, str):
             tally.broken += 1
-            tally.note(document.place, "a list where text is expected")
+            tally.note(document.location, "a list where text is expected")
             return False
         if not document.content.strip():
             tally.empty += 1
@@ -133,7 +133,7 @@ def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
             document.content.encode()
         except UnicodeEncodeError as error:  # half a character, which JSON can hold and no tokenizer reads
             tally.broken += 1
-            tally.note(document.place, error)
+            tally.note(document.location, error)
             return False
         return True
 

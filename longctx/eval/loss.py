@@ -17,13 +17,13 @@ FIRST_BUCKET = 64  # positions in the first bucket of `by_position`
 if TYPE_CHECKING:
     import torch
 
-    from longctx.eval.ground import Ground
+    from longctx.eval.heldout_text import HeldoutText
 
 
-def held_out_rows(ground: Ground, length: int, count: int) -> np.ndarray:
+def held_out_rows(heldout: HeldoutText, length: int, count: int) -> np.ndarray:
     """The same `count` windows [count, length] of held-out text for every model."""
     rng = np.random.default_rng([7, length])
-    return np.stack([ground.haystack(rng, length) for _ in range(count)]).astype(np.int64)
+    return np.stack([heldout.haystack(rng, length) for _ in range(count)]).astype(np.int64)
 
 
 def token_losses(

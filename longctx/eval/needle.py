@@ -18,8 +18,8 @@ import numpy as np
 
 from longctx.config.data import SynthTask
 from longctx.config.eval import NeedleConfig
+from longctx.data.haystack import Haystack, NeedleWriter
 from longctx.data.synth import SynthDocument, make_task
-from longctx.data.writer import Haystack, Writer
 from longctx.errors import UserError
 from longctx.eval.grid import Grid
 
@@ -42,7 +42,7 @@ class Prompt:
     depth_index: tuple[int, ...]
 
 
-def prompts(config: NeedleConfig, writer: Writer, haystack: Haystack) -> Iterator[Prompt]:
+def prompts(config: NeedleConfig, writer: NeedleWriter, haystack: Haystack) -> Iterator[Prompt]:
     """Every haystack of a grid, the same ones for every model: drawn from (seed, length, number) alone."""
     task = SynthTask(kind="needles", needle=config.needle, question=config.question)
     for i, seed in enumerate(config.seeds):
@@ -57,7 +57,7 @@ def prompts(config: NeedleConfig, writer: Writer, haystack: Haystack) -> Iterato
                     yield Prompt(i, j, document, index)
 
 
-def check_lengths(config: NeedleConfig, writer: Writer, haystack: Haystack) -> None:
+def check_lengths(config: NeedleConfig, writer: NeedleWriter, haystack: Haystack) -> None:
     """Raises UserError when the shortest length cannot hold its needles and questions."""
     shortest = replace(config, lengths=(min(config.lengths),), per_cell=1, seeds=config.seeds[:1])
     try:
@@ -76,7 +76,7 @@ def _shares(config: NeedleConfig) -> list[tuple[int, ...]]:
 def grid(
     predict: Predict,
     config: NeedleConfig,
-    writer: Writer,
+    writer: NeedleWriter,
     haystack: Haystack,
     *,
     label: str,

@@ -15,7 +15,7 @@ from longctx.errors import UserError
 from longctx.eval.grid import Grid
 
 if TYPE_CHECKING:
-    from longctx.data.writer import Writer
+    from longctx.data.haystack import NeedleWriter
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ def needle_grid(
     >>> grid.accuracies[0][1]  # needles at the start of 32,768 tokens
     >>> grid.draw("needles.png")
     """
-    from longctx.data.writer import Writer, token_haystack
+    from longctx.data.haystack import NeedleWriter, token_haystack
     from longctx.eval import needle
-    from longctx.eval.examine import window_of
+    from longctx.eval.evaluate import window_of
     from longctx.eval.predict import one_process
 
     values = {"lengths": tuple(lengths), "depths": tuple(depths), "seeds": (seed,)}
     config = build(NeedleConfig, {**values, "per_cell": per_cell, "single": single}, origin="needle_grid")
-    writer = Writer(tokenizer)
+    writer = NeedleWriter(tokenizer)
     tokens = _tokens(text, writer, max(config.lengths))
     largest, rows = max(int(tokens.max()), int(writer.ordinary.max())), model.get_input_embeddings().num_embeddings
     if largest >= rows:
@@ -126,7 +126,7 @@ def needle_grid(
     return NeedleGrid(grid, window_of(model))
 
 
-def _tokens(text: str | Sequence[str] | None, writer: Writer, longest: int) -> np.ndarray:
+def _tokens(text: str | Sequence[str] | None, writer: NeedleWriter, longest: int) -> np.ndarray:
     """The haystack's tokens, int32 [T], T at least `longest`."""
     if text is None:
         parts = _library(writer, 4 * longest)
@@ -141,7 +141,7 @@ def _tokens(text: str | Sequence[str] | None, writer: Writer, longest: int) -> n
     return tokens
 
 
-def _library(writer: Writer, wanted: int) -> list[np.ndarray]:
+def _library(writer: NeedleWriter, wanted: int) -> list[np.ndarray]:
     """Sources of the Python standard library, a file's tokens each, until they are `wanted` or all."""
     from longctx.data.stdlib import stdlib_files
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from longctx.config.eval import NeedleConfig
 from longctx.eval import needle
 from longctx.eval.grid import Grid
-from longctx.eval.ground import Ground
+from longctx.eval.heldout_text import HeldoutText
 from longctx.eval.needle import Predict
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def one_process(model: Any) -> Predict:
 def grid_of(
     model: Any,
     config: NeedleConfig,
-    ground: Ground,
+    heldout: HeldoutText,
     *,
     label: str,
     rank: int = 0,
@@ -54,7 +54,7 @@ def grid_of(
     """
     workers = None if next(model.parameters()).device.type == "cpu" else 1
     return needle.grid(
-        one_process(model), config, ground.writer, ground.haystack,
+        one_process(model), config, heldout.writer, heldout.haystack,
         label=label, rank=rank, world=world, workers=workers, tick=tick,
     )  # fmt: skip
 

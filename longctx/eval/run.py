@@ -19,8 +19,8 @@ from longctx.storage.files import write_text
 
 if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks
-    from longctx.eval.examine import Questions, Result, Target
-    from longctx.eval.ground import Ground
+    from longctx.eval.evaluate import EvalResult, EvalTarget, EvalTasks
+    from longctx.eval.heldout_text import HeldoutText
     from longctx.rope import Rope
 
 DAY = 86400.0  # seconds that a rank with a longer prompt is waited for
@@ -67,9 +67,9 @@ def models_of(config: EvalConfig) -> dict[str, EvalModel]:
     return {default_name(config.model.path): EvalModel(path=config.model.path, tokenizer=config.model.tokenizer)}
 
 
-def target_of(config: EvalConfig, name: str, model: EvalModel) -> Target:
+def target_of(config: EvalConfig, name: str, model: EvalModel) -> EvalTarget:
     """What is to be evaluated under this name. Raises UserError when the folder holds no model longctx knows."""
-    from longctx.eval.examine import Target
+    from longctx.eval.evaluate import EvalTarget
     from longctx.model.family import check_config
     from longctx.model.load import read_config
 
@@ -84,10 +84,10 @@ def target_of(config: EvalConfig, name: str, model: EvalModel) -> Target:
         raise UserError(text) from None
     changed = {**(model.rope or {}), **({"rope_theta": model.theta} if model.theta is not None else {})}
     if not changed:
-        return Target(name, model.path, name, window=model.window)
+        return EvalTarget(name, model.path, name, window=model.window)
     title = f"{name} (theta {model.theta:,.0f})" if model.theta is not None else f"{name} (another rope)"
     rope = _checked({**hf.to_dict(), "rope_parameters": {**own.parameters, **changed}, "rope_scaling": None}, name)
-    return Target(name, model.path, title, dict(rope.parameters), model.window or rope.window)
+    return EvalTarget(name, model.path, title, dict(rope.parameters), model.window or rope.window)
 
 
 def _checked(values: dict[str, Any], name: str) -> Rope:
@@ -103,23 +103,23 @@ def _checked(values: dict[str, Any], name: str) -> Rope:
 
 
 def _examine_all(
-    config: EvalConfig, models: dict[str, EvalModel], targets: Sequence[Target], ranks: Ranks
-) -> list[Result]:
-    from longctx.eval.examine import Questions, examine, forwards
+    config: EvalConfig, models: dict[str, EvalModel], targets: Sequence[EvalTarget], ranks: Ranks
+) -> list[EvalResult]:
+    from longctx.eval.evaluate import EvalTasks, count_forwards, evaluate
     from longctx.eval.tables import beyond_window
 
-    questions = Questions(config.needle, config.loss_lengths, config.loss_windows)
-    grounds = _grounds(config, models, questions, ranks)
+    tasks = EvalTasks(config.needle, config.loss_lengths, config.loss_windows)
+    heldout_texts = _heldout_texts(config, models, tasks, ranks)
     out = Path(config.out) / "models" if config.out else None
     results = []
     with console.progress() as bar:
         task = bar.add_task(
-            "needles", total=sum(forwards(t, questions, grounds[t.name], out, ranks.world) for t in targets)
+            "needles", total=sum(count_forwards(t, tasks, heldout_texts[t.name], out, ranks.world) for t in targets)
         )
         ranks.wait()  # rank 0 writes what the others would otherwise find while they count
         for target in targets:
             bar.update(task, description=f"needles: {target.name}")
-            found = examine(target, questions, grounds[target.name], out, ranks, lambda: bar.advance(task))
+            found = evaluate(target, tasks, heldout_texts[target.name], out, ranks, lambda: bar.advance(task))
             results.append(found)
     for result in results:
         if note := beyond_window(result):
@@ -127,47 +127,49 @@ def _examine_all(
     return results
 
 
-def _grounds(config: EvalConfig, models: dict[str, EvalModel], questions: Questions, ranks: Ranks) -> dict[str, Ground]:
+def _heldout_texts(
+    config: EvalConfig, models: dict[str, EvalModel], tasks: EvalTasks, ranks: Ranks
+) -> dict[str, HeldoutText]:
     """Each model's held-out text in its own tokens; one rank of a node tokenizes it, the others read."""
-    from longctx.eval.examine import check_text
-    from longctx.eval.ground import open_ground
+    from longctx.eval.evaluate import check_text
+    from longctx.eval.heldout_text import open_heldout_text
 
-    opened: dict[str, Ground] = {}
+    opened: dict[str, HeldoutText] = {}
 
-    def ground_of(model: EvalModel) -> Ground:
+    def heldout_of(model: EvalModel) -> HeldoutText:
         tokenizer = model.tokenizer or model.path
         if tokenizer not in opened:
-            opened[tokenizer] = open_ground(config.data, config.source, tokenizer, Path(config.cache))
-            check_text(opened[tokenizer], questions, config.source)
+            opened[tokenizer] = open_heldout_text(config.data, config.source, tokenizer, Path(config.cache))
+            check_text(opened[tokenizer], tasks, config.source)
         return opened[tokenizer]
 
     for turn in (0, 1):  # the first rank of each node, then the others
         with ranks.agree("reading the held-out text"):
             if (ranks.local_rank > 0) == turn:
                 for model in models.values():
-                    ground_of(model)
-    grounds = {name: ground_of(model) for name, model in models.items()}
-    _check_vocabularies(models, grounds)
-    if len({ground.key for ground in grounds.values()}) > 1:
+                    heldout_of(model)
+    heldout_texts = {name: heldout_of(model) for name, model in models.items()}
+    _check_vocabularies(models, heldout_texts)
+    if len({heldout.key for heldout in heldout_texts.values()}) > 1:
         console.remark(
             "the models have different tokenizers: each is asked in its own tokens, so needles found compare, and loss "
             "per token compares only between models of one tokenizer"
         )
-    return grounds
+    return heldout_texts
 
 
-def _check_vocabularies(models: dict[str, EvalModel], grounds: dict[str, Ground]) -> None:
-    from longctx.data.opening import check_vocabulary
+def _check_vocabularies(models: dict[str, EvalModel], heldout_texts: dict[str, HeldoutText]) -> None:
+    from longctx.data.stage_opening import check_vocabulary
     from longctx.model.load import read_config
 
     for name, model in models.items():
         try:
-            check_vocabulary(grounds[name].largest_id, read_config(model.path).vocab_size)
+            check_vocabulary(heldout_texts[name].largest_id, read_config(model.path).vocab_size)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
 
-def _write(config: EvalConfig, results: Sequence[Result]) -> None:
+def _write(config: EvalConfig, results: Sequence[EvalResult]) -> None:
     from longctx.eval.picture import Curve, Panel, draw
     from longctx.eval.tables import longest_curve, tables
 
@@ -189,7 +191,7 @@ def _write(config: EvalConfig, results: Sequence[Result]) -> None:
         console.emit(part)
 
 
-def _document(result: Result) -> dict[str, Any]:
+def _document(result: EvalResult) -> dict[str, Any]:
     """A model's part of the JSON document: lengths in tokens, losses in nats per token."""
     assert result.grid is not None
     lengths = sorted({*result.grid.lengths, *result.losses})

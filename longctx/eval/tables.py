@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from longctx.eval.examine import Result
+from longctx.eval.evaluate import EvalResult
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 MARK = "*"
 
 
-def tables(results: Sequence[Result]) -> list[object]:
+def tables(results: Sequence[EvalResult]) -> list[object]:
     """The tables that hold what was measured, and below them what a mark means."""
     made: list[object] = []
     grids = [result for result in results if result.grid is not None]
@@ -26,7 +26,7 @@ def tables(results: Sequence[Result]) -> list[object]:
     return [*made, *(f"{MARK} {note}" for note in notes)]
 
 
-def beyond_window(result: Result) -> str | None:
+def beyond_window(result: EvalResult) -> str | None:
     """Which lengths asked for exceed the model's window, in words."""
     lengths = sorted({*(result.grid.lengths if result.grid else ()), *result.losses})
     beyond = [f"{length:,}" for length in lengths if result.beyond(length)]
@@ -35,7 +35,7 @@ def beyond_window(result: Result) -> str | None:
     return f"{result.target.name}: {', '.join(beyond)} tokens exceed its window of {result.window:,} (config.json)"
 
 
-def _needles(results: Sequence[Result]) -> Table:
+def _needles(results: Sequence[EvalResult]) -> Table:
     from rich.table import Table
 
     lengths = sorted({length for result in results if result.grid for length in result.grid.lengths})
@@ -51,7 +51,7 @@ def _needles(results: Sequence[Result]) -> Table:
     return table
 
 
-def _losses(results: Sequence[Result]) -> Table:
+def _losses(results: Sequence[EvalResult]) -> Table:
     from rich.table import Table
 
     lengths = sorted({length for result in results for length in result.losses})
@@ -64,7 +64,7 @@ def _losses(results: Sequence[Result]) -> Table:
     return table
 
 
-def _by_position(results: Sequence[Result]) -> Table:
+def _by_position(results: Sequence[EvalResult]) -> Table:
     """Of the longest windows of text."""
     from rich.table import Table
 
@@ -79,10 +79,10 @@ def _by_position(results: Sequence[Result]) -> Table:
     return table
 
 
-def longest_curve(result: Result) -> Mapping[int, float]:
+def longest_curve(result: EvalResult) -> Mapping[int, float]:
     """Loss by position in the longest windows of text; empty where none was read."""
     return result.by_position[max(result.by_position)] if result.by_position else {}
 
 
-def _mark(result: Result, length: int) -> str:
+def _mark(result: EvalResult, length: int) -> str:
     return MARK if result.beyond(length) else ""

@@ -17,7 +17,7 @@ import torch
 
 from longctx.config.lora import MergeConfig
 from longctx.errors import UserError
-from longctx.identity import RECORD
+from longctx.fingerprint import RECORD
 from longctx.lora.adapter import Adapter
 from longctx.lora.changes import ORDER, Change
 from longctx.lora.match import Choices, Match, layout_differences, match

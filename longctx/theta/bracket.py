@@ -16,7 +16,7 @@ _CLOSE = 1.02  # thetas nearer than 2 % are the same theta
 
 
 @dataclass(frozen=True)
-class Found:
+class BestTheta:
     """tried: score by theta. edge: the best is the lowest or highest tried ("low", "high"), else None."""
 
     theta: int
@@ -35,7 +35,7 @@ def narrow(
     attempts: int,
     lowest: int = 2,
     say: Callable[[str], None] = lambda text: None,
-) -> Found:
+) -> BestTheta:
     """The theta with the lowest score.
 
     score(theta, phase): phase is "grid", "widen" or "golden". The grid has `points` thetas from center /
@@ -68,7 +68,7 @@ def narrow(
             break
         ask(asked, "golden")
     best = _best(tried)
-    return Found(best, tried[best], dict(sorted(tried.items())), _edge(tried, lowest))
+    return BestTheta(best, tried[best], dict(sorted(tried.items())), _edge(tried, lowest))
 
 
 def _best(tried: dict[int, float]) -> int:

@@ -18,7 +18,7 @@ import torch
 from longctx.config.model import MemoryConfig
 from longctx.model import LossModel, set_rope
 from longctx.model.loss import IGNORED
-from longctx.theta.material import Material, Weighted
+from longctx.theta.search_data import SearchData, WeightedSequence
 
 if TYPE_CHECKING:
     from longctx.attention import ContextParallel
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Adapt:
+class Adaptation:
     """Optimizer steps per candidate: one sequence each, AdamW at rate lr, gradients clipped to norm 1."""
 
-    sequences: list[Weighted]
+    sequences: list[WeightedSequence]
     lr: float
 
 
@@ -49,7 +49,7 @@ class Objective:
         self.model = LossModel(model, memory)
 
     def losses(
-        self, rope: Mapping[str, Any], material: Material, adapt: Adapt | None = None
+        self, rope: Mapping[str, Any], material: SearchData, adapt: Adaptation | None = None
     ) -> tuple[float, float | None]:
         """(last-quarter loss of the texts, answer loss of the needles), nats per token, at this rope."""
         window = len(material.texts[0].tokens)
@@ -59,7 +59,7 @@ class Objective:
             needles = self._mean(material.needles) if material.needles else None
         return texts, needles
 
-    def _mean(self, sequences: Sequence[Weighted]) -> float:
+    def _mean(self, sequences: Sequence[WeightedSequence]) -> float:
         total = weight = 0.0
         self.model.eval()
         for sequence in sequences:
@@ -69,7 +69,7 @@ class Objective:
         total, weight = self.ranks.broadcast(self.ranks.sum([total, weight]))
         return total / weight
 
-    def _forward(self, sequence: Weighted) -> Any:
+    def _forward(self, sequence: WeightedSequence) -> Any:
         tokens = torch.from_numpy(sequence.tokens)
         labels = torch.cat([tokens[1:], tokens.new_full((1,), IGNORED)])
         weights = torch.from_numpy(np.append(sequence.weights[1:], np.float32(0)))
@@ -83,7 +83,7 @@ class Objective:
         return self.model(local[0], layout.positions.to(device), local[1], local[2], layout)
 
     @contextmanager
-    def _adapted(self, adapt: Adapt) -> Iterator[None]:
+    def _adapted(self, adapt: Adaptation) -> Iterator[None]:
         """The model after the steps, inside; its own weights again, after."""
         parameters = [p for p in self.hf.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in parameters]

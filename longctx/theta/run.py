@@ -9,8 +9,8 @@ from pathlib import Path
 
 from longctx.config.theta import ThetaConfig
 from longctx.console import emit, emit_json, say, warn
+from longctx.theta.inputs import starting_rope, target_stages
 from longctx.theta.show import document, paste_text, picture, rule_table, stage_table
-from longctx.theta.start import starting_rope, target_stages
 from longctx.theta.table import rows
 
 

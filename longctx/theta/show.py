@@ -13,13 +13,13 @@ import numpy as np
 from longctx.rope import RULES, THETA_ONLY, Rope, wavelengths
 from longctx.rope.config import new_keys, old_keys
 from longctx.storage.files import save_figure
-from longctx.theta.table import Alternative, Row
+from longctx.theta.table import Alternative, StageRow
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def document(rope: Rope, rows: Sequence[Row]) -> dict[str, Any]:
+def document(rope: Rope, rows: Sequence[StageRow]) -> dict[str, Any]:
     """The JSON document: `stages` in order, and the last stage's config lines in both styles."""
     last = rows[-1]
     return {
@@ -38,7 +38,7 @@ def document(rope: Rope, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def stage_table(rows: Sequence[Row]) -> Table:
+def stage_table(rows: Sequence[StageRow]) -> Table:
     """One line per stage."""
     table = _table("Stages", ("stage", "tokens", "rule", "theta", "supported", "dims", "bound"))
     for row in rows:
@@ -59,7 +59,7 @@ def stage_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def rule_table(rows: Sequence[Row]) -> Table:
+def rule_table(rows: Sequence[StageRow]) -> Table:
     """Every other rule over the same stages: its theta where it changes theta, and what it supports."""
     table = _table("The same stages by every rule", ("rule", *(row.name for row in rows)))
     for name in RULES:
@@ -79,7 +79,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def paste_text(rows: Sequence[Row]) -> str:
+def paste_text(rows: Sequence[StageRow]) -> str:
     """The last stage's lines for config.json, both styles."""
     last = rows[-1]
     new = json.dumps(new_keys(last.rope_parameters, last.seq_len), indent=2)
@@ -103,7 +103,7 @@ def _alternative(name: str, found: Alternative, needed: int) -> str:
     return f"{found.theta:.0f}\n{supported}" if name in THETA_ONLY else supported
 
 
-def picture(rope: Rope, rows: Sequence[Row], path: Path) -> None:
+def picture(rope: Rope, rows: Sequence[StageRow], path: Path) -> None:
     """Wavelength per dimension pair against the window, before and after each stage, as a PNG at `path`."""
     import matplotlib
 

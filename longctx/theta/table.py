@@ -39,7 +39,7 @@ class Alternative:
 
 
 @dataclass(frozen=True)
-class Row:
+class StageRow:
     """One stage. supported_length: None when no distance up to checked_to fails. dims: two a pair."""
 
     name: str
@@ -59,7 +59,7 @@ class Row:
     warnings: tuple[str, ...] = ()
 
 
-def rows(stages: Sequence[Stage], rope: Rope, rules: Sequence[str]) -> list[Row]:
+def rows(stages: Sequence[Stage], rope: Rope, rules: Sequence[str]) -> list[StageRow]:
     """A row per resolved stage. rope: the model's own. rules: what chose each stage's theta."""
     lengths = [stage.seq_len for stage in stages]
     others = {name: alternatives(name, rope, lengths) for name in RULES if name != "longrope"}
@@ -69,7 +69,7 @@ def rows(stages: Sequence[Stage], rope: Rope, rules: Sequence[str]) -> list[Row]
         limit = max(2**20, stage.seq_len)
         supported = supported_length(after.frequencies(), limit)
         found.append(
-            Row(
+            StageRow(
                 name=stage.name,
                 seq_len=stage.seq_len,
                 start_window=stage.start_window,

@@ -98,7 +98,7 @@ def prepare_data(config: TrainConfig, stages: list[Stage], tokenizer: Any) -> No
 
     A stage whose data cannot be trained is thus refused now and not after days.
     """
-    from longctx.data.opening import check_stages
+    from longctx.data.stage_opening import check_stages
 
     left = [stage for stage in stages if not (Path(config.folder) / "stages" / stage.name / "finished.json").exists()]
     check_stages(

@@ -20,7 +20,7 @@ from longctx.assets import tiny_model
 from longctx.cli import load
 from longctx.config.eval import EvalConfig
 from longctx.errors import UserError
-from longctx.eval.examine import window_of
+from longctx.eval.evaluate import window_of
 from longctx.eval.loss import by_position
 from longctx.eval.predict import load_plain
 from longctx.eval.run import run, target_of

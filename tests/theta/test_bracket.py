@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.identity import key_of
+from longctx.fingerprint import fingerprint_of
 from longctx.theta.bracket import narrow
 from longctx.theta.trials import Trial, TrialFile
 
@@ -111,4 +111,4 @@ def test_a_broken_line_in_the_middle_is_passed_over(tmp_path: Path, capsys: pyte
 
 
 def test_the_key_depends_on_every_value():
-    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1}) != key_of({"a": 1, "b": 3})
+    assert fingerprint_of({"a": 1, "b": 2}) == fingerprint_of({"b": 2, "a": 1}) != fingerprint_of({"a": 1, "b": 3})

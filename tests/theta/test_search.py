@@ -135,8 +135,9 @@ def test_tokenizer_and_precision_belong_to_a_trial(model_folder: Path, tmp_path:
     from longctx.config.data import DataConfig
     from longctx.config.model import ModelConfig
     from longctx.config.theta import ThetaConfig
-    from longctx.theta.search import _key, job_of
-    from longctx.theta.start import starting_rope, target_stages
+    from longctx.theta.inputs import starting_rope, target_stages
+    from longctx.theta.search import job_of
+    from longctx.theta.search_work import _key
 
     def key(**values: str) -> str:
         data = build(
@@ -178,14 +179,16 @@ def objective(model_folder: Path):
 
 
 def material(seed: int, length: int = 256):
-    from longctx.theta.material import Material, Weighted
+    from longctx.theta.search_data import SearchData, WeightedSequence
 
     rng = np.random.default_rng(seed)
     tail = (np.arange(length) >= length * 3 // 4).astype(np.float32)
     few = np.zeros(length, np.float32)
     few[[40, 200]] = 1.0
     tokens = [rng.integers(5, 400, length) for _ in range(3)]
-    return Material([Weighted(tokens[0], tail), Weighted(tokens[1], tail)], [Weighted(tokens[2], few)])
+    return SearchData(
+        [WeightedSequence(tokens[0], tail), WeightedSequence(tokens[1], tail)], [WeightedSequence(tokens[2], few)]
+    )
 
 
 def test_losses_are_plain_transformers(objective, model_folder: Path):
@@ -202,7 +205,7 @@ def test_losses_are_plain_transformers(objective, model_folder: Path):
             tokens = torch.from_numpy(sequence.tokens)
             with torch.no_grad():
                 scores = plain(tokens[None]).logits[0, :-1].log_softmax(-1)
-            nll = -scores.gather(-1, tokens[1:, None]).squeeze(-1).numpy()
+            nll = -scores.load_search_data(-1, tokens[1:, None]).squeeze(-1).numpy()
             total += float((nll * sequence.weights[1:]).sum())
             weight += float(sequence.weights[1:].sum())
         return total / weight
@@ -213,13 +216,13 @@ def test_losses_are_plain_transformers(objective, model_folder: Path):
 
 
 def test_adaptation_lowers_the_loss_and_is_undone(objective):
-    from longctx.theta.objective import Adapt
+    from longctx.theta.objective import Adaptation
 
     given = material(4)
     before = {name: p.detach().clone() for name, p in objective.hf.named_parameters()}
     plain = objective.losses(ROPE, given)
     everything = [replace(s, weights=np.ones_like(s.weights)) for s in given.texts]
-    adapted = objective.losses(ROPE, given, Adapt(everything * 3, 3e-3))
+    adapted = objective.losses(ROPE, given, Adaptation(everything * 3, 3e-3))
     assert adapted[0] < plain[0] - 0.05
     assert all(torch.equal(before[name], p) for name, p in objective.hf.named_parameters())
     assert objective.losses(ROPE, given) == plain

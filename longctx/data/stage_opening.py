@@ -1,4 +1,4 @@
-"""Opening a stage: sources tokenized where they are not yet, the plan made, and what does not fit refused."""
+"""Opening a stage: sources tokenized where they are not yet, the packing made, and what does not fit refused."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from longctx.config.data import DataConfig, LengthPolicy, Mix
 from longctx.console import remark, warn
-from longctx.data.index import Corpus, Split, check_tally, describe_tally
+from longctx.data.corpus import Corpus, Split, check_tally, describe_tally
+from longctx.data.haystack import NeedleWriter
 from longctx.data.mixing import longest_wanted
-from longctx.data.plan import empty_plan, make_plan
 from longctx.data.prepare import build_source
-from longctx.data.stage import StageData
-from longctx.data.writer import Writer
+from longctx.data.stage_data import StageData
+from longctx.data.stage_packing import empty_packing, pack_stage
 from longctx.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -60,22 +60,22 @@ def open_stage(
                 f"data.sources.{name} serves as haystack in stage {stage} and has {corpora[name].total} tokens in its "
                 f"{split} documents, {_STRAW + 1} are needed; give it more documents"
             )
-    writer = Writer(tokenizer) if straw else None
+    writer = NeedleWriter(tokenizer) if straw else None
     if vocab_size is not None:
         largest = max([corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if straw else []))
         check_vocabulary(largest, vocab_size)
     lengths = {name: corpora[name].lengths for name in texts}
-    plan = (
-        make_plan(data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}")
+    packing = (
+        pack_stage(data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}")
         if chosen
-        else empty_plan(seq_len)
+        else empty_packing(seq_len)
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    opened = StageData(data, plan, corpora, writer, pad=pad, seed=seed, stage=stage, split=split)
+    opened = StageData(data, packing, corpora, writer, pad=pad, seed=seed, stage=stage, split=split)
     if split == "train":
         opened.check_tasks()
         opened.check_labels()
-        for name, use in plan.use.items():
+        for name, use in packing.use.items():
             if use.epochs > data.max_epochs:
                 remark(
                     f"stage {stage} reads source {name} {use.epochs:.1f} times, more than data.max_epochs="

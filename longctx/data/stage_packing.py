@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from longctx.config.data import DataConfig, LengthPolicy, Mix
-from longctx.data.mixing import JOIN, PACK, WHOLE, Drawn, draw, rng_of, synthetic
+from longctx.data.mixing import JOIN, PACK, WHOLE, DrawnPieces, draw, rng_of, synthetic
 from longctx.data.packing import best_fit, join_and_split
 from longctx.errors import UserError
 
@@ -30,9 +30,9 @@ class SourceUse:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StagePacking:
     """first: int64 [N+1], sequence i is pieces first[i]:first[i+1]; source int8, document, start, length
-    int32 [P]; glued: bool [P], the piece continues the attention span of the one before it.
+    int32 [P]; joined: bool [P], the piece continues the attention span of the one before it.
 
     padding: share of positions without a token; left_over: pieces drawn but not placed, in sequences that
     packing needed beyond N.
@@ -45,7 +45,7 @@ class Plan:
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    glued: np.ndarray
+    joined: np.ndarray
     use: Mapping[str, SourceUse]
     padding: float
     left_over: int
@@ -54,7 +54,7 @@ class Plan:
         return len(self.first) - 1
 
 
-def make_plan(
+def pack_stage(
     data: DataConfig,
     mix: Mix,
     lengths: Mapping[str, np.ndarray],
@@ -63,7 +63,7 @@ def make_plan(
     sequences: int,
     seed: int,
     stage: str,
-) -> Plan:
+) -> StagePacking:
     """Draw, pack and shuffle.
 
     lengths: documents of each source with files (synth sources have none). Raises UserError when a policy
@@ -78,37 +78,37 @@ def make_plan(
     kept = np.flatnonzero(target >= 0)
     # joined pieces keep their order; packed ones are shuffled within the sequence
     tie = rng.integers(0, 2**31, size=len(kept), dtype=np.int64)
-    ordered = pieces.kind[kept] == JOIN
+    ordered = pieces.placement[kept] == JOIN
     tie[ordered] = np.flatnonzero(ordered)
     order = kept[np.argsort((target[kept].astype(np.int64) << 31) | tie, kind="stable")]
     sequence = target[order]
     first = np.searchsorted(sequence, np.arange(sequences + 1)).astype(np.int64)
-    glued = pieces.kind[order] == JOIN
-    glued[first[:-1][first[:-1] < len(glued)]] = False
+    joined = pieces.placement[order] == JOIN
+    joined[first[:-1][first[:-1] < len(joined)]] = False
     length = pieces.length[order]
     placed = int(length.sum(dtype=np.int64))
-    return Plan(
+    return StagePacking(
         seq_len, names, first,
-        pieces.source[order], pieces.document[order], pieces.start[order], length, glued,
+        pieces.source[order], pieces.document[order], pieces.start[order], length, joined,
         use=_use(names, pieces, order, drawn, lengths), padding=1 - placed / (sequences * seq_len),
         left_over=len(pieces.length) - len(order),
     )  # fmt: skip
 
 
-def empty_plan(seq_len: int) -> Plan:
+def empty_packing(seq_len: int) -> StagePacking:
     """A plan without sequences."""
     none = np.zeros(0, np.int32)
-    first, source, glued = np.zeros(1, np.int64), none.astype(np.int8), none.astype(bool)
-    return Plan(seq_len, (), first, source, none, none, none, glued, use={}, padding=0.0, left_over=0)
+    first, source, joined = np.zeros(1, np.int64), none.astype(np.int8), none.astype(bool)
+    return StagePacking(seq_len, (), first, source, none, none, none, joined, use={}, padding=0.0, left_over=0)
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class _StagePieces:
     source: np.ndarray
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    kind: np.ndarray
+    placement: np.ndarray
 
 
 def policy_of(data: DataConfig, mix: Mix, name: str) -> LengthPolicy:
@@ -126,13 +126,13 @@ def _draw_all(
     sequences: int,
     seed: int,
     stage: str,
-) -> dict[str, Drawn]:
+) -> dict[str, DrawnPieces]:
     """Pieces per source. Synth sources come first, since their documents are never cut; text fills what is
     left."""
     budget = sequences * seq_len
     synth = [name for name in names if data.sources[name].kind == "synth"]
     texts = [name for name in names if name not in synth]
-    drawn: dict[str, Drawn] = {}
+    drawn: dict[str, DrawnPieces] = {}
     for name in synth:
         target = round(mix[name].weight * budget)
         drawn[name] = synthetic(policy_of(data, mix, name), target, seq_len, seed=seed, words=(stage, name))
@@ -159,10 +159,10 @@ def _draw_all(
 
 
 def _pack(
-    data: DataConfig, drawn: list[Drawn], seq_len: int, rng: np.random.Generator
-) -> tuple[_Pieces, np.ndarray, int]:
+    data: DataConfig, drawn: list[DrawnPieces], seq_len: int, rng: np.random.Generator
+) -> tuple[_StagePieces, np.ndarray, int]:
     """All pieces, the bin of each, and the number of bins."""
-    parts: list[_Pieces] = []
+    parts: list[_StagePieces] = []
     bins: list[np.ndarray] = []
     count = 0
     split = PACK if data.packing == "concat" else None
@@ -181,35 +181,35 @@ def _pack(
             document, start, length, placed = join_and_split(run.length, seq_len)
             again = _reorder(run, document)
             parts.append(
-                _Pieces(again.source, again.document, (again.start + start).astype(np.int32),
-                        length.astype(np.int32), again.kind)
+                _StagePieces(again.source, again.document, (again.start + start).astype(np.int32),
+                        length.astype(np.int32), again.placement)
             )  # fmt: skip
             bins.append((placed + count).astype(np.int32))
             count += int(placed[-1]) + 1
     return _concatenate(parts), np.concatenate(bins), count
 
 
-def _select(source: int, drawn: Drawn, kinds: Collection[int | None]) -> _Pieces:
-    keep = np.isin(drawn.kind, [kind for kind in kinds if kind is not None])
+def _select(source: int, drawn: DrawnPieces, placements: Collection[int | None]) -> _StagePieces:
+    keep = np.isin(drawn.placement, [placement for placement in placements if placement is not None])
     number = np.full(int(keep.sum()), source, np.int8)
-    return _Pieces(number, drawn.document[keep], drawn.start[keep], drawn.length[keep], drawn.kind[keep])
+    return _StagePieces(number, drawn.document[keep], drawn.start[keep], drawn.length[keep], drawn.placement[keep])
 
 
-def _reorder(pieces: _Pieces, order: np.ndarray) -> _Pieces:
-    return _Pieces(
+def _reorder(pieces: _StagePieces, order: np.ndarray) -> _StagePieces:
+    return _StagePieces(
         pieces.source[order],
         pieces.document[order],
         pieces.start[order],
         pieces.length[order],
-        pieces.kind[order],
+        pieces.placement[order],
     )
 
 
-def _concatenate(parts: list[_Pieces]) -> _Pieces:
-    return _Pieces(
+def _concatenate(parts: list[_StagePieces]) -> _StagePieces:
+    return _StagePieces(
         *(
             np.concatenate([getattr(part, name) for part in parts])
-            for name in ("source", "document", "start", "length", "kind")
+            for name in ("source", "document", "start", "length", "placement")
         )
     )
 
@@ -232,9 +232,9 @@ def _choose(bins: np.ndarray, length: np.ndarray, count: int, sequences: int, rn
 
 def _use(
     names: tuple[str, ...],
-    pieces: _Pieces,
+    pieces: _StagePieces,
     order: np.ndarray,
-    drawn: Mapping[str, Drawn],
+    drawn: Mapping[str, DrawnPieces],
     lengths: Mapping[str, np.ndarray],
 ) -> dict[str, SourceUse]:
     use: dict[str, SourceUse] = {}

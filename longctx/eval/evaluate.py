@@ -1,7 +1,7 @@
 """One model's evaluation: needle grid, held-out loss and loss by position, measured once and kept as JSON.
 
 The verb `eval` and the evidence after training both call `examine`, for one model at a time. A kept result is
-reused only while its fingerprint (model, rope, questions, text) matches, so a killed evaluation continues.
+reused only while its fingerprint (model, rope, tasks, text) matches, so a killed evaluation continues.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from longctx.distributed.ranks import Ranks, alone
 from longctx.errors import UserError
 from longctx.eval import loss, needle
 from longctx.eval.grid import Grid, from_json
-from longctx.eval.ground import Ground
-from longctx.eval.kept import keep, standing
+from longctx.eval.heldout_text import HeldoutText
 from longctx.eval.predict import grid_of, load_plain
-from longctx.identity import identity, key_of
+from longctx.eval.stored_results import load_result, store_result
+from longctx.fingerprint import fingerprint_of, folder_fingerprint
 from longctx.rope import rope_of
 
 Tick = Callable[[], None]
 
 
 @dataclass(frozen=True)
-class Target:
+class EvalTarget:
     """A model to evaluate: a Hugging Face folder or hub id as anyone would load it.
 
     name: names its result's file; title: stands over its panel. rope, window: rope_parameters and
@@ -44,7 +44,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Questions:
+class EvalTasks:
     """needle: the grid to ask for (None: no grid). loss_lengths: windows of held-out text in tokens, loss_windows of
     each length.
     """
@@ -60,14 +60,14 @@ class Questions:
 
 
 @dataclass(frozen=True)
-class Result:
+class EvalResult:
     """What was measured of a target.
 
     window: the model's, in tokens (config.json, or the target's own). losses: {length: nats per token}.
     by_position: {length: {last position of a bucket: nats per token}}, see loss.by_position.
     """
 
-    target: Target
+    target: EvalTarget
     window: int | None
     grid: Grid | None
     losses: dict[int, float]
@@ -78,25 +78,25 @@ class Result:
         return self.window is not None and length > self.window
 
 
-def examine(
-    target: Target, questions: Questions, ground: Ground, out: Path | None, ranks: Ranks | None = None,
+def evaluate(
+    target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText, out: Path | None, ranks: Ranks | None = None,
     tick: Tick = lambda: None,
-) -> Result:  # fmt: skip
+) -> EvalResult:  # fmt: skip
     """The target's result, from out/NAME.json while it matches, else measured and kept there.
 
     out: None keeps nothing. ranks: each answers its share of the prompts and windows, and all return the whole
     result. tick: called after each haystack of this rank.
     """
     ranks = ranks or alone()
-    key = fingerprint(target, questions, ground)
+    key = fingerprint(target, tasks, heldout)
     stored = out / f"{target.name}.json" if out else None
-    values = ranks.broadcast(standing(stored, key) if ranks.first and stored else None)
+    values = ranks.broadcast(load_result(stored, key) if ranks.first and stored else None)
     if values is None:
         model = load_plain(target.path, target.rope, target.window, ranks.device)
-        values = _measure(model, target, questions, ground, ranks, tick)
+        values = _measure(model, target, tasks, heldout, ranks, tick)
         if ranks.first and stored:
-            keep(stored, key, values)
-    return Result(
+            store_result(stored, key, values)
+    return EvalResult(
         target,
         values["window"],
         from_json(values["grid"]) if values["grid"] else None,
@@ -105,40 +105,40 @@ def examine(
     )
 
 
-def forwards(target: Target, questions: Questions, ground: Ground, out: Path | None, world: int = 1) -> int:
+def count_forwards(target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText, out: Path | None, world: int = 1) -> int:
     """How often `examine` ticks on one rank; says so where a kept result no longer matches."""
     stored = out / f"{target.name}.json" if out else None
-    matches = stored is not None and standing(stored, fingerprint(target, questions, ground)) is not None
+    matches = stored is not None and load_result(stored, fingerprint(target, tasks, heldout)) is not None
     if stored is not None and stored.exists() and not matches:
         console.say(f"{stored} is of another model, other needles or other text; measuring it again")
-    return 0 if matches or questions.needle is None else -(-needle.haystacks(questions.needle) // world)
+    return 0 if matches or tasks.needle is None else -(-needle.haystacks(tasks.needle) // world)
 
 
-def fingerprint(target: Target, questions: Questions, ground: Ground) -> str:
+def fingerprint(target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText) -> str:
     """A key of everything a target's numbers follow from."""
-    return key_of(
+    return fingerprint_of(
         {
-            "model": identity(target.path),
+            "model": folder_fingerprint(target.path),
             "rope": target.rope,
             "window": target.window,
-            "ground": ground.key,
-            "needle": asdict(questions.needle) if questions.needle else None,
-            "losses": [questions.loss_lengths, questions.loss_windows],
+            "ground": heldout.key,
+            "needle": asdict(tasks.needle) if tasks.needle else None,
+            "losses": [tasks.loss_lengths, tasks.loss_windows],
             "format": 2,  # of the kept file
         }
     )
 
 
-def check_text(ground: Ground, questions: Questions, source: str) -> None:
+def check_text(heldout: HeldoutText, tasks: EvalTasks, source: str) -> None:
     """Raises UserError when the held-out text is shorter than a sequence, or a length cannot hold its needles."""
-    if questions.longest > ground.tokens:
+    if tasks.longest > heldout.tokens:
         raise UserError(
-            f"lengths reach {questions.longest:,} tokens and source={source} holds out only {ground.tokens:,}, so the "
+            f"lengths reach {tasks.longest:,} tokens and source={source} holds out only {heldout.tokens:,}, so the "
             "text would repeat itself inside a sequence; add documents, raise data.heldout, or lower needle.lengths "
             "and loss_lengths (configs/eval.yaml)"
         )
-    if questions.needle is not None:
-        needle.check_lengths(questions.needle, ground.writer, ground.haystack)
+    if tasks.needle is not None:
+        needle.check_lengths(tasks.needle, heldout.writer, heldout.haystack)
 
 
 def window_of(model: Any) -> int | None:
@@ -151,7 +151,7 @@ def window_of(model: Any) -> int | None:
 
 
 def _measure(
-    model: Any, target: Target, questions: Questions, ground: Ground, ranks: Ranks, tick: Tick
+    model: Any, target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText, ranks: Ranks, tick: Tick
 ) -> dict[str, Any]:
     values: dict[str, Any] = {
         "window": window_of(model),
@@ -159,13 +159,11 @@ def _measure(
         "losses": {},
         "loss_by_position": {},
     }
-    if questions.needle is not None:
-        part = grid_of(
-            model, questions.needle, ground, label=target.name, rank=ranks.rank, world=ranks.world, tick=tick
-        )
+    if tasks.needle is not None:
+        part = grid_of(model, tasks.needle, heldout, label=target.name, rank=ranks.rank, world=ranks.world, tick=tick)
         values["grid"] = needle.combine(part, ranks).to_json()
-    for length in questions.loss_lengths:
-        losses = _losses(model, loss.held_out_rows(ground, length, questions.loss_windows), ranks)
+    for length in tasks.loss_lengths:
+        losses = _losses(model, loss.held_out_rows(heldout, length, tasks.loss_windows), ranks)
         values["losses"][length] = float(losses.mean())
         values["loss_by_position"][length] = loss.by_position(losses)
     return values

@@ -16,7 +16,7 @@ from longctx.config.data import SourceConfig
 from longctx.data.documents import Tally
 from longctx.data.shard import Shard
 from longctx.errors import UserError
-from longctx.identity import key_of
+from longctx.fingerprint import fingerprint_of
 
 Split = Literal["train", "heldout"]
 
@@ -62,7 +62,7 @@ class Corpus:
     @property
     def key(self) -> str:
         """A hash of what the shards hold: each is named by its documents' content and the tokenizer."""
-        return key_of({"shards": [shard.folder.name for shard in self.shards]})
+        return fingerprint_of({"shards": [shard.folder.name for shard in self.shards]})
 
     @property
     def largest_id(self) -> int:

@@ -1,4 +1,4 @@
-"""The ranks of a search on this machine: `python -m longctx.theta.ranks FOLDER` finds its job there, pickled by the
+"""The ranks of a search on this machine: `python -m longctx.theta.search_ranks FOLDER` finds its job there, pickled by the
 process that started it, and rank 0 leaves its answer.
 """
 
@@ -16,11 +16,11 @@ from longctx.errors import RunFailed, UserError
 from longctx.processes import die_with_parent
 
 if TYPE_CHECKING:
-    from longctx.theta.outcome import Result
-    from longctx.theta.search import Job
+    from longctx.theta.search_job import SearchJob
+    from longctx.theta.search_result import SearchResult
 
 
-def start(job: Job, nproc: int) -> Result:
+def start(job: SearchJob, nproc: int) -> SearchResult:
     """Search on `nproc` ranks over gloo; rank 0's result. Raises UserError or RunFailed with the rank's own message."""
     from longctx.distributed.local import run_ranks
 
@@ -28,7 +28,7 @@ def start(job: Job, nproc: int) -> Result:
         (folder / "job").write_bytes(pickle.dumps(job))
         threads = max(1, len(os.sched_getaffinity(0)) // nproc)
         with signals.swept(job.folder):
-            ended = run_ranks(nproc, threads, "longctx.theta.ranks", str(folder))
+            ended = run_ranks(nproc, threads, "longctx.theta.search_ranks", str(folder))
         answers = sorted(folder.glob("answer*"))
         problems = [answer for path in answers if isinstance(answer := pickle.loads(path.read_bytes()), Exception)]
         if problems:
@@ -44,11 +44,11 @@ def main(folder: Path) -> int:
     rank = os.environ["RANK"]
     signals.catch(speaks=False)
     die_with_parent()
-    from longctx.theta.search import find
+    from longctx.theta.search_work import run_search
 
-    job: Job = pickle.loads((folder / "job").read_bytes())
+    job: SearchJob = pickle.loads((folder / "job").read_bytes())
     try:
-        answer = find(job)
+        answer = run_search(job)
     except (UserError, RunFailed) as error:
         (folder / f"answer{rank}").write_bytes(pickle.dumps(error))
         return 1

@@ -16,13 +16,13 @@ from longctx.config.data import DataConfig
 from longctx.config.eval import NeedleConfig
 from longctx.config.theta import SearchConfig
 from longctx.console import say
-from longctx.data.opening import open_source
-from longctx.data.writer import Writer, corpus_haystack
+from longctx.data.haystack import NeedleWriter, corpus_haystack
+from longctx.data.stage_opening import open_source
 from longctx.errors import UserError
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedSequence:
     """One sequence: tokens int64 [S], and float32 [S] weights of predicting each of them (0: not counted)."""
 
     tokens: np.ndarray
@@ -30,14 +30,16 @@ class Weighted:
 
 
 @dataclass(frozen=True)
-class Material:
+class SearchData:
     """texts count their last quarter, needles their answers."""
 
-    texts: list[Weighted]
-    needles: list[Weighted]
+    texts: list[WeightedSequence]
+    needles: list[WeightedSequence]
 
 
-def gather(data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: SearchConfig, cache: Path) -> Material:
+def load_search_data(
+    data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: SearchConfig, cache: Path
+) -> SearchData:
     """Held-out texts and needle prompts of `length` tokens, the same for every theta.
 
     Texts come from the largest text source of the mix (of all sources when there is no such mix). Raises
@@ -55,8 +57,8 @@ def gather(data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: S
     corpus = max(corpora, key=lambda corpus: corpus.total)
     rows = long_documents(corpus, length, trials.documents, np.random.default_rng(trials.seed))
     last_quarter = (np.arange(length) >= length * 3 // 4).astype(np.float32)
-    needles = _needles(Writer(tokenizer), corpus, length, trials) if trials.needles else []
-    return Material([Weighted(row, last_quarter) for row in rows], needles)
+    needles = _needles(NeedleWriter(tokenizer), corpus, length, trials) if trials.needles else []
+    return SearchData([WeightedSequence(row, last_quarter) for row in rows], needles)
 
 
 def long_documents(corpus: Any, length: int, count: int, rng: np.random.Generator) -> np.ndarray:
@@ -85,7 +87,7 @@ def long_documents(corpus: Any, length: int, count: int, rng: np.random.Generato
     return np.stack(rows)
 
 
-def _needles(writer: Writer, corpus: Any, length: int, trials: SearchConfig) -> list[Weighted]:
+def _needles(writer: NeedleWriter, corpus: Any, length: int, trials: SearchConfig) -> list[WeightedSequence]:
     from longctx.eval.needle import prompts
 
     config = NeedleConfig(lengths=(length,), per_cell=trials.needles, seeds=(trials.seed,))
@@ -94,5 +96,5 @@ def _needles(writer: Writer, corpus: Any, length: int, trials: SearchConfig) -> 
         weights = np.zeros(len(prompt.document.tokens), np.float32)
         for answer in prompt.document.answers:
             weights[answer.start : answer.end] = 1.0
-        found.append(Weighted(prompt.document.tokens.astype(np.int64), weights))
+        found.append(WeightedSequence(prompt.document.tokens.astype(np.int64), weights))
     return found

@@ -22,24 +22,24 @@ MODEL = ("config.json", *WEIGHTS)
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
 
-def key_of(values: Mapping[str, Any]) -> str:
+def fingerprint_of(values: Mapping[str, Any]) -> str:
     """16 hex digits that differ where the values do."""
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def identity(path: str | Path) -> str:
+def folder_fingerprint(path: str | Path) -> str:
     """The folder's content in 16 hex digits; a hub id stands for itself."""
     folder = Path(path)
     if not folder.is_dir():
         return str(path)
     small = {f.name: f.read_bytes().hex() for f in sorted(folder.glob("*.json"))}
     if "hashes.json" in small or RECORD in small:
-        return key_of(small)
-    return key_of({"small": small, "weights": contents(folder, WEIGHTS)})
+        return fingerprint_of(small)
+    return fingerprint_of({"small": small, "weights": content_hashes(folder, WEIGHTS)})
 
 
-def contents(path: str | Path | None, patterns: Iterable[str] = ()) -> dict[str, str]:
+def content_hashes(path: str | Path | None, patterns: Iterable[str] = ()) -> dict[str, str]:
     """SHA-256 by name of a folder's files that match the patterns; of a file under the name ""; a hub id as it is."""
     if path is None:
         return {}

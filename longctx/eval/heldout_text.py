@@ -7,39 +7,39 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx.errors import UserError, nearest
-from longctx.identity import key_of
+from longctx.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
     from longctx.config.data import DataConfig
-    from longctx.data.writer import Haystack, Writer
+    from longctx.data.haystack import Haystack, NeedleWriter
 
 
 @dataclass(frozen=True)
-class Ground:
+class HeldoutText:
     """Held-out text in one tokenizer's tokens.
 
     key: what the documents and their tokens follow from; tokens: how many they are; largest_id: of text and needles.
     """
 
-    writer: Writer
+    writer: NeedleWriter
     haystack: Haystack
     key: str
     tokens: int
     largest_id: int
 
 
-def open_ground(data: DataConfig, source: str, tokenizer: Path | str, cache: Path) -> Ground:
+def open_heldout_text(data: DataConfig, source: str, tokenizer: Path | str, cache: Path) -> HeldoutText:
     """Held-out documents of a source as haystack, tokenized where they are not yet; tokenizer: a folder or hub id.
 
     Raises UserError for an unknown source, a tokenizer that cannot be read, and a source that holds out no document.
     """
-    from longctx.data.opening import open_source
+    from longctx.data.haystack import NeedleWriter, corpus_haystack
+    from longctx.data.stage_opening import open_source
     from longctx.data.tokenizer import tokenizer_at
-    from longctx.data.writer import Writer, corpus_haystack
 
     check_source(data, source)
     made = tokenizer_at(tokenizer, "model.tokenizer")
-    writer = Writer(made)
+    writer = NeedleWriter(made)
     corpus = open_source(source, data, made, cache, split="heldout")
     if corpus.total == 0:
         raise UserError(
@@ -48,9 +48,9 @@ def open_ground(data: DataConfig, source: str, tokenizer: Path | str, cache: Pat
         )
     # Shards are named by their documents' content and the tokenizer.
     shards, entry = [shard.folder.name for shard in corpus.shards], data.sources[source]
-    key = key_of({"shards": shards, "heldout": data.heldout, "tokens": [entry.min_tokens, entry.max_tokens]})
+    key = fingerprint_of({"shards": shards, "heldout": data.heldout, "tokens": [entry.min_tokens, entry.max_tokens]})
     largest = max(corpus.largest_id, int(writer.ordinary.max()))  # added tokens occur in no needle
-    return Ground(writer, corpus_haystack(corpus, writer), key, corpus.total, largest)
+    return HeldoutText(writer, corpus_haystack(corpus, writer), key, corpus.total, largest)
 
 
 def check_source(data: DataConfig, source: str) -> None:

@@ -9,8 +9,8 @@ from longctx.config.data import DataConfig
 from longctx.config.data_verbs import PrepareConfig
 from longctx.console import emit, emit_json, progress
 from longctx.data.check import check_sources
-from longctx.data.index import Corpus
-from longctx.data.opening import check_vocabulary, open_source
+from longctx.data.corpus import Corpus
+from longctx.data.stage_opening import check_vocabulary, open_source
 from longctx.data.tokenizer import check_tokenizer_of, load_tokenizer
 from longctx.errors import UserError
 from longctx.shape import shape_of_model

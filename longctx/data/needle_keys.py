@@ -12,20 +12,20 @@ from typing import Literal
 
 import numpy as np
 
-Split = Literal["train", "eval"]
+KeySide = Literal["train", "eval"]
 
 DIGITS = 6
 SPACE = 10**DIGITS
 _BUCKETS = 10
 
 
-def split_of(key: str) -> Split:
+def split_of(key: str) -> KeySide:
     """The side a key is on: "eval" for one tenth of all keys, "train" for the others."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % _BUCKETS
     return "eval" if bucket == 0 else "train"
 
 
-def draw_keys(rng: np.random.Generator, count: int, split: Split, taken: set[str] | None = None) -> list[str]:
+def draw_keys(rng: np.random.Generator, count: int, split: KeySide, taken: set[str] | None = None) -> list[str]:
     """`count` different keys of one side, none of them in `taken`, to which they are added."""
     used = set() if taken is None else taken
     room = SPACE * (1 if split == "eval" else 9) // _BUCKETS

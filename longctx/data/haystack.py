@@ -14,13 +14,13 @@ import numpy as np
 from longctx.errors import UserError
 
 if TYPE_CHECKING:
-    from longctx.data.index import Corpus
+    from longctx.data.corpus import Corpus
 
 # (rng, n) -> exactly n tokens, int32
 Haystack = Callable[[np.random.Generator, int], np.ndarray]
 
 
-class Writer:
+class NeedleWriter:
     """A Hugging Face tokenizer, prepared for writing needles: make one and keep it.
 
     bos: the token a document begins with, or None; newline_after[t]: whether token t ends a line;
@@ -63,7 +63,7 @@ class Writer:
 def token_haystack(tokens: np.ndarray, line_end: np.ndarray | None = None) -> Haystack:
     """Random stretches of a token stream (an array or memory map, [T]), wrapping at its end.
 
-    line_end: `Writer.newline_after`; with it a stretch begins at a line's start where one is near.
+    line_end: `NeedleWriter.newline_after`; with it a stretch begins at a line's start where one is near.
     """
     total = len(tokens)
     if total == 0:
@@ -84,7 +84,7 @@ def token_haystack(tokens: np.ndarray, line_end: np.ndarray | None = None) -> Ha
     return draw
 
 
-def corpus_haystack(corpus: Corpus, writer: Writer) -> Haystack:
+def corpus_haystack(corpus: Corpus, writer: NeedleWriter) -> Haystack:
     """Straw out of a source's documents: from a random place on, document after document, without the marks
     around them."""
     ends = np.cumsum(corpus.lengths, dtype=np.int64)

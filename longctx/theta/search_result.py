@@ -13,7 +13,7 @@ from longctx.theta.trials import Trial
 
 
 @dataclass(frozen=True)
-class Result:
+class SearchResult:
     """rule: the trial at the rule's own theta; best: the winner; edge: the edge it lies on, if any."""
 
     stage: str
@@ -24,7 +24,7 @@ class Result:
     trials: list[Trial]
 
 
-def write_override(path: Path, result: Result, rule: str) -> None:
+def write_override(path: Path, result: SearchResult, rule: str) -> None:
     """Put the chosen theta and the rule it was searched under into the stage override file, beside those of other
     stages already there.
     """
@@ -42,7 +42,7 @@ def write_override(path: Path, result: Result, rule: str) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def tell(result: Result, *, override: Path, png: Path, bracket: float, as_json: bool) -> None:
+def print_result(result: SearchResult, *, override: Path, png: Path, bracket: float, as_json: bool) -> None:
     """What was found, on standard output."""
     rule, best = result.rule, result.best
     if result.edge:

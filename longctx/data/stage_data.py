@@ -19,11 +19,11 @@ import numpy as np
 
 from longctx.config.data import DataConfig, SourceConfig
 from longctx.data.balance import balanced_order
-from longctx.data.index import Corpus, Split
+from longctx.data.corpus import Corpus, Split
+from longctx.data.haystack import NeedleWriter, corpus_haystack
 from longctx.data.mixing import rng_of
-from longctx.data.plan import Plan
+from longctx.data.stage_packing import StagePacking
 from longctx.data.synth import SynthDocument, make_task
-from longctx.data.writer import Writer, corpus_haystack
 from longctx.errors import UserError
 
 
@@ -52,8 +52,8 @@ class LocalSequence:
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """The pieces of one sequence in order: number in the plan, where each ends, its corpus (None: synthetic),
+class _SequencePieces:
+    """The pieces of one sequence in order: number in the packing, where each ends, its corpus (None: synthetic),
     document, start within it, and whether its tokens weigh other than 1."""
 
     pieces: list[int]
@@ -65,22 +65,22 @@ class _Placed:
 
 
 class StageData:
-    """Packed sequences of one stage; see longctx.data.opening. Reading is safe from several threads."""
+    """Packed sequences of one stage; see longctx.data.stage_opening. Reading is safe from several threads."""
 
     def __init__(
         self,
         data: DataConfig,
-        plan: Plan,
+        packing: StagePacking,
         corpora: Mapping[str, Corpus],
-        writer: Writer | None,
+        writer: NeedleWriter | None,
         *,
         pad: int,
         seed: int,
         stage: str,
         split: Split,
     ) -> None:
-        self.plan = plan
-        self.seq_len = plan.seq_len
+        self.packing = packing
+        self.seq_len = packing.seq_len
         self._data = data
         self._corpora = corpora
         self._writer = writer
@@ -89,14 +89,14 @@ class StageData:
         self._stage = stage
         self._split: Split = split
         self._made: OrderedDict[tuple[int, int], SynthDocument] = OrderedDict()
-        self._recent: OrderedDict[int, _Placed] = OrderedDict()
-        self._weighted = {name for name in plan.names if _has_weights(data.sources[name])}
+        self._recent: OrderedDict[int, _SequencePieces] = OrderedDict()
+        self._weighted = {name for name in packing.names if _has_weights(data.sources[name])}
         self._lock = threading.Lock()
-        self._stats = _stats(plan)
+        self._stats = _stats(packing)
 
     def __len__(self) -> int:
-        """Sequences that exist; the plan has exactly as many as were asked for."""
-        return len(self.plan)
+        """Sequences that exist; the packing has exactly as many as were asked for."""
+        return len(self.packing)
 
     def sequence(self, index: int) -> PackedSequence:
         """Sequence `index`, whole. Raises IndexError past the end."""
@@ -111,7 +111,7 @@ class StageData:
     def tokens(self, index: int, positions: np.ndarray) -> np.ndarray:
         """int32 [n] tokens at these positions, and nothing else is read."""
         out = np.full(len(positions), self._pad, np.int32)
-        placed = self._placed(index)
+        placed = self._pieces_of(index)
         for slot, where, at, count in _overlaps(placed.ends, positions):
             corpus = placed.corpora[slot]
             if corpus is None:
@@ -123,7 +123,7 @@ class StageData:
 
     def weights(self, index: int, positions: np.ndarray) -> np.ndarray:
         """float32 [n] loss weights of predicting the tokens at these positions."""
-        placed = self._placed(index)
+        placed = self._pieces_of(index)
         out = np.zeros(len(positions), np.float32)
         plain = not any(placed.weighted)
         parts = _overlaps(placed.ends[-1:], positions) if plain else _overlaps(placed.ends, positions)
@@ -156,41 +156,41 @@ class StageData:
 
     def boundaries(self, index: int) -> np.ndarray:
         """int32 [spans+1]; padding is a span of its own."""
-        placed = self._placed(index)
+        placed = self._pieces_of(index)
         if not self._data.document_mask:
             return np.array([0, self.seq_len], np.int32)
         ends = np.array(placed.ends)
-        inner = ends[:-1][~self.plan.glued[placed.pieces[1:]]]
+        inner = ends[:-1][~self.packing.joined[placed.pieces[1:]]]
         full = ends[-1:] if ends[-1] < self.seq_len else []
         return np.concatenate([[0], inner, full, [self.seq_len]]).astype(np.int32)
 
     def documents(self, index: int) -> tuple[str, ...]:
         """Names of the pieces in order: source:document, with @start for a piece that begins within it."""
-        return tuple(self._name(piece) for piece in self._placed(index).pieces)
+        return tuple(self._name(piece) for piece in self._pieces_of(index).pieces)
 
     def stats(self) -> dict[str, Any]:
-        """What the plan comes to, for metrics and the report: padding (share of positions without a token), cut (share
+        """What the packing comes to, for metrics and the report: padding (share of positions without a token), cut (share
         of documents that do not stand whole), epochs (by source), and what else each source gave."""
         return self._stats
 
     @property
-    def contents(self) -> dict[str, str]:
+    def content_hashes(self) -> dict[str, str]:
         """Per source with files, a hash of its documents and their tokens."""
         return {name: corpus.key for name, corpus in self._corpora.items()}
 
     def check_tasks(self) -> None:
         """Write the shortest document of each synthetic source. Raises UserError when its task needs more room."""
-        for number, name in enumerate(self.plan.names):
-            mine = np.flatnonzero(self.plan.source == number)
+        for number, name in enumerate(self.packing.names):
+            mine = np.flatnonzero(self.packing.source == number)
             if self._data.sources[name].kind == "synth" and len(mine):
-                self._synth(int(mine[np.argmin(self.plan.length[mine])]))
+                self._synth(int(mine[np.argmin(self.packing.length[mine])]))
 
     def check_labels(self) -> None:
         """Raises UserError when no token of the whole stage carries loss: there is nothing to train on."""
         everything = np.arange(self.seq_len)
         if any(self.weights(index, everything).any() for index in range(len(self))):
             return
-        reasons = "; ".join(self._mute(name) for name, use in self.plan.use.items() if use.tokens)
+        reasons = "; ".join(self._mute(name) for name, use in self.packing.use.items() if use.tokens)
         raise UserError(
             f"curriculum.stages.{self._stage}: no token of its {len(self)} sequences carries loss, so it would train "
             f"nothing: {reasons} (configs/data)"
@@ -206,28 +206,28 @@ class StageData:
             )
         return f"{where} has documents of one token only, and the first token of a document is never predicted"
 
-    def _placed(self, index: int) -> _Placed:
+    def _pieces_of(self, index: int) -> _SequencePieces:
         """The pieces of a sequence as they stand in it. The order is the evenest for zigzag ranks; joined
         pieces stay as they are. The last few are kept, since tokens, weights and boundaries ask for the
         same one."""
-        if not 0 <= index < len(self.plan):
-            raise IndexError(f"sequence {index} of a stage with {len(self.plan)}")
+        if not 0 <= index < len(self.packing):
+            raise IndexError(f"sequence {index} of a stage with {len(self.packing)}")
         with self._lock:
             known = self._recent.get(index)
         if known is not None:
             return known
-        plan = self.plan
-        pieces = np.arange(plan.first[index], plan.first[index + 1])
-        if self._data.document_mask and not plan.glued[pieces].any():
+        packing = self.packing
+        pieces = np.arange(packing.first[index], packing.first[index + 1])
+        if self._data.document_mask and not packing.joined[pieces].any():
             rng = rng_of(self._seed, self._stage, self._split, "order", index)
-            pieces = pieces[balanced_order(plan.length[pieces], self.seq_len, rng)]
-        names = [plan.names[number] for number in plan.source[pieces].tolist()]
-        made = _Placed(
+            pieces = pieces[balanced_order(packing.length[pieces], self.seq_len, rng)]
+        names = [packing.names[number] for number in packing.source[pieces].tolist()]
+        made = _SequencePieces(
             pieces.tolist(),
-            np.cumsum(plan.length[pieces], dtype=np.int64).tolist(),
+            np.cumsum(packing.length[pieces], dtype=np.int64).tolist(),
             [self._corpora.get(name) for name in names],
-            plan.document[pieces].tolist(),
-            plan.start[pieces].tolist(),
+            packing.document[pieces].tolist(),
+            packing.start[pieces].tolist(),
             [name in self._weighted for name in names],
         )
         with self._lock:
@@ -236,7 +236,7 @@ class StageData:
                 self._recent.popitem(last=False)
         return made
 
-    def _weigh(self, placed: _Placed, slot: int, at: int, count: int) -> np.ndarray:
+    def _weigh(self, placed: _SequencePieces, slot: int, at: int, count: int) -> np.ndarray:
         """Weights of a synthetic document, or of a conversation whose assistant weighs more."""
         corpus, document = placed.corpora[slot], placed.documents[slot]
         if corpus is None:
@@ -254,19 +254,19 @@ class StageData:
 
     def _synth(self, piece: int) -> SynthDocument:
         """A virtual document; the last few are kept, since tokens, weights and ranks ask for the same one."""
-        source, number = int(self.plan.source[piece]), int(self.plan.document[piece])
+        source, number = int(self.packing.source[piece]), int(self.packing.document[piece])
         with self._lock:
             made = self._made.get((source, number))
             if made is not None:
                 return made
-        name = self.plan.names[source]
+        name = self.packing.names[source]
         config = self._data.sources[name]
         assert self._writer is not None
         assert config.task is not None
         assert config.haystack is not None
         made = make_task(
             config.task,
-            int(self.plan.length[piece]),
+            int(self.packing.length[piece]),
             rng_of(self._seed, self._stage, name, self._split, number),
             corpus_haystack(self._corpora[config.haystack], self._writer),
             keys="train" if self._split == "train" else "eval",
@@ -279,23 +279,23 @@ class StageData:
         return made
 
     def _name(self, piece: int) -> str:
-        name, document = self.plan.names[self.plan.source[piece]], int(self.plan.document[piece])
-        start = int(self.plan.start[piece])
+        name, document = self.packing.names[self.packing.source[piece]], int(self.packing.document[piece])
+        start = int(self.packing.start[piece])
         if name in self._corpora:
             return f"{name}:{self._corpora[name].document_name(document)}" + (f"@{start}" if start else "")
         return f"{name}:{self._split}/{self._stage}/{document}"
 
 
-def _stats(plan: Plan) -> dict[str, Any]:
-    documents = sum(use.documents for use in plan.use.values())
+def _stats(packing: StagePacking) -> dict[str, Any]:
+    documents = sum(use.documents for use in packing.use.values())
     return {
-        "sequences": len(plan),
-        "seq_len": plan.seq_len,
-        "padding": plan.padding,
-        "cut": sum(use.cut for use in plan.use.values()) / max(documents, 1),
-        "epochs": {name: use.epochs for name, use in plan.use.items()},
-        "left_over": plan.left_over,
-        "sources": {name: asdict(use) for name, use in plan.use.items()},
+        "sequences": len(packing),
+        "seq_len": packing.seq_len,
+        "padding": packing.padding,
+        "cut": sum(use.cut for use in packing.use.values()) / max(documents, 1),
+        "epochs": {name: use.epochs for name, use in packing.use.items()},
+        "left_over": packing.left_over,
+        "sources": {name: asdict(use) for name, use in packing.use.items()},
     }
 
 
