@@ -1,7 +1,6 @@
-"""Documents for a curriculum: where they come from, how they become tokens, and which of them stand in
-sequence i of a stage.
+"""Training data: sources are read, tokenized into shards, mixed, and packed into the sequences of each stage.
 
-Nothing here imports torch, transformers or datasets before it is needed.
+No module imports torch, transformers or datasets before it needs them.
 """
 
 from longctx.data.haystack import NeedleWriter

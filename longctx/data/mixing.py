@@ -1,9 +1,10 @@
-"""Which documents a stage draws from a source, and how long they are there.
+"""Draw the documents that a stage takes from a source, by the source's length policy.
 
-Documents (where they are longer than a sequence, their pieces) come in a random order per epoch, seeded by
-(seed, stage, source, epoch), until the source's share of the stage's tokens is reached. Policies change
-lengths inside a source and leave the shares between sources alone (Fu et al. 2402.10171; ProLong
-2410.02660). D documents, P pieces.
+Documents longer than a sequence are cut into pieces. Pieces come in a random order in each epoch, seeded by (seed,
+stage, source, epoch), until the source's share of the stage's tokens is reached. A length policy changes the lengths
+within a source but not the shares between sources (Fu et al. 2402.10171; ProLong 2410.02660).
+
+D documents, P pieces.
 """
 
 from __future__ import annotations
@@ -16,13 +17,16 @@ import numpy as np
 from longctx.config.data import LengthPolicy
 from longctx.errors import UserError
 
-PACK, WHOLE, JOIN = 0, 1, 2  # packed or split as the stage says; never split; joined without boundaries
+PACK, WHOLE, JOIN = 0, 1, 2  # packed or split as data.packing says; never split; joined without boundaries
 
 
 @dataclass(frozen=True)
 class DrawnPieces:
-    """Pieces of a source's documents: int32 [P] each; kind is PACK, WHOLE or JOIN; epochs: how often a
-    document of the most repeated pool is seen, on average."""
+    """The pieces that a stage draws from one source.
+
+    document, start, length: int32 [P], in tokens. placement: int8 [P], PACK, WHOLE or JOIN. epochs: how often, on
+    average, a document of the most repeated group (long or short) is drawn.
+    """
 
     document: np.ndarray
     start: np.ndarray
@@ -36,7 +40,7 @@ class DrawnPieces:
 
 
 def rng_of(seed: int, *words: str | int) -> np.random.Generator:
-    """A generator that depends on the seed and the words alone, on every machine."""
+    """Return a random generator that depends only on the seed and the words, on every machine."""
     return np.random.default_rng([seed, *(zlib.crc32(str(word).encode()) for word in words)])
 
 
@@ -50,11 +54,11 @@ def draw(
     words: tuple[str, ...],
     split: bool = True,
 ) -> DrawnPieces:
-    """`target` tokens out of documents with these lengths (int32 [D]), by a source's policy.
+    """Draw `target` tokens from documents of these lengths (int32 [D], tokens) by a length policy.
 
-    words: stage and source, for the seed and for messages. split: cut documents longer than a sequence
-    first and draw their pieces (best-fit packing); otherwise documents are drawn whole, to be joined.
-    Raises UserError when the policy's long documents do not exist.
+    words: stage and source, for the seed and for messages. split: cut documents longer than a sequence and draw the
+    pieces (best-fit packing); otherwise draw whole documents, which are joined later. Raises UserError when the
+    policy asks for long documents and the source has none.
     """
     where = f"source {words[-1]} in stage {words[0]}"
     joined = policy.kind == "joined"
@@ -87,7 +91,7 @@ def draw(
 
 
 def longest_wanted(policy: LengthPolicy | None, seq_len: int) -> int:
-    """Tokens that a source's longest document must have for a policy; 0 where any will do."""
+    """Return the length in tokens that a policy needs of at least one document; 0 when any length serves."""
     if policy is None or not policy.share or policy.kind not in ("upsample", "prolong"):
         return 0
     return seq_len if policy.kind == "prolong" else policy.min_len or 0
@@ -95,7 +99,7 @@ def longest_wanted(policy: LengthPolicy | None, seq_len: int) -> int:
 
 @dataclass(frozen=True)
 class DocumentPieces:
-    """Documents as pieces: int32 [P] each."""
+    """Consecutive pieces of documents: document, start and length, int32 [P] each."""
 
     document: np.ndarray
     start: np.ndarray
@@ -103,7 +107,7 @@ class DocumentPieces:
 
 
 def cut(lengths: np.ndarray, seq_len: int) -> DocumentPieces:
-    """Documents longer than a sequence in consecutive pieces of at most `seq_len` tokens (0: no cuts)."""
+    """Cut documents into consecutive pieces of at most `seq_len` tokens; seq_len=0 cuts none."""
     document = np.arange(len(lengths), dtype=np.int32)
     if not len(lengths) or not seq_len or int(lengths.max()) <= seq_len:
         return DocumentPieces(document, np.zeros_like(document), lengths)
@@ -117,8 +121,7 @@ def cut(lengths: np.ndarray, seq_len: int) -> DocumentPieces:
 def _take(
     pieces: DocumentPieces, pool: np.ndarray, target: int, placement: int, seed: int, words: tuple[str, ...]
 ) -> DrawnPieces:
-    """Pieces of a pool, epoch after epoch, until `target` tokens are reached; the last one is cut to reach
-    it."""
+    """Draw pieces of a pool, epoch after epoch, until they have `target` tokens; the last piece is cut to fit."""
     total = int(pieces.length[pool].sum(dtype=np.int64))
     drawn: list[np.ndarray] = [pool[:0]]
     left, epoch = target, 0
@@ -143,14 +146,14 @@ def _take(
 def _refuse_no_long(lengths: np.ndarray, wanted: int, where: str, setting: str) -> None:
     longest = int(lengths.max()) if len(lengths) else 0
     raise UserError(
-        f"{where}: {setting} asks for documents of {wanted:,} tokens and no document is that long; the "
-        f"longest has {longest:,}, {wanted - longest:,} tokens are missing: add longer documents, or let "
-        "the mix use the length policy natural or joined (data.mixes)"
+        f"{where}: {setting} asks for documents of {wanted:,} tokens and no document is that long; the longest has "
+        f"{longest:,}, {wanted - longest:,} tokens are missing: add longer documents, or let the mix use the length "
+        "policy natural or joined (data.mixes)"
     )
 
 
 def synthetic(policy: LengthPolicy, target: int, seq_len: int, *, seed: int, words: tuple[str, ...]) -> DrawnPieces:
-    """Virtual documents of a synth source, close to `target` tokens: at least one where target > 0."""
+    """Choose the lengths of a synth source's documents, about `target` tokens; at least one if target > 0."""
     where = f"source {words[-1]} in stage {words[0]}"
     size = policy.length or policy.min_len or seq_len
     if size > seq_len:

@@ -1,8 +1,10 @@
-"""Documents into sequences of one length: best-fit decreasing over length classes, or join and split.
+"""Pack documents into sequences of one length: best-fit decreasing, or join and split.
 
-Best-fit decreasing ("Fewer Truncations Improve Language Modeling", 2404.10830) places the longest document
-first, each into the fullest bin that still takes it. All documents of one length are placed at once, so ten
-million take seconds in numpy. P pieces, C tokens a bin holds.
+Best-fit decreasing ("Fewer Truncations Improve Language Modeling", 2404.10830) places the longest document first,
+each into the fullest bin that still has space for it. All documents of one length are placed together, so numpy packs
+ten million in seconds.
+
+P pieces, C tokens in a bin. The space of a bin is the number of tokens that it can still take.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ _WORD = 12  # bits of a length that one word of the free list covers
 
 
 class _FreeList:
-    """The space left in bins: smallest space >= n in constant time, over two levels of bit words."""
+    """The set of spaces that bins have: finds the smallest space >= n in constant time, by two levels of bits."""
 
     def __init__(self, capacity: int) -> None:
         self._words = [0] * ((capacity >> _WORD) + 1)
@@ -45,9 +47,9 @@ class _FreeList:
 
 
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
-    """Bin of each piece, int32 [P], and the number of bins.
+    """Assign each piece to a bin; returns the bin of each piece, int32 [P], and the number of bins.
 
-    lengths: int [P], each 1 to C. Equal to best-fit decreasing document by document.
+    lengths: int [P], each from 1 to C. The result equals best-fit decreasing piece by piece.
     """
     order = np.argsort(-lengths.astype(np.int32), kind="stable").astype(np.int32)
     ordered = lengths[order]
@@ -73,7 +75,7 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, int]:
 
 
 def _take(by_space: dict[int, list[np.ndarray]], free: _FreeList, space: int) -> np.ndarray:
-    """All bins with exactly this space."""
+    """Remove and return all bins that have exactly this space."""
     parts = by_space.pop(space)
     free.remove(space)
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -99,7 +101,7 @@ def _fill(
     by_space: dict[int, list[np.ndarray]],
     free: _FreeList,
 ) -> int:
-    """Put pieces order[at:last], all of one size, into the bins of `open_bins`; returns the first not placed."""
+    """Put the pieces order[at:last], all of length `size`, into `open_bins`; returns the index of the next piece."""
     each = space // size
     count = last - at
     full = min(len(open_bins), count // each)
@@ -117,10 +119,10 @@ def _fill(
 
 
 def join_and_split(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Pieces of documents laid end to end and cut every C tokens.
+    """Join documents end to end and cut the result every C tokens.
 
-    lengths: int [documents] in the order they are joined. Returns (document, start within it, length, bin) of
-    each piece, int64; the last bin may be short.
+    lengths: int [documents], in the order of joining. Returns document, start within the document, length and bin of
+    each piece, int64 each; the last bin may be short.
     """
     ends = np.cumsum(lengths, dtype=np.int64)
     total = int(ends[-1]) if len(ends) else 0

@@ -1,7 +1,9 @@
-"""A stage's plan: which pieces of which documents stand in sequence i, for all i, as flat arrays.
+"""The packing of a stage: which pieces of which documents form each sequence, as flat arrays.
 
-It is a pure function of the config, the documents' lengths, the seed and the stage; ranks, workers and the
-batch size play no part, so any number of them can resume at any sequence. N sequences, P pieces.
+The packing is a pure function of the config, the documents' lengths, the seed and the stage. It does not depend on
+the ranks, the workers or the batch size, so a run can resume at any sequence with other numbers of them.
+
+N sequences, P pieces.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ from longctx.errors import UserError
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a stage takes from a source. cuts: pieces that begin within a document; cut: documents that do not stand
-    whole wherever they stand."""
+    """The tokens and documents that a stage takes from a source.
+
+    cuts: pieces that begin within a document. cut: documents that are split at least once. epochs: see DrawnPieces.
+    """
 
     tokens: int
     documents: int
@@ -31,11 +35,12 @@ class SourceUse:
 
 @dataclass(frozen=True)
 class StagePacking:
-    """first: int64 [N+1], sequence i is pieces first[i]:first[i+1]; source int8, document, start, length
-    int32 [P]; joined: bool [P], the piece continues the attention span of the one before it.
+    """The pieces of all sequences of a stage, in order.
 
-    padding: share of positions without a token; left_over: pieces drawn but not placed, in sequences that
-    packing needed beyond N.
+    first: int64 [N+1], sequence i is made of pieces first[i]:first[i+1]. source: int8 [P], an index into `names`.
+    document, start, length: int32 [P], in tokens. joined: bool [P], attention crosses from the piece before into this
+    one. padding: the share of positions without a token. left_over: pieces that were drawn but not used, because they
+    were packed into sequences beyond N.
     """
 
     seq_len: int
@@ -64,9 +69,9 @@ def pack_stage(
     seed: int,
     stage: str,
 ) -> StagePacking:
-    """Draw, pack and shuffle.
+    """Draw a stage's documents, pack them into `sequences` sequences of `seq_len` tokens, and shuffle these.
 
-    lengths: documents of each source with files (synth sources have none). Raises UserError when a policy
+    lengths: the documents' lengths (int32, tokens) of each source with files. Raises UserError when a length policy
     cannot be met.
     """
     names = tuple(name for name, entry in mix.items() if entry.weight > 0)
@@ -76,7 +81,7 @@ def pack_stage(
     place = _choose(bins, pieces.length, count, sequences, rng)
     target = place[bins]
     kept = np.flatnonzero(target >= 0)
-    # joined pieces keep their order; packed ones are shuffled within the sequence
+    # Joined pieces keep their order; packed pieces are shuffled within the sequence.
     tie = rng.integers(0, 2**31, size=len(kept), dtype=np.int64)
     ordered = pieces.placement[kept] == JOIN
     tie[ordered] = np.flatnonzero(ordered)
@@ -96,7 +101,7 @@ def pack_stage(
 
 
 def empty_packing(seq_len: int) -> StagePacking:
-    """A plan without sequences."""
+    """Return a packing without sequences."""
     none = np.zeros(0, np.int32)
     first, source, joined = np.zeros(1, np.int64), none.astype(np.int8), none.astype(bool)
     return StagePacking(seq_len, (), first, source, none, none, none, joined, use={}, padding=0.0, left_over=0)
@@ -112,7 +117,7 @@ class _StagePieces:
 
 
 def policy_of(data: DataConfig, mix: Mix, name: str) -> LengthPolicy:
-    """The length policy of a source in a mix, its default filled in."""
+    """Return the length policy of a source in a mix: full for synth sources and natural for others by default."""
     synth = data.sources[name].kind == "synth"
     return mix[name].length or LengthPolicy(kind="full" if synth else "natural")
 
@@ -127,8 +132,10 @@ def _draw_all(
     seed: int,
     stage: str,
 ) -> dict[str, DrawnPieces]:
-    """Pieces per source. Synth sources come first, since their documents are never cut; text fills what is
-    left."""
+    """Draw the pieces of every source.
+
+    Synth sources come first, because their documents are never cut; text sources fill the rest of the stage.
+    """
     budget = sequences * seq_len
     synth = [name for name in names if data.sources[name].kind == "synth"]
     texts = [name for name in names if name not in synth]
@@ -137,7 +144,7 @@ def _draw_all(
         target = round(mix[name].weight * budget)
         drawn[name] = synthetic(policy_of(data, mix, name), target, seq_len, seed=seed, words=(stage, name))
     left = budget - sum(part.tokens for part in drawn.values())
-    if left > 0 and not texts:  # rounding of synth documents: one more of each kind where needed
+    if left > 0 and not texts:  # synth documents rounded down: draw more of the largest source
         name = max(synth, key=lambda key: mix[key].weight)
         extra = drawn[name].tokens + left + seq_len
         drawn[name] = synthetic(policy_of(data, mix, name), extra, seq_len, seed=seed, words=(stage, name))
@@ -161,7 +168,7 @@ def _draw_all(
 def _pack(
     data: DataConfig, drawn: list[DrawnPieces], seq_len: int, rng: np.random.Generator
 ) -> tuple[_StagePieces, np.ndarray, int]:
-    """All pieces, the bin of each, and the number of bins."""
+    """Pack the drawn pieces; returns all pieces, the bin of each, and the number of bins."""
     parts: list[_StagePieces] = []
     bins: list[np.ndarray] = []
     count = 0
@@ -215,9 +222,10 @@ def _concatenate(parts: list[_StagePieces]) -> _StagePieces:
 
 
 def _choose(bins: np.ndarray, length: np.ndarray, count: int, sequences: int, rng: np.random.Generator) -> np.ndarray:
-    """The sequence each bin becomes, int32 [bins], -1 for those not needed.
+    """Return the sequence that each bin becomes, int32 [bins]; -1 for a bin that is left out.
 
-    Packing needs a few bins more than N; the emptiest go, unless so many would that it changed the mix.
+    Packing makes a few bins more than N. The emptiest bins are left out, or random ones when there are so many that
+    leaving out the emptiest would change the mix.
     """
     chosen = np.arange(count)
     if count > sequences:

@@ -1,4 +1,4 @@
-"""Processes that tokenize shards, each one shard at a time."""
+"""A pool of processes that tokenize shards; each process writes one shard at a time."""
 
 from __future__ import annotations
 
@@ -15,52 +15,54 @@ from longctx.signals import sweep, swept
 
 
 def tokenize_by(count: int, jobs: Sequence[ShardJob], spec: TokenizerSpec, shards: Path) -> Iterator[ShardJob]:
-    """Write the shards into the folder `shards` with `count` workers; yields each job as it is finished.
+    """Write the shards into the folder `shards` with `count` worker processes; yields each job when it is finished.
 
-    Raises what a job raised, and RunFailed when a worker dies. However it ends, no worker is left.
+    Raises the error of a failed job, and RunFailed when a worker dies. All workers have ended when this returns or
+    raises.
     """
-    coming = sorted(jobs, key=lambda job: job.size)  # taken from the end: longest first, so that workers end together
-    crew: dict[Connection, subprocess.Popen[bytes]] = {}
-    at: dict[Connection, ShardJob] = {}
+    waiting = sorted(jobs, key=lambda job: job.size)  # pop() takes the largest, so that the workers end together
+    workers: dict[Connection, subprocess.Popen[bytes]] = {}
+    running: dict[Connection, ShardJob] = {}
     with swept(shards):
         try:
             for _ in range(count):
-                pipe = _hire(crew)
+                pipe = _start_worker(workers)
                 pipe.send(spec)
-                at[pipe] = coming.pop()
-                pipe.send(at[pipe])
-            while at:
-                for pipe in wait(list(at)):
+                running[pipe] = waiting.pop()
+                pipe.send(running[pipe])
+            while running:
+                for pipe in wait(list(running)):
                     assert isinstance(pipe, Connection)
-                    yield _finished(pipe, crew[pipe], at)
-                    if coming:
-                        at[pipe] = coming.pop()
-                        pipe.send(at[pipe])
+                    yield _finished_job(pipe, workers[pipe], running)
+                    if waiting:
+                        running[pipe] = waiting.pop()
+                        pipe.send(running[pipe])
         finally:
-            pids = [worker.pid for worker in crew.values()]
+            pids = [worker.pid for worker in workers.values()]
             kill(pids)
-            for pipe, worker in crew.items():
+            for pipe, worker in workers.items():
                 worker.wait()
                 pipe.close()
             sweep(shards, owners=pids)
 
 
-def _hire(crew: dict[Connection, subprocess.Popen[bytes]]) -> Connection:
-    """Start a worker in a process group of its own, so that a terminal's ctrl-C is its parent's to answer."""
+def _start_worker(workers: dict[Connection, subprocess.Popen[bytes]]) -> Connection:
+    """Start a worker in a process group of its own, so that ctrl-C in a terminal reaches only the parent."""
     ours, theirs = Pipe()
     command, environment = module_command("longctx.data.worker", str(theirs.fileno()), str(getpid()))
     with theirs:
-        crew[ours] = subprocess.Popen(
+        workers[ours] = subprocess.Popen(
             command, env=environment, pass_fds=[theirs.fileno()], process_group=0, stdin=subprocess.DEVNULL
         )
     return ours
 
 
-def _finished(pipe: Connection, worker: subprocess.Popen[bytes], at: dict[Connection, ShardJob]) -> ShardJob:
+def _finished_job(pipe: Connection, worker: subprocess.Popen[bytes], running: dict[Connection, ShardJob]) -> ShardJob:
+    """Return the job that a worker reports as finished, or raise the error that it reports."""
     try:
         error = pipe.recv()
     except (EOFError, ConnectionResetError):
         raise RunFailed(f"a tokenizing worker died with exit code {worker.wait()} (-9: out of memory)") from None
     if error is not None:
         raise error
-    return at.pop(pipe)
+    return running.pop(pipe)

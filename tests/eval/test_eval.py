@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from longctx.assets import tiny_model
-from longctx.cli import load
+from longctx.config.compose import load
 from longctx.config.eval import EvalConfig
 from longctx.errors import UserError
 from longctx.eval.evaluate import window_of
