@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from longctx.cli import load as configure
 from longctx.cli import main
+from longctx.config.compose import load as configure
 from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.config.model import ModelConfig
 from longctx.curriculum import Stage

@@ -1,8 +1,7 @@
-"""`longctx bench peak`: the matrix rate this device really reaches, the denominator of MFU where no table
-knows it.
+"""`longctx bench peak`: measure this device's matrix rate, the denominator of MFU when no table has the device.
 
-Square products of growing size are timed; the best median is the peak. A rate, not a data sheet: it includes
-the device's clocks as they are.
+It times square products of several sizes; the best median is the peak. The rate depends on the device's current
+clocks, unlike a data sheet.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def run(config: BenchPeakConfig) -> int:
 
 
 def measure_peak(config: BenchPeakConfig) -> dict[str, Any]:
-    """FLOP/s per matrix edge, the best of them as `peak`, device and dtype."""
+    """Measure the FLOP/s of each matrix size; returns these, the best as `peak`, the device and the dtype."""
     import torch
 
     from longctx.bench.step_worker import device_name

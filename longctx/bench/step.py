@@ -1,8 +1,8 @@
-"""`longctx bench step`: one training step of ours beside plain transformers, in alternating fresh processes.
+"""`longctx bench step`: compare one training step of longctx with plain transformers, in alternating new processes.
 
-Each process builds the same random model, takes one short step (so that optimizer states exist), then a timed
-one: forward, backward, gradient norm, AdamW. Memory is the process's high-water mark (resident set; allocated
-bytes on a GPU), interpreter and libraries included on both sides.
+Each process builds the same random model, takes a short step (so that optimizer states exist), then a timed step:
+forward, backward, gradient norm, AdamW. Memory is the peak resident set of the process (on a GPU, the peak of
+allocated bytes); it includes the interpreter and the libraries on both sides.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def run(config: BenchStepConfig) -> int:
 
 
 def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
-    """One step in a fresh process: seconds, tokens_per_second, peak_gib, loss, device."""
+    """Run one step in a new process; returns seconds, cpu_seconds, tokens_per_second, peak_gib, loss and device."""
     request = json.dumps({"kind": contestant, **dataclasses.asdict(config)})
     command = [sys.executable, "-m", "longctx.bench.step_worker", request]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -51,7 +51,7 @@ def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
 
 
 def summary(results: dict[str, list[dict[str, Any]]], config: BenchStepConfig) -> dict[str, Any]:
-    """Medians per side, ours over theirs; cpu_time_ratio, of the best runs, is what a busy machine leaves."""
+    """Return the medians of each side and their ratios; cpu_time_ratio, of the best runs, suits a busy machine."""
     report: dict[str, Any] = {"tokens": config.tokens, "pairs": config.pairs, "threads": config.threads}
     for contestant, runs in results.items():
         report["device"] = runs[0]["device"]

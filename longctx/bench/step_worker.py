@@ -1,6 +1,6 @@
-"""One timed training step in a process of its own, for `longctx bench step`; prints one JSON line.
+"""One timed training step for `longctx bench step`, in a process of its own; prints one JSON line.
 
-A process per measurement, because a high-water mark of memory cannot be taken back.
+Each measurement needs a new process, because a process's peak memory cannot be reset.
 """
 
 from __future__ import annotations

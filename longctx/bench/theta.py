@@ -1,8 +1,8 @@
-"""`longctx bench theta`: which theta rule is best after equal training, on the tiny model, by anyone.
+"""`longctx bench theta`: compare theta rules after equal training of the same model.
 
-Every rule gets the same curriculum, tokens, data and seed; `searched` gets thetas found on the base before
-any training. Each model is examined at the rule's ropes without training and after it. Results are kept per
-model, so that the same command goes on where it stopped.
+Every rule gets the same curriculum, tokens, data and seed; `searched` uses thetas found on the base before any
+training. The base is evaluated with each rule's last rope, and the model after training. Results are stored per model,
+so the same command continues an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ SEARCHED = "searched"
 
 @dataclass(frozen=True)
 class EvalScores:
-    """needle: accuracy by length; last_quarter: loss there at the longest; base: loss on short text."""
+    """Scores of one model.
+
+    needle: accuracy by length. last_quarter: the loss on the last quarter of the longest texts. base: the loss on short
+    text.
+    """
 
     needle: dict[str, float]
     last_quarter: float
@@ -39,7 +43,7 @@ class EvalScores:
 
 @dataclass(frozen=True)
 class RuleLine:
-    """A rule's line of the table; before: its last rope on the untrained base."""
+    """A rule's line of the table; `before` has the scores of the untrained base with the rule's last rope."""
 
     rule: str
     thetas: list[float]
@@ -49,7 +53,7 @@ class RuleLine:
 
 
 def run(config: BenchThetaConfig) -> int:
-    """Train and examine every rule, print the table (Markdown) or the document."""
+    """Train and evaluate every rule; prints a Markdown table or the JSON document."""
     from longctx.train.run import run as train
 
     out = Path(config.out)
@@ -83,7 +87,7 @@ def run(config: BenchThetaConfig) -> int:
 
 
 def under(config: BenchThetaConfig, rule: str, out: Path, rope: Rope) -> TrainConfig:
-    """The run of one rule: its curriculum's rule replaced, hooks off, a folder of its own."""
+    """Return the run of one rule: the given run with this rule, without hooks, in its own folder."""
     curriculum = config.train.curriculum
     if rule == SEARCHED:
         curriculum = replace(curriculum, theta_file=str(search_all(config, out, rope)))
@@ -99,7 +103,7 @@ def under(config: BenchThetaConfig, rule: str, out: Path, rope: Rope) -> TrainCo
 
 
 def search_all(config: BenchThetaConfig, out: Path, rope: Rope) -> Path:
-    """Search every stage's theta on the base, each above the one found before; the stage override file."""
+    """Search every stage's theta on the base, each at least the one before; returns the stage override file."""
     from longctx.theta.search import job_of
     from longctx.theta.search_work import run_search
 
@@ -124,7 +128,7 @@ def search_all(config: BenchThetaConfig, out: Path, rope: Rope) -> Path:
 
 
 def stages_of(config: TrainConfig, rope: Rope) -> list[Stage]:
-    """The curriculum in numbers for the base model."""
+    """Resolve the curriculum for the base model."""
     return resolve(
         config.curriculum,
         head_dim=rope.head_dim,
@@ -135,7 +139,7 @@ def stages_of(config: TrainConfig, rope: Rope) -> list[Stage]:
 
 
 class Evaluator:
-    """Grids and losses of Hugging Face folders on the same held-out material, kept in OUT/eval."""
+    """Measures grids and losses of models on the same held-out text and stores them in OUT/eval."""
 
     def __init__(self, config: BenchThetaConfig, out: Path) -> None:
         from longctx.eval.heldout_text import open_heldout_text
@@ -147,7 +151,7 @@ class Evaluator:
         )
 
     def evaluate(self, name: str, folder: Path, stage: Stage | None = None) -> EvalScores:
-        """The model at `folder`, with the stage's rope in place of its own where one is given."""
+        """Evaluate the model at `folder`; a stage's rope replaces the model's own."""
         from longctx.eval.stored_results import load_result, store_result
 
         config, stored = self.config, self.out / f"{name}.json"
@@ -177,7 +181,7 @@ class Evaluator:
 
 
 def markdown(base: EvalScores, lines: list[RuleLine]) -> str:
-    """The table for docs/theta.md."""
+    """Return the Markdown table for docs/theta.md."""
     lengths = list(base.needle)
     head = ["rule", "thetas", "supported", *[f"needles {n}" for n in lengths], "last quarter", "short text"]
     rows = [["base, nothing changed", "", "", *_cells(base, lengths)]]

@@ -1,7 +1,7 @@
-"""One model's evaluation: needle grid, held-out loss and loss by position, measured once and kept as JSON.
+"""Evaluate one model: needle grid, loss on held-out text and loss by position, measured once and stored as JSON.
 
-The verb `eval` and the evidence after training both call `examine`, for one model at a time. A kept result is
-reused only while its fingerprint (model, rope, tasks, text) matches, so a killed evaluation continues.
+The verb `eval` and the hooks after training call `evaluate` for one model at a time. A stored result is reused while
+its fingerprint (model, rope, tasks, text) matches, so a killed evaluation continues.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Tick = Callable[[], None]
 
 @dataclass(frozen=True)
 class EvalTarget:
-    """A model to evaluate: a Hugging Face folder or hub id as anyone would load it.
+    """A model to evaluate: a Hugging Face folder or hub id.
 
-    name: names its result's file; title: stands over its panel. rope, window: rope_parameters and
-    max_position_embeddings in place of what config.json says (theta changed, nothing trained).
+    name: the name of its result's file. title: the title of its panel in the picture. rope, window: rope_parameters
+    and max_position_embeddings that replace those of config.json; they change theta without training.
     """
 
     name: str
@@ -45,8 +45,10 @@ class EvalTarget:
 
 @dataclass(frozen=True)
 class EvalTasks:
-    """needle: the grid to ask for (None: no grid). loss_lengths: windows of held-out text in tokens, loss_windows of
-    each length.
+    """The measurements to make of each model.
+
+    needle: the needle grid; None measures none. loss_lengths: sequence lengths in tokens for the loss on held-out
+    text. loss_windows: sequences per length.
     """
 
     needle: NeedleConfig | None
@@ -55,16 +57,16 @@ class EvalTasks:
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest sequence that is read."""
+        """The length in tokens of the longest sequence that is read."""
         return max((*(self.needle.lengths if self.needle else ()), *self.loss_lengths), default=0)
 
 
 @dataclass(frozen=True)
 class EvalResult:
-    """What was measured of a target.
+    """The measurements of one target.
 
-    window: the model's, in tokens (config.json, or the target's own). losses: {length: nats per token}.
-    by_position: {length: {last position of a bucket: nats per token}}, see loss.by_position.
+    window: the model's, in tokens (from the target or config.json). losses: {length: nats per token}. by_position:
+    {length: {last position of a bucket: nats per token}}, see loss.by_position.
     """
 
     target: EvalTarget
@@ -74,7 +76,7 @@ class EvalResult:
     by_position: dict[int, dict[int, float]] = field(default_factory=dict)
 
     def beyond(self, length: int) -> bool:
-        """Whether a sequence of `length` tokens is longer than the model's window."""
+        """Tell whether a sequence of `length` tokens is longer than the model's window."""
         return self.window is not None and length > self.window
 
 
@@ -82,10 +84,10 @@ def evaluate(
     target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText, out: Path | None, ranks: Ranks | None = None,
     tick: Tick = lambda: None,
 ) -> EvalResult:  # fmt: skip
-    """The target's result, from out/NAME.json while it matches, else measured and kept there.
+    """Return the target's result: from out/NAME.json when its fingerprint matches, otherwise measured and stored there.
 
-    out: None keeps nothing. ranks: each answers its share of the prompts and windows, and all return the whole
-    result. tick: called after each haystack of this rank.
+    out: None stores nothing. ranks: each rank answers a share of the prompts and sequences, and all return the whole
+    result. tick: called after each haystack of this rank, for a progress bar.
     """
     ranks = ranks or alone()
     key = fingerprint(target, tasks, heldout)
@@ -106,16 +108,16 @@ def evaluate(
 
 
 def count_forwards(target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText, out: Path | None, world: int = 1) -> int:
-    """How often `examine` ticks on one rank; says so where a kept result no longer matches."""
+    """Return how often `evaluate` calls `tick` on one rank; prints a line when a stored result does not match."""
     stored = out / f"{target.name}.json" if out else None
     matches = stored is not None and load_result(stored, fingerprint(target, tasks, heldout)) is not None
     if stored is not None and stored.exists() and not matches:
-        console.say(f"{stored} is of another model, other needles or other text; measuring it again")
+        console.say(f"{stored} belongs to another model, other needles or other text; measuring it again")
     return 0 if matches or tasks.needle is None else -(-needle.haystacks(tasks.needle) // world)
 
 
 def fingerprint(target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText) -> str:
-    """A key of everything a target's numbers follow from."""
+    """Return the fingerprint of everything that a target's result depends on."""
     return fingerprint_of(
         {
             "model": folder_fingerprint(target.path),
@@ -124,13 +126,13 @@ def fingerprint(target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText) -> s
             "ground": heldout.key,
             "needle": asdict(tasks.needle) if tasks.needle else None,
             "losses": [tasks.loss_lengths, tasks.loss_windows],
-            "format": 2,  # of the kept file
+            "format": 2,  # of the stored file
         }
     )
 
 
 def check_text(heldout: HeldoutText, tasks: EvalTasks, source: str) -> None:
-    """Raises UserError when the held-out text is shorter than a sequence, or a length cannot hold its needles."""
+    """Raise UserError when the held-out text is shorter than a sequence or a length cannot hold its needles."""
     if tasks.longest > heldout.tokens:
         raise UserError(
             f"lengths reach {tasks.longest:,} tokens and source={source} holds out only {heldout.tokens:,}, so the "
@@ -142,7 +144,7 @@ def check_text(heldout: HeldoutText, tasks: EvalTasks, source: str) -> None:
 
 
 def window_of(model: Any) -> int | None:
-    """The window in tokens that a loaded model's config states; None where it states none."""
+    """Return the window in tokens from a loaded model's config, or None when the config has none."""
     values = model.config.to_dict()
     try:
         return rope_of(values, "the model's config").window
@@ -170,7 +172,7 @@ def _measure(
 
 
 def _losses(model: Any, rows: np.ndarray, ranks: Ranks) -> np.ndarray:
-    """token_losses of all rows, each computed by one rank."""
+    """Return the token losses of all rows; each rank computes a share of the rows."""
     if ranks.world == 1:
         return loss.token_losses(model, rows)
     import torch

@@ -1,4 +1,4 @@
-"""What every model is examined on: the held-out documents of a source, and a writer for the tokenizer."""
+"""The held-out text on which models are evaluated, in the tokens of one tokenizer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class HeldoutText:
     """Held-out text in one tokenizer's tokens.
 
-    key: what the documents and their tokens follow from; tokens: how many they are; largest_id: of text and needles.
+    key: the fingerprint of the documents and their tokens. tokens: the number of tokens. largest_id: the largest token
+    id in text and needles.
     """
 
     writer: NeedleWriter
@@ -29,9 +30,10 @@ class HeldoutText:
 
 
 def open_heldout_text(data: DataConfig, source: str, tokenizer: Path | str, cache: Path) -> HeldoutText:
-    """Held-out documents of a source as haystack, tokenized where they are not yet; tokenizer: a folder or hub id.
+    """Open a source's held-out documents as a haystack; missing shards are tokenized.
 
-    Raises UserError for an unknown source, a tokenizer that cannot be read, and a source that holds out no document.
+    tokenizer: a folder or hub id. Raises UserError for an unknown source, a tokenizer that cannot be read, and a
+    source without held-out documents.
     """
     from longctx.data.haystack import NeedleWriter, corpus_haystack
     from longctx.data.stage_opening import open_source
@@ -43,18 +45,18 @@ def open_heldout_text(data: DataConfig, source: str, tokenizer: Path | str, cach
     corpus = open_source(source, data, made, cache, split="heldout")
     if corpus.total == 0:
         raise UserError(
-            f"source={source} holds out no document at data.heldout={data.heldout:g}, and models are examined on text "
+            f"source={source} holds out no document at data.heldout={data.heldout:g}, and models are evaluated on text "
             "that training does not see; raise data.heldout, or add documents"
         )
-    # Shards are named by their documents' content and the tokenizer.
+    # A shard's name is a hash of its documents' content and the tokenizer.
     shards, entry = [shard.folder.name for shard in corpus.shards], data.sources[source]
     key = fingerprint_of({"shards": shards, "heldout": data.heldout, "tokens": [entry.min_tokens, entry.max_tokens]})
-    largest = max(corpus.largest_id, int(writer.ordinary.max()))  # added tokens occur in no needle
+    largest = max(corpus.largest_id, int(writer.ordinary.max()))  # needles contain no added tokens
     return HeldoutText(writer, corpus_haystack(corpus, writer), key, corpus.total, largest)
 
 
 def check_source(data: DataConfig, source: str) -> None:
-    """Raises UserError when `source` is not one of the data's sources of text."""
+    """Raise UserError when `source` is not one of the data's sources of text."""
     texts = [name for name, entry in data.sources.items() if entry.kind != "synth"]
     if source in texts:
         return

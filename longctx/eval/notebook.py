@@ -1,4 +1,4 @@
-"""A needle grid of a model in memory, for a notebook or somebody else's script: no config file, no folder."""
+"""Measure a needle grid of a model in memory, for notebooks and scripts that have no config file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class NeedleGrid:
     """The share of needles found per depth and context length.
 
-    grid: the counts behind it. window: the model's window in tokens by its config, or None.
+    grid: the counts. window: the model's window in tokens from its config, or None.
     """
 
     grid: Grid
@@ -35,22 +35,24 @@ class NeedleGrid:
 
     @property
     def depths(self) -> tuple[float, ...]:
-        """Depths of the needles, 0 the start of the text and 1 its end."""
+        """Depths of the needles: 0 is the start of the text, 1 its end."""
         return self.grid.depths
 
     @property
     def accuracies(self) -> list[list[float]]:
-        """Shares between 0 and 1, [depth][length]."""
+        """The share found in each cell, between 0 and 1, as [depth][length]."""
         return self.grid.cells.T.tolist()
 
     @property
     def pooled(self) -> float:
-        """The share found over all cells."""
+        """The mean of the shares of all cells."""
         return self.grid.pooled()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON: model, window, lengths, depths, accuracies, pooled, and the counts found and asked
-        ([depth][length]).
+        """Return plain numbers for JSON.
+
+        The keys are model, window, lengths, depths, accuracies, pooled, and the counts found and asked as
+        [depth][length].
         """
         return {
             "model": self.grid.label,
@@ -84,18 +86,18 @@ def needle_grid(
 ) -> NeedleGrid:
     """Hide six-digit pass keys in a text and count how many a model recalls, per depth and context length.
 
-    model: any causal language model of transformers (peft's wrappers too), on any device; it is used in eval mode and
-    left as it was. tokenizer: its fast tokenizer. lengths: tokens of a prompt, question included; 8192, "64k" and "1M"
-    are understood. depths: 0 the text's start, 1 its end. text: what the needles are hidden in, one string or several;
-    None takes the Python standard library of this machine. per_cell: needles per cell. seed: which needles.
-    single: one needle a prompt instead of one at every depth, all of them asked for.
+    model: any causal language model of transformers or peft, on any device; its training mode is restored at the end.
+    tokenizer: its fast tokenizer. lengths: tokens of a prompt, question included; 8192, "64k" and "1M" are accepted.
+    depths: 0 is the text's start, 1 its end. text: one string or several in which the needles are hidden; None uses
+    the Python standard library of this machine. per_cell: needles per cell. seed: selects the needles. single: put one
+    needle into a prompt instead of one at every depth.
 
-    An answer counts when greedy decoding would write all its digits (the pass-key test of arXiv 2305.16300 with
-    several keys as in RULER, 2404.06654). A prompt is one forward, without a key-value cache; logits are formed at the
-    answers only. Chance is about 1e-6. Returns a `NeedleGrid`.
+    An answer counts as found when greedy decoding would write all its digits (the pass-key test of arXiv 2305.16300,
+    with several keys as in RULER, 2404.06654). A prompt takes one forward pass without a key-value cache; logits are
+    computed at the answers only. A guess succeeds with probability 1e-6. Returns a `NeedleGrid`.
 
     Raises UserError (a ValueError) when the text is shorter than the longest length, when a length cannot hold its
-    needles, and when the tokenizer is not a fast one or gives ids that the model has not.
+    needles, and when the tokenizer is not a fast one or gives ids that the model does not have.
 
     >>> grid = longctx.needle_grid(model, tokenizer, lengths=[4096, "32k"], text=open("book.txt").read())
     >>> grid.accuracies[0][1]  # needles at the start of 32,768 tokens
@@ -127,7 +129,7 @@ def needle_grid(
 
 
 def _tokens(text: str | Sequence[str] | None, writer: NeedleWriter, longest: int) -> np.ndarray:
-    """The haystack's tokens, int32 [T], T at least `longest`."""
+    """Tokenize the haystack, int32 [T]. Raises UserError when it has fewer than `longest` tokens."""
     if text is None:
         parts = _library(writer, 4 * longest)
     else:
@@ -142,7 +144,7 @@ def _tokens(text: str | Sequence[str] | None, writer: NeedleWriter, longest: int
 
 
 def _library(writer: NeedleWriter, wanted: int) -> list[np.ndarray]:
-    """Sources of the Python standard library, a file's tokens each, until they are `wanted` or all."""
+    """Tokenize files of the Python standard library, one array each, until they have `wanted` tokens in all."""
     from longctx.data.stdlib import stdlib_files
 
     parts: list[np.ndarray] = []

@@ -1,6 +1,6 @@
-"""`longctx eval`: needle grids, held-out loss and loss by position of one model or several.
+"""`longctx eval`: needle grids, loss on held-out text and loss by position of one model or several.
 
-On the GPU where there is one. Under torchrun or srun every rank loads the model and answers its share of the prompts.
+It uses the GPU if there is one. Under torchrun or srun, every rank loads the model and answers a share of the prompts.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from longctx.eval.heldout_text import HeldoutText
     from longctx.rope import Rope
 
-DAY = 86400.0  # seconds that a rank with a longer prompt is waited for
+DAY = 86400.0  # seconds that ranks wait for one with a longer prompt
 
 
 def run(config: EvalConfig) -> int:
-    """Evaluate the models; numbers on standard output, pictures and JSON in `out` where one is given."""
+    """Evaluate the models; prints the numbers, and writes a picture and JSON to `out` if it is given."""
     try:
         return _run(config)
     except UserError:
         if launcher_environment()["RANK"] == "0":
             raise
-        return 2  # rank 0 says it
+        return 2  # rank 0 prints it
 
 
 def _run(config: EvalConfig) -> int:
@@ -54,7 +54,7 @@ def _run(config: EvalConfig) -> int:
 
 
 def models_of(config: EvalConfig) -> dict[str, EvalModel]:
-    """The models by name. Raises UserError when none is given, or both model and models are."""
+    """Return the models by name. Raises UserError when there is none, or when model and models are both given."""
     if config.models is not None:
         if config.model is not None:
             raise UserError("model and models are both given; put every model into models= (configs/eval.yaml)")
@@ -68,7 +68,7 @@ def models_of(config: EvalConfig) -> dict[str, EvalModel]:
 
 
 def target_of(config: EvalConfig, name: str, model: EvalModel) -> EvalTarget:
-    """What is to be evaluated under this name. Raises UserError when the folder holds no model longctx knows."""
+    """Return the target of one model. Raises UserError when the folder holds no model that longctx supports."""
     from longctx.eval.evaluate import EvalTarget
     from longctx.model.family import check_config
     from longctx.model.load import read_config
@@ -91,14 +91,14 @@ def target_of(config: EvalConfig, name: str, model: EvalModel) -> EvalTarget:
 
 
 def _checked(values: dict[str, Any], name: str) -> Rope:
-    """The rope of a changed config.json. Raises UserError when the rope_type lacks a key."""
+    """Return the rope of a changed config.json. Raises UserError when the rope_type lacks a key."""
     where = f"models.{name}.rope, the command line"
     rope = rope_of(values, where)
     try:
         rope.frequencies()
     except (KeyError, TypeError, ValueError) as error:
         what = f"lacks the key {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"rope_type={rope.kind} {what}; write it beside rope_type ({where})") from None
+        raise UserError(f"rope_type={rope.kind} {what}; add it next to rope_type ({where})") from None
     return rope
 
 
@@ -116,7 +116,7 @@ def _examine_all(
         task = bar.add_task(
             "needles", total=sum(count_forwards(t, tasks, heldout_texts[t.name], out, ranks.world) for t in targets)
         )
-        ranks.wait()  # rank 0 writes what the others would otherwise find while they count
+        ranks.wait()  # rank 0 stores results only after all ranks have counted
         for target in targets:
             bar.update(task, description=f"needles: {target.name}")
             found = evaluate(target, tasks, heldout_texts[target.name], out, ranks, lambda: bar.advance(task))
@@ -130,7 +130,7 @@ def _examine_all(
 def _heldout_texts(
     config: EvalConfig, models: dict[str, EvalModel], tasks: EvalTasks, ranks: Ranks
 ) -> dict[str, HeldoutText]:
-    """Each model's held-out text in its own tokens; one rank of a node tokenizes it, the others read."""
+    """Open the held-out text in each model's tokens; one rank of each node tokenizes it, and the others read it."""
     from longctx.eval.evaluate import check_text
     from longctx.eval.heldout_text import open_heldout_text
 
@@ -192,7 +192,7 @@ def _write(config: EvalConfig, results: Sequence[EvalResult]) -> None:
 
 
 def _document(result: EvalResult) -> dict[str, Any]:
-    """A model's part of the JSON document: lengths in tokens, losses in nats per token."""
+    """Return a model's part of the JSON document: lengths in tokens, losses in nats per token."""
     assert result.grid is not None
     lengths = sorted({*result.grid.lengths, *result.losses})
     return {

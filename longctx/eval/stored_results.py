@@ -1,4 +1,4 @@
-"""Findings kept as JSON files: measured once, and again when the key of what they follow from has changed."""
+"""Results stored as JSON files, each with the fingerprint of its inputs; a result is reused while it matches."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from longctx.storage.files import write_text
 
 
 def load_result(path: Path, key: str) -> dict[str, Any] | None:
-    """What the file holds, if it was measured under this key."""
+    """Return the result in the file, or None when the file is missing or has another fingerprint."""
     values = json.loads(path.read_text()) if path.exists() else {}
     return values if values.get("key") == key else None
 
 
 def store_result(path: Path, key: str, values: dict[str, Any]) -> None:
-    """Write the findings; a reader sees the old file or the new one."""
+    """Write a result with its fingerprint; a reader sees either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"key": key, **values}, indent=1))

@@ -1,4 +1,4 @@
-"""Evaluations in words: one table of needles, one of losses, one of loss by position, models side by side."""
+"""Tables of evaluations: needles found, loss, and loss by position, with one row or column per model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARK = "*"
 
 
 def tables(results: Sequence[EvalResult]) -> list[object]:
-    """The tables that hold what was measured, and below them what a mark means."""
+    """Return the tables of the measurements, and one line for each model whose window is exceeded."""
     made: list[object] = []
     grids = [result for result in results if result.grid is not None]
     if grids:
@@ -27,7 +27,7 @@ def tables(results: Sequence[EvalResult]) -> list[object]:
 
 
 def beyond_window(result: EvalResult) -> str | None:
-    """Which lengths asked for exceed the model's window, in words."""
+    """Say which measured lengths exceed the model's window; None when no length does."""
     lengths = sorted({*(result.grid.lengths if result.grid else ()), *result.losses})
     beyond = [f"{length:,}" for length in lengths if result.beyond(length)]
     if not beyond:
@@ -65,7 +65,7 @@ def _losses(results: Sequence[EvalResult]) -> Table:
 
 
 def _by_position(results: Sequence[EvalResult]) -> Table:
-    """Of the longest windows of text."""
+    """Make the table of loss by position in the longest sequences."""
     from rich.table import Table
 
     columns = {result.target.name: longest_curve(result) for result in results}
@@ -80,7 +80,7 @@ def _by_position(results: Sequence[EvalResult]) -> Table:
 
 
 def longest_curve(result: EvalResult) -> Mapping[int, float]:
-    """Loss by position in the longest windows of text; empty where none was read."""
+    """Return the loss by position in the longest sequences; empty when no sequence was read."""
     return result.by_position[max(result.by_position)] if result.by_position else {}
 
 

@@ -1,8 +1,9 @@
-"""What a theta is judged by: the loss of a model on weighted tokens, by the ring forward when there are
-several ranks.
+"""The objective of a theta search: a model's loss on weighted tokens, with ring attention over several ranks.
 
-Optionally after a few optimizer steps at that theta, which are undone afterwards: every candidate begins with
-the same weights. Shapes: B = 1, S tokens of the stage, n of them on this rank.
+Each candidate may first be trained for a few optimizer steps. They are undone afterwards, so every candidate starts
+from the same weights.
+
+B = 1 sequence, S tokens of the stage, n of them on this rank.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Optimizer steps per candidate: one sequence each, AdamW at rate lr, gradients clipped to norm 1."""
+    """Optimizer steps per candidate: one sequence a step, AdamW with rate lr, gradients clipped to norm 1."""
 
     sequences: list[WeightedSequence]
     lr: float
 
 
 class Objective:
-    """Losses of one model at any rope, equal on all ranks. model: loaded with attention `longctx`."""
+    """Computes the losses of one model, loaded with attention `longctx`, at any rope; all ranks get equal losses."""
 
     def __init__(
         self,
@@ -49,14 +50,14 @@ class Objective:
         self.model = LossModel(model, memory)
 
     def losses(
-        self, rope: Mapping[str, Any], material: SearchData, adapt: Adaptation | None = None
+        self, rope: Mapping[str, Any], data: SearchData, adapt: Adaptation | None = None
     ) -> tuple[float, float | None]:
-        """(last-quarter loss of the texts, answer loss of the needles), nats per token, at this rope."""
-        window = len(material.texts[0].tokens)
+        """Return (loss on the texts' last quarter, loss on the needles' answers) at this rope, in nats per token."""
+        window = len(data.texts[0].tokens)
         set_rope(self.hf, rope, window, precision=self.precision)
         with self._adapted(adapt) if adapt and adapt.sequences else _nothing(), torch.no_grad():
-            texts = self._mean(material.texts)
-            needles = self._mean(material.needles) if material.needles else None
+            texts = self._mean(data.texts)
+            needles = self._mean(data.needles) if data.needles else None
         return texts, needles
 
     def _mean(self, sequences: Sequence[WeightedSequence]) -> float:
@@ -84,7 +85,7 @@ class Objective:
 
     @contextmanager
     def _adapted(self, adapt: Adaptation) -> Iterator[None]:
-        """The model after the steps, inside; its own weights again, after."""
+        """Train the model for the adaptation steps; its weights are restored on leaving the context."""
         parameters = [p for p in self.hf.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(parameters, lr=adapt.lr, betas=(0.9, 0.95), weight_decay=0.0)

@@ -23,7 +23,7 @@ from longctx.theta.search_result import print_result
 
 
 def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
-    """The search, on this process or on nproc ranks it starts, and what it found in words."""
+    """Search for a stage's theta, in this process or on nproc ranks, and print the result; returns 0."""
     from longctx.distributed.launcher import launcher_environment
 
     job = job_of(config, rope, stages)
@@ -49,7 +49,7 @@ def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
 
 
 def job_of(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> SearchJob:
-    """What every rank gets. Raises UserError when there is no model, no data or no such stage."""
+    """Check the settings and resolve the job. Raises UserError when the model, the data or the stage is missing."""
     stage = chosen_stage(config, stages)
     if config.model is None or config.model.path is None:
         raise UserError(
@@ -67,7 +67,7 @@ def job_of(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> SearchJo
 
 
 def chosen_stage(config: ThetaConfig, stages: Sequence[Stage]) -> Stage:
-    """trials.stage, or the last."""
+    """Return the stage that trials.stage names; the last stage by default."""
     name = config.trials.stage
     if name is None:
         return stages[-1]

@@ -1,7 +1,9 @@
-"""What a search reads: long held-out documents, and needle prompts with keys no training document has.
+"""The sequences on which a search judges a theta: long held-out documents, and needle prompts.
 
-Shapes: S tokens of the stage. A document shorter than S is followed by the next ones, as a reader of a whole
-folder would; how many were long enough by themselves is said.
+The needles use keys that are reserved for evaluation. Documents shorter than a sequence are joined with the next ones;
+a line on the screen says how many were long enough.
+
+S tokens of a sequence of the stage.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from longctx.errors import UserError
 
 @dataclass(frozen=True)
 class WeightedSequence:
-    """One sequence: tokens int64 [S], and float32 [S] weights of predicting each of them (0: not counted)."""
+    """One sequence: tokens int64 [S], and the loss weight of predicting each one, float32 [S]."""
 
     tokens: np.ndarray
     weights: np.ndarray
@@ -31,7 +33,7 @@ class WeightedSequence:
 
 @dataclass(frozen=True)
 class SearchData:
-    """texts count their last quarter, needles their answers."""
+    """The sequences of a search: texts with weight on the last quarter, needle prompts with weight on the answers."""
 
     texts: list[WeightedSequence]
     needles: list[WeightedSequence]
@@ -40,18 +42,18 @@ class SearchData:
 def load_search_data(
     data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: SearchConfig, cache: Path
 ) -> SearchData:
-    """Held-out texts and needle prompts of `length` tokens, the same for every theta.
+    """Load held-out texts and needle prompts of `length` tokens, the same for every theta.
 
-    Texts come from the largest text source of the mix (of all sources when there is no such mix). Raises
-    UserError when there is none or its held-out documents are too few.
+    They come from the mix's largest text source, or from the largest of all sources when the mix is unknown. Raises
+    UserError when there is no text source or it holds out too little text.
     """
     chosen = list(data.mixes[mix]) if mix in data.mixes else list(data.sources)
     names = [str(data.sources[name].haystack or name) for name in chosen]
     texts = [name for name in dict.fromkeys(names) if data.sources[name].kind not in ("synth", "chat")]
     if not texts:
         raise UserError(
-            f"data.mixes.{mix} holds no text, and a search needs long held-out documents; choose "
-            "data=stdlib or data=text data.path=FOLDER"
+            f"data.mixes.{mix} holds no text, and a search needs long held-out documents; choose data=stdlib or "
+            "data=text data.path=FOLDER"
         )
     corpora = [open_source(name, data, tokenizer, cache, split="heldout") for name in texts]
     corpus = max(corpora, key=lambda corpus: corpus.total)
@@ -62,11 +64,11 @@ def load_search_data(
 
 
 def long_documents(corpus: Any, length: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [count, length]: beginnings of long documents, then of documents joined until they are long."""
+    """Return beginnings of long documents, then documents joined to that length, as int64 [count, length]."""
     if corpus.total < 2 * length:
         raise UserError(
-            f"data.sources.{corpus.name} holds out {corpus.total} tokens, too few for documents of "
-            f"{length}: at least {2 * length} are needed; raise data.heldout, or search at a shorter length"
+            f"data.sources.{corpus.name} holds out {corpus.total} tokens, too few for documents of {length}: at least "
+            f"{2 * length} are needed; raise data.heldout, or search at a shorter length"
         )
     order = rng.permutation(len(corpus))
     long = [int(d) for d in order if corpus.lengths[d] >= length][:count]

@@ -13,7 +13,7 @@ from longctx.curriculum import Stage
 
 @dataclass(frozen=True)
 class SearchJob:
-    """What every rank gets. floor: the theta the stage must not fall below."""
+    """The settings of one search; `floor` is the lowest theta allowed, that of the stage before or of the model."""
 
     config: ThetaConfig
     model: ModelConfig

@@ -1,5 +1,7 @@
-"""The ranks of a search on this machine: `python -m longctx.theta.search_ranks FOLDER` finds its job there, pickled by the
-process that started it, and rank 0 leaves its answer.
+"""Start the ranks of a theta search on this machine, as processes `python -m longctx.theta.search_ranks FOLDER`.
+
+The parent writes the pickled SearchJob into FOLDER; rank 0 writes the pickled result there, and a rank that fails
+writes its error.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def start(job: SearchJob, nproc: int) -> SearchResult:
-    """Search on `nproc` ranks over gloo; rank 0's result. Raises UserError or RunFailed with the rank's own message."""
+    """Search on `nproc` ranks and return rank 0's result. Raises the UserError or RunFailed of a failed rank."""
     from longctx.distributed.local import run_ranks
 
     with tempfile.TemporaryDirectory(prefix="longctx-theta-") as name, signals.temporary(Path(name)) as folder:
@@ -40,7 +42,7 @@ def start(job: SearchJob, nproc: int) -> SearchResult:
 
 
 def main(folder: Path) -> int:
-    """One rank."""
+    """Run one rank; returns its exit status."""
     rank = os.environ["RANK"]
     signals.catch(speaks=False)
     die_with_parent()

@@ -21,7 +21,7 @@ from longctx.theta.trials import Trial, TrialFile
 
 
 def run_search(job: SearchJob) -> SearchResult:
-    """One rank's part; rank 0 writes the curve and the stage override file."""
+    """Search as one rank of the world; rank 0 writes the curve and the stage override file."""
     from longctx.distributed import ranks as worlds
 
     ranks = worlds.start()
@@ -48,7 +48,7 @@ def _run(job: SearchJob, ranks: Any) -> SearchResult:
     stage, settings = job.stage, job.config.trials
     with ranks.agree("loading the model and its documents"):
         model = model_of(job.model).to(ranks.device)
-        material, adapt = _material(job)
+        data, adapt = _search_data(job)
     wanted = job.model.attention_kernel
     kernel = kernel_of(job.model, shape_of_model(job.model), ranks.device.type)
     console.say(f"{job.model.dtype} weights, attention kernel {kernel} on {ranks.device.type}")
@@ -61,7 +61,7 @@ def _run(job: SearchJob, ranks: Any) -> SearchResult:
     def score(theta: int, phase: str) -> float:
         if theta not in done:
             began = time.perf_counter()
-            text, needle = objective.losses({**stage.rope, "rope_theta": theta}, material, adapt)
+            text, needle = objective.losses({**stage.rope, "rope_theta": theta}, data, adapt)
             seconds = round(time.perf_counter() - began, 3)
             trial = ranks.broadcast(Trial(theta, text, needle, phase, seconds))
             if file:
@@ -93,7 +93,7 @@ def _result(stage: Stage, found: BestTheta, trials: dict[int, Trial]) -> SearchR
     return SearchResult(stage.name, stage.seq_len, trials[int(stage.theta)], trials[found.theta], found.edge, ordered)
 
 
-def _material(job: SearchJob) -> tuple[Any, Any]:
+def _search_data(job: SearchJob) -> tuple[Any, Any]:
     from longctx.data import open_stage
     from longctx.data.tokenizer import load_tokenizer
     from longctx.theta.objective import Adaptation
@@ -101,7 +101,7 @@ def _material(job: SearchJob) -> tuple[Any, Any]:
 
     tokenizer = load_tokenizer(job.model)
     settings, stage, cache = job.config.trials, job.stage, job.folder / "data"
-    material = load_search_data(
+    sequences = load_search_data(
         job.data,
         stage.mix,
         tokenizer,
@@ -110,7 +110,7 @@ def _material(job: SearchJob) -> tuple[Any, Any]:
         cache=cache,
     )
     if not settings.adapt_steps:
-        return material, None
+        return sequences, None
     data = open_stage(
         job.data,
         mix=stage.mix,
@@ -123,13 +123,13 @@ def _material(job: SearchJob) -> tuple[Any, Any]:
         stage=stage.name,
     )
     packed = [data.sequence(i) for i in range(settings.adapt_steps)]
-    return material, Adaptation(
+    return sequences, Adaptation(
         [WeightedSequence(p.tokens.astype("int64"), p.weights) for p in packed], settings.adapt_lr
     )
 
 
 def _key(job: SearchJob) -> str:
-    """Everything that makes two trials' losses comparable; the bracket and the needles' weight do not."""
+    """Fingerprint everything that a trial's losses depend on; the bracket and needle_weight do not change them."""
     model, stage = job.model, job.stage
     free = ("stage", "bracket", "points", "rounds", "attempts", "needle_weight")
     settings = {key: value for key, value in asdict(job.config.trials).items() if key not in free}

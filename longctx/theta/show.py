@@ -1,4 +1,4 @@
-"""How the rows look: a table for people, a document for programs, a picture of wavelengths."""
+"""Present the rows of `longctx theta`: tables for people, a JSON document, and a picture of wavelengths."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def document(rope: Rope, rows: Sequence[StageRow]) -> dict[str, Any]:
-    """The JSON document: `stages` in order, and the last stage's config lines in both styles."""
+    """Return the JSON document: the model, the stages in order, and the last stage's config lines in both styles."""
     last = rows[-1]
     return {
         "model": {
@@ -39,7 +39,7 @@ def document(rope: Rope, rows: Sequence[StageRow]) -> dict[str, Any]:
 
 
 def stage_table(rows: Sequence[StageRow]) -> Table:
-    """One line per stage."""
+    """Make the table with one line per stage."""
     table = _table("Stages", ("stage", "tokens", "rule", "theta", "supported", "dims", "bound"))
     for row in rows:
         table.add_row(
@@ -60,7 +60,7 @@ def stage_table(rows: Sequence[StageRow]) -> Table:
 
 
 def rule_table(rows: Sequence[StageRow]) -> Table:
-    """Every other rule over the same stages: its theta where it changes theta, and what it supports."""
+    """Make the table of every rule over the same stages: its theta, if it changes theta, and the supported length."""
     table = _table("The same stages by every rule", ("rule", *(row.name for row in rows)))
     for name in RULES:
         if name in rows[0].rules:
@@ -80,7 +80,7 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 
 
 def paste_text(rows: Sequence[StageRow]) -> str:
-    """The last stage's lines for config.json, both styles."""
+    """Return the last stage's lines for config.json, in the styles of transformers 5 and 4."""
     last = rows[-1]
     new = json.dumps(new_keys(last.rope_parameters, last.seq_len), indent=2)
     old = json.dumps(old_keys(last.rope_parameters, last.seq_len), indent=2)
@@ -104,7 +104,7 @@ def _alternative(name: str, found: Alternative, needed: int) -> str:
 
 
 def picture(rope: Rope, rows: Sequence[StageRow], path: Path) -> None:
-    """Wavelength per dimension pair against the window, before and after each stage, as a PNG at `path`."""
+    """Write a PNG of the wavelength per dimension pair, before and after each stage, with the windows as lines."""
     import matplotlib
 
     matplotlib.use("Agg")

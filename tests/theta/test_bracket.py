@@ -94,7 +94,7 @@ def test_a_cut_off_last_line_is_dropped_and_the_file_goes_on(
     path.write_bytes(path.read_bytes()[:-cut])
     again = TrialFile(path, "a")
     assert again.done == {10: trial(10)}
-    assert "the last line was cut off" in capsys.readouterr().err
+    assert "the last line is incomplete" in capsys.readouterr().err
     again.add(trial(20))
     assert TrialFile(path, "a").done == {10: trial(10), 20: trial(20)}
 

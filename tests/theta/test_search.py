@@ -96,7 +96,7 @@ def test_it_resumes_from_the_last_whole_line(
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + '\n{"key": "cut o')
     assert main(words(model_folder, text_folder, tmp_path / "again")) == 0
     printed = capsys.readouterr()
-    assert "the last line was cut off" in printed.err
+    assert "the last line is incomplete" in printed.err
     after = trials_of(tmp_path / "again")
     assert [t["seconds"] for t in after[:-1]] == [t["seconds"] for t in before[:-1]]
     assert after[-1]["theta"] == before[-1]["theta"]
@@ -125,7 +125,7 @@ def test_trials_of_other_weights_of_the_same_size_are_not_used(
     assert (other / "model.safetensors").stat().st_size == size
     assert main(words(other, text_folder, tmp_path / "again")) == 0
     before, after = trials_of(searched), trials_of(tmp_path / "again")
-    assert f"{len(before)} trials of another model, stage or setting are passed over" in capsys.readouterr().err
+    assert f"{len(before)} trials of another model, stage or setting are ignored" in capsys.readouterr().err
     assert after[0]["theta"] == after[len(before)]["theta"]
     assert after[0]["last_quarter_loss"] != after[len(before)]["last_quarter_loss"]
 
