@@ -12,6 +12,7 @@ import multiprocessing.connection
 import os
 import random
 import resource
+import runpy
 import signal
 import socket
 import sys
@@ -178,6 +179,5 @@ def _rank(run: Path, rank: int, world: int, port: int, file_limit: int | None) -
     os.dup2(log, 2)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    from longctx.train.__main__ import main
-
-    sys.exit(main(["--resolved", str(run / "config.yaml")]))
+    sys.argv = ["longctx.train", "--resolved", str(run / "config.yaml")]
+    runpy.run_module("longctx.train", run_name="__main__")  # as torchrun's `python -m longctx.train`

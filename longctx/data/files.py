@@ -43,8 +43,8 @@ def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: s
     if not kept:
         other = f"; {len(named)} are left out by include and exclude" if named else ""
         raise UserError(
-            f"{key}={path} holds no usable file: {len(found)} files, none of them {_kinds()}{other}; "
-            "point it at text, or convert yours"
+            f"{key}={path} holds no usable file: {len(found)} files, none of them {_kinds()}{other}; point it at "
+            "text, or convert yours"
         )
     return kept
 

@@ -91,11 +91,11 @@ def pack_stage(
     joined = pieces.placement[order] == JOIN
     joined[first[:-1][first[:-1] < len(joined)]] = False
     length = pieces.length[order]
-    placed = int(length.sum(dtype=np.int64))
+    used = int(length.sum(dtype=np.int64))
     return StagePacking(
         seq_len, names, first,
         pieces.source[order], pieces.document[order], pieces.start[order], length, joined,
-        use=_use(names, pieces, order, drawn, lengths), padding=1 - placed / (sequences * seq_len),
+        use=_use(names, pieces, order, drawn, lengths), padding=1 - used / (sequences * seq_len),
         left_over=len(pieces.length) - len(order),
     )  # fmt: skip
 
@@ -180,19 +180,19 @@ def _pack(
         runs.append(_reorder(whole, rng.permutation(len(whole.length))))
     packed = _concatenate(loose)
     if len(packed.length):
-        placed, count = best_fit(packed.length, seq_len)
+        bin_of, count = best_fit(packed.length, seq_len)
         parts.append(packed)
-        bins.append(placed)
+        bins.append(bin_of)
     for run in runs:
         if len(run.length):
-            document, start, length, placed = join_and_split(run.length, seq_len)
+            document, start, length, bin_of = join_and_split(run.length, seq_len)
             again = _reorder(run, document)
             parts.append(
                 _StagePieces(again.source, again.document, (again.start + start).astype(np.int32),
                         length.astype(np.int32), again.placement)
             )  # fmt: skip
-            bins.append((placed + count).astype(np.int32))
-            count += int(placed[-1]) + 1
+            bins.append((bin_of + count).astype(np.int32))
+            count += int(bin_of[-1]) + 1
     return _concatenate(parts), np.concatenate(bins), count
 
 
