@@ -189,7 +189,7 @@ class StageData:
         return self._stats
 
     @property
-    def content_hashes(self) -> dict[str, str]:
+    def contents(self) -> dict[str, str]:
         """Fingerprints of the documents and tokens of each source that has files."""
         return {name: corpus.key for name, corpus in self._corpora.items()}
 

@@ -205,7 +205,7 @@ def test_losses_are_plain_transformers(objective, model_folder: Path):
             tokens = torch.from_numpy(sequence.tokens)
             with torch.no_grad():
                 scores = plain(tokens[None]).logits[0, :-1].log_softmax(-1)
-            nll = -scores.load_search_data(-1, tokens[1:, None]).squeeze(-1).numpy()
+            nll = -scores.gather(-1, tokens[1:, None]).squeeze(-1).numpy()
             total += float((nll * sequence.weights[1:]).sum())
             weight += float(sequence.weights[1:].sum())
         return total / weight
