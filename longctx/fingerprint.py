@@ -71,9 +71,9 @@ def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
     if missing:
         with suppress(OSError):  # without a writable home, files are only read again next time
             memo.parent.mkdir(parents=True, exist_ok=True)
-            beside = memo.with_name(f".hashes-{uuid.uuid4().hex}")
-            beside.write_text(json.dumps(known))
-            os.replace(beside, memo)
+            partial = memo.with_name(f".hashes-{uuid.uuid4().hex}")
+            partial.write_text(json.dumps(known))
+            os.replace(partial, memo)
     return {path: known[places[path]][2] for path in states}
 
 

@@ -177,7 +177,7 @@ def _table(document: dict[str, Any]) -> Any:
 
     at, ranks = document["host"], document["ranks"]
     title = (
-        f"causal attention, forward + backward: {ranks} ranks x 1 thread beside SDPA x {ranks} threads,\n"
+        f"causal attention, forward + backward: {ranks} ranks x 1 thread against SDPA x {ranks} threads,\n"
         f"{at['machine']}, torch {at['torch']}, matrix rate {document['matrix_gflops']:.0f} GFLOP/s"
     )
     made = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))

@@ -197,7 +197,7 @@ def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: Needle
     head = 0 if writer.bos is None else 1
     most = (length - head) // 2
     if most < 1 or (task.segment or 1) > most:
-        raise UserError(f"segment={task.segment} cannot stand twice in length={length}; at most {most} fits")
+        raise UserError(f"segment={task.segment} does not fit twice into length={length}; at most {most} fits")
     size = task.segment or int(rng.integers(min(8, most), most + 1))
     tokens = np.empty(length, np.int32)
     if writer.bos is not None:

@@ -180,7 +180,7 @@ def test_own_phrasing_and_a_tokenizer_that_joins_space_and_digits(straw):
 def test_what_cannot_be_made_is_refused(straw, writer):
     with pytest.raises(UserError, match=r"needs .* tokens, and length=20"):
         _make(SynthTask(), 20, 0, straw, writer)
-    with pytest.raises(UserError, match="cannot stand twice"):
+    with pytest.raises(UserError, match="does not fit twice"):
         _make(SynthTask(kind="copy", segment=200), 300, 0, straw, writer)
     with pytest.raises(ValueError, match=r"must hold \{key\} once"):
         SynthTask(needle="no field")

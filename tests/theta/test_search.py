@@ -231,7 +231,7 @@ def test_adaptation_lowers_the_loss_and_is_undone(objective):
 def test_mistakes(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for more, message in (
         (["trials.stage=s51"], "trials.stage='s51' is no stage; did you mean 's512'?"),
-        (["trials.bracket=1"], "trials: bracket=1.0 must be above 1"),
+        (["trials.bracket=1"], "trials: bracket=1 must be above 1"),
         (["to=1M"], "too few for documents of 1048576"),
         (["data=chat"], "data.mixes.default holds no text"),
         (["nproc=0"], "nproc=0 must be 1 or more ranks"),
