@@ -1,6 +1,6 @@
-"""Where words go: results to standard output, everything else (logs, bars, warnings) to standard error.
+"""Output on the screen: results go to standard output; logs, progress bars and warnings go to standard error.
 
-`format=json` can then be piped without filtering, and ranks other than 0 stay silent.
+So the output of `format=json` can be piped without a filter. Ranks other than 0 print only warnings.
 """
 
 from __future__ import annotations
@@ -18,45 +18,45 @@ _remarked: set[str] = set()
 
 
 def console() -> Console:
-    """A rich console on standard error."""
+    """Return a rich console on standard error."""
     from rich.console import Console
 
     return Console(stderr=True, quiet=_quiet, highlight=False, soft_wrap=True)
 
 
 def silence() -> None:
-    """Make this process (a rank other than 0) print nothing but errors from here on."""
+    """Silence this process, a rank other than 0: from now on it prints only warnings and errors."""
     global _quiet
     _quiet = True
 
 
 def say(*words: object) -> None:
-    """One line on standard error; rich markup such as [bold] is understood."""
+    """Print one line on standard error; rich markup such as [bold] is applied."""
     if not _quiet:
         console().print(*words)
 
 
 def warn(text: str) -> None:
-    """A warning on standard error, also from silent ranks."""
+    """Print a warning on standard error, even on a silenced rank."""
     print(f"longctx: warning: {text}", file=sys.stderr, flush=True)
 
 
 def remark(text: str) -> None:
-    """A warning that every rank and every opening would give alike: once per process, and not from silent ranks."""
+    """Print a warning once per process, and not on a silenced rank; for warnings that every rank would repeat."""
     if not _quiet and text not in _remarked:
         _remarked.add(text)
         warn(text)
 
 
 def emit_json(document: Any) -> None:
-    """The one JSON document of a `format=json` call, on standard output."""
+    """Print the JSON document of a command with `format=json` on standard output."""
     json.dump(document, sys.stdout, indent=2, default=str)
     sys.stdout.write("\n")
     sys.stdout.flush()
 
 
 def emit(renderable: object) -> None:
-    """A result for people (text or a rich table), on standard output."""
+    """Print a result for people, text or a rich table, on standard output."""
     from rich.console import Console
 
     if not _quiet:
@@ -64,7 +64,7 @@ def emit(renderable: object) -> None:
 
 
 def progress(**columns: Any) -> Progress:
-    """A rich progress display on standard error; use as a context manager."""
+    """Return a rich progress display on standard error, to be used as a context manager."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,

@@ -1,4 +1,4 @@
-"""`longctx doctor`: what this machine offers, what is installed, and why a kernel would or would not serve."""
+"""`longctx doctor`: report the machine, the installed packages, and which attention kernels can serve."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from longctx import console
 from longctx.config.doctor import DoctorConfig
 
 _EVERYTHING = "everything"
-_UNDECLARED = {"flash-attn-3": "gpu"}  # built from source, on no index
+_UNDECLARED = {"flash-attn-3": "gpu"}  # built from source; no package index has it
 
 
 def run(config: DoctorConfig) -> int:
-    """Print the findings; 0 always, for nothing here is the user's mistake."""
-    found = findings(config)
+    """Print the report; returns 0."""
+    found = report(config)
     if config.format == "json":
         console.emit_json(found)
     else:
@@ -27,11 +27,12 @@ def run(config: DoctorConfig) -> int:
     return 0
 
 
-def findings(config: DoctorConfig) -> dict[str, Any]:
-    """What is here, as plain values.
+def report(config: DoctorConfig) -> dict[str, Any]:
+    """Return the report as plain values.
 
-    machine: memory in GiB that this process may use; packages: {name: version, or None: not installed}; backends:
-    of process groups; kernels: {name: why it cannot serve}; kernel: the one that would; tools: {name: path or None}.
+    machine: python, cores, memory in GiB that this process may use, devices. packages: {name: version, or None if not
+    installed}. backends: of process groups. kernels: {name: reasons why it cannot serve}. kernel: the one that would
+    be chosen. tools: {name: path or None}.
     """
     import torch
     import torch.distributed as dist
@@ -56,11 +57,11 @@ def findings(config: DoctorConfig) -> dict[str, Any]:
 
 
 def declared_packages() -> dict[str, str]:
-    """{package: what it is for}, as pyproject.toml declares them: `everything`, or the extra `train` or `gpu`."""
+    """Return {package: use} as declared in pyproject.toml; the use is `everything` or the extra `train` or `gpu`."""
     found = {"longctx": _EVERYTHING}
     try:
         declared = requires("longctx") or []
-    except PackageNotFoundError:  # a checkout on the path, not installed
+    except PackageNotFoundError:  # a checkout on the path that is not installed
         declared = ["torch", "transformers"]
     for line in declared:
         name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
@@ -71,7 +72,7 @@ def declared_packages() -> dict[str, str]:
 
 
 def memory_bytes() -> int:
-    """The machine's memory, or less where a container's limit (cgroup v2) is below it."""
+    """Return the machine's memory in bytes, or a container's limit (cgroup v2) if that is lower."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
@@ -93,7 +94,7 @@ def _tables(found: dict[str, Any]) -> object:
     for name, value in found["machine"].items():
         machine.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
     for name, there in {**found["backends"], **found["tools"]}.items():
-        machine.add_row(name, str(there) if there else "not here")
+        machine.add_row(name, str(there) if there else "not found")
     packages = Table("package", "version", "for", title="packages")
     purpose = declared_packages()
     for name, installed in found["packages"].items():

@@ -1,7 +1,7 @@
-"""The one exception a user's mistake raises, and the search for the name they probably meant.
+"""Exceptions with messages for users, and the search for the name that a user probably meant.
 
-A message is one paragraph: where the value stands, the value, the rule it breaks, what to do, and in which
-file. The command line prints it without a traceback and exits with status 2.
+A message is one paragraph with the key, its value, the rule that the value breaks, what to do, and the file. The
+command line prints it without a traceback and exits with status 2.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for; the text is the whole explanation."""
+    """A mistake in the user's input; the text explains it completely."""
 
 
 class RunFailed(RuntimeError):
-    """Something went wrong that no setting of the user's explains; exit status 1."""
+    """A failure that is not a mistake in the user's input; the exit status is 1."""
 
 
 class OutOfMemory(RunFailed):
-    """A device or the machine has no memory left; the text is empty where another rank has said it already."""
+    """A device or the machine has no memory left; the text is empty when another rank has reported it."""
 
 
-# What torch, CUDA and the C++ library say besides MemoryError and torch.OutOfMemoryError.
+# Messages of torch, CUDA and the C++ library that come without MemoryError or torch.OutOfMemoryError.
 _NO_MEMORY = (
     "can't allocate memory", "not enough memory: you tried", "CUDA error: out of memory", "CUDA out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "std::bad_alloc",
@@ -31,7 +31,7 @@ _NO_MEMORY = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed, on a GPU or on the host."""
+    """Tell whether an exception reports a failed allocation, on a GPU or on the host."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     if isinstance(error, OSError):
@@ -40,7 +40,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, or None when nothing is close."""
+    """Return the known name that is most similar to `name`, or None when no name is similar."""
     names = list(known)
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if match:

@@ -25,7 +25,7 @@ PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_t
 
 @pytest.fixture(scope="module")
 def found() -> dict:
-    return doctor.findings(DoctorConfig())
+    return doctor.report(DoctorConfig())
 
 
 def test_the_machine_is_this_one(found: dict):
@@ -57,7 +57,7 @@ def test_the_chosen_kernel_is_the_first_without_a_reason_against_it(found: dict)
     if not torch.cuda.is_available():
         assert found["kernel"] == "torch_cpu"
         assert "needs CUDA tensors, got cpu" in found["kernels"]["flash_attn_2"]
-    odd = doctor.findings(DoctorConfig(head_dim=20))
+    odd = doctor.report(DoctorConfig(head_dim=20))
     assert any("multiple of 8 up to 256, got 20" in reason for reason in odd["kernels"]["torch_flash"])
 
 

@@ -151,5 +151,5 @@ def test_the_folder_may_be_the_one_one_stands_in(tmp_path: Path, monkeypatch: py
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"holds no config\.yaml, so it is no run's folder"):
+    with pytest.raises(UserError, match=r"holds no config\.yaml, so it is not the folder of a run"):
         write_page(tmp_path)

@@ -1,4 +1,4 @@
-"""What ships inside the package: the tiny base model of the quickstart, with its tokenizer."""
+"""Files in the package: the tiny base model of the quickstart, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ from pathlib import Path
 
 
 def tiny_model() -> Path:
-    """The folder of the tiny Llama, trained by `experiment=tiny_base` at a 512-token window."""
+    """Return the folder of the tiny Llama, which `experiment=tiny_base` trains with a window of 512 tokens."""
     return Path(__file__).resolve().parent / "tiny"

@@ -1,8 +1,8 @@
-"""How the tiny model's tokenizer was made: byte-level BPE over the standard library, digits in pairs.
+"""Make the tiny model's tokenizer: byte-level BPE over the Python standard library, with digits in pairs.
 
-A six-digit number is three tokens out of a hundred, few enough for a tiny model to learn to copy them in minutes
-(docs/log.md has what larger alphabets gave). `python -m longctx.assets.tokenizer FOLDER` makes it again; the
-merges follow the standard library of the Python that runs it, so only the shipped folder is the shipped model's.
+A six-digit number is three tokens from an alphabet of a hundred, which a tiny model learns to copy in minutes
+(docs/log.md compares larger alphabets). `python -m longctx.assets.tokenizer FOLDER` makes a tokenizer, but its merges
+depend on the standard library of the running Python; the tiny model needs the tokenizer in its own folder.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PIECES = r"\p{N}{1,2}| ?[A-Za-z]+|[^\S\r\n]+(?=\s)|\s*[\r\n]+| ?[^\s\p{L}\p{N}]+
 
 
 def make(vocab: int = 512, files: int = 3) -> Any:
-    """A PreTrainedTokenizerFast of `vocab` symbols, from every `files`-th file of the standard library."""
+    """Train a PreTrainedTokenizerFast of `vocab` symbols on every `files`-th file of the standard library."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from tokenizers.pre_tokenizers import ByteLevel, Split
     from transformers import PreTrainedTokenizerFast
@@ -31,14 +31,14 @@ def make(vocab: int = 512, files: int = 3) -> Any:
     )
     pairs = list(product(DIGITS, DIGITS))
     alphabet = sorted(ByteLevel.alphabet())
-    room = vocab - len(SPECIAL) - len(alphabet) - len(pairs)
+    learned_merges = vocab - len(SPECIAL) - len(alphabet) - len(pairs)
     learned = Tokenizer(models.BPE())
     learned.pre_tokenizer = pieces  # type: ignore[assignment]
     trainer = trainers.BpeTrainer(
-        vocab_size=len(alphabet) + room, initial_alphabet=ByteLevel.alphabet(), show_progress=False
+        vocab_size=len(alphabet) + learned_merges, initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
     learned.train_from_iterator(_texts(files), trainer)
-    merges = [*pairs, *_merges(learned)[:room]]
+    merges = [*pairs, *_merges(learned)[:learned_merges]]
     symbols = dict.fromkeys([*SPECIAL, *alphabet, *("".join(pair) for pair in merges)])
     made = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(symbols)}, merges=merges))
     made.pre_tokenizer = pieces  # type: ignore[assignment]
@@ -51,7 +51,7 @@ def make(vocab: int = 512, files: int = 3) -> Any:
 
 
 def _texts(every: int) -> list[str]:
-    """Sources without their digits, which have merges of their own."""
+    """Read the source files without digits, which have merges of their own."""
     texts = [path.read_text("utf-8", errors="ignore") for path, _ in stdlib_files()[::every]]
     return ["".join(c for c in text if not c.isdigit()) for text in texts]
 

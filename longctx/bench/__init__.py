@@ -1,1 +1,1 @@
-"""What `longctx bench ...` measures; every module is one subverb and imports what it needs when it runs."""
+"""The benchmarks of `longctx bench`, a module for each; a module imports heavy packages only when it runs."""

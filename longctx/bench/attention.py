@@ -1,9 +1,9 @@
-"""`longctx bench attention`: how much of a device's own attention speed the ring keeps.
+"""`longctx bench attention`: compare ring attention with the device's own attention.
 
-On a CPU two ranks of one thread each take turns with one process of two threads running torch SDPA on the
-same cores. On a GPU (attention_virtual.py) the executor runs with virtual ranks in one process beside the
-bare kernel. Both report the share of the matrix rate measured in the same call. Causal attention counts 2
-S^2 Hq D flop forward and 2.5 times that backward.
+On a CPU, a ring of two ranks with one thread each alternates with one process of two threads that runs torch SDPA on
+the same cores. On a GPU (attention_virtual.py), virtual ranks in one process are compared with the bare kernel. Both
+report the share of the matrix rate that is measured in the same run. Causal attention counts 2 S^2 Hq D flop forward
+and 2.5 times as much backward.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def run(config: BenchAttentionConfig) -> int:
 
 
 def host() -> dict[str, Any]:
-    """What the figures belong to."""
+    """Describe the machine and the versions on which the figures were measured."""
     import os
 
     import torch
@@ -65,10 +65,8 @@ def host() -> dict[str, Any]:
 
 
 def measure_cpu(config: BenchAttentionConfig) -> dict[str, Any]:
-    """The ring of `ranks` x 1 thread and SDPA of `ranks` threads, taking turns; medians and ratios per
-    length.
-    """
-    from longctx.bench.workers import Team
+    """Measure a ring of `ranks` x 1 thread and SDPA with `ranks` threads in turn; returns medians and ratios."""
+    from longctx.bench.workers import WorkerGroup
 
     dtype = "float32" if config.dtype == "auto" else config.dtype
     problems = [
@@ -77,8 +75,8 @@ def measure_cpu(config: BenchAttentionConfig) -> dict[str, Any]:
     ]
     rows: list[dict[str, Any]] = []
     with (
-        Team(1, config.ranks, prepare_sdpa, None) as alone,
-        Team(config.ranks, 1, prepare_ring, None) as ring,
+        WorkerGroup(1, config.ranks, prepare_sdpa, None) as alone,
+        WorkerGroup(config.ranks, 1, prepare_ring, None) as ring,
     ):
         rate = max(alone.order("matrix")[0] for _ in range(3))
         for problem in problems:
@@ -110,7 +108,7 @@ def _row(problem: AttentionCase, samples: dict[str, list[float]], rate: float) -
 
 
 def prepare_sdpa(rank: int, world: int, port: int, settings: Any) -> Serve:
-    """A worker that times torch SDPA, forward and backward, or the matrix rate."""
+    """Make a worker's function that times torch SDPA, forward and backward, or measures the matrix rate."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -128,7 +126,7 @@ def prepare_sdpa(rank: int, world: int, port: int, settings: Any) -> Serve:
 
 
 def prepare_ring(rank: int, world: int, port: int, settings: Any) -> Serve:
-    """A rank of the ring; its time runs from a common start to the end of its own backward."""
+    """Make a worker's function that times one rank of the ring, from a common start to the end of its backward."""
     import torch
     import torch.distributed as dist
 
@@ -179,7 +177,7 @@ def _table(document: dict[str, Any]) -> Any:
 
     at, ranks = document["host"], document["ranks"]
     title = (
-        f"causal attention, forward + backward: {ranks} ranks x 1 thread beside SDPA x {ranks} threads,\n"
+        f"causal attention, forward + backward: {ranks} ranks x 1 thread against SDPA x {ranks} threads,\n"
         f"{at['machine']}, torch {at['torch']}, matrix rate {document['matrix_gflops']:.0f} GFLOP/s"
     )
     made = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))

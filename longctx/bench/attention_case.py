@@ -1,4 +1,4 @@
-"""One case that `bench attention` measures, and the matrix rate that its figures are compared with."""
+"""One case of `bench attention`, and the matrix rate with which its figures are compared."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One measurement: causal attention, forward and backward, of `length` tokens."""
+    """One case: causal attention, forward and backward, of `length` tokens."""
 
     length: int
     batch: int
@@ -25,7 +25,7 @@ class AttentionCase:
 
 
 def matrix_rate(device: Any, dtype: Any, size: int) -> float:
-    """flop/s of a square matrix product: the best of several."""
+    """Measure the rate of a square matrix product in flop/s, the best of six."""
     import torch
 
     a = torch.randn(size, size, device=device, dtype=dtype)

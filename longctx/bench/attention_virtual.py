@@ -1,10 +1,8 @@
-"""The executor on virtual ranks of one process beside the bare kernel: block kernels and merging without
-a network.
+"""Compare ring attention on virtual ranks of one process with the bare kernel, which leaves out the network.
 
-N virtual ranks are threads that take turns on one device and hand blocks to each other in memory;
-together they do the work of one causal call, so the single call's time over theirs is what the ring's
-cutting, merging and copying leave. Made for a GPU; on a CPU it measures the same with torch's CPU kernel,
-which is how it is tested.
+N virtual ranks are threads that take turns on one device and pass blocks to each other in memory. Together they do the
+work of one causal call, so the time of that call divided by theirs shows the cost of cutting, merging and copying. The
+benchmark is made for a GPU; tests run it on a CPU with torch's CPU kernel.
 """
 
 from __future__ import annotations
@@ -27,8 +25,9 @@ if TYPE_CHECKING:
 
 
 def measure(config: BenchAttentionConfig, device_name: str) -> dict[str, Any]:
-    """Per backend, length and number of virtual ranks: seconds, rate, share of the matrix rate and of the
-    kernel.
+    """Measure each backend, length and number of virtual ranks.
+
+    Returns seconds, rate, and the shares of the matrix rate and of the bare kernel's speed.
     """
     import torch
 
@@ -62,7 +61,7 @@ def measure(config: BenchAttentionConfig, device_name: str) -> dict[str, Any]:
 def backends(
     config: BenchAttentionConfig, device: torch.device, dtype: torch.dtype
 ) -> tuple[list[Kernel], dict[str, list[str]]]:
-    """The kernels to measure, and why each of the others cannot serve."""
+    """Return the kernels to measure, and the reasons why each of the others cannot serve."""
     from longctx.attention import kernels
 
     capability = (0, 0)
@@ -97,7 +96,7 @@ def _row(problem: AttentionCase, kernel: str, ranks: int, seconds: float, alone:
 
 
 def _median(work: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Median seconds of `work`, the device idle before and after; two runs first to warm up."""
+    """Return the median seconds of `work` after two warm-up runs; the device is idle before and after each run."""
     import torch
 
     taken = []
@@ -114,7 +113,7 @@ def _median(work: Callable[[], None], repeats: int, device: torch.device) -> flo
 
 
 def _tensors(problem: AttentionCase, tokens: int, device: torch.device) -> tuple[Tensor, ...]:
-    """q, k, v and the gradient of out for `tokens` tokens."""
+    """Make random q, k, v and gradient of out for `tokens` tokens."""
     import torch
 
     counts = (problem.heads, problem.kv_heads, problem.kv_heads, problem.heads)
@@ -125,7 +124,7 @@ def _tensors(problem: AttentionCase, tokens: int, device: torch.device) -> tuple
 
 
 def _single(problem: AttentionCase, kernel: Kernel, device: torch.device) -> Callable[[], None]:
-    """One causal call of the kernel, forward and backward."""
+    """Make a function that calls the kernel once, causal, forward and backward."""
     q, k, v, grad = _tensors(problem, problem.length, device)
     scale = problem.head_dim**-0.5
 
@@ -137,7 +136,7 @@ def _single(problem: AttentionCase, kernel: Kernel, device: torch.device) -> Cal
 
 
 def _virtual(problem: AttentionCase, kernel: Kernel, device: torch.device, ranks: int) -> Callable[[], None]:
-    """The same work by `ranks` virtual ranks of a flat ring that take turns."""
+    """Make a function that does the same work with `ranks` virtual ranks of a flat ring, which take turns."""
     import torch
 
     from longctx.attention.executor import BufferPool, ScheduleExecutor
@@ -183,7 +182,7 @@ def _virtual(problem: AttentionCase, kernel: Kernel, device: torch.device, ranks
 
 
 def table(document: dict[str, Any]) -> Any:
-    """One row per backend, length and number of ranks."""
+    """Make the table with one row per backend, length and number of ranks."""
     from rich.table import Table
 
     title = (

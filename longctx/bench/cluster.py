@@ -1,8 +1,7 @@
-"""Ranks on the virtual cluster: starts launch/virtual_cluster.sh, follows what its ranks print, and ends it.
+"""Run ranks on the virtual cluster: start launch/virtual_cluster.sh, read its output, and end it.
 
-The script owns the namespaces and removes them however this process ends: its standard input is a pipe
-from here, and when that closes (a return, an exception, even SIGKILL) the ranks are ended and the network
-is taken down.
+The script makes the network namespaces and removes them. Its standard input is a pipe from this process; when the pipe
+closes, even because this process was killed, the script ends the ranks and removes the network.
 """
 
 from __future__ import annotations
@@ -22,14 +21,14 @@ ENVIRONMENT = "LONGCTX_VIRTUAL_CLUSTER"
 
 
 def script() -> Path:
-    """launch/virtual_cluster.sh of this checkout."""
+    """Return the path of launch/virtual_cluster.sh in this checkout."""
     return Path(__file__).resolve().parents[2] / "launch" / "virtual_cluster.sh"
 
 
 def missing() -> str | None:
-    """Why the virtual cluster cannot be started here, or None."""
+    """Say why the virtual cluster cannot be started on this machine; None when it can."""
     if not script().is_file():
-        return f"{script()} is not there; the virtual cluster needs a checkout of the repository"
+        return f"{script()} does not exist; the virtual cluster needs a checkout of the repository"
     for tool in ("ip", "tc"):
         if shutil.which(tool) is None:
             return f"the command `{tool}` is missing; install iproute2 (apt-get install iproute2)"
@@ -39,14 +38,14 @@ def missing() -> str | None:
 
 
 def require() -> None:
-    """UserError that says what is missing."""
+    """Raise UserError when the virtual cluster cannot be started."""
     reason = missing()
     if reason:
         raise UserError(f"bench hierarchy cannot start its virtual cluster: {reason}")
 
 
 def set_rate(cluster: str, rate: str) -> None:
-    """Hold every link of a running cluster to `rate` (tc's notation), or lift the limit with "none"."""
+    """Limit every link of a running cluster to `rate` (in tc's notation); "none" removes the limit."""
     done = subprocess.run([str(script()), "rate", cluster, rate], capture_output=True, text=True)
     if done.returncode:
         raise RunFailed(done.stderr.strip() or f"could not set rate={rate} on {cluster}")
@@ -63,8 +62,8 @@ def run(
 ) -> None:
     """Run `command` once per rank with torchrun's environment and wait for all of them.
 
-    heard: called with each line the ranks print on standard output. timeout: seconds.
-    Raises UserError when the cluster cannot be made, RunFailed when a rank fails or time runs out.
+    heard: called with each line that the ranks print on standard output. timeout: seconds. Raises UserError when the
+    cluster cannot be made, and RunFailed when a rank fails or the time is over.
     """
     require()
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -91,7 +90,7 @@ def run(
             heard(line)
         status = process.wait(timeout=30)
     except queue.Empty:
-        raise RunFailed(f"the ranks were not done after {timeout:.0f} s; raise timeout_seconds") from None
+        raise RunFailed(f"the ranks did not finish within {timeout:.0f} s; raise timeout_seconds") from None
     finally:
         _end(process)
     readers[1].join(timeout=5)
@@ -103,7 +102,7 @@ def run(
 
 
 def _first_failure(errors: list[str]) -> list[str]:
-    """The last lines of whichever rank failed first: torch marks them [rankN]; the others only lost a peer."""
+    """Return the last lines of the rank that failed first, which torch marks [rankN]; others only lost a peer."""
     first = next((line.split("]")[0] for line in errors if line.startswith("[rank")), "")
     return [line for line in errors if line.startswith(first)][-12:]
 

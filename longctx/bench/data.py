@@ -1,7 +1,7 @@
-"""`longctx bench data`: tokenizing beside the tokenizer alone, packing an index of ten million documents,
-reading sequences from the page cache, and one sequence of 2^20 tokens delivered to 8 ranks.
+"""`longctx bench data`: measure tokenizing, packing and reading, and one sequence of 2^20 tokens for 8 ranks.
 
-Every figure is a ratio to, or stands beside, what the same machine does in the same run.
+Tokenizing is compared with the tokenizer alone in the same run. Packing uses an index of ten million documents;
+reading uses shards in the page cache.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GIB = 2.0**30
 
 
 def run(config: BenchDataConfig) -> int:
-    """Measure config.parts; prints lines, or one JSON document (also written to `out`)."""
+    """Measure config.parts; prints lines or one JSON document, which is also written to `out`."""
     import json
 
     figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0))}
@@ -51,8 +51,10 @@ def run(config: BenchDataConfig) -> int:
 
 
 def tokenize(config: BenchDataConfig) -> dict[str, float]:
-    """Standard-library text through the pipeline (reading, workers, writing shards) and through the tokenizer
-    alone with its own threads; twice each, alternated, the better of each."""
+    """Tokenize standard-library text with the whole pipeline, and with the tokenizer alone and its own threads.
+
+    The pipeline reads files, starts workers and writes shards. Both run twice in turn; the better time counts.
+    """
     from longctx.data.documents import Tally, read_text
     from longctx.data.prepare import build_source
     from longctx.data.stdlib import stdlib_files
@@ -61,14 +63,14 @@ def tokenize(config: BenchDataConfig) -> dict[str, float]:
     tokenizer = load_tokenizer(config.model)
     with tempfile.TemporaryDirectory() as work:
         texts: list[str] = []
-        room = config.megabytes * 10**6
+        missing = config.megabytes * 10**6
         files = stdlib_files()
-        while room > 0:
+        while missing > 0:
             for path, _ in files:
                 text = read_text(path, path.name, Tally())
-                if text and room > 0:
+                if text and missing > 0:
                     texts.append(text)
-                    room -= len(text)
+                    missing -= len(text)
         folder = Path(work) / "text"
         folder.mkdir()
         for number, text in enumerate(texts):
@@ -95,7 +97,7 @@ def tokenize(config: BenchDataConfig) -> dict[str, float]:
 
 
 def pack(config: BenchDataConfig) -> list[dict[str, float]]:
-    """Draw, mix and pack the whole index, each length in a fresh process; seconds and its peak memory."""
+    """Draw, mix and pack the whole index, each length in a new process; returns seconds and peak memory."""
     context = multiprocessing.get_context("spawn")
     found = []
     for seq_len in config.seq_lens:
@@ -108,7 +110,7 @@ def pack(config: BenchDataConfig) -> list[dict[str, float]]:
 
 
 def realistic_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
-    """int32 document lengths: lognormal (median 665 tokens), two in a thousand from a Pareto tail to 2^21."""
+    """Draw document lengths, int32: lognormal (median 665 tokens), and 0.2 % from a Pareto tail up to 2^21."""
     lengths = np.exp(rng.normal(6.5, 1.3, count))
     tail = rng.random(count) < 0.002
     lengths[tail] = 8192 * (1 + rng.pareto(1.1, int(tail.sum())))
@@ -116,7 +118,7 @@ def realistic_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _pack_once(documents: int, seq_len: int, seed: int, results: Any) -> None:
-    from longctx.data.plan import make_plan
+    from longctx.data.stage_packing import pack_stage
 
     rng = np.random.default_rng(seed)
     shares = {"web": 0.6, "books": 0.1, "code": 0.3}
@@ -129,7 +131,7 @@ def _pack_once(documents: int, seq_len: int, seed: int, results: Any) -> None:
     data = build(DataConfig, values, origin="bench data")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     begin = time.perf_counter()
-    plan = make_plan(
+    packing = pack_stage(
         data, data.mixes["m"], lengths, seq_len=seq_len, sequences=total // seq_len, seed=seed, stage="bench"
     )
     seconds = time.perf_counter() - begin
@@ -138,18 +140,18 @@ def _pack_once(documents: int, seq_len: int, seed: int, results: Any) -> None:
             "seq_len": seq_len,
             "documents": documents,
             "tokens": total,
-            "sequences": len(plan),
-            "pieces": len(plan.length),
+            "sequences": len(packing),
+            "pieces": len(packing.length),
             "seconds": seconds,
             "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
             "before_gib": before,
-            "padding": plan.padding,
+            "padding": packing.padding,
         }
     )
 
 
 def read(config: BenchDataConfig) -> list[dict[str, float]]:
-    """Whole packed sequences (tokens, weights, boundaries, names) from shards that lie in the page cache."""
+    """Read whole packed sequences (tokens, weights, boundaries, names) from shards in the page cache."""
     found = []
     with tempfile.TemporaryDirectory() as work:
         for seq_len in config.seq_lens:
@@ -160,14 +162,14 @@ def read(config: BenchDataConfig) -> list[dict[str, float]]:
             for index in range(len(stage)):
                 stage.sequence(index)
             seconds = time.perf_counter() - begin
-            pieces = len(stage.plan.length) / len(stage)
+            pieces = len(stage.packing.length) / len(stage)
             rate = len(stage) * seq_len / seconds
             found.append({"seq_len": seq_len, "pieces_per_sequence": pieces, "tokens_per_s": rate})
     return found
 
 
 def million(config: BenchDataConfig) -> dict[str, float]:
-    """A sequence of 2^20 tokens for 8 ranks in zigzag: what one rank allocates at most, beside the whole."""
+    """Read a sequence of 2^20 tokens for 8 zigzag ranks; returns the peak allocation of a rank and of the whole."""
     seq_len, ranks = 2**20, 8
     with tempfile.TemporaryDirectory() as work:
         stage = random_stage(Path(work), seq_len, 8, config.seed)
@@ -191,7 +193,7 @@ def million(config: BenchDataConfig) -> dict[str, float]:
 
 
 def _peak(call: Callable[[], Any]) -> int:
-    """Bytes allocated at most during a call."""
+    """Return the peak of allocated bytes during a call."""
     tracemalloc.start()
     try:
         call()
@@ -201,25 +203,26 @@ def _peak(call: Callable[[], Any]) -> int:
 
 
 def random_stage(work: Path, seq_len: int, sequences: int, seed: int) -> Any:
-    """A stage over one shard of random tokens with realistic document lengths, enough for these sequences."""
+    """Make a stage from one shard of random tokens with realistic document lengths."""
+    from longctx.data.corpus import Corpus
     from longctx.data.documents import Tally
-    from longctx.data.index import Corpus
-    from longctx.data.plan import make_plan
-    from longctx.data.shard import Row, write_shard
-    from longctx.data.stage import StageData
+    from longctx.data.shard import TokenizedDocument, write_shard
+    from longctx.data.stage_data import StageData
+    from longctx.data.stage_packing import pack_stage
 
     rng = np.random.default_rng(seed)
     lengths = realistic_lengths(max(64, sequences * seq_len // 800), rng)
     lengths = np.minimum(lengths, 2**18)
     folder = work / f"shard{seq_len}"
     rows = (
-        Row(f"doc/{i}", f"doc/{i}", rng.integers(0, 32000, n, dtype=np.uint16)) for i, n in enumerate(lengths.tolist())
+        TokenizedDocument(f"doc/{i}", f"doc/{i}", rng.integers(0, 32000, n, dtype=np.uint16))
+        for i, n in enumerate(lengths.tolist())
     )
     write_shard(folder, rows, np.uint16, masked=False, tally=Tally())
     values = {"sources": {"text": {"kind": "text", "path": "x"}}, "mixes": {"m": {"text": 1.0}}}
     data = build(DataConfig, values, origin="bench data")
     corpus = Corpus("text", data.sources["text"], [folder], split="train", heldout=0.0)
-    plan = make_plan(
+    packing = pack_stage(
         data,
         data.mixes["m"],
         {"text": corpus.lengths},
@@ -228,7 +231,7 @@ def random_stage(work: Path, seq_len: int, sequences: int, seed: int) -> Any:
         seed=seed,
         stage="b",
     )
-    return StageData(data, plan, {"text": corpus}, None, pad=0, seed=seed, stage="b", split="train")
+    return StageData(data, packing, {"text": corpus}, None, pad=0, seed=seed, stage="b", split="train")
 
 
 def _words(figures: dict[str, Any]) -> str:

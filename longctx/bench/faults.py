@@ -1,7 +1,7 @@
-"""`longctx bench faults`: a tiny run is killed at random instants until it has ended, and must end the same.
+"""`longctx bench faults`: kill a tiny run at random times, continue it, and compare its weights at the end.
 
-The disturbed runs save after every step, so many of the kills meet a save. What is compared is the exported
-model, byte for byte, with that of a run that nobody disturbed.
+The runs save a checkpoint after every step, so many kills interrupt a save. The exported model must equal, byte for
+byte, that of a run without kills.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from longctx import console
-from longctx.bench.faults_run import Life, make_run
+from longctx.bench.faults_run import StartedRun, make_run
 from longctx.config.faults import FaultsConfig
 from longctx.errors import RunFailed
 
 KINDS = ("everything", "rank")
-SLOWEST_END = 30.0  # seconds a run may live on after one of its ranks has died
+SLOWEST_END = 30.0  # seconds within which a run must end after a rank has died
 
 
 @dataclass
 class Soak:
-    """What has been done so far."""
+    """The state of the soak test: the current run, and the kills and runs so far."""
 
     config: FaultsConfig
     folder: Path
@@ -44,7 +44,7 @@ class Soak:
         self.path = make_run(self.folder / f"run{self.runs:03d}", self.folder / "documents", self.config)
 
     def ended(self) -> None:
-        """A disturbed run came to its end: its weights must be those of the undisturbed one."""
+        """Check a finished run: its weights must equal those of the undisturbed run."""
         found = weights_of(self.path)
         if found != self.wanted:
             raise RunFailed(
@@ -54,12 +54,12 @@ class Soak:
 
 
 def run(config: FaultsConfig) -> int:
-    """Soak, then damage; prints a summary. Raises RunFailed at the first thing that is not as promised."""
+    """Kill, terminate and damage runs, and print a summary. Raises RunFailed at the first wrong result."""
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(config.out or temporary)
         reference = make_run(folder / "undisturbed", folder / "documents", config)
-        status, text = Life(reference, config.nproc).wait()
+        status, text = StartedRun(reference, config.nproc).wait()
         if status != 0:
             raise RunFailed(f"the undisturbed run failed with status {status}: {text[-2000:]}")
         soak = Soak(config, folder, weights_of(reference), random.Random(config.seed))
@@ -77,60 +77,60 @@ def run(config: FaultsConfig) -> int:
 
 
 def _kill(soak: Soak) -> None:
-    """Kill until the wanted number is reached, then let the last run end."""
+    """Kill runs until the wanted number of kills is reached, then let the last run finish."""
     soak.begin()
     while sum(soak.kills.values()) < soak.config.kills:
-        life = Life(soak.path, soak.config.nproc)
-        before = life.step()
+        started = StartedRun(soak.path, soak.config.nproc)
+        before = started.step()
         starting = soak.rng.random() < 0.15
-        alive = life.wait_for(soak.rng.uniform(0.0, 1.0)) if starting else life.wait_for_step(before + 1)
-        alive = alive and life.wait_for(soak.rng.uniform(0.0, 0.7))
+        alive = started.wait_for(soak.rng.uniform(0.0, 1.0)) if starting else started.wait_for_step(before + 1)
+        alive = alive and started.wait_for(soak.rng.uniform(0.0, 0.7))
         if not alive:
-            _finish(soak, life)
+            _finish(soak, started)
             soak.begin()
             continue
         kind = soak.rng.choice(KINDS) if soak.config.nproc > 1 else "everything"
-        reached = life.step()
-        seconds = life.kill(kind, soak.rng)
+        reached = started.step()
+        seconds = started.kill(kind, soak.rng)
         soak.kills[kind] += 1
-        soak.most_lost = max(soak.most_lost, reached - life.saved_step())
+        soak.most_lost = max(soak.most_lost, reached - started.saved_step())
         soak.slowest_end = max(soak.slowest_end, seconds if kind == "rank" else 0.0)
         if seconds > SLOWEST_END:
             raise RunFailed(f"{seconds:.0f} s after the kill of one {kind} the run was still there")
         console.say(f"kill {sum(soak.kills.values())}/{soak.config.kills}: {kind} at step {reached}")
-    _finish(soak, Life(soak.path, soak.config.nproc))
+    _finish(soak, StartedRun(soak.path, soak.config.nproc))
 
 
 def _terminate(soak: Soak) -> None:
-    """SIGTERM at any instant, start-up and held-out evaluation included: leave with 75; nothing at all may be lost."""
+    """Send SIGTERM at random times, also during the start; the run must save, lose no step and exit with 75."""
     if not soak.config.sigterms:
         return
     soak.begin()
     while soak.sigterms < soak.config.sigterms:
-        life = Life(soak.path, soak.config.nproc)
+        started = StartedRun(soak.path, soak.config.nproc)
         starting = soak.rng.random() < 0.3
-        alive = life.wait_for(soak.rng.uniform(0.0, 1.0)) if starting else life.wait_for_step(life.step() + 1)
-        if not (alive and life.wait_for(soak.rng.uniform(0.0, 0.3))):
-            _finish(soak, life)
+        alive = started.wait_for(soak.rng.uniform(0.0, 1.0)) if starting else started.wait_for_step(started.step() + 1)
+        if not (alive and started.wait_for(soak.rng.uniform(0.0, 0.3))):
+            _finish(soak, started)
             soak.begin()
             continue
-        status, text = life.terminate()
-        if status == 0:  # it ended before the signal was looked at
+        status, text = started.terminate()
+        if status == 0:  # it finished before it handled the signal
             soak.ended()
             soak.begin()
             continue
-        if status != 75 or life.step() != life.saved_step():
+        if status != 75 or started.step() != started.saved_step():
             raise RunFailed(
-                f"SIGTERM gave status {status} at step {life.step()}, step {life.saved_step()} being "
+                f"SIGTERM gave status {status} at step {started.step()}, step {started.saved_step()} being "
                 f"saved: {text[-2000:]}"
             )
         soak.sigterms += 1
-        console.say(f"sigterm {soak.sigterms}/{soak.config.sigterms}: saved at step {life.saved_step()}")
-    _finish(soak, Life(soak.path, soak.config.nproc))
+        console.say(f"sigterm {soak.sigterms}/{soak.config.sigterms}: saved at step {started.saved_step()}")
+    _finish(soak, StartedRun(soak.path, soak.config.nproc))
 
 
-def _finish(soak: Soak, life: Life) -> str:
-    status, text = life.wait()
+def _finish(soak: Soak, started: StartedRun) -> str:
+    status, text = started.wait()
     if status != 0:
         raise RunFailed(f"{soak.path} did not come to its end: status {status}: {text[-2000:]}")
     soak.ended()
@@ -138,20 +138,20 @@ def _finish(soak: Soak, life: Life) -> str:
 
 
 def _damage(soak: Soak) -> dict[str, str]:
-    """Spoil the newest checkpoint of a stopped run, or its disk; the run must say so and end the same."""
+    """Damage the newest checkpoint of a stopped run, or fill its disk; it must report this and finish the same."""
     found = {}
     for name in ("truncated", "flipped byte", "full disk"):
         soak.begin()
-        life = Life(soak.path, soak.config.nproc)
-        if not life.wait_for_step(6):
-            raise RunFailed(f"the run ended before it could be damaged: {life.wait()}")
-        life.terminate()
+        started = StartedRun(soak.path, soak.config.nproc)
+        if not started.wait_for_step(6):
+            raise RunFailed(f"the run ended before it could be damaged: {started.wait()}")
+        started.terminate()
         limit = None
         if name == "full disk":
             limit = largest_file(soak.path) - 1024
         else:
-            spoil(soak.path, name)
-        text = _finish(soak, Life(soak.path, soak.config.nproc, file_limit=limit))
+            damage_checkpoint(soak.path, name)
+        text = _finish(soak, StartedRun(soak.path, soak.config.nproc, file_limit=limit))
         told = [line for line in text.splitlines() if "damaged" in line or "not written" in line or "failed" in line]
         if not told:
             raise RunFailed(f"nothing was said about the {name}: {text[-2000:]}")
@@ -165,11 +165,11 @@ def newest_rank_file(run: Path) -> Path:
 
 
 def largest_file(run: Path) -> int:
-    """Bytes of the largest file of the newest checkpoint; the exported model is smaller."""
+    """Return the size in bytes of the newest checkpoint's largest file; the exported model is smaller."""
     return max(path.stat().st_size for path in newest_rank_file(run).parent.glob("rank*.safetensors"))
 
 
-def spoil(run: Path, how: str) -> None:
+def damage_checkpoint(run: Path, how: str) -> None:
     file = newest_rank_file(run)
     content = bytearray(file.read_bytes())
     if how == "truncated":
@@ -180,7 +180,7 @@ def spoil(run: Path, how: str) -> None:
 
 
 def weights_of(run: Path) -> str:
-    """sha256 over the last stage's exported weights."""
+    """Return the SHA-256 of the last stage's exported weights."""
     files = sorted((run / "stages" / "s128" / "model").glob("*.safetensors"))
     if not files:
         raise RunFailed(f"{run} has exported nothing")

@@ -1,7 +1,7 @@
-"""The tiny run that `longctx bench faults` disturbs, and one life of it: ranks that are cheap to start.
+"""The tiny run of `longctx bench faults`, and the processes of its ranks.
 
-Importing torch and transformers is nearly all of a tiny run's life, so the ranks are forked from a server
-that has done it; they are processes of their own, killed like any other.
+A tiny run spends most of its time importing torch and transformers. So the ranks are forked from a server that has
+already imported them; they are separate processes and are killed like any others.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ PRELOAD = [
     "longctx.train.replicated",
     "longctx.model.export",
     "longctx.attention",
-    "longctx.data.opening",
+    "longctx.data.stage_opening",
 ]
 CONTEXT.set_forkserver_preload(PRELOAD)
 
 
 def make_run(run: Path, documents: Path, config: FaultsConfig) -> Path:
-    """The folder of a run of two stages with its config.yaml written; the documents are made once."""
+    """Make the folder of a run of two stages with its config.yaml; the documents are written if they are missing."""
     _write_documents(documents)
     half = config.steps // 2
     shape = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "vocab": VOCAB, "window": 64}
@@ -90,14 +90,14 @@ def _write_documents(folder: Path) -> None:
         (folder / f"{number:03d}.txt").write_text(text)
 
 
-class Watched(ABC):
-    """What a run's files say about it while it lives."""
+class RunWatcher(ABC):
+    """Reads the progress of a run from its files while it runs."""
 
     def __init__(self, run: Path) -> None:
         self.run = run
 
     def step(self) -> int:
-        """The last step that metrics.jsonl holds."""
+        """Return the last step in metrics.jsonl."""
         path = self.run / "metrics.jsonl"
         lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
         return json.loads(lines[-1])["step"] if lines else 0
@@ -110,10 +110,10 @@ class Watched(ABC):
 
     @abstractmethod
     def wait_for(self, seconds: float) -> bool:
-        """Whether the run still lives after so long."""
+        """Wait `seconds` or until a rank ends; returns whether all ranks are alive."""
 
     def wait_for_step(self, step: int) -> bool:
-        """Whether it lives to do this step."""
+        """Wait for this step; returns whether the run reached it."""
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and self.wait_for(0.01):
             if self.step() >= step:
@@ -121,11 +121,10 @@ class Watched(ABC):
         return False
 
 
-class Life(Watched):
-    """One start of a run: its ranks, forked from a server that has imported torch, as torchrun would start
-    them.
+class StartedRun(RunWatcher):
+    """The processes of a run that was started once, forked from a server that has imported torch.
 
-    file_limit: bytes a file may have (RLIMIT_FSIZE), which fails a checkpoint as a full disk does.
+    file_limit: the largest size of a file in bytes (RLIMIT_FSIZE), which makes a checkpoint fail as a full disk does.
     """
 
     def __init__(self, run: Path, ranks: int, *, file_limit: int | None = None) -> None:
@@ -147,7 +146,7 @@ class Life(Watched):
         return all(process.is_alive() for process in self.ranks)
 
     def kill(self, kind: str, rng: random.Random) -> float:
-        """SIGKILL to everything or to one rank; returns the seconds until nothing of the run is left."""
+        """Send SIGKILL to all ranks or to a random one; returns the seconds until all ranks have ended."""
         began = time.monotonic()
         for process in self.ranks if kind == "everything" else [rng.choice(self.ranks)]:
             process.kill()
@@ -163,7 +162,7 @@ class Life(Watched):
         return self.wait()
 
     def wait(self) -> tuple[int, str]:
-        """(status of the first rank that did not end with 0, or 0; everything the ranks said)."""
+        """Wait for the end; returns the first exit status other than 0 (or 0) and the output of all ranks."""
         for process in self.ranks:
             process.join(PATIENCE)
         statuses = [process.exitcode for process in self.ranks]
@@ -171,7 +170,7 @@ class Life(Watched):
 
 
 def _rank(run: Path, rank: int, world: int, port: int, file_limit: int | None) -> None:
-    """Body of a forked rank: torchrun's environment, its words into the log, the train module's own entry."""
+    """Run one forked rank: set torchrun's environment, redirect the output to the log, and train."""
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     log = os.open(run / "life.log", os.O_WRONLY | os.O_APPEND)

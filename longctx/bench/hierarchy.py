@@ -1,9 +1,8 @@
-"""`longctx bench hierarchy`: what the hierarchy buys when links are slow, measured on the virtual cluster.
+"""`longctx bench hierarchy`: compare the schedules over slow links, on the virtual cluster.
 
-Every schedule runs in turn on M x W ranks in network namespaces, first without limits, then with every
-rank's own link held to the rate. Beside each stands the link model's prediction, which knows only the
-unlimited run of the same invocation, the rate, and the schedule's plain data; and the counted bytes
-beside their formulas.
+Every schedule runs in turn on M nodes x W ranks in network namespaces, first without limits, then with every rank's
+link limited to a rate. The results are compared with the link model's prediction, which uses only the run without
+limits, the rate and the schedule. The counted bytes are compared with their formulas.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ PAYLOAD_SHARE = 1448 / 1514
 
 
 def run(config: BenchHierarchyConfig) -> int:
-    """Measure, predict, compare; print the table or the JSON document and write both and the picture."""
+    """Measure and predict; prints the table or the JSON document, and writes the JSON and the picture to `out`."""
     _check_groups(config)
     cluster.require()
     measured = _measure(config)
@@ -63,7 +62,7 @@ def _check_groups(config: BenchHierarchyConfig) -> None:
 
 
 def _measure(config: BenchHierarchyConfig) -> dict[str, Any]:
-    """Start the ranks, follow them, and read what rank 0 wrote."""
+    """Start the ranks, print their progress, and return the samples that rank 0 writes."""
     spec = {
         "nodes": config.nodes,
         "tokens": config.tokens,
@@ -97,7 +96,7 @@ def _progress(line: str) -> None:
 
 
 def evaluate(config: BenchHierarchyConfig, measured: dict[str, Any]) -> dict[str, Any]:
-    """Medians, ratios to the flat ring, byte counts beside formulas, predictions beside measurements."""
+    """Compute medians, ratios to the flat ring, predictions and their errors, and byte counts with formulas."""
     passes = ["forward", "forward_backward"] if config.backward else ["forward"]
     document: dict[str, Any] = {"setting": _setting(config)}
     for rate, name in ((config.rate, "seconds"), ("none", "unlimited")):
@@ -141,7 +140,7 @@ def _setting(config: BenchHierarchyConfig) -> dict[str, Any]:
 
 
 def _ratios(seconds: dict[str, dict[str, float]], passes: list[str]) -> dict[str, dict[str, float]]:
-    """How many times faster than the flat ring."""
+    """Return how many times faster each schedule is than the flat ring."""
     if "flat_ring" not in seconds:
         return {}
     flat = seconds["flat_ring"]
@@ -149,9 +148,7 @@ def _ratios(seconds: dict[str, dict[str, float]], passes: list[str]) -> dict[str
 
 
 def _bytes(config: BenchHierarchyConfig, counted: dict[str, Any], passes: list[str]) -> dict[str, Any]:
-    """The busiest rank's bytes per level over the whole run, counted and by formula, and whether they
-    agree.
-    """
+    """Return the busiest rank's bytes per level over the whole run, counted and by formula, and whether they agree."""
     sizes, topology = sizes_of(config), Topology(config.nodes, config.ranks)
     whole = passes[-1]
     bytes_, formula = {}, {}
@@ -167,24 +164,23 @@ def _bytes(config: BenchHierarchyConfig, counted: dict[str, Any], passes: list[s
 
 
 def sizes_of(config: BenchHierarchyConfig) -> Sizes:
-    """fp32 on the transport, forward and backward."""
+    """Return the sizes of a rank's tensors; transfers are fp32 in both passes."""
     tokens = config.tokens // (config.nodes * config.ranks)
     return Sizes(tokens, config.heads, config.kv_heads, config.head_dim, wire_bytes=4, grad_bytes=4)
 
 
 def schedules_of(config: BenchHierarchyConfig, schedule: str, backward: bool) -> list[RankSchedule]:
-    """The schedules of all ranks."""
+    """Build the schedules of all ranks."""
     topology = Topology(config.nodes, config.ranks)
     ranks = range(topology.size)
     return [build(schedule, topology, rank, backward=backward, ulysses=_ulysses(config)) for rank in ranks]
 
 
 def predict(config: BenchHierarchyConfig, schedule: str, unlimited: dict[str, float]) -> dict[str, float]:
-    """Seconds per pass behind limited links: the unlimited run's time spread over the KV blocks, plus
-    exposed link time.
+    """Predict the seconds of each pass over limited links.
 
-    The unlimited time holds computation on shared cores, merging, copies and calls. In the simulation it
-    stands for the computations, so that a message hides behind as much of it as it would when run.
+    The simulation spreads the time of the unlimited run evenly over the KV blocks as computation, and adds the link
+    time that this does not hide. The unlimited time includes computation on shared cores, merging, copies and calls.
     """
     sizes = sizes_of(config)
     blocks = config.nodes * config.ranks // (_ulysses(config) if schedule == "ulysses_ring" else 1)
@@ -201,7 +197,7 @@ def predict(config: BenchHierarchyConfig, schedule: str, unlimited: dict[str, fl
 
 
 def table(document: dict[str, Any]) -> Any:
-    """The result for people, 80 columns wide."""
+    """Make the table of the results, 80 columns wide."""
     from rich.box import SIMPLE
     from rich.table import Table
 
@@ -238,7 +234,7 @@ def _cells(document: dict[str, Any], schedule: str, p: str, seconds: float) -> l
 
 
 def _byte_lines(document: dict[str, Any]) -> list[str]:
-    """The busiest rank's bytes of all passes, and whether they are what the formulas say."""
+    """Return lines with the busiest rank's bytes of all passes, and whether they equal the formulas."""
     lines = ["MB sent by the busiest rank, inside its node / between nodes:"]
     for schedule, sent in document["bytes"].items():
         wanted = document["bytes_formula"][schedule]

@@ -1,6 +1,4 @@
-"""The picture of `longctx bench hierarchy`: measured seconds per schedule, the prediction as a mark on
-each bar.
-"""
+"""Draw the results of `longctx bench hierarchy`: bars of measured seconds, with a mark at each prediction."""
 
 from __future__ import annotations
 

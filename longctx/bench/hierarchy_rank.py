@@ -1,9 +1,8 @@
-"""One rank of `longctx bench hierarchy`: times every schedule in turn, without limits and behind limited
-links.
+"""One rank of `longctx bench hierarchy`: time every schedule in turn, without limits and over limited links.
 
-Started once per rank by launch/virtual_cluster.sh with torchrun's environment; SPEC is a JSON file
-written by the parent, RESULT what rank 0 writes. A run's time is from a common start to the end of the
-slowest rank; forward is read off inside the same run, so that forward + backward costs no second forward.
+launch/virtual_cluster.sh starts it once per rank with torchrun's environment. SPEC is a JSON file that the parent
+writes; rank 0 writes RESULT. The time of a run goes from a common start to the end of the slowest rank. The forward
+time is taken within the same run, so that forward + backward needs no second forward.
 """
 
 from __future__ import annotations
@@ -24,9 +23,7 @@ from longctx.distributed import ranks as worlds
 
 
 def main(spec_file: str, result_file: str) -> int:
-    """Measure what the specification asks for; rank 0 writes the samples, the bytes and the links' own
-    counts.
-    """
+    """Measure the cases in `spec_file`; rank 0 writes the samples, the byte counts and the links' counters."""
     spec = json.loads(Path(spec_file).read_text())
     rank = worlds.start("cpu").rank
     groups = {schedule: _group(spec, schedule) for schedule in spec["schedules"]}
@@ -59,7 +56,7 @@ def _repeats(spec: dict[str, Any], schedule: str) -> int:
 
 
 def _limit(rate: str) -> None:
-    """All links of the cluster change together while every rank waits."""
+    """Change the rate of all links of the cluster while every rank waits."""
     dist.barrier()
     if dist.get_rank() == 0:
         set_rate(os.environ[ENVIRONMENT], rate)
@@ -72,8 +69,10 @@ def _group(spec: dict[str, Any], schedule: Any) -> ContextParallel:
 
 
 def _measure(spec: dict[str, Any], cp: ContextParallel) -> dict[str, Any]:
-    """One run. seconds: {pass: slowest rank}; bytes: per rank {pass: {level: sent}}; links: sent per
-    rank's link.
+    """Measure one run.
+
+    Returns seconds: {pass: time of the slowest rank}; bytes: for each rank {pass: {level: bytes sent}}; links: the
+    bytes that the kernel counted on each rank's link.
     """
     layout = cp.layout(seq_len=spec["tokens"], documents=None, kind="zigzag")
     local = spec["tokens"] // cp.size
@@ -106,7 +105,7 @@ def _measure(spec: dict[str, Any], cp: ContextParallel) -> dict[str, Any]:
 
 
 def _sent_by_link() -> int:
-    """What the kernel counts as sent over this rank's own link, headers included."""
+    """Return the kernel's count of bytes sent over this rank's link, headers included."""
     name = os.environ["GLOO_SOCKET_IFNAME"]
     return int(Path(f"/sys/class/net/{name}/statistics/tx_bytes").read_text())
 

@@ -1,8 +1,8 @@
-"""`longctx bench lora`: extraction as a whole process, imports included, beside mergekit-extract-lora.
+"""`longctx bench lora`: compare LoRA extraction with mergekit-extract-lora, as whole processes with imports.
 
-Both get the same pair (lora_pair), the same rank and the same number of threads, and mergekit its defaults.
-Wall time and peak memory are the child's own, from wait4; residuals of both adapters are held against the
-exact optimum of every matrix, and two runs of ours against each other byte by byte.
+Both get the same pair of models (lora_pair), rank and number of threads; mergekit keeps its defaults. Wall time and
+peak memory of each process come from wait4. The residuals of both adapters are compared with the exact optimum of
+every matrix, and two runs of longctx with each other, byte by byte.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from longctx.errors import RunFailed, UserError
 
 
 @dataclass(frozen=True)
-class Process:
-    """seconds: wall, imports included. imports: wall of importing alone. peak_mib: of the process itself."""
+class ProcessFigures:
+    """Figures of one program.
+
+    seconds: wall times, imports included. imports: wall seconds of the imports alone. peak_mib: peak memory of the
+    process. residual_excess: see _excess.
+    """
 
     seconds: list[float]
     imports: float
@@ -43,9 +47,8 @@ def run(config: BenchLoraConfig) -> int:
     """Measure and print; writes the figures to config.out when given."""
     if config.mergekit is not None and not os.access(config.mergekit, os.X_OK):
         raise UserError(
-            f"mergekit={config.mergekit} is not an executable; give the path of mergekit-extract-lora in "
-            "the environment "
-            "it is installed in, or leave it out to measure ours alone (configs/bench_lora.yaml)"
+            f"mergekit={config.mergekit} is not an executable; give the path of mergekit-extract-lora in the "
+            "environment it is installed in, or leave it out to measure longctx alone (configs/bench_lora.yaml)"
         )
     if config.folder is not None:
         return _run_in(config, Path(config.folder))
@@ -111,7 +114,7 @@ def _pair(config: BenchLoraConfig, folder: Path, layers: int) -> tuple[Path, Pat
     return place / "base", place / "tuned"
 
 
-def _ours(config: BenchLoraConfig, base: Path, tuned: Path, out: Path, *, runs: int) -> Process:
+def _ours(config: BenchLoraConfig, base: Path, tuned: Path, out: Path, *, runs: int) -> ProcessFigures:
     start = [sys.executable, "-m", "longctx.cli"]
     seconds, peak = [], 0.0
     for number in range(runs):
@@ -122,21 +125,21 @@ def _ours(config: BenchLoraConfig, base: Path, tuned: Path, out: Path, *, runs: 
         peak = max(peak, used)
     code = "import longctx.cli, longctx.config.compose, hydra, omegaconf, longctx.lora.commands"
     imports, _ = _child([sys.executable, "-c", code], config.threads)
-    return Process(seconds, imports, peak)
+    return ProcessFigures(seconds, imports, peak)
 
 
-def _mergekit(config: BenchLoraConfig, base: Path, tuned: Path, out: Path) -> Process:
+def _mergekit(config: BenchLoraConfig, base: Path, tuned: Path, out: Path) -> ProcessFigures:
     assert config.mergekit is not None
     words = ["--model", str(tuned), "--base-model", str(base), "--out-path", str(out)]
     took, peak = _child([config.mergekit, *words, "--max-rank", str(config.rank)], config.threads)
     say(f"mergekit: {took:.2f} s, {peak:.0f} MiB")
     python = Path(config.mergekit).parent / "python"
     imports, _ = _child([str(python), "-c", "import mergekit.scripts.extract_lora"], config.threads)
-    return Process([took], imports, peak)
+    return ProcessFigures([took], imports, peak)
 
 
 def _child(words: list[str], threads: int) -> tuple[float, float]:
-    """(wall seconds, peak MiB) of a process. Raises RunFailed with its last words when it fails."""
+    """Run a process; returns wall seconds and peak MiB. Raises RunFailed with its last output when it fails."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
@@ -152,9 +155,7 @@ def _child(words: list[str], threads: int) -> tuple[float, float]:
 
 
 def _excess(base: Path, tuned: Path, adapters: dict[str, Path], rank: int) -> dict[str, float]:
-    """How far the worst matrix's residual lies above the exact optimum's, per adapter (0.005 is half a
-    percent).
-    """
+    """Return, per adapter, how far the residual of the worst matrix exceeds the exact optimum (0.005 is 0.5 %)."""
     import torch
 
     from longctx.lora.adapter import Adapter

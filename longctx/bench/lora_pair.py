@@ -1,8 +1,7 @@
-"""A base and a tuned model made for measuring extraction: Llama's shapes, random weights, a difference that
-is known.
+"""Make a base and a tuned model for measuring LoRA extraction: Llama's shapes, random weights, a known difference.
 
-The difference of every matrix has `delta_rank` directions with falling strength plus dense noise, so the best
-possible residual is not zero and finding the directions is not trivial.
+The difference of every matrix has `delta_rank` directions of falling strength and dense noise, so the best possible
+residual is not zero and the directions are not trivial to find.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from longctx.storage.writer import SafetensorsWriter
 def make_pair(
     folder: Path, *, layers: int, hidden: int, vocab: int, delta_rank: int, seed: int = 0
 ) -> tuple[Path, Path]:
-    """Write FOLDER/base and FOLDER/tuned (bf16); heads of 64, a quarter of them for keys and values."""
+    """Write FOLDER/base and FOLDER/tuned (bf16); heads have 64 dimensions, and a quarter of them are KV heads."""
     head_dim, heads = 64, max(4, hidden // 64)
     kv, inner = max(1, heads // 4) * head_dim, 11 * hidden // 4
     config = {
@@ -70,8 +69,9 @@ def make_pair(
 
 
 def _tuned(weight: torch.Tensor, rank: int, generator: torch.Generator) -> torch.Tensor:
-    """weight + difference: singular values from 1 to 0.05 of 2 % of the weight's norm, and noise of 0.3 %
-    of it.
+    """Return the tuned weight: a difference of `rank` directions with 2 % of the weight's norm, and 0.3 % noise.
+
+    The singular values of the difference fall from 1 to 0.05 before they are scaled. Vectors get the noise alone.
     """
     noise = torch.randn(weight.shape, generator=generator)
     noise *= 3e-3 * torch.linalg.vector_norm(weight) / torch.linalg.vector_norm(noise)

@@ -1,33 +1,17 @@
-"""`longctx bench peak`: the matrix rate this device really reaches, the denominator of MFU where no table
-knows it.
+"""`longctx bench peak`: measure this device's matrix rate, the denominator of MFU when no table has the device.
 
-Square products of growing size are timed; the best median is the peak. A rate, not a data sheet: it includes
-the device's clocks as they are.
+It times square products of several sizes; the best median is the peak. The rate depends on the device's current
+clocks, unlike a data sheet.
 """
 
 from __future__ import annotations
 
 import time
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from longctx.config.base import AsDtype, Format, Positive, schema
+from longctx.config.bench_peak import BenchPeakConfig
 from longctx.console import emit, emit_json
-
-
-@schema
-class BenchPeakConfig:
-    """The matrix rate this device reaches, for MFU where the data sheet is not known."""
-
-    #: auto: bfloat16 on a GPU, float32 on a CPU
-    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float64"], AsDtype] = "auto"
-    #: edges of square matrices; null: 512, 1024 and 2048 on a CPU, up to 16384 on a GPU
-    sizes: Annotated[list[Positive], Field(min_length=1)] | None = None
-    repeats: Positive = 5  #: timed products per size, after one that is not
-    threads: int | None = None
-    format: Format = "text"
 
 
 def run(config: BenchPeakConfig) -> int:
@@ -43,7 +27,7 @@ def run(config: BenchPeakConfig) -> int:
 
 
 def measure_peak(config: BenchPeakConfig) -> dict[str, Any]:
-    """FLOP/s per matrix edge, the best of them as `peak`, device and dtype."""
+    """Measure the FLOP/s of each matrix size; returns these, the best as `peak`, the device and the dtype."""
     import torch
 
     from longctx.bench.step_worker import device_name

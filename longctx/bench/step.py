@@ -1,8 +1,8 @@
-"""`longctx bench step`: one training step of ours beside plain transformers, in alternating fresh processes.
+"""`longctx bench step`: compare one training step of longctx with plain transformers, in alternating new processes.
 
-Each process builds the same random model, takes one short step (so that optimizer states exist), then a timed
-one: forward, backward, gradient norm, AdamW. Memory is the process's high-water mark (resident set; allocated
-bytes on a GPU), interpreter and libraries included on both sides.
+Each process builds the same random model, takes a short step (so that optimizer states exist), then a timed step:
+forward, backward, gradient norm, AdamW. Memory is the peak resident set of the process (on a GPU, the peak of
+allocated bytes); it includes the interpreter and the libraries on both sides.
 """
 
 from __future__ import annotations
@@ -12,43 +12,22 @@ import json
 import subprocess
 import sys
 from statistics import median
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from longctx.config.base import Format, Length, Positive, schema
-from longctx.config.model import Dtype, InitConfig, MemoryConfig
+from longctx.config.bench_step import BenchStepConfig, Contestant
 from longctx.console import emit, emit_json, say
 from longctx.errors import RunFailed
 
-Kind = Literal["longctx", "transformers"]
-
-_SHAPE = InitConfig(layers=8, hidden=512, heads=8, kv_heads=2, ffn=1376, vocab=32000, window=16384)
-
-
-@schema
-class BenchStepConfig:
-    """One training step beside plain transformers, in fresh processes."""
-
-    tokens: Annotated[Length, Field(ge=2)] = 16384  #: one sequence; 65536 fits in 8 GiB with only=longctx
-    pairs: Positive = 3  #: alternated runs of both; the medians are compared
-    threads: Positive = 2  #: of each process
-    only: Kind | None = None  #: one side alone
-    model: InitConfig = _SHAPE
-    dtype: Dtype = "float32"
-    memory: MemoryConfig = MemoryConfig()
-    format: Format = "text"
-
 
 def run(config: BenchStepConfig) -> int:
-    kinds: list[Kind] = [config.only] if config.only else ["transformers", "longctx"]
-    results: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    contestants: list[Contestant] = [config.only] if config.only else ["transformers", "longctx"]
+    results: dict[str, list[dict[str, Any]]] = {contestant: [] for contestant in contestants}
     for pair in range(config.pairs):
-        for kind in kinds:
-            result = measure(kind, config)
-            results[kind].append(result)
+        for contestant in contestants:
+            result = measure(contestant, config)
+            results[contestant].append(result)
             say(
-                f"pair {pair + 1}/{config.pairs} {kind}: {result['tokens_per_second']:.1f} tokens/s, "
+                f"pair {pair + 1}/{config.pairs} {contestant}: {result['tokens_per_second']:.1f} tokens/s, "
                 f"peak {result['peak_gib']:.2f} GiB"
             )
     report = summary(results, config)
@@ -59,22 +38,24 @@ def run(config: BenchStepConfig) -> int:
     return 0
 
 
-def measure(kind: Kind, config: BenchStepConfig) -> dict[str, Any]:
-    """One step in a fresh process: seconds, tokens_per_second, peak_gib, loss, device."""
-    request = json.dumps({"kind": kind, **dataclasses.asdict(config)})
+def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
+    """Run one step in a new process; returns seconds, cpu_seconds, tokens_per_second, peak_gib, loss and device."""
+    request = json.dumps({"kind": contestant, **dataclasses.asdict(config)})
     command = [sys.executable, "-m", "longctx.bench.step_worker", request]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise RunFailed(f"bench step's {kind} process ended with status {done.returncode}:\n{done.stderr[-2000:]}")
+        raise RunFailed(
+            f"bench step's {contestant} process ended with status {done.returncode}:\n{done.stderr[-2000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def summary(results: dict[str, list[dict[str, Any]]], config: BenchStepConfig) -> dict[str, Any]:
-    """Medians per side, ours over theirs; cpu_time_ratio, of the best runs, is what a busy machine leaves."""
+    """Return the medians of each side and their ratios; cpu_time_ratio, of the best runs, suits a busy machine."""
     report: dict[str, Any] = {"tokens": config.tokens, "pairs": config.pairs, "threads": config.threads}
-    for kind, runs in results.items():
+    for contestant, runs in results.items():
         report["device"] = runs[0]["device"]
-        report[kind] = {
+        report[contestant] = {
             "tokens_per_second": median(run["tokens_per_second"] for run in runs),
             "peak_gib": median(run["peak_gib"] for run in runs),
             "seconds": [run["seconds"] for run in runs],
@@ -91,10 +72,10 @@ def summary(results: dict[str, list[dict[str, Any]]], config: BenchStepConfig) -
 
 def _table(report: dict[str, Any]) -> str:
     lines = [f"{report['tokens']} tokens, {report['device']}, {report['threads']} threads"]
-    for kind in ("transformers", "longctx"):
-        if kind in report:
-            side = report[kind]
-            lines.append(f"{kind:13} {side['tokens_per_second']:9.1f} tokens/s {side['peak_gib']:7.2f} GiB")
+    for contestant in ("transformers", "longctx"):
+        if contestant in report:
+            side = report[contestant]
+            lines.append(f"{contestant:13} {side['tokens_per_second']:9.1f} tokens/s {side['peak_gib']:7.2f} GiB")
     if "speed_ratio" in report:
         lines.append(f"ours / theirs {report['speed_ratio']:9.2f}x         {report['memory_ratio']:8.2f}x")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
-"""One timed training step in a process of its own, for `longctx bench step`; prints one JSON line.
+"""One timed training step for `longctx bench step`, in a process of its own; prints one JSON line.
 
-A process per measurement, because a high-water mark of memory cannot be taken back.
+Each measurement needs a new process, because a process's peak memory cannot be reset.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longctx.bench.step import BenchStepConfig
 from longctx.config.base import build
+from longctx.config.bench_step import BenchStepConfig
 from longctx.model import LossModel, init_from
 from longctx.model.host import return_freed_memory
 

@@ -1,8 +1,8 @@
-"""`longctx bench theta`: which theta rule is best after equal training, on the tiny model, by anyone.
+"""`longctx bench theta`: compare theta rules after equal training of the same model.
 
-Every rule gets the same curriculum, tokens, data and seed; `searched` gets thetas found on the base before
-any training. Each model is examined at the rule's ropes without training and after it. Results are kept per
-model, so that the same command goes on where it stopped.
+Every rule gets the same curriculum, tokens, data and seed; `searched` uses thetas found on the base before any
+training. The base is evaluated with each rule's last rope, and the model after training. Results are stored per model,
+so the same command continues an interrupted benchmark.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from longctx.config.train import TrainConfig
 from longctx.curriculum import Stage, resolve
 from longctx.data.check import check_name, check_sources
 from longctx.errors import RunFailed
-from longctx.identity import identity, key_of
+from longctx.fingerprint import fingerprint_of, folder_fingerprint
 from longctx.rope import Rope, make_rule, read_rope, supported_length
 from longctx.storage.model import check_model
 
@@ -29,8 +29,12 @@ SEARCHED = "searched"
 
 
 @dataclass(frozen=True)
-class Examined:
-    """needle: accuracy by length; last_quarter: loss there at the longest; base: loss on short text."""
+class EvalScores:
+    """Scores of one model.
+
+    needle: accuracy by length. last_quarter: the loss on the last quarter of the longest texts. base: the loss on short
+    text.
+    """
 
     needle: dict[str, float]
     last_quarter: float
@@ -38,18 +42,18 @@ class Examined:
 
 
 @dataclass(frozen=True)
-class Line:
-    """A rule's line of the table; before: its last rope on the untrained base."""
+class RuleLine:
+    """A rule's line of the table; `before` has the scores of the untrained base with the rule's last rope."""
 
     rule: str
     thetas: list[float]
     supported_length: int | None
-    before: Examined
-    after: Examined
+    before: EvalScores
+    after: EvalScores
 
 
 def run(config: BenchThetaConfig) -> int:
-    """Train and examine every rule, print the table (Markdown) or the document."""
+    """Train and evaluate every rule; prints a Markdown table or the JSON document."""
     from longctx.run.lifecycle import run as train
 
     out = Path(config.out)
@@ -57,8 +61,8 @@ def run(config: BenchThetaConfig) -> int:
     check_name(config.train.data, config.source, "source")
     check_sources(config.train.data, [config.source], out / "data")
     rope = read_rope(str(config.train.model.path))
-    examiner = Examiner(config, out)
-    base = examiner.examine("base", Path(str(config.train.model.path)))
+    evaluator = Evaluator(config, out)
+    base = evaluator.evaluate("base", Path(str(config.train.model.path)))
     lines = []
     for rule in config.rules:
         console.say(f"[bold]{rule}[/bold]")
@@ -66,13 +70,13 @@ def run(config: BenchThetaConfig) -> int:
         stages = stages_of(run_config, rope)
         last = stages[-1]
         folder = Path(run_config.folder)
-        before = examiner.examine(f"{rule}-before", Path(str(config.train.model.path)), last)
+        before = evaluator.evaluate(f"{rule}-before", Path(str(config.train.model.path)), last)
         model = folder / "stages" / last.name / "model"
         if train(run_config) != 0:
             raise RunFailed(f"the training under {rule} stopped; the same command continues it ({folder})")
-        after = examiner.examine(f"{rule}-after", model)
+        after = evaluator.evaluate(f"{rule}-after", model)
         supported = supported_length(Rope(last.rope, rope.head_dim, last.seq_len).frequencies())
-        lines.append(Line(rule, [stage.theta for stage in stages], supported, before, after))
+        lines.append(RuleLine(rule, [stage.theta for stage in stages], supported, before, after))
     document = {"base": asdict(base), "rules": [asdict(line) for line in lines], "tokens": _tokens(stages)}
     (out / "table.json").write_text(json.dumps(document, indent=1))
     if config.format == "json":
@@ -83,7 +87,7 @@ def run(config: BenchThetaConfig) -> int:
 
 
 def under(config: BenchThetaConfig, rule: str, out: Path, rope: Rope) -> TrainConfig:
-    """The run of one rule: its curriculum's rule replaced, hooks off, a folder of its own."""
+    """Return the run of one rule: the given run with this rule, without hooks, in its own folder."""
     curriculum = config.train.curriculum
     if rule == SEARCHED:
         curriculum = replace(curriculum, theta_file=str(search_all(config, out, rope)))
@@ -99,8 +103,9 @@ def under(config: BenchThetaConfig, rule: str, out: Path, rope: Rope) -> TrainCo
 
 
 def search_all(config: BenchThetaConfig, out: Path, rope: Rope) -> Path:
-    """Search every stage's theta on the base, each above the one found before; the stage override file."""
-    from longctx.theta.search import find, job_of
+    """Search every stage's theta on the base, each at least the one before; returns the stage override file."""
+    from longctx.theta.search import job_of
+    from longctx.theta.search_work import run_search
 
     file, done = out / "search" / "theta.yaml", out / "search" / "finished"
     if done.exists():
@@ -117,13 +122,13 @@ def search_all(config: BenchThetaConfig, out: Path, rope: Rope) -> Path:
             trials=replace(config.trials, stage=name),
             run_dir=str(file.parent),
         )
-        find(job_of(job, rope, stages_of(replace(config.train, curriculum=curriculum), rope)))
+        run_search(job_of(job, rope, stages_of(replace(config.train, curriculum=curriculum), rope)))
     done.touch()
     return file
 
 
 def stages_of(config: TrainConfig, rope: Rope) -> list[Stage]:
-    """The curriculum in numbers for the base model."""
+    """Resolve the curriculum for the base model."""
     return resolve(
         config.curriculum,
         head_dim=rope.head_dim,
@@ -133,48 +138,50 @@ def stages_of(config: TrainConfig, rope: Rope) -> list[Stage]:
     )
 
 
-class Examiner:
-    """Grids and losses of Hugging Face folders on the same held-out material, kept in OUT/eval."""
+class Evaluator:
+    """Measures grids and losses of models on the same held-out text and stores them in OUT/eval."""
 
     def __init__(self, config: BenchThetaConfig, out: Path) -> None:
-        from longctx.eval.ground import open_ground
+        from longctx.eval.heldout_text import open_heldout_text
 
         self.config, self.out = config, out / "eval"
         model = config.train.model
-        self.ground = open_ground(config.train.data, config.source, str(model.tokenizer or model.path), out / "data")
+        self.heldout = open_heldout_text(
+            config.train.data, config.source, str(model.tokenizer or model.path), out / "data"
+        )
 
-    def examine(self, name: str, folder: Path, stage: Stage | None = None) -> Examined:
-        """The model at `folder`, with the stage's rope in place of its own where one is given."""
-        from longctx.eval.kept import keep, standing
+    def evaluate(self, name: str, folder: Path, stage: Stage | None = None) -> EvalScores:
+        """Evaluate the model at `folder`; a stage's rope replaces the model's own."""
+        from longctx.eval.stored_results import load_result, store_result
 
         config, stored = self.config, self.out / f"{name}.json"
         asked = {"needle": asdict(config.needle), "windows": [config.documents, config.base_length]}
         rope = (stage.rope, stage.seq_len) if stage else None
-        key = key_of({"model": identity(folder), "rope": rope, "ground": self.ground.key, **asked})
-        values = standing(stored, key)
+        key = fingerprint_of({"model": folder_fingerprint(folder), "rope": rope, "ground": self.heldout.key, **asked})
+        values = load_result(stored, key)
         if values is None:
             values = asdict(self._measure(name, folder, stage))
-            keep(stored, key, values)
-        return Examined(**{field.name: values[field.name] for field in fields(Examined)})
+            store_result(stored, key, values)
+        return EvalScores(**{field.name: values[field.name] for field in fields(EvalScores)})
 
-    def _measure(self, name: str, folder: Path, stage: Stage | None) -> Examined:
+    def _measure(self, name: str, folder: Path, stage: Stage | None) -> EvalScores:
         from longctx.eval.loss import held_out_rows, token_losses
         from longctx.eval.predict import grid_of, load_plain
 
-        config, ground = self.config, self.ground
+        config, heldout = self.config, self.heldout
         rope, window = (dict(stage.rope), stage.seq_len) if stage else (None, None)
         model = load_plain(folder, rope, window)
-        grid = grid_of(model, config.needle, ground, label=name)
+        grid = grid_of(model, config.needle, heldout, label=name)
         longest = max(config.needle.lengths)
-        far = token_losses(model, held_out_rows(ground, longest, config.documents))
-        near = token_losses(model, held_out_rows(ground, config.base_length, 4 * config.documents))
+        far = token_losses(model, held_out_rows(heldout, longest, config.documents))
+        near = token_losses(model, held_out_rows(heldout, config.base_length, 4 * config.documents))
         tail = far[:, longest * 3 // 4 :]
         by_length = {str(length): share for length, share in grid.by_length().items()}
-        return Examined(by_length, float(tail.mean()), float(near.mean()))
+        return EvalScores(by_length, float(tail.mean()), float(near.mean()))
 
 
-def markdown(base: Examined, lines: list[Line]) -> str:
-    """The table for docs/theta.md."""
+def markdown(base: EvalScores, lines: list[RuleLine]) -> str:
+    """Return the Markdown table for docs/theta.md."""
     lengths = list(base.needle)
     head = ["rule", "thetas", "supported", *[f"needles {n}" for n in lengths], "last quarter", "short text"]
     rows = [["base, nothing changed", "", "", *_cells(base, lengths)]]
@@ -187,7 +194,7 @@ def markdown(base: Examined, lines: list[Line]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in text)
 
 
-def _cells(found: Examined, lengths: list[str]) -> list[str]:
+def _cells(found: EvalScores, lengths: list[str]) -> list[str]:
     return [*[f"{found.needle[n]:.2f}" for n in lengths], f"{found.last_quarter:.3f}", f"{found.base:.3f}"]
 
 

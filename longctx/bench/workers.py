@@ -1,8 +1,7 @@
-"""Processes that wait for orders, so that two contestants take turns on the same cores with everything warm.
+"""Groups of worker processes that wait for requests, so that two programs alternate on the same warm cores.
 
-Each worker is spawned with a number of threads and a function `serve(order) -> answer`; an order goes to
-all workers of a team and the answers come back together. A worker that raises ends its team with the
-worker's own message.
+Each worker has a number of threads and a function `serve(request) -> answer`. A request goes to all workers of a group
+at once. When a worker raises, the parent raises RunFailed with the worker's traceback.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ Serve = Callable[[Any], Any]
 Prepare = Callable[[int, int, int, Any], Serve]  # (rank, world, port, settings) -> serve
 
 
-class Team:
-    """`size` workers of `threads` threads each, made by `prepare(rank, size, port, settings)`."""
+class WorkerGroup:
+    """`size` worker processes of `threads` threads each; `prepare(rank, size, port, settings)` makes their `serve`."""
 
     def __init__(self, size: int, threads: int, prepare: Prepare, settings: Any) -> None:
         context = mp.get_context("spawn")
         port = _free_port()
         self._pipes: list[Connection] = []
         self._processes = []
-        # torch reads the number of threads when it is loaded, which is before `_work` runs
+        # torch reads the number of threads when it is imported, before `_work` runs.
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = str(threads)
         try:
@@ -48,7 +47,7 @@ class Team:
                 os.environ["OMP_NUM_THREADS"] = before
 
     def order(self, order: Any, timeout: float = 600.0) -> list[Any]:
-        """Send `order` to every worker; their answers in rank order."""
+        """Send `order` to every worker; returns their answers in rank order. timeout: seconds for each answer."""
         for pipe in self._pipes:
             pipe.send(order)
         answers = []
@@ -74,7 +73,7 @@ class Team:
                 process.terminate()
                 process.join(timeout=5)
 
-    def __enter__(self) -> Team:
+    def __enter__(self) -> WorkerGroup:
         return self
 
     def __exit__(self, *_: object) -> None:

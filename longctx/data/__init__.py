@@ -1,21 +1,20 @@
-"""Documents for a curriculum: where they come from, how they become tokens, and which of them stand in
-sequence i of a stage.
+"""Training data: sources are read, tokenized into shards, mixed, and packed into the sequences of each stage.
 
-Nothing here imports torch, transformers or datasets before it is needed.
+No module imports torch, transformers or datasets before it needs them.
 """
 
-from longctx.data.opening import open_stage
-from longctx.data.stage import LocalSequence, PackedSequence, StageData
+from longctx.data.haystack import NeedleWriter
+from longctx.data.stage_data import LocalSequence, PackedSequence, StageData
+from longctx.data.stage_opening import open_stage
 from longctx.data.synth import Answer, SynthDocument, make_task
-from longctx.data.writer import Writer
 
 __all__ = [
     "Answer",
     "LocalSequence",
+    "NeedleWriter",
     "PackedSequence",
     "StageData",
     "SynthDocument",
-    "Writer",
     "make_task",
     "open_stage",
 ]

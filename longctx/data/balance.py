@@ -1,9 +1,11 @@
-"""The order of documents within a sequence that spreads attention work evenly over zigzag ranks.
+"""Order the documents of a packed sequence so that zigzag ranks get equal attention work.
 
-In the zigzag layout rank r of R holds chunks r and 2R-1-r of 2R, which balances one causal document and not
-several of uneven lengths: the loads' max / mean is 1.25 on average over 8 ranks for shuffled documents at
-8,192 tokens and 1.07 for the best of eight orders (docs/data.md). Data knows nothing of ranks, so the order
-is chosen for 4 and 16 at once. P documents, E orders.
+In the zigzag layout, rank r of R holds chunks r and 2R-1-r of 2R. This balances one causal document, but not several
+of different lengths: over 8 ranks at 8,192 tokens, the largest load is 1.25 times the mean for a random order and
+1.07 times for the best of eight orders (docs/data.md). The data room does not know the number of ranks, so an order
+is scored for 4 and for 16 ranks together.
+
+P documents, E orders.
 """
 
 from __future__ import annotations
@@ -11,12 +13,15 @@ from __future__ import annotations
 import numpy as np
 
 _ORDERS = 8
-_REFERENCES = (4, 16)  # ranks; the finest must be a multiple of the others
+_RANK_COUNTS = (4, 16)  # the largest must be a multiple of the others
 
 
 def balanced_order(lengths: np.ndarray, seq_len: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [P]: the most even of eight orders, seven random ones and the mirrored one (long documents at
-    both ends, which pairs equal lengths at mirrored places)."""
+    """Return the order with the smallest imbalance among eight candidates, as int64 [P].
+
+    Seven candidates are random. In the eighth, documents get shorter from both ends to the middle, so that documents
+    of similar length lie at mirrored positions.
+    """
     count = len(lengths)
     if count < 2:
         return np.arange(count)
@@ -27,14 +32,17 @@ def balanced_order(lengths: np.ndarray, seq_len: int, rng: np.random.Generator) 
 
 
 def imbalances(lengths: np.ndarray, seq_len: int) -> np.ndarray:
-    """float64 [E]: mean over the reference rank counts of max / mean query-key pairs, for documents of
-    lengths[e] in this order (int [E, P])."""
+    """Score each order by its largest load divided by its mean load, as float64 [E]; 1 is perfect balance.
+
+    lengths: int [E, P], tokens of the documents in each order. A load is the number of query-key pairs of a rank.
+    The score is the mean over _RANK_COUNTS.
+    """
     orders = len(lengths)
-    finest = 2 * max(_REFERENCES)
+    finest = 2 * max(_RANK_COUNTS)
     ends = np.cumsum(lengths, axis=1, dtype=np.int64)
     pairs = np.cumsum(lengths * (lengths.astype(np.int64) + 1) // 2, axis=1)
     edges = np.minimum(np.arange(1, finest + 1) * seq_len // finest, ends[0, -1])
-    # the document at each edge, for all orders in one search: order e is shifted by e sequences
+    # One search finds the document at each chunk edge for all orders: order e is shifted by e sequences.
     shift = np.arange(orders)[:, None] * np.int64(seq_len + 1)
     document = np.searchsorted((ends + shift).ravel(), (edges + shift).ravel(), side="left")
     into = np.tile(edges, orders) - (ends - lengths).ravel()[document]
@@ -43,8 +51,8 @@ def imbalances(lengths: np.ndarray, seq_len: int) -> np.ndarray:
     done = (before + into * (into + 1) // 2).reshape(orders, finest)
     chunks = np.diff(done, axis=1, prepend=0)
     scores = np.zeros(orders)
-    for ranks in _REFERENCES:
+    for ranks in _RANK_COUNTS:
         coarse = chunks.reshape(orders, 2 * ranks, -1).sum(axis=2)
         loads = coarse[:, :ranks] + coarse[:, : ranks - 1 : -1]
         scores += loads.max(axis=1) / loads.mean(axis=1)
-    return scores / len(_REFERENCES)
+    return scores / len(_RANK_COUNTS)

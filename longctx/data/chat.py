@@ -1,8 +1,8 @@
-"""Conversations through the tokenizer's own chat template, with the assistant's tokens marked.
+"""Render conversations with the tokenizer's chat template and mark the assistant's tokens.
 
-The template is rendered up to each of the assistant's turns, and what a turn adds to the text is that turn: this
-needs no template with `{% generation %}` marks. A template that rewrites earlier turns is refused, since the marks
-would lie. Beginnings that end elsewhere are not rendered: many templates refuse a system prompt by itself.
+The template is rendered up to the end of each assistant turn; the text that a turn adds is that turn. So the template
+needs no `{% generation %}` marks. A template that changes earlier turns is refused, because the marks would be wrong.
+Conversations are never cut after a system or user message: many templates refuse a system prompt by itself.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from longctx.errors import UserError
 def conversation(
     document: Document, tokenizer: Any, backend: Any, tally: Tally
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """Tokens uint32 [T] and mask uint8 [T] (1: the assistant's), or None (counted) for what is no
-    conversation."""
+    """Tokenize one conversation: tokens uint32 [T] and mask uint8 [T] (1: an assistant token).
+
+    Returns None and counts the document in `tally` when its content is not a usable conversation.
+    """
     messages = document.content
     problem = _problem(messages)
     if problem:
         tally.broken += 1
-        tally.note(document.place, problem)
+        tally.note(document.location, problem)
         return None
     if not any(message["content"].strip() for message in messages):
         tally.empty += 1
@@ -34,9 +36,9 @@ def conversation(
         text, spans = rendered(messages, tokenizer)
         text.encode()
         encoding = backend.encode(text, add_special_tokens=False)
-    except (TemplateError, UnicodeEncodeError) as error:  # roles in an order the template refuses; half a character
+    except (TemplateError, UnicodeEncodeError) as error:  # unexpected order of roles; half a surrogate pair
         tally.broken += 1
-        tally.note(document.place, error)
+        tally.note(document.location, error)
         return None
     mask = np.zeros(len(encoding.ids), np.uint8)
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
@@ -46,15 +48,15 @@ def conversation(
 
 
 def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """The conversation's text and the character ranges of the assistant's turns.
+    """Render a conversation; returns its text and the character range of each assistant turn.
 
-    Raises UserError when the tokenizer has no template, or one that rewrites earlier turns, and jinja2's
+    Raises UserError when the tokenizer has no chat template or its template changes earlier turns. Raises jinja2's
     TemplateError when the template refuses the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            "the tokenizer has no chat template, so conversations cannot be rendered; use the tokenizer of "
-            "an instruct model, or render the text yourself and read it as kind=text"
+            "the tokenizer has no chat template, so conversations cannot be rendered; use the tokenizer of an instruct "
+            "model, or render the text yourself and read it as kind=text"
         )
     spans: list[tuple[int, int]] = []
     text = ""
@@ -66,9 +68,8 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[
         longer = _render(messages[:count], tokenizer, prompt=False)
         if not longer.startswith(text):
             raise UserError(
-                f"the tokenizer's chat template rewrites earlier turns at message {count}, so the "
-                "assistant's tokens cannot be marked; use another template, or loss=all with kind=text on "
-                "rendered conversations"
+                f"the tokenizer's chat template rewrites earlier turns at message {count}, so the assistant's tokens "
+                "cannot be marked; use another template, or loss=all with kind=text on rendered conversations"
             )
         if assistant:
             spans.append((min(start, len(longer)), len(longer)))

@@ -1,7 +1,7 @@
-"""What is wrong with a stage's documents, found before anything is tokenized: names, files, formats, columns.
+"""Check a stage's sources before anything is tokenized: names, files, formats and columns.
 
-Files are listed, tables' headers and a few records are read. Shares of broken records and lengths are judged when
-the documents are tokenized (longctx.data.opening).
+The check lists files and reads table headers and a few records. The share of broken records and the documents'
+lengths are checked later, when the documents are tokenized (longctx.data.stage_opening).
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from longctx.data.files import PACKED, Tally, Unit, read
 from longctx.data.sources import source_units
 from longctx.errors import UserError, nearest
 
-_FILES, _RECORDS = 16, 8  # how many files are looked into, and how many records of each
-_LINES, _LARGEST = 2**16, 2**22  # bytes of a .jsonl, and of the largest file that is read whole
+_FILES, _RECORDS = 16, 8  # files sampled per source, and records read from each
+_LINES, _LARGEST = 2**16, 2**22  # bytes read of a .jsonl, and the size up to which a file is read whole
 
 
 def sources_of(data: DataConfig, mixes: Iterable[Mix]) -> list[str]:
-    """The sources with files that these mixes read, haystacks of synthetic ones included."""
+    """Return the sources that these mixes read from files, including the haystacks of synthetic sources."""
     used = [name for mix in mixes for name, entry in mix.items() if entry.weight > 0]
     return list(dict.fromkeys(str(data.sources[name].haystack or name) for name in used))
 
 
 def check_sources(data: DataConfig, names: Iterable[str], cache: Path) -> int:
-    """Look at the files of these sources; returns the bytes that would be read.
+    """Read a sample of each source's files; returns the total size of all files in bytes.
 
-    Hub datasets are left to their download. Raises UserError for a source without readable documents.
+    Hub datasets are checked when they are downloaded. Raises UserError for a source without a readable document.
     """
     size = 0
     for name in names:
@@ -44,7 +44,7 @@ def check_sources(data: DataConfig, names: Iterable[str], cache: Path) -> int:
 
 
 def check_name(data: DataConfig, name: str, key: str) -> None:
-    """Raises UserError when `name` is no source of text."""
+    """Raise UserError unless `name` is a source of text; `key` is the config key that holds the name."""
     texts = [known for known, source in data.sources.items() if source.kind != "synth"]
     if name not in texts:
         near = nearest(name, texts)
@@ -53,18 +53,18 @@ def check_name(data: DataConfig, name: str, key: str) -> None:
 
 
 def _quick(unit: Unit) -> bool:
-    """Whether a look costs little: whole texts and packed files are read to their end."""
+    """Tell whether sampling a unit is cheap: text files and compressed files are read to their end."""
     whole = unit.kind == "text" or unit.path.endswith(PACKED)
     return not whole or unit.size <= _LARGEST
 
 
 def _beginning(unit: Unit) -> Unit:
-    """The first lines of a .jsonl, for those without the field are passed over until the unit ends."""
+    """Limit a .jsonl to its first lines; otherwise a file without the field would be read to its end."""
     return replace(unit, end=min(unit.end, unit.start + _LINES)) if unit.kind == "jsonl" else unit
 
 
 def _look_into(name: str, source: SourceConfig, units: Sequence[Unit]) -> None:
-    """Refuse a source of which none of the sampled records can be used, whatever share may be broken."""
+    """Raise UserError when a file cannot be opened or no sampled record is usable, whatever data.max_bad allows."""
     chosen = [_beginning(unit) for unit in units[:: max(1, len(units) // _FILES)] if _quick(unit)]
     tally, usable = Tally(), 0
     for unit in chosen:
@@ -73,8 +73,8 @@ def _look_into(name: str, source: SourceConfig, units: Sequence[Unit]) -> None:
                 pass
         except OSError as error:
             raise UserError(
-                f"data.sources.{name}: {unit.path} cannot be read ({error.strerror}); mend its permissions, or leave "
-                "it out with exclude"
+                f"data.sources.{name}: {unit.path} cannot be read ({error.strerror}); fix its permissions, or leave it "
+                "out with exclude"
             ) from None
         for document in islice(read(unit, tally), _RECORDS):
             usable += bool(document.content.strip() if isinstance(document.content, str) else document.content)

@@ -1,6 +1,6 @@
-"""What reading gives: documents, the place of each in its file, and a tally of what could not be read.
+"""Documents, their locations in files, and counts of records that cannot be read.
 
-Also the reading of one file, plain or compressed, that every kind of source shares.
+All kinds of sources share the functions here that read one file, plain or compressed.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from typing import Any, NamedTuple
 
 from longctx.errors import UserError
 
-_SHOWN = 5  # mistakes that are kept in words
+_SHOWN = 5  # problems that are kept as text
 
 
 @dataclass(frozen=True)
 class Unit:
-    """The smallest thing that a worker reads.
+    """The smallest amount of input that a worker reads: a file or a part of one.
 
-    path: the file. name: the name its documents get. kind: text, python, jsonl, parquet or arrow. column: the column
-    of the text or messages. [start, end): bytes, row groups or record batches. size: bytes, for the progress bar.
+    path: the file. name: the prefix of its documents' names. kind: text, python, jsonl, parquet or arrow. column: the
+    column that holds the text or the messages. [start, end): a range of bytes (jsonl), row groups (parquet) or record
+    batches (arrow). size: bytes, for the progress bar.
     """
 
     path: str
@@ -35,10 +36,12 @@ class Unit:
     size: int = 0
 
 
-class Place(NamedTuple):
-    """Where a record is: its name, or the name of its .jsonl with the byte at which its line begins (unpacked).
+class Location(NamedTuple):
+    """The location of a record, for messages.
 
-    People are shown a line number. It is counted only when it is shown, because counting reads the file again.
+    name: the record's name, or the name of its .jsonl file. path, byte: for a .jsonl, the file and the offset of the
+    record's line in the uncompressed text. As a string it shows a line number, which is counted only then, because
+    counting reads the file again.
     """
 
     name: str
@@ -50,39 +53,44 @@ class Place(NamedTuple):
             return self.name
         try:
             return f"{self.name}:{line_at(Path(self.path), self.byte)}"
-        except damaged():  # moved since, or mended
+        except damaged():  # the file was moved or changed since
             return f"{self.name} (byte {self.byte})"
 
 
 @dataclass(frozen=True)
 class Document:
-    """A document. `group` decides between training and held-out; `content` is text, or messages of a conversation."""
+    """One document: `content` is text or a list of messages; `group` decides between training and held-out."""
 
     id: str
     group: str
     content: Any
-    place: Place
+    location: Location
 
 
 @dataclass
 class Tally:
-    """Counts of what was read. seen: documents and broken records. mistakes: the first few, with place and problem."""
+    """Counts of the records that were read and of those that were skipped.
+
+    seen: documents and broken records. mistakes: location and problem of the first few broken records.
+    """
 
     seen: int = 0
     empty: int = 0
     special: int = 0
     broken: int = 0
     not_utf8: int = 0
-    mistakes: list[tuple[Place, str]] = field(default_factory=list)
+    mistakes: list[tuple[Location, str]] = field(default_factory=list)
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Tally:
-        """A tally out of JSON."""
-        return cls(**{**values, "mistakes": [(Place(*place), problem) for place, problem in values["mistakes"]]})
+        """Read a tally from the values in a shard's meta.json."""
+        return cls(
+            **{**values, "mistakes": [(Location(*location), problem) for location, problem in values["mistakes"]]}
+        )
 
-    def note(self, place: Place, problem: object) -> None:
+    def note(self, location: Location, problem: object) -> None:
         if len(self.mistakes) < _SHOWN:
-            self.mistakes.append((place, str(problem)))
+            self.mistakes.append((location, str(problem)))
 
     def add(self, other: Tally) -> None:
         for name in ("seen", "empty", "special", "broken", "not_utf8"):
@@ -91,14 +99,14 @@ class Tally:
 
     @property
     def where(self) -> list[str]:
-        """The first mistakes in words; counting their line numbers reads their files up to there."""
-        return [f"{place}: {problem}" for place, problem in self.mistakes]
+        """Return the first problems as text; this reads their files up to each problem to count the lines."""
+        return [f"{location}: {problem}" for location, problem in self.mistakes]
 
 
 def read_text(path: Path, name: str, tally: Tally) -> str | None:
-    """The text of a file, or None (counted) when it is not UTF-8 or its compression is damaged."""
+    """Return the text of a file, or None (and count it) when it is not UTF-8 or its compressed data is damaged."""
     tally.seen += 1
-    place = Place(name)
+    location = Location(name)
     try:
         with open_unpacked(path) as stream:
             return stream.read().decode("utf-8").removeprefix("\ufeff")
@@ -106,15 +114,15 @@ def read_text(path: Path, name: str, tally: Tally) -> str | None:
         raise
     except UnicodeDecodeError as error:
         tally.not_utf8 += 1
-        tally.note(place, f"not UTF-8 (byte {error.start})")
+        tally.note(location, f"not UTF-8 (byte {error.start})")
     except damaged() as error:
         tally.broken += 1
-        tally.note(place, error)
+        tally.note(location, error)
     return None
 
 
 def damaged() -> tuple[type[Exception], ...]:
-    """The exceptions that a damaged file raises; some unpackers raise neither OSError nor ValueError."""
+    """Return the exceptions that reading a damaged file raises; zlib and zstandard have their own."""
     kinds = (OSError, EOFError, ValueError, zlib.error)
     try:
         import zstandard
@@ -124,7 +132,7 @@ def damaged() -> tuple[type[Exception], ...]:
 
 
 def open_unpacked(path: Path) -> io.BufferedIOBase | Any:
-    """Open a file for reading bytes; .gz and .zst are unpacked."""
+    """Open a file for reading bytes; .gz and .zst are decompressed."""
     if path.suffix.lower() == ".gz":
         return gzip.open(path, "rb")
     if path.suffix.lower() == ".zst":
@@ -133,10 +141,10 @@ def open_unpacked(path: Path) -> io.BufferedIOBase | Any:
 
 
 class _ZstdStream(io.RawIOBase):
-    """A .zst file as a stream of bytes, over all its frames.
+    """A stream of the decompressed bytes of all frames of a .zst file.
 
-    It raises EOFError where the last frame is cut short. zstandard's own reader stops after one frame, and ends
-    silently in a cut one.
+    It raises EOFError when the last frame is incomplete. zstandard's own reader stops after the first frame and does
+    not report an incomplete one.
     """
 
     def __init__(self, path: Path) -> None:
@@ -171,7 +179,7 @@ class _ZstdStream(io.RawIOBase):
 
 
 def line_at(path: Path, byte: int) -> int:
-    """The number of the line that begins at a byte, from 1."""
+    """Return the number, from 1, of the line that begins at a byte of the uncompressed file."""
     number, at = 1, 0
     with open_unpacked(path) as stream:
         while at < byte and (line := stream.readline()):

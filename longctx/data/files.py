@@ -1,8 +1,7 @@
-"""Documents from files: which files a source has, in which units they are read, and the readers of each kind.
+"""Find a source's files, divide them into units, and read the documents of a unit.
 
-A unit is the smallest thing a worker reads: a text file, a byte range of a .jsonl, row groups of a .parquet or record
-batches of an .arrow file. Units depend on the files only, never on the number of workers, so that their tokens can be
-stored by content.
+A unit is a text file, a byte range of a .jsonl, some row groups of a .parquet or some record batches of an .arrow
+file. Units depend on the files alone, not on the number of workers, so that shards can be addressed by content.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.data import stdlib
-from longctx.data.documents import Document, Place, Tally, Unit, damaged, open_unpacked, read_text
+from longctx.data.documents import Document, Location, Tally, Unit, damaged, open_unpacked, read_text
 from longctx.errors import UserError
 
 TEXT = (".txt", ".md", ".markdown", ".rst")
@@ -24,9 +23,10 @@ RANGE = 64 * 2**20  # bytes of a .jsonl or .parquet in one unit
 
 
 def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: str) -> list[tuple[Path, str]]:
-    """The usable files below `path` (or the file itself) with the names documents get, sorted.
+    """Return the usable files below `path` (or the file itself), sorted, each with the name its documents get.
 
-    key: the config key, for the message. Raises UserError where there is none.
+    include, exclude: glob patterns over names. key: the config key, for messages. Raises UserError when no usable
+    file exists.
     """
     root = Path(path).expanduser()
     if not root.exists():
@@ -43,8 +43,8 @@ def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: s
     if not kept:
         other = f"; {len(named)} are left out by include and exclude" if named else ""
         raise UserError(
-            f"{key}={path} holds no usable file: {len(found)} files, none of them {_kinds()}{other}; "
-            "point it at text, or convert yours"
+            f"{key}={path} holds no usable file: {len(found)} files, none of them {_kinds()}{other}; point it at "
+            "text, or convert yours"
         )
     return kept
 
@@ -58,7 +58,7 @@ def _fits(name: str, pattern: str) -> bool:
 
 
 def _suffix(path: Path) -> str:
-    """The kind of a file: its suffix below .gz or .zst."""
+    """Return the suffix that tells a file's format, without .gz or .zst."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in PACKED:
         suffixes.pop()
@@ -66,7 +66,7 @@ def _suffix(path: Path) -> str:
 
 
 def units_of(path: Path, name: str, column: str, *, rows_only: bool = False) -> list[Unit]:
-    """A file as units; compressed files are one unit each."""
+    """Divide a file into units; a compressed file is one unit."""
     suffix, size = _suffix(path), path.stat().st_size
     if suffix in TEXT:
         return [] if rows_only else [Unit(str(path), name, "text", size=size)]
@@ -97,7 +97,7 @@ def _table_units(path: Path, name: str, kind: str, column: str, size: int) -> li
 
 
 def _table_shape(path: Path, kind: str) -> tuple[int, list[str]]:
-    """Row groups (or record batches) and column names."""
+    """TokenizedDocument groups (or record batches) and column names."""
     if kind == "parquet":
         import pyarrow.parquet as pq
 
@@ -110,11 +110,11 @@ def _table_shape(path: Path, kind: str) -> tuple[int, list[str]]:
 
 
 def read(unit: Unit, tally: Tally) -> Iterator[Document]:
-    """The documents of a unit; what cannot be read is counted in `tally` and left out."""
+    """Yield the documents of a unit; records that cannot be read are counted in `tally` and skipped."""
     if unit.kind == "text":
         text = read_text(Path(unit.path), unit.name, tally)
         if text is not None:
-            yield Document(unit.name, unit.name, text, Place(unit.name))
+            yield Document(unit.name, unit.name, text, Location(unit.name))
     elif unit.kind == "python":
         yield from stdlib.documents(unit, tally)
     elif unit.kind == "jsonl":
@@ -124,7 +124,7 @@ def read(unit: Unit, tally: Tally) -> Iterator[Document]:
 
 
 def _json_lines(unit: Unit, tally: Tally) -> Iterator[Document]:
-    """Lines that *begin* within [start, end): neighbouring units share a file without sharing a line."""
+    """Yield the lines that begin within [start, end), so that units of one file never read the same line."""
     path = Path(unit.path)
     packed = path.suffix.lower() in PACKED
     byte = 0
@@ -134,23 +134,23 @@ def _json_lines(unit: Unit, tally: Tally) -> Iterator[Document]:
             stream.seek(unit.start - 1)
             byte = unit.start - 1 + len(stream.readline())
         while packed or byte < unit.end:
-            place = Place(unit.name, unit.path, byte)
+            location = Location(unit.name, unit.path, byte)
             try:
                 line = stream.readline()
             except errors as error:
                 tally.seen += 1
                 tally.broken += 1
-                tally.note(place, f"{error}; the rest of the file is skipped")
+                tally.note(location, f"{error}; the rest of the file is skipped")
                 return
             if not line:
                 return
             byte += len(line)
-            document = _json_line(line, unit, place, tally)
+            document = _json_line(line, unit, location, tally)
             if document is not None:
                 yield document
 
 
-def _json_line(line: bytes, unit: Unit, place: Place, tally: Tally) -> Document | None:
+def _json_line(line: bytes, unit: Unit, location: Location, tally: Tally) -> Document | None:
     if not line.strip():
         return None
     tally.seen += 1
@@ -158,21 +158,21 @@ def _json_line(line: bytes, unit: Unit, place: Place, tally: Tally) -> Document 
         row = json.loads(line)
     except (ValueError, RecursionError) as error:  # UnicodeDecodeError is one too
         tally.broken += 1
-        tally.note(place, error)
+        tally.note(location, error)
         return None
     if not isinstance(row, dict) or unit.column not in row:
         tally.broken += 1
         has = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no object"
-        tally.note(place, f"no field {unit.column!r} ({has})")
+        tally.note(location, f"no field {unit.column!r} ({has})")
         return None
-    return _content(row[unit.column], f"{place.name}:byte{place.byte}", place, tally)
+    return _content(row[unit.column], f"{location.name}:byte{location.byte}", location, tally)
 
 
-def _content(value: Any, name: str, place: Place, tally: Tally) -> Document | None:
+def _content(value: Any, name: str, location: Location, tally: Tally) -> Document | None:
     if isinstance(value, str | list):
-        return Document(name, name, value, place)
+        return Document(name, name, value, location)
     tally.broken += 1
-    tally.note(place, f"the field holds {type(value).__name__}, not text or messages")
+    tally.note(location, f"the field holds {type(value).__name__}, not text or messages")
     return None
 
 
@@ -187,21 +187,24 @@ def _table_rows(unit: Unit, tally: Tally) -> Iterator[Document]:
                     content = value.as_py()
                 except UnicodeDecodeError as error:
                     tally.broken += 1
-                    tally.note(Place(name), error)
+                    tally.note(Location(name), error)
                     continue
-                document = _content(content, name, Place(name), tally)
+                document = _content(content, name, Location(name), tally)
                 if document is not None:
                     yield document
             row = first + len(column)
-    except (OSError, ValueError) as error:  # pyarrow's are among them
+    except (OSError, ValueError) as error:  # pyarrow raises subclasses of both
         tally.seen += 1
         tally.broken += 1
-        tally.note(Place(f"{unit.name}:{row}"), f"{error}; the rows after it are skipped")
+        tally.note(Location(f"{unit.name}:{row}"), f"{error}; the rows after it are skipped")
 
 
 def _columns(unit: Unit) -> Iterator[tuple[int, Any]]:
-    """(number of the first row, column) per batch of the unit, and an empty one where a row group begins, so that
-    one that cannot be read has a number."""
+    """Yield (number of the first row, column values) of each batch of a unit.
+
+    An empty batch comes first in each row group, so that the caller knows the row number when the group cannot be
+    read.
+    """
     import pyarrow as pa
 
     if unit.kind == "parquet":

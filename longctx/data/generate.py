@@ -1,5 +1,4 @@
-"""`longctx data synth`: documents of a synthetic task over any haystack, as .jsonl for people and other
-tools."""
+"""`longctx data synth`: write documents of a synthetic task to a .jsonl file, for people and other tools."""
 
 from __future__ import annotations
 
@@ -10,17 +9,17 @@ from typing import Any
 from longctx.config.data_verbs import SynthesizeConfig
 from longctx.console import emit, emit_json, progress
 from longctx.data.check import check_name, check_sources
+from longctx.data.haystack import Haystack, NeedleWriter, corpus_haystack
 from longctx.data.mixing import rng_of
-from longctx.data.opening import open_source
+from longctx.data.stage_opening import open_source
 from longctx.data.synth import SynthDocument, make_task
 from longctx.data.tokenizer import load_tokenizer
-from longctx.data.writer import Haystack, Writer, corpus_haystack
 from longctx.errors import UserError
 from longctx.storage.files import replacing
 
 
 def run(config: SynthesizeConfig) -> int:
-    """Write config.count documents, one JSON object a line."""
+    """Write config.count documents to config.out, one JSON object per line."""
     check_name(config.data, config.haystack, "haystack")
     check_sources(config.data, [config.haystack], Path(config.cache))
     tokenizer = load_tokenizer(config.model)
@@ -28,12 +27,12 @@ def run(config: SynthesizeConfig) -> int:
     corpus = open_source(config.haystack, config.data, tokenizer, Path(config.cache), split=split)
     if not len(corpus):
         raise UserError(f"haystack={config.haystack} has no {split} documents; raise data.heldout, or take keys=train")
-    writer = Writer(tokenizer)
-    straw = corpus_haystack(corpus, writer)
+    writer = NeedleWriter(tokenizer)
+    haystack = corpus_haystack(corpus, writer)
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:  # a refused length leaves no file behind
-        _write(config, tokenizer, straw, writer, partial)
+        _write(config, tokenizer, haystack, writer, partial)
     if config.format == "json":
         emit_json({"out": str(path), "documents": config.count, "tokens": config.count * config.length})
     else:
@@ -43,11 +42,11 @@ def run(config: SynthesizeConfig) -> int:
     return 0
 
 
-def _write(config: SynthesizeConfig, tokenizer: Any, straw: Haystack, writer: Writer, path: Path) -> None:
+def _write(config: SynthesizeConfig, tokenizer: Any, haystack: Haystack, writer: NeedleWriter, path: Path) -> None:
     with path.open("w", encoding="utf-8") as out, progress() as bar:
         for number in bar.track(range(config.count), description="documents"):
             rng = rng_of(config.seed, "synth", config.task.kind, config.keys, number)
-            made = make_task(config.task, config.length, rng, straw, keys=config.keys, tokenizer=writer)
+            made = make_task(config.task, config.length, rng, haystack, keys=config.keys, tokenizer=writer)
             out.write(json.dumps(_row(made, config, number, tokenizer), ensure_ascii=False) + "\n")
 
 

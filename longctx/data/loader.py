@@ -1,8 +1,8 @@
-"""The loader: one global cursor over a stage's sequences, and a thread that reads ahead.
+"""The data loader: a global cursor over a stage's sequences, and a thread that reads ahead.
 
-The cursor counts sequences consumed by the whole run. What a rank reads of the step that begins at a cursor is
-a function of the cursor alone (longctx.decide.Shares says which sequences, the layout which positions), so
-nothing else is remembered: resuming is opening at a cursor, at any world size.
+The cursor counts the sequences that the whole run has consumed. It determines what a rank reads for a step:
+longctx.decide.Shares gives the sequences, the layout gives the positions. So the cursor is the loader's only state,
+and a run can resume at any cursor with any world size.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ T = TypeVar("T")
 
 
 class Loader(Generic[T]):
-    """Iterates over read(cursor) for the steps from `cursor` to the last whole batch before `end`.
+    """Iterate over read(cursor) for every step from `cursor` to the last full batch before `end`.
 
-    read: what this rank takes of the step that begins at a cursor; called in order on one thread, `ahead` steps
-    before they are asked for. Its errors are raised where the step is asked for. Use as a context manager:
-    leaving it forgets what was read ahead and ends the thread.
+    read(cursor) returns this rank's data of the step that begins at a cursor. One thread calls it in order, `ahead`
+    steps before the data is needed; its errors are raised by `next`. Use the loader as a context manager: leaving it
+    discards what was read ahead and ends the thread.
     """
 
     def __init__(self, read: Callable[[int], T], *, batch: int, cursor: int, end: int, ahead: int = 1) -> None:
-        self.cursor = cursor  # sequences consumed by the whole run, up to the last step handed out
+        self.cursor = cursor  # sequences consumed by the whole run, including the last step returned
         self._read, self._batch, self._end, self._ahead = read, batch, end, max(ahead, 1)
         self._asked = cursor
         self._coming: deque[Future[T]] = deque()

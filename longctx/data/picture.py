@@ -1,4 +1,4 @@
-"""The histogram of document lengths: where the tokens of each source lie, against the stages' lengths."""
+"""Draw the histogram of document lengths of each source, with the sequence lengths of the stages."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from longctx.storage.files import save_figure
 
-# blue, orange, green, purple, brown: told apart also by people who see red and green alike
+# People with red-green colour blindness can tell these apart.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#8c564b", "#56b4e9")
 
 
 def draw_lengths(lengths: Mapping[str, np.ndarray], seq_lens: Mapping[str, int], path: Path) -> None:
-    """One panel per source: share of its tokens by document length (log scale), one dashed line per stage."""
+    """Draw one panel per source: share of tokens by document length (log scale), and a dashed line per stage."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

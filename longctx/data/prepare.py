@@ -1,6 +1,6 @@
-"""Building a source's shards: which are missing, workers to write them, one builder at a time.
+"""Tokenize a source into shards: find the missing shards and write them, in one process at a time.
 
-The order of shards, and what each holds, follows from the files; workers only decide how soon it is done.
+The files alone determine the shards, their order and their contents; the number of workers changes only the time.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.data import DataConfig, SourceConfig
-from longctx.data.crew import tokenize_by
 from longctx.data.documents import Unit
 from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
+from longctx.data.worker_pool import tokenize_by
 from longctx.errors import UserError
 from longctx.processes import warn_if_crowded
 from longctx.signals import sweep
@@ -27,11 +27,11 @@ from longctx.storage.files import write_text
 
 SMALLEST_SHARD = 2**20  # bytes of input
 LARGEST_SHARD = 2**26
-_INLINE = 2 * 2**20  # below this a pool costs more than it brings
+_INLINE = 2 * 2**20  # bytes of input below which starting workers costs more time than it saves
 
 
 def tokenizer_spec(tokenizer: Any, data: DataConfig, source: SourceConfig) -> TokenizerSpec:
-    """What the workers need of a Hugging Face tokenizer."""
+    """Return the parts of a Hugging Face tokenizer that the workers need. Raises UserError for a slow tokenizer."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
@@ -57,10 +57,10 @@ def build_source(
     workers: int | None = None,
     report: Any = None,
 ) -> tuple[list[Path], bool]:
-    """The shards of a source in order, tokenized where they are missing, and whether any was.
+    """Tokenize a source's missing shards; returns the folders of all shards in order, and whether any was missing.
 
-    report(done_bytes, total_bytes) is called as shards are finished. Raises UserError when more records are
-    broken than data.max_bad allows, or when no document is left.
+    report(done, total) is called with bytes when a shard is finished. Raises UserError for a source that cannot be
+    read.
     """
     source = data.sources[name]
     cache = Path(cache).expanduser()
@@ -70,7 +70,7 @@ def build_source(
     fresh = any(not _complete(job) for job in jobs)
     if fresh:
         with _only_builder(cache, jobs):
-            sweep(cache / "shards", names={job.folder.name for job in jobs})  # what a killed builder left
+            sweep(cache / "shards", names={job.folder.name for job in jobs})  # left by a killed process
             missing = [job for job in jobs if not _complete(job)]
             done = total - sum(job.size for job in missing)
             for job in _run(missing, spec, workers):
@@ -87,7 +87,7 @@ def _complete(job: ShardJob) -> bool:
 
 
 def _run(jobs: Sequence[ShardJob], spec: TokenizerSpec, workers: int | None) -> Iterator[ShardJob]:
-    """Write the shards; yields each as it is finished."""
+    """Write the shards, in worker processes unless they are small; yields each job when it is finished."""
     count = min(workers or len(os.sched_getaffinity(0)), len(jobs))
     if count <= 1 or sum(job.size for job in jobs) < _INLINE:
         for job in jobs:
@@ -99,7 +99,7 @@ def _run(jobs: Sequence[ShardJob], spec: TokenizerSpec, workers: int | None) -> 
 
 
 def shard_jobs(units: Sequence[Unit], spec: TokenizerSpec, cache: Path) -> list[ShardJob]:
-    """Units grouped into shards, in order; sizes depend on the units alone."""
+    """Group units into shards, in order; the grouping depends on the units alone."""
     total = sum(unit.size for unit in units)
     step = min(max(total // 16, SMALLEST_SHARD), LARGEST_SHARD)
     hashes = _file_hashes(sorted({unit.path for unit in units}), cache)
@@ -121,7 +121,7 @@ def shard_jobs(units: Sequence[Unit], spec: TokenizerSpec, cache: Path) -> list[
 
 
 def _file_hashes(paths: Sequence[str], cache: Path) -> dict[str, str]:
-    """SHA-256 of each file; files whose size and time have not changed are not read again."""
+    """Return the SHA-256 of each file; a file whose size and time are unchanged is not read again."""
     memo_path = cache / "files.json"
     memo: dict[str, list[Any]] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
@@ -147,7 +147,7 @@ def _file_hashes(paths: Sequence[str], cache: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _only_builder(cache: Path, jobs: Sequence[ShardJob]) -> Iterator[None]:
-    """Wait for another process that builds the same shards, then go on alone."""
+    """Hold the lock of these shards; waits while another process writes them."""
     name = hashlib.sha256("".join(job.folder.name for job in jobs).encode()).hexdigest()[:16]
     (cache / "locks").mkdir(parents=True, exist_ok=True)
     (cache / "shards").mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""A shard: the tokens of some thousand documents in flat files, written once and memory-mapped ever after.
+"""A shard: the tokens of some thousand documents in flat files that are written once and then memory-mapped.
 
 tokens.bin   uint16 or uint32, all documents one after another
-mask.bin     uint8, 1 where the assistant speaks (chat only)
+mask.bin     uint8, 1 for an assistant token (chat only)
 starts.npy   int64 [D+1]          names.bin, names.npy   UTF-8 and int64 [D+1]
-buckets.npy  uint32 [D], decides between training and held-out
-meta.json    counts, size and SHA-256 of the other files, what was skipped and why; written last
+buckets.npy  uint32 [D], divides training from held-out documents
+meta.json    counts, size and SHA-256 of the other files, skipped records; written last
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ FORMAT = 2  # raise when the files' layout or the reading of documents changes
 
 
 @dataclass(frozen=True)
-class Row:
-    """A document as it is stored: tokens uint [T], mask uint8 [T] or None."""
+class TokenizedDocument:
+    """A document as a shard stores it: tokens uint [T], mask uint8 [T] or None."""
 
     name: str
     group: str
@@ -39,12 +39,12 @@ class Row:
 
 
 def bucket_of(group: str) -> int:
-    """A number in [0, 2^32) that decides between training and held-out documents."""
+    """Map a group to a number in [0, 2^32), which divides training from held-out documents."""
     return int.from_bytes(hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()[:4], "big")
 
 
-class _Out:
-    """A file of a new shard: hashed as it is written, on the disk when closed."""
+class _HashedFile:
+    """A file of a new shard that is hashed while it is written and synced to the disk when it is closed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -56,7 +56,7 @@ class _Out:
         self._file.write(data)
 
     def close(self) -> dict[str, Any]:
-        """What meta.json says of it."""
+        """Close the file; returns its size, SHA-256 and time for meta.json."""
         with self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -64,20 +64,24 @@ class _Out:
         return {"bytes": stat.st_size, "sha256": self._digest.hexdigest(), "modified": stat.st_mtime_ns}
 
 
-def write_shard(folder: Path, rows: Iterable[Row], dtype: Any, *, masked: bool, tally: Tally) -> None:
-    """Write a new shard. tally: what reading the rows met, complete once they are consumed."""
+def write_shard(folder: Path, rows: Iterable[TokenizedDocument], dtype: Any, *, masked: bool, tally: Tally) -> None:
+    """Write a new shard.
+
+    rows: the documents. dtype: of the stored tokens. masked: write mask.bin. tally: counts of the records read, which
+    are complete when `rows` is exhausted.
+    """
     folder.mkdir(parents=True)
     lengths: list[int] = []
     names: list[bytes] = []
     buckets: list[int] = []
     top = -1
-    files = {name: _Out(folder / name) for name in ("tokens.bin", "mask.bin")[: 1 + masked]}
+    files = {name: _HashedFile(folder / name) for name in ("tokens.bin", "mask.bin")[: 1 + masked]}
     for row in rows:
         files["tokens.bin"].write(row.tokens.astype(dtype).tobytes())
         if row.mask is not None:
             files["mask.bin"].write(row.mask.tobytes())
         lengths.append(len(row.tokens))
-        names.append(row.name.encode("utf-8", "surrogateescape"))  # as file names may be
+        names.append(row.name.encode("utf-8", "surrogateescape"))  # file names may not be valid UTF-8
         buckets.append(bucket_of(row.group))
         top = max(top, int(row.tokens.max()))
     small = {
@@ -87,7 +91,7 @@ def write_shard(folder: Path, rows: Iterable[Row], dtype: Any, *, masked: bool, 
         "names.bin": b"".join(names),
     }
     for name, data in small.items():
-        files[name] = _Out(folder / name)
+        files[name] = _HashedFile(folder / name)
         files[name].write(data)
     meta = {
         "documents": len(lengths),
@@ -98,7 +102,7 @@ def write_shard(folder: Path, rows: Iterable[Row], dtype: Any, *, masked: bool, 
         "tally": asdict(tally),
     }
     sync(folder)
-    last = _Out(folder / "meta.json")
+    last = _HashedFile(folder / "meta.json")
     last.write(json.dumps(meta, indent=1).encode())
     last.close()
     sync(folder)
@@ -115,7 +119,7 @@ def _starts(lengths: list[int]) -> np.ndarray:
 
 
 class Shard:
-    """One shard's files, opened when first read."""
+    """The files of one shard, which are memory-mapped when they are first read."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -132,8 +136,10 @@ class Shard:
             raise self._changed("meta.json is no JSON") from None
 
     def _check(self, name: str, known: dict[str, Any]) -> None:
-        """Raises UserError when a file is not the one that was indexed: by its size, and, where its time is another
-        one, by its SHA-256."""
+        """Raise UserError when a file has changed since it was written.
+
+        The size is always compared; the SHA-256 only when the modification time differs.
+        """
         path = self.folder / name
         changed = not path.exists() or path.stat().st_size != known["bytes"]
         if not changed and path.stat().st_mtime_ns != known["modified"]:

@@ -1,7 +1,7 @@
-"""From a source's config to the units it is read in.
+"""Turn a source's config into the units that are read.
 
-Hugging Face datasets is asked for hub names only, and only for the Arrow files it keeps; those, like local
-files, are then read by longctx.data.files, so that a broken record has a file and a number everywhere.
+The package `datasets` only downloads hub datasets. Their Arrow files are read by longctx.data.files like local files,
+so that every broken record is reported with its file and number.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from longctx.storage.files import replacing
 
 
 def source_units(name: str, source: SourceConfig, cache: Path) -> list[Unit]:
-    """The units of a source (not of a synth source, which has no files).
+    """Return the units of a source that has files (a synth source has none).
 
-    name: the source's name in the config, for messages; cache: where rows taken from a hub dataset are kept.
+    name: the source's name in the config, for messages. cache: the folder for rows streamed from a hub dataset.
+    Raises UserError when there is nothing to read.
     """
     where = f"data.sources.{name}"
     if source.kind == "stdlib":
@@ -41,7 +42,7 @@ def source_units(name: str, source: SourceConfig, cache: Path) -> list[Unit]:
 
 
 def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path, str]]:
-    """The local files of a hub dataset: its Arrow files, or a .jsonl of the rows asked for."""
+    """Return the local files of a hub dataset: its Arrow files, or a .jsonl of its first `rows` rows."""
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -55,15 +56,15 @@ def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path
     except (ValueError, OSError, DatasetsError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{where}.name={name} (subset={source.subset}, split={source.split}) cannot be loaded: "
-            f"{reason}; check the name, and the network, or point a text source at downloaded files"
+            f"{where}.name={name} (subset={source.subset}, split={source.split}) cannot be loaded: {reason}; check the "
+            "name and the network, or point a text source at downloaded files"
         ) from None
     files = [Path(entry["filename"]) for entry in loaded.cache_files]
     return [(path, f"{name}/{path.name}") for path in sorted(files)]
 
 
 def _first_rows(source: SourceConfig, cache: Path) -> Path:
-    """Stream the first rows into a .jsonl, once; a shorter dataset gives what it has."""
+    """Stream the first rows of a hub dataset into a .jsonl, unless it exists; a shorter dataset gives all its rows."""
     import datasets
 
     what = f"{source.name}|{source.subset}|{source.split}|{source.rows}|{source.column}"

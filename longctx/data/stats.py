@@ -1,6 +1,6 @@
-"""`longctx data stats`: how long the documents of each source are, and how often a curriculum will see them.
+"""`longctx data stats`: the document lengths of each source, and how often a curriculum reads each source.
 
-The plans of all stages are made as training makes them, so padding, cuts and epochs are those of the run.
+Every stage is packed as in training, so padding, cuts and epochs are those of the run.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from longctx.config.data import DataConfig
 from longctx.config.data_verbs import StatsConfig
 from longctx.console import emit, emit_json, warn
 from longctx.data.check import check_sources
-from longctx.data.index import Corpus
-from longctx.data.opening import choose_mix
-from longctx.data.plan import make_plan
+from longctx.data.corpus import Corpus
+from longctx.data.run import open_both, summary, text_sources
+from longctx.data.stage_opening import choose_mix
+from longctx.data.stage_packing import pack_stage
 from longctx.data.tokenizer import load_tokenizer
-from longctx.data.verb import open_both, summary, text_sources
 from longctx.shape import shape_of_model
 
 
 def run(config: StatsConfig) -> int:
-    """Print tables (or one JSON document) and draw the histogram of lengths per source."""
+    """Print tables or one JSON document, and draw the histogram of document lengths."""
     from longctx.curriculum import resolve
     from longctx.data.picture import draw_lengths
     from longctx.rope import rope_of_model
@@ -64,7 +64,7 @@ def run(config: StatsConfig) -> int:
 
 
 def at_least(lengths: np.ndarray, seq_lens: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """Documents of a stage's length and more, and their tokens."""
+    """Count, for each stage, the documents that are at least as long as its sequences, and their tokens."""
     found = {}
     for stage, seq_len in seq_lens.items():
         long = lengths[lengths >= seq_len]
@@ -75,10 +75,10 @@ def at_least(lengths: np.ndarray, seq_lens: Mapping[str, int]) -> dict[str, dict
 def stage_use(
     data: DataConfig, lengths: Mapping[str, np.ndarray], stages: Sequence[Any], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Padding, and per source tokens, documents, cuts and epochs, of each stage as it will be trained."""
+    """Pack each stage as in training; returns its padding and, by source, tokens, documents, cuts and epochs."""
     found: dict[str, dict[str, Any]] = {}
     for stage in stages:
-        plan = make_plan(
+        packing = pack_stage(
             data,
             choose_mix(data, stage.mix, stage.name),
             lengths,
@@ -90,15 +90,15 @@ def stage_use(
         found[stage.name] = {
             "mix": stage.mix,
             "seq_len": stage.seq_len,
-            "sequences": len(plan),
-            "padding": plan.padding,
-            "sources": {name: asdict(use) for name, use in plan.use.items()},
+            "sequences": len(packing),
+            "padding": packing.padding,
+            "sources": {name: asdict(use) for name, use in packing.use.items()},
         }
     return found
 
 
 def epochs(stages: Mapping[str, dict[str, Any]]) -> dict[str, float]:
-    """Epochs of each source over the whole curriculum."""
+    """Add up the epochs of each source over the whole curriculum."""
     total: dict[str, float] = {}
     for stage in stages.values():
         for name, use in stage["sources"].items():

@@ -1,8 +1,8 @@
-"""The Python standard library as a text corpus: real prose and code on every machine that runs this.
+"""The Python standard library as a text corpus: code and prose that every machine with Python has.
 
-Each file gives two documents, its source and its docstrings as one page of documentation. Both carry the
-file's name as their group, so that the held-out files' docstrings are held out with them. Test suites are
-left out: distributions differ in whether they ship them.
+Each file gives two documents: its source, and its docstrings as one page of documentation. Both have the file's name
+as their group, so that the docstrings of held-out files are held out too. Test suites are left out, because only some
+distributions ship them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from longctx.data.documents import Document, Place, Tally, Unit, read_text
+from longctx.data.documents import Document, Location, Tally, Unit, read_text
 from longctx.errors import UserError
 
 _SKIPPED = {
@@ -30,7 +30,7 @@ _SKIPPED = {
 
 
 def stdlib_files(root: Path | None = None) -> list[tuple[Path, str]]:
-    """The library's .py files with their names below its folder, sorted."""
+    """Return the library's .py files, sorted, each with its name relative to the library's folder."""
     base = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     found = [
         (path, path.relative_to(base).as_posix())
@@ -39,32 +39,32 @@ def stdlib_files(root: Path | None = None) -> list[tuple[Path, str]]:
     ]
     if not found:
         raise UserError(
-            f"{base} holds no .py files, so this Python's standard library cannot serve as text; "
-            "use data=text data.path=FOLDER"
+            f"{base} holds no .py files, so this Python's standard library cannot serve as text; use data=text "
+            "data.path=FOLDER"
         )
     return found
 
 
 def documents(unit: Unit, tally: Tally) -> Iterator[Document]:
-    """A file's source and, if it has any, its docstrings; with column `docs` the docstrings alone."""
+    """Yield a file's source and, if there are any, its docstrings; with column `docs` only the docstrings."""
     source = read_text(Path(unit.path), unit.name, tally)
     if source is None:
         return
     if unit.column != "docs":
-        yield Document(unit.name, unit.name, source, Place(unit.name))
+        yield Document(unit.name, unit.name, source, Location(unit.name))
     page = docstrings(source, unit.name)
     if page:
-        tally.seen += unit.column != "docs"  # the file itself is counted once already
-        yield Document(unit.name + "#docs", unit.name, page, Place(unit.name + "#docs"))
+        tally.seen += unit.column != "docs"  # read_text has counted the file itself
+        yield Document(unit.name + "#docs", unit.name, page, Location(unit.name + "#docs"))
 
 
 def docstrings(source: str, name: str) -> str:
-    """The docstrings of a module, its classes and functions as one page; empty when there are none."""
+    """Return the docstrings of a module, its classes and functions as one page of text, which may be empty."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
-    except (SyntaxError, ValueError):  # a file meant for another Python still serves as text
+    except (SyntaxError, ValueError):  # a file for another version of Python; its source still serves as text
         return ""
     parts = []
     for node in ast.walk(tree):

@@ -1,9 +1,12 @@
 """Synthetic long documents with known answers, for training and for evaluation.
 
-A task writes lines into a haystack at stated depths and asks at the end; tokens, loss weights and the places
-of the answers come out together, and the length is exact. Needles follow the pass-key test of Mohtashami and
-Jaggi 2305.16300, several needles, chains and variables follow RULER 2404.06654; keys are split as in
-longctx.data.keys. Departure from RULER: lines, not essays, and every answer is six digits.
+A task inserts lines (needles) into a haystack at given depths and asks for them at the end. It returns the tokens,
+the loss weights and the positions of the answers; the length is exact. Single needles follow the pass-key test of
+Mohtashami and Jaggi (2305.16300); several needles, chains and variables follow RULER (2404.06654). Unlike RULER, the
+needles are lines instead of sentences in essays, and every answer is six digits. longctx.data.needle_keys divides the
+keys between training and evaluation.
+
+L tokens of a document, A answers.
 """
 
 from __future__ import annotations
@@ -15,16 +18,14 @@ from typing import Any
 import numpy as np
 
 from longctx.config.data import SynthTask
-from longctx.data.keys import Split, draw_keys, draw_values
-from longctx.data.writer import Haystack, Writer
+from longctx.data.haystack import Haystack, NeedleWriter
+from longctx.data.needle_keys import KeySide, draw_keys, draw_values
 from longctx.errors import UserError
-
-# L tokens of the document, A answers
 
 
 @dataclass(frozen=True)
 class Answer:
-    """tokens[start:end] answer the question about `key`; depth is where its needle stands, 0 to 1."""
+    """One answer: tokens[start:end] answer the question about `key`; `depth` is its needle's depth, 0 to 1."""
 
     start: int
     end: int
@@ -35,8 +36,11 @@ class Answer:
 
 @dataclass(frozen=True)
 class SynthDocument:
-    """tokens int32 [L]; weights float32 [L] of predicting each token (0 for the first); answers in order;
-    needles: where each inserted line begins."""
+    """A synthetic document.
+
+    tokens: int32 [L]. weights: float32 [L], the loss weight of predicting each token, 0 for the first. answers: in
+    order. needles: the position at which each inserted line begins.
+    """
 
     tokens: np.ndarray
     weights: np.ndarray
@@ -59,24 +63,24 @@ def make_task(
     rng: np.random.Generator,
     haystack: Haystack,
     *,
-    keys: Split,
-    tokenizer: Writer | Any,
+    keys: KeySide,
+    tokenizer: NeedleWriter | Any,
 ) -> SynthDocument:
-    """One document of exactly `length` tokens.
+    """Make one document of exactly `length` tokens.
 
-    haystack: (rng, n) -> n tokens, see longctx.data.writer; keys: which side keys come from; tokenizer: a
-    Writer, or any fast Hugging Face tokenizer (a Writer is then made, which reads the whole vocabulary).
+    haystack: (rng, n) -> n tokens, see longctx.data.haystack. keys: the side from which keys are drawn. tokenizer: a
+    NeedleWriter, or a fast Hugging Face tokenizer, from which a NeedleWriter is made (this reads its vocabulary).
     Raises UserError when the length cannot hold the task.
     """
-    writer = tokenizer if isinstance(tokenizer, Writer) else Writer(tokenizer)
+    writer = tokenizer if isinstance(tokenizer, NeedleWriter) else NeedleWriter(tokenizer)
     if task.kind == "copy":
         return _copy(task, length, rng, writer)
-    lines, questions = _PLANS[task.kind](task, rng, keys)
+    lines, questions = _TASKS[task.kind](task, rng, keys)
     depths = rng.random(task.inserts) if task.depths is None else np.array(task.depths)
     return _assemble(task, length, rng, haystack, writer, lines, depths, questions)
 
 
-def _needles(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+def _needles(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple[list[str], list[_Question]]:
     taken: set[str] = set()
     keys = draw_keys(rng, task.count, split, taken)
     values = draw_values(rng, task.count, taken)
@@ -85,7 +89,7 @@ def _needles(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[l
     return lines, [_ask(task, keys[i], values[i], i) for i in asked]
 
 
-def _chained(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+def _chained(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple[list[str], list[_Question]]:
     taken: set[str] = set()
     keys = draw_keys(rng, task.hops, split, taken)
     links = [*keys, *draw_values(rng, 1, taken)]
@@ -93,27 +97,27 @@ def _chained(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[l
     return lines, [_ask(task, links[0], links[-1], task.hops - 1)]
 
 
-def _table(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+def _table(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple[list[str], list[_Question]]:
     lines, questions = _needles(task, rng, split)
     moved = [_Question(q.before, q.answer, q.after, q.key, 0) for q in questions]
     return ["\n".join(lines)], moved
 
 
-def _variables(task: SynthTask, rng: np.random.Generator, split: Split) -> tuple[list[str], list[_Question]]:
+def _variables(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple[list[str], list[_Question]]:
     taken: set[str] = set()
-    held = draw_keys(rng, task.count, split, taken)
+    values = draw_keys(rng, task.count, split, taken)
     lines: list[str] = []
     chains: list[list[str]] = []
-    for value in held:
+    for value in values:
         names = draw_keys(rng, task.hops, split, taken)
         origins = [value, *(f"VAR {name}" for name in names[:-1])]
         lines += [task.needle_template.format(key=n, value=o) for n, o in zip(names, origins, strict=True)]
         chains.append(names)
     asked = rng.permutation(task.count)[: task.questions].tolist()
-    return lines, [_ask(task, held[i], " ".join(chains[i]), i * task.hops) for i in asked]
+    return lines, [_ask(task, values[i], " ".join(chains[i]), i * task.hops) for i in asked]
 
 
-_PLANS = {
+_TASKS = {
     "needle": _needles,
     "needles": _needles,
     "chained": _chained,
@@ -132,7 +136,7 @@ def _assemble(
     length: int,
     rng: np.random.Generator,
     haystack: Haystack,
-    writer: Writer,
+    writer: NeedleWriter,
     lines: list[str],
     depths: np.ndarray,
     questions: list[_Question],
@@ -141,28 +145,28 @@ def _assemble(
     asks = [writer.marked(q.before, q.answer, q.after) for q in questions]
     head = [] if writer.bos is None else [np.array([writer.bos], np.int32)]
     fixed = len(head) + sum(map(len, inserts)) + sum(len(tokens) for tokens, _, _ in asks)
-    # Every needle may need a newline before it; what is not needed becomes haystack at the end.
+    # A needle may need a newline before it; tokens reserved for unneeded newlines become haystack at the end.
     spare = len(writer.newline) * len(inserts)
-    room = length - fixed - spare
-    if room < 0:
+    filler_length = length - fixed - spare
+    if filler_length < 0:
         raise UserError(
             f"a {task.kind} task with {len(lines)} lines and {len(asks)} questions needs {fixed + spare} "
             f"tokens, and length={length} has fewer; take a longer length or a smaller count"
         )
-    straw = haystack(rng, room + spare)
-    places, at_line = _places(straw[:room], depths, writer.newline_after)
-    order = np.argsort(places, kind="stable").tolist()
+    filler = haystack(rng, filler_length + spare)
+    positions, at_line = _insert_positions(filler[:filler_length], depths, writer.newline_after)
+    order = np.argsort(positions, kind="stable").tolist()
     parts: list[np.ndarray] = list(head)
     at, done = len(head), 0
     starts = [0] * len(inserts)
     for i in order:
         piece = inserts[i] if at_line[i] else np.concatenate([writer.newline, inserts[i]])
-        parts += [straw[done : places[i]], piece]
-        starts[i] = at + int(places[i]) - done + (0 if at_line[i] else len(writer.newline))
-        at += int(places[i]) - done + len(piece)
-        done = int(places[i])
+        parts += [filler[done : positions[i]], piece]
+        starts[i] = at + int(positions[i]) - done + (0 if at_line[i] else len(writer.newline))
+        at += int(positions[i]) - done + len(piece)
+        done = int(positions[i])
     rest = length - at - sum(len(tokens) for tokens, _, _ in asks)
-    parts.append(straw[done : done + rest])
+    parts.append(filler[done : done + rest])
     at += rest
     answers: list[Answer] = []
     for question, (tokens, low, high) in zip(questions, asks, strict=True):
@@ -174,24 +178,26 @@ def _assemble(
     return SynthDocument(np.concatenate(parts), weights, tuple(answers), tuple(starts))
 
 
-def _places(straw: np.ndarray, depths: np.ndarray, newline_after: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each needle goes: the line start nearest to its depth, or the token itself when none is near."""
-    targets = np.round(depths * len(straw)).astype(np.int64)
-    line_starts = np.concatenate([[0], np.flatnonzero(newline_after[straw]) + 1])
+def _insert_positions(
+    filler: np.ndarray, depths: np.ndarray, newline_after: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose each needle's position: the line start nearest to its depth, or the exact depth if no start is near."""
+    targets = np.round(depths * len(filler)).astype(np.int64)
+    line_starts = np.concatenate([[0], np.flatnonzero(newline_after[filler]) + 1])
     right = np.minimum(np.searchsorted(line_starts, targets), len(line_starts) - 1)
     left = np.maximum(right - 1, 0)
     nearer_left = np.abs(line_starts[left] - targets) <= np.abs(line_starts[right] - targets)
     nearest = np.where(nearer_left, line_starts[left], line_starts[right])
-    at_line = np.abs(nearest - targets) <= max(16, len(straw) // 50)
+    at_line = np.abs(nearest - targets) <= max(16, len(filler) // 50)
     return np.where(at_line, nearest, targets), at_line
 
 
-def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: Writer) -> SynthDocument:
-    """A random segment over the ordinary vocabulary, repeated to the document's end."""
+def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: NeedleWriter) -> SynthDocument:
+    """Make a copy task: a random segment of ordinary tokens, repeated to the document's end."""
     head = 0 if writer.bos is None else 1
     most = (length - head) // 2
     if most < 1 or (task.segment or 1) > most:
-        raise UserError(f"segment={task.segment} cannot stand twice in length={length}; at most {most} fits")
+        raise UserError(f"segment={task.segment} does not fit twice into length={length}; at most {most} fits")
     size = task.segment or int(rng.integers(min(8, most), most + 1))
     tokens = np.empty(length, np.int32)
     if writer.bos is not None:
@@ -204,8 +210,11 @@ def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: Writer
 
 
 def _weights(length: int, answers: list[Answer], ratio: float | None, other: float) -> np.ndarray:
-    """other for a token that answers nothing; answers share ratio x the others' sum, or weigh 1 where nothing
-    else does (or where ratio is None)."""
+    """Return the loss weights, float32 [L]: `other` for every token that belongs to no answer, 0 for the first.
+
+    The answers' weights sum to `ratio` times the sum of the other weights. Each answer token weighs 1 when the other
+    weights are 0 or ratio is None.
+    """
     weights = np.full(length, other, np.float32)
     weights[0] = 0.0
     spans = [slice(answer.start, answer.end) for answer in answers]

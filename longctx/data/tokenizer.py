@@ -1,4 +1,4 @@
-"""A tokenizer from a folder or hub id; what is wrong with it is said before anything is tokenized."""
+"""Load and check a tokenizer before anything is tokenized."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ if TYPE_CHECKING:
 
 
 def check_tokenizer_of(model: ModelConfig, *, vocab_size: int | None = None) -> None:
-    """Refuse the tokenizer a model config names without loading it: model.tokenizer, or the model's own."""
+    """Check the files of the tokenizer that a model config names (model.tokenizer, or the model's own)."""
     check_tokenizer(model.tokenizer or model.path, vocab_size=vocab_size, named=model.tokenizer is not None)
 
 
 def load_tokenizer(model: ModelConfig, *, vocab_size: int | None = None) -> Any:
-    """The tokenizer a model config names: model.tokenizer, or the model's own."""
+    """Load the tokenizer that a model config names: model.tokenizer, or the model's own."""
     check_tokenizer_of(model, vocab_size=vocab_size)
     source = str(model.tokenizer or model.path)
     return tokenizer_at(source, "model.tokenizer" if model.tokenizer else "model.path", vocab_size=vocab_size)
 
 
 def tokenizer_at(source: str | Path, what: str, *, vocab_size: int | None = None) -> Any:
-    """The tokenizer of a folder or hub id; what: the key it was named by.
+    """Load the tokenizer of a folder or hub id; `what` is the config key that names it.
 
-    Raises UserError when it cannot be read, or marks documents with an id that the model's embedding lacks.
+    Raises UserError when it cannot be read, or when a bos, eos or pad id has no row in the model's embedding.
     """
     from transformers import AutoTokenizer
 
     check_tokenizer(str(source), vocab_size=vocab_size, named=what == "model.tokenizer")
     try:
         made: Any = AutoTokenizer.from_pretrained(source)
-    except Exception as error:  # tokenizers raises bare Exceptions, transformers whatever a damaged file leads to
+    except Exception as error:  # tokenizers raises bare Exceptions; a damaged file makes transformers raise others
         first = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
             f"{what}={source}: its tokenizer cannot be read ({type(error).__name__}: {first}); fetch its files again, "

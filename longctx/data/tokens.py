@@ -1,8 +1,8 @@
-"""Documents to tokens, once: memory-mapped shards addressed by what they hold.
+"""Tokenize documents into shards that are addressed by their content.
 
-A shard's name is the hash of its files' contents, of how they are read and of the tokenizer, so that
-nothing is tokenized twice and nothing stale is used. A shard is written beside its place and renamed into
-it when complete: an interrupted run continues with the next shard, and two processes at once do no harm.
+A shard's name is a hash of its files' contents, of the way they are read and of the tokenizer, so that no document is
+tokenized twice and no outdated shard is used. A shard is written to a temporary folder and renamed when it is
+complete, so an interrupted run continues with the next shard and two processes may write the same shard.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from longctx.data.documents import Document, Tally, Unit
 from longctx.data.files import read
-from longctx.data.shard import Row, write_shard
+from longctx.data.shard import TokenizedDocument, write_shard
 from longctx.signals import beside, temporary
 from longctx.storage.files import sync
 
@@ -29,8 +29,12 @@ _BATCH_CHARACTERS = 1 << 20
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """A tokenizer as a worker needs it: its JSON, the marks put around documents, and for chat its
-    folder-less pickle (transformers renders conversations)."""
+    """A tokenizer in the form that is sent to a worker.
+
+    json: the `tokenizers` serialization. bos, eos: the ids added around a document, or None. special: texts of the
+    special tokens. size: the vocabulary, added tokens included. chat: the transformers tokenizer that renders
+    conversations; None for text.
+    """
 
     json: str
     bos: int | None
@@ -47,7 +51,7 @@ class TokenizerSpec:
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to be written to `folder`."""
+    """One shard to write: its units and its folder."""
 
     units: tuple[Unit, ...]
     folder: Path
@@ -58,7 +62,7 @@ class ShardJob:
 
 
 def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
-    """Read a shard's units, tokenize, and put the shard in place."""
+    """Read a shard's units, tokenize them, and write the shard, unless it exists."""
     if (job.folder / "meta.json").exists():
         return
     with temporary(beside(job.folder)) as partial:
@@ -69,15 +73,15 @@ def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
             os.rename(partial, job.folder)
             sync(job.folder.parent)
         except OSError:
-            if not (job.folder / "meta.json").exists():  # another process was faster: its shard is as good
+            if not (job.folder / "meta.json").exists():  # else another process has written the same shard
                 raise
 
 
-def _rows(job: ShardJob, spec: TokenizerSpec, tally: Tally) -> Iterator[Row]:
+def _rows(job: ShardJob, spec: TokenizerSpec, tally: Tally) -> Iterator[TokenizedDocument]:
     encode = _chat_encoder(spec, tally) if spec.chat is not None else _text_encoder(spec, tally)
     for batch in _batches(job, tally):
         for document, tokens, mask in encode(batch):
-            yield Row(document.id, document.group, tokens, mask)
+            yield TokenizedDocument(document.id, document.group, tokens, mask)
 
 
 def _batches(job: ShardJob, tally: Tally) -> Iterator[list[Document]]:
@@ -102,7 +106,7 @@ def _backend(spec: TokenizerSpec) -> Any:
 
 @lru_cache(maxsize=2)
 def _tokenizer(json: str) -> Any:
-    """Kept from shard to shard: a tokenizer remembers the words it has seen, and is a third slower without."""
+    """Build a tokenizer once for all shards: its cache of words makes it a third faster."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(json)
@@ -112,7 +116,7 @@ def _tokenizer(json: str) -> Any:
 
 
 def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
-    """Text documents: marks such as <|end_of_text|> written inside a text are text, not tokens of command."""
+    """Return the encoder of text documents; a text such as <|end_of_text|> within them is no special token."""
     backend = _backend(spec)
     only_special = re.compile(r"(?:\s|" + "|".join([re.escape(token) for token in spec.special] or [r"\s"]) + ")*")
     head = [] if spec.bos is None else [spec.bos]
@@ -121,7 +125,7 @@ def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
     def usable(document: Document) -> bool:
         if not isinstance(document.content, str):
             tally.broken += 1
-            tally.note(document.place, "a list where text is expected")
+            tally.note(document.location, "a list where text is expected")
             return False
         if not document.content.strip():
             tally.empty += 1
@@ -131,9 +135,9 @@ def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
             return False
         try:
             document.content.encode()
-        except UnicodeEncodeError as error:  # half a character, which JSON can hold and no tokenizer reads
+        except UnicodeEncodeError as error:  # half a surrogate pair, which JSON allows and tokenizers refuse
             tally.broken += 1
-            tally.note(document.place, error)
+            tally.note(document.location, error)
             return False
         return True
 

@@ -1,6 +1,6 @@
-"""`python -m longctx.data.worker FD PARENT`: a process that tokenizes the shards it is sent, until it is sent None.
+"""`python -m longctx.data.worker FD PARENT`: a process that tokenizes the shards that it receives through a pipe.
 
-The parent kills it when it is no longer needed and removes what it left half-written.
+It ends when it receives None. The parent may kill it at any time and removes its unfinished files.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from longctx.processes import die_with_parent
 
 
 def main(fd: int, parent: int) -> None:
-    """Takes the TokenizerSpec, then jobs; answers each with None or the error it raised."""
+    """Receive the TokenizerSpec, then jobs; send back None or the error that a job raised."""
     die_with_parent(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's only switch; this process is one of many
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library has no other switch; there is one process per core
     pipe = Connection(fd)
     spec = pipe.recv()
     while (job := pipe.recv()) is not None:
         try:
             tokenize_shard(job, spec)
-        except Exception as error:  # carried to the parent, which raises it
+        except Exception as error:  # the parent raises it
             pipe.send(error)
         else:
             pipe.send(None)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent answers a ctrl-C
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles ctrl-C
     main(*map(int, sys.argv[1:]))

@@ -1,1 +1,1 @@
-"""Evidence: needle grids, held-out loss, loss by position, of any Hugging Face model."""
+"""Evaluation of Hugging Face models: needle grids, loss on held-out text, and loss by position."""

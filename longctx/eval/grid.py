@@ -1,7 +1,6 @@
-"""A needle grid: how often the answer was found, per context length and depth, as plain numbers.
+"""The numbers of a needle grid: how often the answer was found, per context length and depth.
 
-Rows of one haystack share their prompt, so a cell's accuracy is hits / asked; pooling over cells weighs every
-cell alike, as the published grids do.
+A cell's accuracy is hits / asked. Pooled accuracies weigh every cell equally, as published grids do.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Grid:
-    """hits and asked: int64 [seeds, lengths, depths]; label: the panel's title."""
+    """Counts of a needle grid: hits and asked, int64 [seeds, lengths, depths]; label: the model's name."""
 
     label: str
     lengths: tuple[int, ...]
@@ -25,20 +24,20 @@ class Grid:
 
     @property
     def cells(self) -> np.ndarray:
-        """Accuracy [lengths, depths], pooled over seeds; NaN where nothing was asked."""
+        """Accuracy [lengths, depths], pooled over seeds; NaN for a cell without questions."""
         asked = self.asked.sum(0)
         return np.where(asked > 0, self.hits.sum(0) / np.maximum(asked, 1), np.nan)
 
     def by_length(self) -> dict[int, float]:
-        """{length: accuracy pooled over depths and seeds}."""
+        """Return {length: accuracy pooled over depths and seeds}."""
         return {length: float(np.nanmean(row)) for length, row in zip(self.lengths, self.cells, strict=True)}
 
     def pooled(self) -> float:
-        """Accuracy pooled over all cells."""
+        """Return the accuracy pooled over all cells."""
         return float(np.nanmean(self.cells))
 
     def by_seed(self) -> dict[int, float]:
-        """{seed: accuracy pooled over all cells}, so that no seed can hide."""
+        """Return {seed: accuracy pooled over all cells}, which shows how much seeds differ."""
         rate = self.hits / np.maximum(self.asked, 1)
         return {seed: float(rate[i].mean()) for i, seed in enumerate(self.seeds)}
 
@@ -57,7 +56,7 @@ class Grid:
 
 
 def from_json(values: dict[str, object]) -> Grid:
-    """The grid that `to_json` wrote."""
+    """Read the grid that `to_json` wrote."""
 
     def numbers(key: str) -> Sequence[float]:
         found = values[key]

@@ -1,7 +1,7 @@
-"""Loss on held-out text: the mean over windows, and by position inside a window.
+"""Loss on held-out text: the mean over sequences, and by position within a sequence.
 
-A window begins at a line somewhere in a held-out document and goes on with the documents after it, so position p
-always has p tokens of text before it, though not always of its own document.
+A sequence begins at a line in a held-out document and continues with the documents after it. So position p always has
+p tokens before it, though not always of its own document.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ FIRST_BUCKET = 64  # positions in the first bucket of `by_position`
 if TYPE_CHECKING:
     import torch
 
-    from longctx.eval.ground import Ground
+    from longctx.eval.heldout_text import HeldoutText
 
 
-def held_out_rows(ground: Ground, length: int, count: int) -> np.ndarray:
-    """The same `count` windows [count, length] of held-out text for every model."""
+def held_out_rows(heldout: HeldoutText, length: int, count: int) -> np.ndarray:
+    """Draw `count` sequences of held-out text, int64 [count, length], the same ones for every model."""
     rng = np.random.default_rng([7, length])
-    return np.stack([ground.haystack(rng, length) for _ in range(count)]).astype(np.int64)
+    return np.stack([heldout.haystack(rng, length) for _ in range(count)]).astype(np.int64)
 
 
 def token_losses(
     model: Any, rows: np.ndarray, *, chunk: int = 2048, tick: Callable[[], None] = lambda: None
 ) -> np.ndarray:
-    """Negative log likelihood [count, length - 1] of each token given those before it; fp32.
+    """Compute the negative log likelihood of each token given those before it, float32 [count, length - 1].
 
-    Logits are formed for `chunk` tokens at a time.
+    rows: int64 [count, length]. Logits are computed for `chunk` tokens at a time, to save memory.
     """
     import torch
 
@@ -58,10 +58,10 @@ def _nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def by_position(losses: np.ndarray) -> dict[int, float]:
-    """Mean loss by position in buckets that double: {last position of the bucket: nats per token}.
+    """Average the losses over buckets of positions; returns {last position of a bucket: nats per token}.
 
-    losses: [count, L - 1] of token_losses. Positions count from 1; the buckets are 1 to 64, 65 to 128, 129 to 256
-    and so on, the last one ends at L. Position 1 has no loss.
+    losses: [count, L - 1] from token_losses. Positions count from 1. The buckets are 1 to 64, 65 to 128, 129 to 256
+    and so on; the last one ends at L. Position 1 has no loss.
     """
     length = losses.shape[1] + 1
     ends = [0]

@@ -1,9 +1,9 @@
-"""Needle in a haystack: a line with a six-digit value is hidden in real text, the question comes at the end.
+"""Needle in a haystack: a line with a six-digit value is hidden in real text, and the question follows at the end.
 
-Default: one haystack carries a needle at every depth, each with its own key, and asks for all of them one
-after the other (the multi-key variant of RULER 2404.06654; harder than one needle, and five cells for one
-forward). An answer counts when every one of its tokens is the arg max given the tokens before it, which is
-what greedy decoding would write. Logits are formed at the answers only. `single` hides one needle.
+By default, one haystack holds a needle at every depth, each with its own key, and all of them are asked for one after
+the other. This is the multi-key variant of RULER (2404.06654): it is harder than one needle and fills all depths with
+one forward pass. With `single`, each haystack holds one needle. An answer counts as found when each of its tokens is
+the arg max given the tokens before it, as in greedy decoding. Logits are computed at the answers only.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import numpy as np
 
 from longctx.config.data import SynthTask
 from longctx.config.eval import NeedleConfig
+from longctx.data.haystack import Haystack, NeedleWriter
 from longctx.data.synth import SynthDocument, make_task
-from longctx.data.writer import Haystack, Writer
 from longctx.errors import UserError
 from longctx.eval.grid import Grid
 
@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 
     from longctx.distributed.ranks import Ranks
 
-# next-token scores at the positions `where` of a prompt: (tokens [S], where [A]) -> [A, vocabulary]
+# Next-token logits at the positions `where` of a prompt: (tokens [S], where [A]) -> [A, vocabulary].
 Predict = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One haystack of a grid: its place in the arrays, its tokens and the depth index of each answer."""
+    """One haystack of a grid, with its questions.
+
+    seed, length: indices into the grid's arrays. depth_index: the index of the depth of each answer.
+    """
 
     seed: int
     length: int
@@ -42,8 +45,8 @@ class Prompt:
     depth_index: tuple[int, ...]
 
 
-def prompts(config: NeedleConfig, writer: Writer, haystack: Haystack) -> Iterator[Prompt]:
-    """Every haystack of a grid, the same ones for every model: drawn from (seed, length, number) alone."""
+def prompts(config: NeedleConfig, writer: NeedleWriter, haystack: Haystack) -> Iterator[Prompt]:
+    """Yield every prompt of a grid; seed, length and number determine a prompt, so all models get the same ones."""
     task = SynthTask(kind="needles", needle=config.needle, question=config.question)
     for i, seed in enumerate(config.seeds):
         for j, length in enumerate(config.lengths):
@@ -57,8 +60,8 @@ def prompts(config: NeedleConfig, writer: Writer, haystack: Haystack) -> Iterato
                     yield Prompt(i, j, document, index)
 
 
-def check_lengths(config: NeedleConfig, writer: Writer, haystack: Haystack) -> None:
-    """Raises UserError when the shortest length cannot hold its needles and questions."""
+def check_lengths(config: NeedleConfig, writer: NeedleWriter, haystack: Haystack) -> None:
+    """Raise UserError when the shortest length cannot hold its needles and questions."""
     shortest = replace(config, lengths=(min(config.lengths),), per_cell=1, seeds=config.seeds[:1])
     try:
         for _ in prompts(shortest, writer, haystack):
@@ -68,7 +71,7 @@ def check_lengths(config: NeedleConfig, writer: Writer, haystack: Haystack) -> N
 
 
 def _shares(config: NeedleConfig) -> list[tuple[int, ...]]:
-    """Which depths share a haystack: all of them, or each alone."""
+    """Return the groups of depths that share a haystack: one group of all, or one for each depth."""
     every = tuple(range(len(config.depths)))
     return [(d,) for d in every] if config.single else [every]
 
@@ -76,7 +79,7 @@ def _shares(config: NeedleConfig) -> list[tuple[int, ...]]:
 def grid(
     predict: Predict,
     config: NeedleConfig,
-    writer: Writer,
+    writer: NeedleWriter,
     haystack: Haystack,
     *,
     label: str,
@@ -85,10 +88,11 @@ def grid(
     workers: int | None = None,
     tick: Callable[[], None] = lambda: None,
 ) -> Grid:
-    """Ask every prompt whose number is `rank` modulo `world`; sum the grids of all ranks with `combine`.
+    """Measure this rank's part of a grid: the prompts whose number is `rank` modulo `world`.
 
-    predict: next-token scores, see Predict; tick is called after each haystack. workers: prompts at once on a CPU
-    (None: as many as torch has threads; 1 on a GPU, whose memory one prompt may fill).
+    `combine` adds the parts of all ranks. predict: see Predict. tick: called after each haystack. workers: prompts
+    that are computed at once; None uses torch's number of threads. Give 1 on a GPU, where one prompt may fill the
+    memory.
     """
     import torch
 
@@ -116,7 +120,7 @@ def grid(
 
 @contextmanager
 def _threads(workers: int | None) -> Iterator[ThreadPoolExecutor]:
-    """A prompt per thread, each computing with one: faster on a CPU than all threads on one small matrix."""
+    """Compute one prompt per thread, which is faster on a CPU than several threads on one small matrix."""
     import torch
 
     before = torch.get_num_threads()
@@ -129,12 +133,12 @@ def _threads(workers: int | None) -> Iterator[ThreadPoolExecutor]:
 
 
 def haystacks(config: NeedleConfig) -> int:
-    """How many forwards a grid takes, for a progress bar."""
+    """Return the number of prompts of a grid, for a progress bar."""
     return len(config.seeds) * len(config.lengths) * config.per_cell * len(_shares(config))
 
 
 def combine(part: Grid, ranks: Ranks) -> Grid:
-    """The sum of every rank's part, on all ranks."""
+    """Add the parts of all ranks; every rank returns the sum."""
     both = ranks.sum(np.stack([part.hits, part.asked]).ravel().tolist())
     hits, asked = np.array(both).astype(np.int64).reshape(2, *part.hits.shape)
     return replace(part, hits=hits, asked=asked)

@@ -1,4 +1,4 @@
-"""A needle grid of a model in memory, for a notebook or somebody else's script: no config file, no folder."""
+"""Measure a needle grid of a model in memory, for notebooks and scripts that have no config file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from longctx.errors import UserError
 from longctx.eval.grid import Grid
 
 if TYPE_CHECKING:
-    from longctx.data.writer import Writer
+    from longctx.data.haystack import NeedleWriter
 
 
 @dataclass(frozen=True)
 class NeedleGrid:
     """The share of needles found per depth and context length.
 
-    grid: the counts behind it. window: the model's window in tokens by its config, or None.
+    grid: the counts. window: the model's window in tokens from its config, or None.
 
     >>> import longctx
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -42,22 +42,24 @@ class NeedleGrid:
 
     @property
     def depths(self) -> tuple[float, ...]:
-        """Depths of the needles, 0 the start of the text and 1 its end."""
+        """Depths of the needles: 0 is the start of the text, 1 its end."""
         return self.grid.depths
 
     @property
     def accuracies(self) -> list[list[float]]:
-        """Shares between 0 and 1, [depth][length]."""
+        """The share found in each cell, between 0 and 1, as [depth][length]."""
         return self.grid.cells.T.tolist()
 
     @property
     def pooled(self) -> float:
-        """The share found over all cells."""
+        """The mean of the shares of all cells."""
         return self.grid.pooled()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON: model, window, lengths, depths, accuracies, pooled, and the counts found and asked
-        ([depth][length]).
+        """Return plain numbers for JSON.
+
+        The keys are model, window, lengths, depths, accuracies, pooled, and the counts found and asked as
+        [depth][length].
         """
         return {
             "model": self.grid.label,
@@ -91,18 +93,18 @@ def needle_grid(
 ) -> NeedleGrid:
     """Hide six-digit pass keys in a text and count how many a model recalls, per depth and context length.
 
-    model: any causal language model of transformers (peft's wrappers too), on any device; it is used in eval mode and
-    left as it was. tokenizer: its fast tokenizer. lengths: tokens of a prompt, question included; 8192, "64k" and "1M"
-    are understood. depths: 0 the text's start, 1 its end. text: what the needles are hidden in, one string or several;
-    None takes the Python standard library of this machine. per_cell: needles per cell. seed: which needles.
-    single: one needle a prompt instead of one at every depth, all of them asked for.
+    model: any causal language model of transformers or peft, on any device; its training mode is restored at the end.
+    tokenizer: its fast tokenizer. lengths: tokens of a prompt, question included; 8192, "64k" and "1M" are accepted.
+    depths: 0 is the text's start, 1 its end. text: one string or several in which the needles are hidden; None uses
+    the Python standard library of this machine. per_cell: needles per cell. seed: selects the needles. single: put one
+    needle into a prompt instead of one at every depth.
 
-    An answer counts when greedy decoding would write all its digits (the pass-key test of arXiv 2305.16300 with
-    several keys as in RULER, 2404.06654). A prompt is one forward, without a key-value cache; logits are formed at the
-    answers only. Chance is about 1e-6. Returns a `NeedleGrid`.
+    An answer counts as found when greedy decoding would write all its digits (the pass-key test of arXiv 2305.16300,
+    with several keys as in RULER, 2404.06654). A prompt takes one forward pass without a key-value cache; logits are
+    computed at the answers only. A guess succeeds with probability 1e-6. Returns a `NeedleGrid`.
 
     Raises UserError (a ValueError) when the text is shorter than the longest length, when a length cannot hold its
-    needles, and when the tokenizer is not a fast one or gives ids that the model has not.
+    needles, and when the tokenizer is not a fast one or gives ids that the model does not have.
 
     >>> import longctx
     >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -111,14 +113,14 @@ def needle_grid(
     >>> grid.lengths, grid.window, grid.pooled < 1  # the model reads 512 tokens, not 1,024
     ((384, 1024), 512, True)
     """
-    from longctx.data.writer import Writer, token_haystack
+    from longctx.data.haystack import NeedleWriter, token_haystack
     from longctx.eval import needle
-    from longctx.eval.examine import window_of
+    from longctx.eval.evaluate import window_of
     from longctx.eval.predict import one_process
 
     values = {"lengths": tuple(lengths), "depths": tuple(depths), "seeds": (seed,)}
     config = build(NeedleConfig, {**values, "per_cell": per_cell, "single": single}, origin="needle_grid")
-    writer = Writer(tokenizer)
+    writer = NeedleWriter(tokenizer)
     tokens = _tokens(text, writer, max(config.lengths))
     largest, rows = max(int(tokens.max()), int(writer.ordinary.max())), model.get_input_embeddings().num_embeddings
     if largest >= rows:
@@ -136,8 +138,8 @@ def needle_grid(
     return NeedleGrid(grid, window_of(model))
 
 
-def _tokens(text: str | Sequence[str] | None, writer: Writer, longest: int) -> np.ndarray:
-    """The haystack's tokens, int32 [T], T at least `longest`."""
+def _tokens(text: str | Sequence[str] | None, writer: NeedleWriter, longest: int) -> np.ndarray:
+    """Tokenize the haystack, int32 [T]. Raises UserError when it has fewer than `longest` tokens."""
     if text is None:
         parts = _library(writer, 4 * longest)
     else:
@@ -151,8 +153,8 @@ def _tokens(text: str | Sequence[str] | None, writer: Writer, longest: int) -> n
     return tokens
 
 
-def _library(writer: Writer, wanted: int) -> list[np.ndarray]:
-    """Sources of the Python standard library, a file's tokens each, until they are `wanted` or all."""
+def _library(writer: NeedleWriter, wanted: int) -> list[np.ndarray]:
+    """Tokenize files of the Python standard library, one array each, until they have `wanted` tokens in all."""
     from longctx.data.stdlib import stdlib_files
 
     parts: list[np.ndarray] = []

@@ -1,7 +1,7 @@
-"""Evaluations as one picture: a needle grid per model and, below, the loss by position of all of them.
+"""Draw evaluations as one picture: a needle grid per model and, below, the loss by position of all models.
 
-In a grid, red to green, context length runs across and depth down, with the numbers in the cells, so that nobody
-has to trust a colour. Lengths beyond the model's window are hatched and starred; a dashed line marks the window.
+In a grid, context length runs across and depth runs down. Cells are coloured from red to green and hold the numbers.
+Lengths beyond the model's window are hatched and starred; a dashed line marks the window.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from longctx.storage.files import save_figure
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PALE, HATCH = (1, 1, 1, 0.25), (0, 0, 0, 0.4)  # over the lengths beyond a window
+PALE, HATCH = (1, 1, 1, 0.25), (0, 0, 0, 0.4)  # for the lengths beyond a window
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One grid with its title, and the model's window in tokens (None: no mark)."""
+    """One grid with its title, and the model's window in tokens (None draws no mark)."""
 
     grid: Grid
     title: str
@@ -34,7 +34,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Curve:
-    """A model's loss by position, {last position of a bucket: nats per token}, and its window (None: no mark)."""
+    """A model's loss by position, {last position of a bucket: nats per token}, and its window in tokens or None."""
 
     title: str
     losses: Mapping[int, float]
@@ -44,7 +44,7 @@ class Curve:
 def draw(
     panels: Sequence[Panel], path: Path, *, title: str = "", columns: int = 3, curves: Sequence[Curve] = ()
 ) -> None:
-    """Write a PNG: the grids, `columns` in a row, and a panel with the curves across the whole width below them."""
+    """Write a PNG with the grids, `columns` in a row, and the curves in one panel below them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -79,7 +79,7 @@ def _grid(axis: Axes, panel: Panel, letters: int) -> None:
     cells = grid.cells.T  # [depths, lengths]
     axis.imshow(cells, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     for (row, column), value in np.ndenumerate(cells):
-        # Yellow needs dark letters, the deep ends white ones.
+        # Yellow needs dark letters; deep red and deep green need white ones.
         colour = "white" if value < 0.15 or value > 0.9 else "black"
         shown = "-" if np.isnan(value) else f"{100 * value:.0f}"
         axis.text(column, row, shown, ha="center", va="center", color=colour, fontsize=9, zorder=3)
@@ -103,12 +103,12 @@ def _grid(axis: Axes, panel: Panel, letters: int) -> None:
 
 
 def _beyond(panel: Panel) -> set[int]:
-    """The grid's lengths that are longer than the model's window."""
+    """Return the lengths of a grid that are longer than the model's window."""
     return set() if panel.window is None else {length for length in panel.grid.lengths if length > panel.window}
 
 
 def _curves(axis: Axes, curves: Sequence[Curve]) -> None:
-    """Loss over position on a logarithmic axis; a model's window is a dashed line of its colour."""
+    """Draw loss over position on a logarithmic axis; a dashed line of the model's colour marks its window."""
     windows: dict[int, list[Any]] = {}
     longest = max(max(curve.losses) for curve in curves)
     for number, curve in enumerate(curves):
@@ -120,7 +120,7 @@ def _curves(axis: Axes, curves: Sequence[Curve]) -> None:
         if curve.window is not None and curve.window < longest:
             windows.setdefault(curve.window, []).append(colour)
     for window, colours in windows.items():
-        # Models of one window share its line: their dashes take turns.
+        # Models with the same window share one line, on which their dashes alternate.
         for turn, colour in enumerate(colours):
             dashes = (3 * turn, (3, 3 * max(1, 2 * len(colours) - 1)))
             axis.axvline(window, color=colour, linestyle=dashes, linewidth=1.3)
@@ -136,12 +136,12 @@ def _curves(axis: Axes, curves: Sequence[Curve]) -> None:
 
 
 def _plain(text: str) -> str:
-    """matplotlib reads $ as the beginning of a formula."""
+    """Escape $, which begins a formula in matplotlib."""
     return text.replace("$", r"\$")
 
 
 def _short(length: int) -> str:
-    """8192 as 8k, 2^20 as 1M, 1000 as 1000."""
+    """Write a length for people: 8192 as 8k, 2^20 as 1M, 1000 as 1000."""
     for scale, unit in ((2**20, "M"), (2**10, "k")):
         if length % scale == 0:
             return f"{length // scale}{unit}"

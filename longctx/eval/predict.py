@@ -1,4 +1,4 @@
-"""Next-token scores of a Hugging Face model at a few positions, without ever forming the others' logits."""
+"""Compute next-token logits of a Hugging Face model at a few positions of a prompt, without those of the others."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from longctx.config.eval import NeedleConfig
 from longctx.eval import needle
 from longctx.eval.grid import Grid
-from longctx.eval.ground import Ground
+from longctx.eval.heldout_text import HeldoutText
 from longctx.eval.needle import Predict
 
 if TYPE_CHECKING:
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 
 
 def one_process(model: Any) -> Predict:
-    """Predict with a plain causal LM of transformers, whatever its family and attention.
+    """Make a Predict function of a causal language model of transformers, with any architecture and attention.
 
-    The model's own forward forms the logits, so that soft-capping and scaling are its own too; one that knows no
-    `logits_to_keep` forms all of them.
+    The model's own forward computes the logits, so its soft-capping and scaling apply. A model whose forward has no
+    argument `logits_to_keep` computes the logits of all positions.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # peft's forward hides the names
+    inner = (
+        model.get_base_model() if hasattr(model, "get_base_model") else model
+    )  # the signature of peft's forward hides the argument
     keeps = "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def predict(tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
@@ -32,7 +34,7 @@ def one_process(model: Any) -> Predict:
         with torch.inference_mode():
             device = next(model.parameters()).device
             ids = tokens[None].to(device)
-            if keeps:  # an index on the CPU fits whichever device holds the last layer
+            if keeps:  # an index on the CPU works for a last layer on any device
                 return model(input_ids=ids, use_cache=False, logits_to_keep=where).logits[0].float()
             return model(input_ids=ids, use_cache=False).logits[0, where].float()
 
@@ -42,19 +44,20 @@ def one_process(model: Any) -> Predict:
 def grid_of(
     model: Any,
     config: NeedleConfig,
-    ground: Ground,
+    heldout: HeldoutText,
     *,
     label: str,
     rank: int = 0,
     world: int = 1,
     tick: Callable[[], None] = lambda: None,
 ) -> Grid:
-    """A model's needle grid (of several ranks: this one's part): a prompt per thread on a CPU; one after the other
-    on a GPU, whose memory one prompt may fill.
+    """Measure this rank's part of a model's needle grid, with one prompt per thread on a CPU.
+
+    On a GPU, prompts are computed one after the other, because one may fill the memory.
     """
     workers = None if next(model.parameters()).device.type == "cpu" else 1
     return needle.grid(
-        one_process(model), config, ground.writer, ground.haystack,
+        one_process(model), config, heldout.writer, heldout.haystack,
         label=label, rank=rank, world=world, workers=workers, tick=tick,
     )  # fmt: skip
 
@@ -66,10 +69,10 @@ def load_plain(
     device: torch.device | None = None,
     dtype: str = "auto",
 ) -> Any:
-    """A model as plain transformers loads it, for inference.
+    """Load a model for inference with plain transformers.
 
-    rope, window: rope_parameters and max_position_embeddings in place of those of its config.json. device: None takes
-    the GPU where there is one. dtype: auto is the dtype of the weights on a GPU, and float32 on a CPU.
+    rope, window: rope_parameters and max_position_embeddings that replace those of config.json. device: None takes
+    the GPU if there is one. dtype: auto takes the dtype of the weights on a GPU and float32 on a CPU.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,6 +1,6 @@
-"""`longctx eval`: needle grids, held-out loss and loss by position of one model or several.
+"""`longctx eval`: needle grids, loss on held-out text and loss by position of one model or several.
 
-On the GPU where there is one. Under torchrun or srun every rank loads the model and answers its share of the prompts.
+It uses the GPU if there is one. Under torchrun or srun, every rank loads the model and answers a share of the prompts.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from longctx.storage.model import check_model
 
 if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks
-    from longctx.eval.examine import Questions, Result, Target
-    from longctx.eval.ground import Ground
+    from longctx.eval.evaluate import EvalResult, EvalTarget, EvalTasks
+    from longctx.eval.heldout_text import HeldoutText
     from longctx.rope import Rope
 
-DAY = 86400.0  # seconds that a rank with a longer prompt is waited for
+DAY = 86400.0  # seconds that ranks wait for one with a longer prompt
 
 
 def run(config: EvalConfig) -> int:
-    """Evaluate the models; numbers on standard output, pictures and JSON in `out` where one is given."""
+    """Evaluate the models; prints the numbers, and writes a picture and JSON to `out` if it is given."""
     try:
         return _run(config)
     except UserError:
         if launcher_environment()["RANK"] == "0":
             raise
-        return 2  # rank 0 says it
+        return 2  # rank 0 prints it
 
 
 def _run(config: EvalConfig) -> int:
@@ -58,7 +58,7 @@ def _run(config: EvalConfig) -> int:
 
 
 def models_of(config: EvalConfig) -> dict[str, EvalModel]:
-    """The models by name. Raises UserError when none is given, or both model and models are."""
+    """Return the models by name. Raises UserError when there is none, or when model and models are both given."""
     if config.models is not None:
         if config.model is not None:
             raise UserError("model and models are both given; put every model into models= (configs/eval.yaml)")
@@ -71,9 +71,9 @@ def models_of(config: EvalConfig) -> dict[str, EvalModel]:
     return {default_name(config.model.path): EvalModel(path=config.model.path, tokenizer=config.model.tokenizer)}
 
 
-def target_of(config: EvalConfig, name: str, model: EvalModel) -> Target:
-    """What is to be evaluated under this name. Raises UserError when the folder holds no model longctx knows."""
-    from longctx.eval.examine import Target
+def target_of(config: EvalConfig, name: str, model: EvalModel) -> EvalTarget:
+    """Return the target of one model. Raises UserError when the folder holds no model that longctx supports."""
+    from longctx.eval.evaluate import EvalTarget
     from longctx.model.architectures import check_config
     from longctx.model.load import read_config
 
@@ -89,10 +89,10 @@ def target_of(config: EvalConfig, name: str, model: EvalModel) -> Target:
         raise UserError(text) from None
     changed = {**(model.rope or {}), **({"rope_theta": model.theta} if model.theta is not None else {})}
     if not changed:
-        return Target(name, model.path, name, window=model.window)
+        return EvalTarget(name, model.path, name, window=model.window)
     title = f"{name} (theta {model.theta:,.0f})" if model.theta is not None else f"{name} (another rope)"
     rope = _checked({**hf.to_dict(), "rope_parameters": {**own.parameters, **changed}, "rope_scaling": None}, name)
-    return Target(name, model.path, title, dict(rope.parameters), model.window or rope.window)
+    return EvalTarget(name, model.path, title, dict(rope.parameters), model.window or rope.window)
 
 
 def _check_files(config: EvalConfig, model: EvalModel) -> None:
@@ -104,35 +104,35 @@ def _check_files(config: EvalConfig, model: EvalModel) -> None:
 
 
 def _checked(values: dict[str, Any], name: str) -> Rope:
-    """The rope of a changed config.json. Raises UserError when the rope_type lacks a key."""
+    """Return the rope of a changed config.json. Raises UserError when the rope_type lacks a key."""
     where = f"models.{name}.rope, the command line"
     rope = rope_of(values, where)
     try:
         rope.frequencies()
     except (KeyError, TypeError, ValueError) as error:
         what = f"lacks the key {error}" if isinstance(error, KeyError) else str(error)
-        raise UserError(f"rope_type={rope.kind} {what}; write it beside rope_type ({where})") from None
+        raise UserError(f"rope_type={rope.kind} {what}; add it next to rope_type ({where})") from None
     return rope
 
 
 def _examine_all(
-    config: EvalConfig, models: dict[str, EvalModel], targets: Sequence[Target], ranks: Ranks
-) -> list[Result]:
-    from longctx.eval.examine import Questions, examine, forwards
+    config: EvalConfig, models: dict[str, EvalModel], targets: Sequence[EvalTarget], ranks: Ranks
+) -> list[EvalResult]:
+    from longctx.eval.evaluate import EvalTasks, count_forwards, evaluate
     from longctx.eval.tables import beyond_window
 
-    questions = Questions(config.needle, config.loss_lengths, config.loss_windows)
-    grounds = _grounds(config, models, questions, ranks)
+    tasks = EvalTasks(config.needle, config.loss_lengths, config.loss_windows)
+    heldout_texts = _heldout_texts(config, models, tasks, ranks)
     out = Path(config.out) / "models" if config.out else None
     results = []
     with console.progress() as bar:
         task = bar.add_task(
-            "needles", total=sum(forwards(t, questions, grounds[t.name], out, ranks.world) for t in targets)
+            "needles", total=sum(count_forwards(t, tasks, heldout_texts[t.name], out, ranks.world) for t in targets)
         )
-        ranks.wait()  # rank 0 writes what the others would otherwise find while they count
+        ranks.wait()  # rank 0 stores results only after all ranks have counted
         for target in targets:
             bar.update(task, description=f"needles: {target.name}")
-            found = examine(target, questions, grounds[target.name], out, ranks, lambda: bar.advance(task))
+            found = evaluate(target, tasks, heldout_texts[target.name], out, ranks, lambda: bar.advance(task))
             results.append(found)
     for result in results:
         if note := beyond_window(result):
@@ -140,47 +140,49 @@ def _examine_all(
     return results
 
 
-def _grounds(config: EvalConfig, models: dict[str, EvalModel], questions: Questions, ranks: Ranks) -> dict[str, Ground]:
-    """Each model's held-out text in its own tokens; one rank of a node tokenizes it, the others read."""
-    from longctx.eval.examine import check_text
-    from longctx.eval.ground import open_ground
+def _heldout_texts(
+    config: EvalConfig, models: dict[str, EvalModel], tasks: EvalTasks, ranks: Ranks
+) -> dict[str, HeldoutText]:
+    """Open the held-out text in each model's tokens; one rank of each node tokenizes it, and the others read it."""
+    from longctx.eval.evaluate import check_text
+    from longctx.eval.heldout_text import open_heldout_text
 
-    opened: dict[str, Ground] = {}
+    opened: dict[str, HeldoutText] = {}
 
-    def ground_of(model: EvalModel) -> Ground:
+    def heldout_of(model: EvalModel) -> HeldoutText:
         tokenizer = model.tokenizer or model.path
         if tokenizer not in opened:
-            opened[tokenizer] = open_ground(config.data, config.source, tokenizer, Path(config.cache))
-            check_text(opened[tokenizer], questions, config.source)
+            opened[tokenizer] = open_heldout_text(config.data, config.source, tokenizer, Path(config.cache))
+            check_text(opened[tokenizer], tasks, config.source)
         return opened[tokenizer]
 
     for turn in (0, 1):  # the first rank of each node, then the others
         with ranks.agree("reading the held-out text"):
             if (ranks.local_rank > 0) == turn:
                 for model in models.values():
-                    ground_of(model)
-    grounds = {name: ground_of(model) for name, model in models.items()}
-    _check_vocabularies(models, grounds)
-    if len({ground.key for ground in grounds.values()}) > 1:
+                    heldout_of(model)
+    heldout_texts = {name: heldout_of(model) for name, model in models.items()}
+    _check_vocabularies(models, heldout_texts)
+    if len({heldout.key for heldout in heldout_texts.values()}) > 1:
         console.remark(
             "the models have different tokenizers: each is asked in its own tokens, so needles found compare, and loss "
             "per token compares only between models of one tokenizer"
         )
-    return grounds
+    return heldout_texts
 
 
-def _check_vocabularies(models: dict[str, EvalModel], grounds: dict[str, Ground]) -> None:
-    from longctx.data.opening import check_vocabulary
+def _check_vocabularies(models: dict[str, EvalModel], heldout_texts: dict[str, HeldoutText]) -> None:
+    from longctx.data.stage_opening import check_vocabulary
     from longctx.model.load import read_config
 
     for name, model in models.items():
         try:
-            check_vocabulary(grounds[name].largest_id, read_config(model.path).vocab_size)
+            check_vocabulary(heldout_texts[name].largest_id, read_config(model.path).vocab_size)
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
 
 
-def _write(config: EvalConfig, results: Sequence[Result]) -> None:
+def _write(config: EvalConfig, results: Sequence[EvalResult]) -> None:
     from longctx.eval.picture import Curve, Panel, draw
     from longctx.eval.tables import longest_curve, tables
 
@@ -202,8 +204,8 @@ def _write(config: EvalConfig, results: Sequence[Result]) -> None:
         console.emit(part)
 
 
-def _document(result: Result) -> dict[str, Any]:
-    """A model's part of the JSON document: lengths in tokens, losses in nats per token."""
+def _document(result: EvalResult) -> dict[str, Any]:
+    """Return a model's part of the JSON document: lengths in tokens, losses in nats per token."""
     assert result.grid is not None
     lengths = sorted({*result.grid.lengths, *result.losses})
     return {

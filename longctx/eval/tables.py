@@ -1,11 +1,11 @@
-"""Evaluations in words: one table of needles, one of losses, one of loss by position, models side by side."""
+"""Tables of evaluations: needles found, loss, and loss by position, with one row or column per model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from longctx.eval.examine import Result
+from longctx.eval.evaluate import EvalResult
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 MARK = "*"
 
 
-def tables(results: Sequence[Result]) -> list[object]:
-    """The tables that hold what was measured, and below them what a mark means."""
+def tables(results: Sequence[EvalResult]) -> list[object]:
+    """Return the tables of the measurements, and one line for each model whose window is exceeded."""
     made: list[object] = []
     grids = [result for result in results if result.grid is not None]
     if grids:
@@ -26,8 +26,8 @@ def tables(results: Sequence[Result]) -> list[object]:
     return [*made, *(f"{MARK} {note}" for note in notes)]
 
 
-def beyond_window(result: Result) -> str | None:
-    """Which lengths asked for exceed the model's window, in words."""
+def beyond_window(result: EvalResult) -> str | None:
+    """Say which measured lengths exceed the model's window; None when no length does."""
     lengths = sorted({*(result.grid.lengths if result.grid else ()), *result.losses})
     beyond = [f"{length:,}" for length in lengths if result.beyond(length)]
     if not beyond:
@@ -35,7 +35,7 @@ def beyond_window(result: Result) -> str | None:
     return f"{result.target.name}: {', '.join(beyond)} tokens exceed its window of {result.window:,} (config.json)"
 
 
-def _needles(results: Sequence[Result]) -> Table:
+def _needles(results: Sequence[EvalResult]) -> Table:
     from rich.table import Table
 
     lengths = sorted({length for result in results if result.grid for length in result.grid.lengths})
@@ -51,7 +51,7 @@ def _needles(results: Sequence[Result]) -> Table:
     return table
 
 
-def _losses(results: Sequence[Result]) -> Table:
+def _losses(results: Sequence[EvalResult]) -> Table:
     from rich.table import Table
 
     lengths = sorted({length for result in results for length in result.losses})
@@ -64,8 +64,8 @@ def _losses(results: Sequence[Result]) -> Table:
     return table
 
 
-def _by_position(results: Sequence[Result]) -> Table:
-    """Of the longest windows of text."""
+def _by_position(results: Sequence[EvalResult]) -> Table:
+    """Make the table of loss by position in the longest sequences."""
     from rich.table import Table
 
     columns = {result.target.name: longest_curve(result) for result in results}
@@ -79,10 +79,10 @@ def _by_position(results: Sequence[Result]) -> Table:
     return table
 
 
-def longest_curve(result: Result) -> Mapping[int, float]:
-    """Loss by position in the longest windows of text; empty where none was read."""
+def longest_curve(result: EvalResult) -> Mapping[int, float]:
+    """Return the loss by position in the longest sequences; empty when no sequence was read."""
     return result.by_position[max(result.by_position)] if result.by_position else {}
 
 
-def _mark(result: Result, length: int) -> str:
+def _mark(result: EvalResult, length: int) -> str:
     return MARK if result.beyond(length) else ""

@@ -16,7 +16,7 @@ import torch
 
 from longctx.config.lora import MergeConfig
 from longctx.errors import UserError
-from longctx.identity import RECORD
+from longctx.fingerprint import RECORD
 from longctx.lora.adapter import Adapter
 from longctx.lora.changes import ORDER, TensorChange
 from longctx.lora.match import Match, MergeChoices, layout_differences, match

@@ -1,1 +1,1 @@
-"""A run on one static page."""
+"""`longctx report`: show a run on one static page."""

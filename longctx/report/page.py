@@ -1,6 +1,6 @@
-"""A run on one static page: what was reached, the pictures, the loss curve, the settings. No scripts, no network.
+"""Write a run's report: one HTML page with results, pictures, loss curve and settings, without scripts.
 
-Everything comes from the run's folder: summary.json, metrics.jsonl, finished.json of each stage, config.yaml.
+All content comes from the run's folder: summary.json, metrics.jsonl, finished.json of each stage, and config.yaml.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STYLE = (
 
 
 def run(config: ReportConfig) -> int:
-    """Write RUN/report.html and say where it is."""
+    """Write RUN/report.html and print its path."""
     console.emit(str(write_page(Path(config.run))))
     return 0
 
@@ -35,7 +35,7 @@ def run(config: ReportConfig) -> int:
 def write_page(folder: Path) -> Path:
     """Write RUN/report.html and return its path. Raises UserError when the folder holds no run."""
     if not (folder / "config.yaml").exists():
-        raise UserError(f"run={folder} holds no config.yaml, so it is no run's folder; a run's is runs/NAME")
+        raise UserError(f"run={folder} holds no config.yaml, so it is not the folder of a run; give runs/NAME")
     name, steps = folder.resolve().name, steps_of(folder)
     parts = [f"<h1>{html.escape(name)}</h1>", *_summary(folder), *_stages(folder, steps), *_curve(steps)]
     parts.append(f"<h2>Settings</h2><pre>{html.escape((folder / 'config.yaml').read_text())}</pre>")
@@ -47,7 +47,7 @@ def write_page(folder: Path) -> Path:
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl that hold a step's loss; a line that a kill left half-written is no step."""
+    """Return the lines of metrics.jsonl that hold a step's loss; an incomplete last line is left out."""
     stored = folder / "metrics.jsonl"
     lines = stored.read_text(errors="replace").splitlines(keepends=True) if stored.exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -83,7 +83,7 @@ def _summary(folder: Path) -> Iterable[str]:
 
 
 def _columns(values: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The lengths that any model has a value for, ascending."""
+    """Return the lengths for which any model has a value, ascending."""
     return sorted({length for found in values.values() for length in found}, key=int)
 
 
@@ -119,7 +119,7 @@ def _stages(folder: Path, steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
 
 
 def _curve(steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    """Loss over tokens, a line per stage."""
+    """Draw the loss over tokens, with a line per stage."""
     if not steps:
         return
     import matplotlib
@@ -134,7 +134,7 @@ def _curve(steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
         axis.plot([line["tokens"] for line in own], [line["loss"] for line in own], linewidth=1)
     axis.set_xlabel("tokens")
     axis.set_ylabel("training loss (weighted)")
-    # Given as a list, a name may begin with "_"; "$" would begin a formula.
+    # A list of labels allows names that begin with "_"; "$" would begin a formula.
     axis.legend(axis.get_lines(), [stage.replace("$", r"\$") for stage in stages])
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)

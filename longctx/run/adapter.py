@@ -12,7 +12,7 @@ from pathlib import Path
 from longctx import console
 from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.config.train import TrainConfig
-from longctx.identity import RECORD, identity, key_of
+from longctx.fingerprint import RECORD, fingerprint_of, folder_fingerprint
 from longctx.storage.files import discard, write_text
 
 
@@ -48,7 +48,7 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
     )  # fmt: skip
     paths = ("base", "tuned", "out")
     chosen = {name: value for name, value in asdict(settings).items() if name not in paths}
-    key = key_of({"base": identity(base), "tuned": identity(tuned), **chosen})
+    key = fingerprint_of({"base": folder_fingerprint(base), "tuned": folder_fingerprint(tuned), **chosen})
     if _up_to_date(out, key):
         return
     from longctx.lora.extract import extract
@@ -65,7 +65,7 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
 
 def merge_sibling(sibling: Path, adapter: Path, out: Path) -> None:
     """Write sibling + adapter to `out` unless it is up to date; theta and window come from the adapter."""
-    key = key_of({"sibling": identity(sibling), "adapter": identity(adapter)})
+    key = fingerprint_of({"sibling": folder_fingerprint(sibling), "adapter": folder_fingerprint(adapter)})
     if _up_to_date(out, key):
         return
     from longctx.lora.merge import merge

@@ -14,8 +14,8 @@ from typing import Any
 from longctx import console
 from longctx.config.hooks import EvidenceHook
 from longctx.config.train import TrainConfig
-from longctx.eval.examine import Result, Target, examine, forwards
-from longctx.eval.ground import Ground, open_ground
+from longctx.eval.evaluate import EvalResult, EvalTarget, count_forwards, evaluate
+from longctx.eval.heldout_text import HeldoutText, open_heldout_text
 from longctx.report.page import write_page
 from longctx.rope import read_rope
 from longctx.run import evidence
@@ -73,32 +73,32 @@ def finished_stages(folder: Path) -> list[dict[str, Any]]:
 def _examine_all(
     config: TrainConfig, hook: EvidenceHook, folder: Path, stages: list[dict[str, Any]],
     tuned: Path, sibling: Path | None, control: Path | None,
-) -> dict[str, Result]:  # fmt: skip
+) -> dict[str, EvalResult]:  # fmt: skip
     claims = _claims(config, hook, folder, stages, tuned, sibling, control)
     out = folder / "eval"
     cache = Path(config.cache) if config.cache else folder / "data"
-    ground = open_ground(config.data, hook.source, tuned, cache)
-    _remark_short_text(ground, max(claim.questions(hook).longest for claim in claims), hook.source)
+    heldout = open_heldout_text(config.data, hook.source, tuned, cache)
+    _remark_short_text(heldout, max(claim.questions(hook).longest for claim in claims), hook.source)
     found = {}
     with console.progress() as bar:
-        total = sum(forwards(claim.target, claim.questions(hook), ground, out) for claim in claims)
+        total = sum(count_forwards(claim.target, claim.questions(hook), heldout, out) for claim in claims)
         task = bar.add_task("needles", total=total)
         for claim in claims:
             bar.update(task, description=f"needles: {claim.name}")
             asked = claim.questions(hook)
-            found[claim.name] = examine(claim.target, asked, ground, out, tick=lambda: bar.advance(task))
+            found[claim.name] = evaluate(claim.target, asked, heldout, out, tick=lambda: bar.advance(task))
     if config.hooks.sibling is not None and config.hooks.sibling.behaviour is not None:
         known = [claim.target for claim in claims if claim.name in ("base", "sibling", "merged", "extended")]
-        own = open_ground(config.data, config.hooks.sibling.behaviour, tuned, cache)
+        own = open_heldout_text(config.data, config.hooks.sibling.behaviour, tuned, cache)
         evidence.behaviour(known, hook, own, out)
     return found
 
 
-def _remark_short_text(ground: Ground, longest: int, source: str) -> None:
+def _remark_short_text(heldout: HeldoutText, longest: int, source: str) -> None:
     """Warn where the held-out text is shorter than a sequence. (`longctx eval` refuses that.)"""
-    if longest > ground.tokens:
+    if longest > heldout.tokens:
         console.remark(
-            f"source {source} holds out {ground.tokens:,} tokens and sequences of {longest:,} are asked for, so the "
+            f"source {source} holds out {heldout.tokens:,} tokens and sequences of {longest:,} are asked for, so the "
             "text repeats itself inside them; raise data.heldout or add documents"
         )
 
@@ -109,21 +109,21 @@ def _claims(
 ) -> list[Claim]:  # fmt: skip
     """The models to evaluate: the base, its controls, the extended model, the sibling before and after the merge."""
     base, last = str(config.model.path), stages[-1]
-    claims = [Claim(Target("base", base, "base"))]
+    claims = [Claim(EvalTarget("base", base, "base"))]
     if hook.theta_only:
         rope = dict(read_rope(tuned).parameters)
         title = "control: theta changed, nothing trained"
-        claims.append(Claim(Target("theta_only", base, title, rope=rope, window=last["seq_len"])))
+        claims.append(Claim(EvalTarget("theta_only", base, title, rope=rope, window=last["seq_len"])))
     if control is not None:
-        claims.append(Claim(Target("control", str(control), "control: same tokens, old window and theta")))
-    claims.append(Claim(Target("extended", str(tuned), "extended")))
+        claims.append(Claim(EvalTarget("control", str(control), "control: same tokens, old window and theta")))
+    claims.append(Claim(EvalTarget("extended", str(tuned), "extended")))
     for stage in stages[:-1]:
-        target = Target(f"stage_{stage['stage']}", str(folder / stage["model"]), f"after stage {stage['stage']}")
+        target = EvalTarget(f"stage_{stage['stage']}", str(folder / stage["model"]), f"after stage {stage['stage']}")
         claims.append(Claim(target, grid=False))
     if sibling is not None:
-        claims.append(Claim(Target("sibling", str(sibling), "sibling: another fine-tune of the base")))
-        claims.append(Claim(Target("merged", str(folder / "merged"), "sibling + adapter")))
+        claims.append(Claim(EvalTarget("sibling", str(sibling), "sibling: another fine-tune of the base")))
+        claims.append(Claim(EvalTarget("merged", str(folder / "merged"), "sibling + adapter")))
     if hook.unseen is not None:
         title = "extended, asked in words that training never saw"
-        claims.append(Claim(Target("unseen", str(tuned), title), losses=False, unseen=True))
+        claims.append(Claim(EvalTarget("unseen", str(tuned), title), losses=False, unseen=True))
     return claims

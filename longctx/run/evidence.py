@@ -1,7 +1,7 @@
 """The evidence of a run: needle grids and held-out losses of the models that it compares.
 
 Each model is a Hugging Face folder as anyone would load it; its result is kept in RUN/eval/NAME.json and measured
-again only where the model, the questions or the text have changed (longctx.eval.examine).
+again only where the model, the questions or the text have changed (longctx.eval.evaluate).
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from pathlib import Path
 from longctx.config.eval import NeedleConfig
 from longctx.config.hooks import EvidenceHook
 from longctx.eval import loss
-from longctx.eval.examine import Questions, Target
-from longctx.eval.ground import Ground
-from longctx.eval.kept import keep, standing
+from longctx.eval.evaluate import EvalTarget, EvalTasks
+from longctx.eval.heldout_text import HeldoutText
 from longctx.eval.predict import load_plain
-from longctx.identity import identity, key_of
+from longctx.eval.stored_results import load_result, store_result
+from longctx.fingerprint import fingerprint_of, folder_fingerprint
 
 
 @dataclass(frozen=True)
 class Claim:
     """A model to be evaluated and its questions; unseen: asked in a phrasing that training never saw."""
 
-    target: Target
+    target: EvalTarget
     grid: bool = True
     losses: bool = True
     unseen: bool = False
@@ -33,25 +33,25 @@ class Claim:
     def name(self) -> str:
         return self.target.name
 
-    def questions(self, hook: EvidenceHook) -> Questions:
+    def questions(self, hook: EvidenceHook) -> EvalTasks:
         phrasing = unseen_phrasing(hook) if self.unseen else hook.needle
         lengths = hook.heldout_lengths if self.losses else ()
-        return Questions(phrasing if self.grid else None, lengths, hook.heldout_windows)
+        return EvalTasks(phrasing if self.grid else None, lengths, hook.heldout_windows)
 
 
-def behaviour(targets: Sequence[Target], hook: EvidenceHook, ground: Ground, out: Path) -> None:
+def behaviour(targets: Sequence[EvalTarget], hook: EvidenceHook, heldout: HeldoutText, out: Path) -> None:
     """Write behaviour.json: each model's loss on short held-out text of the kind that the sibling was tuned on."""
     stored, length = out / "behaviour.json", hook.heldout_lengths[0]
-    names = {target.name: identity(target.path) for target in targets}
-    key = key_of({"models": names, "ground": ground.key, "windows": [length, hook.heldout_windows]})
-    if standing(stored, key) is not None:
+    names = {target.name: folder_fingerprint(target.path) for target in targets}
+    key = fingerprint_of({"models": names, "ground": heldout.key, "windows": [length, hook.heldout_windows]})
+    if load_result(stored, key) is not None:
         return
-    rows = loss.held_out_rows(ground, length, hook.heldout_windows)
+    rows = loss.held_out_rows(heldout, length, hook.heldout_windows)
     found = {}
     for target in targets:
         model = load_plain(target.path, target.rope, target.window)
         found[target.name] = float(loss.token_losses(model, rows).mean())
-    keep(stored, key, {"losses": found})
+    store_result(stored, key, {"losses": found})
 
 
 def unseen_phrasing(hook: EvidenceHook) -> NeedleConfig | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from longctx.eval.examine import Result
+from longctx.eval.evaluate import EvalResult
 from longctx.eval.picture import Panel, draw
 
 # Upper row: the base, its controls and the extended model. Lower row: the sibling without and with the adapter, and the
@@ -13,7 +13,7 @@ from longctx.eval.picture import Panel, draw
 ORDER = ("base", "theta_only", "control", "extended", "sibling", "merged", "unseen")
 
 
-def draw_proof(results: Mapping[str, Result], path: Path) -> None:
+def draw_proof(results: Mapping[str, EvalResult], path: Path) -> None:
     """Draw one panel for each result that has a grid."""
     chosen = [results[name] for name in ORDER if name in results]
     panels = [Panel(result.grid, result.target.title, result.window) for result in chosen if result.grid is not None]

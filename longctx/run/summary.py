@@ -10,7 +10,7 @@ from typing import Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
-from longctx.eval.examine import Result
+from longctx.eval.evaluate import EvalResult
 from longctx.storage.files import write_text
 
 LIBRARIES = (
@@ -29,7 +29,7 @@ def write_summary(
     config: TrainConfig,
     folder: Path,
     stages: list[dict[str, Any]],
-    results: Mapping[str, Result],
+    results: Mapping[str, EvalResult],
     seconds: float,
 ) -> dict[str, Any]:
     """Write RUN/summary.json and return it.
@@ -101,7 +101,7 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _by_stage(results: Mapping[str, Result], stages: list[dict[str, Any]]) -> dict[str, Any]:
+def _by_stage(results: Mapping[str, EvalResult], stages: list[dict[str, Any]]) -> dict[str, Any]:
     names = {"base": "base", **{s["stage"]: f"stage_{s['stage']}" for s in stages[:-1]}}
     names[stages[-1]["stage"]] = "extended"
     return {stage: results[name].losses for stage, name in names.items() if name in results}

@@ -1,1 +1,1 @@
-"""`longctx theta`: thetas by every rule, what they support, and a search for better ones."""
+"""`longctx theta`: compute theta by every rule, the lengths that each supports, and search for a better theta."""

@@ -1,8 +1,7 @@
-"""Narrowing on log theta: an even grid around the rule's value, wider where the best lies on its edge, then
-golden section around the best (Kiefer 1953).
+"""Minimize a score over log theta: an even grid around a rule's value, then golden section (Kiefer 1953).
 
-Pure: the loss is a function of an integer theta, asked at most once each, so that a search whose trials were
-written down replays them and goes on.
+The grid is widened while its best value lies on its edge. The score is a function of an integer theta and is asked at
+most once for each value, so a search can replay stored trials and continue.
 """
 
 from __future__ import annotations
@@ -12,12 +11,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _GOLDEN = (3 - math.sqrt(5)) / 2  # 0.382
-_CLOSE = 1.02  # thetas nearer than 2 % are the same theta
+_CLOSE = 1.02  # thetas that differ by less than 2 % count as equal
 
 
 @dataclass(frozen=True)
-class Found:
-    """tried: score by theta. edge: the best is the lowest or highest tried ("low", "high"), else None."""
+class BestTheta:
+    """The theta with the lowest score; `tried` holds all scores by theta.
+
+    edge: "low" or "high" when the best theta is the lowest or highest one tried, otherwise None.
+    """
 
     theta: int
     score: float
@@ -35,13 +37,12 @@ def narrow(
     attempts: int,
     lowest: int = 2,
     say: Callable[[str], None] = lambda text: None,
-) -> Found:
-    """The theta with the lowest score.
+) -> BestTheta:
+    """Find the theta with the lowest score.
 
-    score(theta, phase): phase is "grid", "widen" or "golden". The grid has `points` thetas from center /
-    bracket to center * bracket, none under `lowest`, and center itself. Up to `attempts` times a best value
-    on the edge moves the bracket further that way; then `rounds` golden-section steps between the neighbours
-    of the best.
+    score(theta, phase): phase is "grid", "widen" or "golden". The grid has `points` thetas from center / bracket to
+    center * bracket, but none below `lowest`, and center itself. While the best theta lies on the edge, the grid is
+    extended in that direction, at most `attempts` times. Then `rounds` golden-section steps follow around the best.
     """
     tried: dict[int, float] = {}
 
@@ -68,7 +69,7 @@ def narrow(
             break
         ask(asked, "golden")
     best = _best(tried)
-    return Found(best, tried[best], dict(sorted(tried.items())), _edge(tried, lowest))
+    return BestTheta(best, tried[best], dict(sorted(tried.items())), _edge(tried, lowest))
 
 
 def _best(tried: dict[int, float]) -> int:
@@ -76,7 +77,7 @@ def _best(tried: dict[int, float]) -> int:
 
 
 def _edge(tried: dict[int, float], lowest: int) -> str | None:
-    """The edge the best lies on; the lowest theta that is allowed at all is not one."""
+    """Return the edge on which the best theta lies; the lowest allowed theta does not count as an edge."""
     best = _best(tried)
     if best == max(tried):
         return "high"
@@ -84,7 +85,7 @@ def _edge(tried: dict[int, float], lowest: int) -> str | None:
 
 
 def _golden(thetas: list[int], best: int) -> float | None:
-    """The next theta: 0.382 into the wider gap beside the best, on log theta; None when both are closed."""
+    """Return the next theta, 0.382 into the wider gap next to the best on log theta; None when both are narrow."""
     at = thetas.index(best)
     gaps = [(thetas[side] / best, thetas[side]) for side in (at - 1, at + 1) if 0 <= side < len(thetas)]
     if not gaps:

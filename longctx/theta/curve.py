@@ -1,4 +1,4 @@
-"""The picture of a search: both losses over theta, the rule's value and the chosen one marked."""
+"""Draw a search: both losses over theta, with marks at the rule's theta and the chosen one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from longctx.theta.trials import Trial
 
 
 def draw_curve(trials: Sequence[Trial], *, rule: int, best: int, length: int, path: Path) -> None:
-    """Loss against theta on a log axis, as a PNG at `path`."""
+    """Write a PNG of the losses over theta, with a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")

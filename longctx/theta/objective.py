@@ -1,8 +1,9 @@
-"""What a theta is judged by: the loss of a model on weighted tokens, by the ring forward when there are
-several ranks.
+"""The objective of a theta search: a model's loss on weighted tokens, with ring attention over several ranks.
 
-Optionally after a few optimizer steps at that theta, which are undone afterwards: every candidate begins with
-the same weights. Shapes: B = 1, S tokens of the stage, n of them on this rank.
+Each candidate may first be trained for a few optimizer steps. They are undone afterwards, so every candidate starts
+from the same weights.
+
+B = 1 sequence, S tokens of the stage, n of them on this rank.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from longctx.config.model import MemoryConfig
 from longctx.model import LossModel, set_rope
 from longctx.model.loss import IGNORED
-from longctx.theta.material import Material, Weighted
+from longctx.theta.search_data import SearchData, WeightedSequence
 
 if TYPE_CHECKING:
     from longctx.attention import ContextParallel
@@ -26,15 +27,15 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Adapt:
-    """Optimizer steps per candidate: one sequence each, AdamW at rate lr, gradients clipped to norm 1."""
+class Adaptation:
+    """Optimizer steps per candidate: one sequence a step, AdamW with rate lr, gradients clipped to norm 1."""
 
-    sequences: list[Weighted]
+    sequences: list[WeightedSequence]
     lr: float
 
 
 class Objective:
-    """Losses of one model at any rope, equal on all ranks. model: loaded with attention `longctx`."""
+    """Computes the losses of one model, loaded with attention `longctx`, at any rope; all ranks get equal losses."""
 
     def __init__(
         self,
@@ -49,17 +50,17 @@ class Objective:
         self.model = LossModel(model, memory)
 
     def losses(
-        self, rope: Mapping[str, Any], material: Material, adapt: Adapt | None = None
+        self, rope: Mapping[str, Any], data: SearchData, adapt: Adaptation | None = None
     ) -> tuple[float, float | None]:
-        """(last-quarter loss of the texts, answer loss of the needles), nats per token, at this rope."""
-        window = len(material.texts[0].tokens)
+        """Return (loss on the texts' last quarter, loss on the needles' answers) at this rope, in nats per token."""
+        window = len(data.texts[0].tokens)
         set_rope(self.hf, rope, window, precision=self.precision)
         with self._adapted(adapt) if adapt and adapt.sequences else _nothing(), torch.no_grad():
-            texts = self._mean(material.texts)
-            needles = self._mean(material.needles) if material.needles else None
+            texts = self._mean(data.texts)
+            needles = self._mean(data.needles) if data.needles else None
         return texts, needles
 
-    def _mean(self, sequences: Sequence[Weighted]) -> float:
+    def _mean(self, sequences: Sequence[WeightedSequence]) -> float:
         total = weight = 0.0
         self.model.eval()
         for sequence in sequences:
@@ -69,7 +70,7 @@ class Objective:
         total, weight = self.ranks.broadcast(self.ranks.sum([total, weight]))
         return total / weight
 
-    def _forward(self, sequence: Weighted) -> Any:
+    def _forward(self, sequence: WeightedSequence) -> Any:
         tokens = torch.from_numpy(sequence.tokens)
         labels = torch.cat([tokens[1:], tokens.new_full((1,), IGNORED)])
         weights = torch.from_numpy(np.append(sequence.weights[1:], np.float32(0)))
@@ -83,8 +84,8 @@ class Objective:
         return self.model(local[0], layout.positions.to(device), local[1], local[2], layout)
 
     @contextmanager
-    def _adapted(self, adapt: Adapt) -> Iterator[None]:
-        """The model after the steps, inside; its own weights again, after."""
+    def _adapted(self, adapt: Adaptation) -> Iterator[None]:
+        """Train the model for the adaptation steps; its weights are restored on leaving the context."""
         parameters = [p for p in self.hf.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(parameters, lr=adapt.lr, betas=(0.9, 0.95), weight_decay=0.0)

@@ -1,6 +1,6 @@
-"""`longctx theta`: reads config.json and the curriculum, prints the table, the lines to paste, and a picture.
+"""`longctx theta`: print thetas by every rule and the lines for config.json, and draw wavelengths.
 
-Without search=true neither torch nor transformers is imported: numpy alone answers, in a second or two.
+Without search=true it needs numpy alone and answers in a second or two; torch and transformers are not imported.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from pathlib import Path
 
 from longctx.config.theta import ThetaConfig
 from longctx.console import emit, emit_json, say, warn
+from longctx.theta.inputs import starting_rope, target_stages
 from longctx.theta.show import document, paste_text, picture, rule_table, stage_table
-from longctx.theta.start import starting_rope, target_stages
 from longctx.theta.table import rows
 
 
 def run(config: ThetaConfig) -> int:
-    """The verb. Raises UserError for everything that cannot be."""
+    """Run the verb; returns the exit status. Raises UserError for settings that contradict each other."""
     rope = starting_rope(config)
     stages, chosen_by = target_stages(config, rope)
     if config.search:

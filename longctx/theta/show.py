@@ -1,4 +1,4 @@
-"""How the rows look: a table for people, a document for programs, a picture of wavelengths."""
+"""Present the rows of `longctx theta`: tables for people, a JSON document, and a picture of wavelengths."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import numpy as np
 from longctx.rope import RULES, THETA_ONLY, Rope, wavelengths
 from longctx.rope.config import new_keys, old_keys
 from longctx.storage.files import save_figure
-from longctx.theta.table import Alternative, Row
+from longctx.theta.table import Alternative, StageRow
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def document(rope: Rope, rows: Sequence[Row]) -> dict[str, Any]:
-    """The JSON document: `stages` in order, and the last stage's config lines in both styles."""
+def document(rope: Rope, rows: Sequence[StageRow]) -> dict[str, Any]:
+    """Return the JSON document: the model, the stages in order, and the last stage's config lines in both styles."""
     last = rows[-1]
     return {
         "model": {
@@ -38,8 +38,8 @@ def document(rope: Rope, rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def stage_table(rows: Sequence[Row]) -> Table:
-    """One line per stage."""
+def stage_table(rows: Sequence[StageRow]) -> Table:
+    """Make the table with one line per stage."""
     table = _table("Stages", ("stage", "tokens", "rule", "theta", "supported", "dims", "bound"))
     for row in rows:
         table.add_row(
@@ -59,8 +59,8 @@ def stage_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def rule_table(rows: Sequence[Row]) -> Table:
-    """Every other rule over the same stages: its theta where it changes theta, and what it supports."""
+def rule_table(rows: Sequence[StageRow]) -> Table:
+    """Make the table of every rule over the same stages: its theta, if it changes theta, and the supported length."""
     table = _table("The same stages by every rule", ("rule", *(row.name for row in rows)))
     for name in RULES:
         if name in rows[0].rules:
@@ -79,8 +79,8 @@ def _table(title: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def paste_text(rows: Sequence[Row]) -> str:
-    """The last stage's lines for config.json, both styles."""
+def paste_text(rows: Sequence[StageRow]) -> str:
+    """Return the last stage's lines for config.json, in the styles of transformers 5 and 4."""
     last = rows[-1]
     new = json.dumps(new_keys(last.rope_parameters, last.seq_len), indent=2)
     old = json.dumps(old_keys(last.rope_parameters, last.seq_len), indent=2)
@@ -103,8 +103,8 @@ def _alternative(name: str, found: Alternative, needed: int) -> str:
     return f"{found.theta:.0f}\n{supported}" if name in THETA_ONLY else supported
 
 
-def picture(rope: Rope, rows: Sequence[Row], path: Path) -> None:
-    """Wavelength per dimension pair against the window, before and after each stage, as a PNG at `path`."""
+def picture(rope: Rope, rows: Sequence[StageRow], path: Path) -> None:
+    """Write a PNG of the wavelength per dimension pair, before and after each stage, with the windows as lines."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,9 +1,7 @@
-"""The rows of `longctx theta`: for each stage the chosen theta beside every other rule's, and what each
-supports.
+"""The rows of `longctx theta`: for each stage the chosen theta, and what every other rule gives instead.
 
-Every column of "other rules" is a whole curriculum of its own: the rule begins at the model and, where it
-goes from stage to stage, continues from its own previous value, so that the numbers are those the rule's
-users quote.
+Each other rule is applied to the whole curriculum by itself: it starts at the model, and a rule that goes from stage
+to stage continues from its own previous theta. So the numbers are those that a user of that rule gets.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ from longctx.rope import (
 
 @dataclass(frozen=True)
 class Alternative:
-    """What another rule gives at a stage; why: the reason when it gives nothing."""
+    """The result of another rule at a stage; `why` is the reason when the rule does not apply."""
 
     theta: float | None = None
     supported_length: int | None = None
@@ -39,8 +37,12 @@ class Alternative:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One stage. supported_length: None when no distance up to checked_to fails. dims: two a pair."""
+class StageRow:
+    """One stage of the table.
+
+    Lengths are in tokens. supported_length: None when theta supports every distance up to checked_to. dims, dims_*:
+    numbers of rotary dimensions, two for each pair.
+    """
 
     name: str
     seq_len: int
@@ -59,8 +61,8 @@ class Row:
     warnings: tuple[str, ...] = ()
 
 
-def rows(stages: Sequence[Stage], rope: Rope, rules: Sequence[str]) -> list[Row]:
-    """A row per resolved stage. rope: the model's own. rules: what chose each stage's theta."""
+def rows(stages: Sequence[Stage], rope: Rope, rules: Sequence[str]) -> list[StageRow]:
+    """Make a row for each resolved stage. rope: the model's. rules: the name of each stage's rule."""
     lengths = [stage.seq_len for stage in stages]
     others = {name: alternatives(name, rope, lengths) for name in RULES if name != "longrope"}
     before, found = rope, []
@@ -69,7 +71,7 @@ def rows(stages: Sequence[Stage], rope: Rope, rules: Sequence[str]) -> list[Row]
         limit = max(2**20, stage.seq_len)
         supported = supported_length(after.frequencies(), limit)
         found.append(
-            Row(
+            StageRow(
                 name=stage.name,
                 seq_len=stage.seq_len,
                 start_window=stage.start_window,
@@ -92,7 +94,7 @@ def rows(stages: Sequence[Stage], rope: Rope, rules: Sequence[str]) -> list[Row]
 
 
 def alternatives(name: str, rope: Rope, lengths: Sequence[int]) -> list[Alternative]:
-    """What rule `name` gives at each length, going its own way from the model's rope."""
+    """Apply rule `name` to each length in turn, starting from the model's rope."""
     rule = make_rule(name, {})
     found: list[Alternative] = []
     at = rope
@@ -114,6 +116,6 @@ def _warnings(stage: Stage, supported: int | None) -> tuple[str, ...]:
         return ()
     return (
         f"{stage.name}: theta {stage.theta:,.0f} supports {supported:,} tokens, fewer than the stage's "
-        f"{stage.seq_len:,} (2405.14591): beyond that distance RoPE prefers far tokens that are unlike to "
-        "those that are alike; take a larger theta",
+        f"{stage.seq_len:,} (2405.14591): beyond that distance RoPE gives dissimilar tokens more weight than similar "
+        "ones; take a larger theta",
     )

@@ -1,7 +1,7 @@
-"""Every trial of a search as one line of JSON, written as it ends, so that an interrupted search goes on.
+"""The trials of a search, one line of JSON each, written when a trial ends so that an interrupted search continues.
 
-A line belongs to the search whose key it carries: a hash of all that makes two losses comparable. A last line
-that was cut off is dropped, with a word about it.
+Each line holds the fingerprint of its search; trials with another fingerprint are ignored. An incomplete last line is
+removed, with a message.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from longctx.console import say
 
 @dataclass(frozen=True)
 class Trial:
-    """One theta tried: loss of the window's last quarter and of the needles' answers, in nats per token."""
+    """One trial of a theta: the loss on the texts' last quarter and on needle answers, in nats per token."""
 
     theta: int
     last_quarter_loss: float
@@ -25,12 +25,12 @@ class Trial:
     seconds: float
 
     def score(self, needle_weight: float) -> float:
-        """What the search lowers."""
+        """Return the score that the search minimizes."""
         return self.last_quarter_loss + needle_weight * (self.needle_loss or 0.0)
 
 
 class TrialFile:
-    """trials.jsonl of one search; `done` holds its finished trials by theta."""
+    """The trials file of one search; `done` holds the finished trials by theta."""
 
     def __init__(self, path: Path, key: str) -> None:
         self.path, self.key = path, key
@@ -49,20 +49,20 @@ class TrialFile:
                 mine = values.pop("key") == self.key
                 trial = Trial(**values)
             except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError, AttributeError):
-                say(f"{self.path}: line {number} is no trial and is passed over")
+                say(f"{self.path}: line {number} is no trial and is ignored")
                 continue
             if mine:
                 self.done[trial.theta] = trial
             others += not mine
         if len(whole) != len(content):
-            say(f"{self.path}: the last line was cut off; going on after the {len(self.done)} whole ones")
+            say(f"{self.path}: the last line is incomplete; continuing after {len(self.done)} complete ones")
             with self.path.open("r+b") as stream:
                 stream.truncate(len(whole))
         if others:
-            say(f"{self.path}: {others} trials of another model, stage or setting are passed over")
+            say(f"{self.path}: {others} trials of another model, stage or setting are ignored")
 
     def add(self, trial: Trial) -> None:
-        """Append a trial; it is on the disk when this returns."""
+        """Append a trial and sync it to the disk."""
         with self.path.open("a") as stream:
             stream.write(json.dumps({"key": self.key, **asdict(trial)}) + "\n")
             stream.flush()

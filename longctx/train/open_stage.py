@@ -27,7 +27,7 @@ from longctx.train.preflight import cache_folder
 if TYPE_CHECKING:
     from longctx.config.train import TrainConfig
     from longctx.curriculum import Stage
-    from longctx.data.index import Split
+    from longctx.data.corpus import Split
     from longctx.model import LossModel
 
 

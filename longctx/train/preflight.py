@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.data.check import check_sources, sources_of
-from longctx.data.opening import choose_mix
+from longctx.data.stage_opening import choose_mix
 from longctx.data.tokenizer import check_tokenizer_of
 from longctx.decide import Machines, decide_all
 from longctx.errors import UserError

@@ -112,7 +112,7 @@ def prepare_data(config: TrainConfig, stages: list[Stage], tokenizer: Any) -> No
 
     A later stage whose data cannot be trained is thus refused before the first one begins.
     """
-    from longctx.data.opening import check_stages
+    from longctx.data.stage_opening import check_stages
 
     left = [stage for stage in stages if not (Path(config.folder) / "stages" / stage.name / "finished.json").exists()]
     check_stages(

@@ -26,7 +26,7 @@ from longctx import dtype as dtypes
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError
-from longctx.identity import MODEL, TOKENIZER, contents
+from longctx.fingerprint import MODEL, TOKENIZER, content_hashes
 from longctx.signals import sweep
 from longctx.storage.files import write_text
 
@@ -221,9 +221,9 @@ def _inputs(config: TrainConfig) -> dict[str, dict[str, str]]:
     """Hashes of the files that identity keys name; those of documents are added when a stage opens them."""
     model = config.model.path
     return {
-        "model.path": contents(model, MODEL),
-        "model.tokenizer": contents(config.model.tokenizer or model, TOKENIZER),
-        "curriculum.theta_file": contents(config.curriculum.theta_file),
+        "model.path": content_hashes(model, MODEL),
+        "model.tokenizer": content_hashes(config.model.tokenizer or model, TOKENIZER),
+        "curriculum.theta_file": content_hashes(config.curriculum.theta_file),
     }
 
 

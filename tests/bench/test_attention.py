@@ -6,7 +6,7 @@ import torch
 from longctx.bench.attention import measure_cpu
 from longctx.bench.attention_case import AttentionCase
 from longctx.bench.attention_virtual import measure
-from longctx.bench.workers import Team
+from longctx.bench.workers import WorkerGroup
 from longctx.config.bench import BenchAttentionConfig
 from longctx.errors import RunFailed, UserError
 
@@ -21,7 +21,7 @@ def echo(rank, world, port, settings):
 
 
 def test_a_team_answers_in_rank_order_and_reports_failures():
-    with Team(2, 1, echo, "settings") as team:
+    with WorkerGroup(2, 1, echo, "settings") as team:
         assert team.order("hello") == [(0, 2, "settings", "hello"), (1, 2, "settings", "hello")]
         with pytest.raises(RunFailed, match="asked to fail"):
             team.order("fail")

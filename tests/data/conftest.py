@@ -62,14 +62,14 @@ def model(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def writer(tokenizer):
-    from longctx.data.writer import Writer
+    from longctx.data.haystack import NeedleWriter
 
-    return Writer(tokenizer)
+    return NeedleWriter(tokenizer)
 
 
 def text_haystack(texts, writer):
     """A haystack over a few texts; long requests repeat them."""
-    from longctx.data.writer import token_haystack
+    from longctx.data.haystack import token_haystack
 
     return token_haystack(np.concatenate([writer.tokens(text) for text in texts]), writer.newline_after)
 

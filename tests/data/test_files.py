@@ -61,7 +61,7 @@ def test_ranges_of_a_file_give_every_line_once_by_its_byte(tmp_path, monkeypatch
     documents, tally = _read_all(path, "x.jsonl")
     begins = [0, *accumulate(map(len, lines))]
     assert [d.id for d in documents] == [f"x.jsonl:byte{at}" for at in begins[:60]]
-    assert [str(d.place) for d in documents] == [f"x.jsonl:{i + 1}" for i in range(60)]
+    assert [str(d.location) for d in documents] == [f"x.jsonl:{i + 1}" for i in range(60)]
     assert [len(d.content) for d in documents] == [i % 13 for i in range(60)]
     assert tally.seen == 60
 

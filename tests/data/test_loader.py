@@ -81,7 +81,7 @@ layouts = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.i
 @given(data=st.data())
 def test_kills_and_other_world_sizes_lose_and_repeat_nothing(data, stages):
     """Random dp, cp, batch and prefetch, changed at every resume, over two stages: the documents consumed are
-    exactly the plan's."""
+    exactly the packing's."""
     for stage in stages:
         cursor, seen = 0, []
         while cursor < SEQUENCES:
@@ -94,11 +94,11 @@ def test_kills_and_other_world_sizes_lose_and_repeat_nothing(data, stages):
             cursor, more = _consume(stage, cursor, steps, batch, dp, cp, ahead)
             seen += more
         assert sorted(seen) == list(range(SEQUENCES))
-        plan = Counter(stage.plan.names[s] for s in stage.plan.source)
+        packing = Counter(stage.packing.names[s] for s in stage.packing.source)
         consumed = _multiset(stage, seen)
         assert consumed == _multiset(stage, range(SEQUENCES))
-        assert sum(consumed.values()) == len(stage.plan.source)
-        assert Counter(name.split(":")[0] for name, n in consumed.items() for _ in range(n)) == plan
+        assert sum(consumed.values()) == len(stage.packing.source)
+        assert Counter(name.split(":")[0] for name, n in consumed.items() for _ in range(n)) == packing
 
 
 @pytest.mark.parametrize("per", [1, 2])

@@ -11,8 +11,8 @@ from longctx.config.base import build
 from longctx.config.data import DataConfig, SourceConfig
 from longctx.data.documents import Tally
 from longctx.data.files import read
-from longctx.data.opening import open_source
 from longctx.data.sources import source_units
+from longctx.data.stage_opening import open_source
 from longctx.errors import UserError
 
 ROWS = [f"Row {number} of a dataset says that {number} is {number}." for number in range(30)]

@@ -12,7 +12,7 @@ import pytest
 from longctx.config.base import build
 from longctx.config.data import DataConfig
 from longctx.data import open_stage
-from longctx.data.index import Corpus
+from longctx.data.corpus import Corpus
 from longctx.data.prepare import build_source
 from longctx.errors import UserError
 
@@ -304,12 +304,12 @@ import os
 from pathlib import Path
 from longctx.config.base import build
 from longctx.config.data import DataConfig
-from longctx.data import crew, prepare
+from longctx.data import prepare, worker_pool
 from transformers import AutoTokenizer
 
 started = []
-hire = crew._hire
-crew._hire = lambda team: started.append(1) or hire(team)
+start = worker_pool._start_worker
+worker_pool._start_worker = lambda workers: started.append(1) or start(workers)
 data = build(DataConfig, {{"sources": {{"books": {{"kind": "text", "path": {folder!r}}}}},
                           "mixes": {{"m": {{"books": 1.0}}}}}}, origin="script")
 tokenizer = AutoTokenizer.from_pretrained(Path(prepare.__file__).parents[1] / "assets" / "tiny")
@@ -342,9 +342,9 @@ def test_worker_processes_write_what_one_process_writes(tmp_path, tokenizer, mon
     config = _config(tmp_path / "d")
     alone, _ = build_source("books", config, tokenizer, tmp_path / "one", workers=1)
     monkeypatch.setattr(prepare, "_INLINE", 0)
-    crew, _ = build_source("books", config, tokenizer, tmp_path / "two", workers=2)
-    assert [path.name for path in alone] == [path.name for path in crew]
-    for a, b in zip(alone, crew, strict=True):
+    parallel, _ = build_source("books", config, tokenizer, tmp_path / "two", workers=2)
+    assert [path.name for path in alone] == [path.name for path in parallel]
+    for a, b in zip(alone, parallel, strict=True):
         for name in ("tokens.bin", "starts.npy", "names.bin", "buckets.npy"):
             assert (a / name).read_bytes() == (b / name).read_bytes()
 
@@ -353,10 +353,11 @@ def test_worker_processes_write_what_one_process_writes(tmp_path, tokenizer, mon
 def shard(tmp_path):
     """A shard with every file a shard can have."""
     from longctx.data.documents import Tally
-    from longctx.data.shard import Row, write_shard
+    from longctx.data.shard import TokenizedDocument, write_shard
 
     rows = [
-        Row(f"talk{n}", f"talk{n}", np.arange(30, dtype=np.uint16), np.arange(30, dtype=np.uint8) % 2) for n in range(6)
+        TokenizedDocument(f"talk{n}", f"talk{n}", np.arange(30, dtype=np.uint16), np.arange(30, dtype=np.uint8) % 2)
+        for n in range(6)
     ]
     write_shard(tmp_path / "shard", rows, np.uint16, masked=True, tally=Tally())
     return tmp_path / "shard"
@@ -399,7 +400,8 @@ def test_all_of_a_shard_is_on_the_disk_before_its_meta_is_written(tmp_path, monk
 
     def fsync(descriptor):
         path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        synced.append((path.name, (path / "meta.json").exists() if path.is_dir() else None))
+        if "shards" in path.parts:  # not the memo of file hashes
+            synced.append((path.name, (path / "meta.json").exists() if path.is_dir() else None))
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
@@ -518,7 +520,7 @@ def test_held_out_documents_too_short_for_the_policy_are_read_as_they_come(books
         held = _corpus(config, tokenizer, tmp_path / "c", "heldout")
         assert 0 < held.lengths.max() < 4096
         stage = _open(config, tokenizer, tmp_path / "c", seq_len=4096, sequences=3)
-        assert stage.plan.length.max() == 4096
+        assert stage.packing.length.max() == 4096
         assert "held-out" not in capsys.readouterr().err
         stage = _open(config, tokenizer, tmp_path / "c", seq_len=4096, sequences=3, split="heldout", stage=str(length))
         assert len(stage) == 3
@@ -552,7 +554,7 @@ def test_without_held_out_documents_there_is_no_held_out_loss(books, tmp_path, c
 def test_every_stage_is_planned_before_the_first(books, cache, tokenizer):
     from dataclasses import dataclass
 
-    from longctx.data.opening import check_stages
+    from longctx.data.stage_opening import check_stages
 
     @dataclass
     class Stage:
@@ -578,14 +580,14 @@ def test_every_stage_is_planned_before_the_first(books, cache, tokenizer):
 
 def test_what_a_stage_cuts_and_repeats_is_counted_once_from_its_plan(books, cache, tokenizer):
     stage = _open(_config(books[0]), tokenizer, cache, seq_len=256, sequences=60)
-    plan, lengths = stage.plan, stage._corpora["books"].lengths
-    whole = {int(d) for d in plan.document}
-    cut = {int(d) for d, n in zip(plan.document, plan.length, strict=True) if n < lengths[d]}
+    packing, lengths = stage.packing, stage._corpora["books"].lengths
+    whole = {int(d) for d in packing.document}
+    cut = {int(d) for d, n in zip(packing.document, packing.length, strict=True) if n < lengths[d]}
     stats = stage.stats()
     assert 0 < len(cut) < len(whole)
     assert stats["cut"] == len(cut) / len(whole)
-    assert stats["padding"] == plan.padding
-    assert stats["epochs"] == {"books": plan.use["books"].epochs}
+    assert stats["padding"] == packing.padding
+    assert stats["epochs"] == {"books": packing.use["books"].epochs}
     assert stage.stats() is stats
 
 
@@ -603,7 +605,7 @@ def test_filters_by_length_need_no_new_tokens(books, cache, tokenizer):
 def test_needles_in_a_stage_use_keys_of_their_split_and_its_own_straw(books, cache, tokenizer):
     import re
 
-    from longctx.data.keys import split_of
+    from longctx.data.needle_keys import split_of
 
     folder, _ = books
     mix = {"needles": 1.0}

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from longctx.config.base import build
 from longctx.config.data import SynthTask
-from longctx.data.keys import draw_keys, split_of
+from longctx.data.haystack import NeedleWriter, token_haystack
+from longctx.data.needle_keys import draw_keys, split_of
 from longctx.data.synth import make_task
-from longctx.data.writer import Writer, token_haystack
 from longctx.errors import UserError
 
 from .conftest import make_tokenizer, text_haystack
@@ -159,7 +159,7 @@ def test_own_phrasing_and_a_tokenizer_that_joins_space_and_digits(straw):
         vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator([f"is {n}" for n in range(10**5, 10**5 + 3000)], trainer)
-    writer = Writer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    writer = NeedleWriter(PreTrainedTokenizerFast(tokenizer_object=backend))
     task = SynthTask(needle="Vault {value} opens for {key}!", question="{key} opens vault {value}, she said.")
     document = make_task(
         task,
@@ -180,7 +180,7 @@ def test_own_phrasing_and_a_tokenizer_that_joins_space_and_digits(straw):
 def test_what_cannot_be_made_is_refused(straw, writer):
     with pytest.raises(UserError, match=r"needs .* tokens, and length=20"):
         _make(SynthTask(), 20, 0, straw, writer)
-    with pytest.raises(UserError, match="cannot stand twice"):
+    with pytest.raises(UserError, match="does not fit twice"):
         _make(SynthTask(kind="copy", segment=200), 300, 0, straw, writer)
     with pytest.raises(ValueError, match=r"must hold \{key\} once"):
         SynthTask(needle="no field")
@@ -189,7 +189,7 @@ def test_what_cannot_be_made_is_refused(straw, writer):
     with pytest.raises(ValueError, match="asks for more"):
         SynthTask(kind="needles", count=2, questions=3)
     with pytest.raises(UserError, match="fast tokenizer"):
-        Writer(object())
+        NeedleWriter(object())
 
 
 def test_thousands_of_short_documents_a_second(straw, writer):
@@ -203,7 +203,7 @@ def test_thousands_of_short_documents_a_second(straw, writer):
 
 
 def test_without_bos_the_document_begins_with_the_haystack(straw):
-    writer = Writer(make_tokenizer(bos=False))
+    writer = NeedleWriter(make_tokenizer(bos=False))
     document = make_task(
         SynthTask(depths=(0.5,)),
         200,

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from longctx.cli import main
-from longctx.data.keys import split_of
+from longctx.data.needle_keys import split_of
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from longctx.assets import tiny_model
 from longctx.config.compose import load
 from longctx.config.eval import EvalConfig
 from longctx.errors import UserError
-from longctx.eval.examine import window_of
+from longctx.eval.evaluate import window_of
 from longctx.eval.loss import by_position
 from longctx.eval.predict import load_plain
 from longctx.eval.run import run, target_of
@@ -126,7 +126,7 @@ def test_a_result_is_kept_until_its_own_model_or_question_changes(text, two):
     said = _spoken(config(*text, THREE.replace("1e6", "2e6"), f"out={out}"))[1]
     assert kept["base"].stat().st_mtime_ns == before["base"]
     assert kept["theta_only"].stat().st_mtime_ns > before["theta_only"]
-    assert "theta_only.json is of another model" in said
+    assert "theta_only.json belongs to another model" in said
 
 
 def test_an_interrupted_evaluation_goes_on_with_the_model_it_was_at(text, two, tmp_path):

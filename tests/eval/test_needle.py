@@ -13,8 +13,8 @@ import torch
 
 from longctx.assets import tiny_model
 from longctx.config.eval import NeedleConfig
-from longctx.data.keys import split_of
-from longctx.data.writer import Writer, token_haystack
+from longctx.data.haystack import NeedleWriter, token_haystack
+from longctx.data.needle_keys import split_of
 from longctx.eval import needle
 from longctx.eval.grid import from_json
 from longctx.eval.picture import Panel, draw
@@ -26,7 +26,7 @@ CONFIG = NeedleConfig(lengths=(384, 512), per_cell=2, seeds=(1, 2))
 def writer():
     from transformers import AutoTokenizer
 
-    return Writer(AutoTokenizer.from_pretrained(tiny_model()))
+    return NeedleWriter(AutoTokenizer.from_pretrained(tiny_model()))
 
 
 @pytest.fixture(scope="module")

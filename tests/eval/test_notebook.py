@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 import longctx
 from longctx.assets import tiny_model
 from longctx.config.eval import NeedleConfig
-from longctx.data.writer import Writer, token_haystack
+from longctx.data.haystack import NeedleWriter, token_haystack
 from longctx.errors import UserError
 from longctx.eval.needle import prompts
 
@@ -55,7 +55,7 @@ def test_another_family_is_asked_and_left_as_it_was(qwen: Any, tokenizer: Any, t
 
 def test_an_answer_counts_exactly_when_greedy_decoding_writes_it(llama: Any, tokenizer: Any):
     asked = NeedleConfig(lengths=(640,), depths=(0.0, 0.3, 0.6, 1.0), per_cell=4, seeds=(3,), single=True)
-    writer = Writer(tokenizer)
+    writer = NeedleWriter(tokenizer)
     haystack = token_haystack(writer.tokens(TEXT), writer.newline_after)
     written = np.zeros(4, int)
     for prompt in prompts(asked, writer, haystack):

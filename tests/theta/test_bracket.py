@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.identity import key_of
+from longctx.fingerprint import fingerprint_of
 from longctx.theta.bracket import narrow
 from longctx.theta.trials import Trial, TrialFile
 
@@ -94,7 +94,7 @@ def test_a_cut_off_last_line_is_dropped_and_the_file_goes_on(
     path.write_bytes(path.read_bytes()[:-cut])
     again = TrialFile(path, "a")
     assert again.done == {10: trial(10)}
-    assert "the last line was cut off" in capsys.readouterr().err
+    assert "the last line is incomplete" in capsys.readouterr().err
     again.add(trial(20))
     assert TrialFile(path, "a").done == {10: trial(10), 20: trial(20)}
 
@@ -111,4 +111,4 @@ def test_a_broken_line_in_the_middle_is_passed_over(tmp_path: Path, capsys: pyte
 
 
 def test_the_key_depends_on_every_value():
-    assert key_of({"a": 1, "b": 2}) == key_of({"b": 2, "a": 1}) != key_of({"a": 1, "b": 3})
+    assert fingerprint_of({"a": 1, "b": 2}) == fingerprint_of({"b": 2, "a": 1}) != fingerprint_of({"a": 1, "b": 3})

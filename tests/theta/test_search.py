@@ -96,7 +96,7 @@ def test_it_resumes_from_the_last_whole_line(
     file.write_text("\n".join(file.read_text().splitlines()[:-1]) + '\n{"key": "cut o')
     assert main(words(model_folder, text_folder, tmp_path / "again")) == 0
     printed = capsys.readouterr()
-    assert "the last line was cut off" in printed.err
+    assert "the last line is incomplete" in printed.err
     after = trials_of(tmp_path / "again")
     assert [t["seconds"] for t in after[:-1]] == [t["seconds"] for t in before[:-1]]
     assert after[-1]["theta"] == before[-1]["theta"]
@@ -125,7 +125,7 @@ def test_trials_of_other_weights_of_the_same_size_are_not_used(
     assert (other / "model.safetensors").stat().st_size == size
     assert main(words(other, text_folder, tmp_path / "again")) == 0
     before, after = trials_of(searched), trials_of(tmp_path / "again")
-    assert f"{len(before)} trials of another model, stage or setting are passed over" in capsys.readouterr().err
+    assert f"{len(before)} trials of another model, stage or setting are ignored" in capsys.readouterr().err
     assert after[0]["theta"] == after[len(before)]["theta"]
     assert after[0]["last_quarter_loss"] != after[len(before)]["last_quarter_loss"]
 
@@ -135,8 +135,9 @@ def test_tokenizer_and_precision_belong_to_a_trial(model_folder: Path, tmp_path:
     from longctx.config.data import DataConfig
     from longctx.config.model import ModelConfig
     from longctx.config.theta import ThetaConfig
-    from longctx.theta.search import _key, job_of
-    from longctx.theta.start import starting_rope, target_stages
+    from longctx.theta.inputs import starting_rope, target_stages
+    from longctx.theta.search import job_of
+    from longctx.theta.search_work import _key
 
     def key(**values: str) -> str:
         data = build(
@@ -178,14 +179,16 @@ def objective(model_folder: Path):
 
 
 def material(seed: int, length: int = 256):
-    from longctx.theta.material import Material, Weighted
+    from longctx.theta.search_data import SearchData, WeightedSequence
 
     rng = np.random.default_rng(seed)
     tail = (np.arange(length) >= length * 3 // 4).astype(np.float32)
     few = np.zeros(length, np.float32)
     few[[40, 200]] = 1.0
     tokens = [rng.integers(5, 400, length) for _ in range(3)]
-    return Material([Weighted(tokens[0], tail), Weighted(tokens[1], tail)], [Weighted(tokens[2], few)])
+    return SearchData(
+        [WeightedSequence(tokens[0], tail), WeightedSequence(tokens[1], tail)], [WeightedSequence(tokens[2], few)]
+    )
 
 
 def test_losses_are_plain_transformers(objective, model_folder: Path):
@@ -213,13 +216,13 @@ def test_losses_are_plain_transformers(objective, model_folder: Path):
 
 
 def test_adaptation_lowers_the_loss_and_is_undone(objective):
-    from longctx.theta.objective import Adapt
+    from longctx.theta.objective import Adaptation
 
     given = material(4)
     before = {name: p.detach().clone() for name, p in objective.hf.named_parameters()}
     plain = objective.losses(ROPE, given)
     everything = [replace(s, weights=np.ones_like(s.weights)) for s in given.texts]
-    adapted = objective.losses(ROPE, given, Adapt(everything * 3, 3e-3))
+    adapted = objective.losses(ROPE, given, Adaptation(everything * 3, 3e-3))
     assert adapted[0] < plain[0] - 0.05
     assert all(torch.equal(before[name], p) for name, p in objective.hf.named_parameters())
     assert objective.losses(ROPE, given) == plain
@@ -228,7 +231,7 @@ def test_adaptation_lowers_the_loss_and_is_undone(objective):
 def test_mistakes(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     for more, message in (
         (["trials.stage=s51"], "trials.stage='s51' is no stage; did you mean 's512'?"),
-        (["trials.bracket=1"], "trials: bracket=1.0 must be above 1"),
+        (["trials.bracket=1"], "trials: bracket=1 must be above 1"),
         (["to=1M"], "too few for documents of 1048576"),
         (["data=chat"], "data.mixes.default holds no text"),
         (["nproc=0"], "nproc=0 must be 1 or more ranks"),

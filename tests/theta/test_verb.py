@@ -152,7 +152,7 @@ def test_overrides_reach_the_table(capsys: pytest.CaptureFixture[str]):
         ([], "there is no model to start from: give model.path=FOLDER, or head_dim and theta and from"),
         (
             ["head_dim=128", "theta=500000", "from=8k"],
-            "nothing says how long the context shall become: give to=",
+            "the length to reach is missing: give to=",
         ),
         (["head_dim=127", "theta=500000", "from=8k", "to=64k"], "head_dim=127 must be even"),
         (["head_dim=128", "theta=500000", "from=8k", "to=4k"], "is shorter than the model's window of 8192"),

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from longctx.bench.faults_run import Watched
+from longctx.bench.faults_run import RunWatcher
 
 
-class Started(Watched):
+class Started(RunWatcher):
     """Any process that trains in a run's folder."""
 
     def __init__(self, run: Path, process: subprocess.Popen) -> None:

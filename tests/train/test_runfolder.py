@@ -188,14 +188,14 @@ def test_a_theta_file_is_known_by_its_content(tmp_path: Path) -> None:
 
 
 def test_a_file_is_read_again_only_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from longctx import identity
+    from longctx import fingerprint
 
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"abc")
-    first = identity.file_hashes([file])[file]
+    first = fingerprint.file_hashes([file])[file]
     with monkeypatch.context() as patched:
-        patched.setattr(identity, "_sha256", lambda path: pytest.fail("read again"))
-        assert identity.file_hashes([file])[file] == first
+        patched.setattr(fingerprint, "_sha256", lambda path: pytest.fail("read again"))
+        assert fingerprint.file_hashes([file])[file] == first
     file.write_bytes(b"abd")
     os.utime(file, ns=(1, 1))
-    assert identity.file_hashes([file])[file] != first
+    assert fingerprint.file_hashes([file])[file] != first

@@ -1,4 +1,4 @@
-"""Where `longctx theta` begins and where it shall go: a model or three numbers, a curriculum or a length."""
+"""Read the inputs of `longctx theta`: a model or three numbers to start from, a curriculum or a length to reach."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from longctx.errors import UserError
 from longctx.rope import DynamicNtk, ExplicitTheta, Rope, rope_of_model
 
 COMMAND = "the command line"
-_SEARCH_STRETCH = 16  # the length searched for when none is named, in windows
+_SEARCH_STRETCH = 16  # the length to search at by default, as a multiple of the window
 
 
 def starting_rope(config: ThetaConfig) -> Rope:
-    """The model's rope, or the one head_dim, theta and from describe, or what the curriculum was made for.
+    """Return the rope to start from: the model's, that of head_dim, theta and from, or the curriculum's own.
 
-    Raises UserError when none is given, or both.
+    Raises UserError when no start is given, or when a model and numbers are both given.
     """
     numbers = {"head_dim": config.head_dim, "theta": config.theta}
     if config.model is not None and any(value is not None for value in numbers.values()):
         given = ", ".join(name for name, value in numbers.items() if value is not None)
         raise UserError(
-            f"{given} and a model are both given; a model's config.json already says them. Leave one out ({COMMAND})"
+            f"{given} and a model are both given, and a model's config.json has these values; leave one out ({COMMAND})"
         )
     if config.model is not None:
         rope = rope_of_model(config.model)
@@ -44,7 +44,7 @@ def starting_rope(config: ThetaConfig) -> Rope:
 
 
 def target_stages(config: ThetaConfig, rope: Rope) -> tuple[list[Stage], list[str]]:
-    """The stages to show and what chose each one's theta."""
+    """Return the resolved stages, and the name of the rule that gives each one's theta."""
     curriculum, file = _curriculum(config, rope)
     stages = resolve(curriculum, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=file)
     return stages, ["explicit" if stage.rule == ExplicitTheta.name else stage.rule for stage in stages]
@@ -54,16 +54,13 @@ def _curriculum(config: ThetaConfig, rope: Rope) -> tuple[CurriculumConfig, str]
     if config.curriculum is not None:
         if config.to is not None or config.rule is not None:
             raise UserError(
-                "to and rule describe one step, but a curriculum is given as well; leave them out, or set "
-                "a stage's own rule: curriculum.stages.NAME.rule=ntk, or for all of them rope=ntk "
-                f"({COMMAND})"
+                "to and rule describe one step, but a curriculum is given as well; leave them out, or set a stage's "
+                f"own rule: curriculum.stages.NAME.rule=ntk, or for all of them rope=ntk ({COMMAND})"
             )
         return config.curriculum, "configs/curriculum and the command line"
     to = config.to or (rope.window * _SEARCH_STRETCH if config.search else None)
     if to is None:
-        raise UserError(
-            f"nothing says how long the context shall become: give to=131072, or curriculum=8k_to_1048k ({COMMAND})"
-        )
+        raise UserError(f"the length to reach is missing: give to=131072, or curriculum=8k_to_1048k ({COMMAND})")
     stage = StageConfig(seq_len=to, steps=1, batch=1)
     rule = config.rule or DynamicNtk()
     return (

@@ -1,7 +1,9 @@
-"""A source's documents as one indexed list: lengths at hand, tokens read from the memory map on demand.
+"""A source's tokenized documents as one indexed list: lengths are in memory, tokens stay in memory-mapped shards.
 
-Which documents are training and which are held out, and the token filters, are decided here and cost no
-tokenizing. D documents of this split.
+This module divides the documents into training and held-out and applies min_tokens and max_tokens; changing these
+settings needs no new tokenization.
+
+D documents of one split.
 """
 
 from __future__ import annotations
@@ -16,15 +18,15 @@ from longctx.config.data import SourceConfig
 from longctx.data.documents import Tally
 from longctx.data.shard import Shard
 from longctx.errors import UserError
-from longctx.identity import key_of
+from longctx.fingerprint import fingerprint_of
 
 Split = Literal["train", "heldout"]
 
 
 class Corpus:
-    """A source's documents of one split.
+    """The documents of a source that belong to one split.
 
-    lengths: int32 [D] tokens of each; tally: what reading met over both splits.
+    lengths: int32 [D], tokens of each document. tally: counts of the records read, over both splits.
     """
 
     def __init__(
@@ -56,13 +58,13 @@ class Corpus:
 
     @property
     def total(self) -> int:
-        """Tokens of all documents of this split."""
+        """The number of tokens of all documents of this split."""
         return int(self.lengths.sum(dtype=np.int64))
 
     @property
     def key(self) -> str:
-        """A hash of what the shards hold: each is named by its documents' content and the tokenizer."""
-        return key_of({"shards": [shard.folder.name for shard in self.shards]})
+        """A fingerprint of the shards; a shard's name is a hash of its documents' content and the tokenizer."""
+        return fingerprint_of({"shards": [shard.folder.name for shard in self.shards]})
 
     @property
     def largest_id(self) -> int:
@@ -72,20 +74,23 @@ class Corpus:
         return self.shards[self._shard[document]].name(int(self._within[document]))
 
     def read(self, document: int, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of a document: a view into the memory map, uint16 or uint32."""
+        """Return tokens [start, start + count) of a document as a view into the memory map, uint16 or uint32."""
         at = int(self._address[document]) + start
         return self.shards[self._shard[document]].tokens[at : at + count]
 
     def read_mask(self, document: int, start: int, count: int) -> np.ndarray | None:
-        """uint8, 1 where the assistant speaks; None for text."""
+        """Return the mask of the same tokens, uint8, 1 for an assistant token; None for a text source."""
         mask = self.shards[self._shard[document]].mask
         at = int(self._address[document]) + start
         return None if mask is None else mask[at : at + count]
 
 
 def held_out(buckets: np.ndarray, share: float) -> np.ndarray:
-    """Which documents are held out: those whose bucket lies below share x 2^32; where share > 0 but none
-    does, the group with the lowest bucket, so that a small folder has a held-out file too."""
+    """Return bool [D]: the documents whose bucket lies below share x 2^32 are held out.
+
+    When share > 0 but no bucket is that low, the group with the lowest bucket is held out, so that a small folder has
+    held-out text too. When all documents would be held out, none is.
+    """
     held = buckets < np.uint64(share * 2**32)
     if share > 0 and len(buckets) and not held.any():
         held = buckets == buckets.min()
@@ -93,23 +98,24 @@ def held_out(buckets: np.ndarray, share: float) -> np.ndarray:
 
 
 def check_tally(name: str, tally: Tally, max_bad: float, *, documents: int) -> None:
-    """Raises UserError when too much was broken, or nothing is left."""
+    """Raise UserError when more records are broken than `max_bad` allows, or when no document is left."""
     if tally.seen and tally.broken > max_bad * tally.seen:
         raise UserError(
             f"data.sources.{name}: {tally.broken} of {tally.seen} records are broken, more than "
-            f"data.max_bad={max_bad:g} allows: {'; '.join(tally.where)}; mend them, or raise data.max_bad to skip them"
+            f"data.max_bad={max_bad:g} allows: {'; '.join(tally.where)}; fix them, or raise data.max_bad to skip them"
         )
     if documents == 0:
         first = "; ".join(tally.where)
         raise UserError(
             f"data.sources.{name} has no usable document: of {tally.seen} records {tally.empty} are empty, "
-            f"{tally.special} are only special tokens, {tally.not_utf8} are not UTF-8, {tally.broken} are "
-            "broken" + (f" ({first})" if first else "") + "; give it documents with text, encoded as UTF-8"
+            f"{tally.special} are only special tokens, {tally.not_utf8} are not UTF-8, {tally.broken} are broken"
+            + (f" ({first})" if first else "")
+            + "; give it documents with text, encoded as UTF-8"
         )
 
 
 def describe_tally(name: str, tally: Tally) -> str | None:
-    """One sentence about what was skipped, or None when nothing was."""
+    """Return one sentence about the skipped records, or None when no record was skipped."""
     parts = [
         (tally.empty, "empty"),
         (tally.special, "only special tokens"),

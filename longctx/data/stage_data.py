@@ -1,8 +1,9 @@
-"""A stage's data as an indexable list: sequence i is a pure function of the config, the seed, the stage and
-i.
+"""The packed sequences of a stage; sequence i is a pure function of the config, the seed, the stage and i.
 
-Positions of a sequence can be read alone, so a rank of a context-parallel group touches only the pages of the
-memory map that hold its own tokens. S tokens of a sequence, n positions asked for.
+Single positions of a sequence can be read, so a rank of a context-parallel group touches only the pages of the memory
+map that hold its own tokens.
+
+S tokens of a sequence, n positions of a request.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ import numpy as np
 
 from longctx.config.data import DataConfig, SourceConfig
 from longctx.data.balance import balanced_order
-from longctx.data.index import Corpus, Split
+from longctx.data.corpus import Corpus, Split
+from longctx.data.haystack import NeedleWriter, corpus_haystack
 from longctx.data.mixing import rng_of
-from longctx.data.plan import Plan
+from longctx.data.stage_packing import StagePacking
 from longctx.data.synth import SynthDocument, make_task
-from longctx.data.writer import Writer, corpus_haystack
 from longctx.errors import UserError
 
 
 @dataclass(frozen=True)
 class PackedSequence:
-    """tokens int32 [S]; boundaries int32 [spans+1], 0 to S, where attention may not cross; weights float32
-    [S] of predicting tokens[i] (0 for the first of a document, and for padding); documents: their names, in
-    order."""
+    """A whole packed sequence.
+
+    tokens: int32 [S]. boundaries: int32 [spans+1], from 0 to S; attention does not cross them. weights: float32 [S],
+    the loss weight of predicting tokens[i], 0 for a document's first token and for padding. documents: the names of
+    the documents in order.
+    """
 
     tokens: np.ndarray
     boundaries: np.ndarray
@@ -41,8 +45,10 @@ class PackedSequence:
 
 @dataclass(frozen=True)
 class LocalSequence:
-    """A rank's part of a sequence: at each position the token int32 [n], the next token int64 [n] as its
-    label (-100 at the end) and the loss weight float32 [n] of that label; boundaries of the whole sequence.
+    """A rank's part of a packed sequence.
+
+    tokens: int32 [n]. labels: int64 [n], the token after each one, -100 at the end of the sequence. weights: float32
+    [n], the loss weights of the labels. boundaries: int32 [spans+1], of the whole sequence.
     """
 
     tokens: np.ndarray
@@ -52,11 +58,14 @@ class LocalSequence:
 
 
 @dataclass(frozen=True)
-class _Placed:
-    """The pieces of one sequence in order: number in the plan, where each ends, its corpus (None: synthetic),
-    document, start within it, and whether its tokens weigh other than 1."""
+class _SequencePieces:
+    """The pieces of one sequence in order, as lists of equal length.
 
-    pieces: list[int]
+    numbers: indices into the packing. ends: the position after each piece. corpora: None for a synthetic document.
+    starts: the offset of each piece within its document. weighted: whether a piece has loss weights other than 1.
+    """
+
+    numbers: list[int]
     ends: list[int]
     corpora: list[Corpus | None]
     documents: list[int]
@@ -65,22 +74,22 @@ class _Placed:
 
 
 class StageData:
-    """Packed sequences of one stage; see longctx.data.opening. Reading is safe from several threads."""
+    """The packed sequences of one stage, made by `open_stage`; several threads may read at once."""
 
     def __init__(
         self,
         data: DataConfig,
-        plan: Plan,
+        packing: StagePacking,
         corpora: Mapping[str, Corpus],
-        writer: Writer | None,
+        writer: NeedleWriter | None,
         *,
         pad: int,
         seed: int,
         stage: str,
         split: Split,
     ) -> None:
-        self.plan = plan
-        self.seq_len = plan.seq_len
+        self.packing = packing
+        self.seq_len = packing.seq_len
         self._data = data
         self._corpora = corpora
         self._writer = writer
@@ -89,17 +98,17 @@ class StageData:
         self._stage = stage
         self._split: Split = split
         self._made: OrderedDict[tuple[int, int], SynthDocument] = OrderedDict()
-        self._recent: OrderedDict[int, _Placed] = OrderedDict()
-        self._weighted = {name for name in plan.names if _has_weights(data.sources[name])}
+        self._recent: OrderedDict[int, _SequencePieces] = OrderedDict()
+        self._weighted = {name for name in packing.names if _has_weights(data.sources[name])}
         self._lock = threading.Lock()
-        self._stats = _stats(plan)
+        self._stats = _stats(packing)
 
     def __len__(self) -> int:
-        """Sequences that exist; the plan has exactly as many as were asked for."""
-        return len(self.plan)
+        """The number of sequences, which is the number that the stage needs."""
+        return len(self.packing)
 
     def sequence(self, index: int) -> PackedSequence:
-        """Sequence `index`, whole. Raises IndexError past the end."""
+        """Return sequence `index` as a whole. Raises IndexError past the end."""
         everything = np.arange(self.seq_len)
         return PackedSequence(
             self.tokens(index, everything),
@@ -109,36 +118,39 @@ class StageData:
         )
 
     def tokens(self, index: int, positions: np.ndarray) -> np.ndarray:
-        """int32 [n] tokens at these positions, and nothing else is read."""
+        """Read the tokens at these positions, int32 [n]; no other token is read."""
         out = np.full(len(positions), self._pad, np.int32)
-        placed = self._placed(index)
-        for slot, where, at, count in _overlaps(placed.ends, positions):
-            corpus = placed.corpora[slot]
+        pieces = self._pieces_of(index)
+        for slot, where, at, count in _overlaps(pieces.ends, positions):
+            corpus = pieces.corpora[slot]
             if corpus is None:
-                part = self._synth(placed.pieces[slot]).tokens[at : at + count]
+                part = self._synth(pieces.numbers[slot]).tokens[at : at + count]
             else:
-                part = corpus.read(placed.documents[slot], placed.starts[slot] + at, count)
+                part = corpus.read(pieces.documents[slot], pieces.starts[slot] + at, count)
             out[where : where + count] = part
         return out
 
     def weights(self, index: int, positions: np.ndarray) -> np.ndarray:
-        """float32 [n] loss weights of predicting the tokens at these positions."""
-        placed = self._placed(index)
+        """Return the loss weights of predicting the tokens at these positions, float32 [n]."""
+        pieces = self._pieces_of(index)
         out = np.zeros(len(positions), np.float32)
-        plain = not any(placed.weighted)
-        parts = _overlaps(placed.ends[-1:], positions) if plain else _overlaps(placed.ends, positions)
+        plain = not any(pieces.weighted)
+        parts = _overlaps(pieces.ends[-1:], positions) if plain else _overlaps(pieces.ends, positions)
         for slot, where, at, count in parts:
-            special = not plain and placed.weighted[slot]
-            out[where : where + count] = self._weigh(placed, slot, at, count) if special else 1.0
-        firsts = np.array([0, *placed.ends[:-1]] if self._data.first_token == "skip" else [0])
+            special = not plain and pieces.weighted[slot]
+            out[where : where + count] = self._weigh(pieces, slot, at, count) if special else 1.0
+        firsts = np.array([0, *pieces.ends[:-1]] if self._data.first_token == "skip" else [0])
         for where, low, high in _runs(positions):
             inside = firsts[np.searchsorted(firsts, low) : np.searchsorted(firsts, high)]
             out[inside + (where - low)] = 0.0
         return out
 
     def local(self, index: int, positions: np.ndarray) -> LocalSequence:
-        """What the rank that holds these positions needs for a training step: each run of positions is read
-        once, with the one token after it."""
+        """Read what a rank with these positions needs for a training step.
+
+        Each run of consecutive positions is read once, together with the token after it. Raises ValueError when
+        there are no positions.
+        """
         if not len(positions):
             raise ValueError("a rank without positions has nothing to train on")
         run = np.concatenate([[0], np.cumsum(np.diff(positions) != 1)])
@@ -155,49 +167,52 @@ class StageData:
         return LocalSequence(tokens[place], labels, weights, self.boundaries(index))
 
     def boundaries(self, index: int) -> np.ndarray:
-        """int32 [spans+1]; padding is a span of its own."""
-        placed = self._placed(index)
+        """Return the boundaries that attention does not cross, int32 [spans+1]; padding is a span of its own."""
+        pieces = self._pieces_of(index)
         if not self._data.document_mask:
             return np.array([0, self.seq_len], np.int32)
-        ends = np.array(placed.ends)
-        inner = ends[:-1][~self.plan.glued[placed.pieces[1:]]]
+        ends = np.array(pieces.ends)
+        inner = ends[:-1][~self.packing.joined[pieces.numbers[1:]]]
         full = ends[-1:] if ends[-1] < self.seq_len else []
         return np.concatenate([[0], inner, full, [self.seq_len]]).astype(np.int32)
 
     def documents(self, index: int) -> tuple[str, ...]:
-        """Names of the pieces in order: source:document, with @start for a piece that begins within it."""
-        return tuple(self._name(piece) for piece in self._placed(index).pieces)
+        """Return the names of the pieces in order: source:document, and @start if the piece begins within it."""
+        return tuple(self._name(piece) for piece in self._pieces_of(index).numbers)
 
     def stats(self) -> dict[str, Any]:
-        """What the plan comes to, for metrics and the report: padding (share of positions without a token), cut (share
-        of documents that do not stand whole), epochs (by source), and what else each source gave."""
+        """Return figures of the packing, for metrics and the report.
+
+        padding: the share of positions without a token. cut: the share of documents that are split at least once.
+        epochs: by source. sources: a SourceUse for each source.
+        """
         return self._stats
 
     @property
     def contents(self) -> dict[str, str]:
-        """Per source with files, a hash of its documents and their tokens."""
+        """Fingerprints of the documents and tokens of each source that has files."""
         return {name: corpus.key for name, corpus in self._corpora.items()}
 
     def check_tasks(self) -> None:
-        """Write the shortest document of each synthetic source. Raises UserError when its task needs more room."""
-        for number, name in enumerate(self.plan.names):
-            mine = np.flatnonzero(self.plan.source == number)
+        """Make the shortest document of each synth source. Raises UserError when its task needs more tokens."""
+        for number, name in enumerate(self.packing.names):
+            mine = np.flatnonzero(self.packing.source == number)
             if self._data.sources[name].kind == "synth" and len(mine):
-                self._synth(int(mine[np.argmin(self.plan.length[mine])]))
+                self._synth(int(mine[np.argmin(self.packing.length[mine])]))
 
     def check_labels(self) -> None:
-        """Raises UserError when no token of the whole stage carries loss: there is nothing to train on."""
+        """Raise UserError when no token of the whole stage has a loss weight, so that training would do nothing."""
         everything = np.arange(self.seq_len)
         if any(self.weights(index, everything).any() for index in range(len(self))):
             return
-        reasons = "; ".join(self._mute(name) for name, use in self.plan.use.items() if use.tokens)
+        reasons = "; ".join(self._why_no_loss(name) for name, use in self.packing.use.items() if use.tokens)
         raise UserError(
             f"curriculum.stages.{self._stage}: no token of its {len(self)} sequences carries loss, so it would train "
             f"nothing: {reasons} (configs/data)"
         )
 
-    def _mute(self, name: str) -> str:
-        """Why a source gives no token that carries loss, and what to do about it."""
+    def _why_no_loss(self, name: str) -> str:
+        """Say why no token of a source has a loss weight, and what to do about it."""
         where = f"data.sources.{name}"
         if self._data.sources[name].loss == "assistant":
             return (
@@ -206,28 +221,30 @@ class StageData:
             )
         return f"{where} has documents of one token only, and the first token of a document is never predicted"
 
-    def _placed(self, index: int) -> _Placed:
-        """The pieces of a sequence as they stand in it. The order is the evenest for zigzag ranks; joined
-        pieces stay as they are. The last few are kept, since tokens, weights and boundaries ask for the
-        same one."""
-        if not 0 <= index < len(self.plan):
-            raise IndexError(f"sequence {index} of a stage with {len(self.plan)}")
+    def _pieces_of(self, index: int) -> _SequencePieces:
+        """Return the pieces of a sequence in their final order.
+
+        Pieces are ordered for even work on zigzag ranks; sequences with joined pieces keep their order. The last few
+        results are cached, because tokens, weights and boundaries of a sequence are read one after the other.
+        """
+        if not 0 <= index < len(self.packing):
+            raise IndexError(f"sequence {index} of a stage with {len(self.packing)}")
         with self._lock:
             known = self._recent.get(index)
         if known is not None:
             return known
-        plan = self.plan
-        pieces = np.arange(plan.first[index], plan.first[index + 1])
-        if self._data.document_mask and not plan.glued[pieces].any():
+        packing = self.packing
+        pieces = np.arange(packing.first[index], packing.first[index + 1])
+        if self._data.document_mask and not packing.joined[pieces].any():
             rng = rng_of(self._seed, self._stage, self._split, "order", index)
-            pieces = pieces[balanced_order(plan.length[pieces], self.seq_len, rng)]
-        names = [plan.names[number] for number in plan.source[pieces].tolist()]
-        made = _Placed(
+            pieces = pieces[balanced_order(packing.length[pieces], self.seq_len, rng)]
+        names = [packing.names[number] for number in packing.source[pieces].tolist()]
+        made = _SequencePieces(
             pieces.tolist(),
-            np.cumsum(plan.length[pieces], dtype=np.int64).tolist(),
+            np.cumsum(packing.length[pieces], dtype=np.int64).tolist(),
             [self._corpora.get(name) for name in names],
-            plan.document[pieces].tolist(),
-            plan.start[pieces].tolist(),
+            packing.document[pieces].tolist(),
+            packing.start[pieces].tolist(),
             [name in self._weighted for name in names],
         )
         with self._lock:
@@ -236,12 +253,12 @@ class StageData:
                 self._recent.popitem(last=False)
         return made
 
-    def _weigh(self, placed: _Placed, slot: int, at: int, count: int) -> np.ndarray:
-        """Weights of a synthetic document, or of a conversation whose assistant weighs more."""
-        corpus, document = placed.corpora[slot], placed.documents[slot]
+    def _weigh(self, pieces: _SequencePieces, slot: int, at: int, count: int) -> np.ndarray:
+        """Return the loss weights of a part of a synthetic document or of a conversation, float32 [count]."""
+        corpus, document = pieces.corpora[slot], pieces.documents[slot]
         if corpus is None:
-            return self._synth(placed.pieces[slot]).weights[at : at + count]
-        mask = corpus.read_mask(document, placed.starts[slot] + at, count)
+            return self._synth(pieces.numbers[slot]).weights[at : at + count]
+        mask = corpus.read_mask(document, pieces.starts[slot] + at, count)
         assert mask is not None, "chat shards hold a mask"
         if corpus.source.loss == "assistant":
             return mask.astype(np.float32)
@@ -253,20 +270,20 @@ class StageData:
         return np.where(mask, np.float32(ratio), np.float32(1.0))
 
     def _synth(self, piece: int) -> SynthDocument:
-        """A virtual document; the last few are kept, since tokens, weights and ranks ask for the same one."""
-        source, number = int(self.plan.source[piece]), int(self.plan.document[piece])
+        """Make the synthetic document of a piece; the last few are cached, because several calls read the same one."""
+        source, number = int(self.packing.source[piece]), int(self.packing.document[piece])
         with self._lock:
             made = self._made.get((source, number))
             if made is not None:
                 return made
-        name = self.plan.names[source]
+        name = self.packing.names[source]
         config = self._data.sources[name]
         assert self._writer is not None
         assert config.task is not None
         assert config.haystack is not None
         made = make_task(
             config.task,
-            int(self.plan.length[piece]),
+            int(self.packing.length[piece]),
             rng_of(self._seed, self._stage, name, self._split, number),
             corpus_haystack(self._corpora[config.haystack], self._writer),
             keys="train" if self._split == "train" else "eval",
@@ -279,23 +296,23 @@ class StageData:
         return made
 
     def _name(self, piece: int) -> str:
-        name, document = self.plan.names[self.plan.source[piece]], int(self.plan.document[piece])
-        start = int(self.plan.start[piece])
+        name, document = self.packing.names[self.packing.source[piece]], int(self.packing.document[piece])
+        start = int(self.packing.start[piece])
         if name in self._corpora:
             return f"{name}:{self._corpora[name].document_name(document)}" + (f"@{start}" if start else "")
         return f"{name}:{self._split}/{self._stage}/{document}"
 
 
-def _stats(plan: Plan) -> dict[str, Any]:
-    documents = sum(use.documents for use in plan.use.values())
+def _stats(packing: StagePacking) -> dict[str, Any]:
+    documents = sum(use.documents for use in packing.use.values())
     return {
-        "sequences": len(plan),
-        "seq_len": plan.seq_len,
-        "padding": plan.padding,
-        "cut": sum(use.cut for use in plan.use.values()) / max(documents, 1),
-        "epochs": {name: use.epochs for name, use in plan.use.items()},
-        "left_over": plan.left_over,
-        "sources": {name: asdict(use) for name, use in plan.use.items()},
+        "sequences": len(packing),
+        "seq_len": packing.seq_len,
+        "padding": packing.padding,
+        "cut": sum(use.cut for use in packing.use.values()) / max(documents, 1),
+        "epochs": {name: use.epochs for name, use in packing.use.items()},
+        "left_over": packing.left_over,
+        "sources": {name: asdict(use) for name, use in packing.use.items()},
     }
 
 
@@ -304,8 +321,10 @@ def _has_weights(source: SourceConfig) -> bool:
 
 
 def _overlaps(ends: list[int], positions: np.ndarray) -> Iterator[tuple[int, int, int, int]]:
-    """(slot, place in the output, offset within the slot, count) that together cover the positions; slot i
-    runs from ends[i-1] (0 for the first) to ends[i]."""
+    """Divide the positions by pieces; yields (piece, index into the output, offset within the piece, count).
+
+    Piece i covers the positions from ends[i-1] (0 for the first) to ends[i].
+    """
     for where, low, high in _runs(positions):
         shift = where - low
         slot = bisect_right(ends, low)
@@ -317,7 +336,7 @@ def _overlaps(ends: list[int], positions: np.ndarray) -> Iterator[tuple[int, int
 
 
 def _runs(positions: np.ndarray) -> Iterator[tuple[int, int, int]]:
-    """(place in the output, first position, past the last) of each run of consecutive positions."""
+    """Yield (index into the output, first position, last position + 1) of each run of consecutive positions."""
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     edges = [0, *breaks.tolist(), len(positions)] if len(positions) else []
     for a, b in pairwise(edges):

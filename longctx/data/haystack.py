@@ -1,7 +1,7 @@
-"""Short texts as tokens, with the tokens of one field marked; and the haystacks they are hidden in.
+"""Tokenize needles and questions, and draw the haystacks in which needles are hidden.
 
-A haystack is tokens already, so a synthetic document costs one tokenizer call per needle and question (tens
-of microseconds) however long it is.
+A haystack consists of tokens, so a synthetic document needs only one tokenizer call per needle and question (tens of
+microseconds each), whatever its length.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ import numpy as np
 from longctx.errors import UserError
 
 if TYPE_CHECKING:
-    from longctx.data.index import Corpus
+    from longctx.data.corpus import Corpus
 
 # (rng, n) -> exactly n tokens, int32
 Haystack = Callable[[np.random.Generator, int], np.ndarray]
 
 
-class Writer:
-    """A Hugging Face tokenizer, prepared for writing needles: make one and keep it.
+class NeedleWriter:
+    """A fast Hugging Face tokenizer with the tables that writing needles needs; building it reads the vocabulary.
 
-    bos: the token a document begins with, or None; newline_after[t]: whether token t ends a line;
-    ordinary: ids that are neither special nor added; digits: those that carry as many digits as a token can.
+    bos, eos: ids or None. newline_after: bool [vocabulary], whether a token ends a line. ordinary: ids that are
+    neither special nor added. digits: ids of the tokens with the most digits. newline: the tokens of a line end.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
-                f"the tokenizer {type(tokenizer).__name__} is not a fast tokenizer, so an answer's tokens "
-                "cannot be located; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
+                f"the tokenizer {type(tokenizer).__name__} is not a fast tokenizer, so an answer's tokens cannot be "
+                "located; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
             )
         self.tokenizer = tokenizer
         self._backend = backend
@@ -49,11 +49,11 @@ class Writer:
         self.newline = self.tokens("\n")
 
     def tokens(self, text: str) -> np.ndarray:
-        """int32 tokens of a text, without special tokens."""
+        """Tokenize a text without special tokens, int32 [T]."""
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
 
     def marked(self, before: str, marked: str, after: str = "") -> tuple[np.ndarray, int, int]:
-        """Tokens of `before + marked + after` and the range [start, end) of those that carry `marked`."""
+        """Tokenize `before + marked + after`; returns the tokens and the range [start, end) that covers `marked`."""
         encoding = self._backend.encode(before + marked + after, add_special_tokens=False)
         low, high = len(before), len(before) + len(marked)
         inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < high and b > low]
@@ -61,9 +61,9 @@ class Writer:
 
 
 def token_haystack(tokens: np.ndarray, line_end: np.ndarray | None = None) -> Haystack:
-    """Random stretches of a token stream (an array or memory map, [T]), wrapping at its end.
+    """Make a haystack of random stretches of a token array [T], which continue at its beginning.
 
-    line_end: `Writer.newline_after`; with it a stretch begins at a line's start where one is near.
+    line_end: `NeedleWriter.newline_after`; if given, a stretch begins at a line start when one is near.
     """
     total = len(tokens)
     if total == 0:
@@ -84,9 +84,11 @@ def token_haystack(tokens: np.ndarray, line_end: np.ndarray | None = None) -> Ha
     return draw
 
 
-def corpus_haystack(corpus: Corpus, writer: Writer) -> Haystack:
-    """Straw out of a source's documents: from a random place on, document after document, without the marks
-    around them."""
+def corpus_haystack(corpus: Corpus, writer: NeedleWriter) -> Haystack:
+    """Make a haystack of a source's documents: from a random position on, one document after another.
+
+    bos and eos tokens are removed.
+    """
     ends = np.cumsum(corpus.lengths, dtype=np.int64)
     marks = [mark for mark in (writer.bos, writer.eos) if mark is not None]
 

@@ -1,7 +1,8 @@
-"""What a folder is known by: its content, never its path, so that a result or a run is used again wherever it lies.
+"""Fingerprints. A cached result is reused only while its fingerprint matches.
 
-Small files are compared as they are, weights by their SHA-256: the hashes of an export or the record of what they were
-computed from where longctx wrote one beside them, else read once and remembered per file (path, size and time).
+A folder's fingerprint depends on its content, not on its path, so a folder can be moved. Small files are included as
+they are. Weights are included by SHA-256: from the folder's hashes.json or made_from.json if longctx wrote one,
+otherwise from hashing the files, which is remembered for each path, size and modification time.
 """
 
 from __future__ import annotations
@@ -16,31 +17,34 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-RECORD = "made_from.json"  # in a folder whose weights follow from others: their key
+RECORD = "made_from.json"  # in a folder of computed weights: the fingerprint of their inputs
 WEIGHTS = ("*.safetensors", "*.bin")
 MODEL = ("config.json", *WEIGHTS)
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 
 
-def key_of(values: Mapping[str, Any]) -> str:
-    """16 hex digits that differ where the values do."""
+def fingerprint_of(values: Mapping[str, Any]) -> str:
+    """Hash values that JSON can hold into 16 hex digits."""
     text = json.dumps(values, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def identity(path: str | Path) -> str:
-    """The folder's content in 16 hex digits; a hub id stands for itself."""
+def folder_fingerprint(path: str | Path) -> str:
+    """Return the fingerprint of a model folder's content, 16 hex digits; a hub id is returned as it is."""
     folder = Path(path)
     if not folder.is_dir():
         return str(path)
     small = {f.name: f.read_bytes().hex() for f in sorted(folder.glob("*.json"))}
     if "hashes.json" in small or RECORD in small:
-        return key_of(small)
-    return key_of({"small": small, "weights": contents(folder, WEIGHTS)})
+        return fingerprint_of(small)
+    return fingerprint_of({"small": small, "weights": content_hashes(folder, WEIGHTS)})
 
 
-def contents(path: str | Path | None, patterns: Iterable[str] = ()) -> dict[str, str]:
-    """SHA-256 by name of a folder's files that match the patterns; of a file under the name ""; a hub id as it is."""
+def content_hashes(path: str | Path | None, patterns: Iterable[str] = ()) -> dict[str, str]:
+    """Return {name: SHA-256} of a folder's files that match the patterns.
+
+    A single file is returned under the name "", and so is a hub id, as it is. None gives an empty dict.
+    """
     if path is None:
         return {}
     found = Path(path).expanduser()
@@ -53,7 +57,7 @@ def contents(path: str | Path | None, patterns: Iterable[str] = ()) -> dict[str,
 
 
 def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
-    """SHA-256 of each file; one that was read before and has the same size and time is not read again."""
+    """Return the SHA-256 of each file; a file that was read before with the same size and time is not read again."""
     memo = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longctx" / "hashes.json"
     known: dict[str, list[Any]] = {}
     with suppress(OSError, ValueError):
@@ -65,11 +69,11 @@ def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
         for path, digest in zip(missing, pool.map(_sha256, missing), strict=True):
             known[places[path]] = [*states[path], digest]
     if missing:
-        with suppress(OSError):  # a home that cannot be written costs the reading, nothing else
+        with suppress(OSError):  # without a writable home, files are only read again next time
             memo.parent.mkdir(parents=True, exist_ok=True)
-            beside = memo.with_name(f".hashes-{uuid.uuid4().hex}")
-            beside.write_text(json.dumps(known))
-            os.replace(beside, memo)
+            partial = memo.with_name(f".hashes-{uuid.uuid4().hex}")
+            partial.write_text(json.dumps(known))
+            os.replace(partial, memo)
     return {path: known[places[path]][2] for path in states}
 
 

@@ -1,8 +1,7 @@
-"""The keys of synthetic tasks: a million six-digit numbers, a tenth of them kept for evaluation.
+"""The keys of synthetic tasks: a million six-digit numbers, of which a tenth are reserved for evaluation.
 
-Which side a key is on follows from the key alone (the first 8 bytes of its SHA-256, as a big-endian number,
-modulo 10: 0 is evaluation), so training and evaluation cannot share one whatever the seed, the task or the
-phrasing.
+A key's side depends on the key alone: the first 8 bytes of its SHA-256, as a big-endian number modulo 10, are 0 for
+evaluation. So training and evaluation never share a key, whatever the seed, the task or the wording.
 """
 
 from __future__ import annotations
@@ -12,25 +11,25 @@ from typing import Literal
 
 import numpy as np
 
-Split = Literal["train", "eval"]
+KeySide = Literal["train", "eval"]
 
 DIGITS = 6
 SPACE = 10**DIGITS
 _BUCKETS = 10
 
 
-def split_of(key: str) -> Split:
-    """The side a key is on: "eval" for one tenth of all keys, "train" for the others."""
+def split_of(key: str) -> KeySide:
+    """Return the side of a key: "eval" for a tenth of all keys, "train" for the others."""
     bucket = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") % _BUCKETS
     return "eval" if bucket == 0 else "train"
 
 
-def draw_keys(rng: np.random.Generator, count: int, split: Split, taken: set[str] | None = None) -> list[str]:
-    """`count` different keys of one side, none of them in `taken`, to which they are added."""
+def draw_keys(rng: np.random.Generator, count: int, split: KeySide, taken: set[str] | None = None) -> list[str]:
+    """Draw `count` different keys of one side that are not in `taken`, and add them to `taken`."""
     used = set() if taken is None else taken
-    room = SPACE * (1 if split == "eval" else 9) // _BUCKETS
-    if count + len(used) > room * 0.9:
-        raise ValueError(f"{count} different keys of {DIGITS} digits are more than the {split} side holds")
+    available = SPACE * (1 if split == "eval" else 9) // _BUCKETS
+    if count + len(used) > available * 0.9:
+        raise ValueError(f"{count} different keys of {DIGITS} digits exceed what the {split} side holds")
     found: list[str] = []
     while len(found) < count:
         block = 12 if split == "eval" else 2
@@ -45,7 +44,7 @@ def draw_keys(rng: np.random.Generator, count: int, split: Split, taken: set[str
 
 
 def draw_values(rng: np.random.Generator, count: int, taken: set[str]) -> list[str]:
-    """`count` different numbers of six digits that are not in `taken`, to which they are added."""
+    """Draw `count` different six-digit numbers that are not in `taken`, and add them to `taken`."""
     found: list[str] = []
     while len(found) < count:
         for number in rng.integers(0, SPACE, size=count - len(found)).tolist():

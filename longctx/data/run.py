@@ -1,4 +1,4 @@
-"""`longctx data`: tokenize every source once, with a bar, and say what there is."""
+"""`longctx data`: tokenize every source and print its counts."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from longctx.config.data import DataConfig
 from longctx.config.data_verbs import PrepareConfig
 from longctx.console import emit, emit_json, progress
 from longctx.data.check import check_sources
-from longctx.data.index import Corpus
-from longctx.data.opening import check_vocabulary, open_source
+from longctx.data.corpus import Corpus
+from longctx.data.stage_opening import check_vocabulary, open_source
 from longctx.data.tokenizer import check_tokenizer_of, load_tokenizer
 from longctx.errors import UserError
 from longctx.shape import shape_of_model
 
 
 def run(config: PrepareConfig) -> int:
-    """Build the shards of all sources with files; prints a table, or one JSON document."""
-
+    """Write the shards of all sources with files; prints a table or one JSON document."""
     vocabulary = shape_of_model(config.model).vocab
     check_tokenizer_of(config.model, vocab_size=vocabulary)
     check_sources(config.data, text_sources(config.data), Path(config.shards))
@@ -35,7 +34,7 @@ def run(config: PrepareConfig) -> int:
 
 
 def text_sources(data: DataConfig) -> list[str]:
-    """The sources with files. Raises UserError when there are none."""
+    """Return the sources with files. Raises UserError when there are none."""
     texts = [name for name, source in data.sources.items() if source.kind != "synth"]
     if not texts:
         raise UserError("data.sources names synth sources only; they need a source of text as haystack")
@@ -43,7 +42,7 @@ def text_sources(data: DataConfig) -> list[str]:
 
 
 def open_both(config: PrepareConfig, tokenizer: Any) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
-    """Training and held-out documents of every source with files, tokenized where they are not yet."""
+    """Return the training and the held-out documents of every source with files; missing shards are tokenized."""
     cache = Path(config.shards)
     texts = text_sources(config.data)
     train: dict[str, Corpus] = {}
@@ -63,7 +62,7 @@ def open_both(config: PrepareConfig, tokenizer: Any) -> tuple[dict[str, Corpus],
 
 
 def summary(train: Corpus, heldout: Corpus) -> dict[str, Any]:
-    """Counts of a source, both splits and what was skipped."""
+    """Return the counts of a source: both splits, and skipped records by reason."""
     return {
         "kind": train.source.kind,
         "documents": len(train),

@@ -1,7 +1,9 @@
-"""What a search reads: long held-out documents, and needle prompts with keys no training document has.
+"""The sequences on which a search judges a theta: long held-out documents, and needle prompts.
 
-Shapes: S tokens of the stage. A document shorter than S is followed by the next ones, as a reader of a whole
-folder would; how many were long enough by themselves is said.
+The needles use keys that are reserved for evaluation. Documents shorter than a sequence are joined with the next ones;
+a line on the screen says how many were long enough.
+
+S tokens of a sequence of the stage.
 """
 
 from __future__ import annotations
@@ -16,55 +18,57 @@ from longctx.config.data import DataConfig
 from longctx.config.eval import NeedleConfig
 from longctx.config.theta import SearchConfig
 from longctx.console import say
-from longctx.data.opening import open_source
-from longctx.data.writer import Writer, corpus_haystack
+from longctx.data.haystack import NeedleWriter, corpus_haystack
+from longctx.data.stage_opening import open_source
 from longctx.errors import UserError
 
 
 @dataclass(frozen=True)
-class Weighted:
-    """One sequence: tokens int64 [S], and float32 [S] weights of predicting each of them (0: not counted)."""
+class WeightedSequence:
+    """One sequence: tokens int64 [S], and the loss weight of predicting each one, float32 [S]."""
 
     tokens: np.ndarray
     weights: np.ndarray
 
 
 @dataclass(frozen=True)
-class Material:
-    """texts count their last quarter, needles their answers."""
+class SearchData:
+    """The sequences of a search: texts with weight on the last quarter, needle prompts with weight on the answers."""
 
-    texts: list[Weighted]
-    needles: list[Weighted]
+    texts: list[WeightedSequence]
+    needles: list[WeightedSequence]
 
 
-def gather(data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: SearchConfig, cache: Path) -> Material:
-    """Held-out texts and needle prompts of `length` tokens, the same for every theta.
+def load_search_data(
+    data: DataConfig, mix: str, tokenizer: Any, *, length: int, trials: SearchConfig, cache: Path
+) -> SearchData:
+    """Load held-out texts and needle prompts of `length` tokens, the same for every theta.
 
-    Texts come from the largest text source of the mix (of all sources when there is no such mix). Raises
-    UserError when there is none or its held-out documents are too few.
+    They come from the mix's largest text source, or from the largest of all sources when the mix is unknown. Raises
+    UserError when there is no text source or it holds out too little text.
     """
     chosen = list(data.mixes[mix]) if mix in data.mixes else list(data.sources)
     names = [str(data.sources[name].haystack or name) for name in chosen]
     texts = [name for name in dict.fromkeys(names) if data.sources[name].kind not in ("synth", "chat")]
     if not texts:
         raise UserError(
-            f"data.mixes.{mix} holds no text, and a search needs long held-out documents; choose "
-            "data=stdlib or data=text data.path=FOLDER"
+            f"data.mixes.{mix} holds no text, and a search needs long held-out documents; choose data=stdlib or "
+            "data=text data.path=FOLDER"
         )
     corpora = [open_source(name, data, tokenizer, cache, split="heldout") for name in texts]
     corpus = max(corpora, key=lambda corpus: corpus.total)
     rows = long_documents(corpus, length, trials.documents, np.random.default_rng(trials.seed))
     last_quarter = (np.arange(length) >= length * 3 // 4).astype(np.float32)
-    needles = _needles(Writer(tokenizer), corpus, length, trials) if trials.needles else []
-    return Material([Weighted(row, last_quarter) for row in rows], needles)
+    needles = _needles(NeedleWriter(tokenizer), corpus, length, trials) if trials.needles else []
+    return SearchData([WeightedSequence(row, last_quarter) for row in rows], needles)
 
 
 def long_documents(corpus: Any, length: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [count, length]: beginnings of long documents, then of documents joined until they are long."""
+    """Return beginnings of long documents, then documents joined to that length, as int64 [count, length]."""
     if corpus.total < 2 * length:
         raise UserError(
-            f"data.sources.{corpus.name} holds out {corpus.total} tokens, too few for documents of "
-            f"{length}: at least {2 * length} are needed; raise data.heldout, or search at a shorter length"
+            f"data.sources.{corpus.name} holds out {corpus.total} tokens, too few for documents of {length}: at least "
+            f"{2 * length} are needed; raise data.heldout, or search at a shorter length"
         )
     order = rng.permutation(len(corpus))
     long = [int(d) for d in order if corpus.lengths[d] >= length][:count]
@@ -85,7 +89,7 @@ def long_documents(corpus: Any, length: int, count: int, rng: np.random.Generato
     return np.stack(rows)
 
 
-def _needles(writer: Writer, corpus: Any, length: int, trials: SearchConfig) -> list[Weighted]:
+def _needles(writer: NeedleWriter, corpus: Any, length: int, trials: SearchConfig) -> list[WeightedSequence]:
     from longctx.eval.needle import prompts
 
     config = NeedleConfig(lengths=(length,), per_cell=trials.needles, seeds=(trials.seed,))
@@ -94,5 +98,5 @@ def _needles(writer: Writer, corpus: Any, length: int, trials: SearchConfig) -> 
         weights = np.zeros(len(prompt.document.tokens), np.float32)
         for answer in prompt.document.answers:
             weights[answer.start : answer.end] = 1.0
-        found.append(Weighted(prompt.document.tokens.astype(np.int64), weights))
+        found.append(WeightedSequence(prompt.document.tokens.astype(np.int64), weights))
     return found

@@ -1,7 +1,9 @@
-"""A stage's plan: which pieces of which documents stand in sequence i, for all i, as flat arrays.
+"""The packing of a stage: which pieces of which documents form each sequence, as flat arrays.
 
-It is a pure function of the config, the documents' lengths, the seed and the stage; ranks, workers and the
-batch size play no part, so any number of them can resume at any sequence. N sequences, P pieces.
+The packing is a pure function of the config, the documents' lengths, the seed and the stage. It does not depend on
+the ranks, the workers or the batch size, so a run can resume at any sequence with other numbers of them.
+
+N sequences, P pieces.
 """
 
 from __future__ import annotations
@@ -12,15 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from longctx.config.data import DataConfig, LengthPolicy, Mix
-from longctx.data.mixing import JOIN, PACK, WHOLE, Drawn, draw, rng_of, synthetic
+from longctx.data.mixing import JOIN, PACK, WHOLE, DrawnPieces, draw, rng_of, synthetic
 from longctx.data.packing import best_fit, join_and_split
 from longctx.errors import UserError
 
 
 @dataclass(frozen=True)
 class SourceUse:
-    """What a stage takes from a source. cuts: pieces that begin within a document; cut: documents that do not stand
-    whole wherever they stand."""
+    """The tokens and documents that a stage takes from a source.
+
+    cuts: pieces that begin within a document. cut: documents that are split at least once. epochs: see DrawnPieces.
+    """
 
     tokens: int
     documents: int
@@ -30,12 +34,13 @@ class SourceUse:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """first: int64 [N+1], sequence i is pieces first[i]:first[i+1]; source int8, document, start, length
-    int32 [P]; glued: bool [P], the piece continues the attention span of the one before it.
+class StagePacking:
+    """The pieces of all sequences of a stage, in order.
 
-    padding: share of positions without a token; left_over: pieces drawn but not placed, in sequences that
-    packing needed beyond N.
+    first: int64 [N+1], sequence i is made of pieces first[i]:first[i+1]. source: int8 [P], an index into `names`.
+    document, start, length: int32 [P], in tokens. joined: bool [P], attention crosses from the piece before into this
+    one. padding: the share of positions without a token. left_over: pieces that were drawn but not used, because they
+    were packed into sequences beyond N.
     """
 
     seq_len: int
@@ -45,7 +50,7 @@ class Plan:
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    glued: np.ndarray
+    joined: np.ndarray
     use: Mapping[str, SourceUse]
     padding: float
     left_over: int
@@ -54,7 +59,7 @@ class Plan:
         return len(self.first) - 1
 
 
-def make_plan(
+def pack_stage(
     data: DataConfig,
     mix: Mix,
     lengths: Mapping[str, np.ndarray],
@@ -63,10 +68,10 @@ def make_plan(
     sequences: int,
     seed: int,
     stage: str,
-) -> Plan:
-    """Draw, pack and shuffle.
+) -> StagePacking:
+    """Draw a stage's documents, pack them into `sequences` sequences of `seq_len` tokens, and shuffle these.
 
-    lengths: documents of each source with files (synth sources have none). Raises UserError when a policy
+    lengths: the documents' lengths (int32, tokens) of each source with files. Raises UserError when a length policy
     cannot be met.
     """
     names = tuple(name for name, entry in mix.items() if entry.weight > 0)
@@ -76,43 +81,43 @@ def make_plan(
     place = _choose(bins, pieces.length, count, sequences, rng)
     target = place[bins]
     kept = np.flatnonzero(target >= 0)
-    # joined pieces keep their order; packed ones are shuffled within the sequence
+    # Joined pieces keep their order; packed pieces are shuffled within the sequence.
     tie = rng.integers(0, 2**31, size=len(kept), dtype=np.int64)
-    ordered = pieces.kind[kept] == JOIN
+    ordered = pieces.placement[kept] == JOIN
     tie[ordered] = np.flatnonzero(ordered)
     order = kept[np.argsort((target[kept].astype(np.int64) << 31) | tie, kind="stable")]
     sequence = target[order]
     first = np.searchsorted(sequence, np.arange(sequences + 1)).astype(np.int64)
-    glued = pieces.kind[order] == JOIN
-    glued[first[:-1][first[:-1] < len(glued)]] = False
+    joined = pieces.placement[order] == JOIN
+    joined[first[:-1][first[:-1] < len(joined)]] = False
     length = pieces.length[order]
-    placed = int(length.sum(dtype=np.int64))
-    return Plan(
+    used = int(length.sum(dtype=np.int64))
+    return StagePacking(
         seq_len, names, first,
-        pieces.source[order], pieces.document[order], pieces.start[order], length, glued,
-        use=_use(names, pieces, order, drawn, lengths), padding=1 - placed / (sequences * seq_len),
+        pieces.source[order], pieces.document[order], pieces.start[order], length, joined,
+        use=_use(names, pieces, order, drawn, lengths), padding=1 - used / (sequences * seq_len),
         left_over=len(pieces.length) - len(order),
     )  # fmt: skip
 
 
-def empty_plan(seq_len: int) -> Plan:
-    """A plan without sequences."""
+def empty_packing(seq_len: int) -> StagePacking:
+    """Return a packing without sequences."""
     none = np.zeros(0, np.int32)
-    first, source, glued = np.zeros(1, np.int64), none.astype(np.int8), none.astype(bool)
-    return Plan(seq_len, (), first, source, none, none, none, glued, use={}, padding=0.0, left_over=0)
+    first, source, joined = np.zeros(1, np.int64), none.astype(np.int8), none.astype(bool)
+    return StagePacking(seq_len, (), first, source, none, none, none, joined, use={}, padding=0.0, left_over=0)
 
 
 @dataclass(frozen=True)
-class _Pieces:
+class _StagePieces:
     source: np.ndarray
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    kind: np.ndarray
+    placement: np.ndarray
 
 
 def policy_of(data: DataConfig, mix: Mix, name: str) -> LengthPolicy:
-    """The length policy of a source in a mix, its default filled in."""
+    """Return the length policy of a source in a mix: full for synth sources and natural for others by default."""
     synth = data.sources[name].kind == "synth"
     return mix[name].length or LengthPolicy(kind="full" if synth else "natural")
 
@@ -126,18 +131,20 @@ def _draw_all(
     sequences: int,
     seed: int,
     stage: str,
-) -> dict[str, Drawn]:
-    """Pieces per source. Synth sources come first, since their documents are never cut; text fills what is
-    left."""
+) -> dict[str, DrawnPieces]:
+    """Draw the pieces of every source.
+
+    Synth sources come first, because their documents are never cut; text sources fill the rest of the stage.
+    """
     budget = sequences * seq_len
     synth = [name for name in names if data.sources[name].kind == "synth"]
     texts = [name for name in names if name not in synth]
-    drawn: dict[str, Drawn] = {}
+    drawn: dict[str, DrawnPieces] = {}
     for name in synth:
         target = round(mix[name].weight * budget)
         drawn[name] = synthetic(policy_of(data, mix, name), target, seq_len, seed=seed, words=(stage, name))
     left = budget - sum(part.tokens for part in drawn.values())
-    if left > 0 and not texts:  # rounding of synth documents: one more of each kind where needed
+    if left > 0 and not texts:  # synth documents rounded down: draw more of the largest source
         name = max(synth, key=lambda key: mix[key].weight)
         extra = drawn[name].tokens + left + seq_len
         drawn[name] = synthetic(policy_of(data, mix, name), extra, seq_len, seed=seed, words=(stage, name))
@@ -159,10 +166,10 @@ def _draw_all(
 
 
 def _pack(
-    data: DataConfig, drawn: list[Drawn], seq_len: int, rng: np.random.Generator
-) -> tuple[_Pieces, np.ndarray, int]:
-    """All pieces, the bin of each, and the number of bins."""
-    parts: list[_Pieces] = []
+    data: DataConfig, drawn: list[DrawnPieces], seq_len: int, rng: np.random.Generator
+) -> tuple[_StagePieces, np.ndarray, int]:
+    """Pack the drawn pieces; returns all pieces, the bin of each, and the number of bins."""
+    parts: list[_StagePieces] = []
     bins: list[np.ndarray] = []
     count = 0
     split = PACK if data.packing == "concat" else None
@@ -173,51 +180,52 @@ def _pack(
         runs.append(_reorder(whole, rng.permutation(len(whole.length))))
     packed = _concatenate(loose)
     if len(packed.length):
-        placed, count = best_fit(packed.length, seq_len)
+        bin_of, count = best_fit(packed.length, seq_len)
         parts.append(packed)
-        bins.append(placed)
+        bins.append(bin_of)
     for run in runs:
         if len(run.length):
-            document, start, length, placed = join_and_split(run.length, seq_len)
+            document, start, length, bin_of = join_and_split(run.length, seq_len)
             again = _reorder(run, document)
             parts.append(
-                _Pieces(again.source, again.document, (again.start + start).astype(np.int32),
-                        length.astype(np.int32), again.kind)
+                _StagePieces(again.source, again.document, (again.start + start).astype(np.int32),
+                        length.astype(np.int32), again.placement)
             )  # fmt: skip
-            bins.append((placed + count).astype(np.int32))
-            count += int(placed[-1]) + 1
+            bins.append((bin_of + count).astype(np.int32))
+            count += int(bin_of[-1]) + 1
     return _concatenate(parts), np.concatenate(bins), count
 
 
-def _select(source: int, drawn: Drawn, kinds: Collection[int | None]) -> _Pieces:
-    keep = np.isin(drawn.kind, [kind for kind in kinds if kind is not None])
+def _select(source: int, drawn: DrawnPieces, placements: Collection[int | None]) -> _StagePieces:
+    keep = np.isin(drawn.placement, [placement for placement in placements if placement is not None])
     number = np.full(int(keep.sum()), source, np.int8)
-    return _Pieces(number, drawn.document[keep], drawn.start[keep], drawn.length[keep], drawn.kind[keep])
+    return _StagePieces(number, drawn.document[keep], drawn.start[keep], drawn.length[keep], drawn.placement[keep])
 
 
-def _reorder(pieces: _Pieces, order: np.ndarray) -> _Pieces:
-    return _Pieces(
+def _reorder(pieces: _StagePieces, order: np.ndarray) -> _StagePieces:
+    return _StagePieces(
         pieces.source[order],
         pieces.document[order],
         pieces.start[order],
         pieces.length[order],
-        pieces.kind[order],
+        pieces.placement[order],
     )
 
 
-def _concatenate(parts: list[_Pieces]) -> _Pieces:
-    return _Pieces(
+def _concatenate(parts: list[_StagePieces]) -> _StagePieces:
+    return _StagePieces(
         *(
             np.concatenate([getattr(part, name) for part in parts])
-            for name in ("source", "document", "start", "length", "kind")
+            for name in ("source", "document", "start", "length", "placement")
         )
     )
 
 
 def _choose(bins: np.ndarray, length: np.ndarray, count: int, sequences: int, rng: np.random.Generator) -> np.ndarray:
-    """The sequence each bin becomes, int32 [bins], -1 for those not needed.
+    """Return the sequence that each bin becomes, int32 [bins]; -1 for a bin that is left out.
 
-    Packing needs a few bins more than N; the emptiest go, unless so many would that it changed the mix.
+    Packing makes a few bins more than N. The emptiest bins are left out, or random ones when there are so many that
+    leaving out the emptiest would change the mix.
     """
     chosen = np.arange(count)
     if count > sequences:
@@ -232,9 +240,9 @@ def _choose(bins: np.ndarray, length: np.ndarray, count: int, sequences: int, rn
 
 def _use(
     names: tuple[str, ...],
-    pieces: _Pieces,
+    pieces: _StagePieces,
     order: np.ndarray,
-    drawn: Mapping[str, Drawn],
+    drawn: Mapping[str, DrawnPieces],
     lengths: Mapping[str, np.ndarray],
 ) -> dict[str, SourceUse]:
     use: dict[str, SourceUse] = {}

@@ -1,5 +1,7 @@
-"""The ranks of a search on this machine: `python -m longctx.theta.ranks FOLDER` finds its job there, pickled by the
-process that started it, and rank 0 leaves its answer.
+"""Start the ranks of a theta search on this machine, as processes `python -m longctx.theta.search_ranks FOLDER`.
+
+The parent writes the pickled SearchJob into FOLDER; rank 0 writes the pickled result there, and a rank that fails
+writes its error.
 """
 
 from __future__ import annotations
@@ -16,19 +18,19 @@ from longctx.errors import RunFailed, UserError
 from longctx.processes import die_with_parent
 
 if TYPE_CHECKING:
-    from longctx.theta.outcome import Result
-    from longctx.theta.search import Job
+    from longctx.theta.search_job import SearchJob
+    from longctx.theta.search_result import SearchResult
 
 
-def start(job: Job, nproc: int) -> Result:
-    """Search on `nproc` ranks over gloo; rank 0's result. Raises UserError or RunFailed with the rank's own message."""
+def start(job: SearchJob, nproc: int) -> SearchResult:
+    """Search on `nproc` ranks and return rank 0's result. Raises the UserError or RunFailed of a failed rank."""
     from longctx.distributed.local import run_ranks
 
     with tempfile.TemporaryDirectory(prefix="longctx-theta-") as name, signals.temporary(Path(name)) as folder:
         (folder / "job").write_bytes(pickle.dumps(job))
         threads = max(1, len(os.sched_getaffinity(0)) // nproc)
         with signals.swept(job.folder):
-            ended = run_ranks(nproc, threads, "longctx.theta.ranks", str(folder))
+            ended = run_ranks(nproc, threads, "longctx.theta.search_ranks", str(folder))
         answers = sorted(folder.glob("answer*"))
         problems = [answer for path in answers if isinstance(answer := pickle.loads(path.read_bytes()), Exception)]
         if problems:
@@ -40,15 +42,15 @@ def start(job: Job, nproc: int) -> Result:
 
 
 def main(folder: Path) -> int:
-    """One rank."""
+    """Run one rank; returns its exit status."""
     rank = os.environ["RANK"]
     signals.catch(speaks=False)
     die_with_parent()
-    from longctx.theta.search import find
+    from longctx.theta.search_work import run_search
 
-    job: Job = pickle.loads((folder / "job").read_bytes())
+    job: SearchJob = pickle.loads((folder / "job").read_bytes())
     try:
-        answer = find(job)
+        answer = run_search(job)
     except (UserError, RunFailed) as error:
         (folder / f"answer{rank}").write_bytes(pickle.dumps(error))
         return 1

@@ -1,4 +1,4 @@
-"""What a search ends in: the chosen theta beside the rule's, the override file, the words on the screen."""
+"""The result of a theta search: its values, the stage override file, and the text on the screen."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from longctx.theta.trials import Trial
 
 
 @dataclass(frozen=True)
-class Result:
-    """rule: the trial at the rule's own theta; best: the winner; edge: the edge it lies on, if any."""
+class SearchResult:
+    """The result of a search of one stage.
+
+    rule: the trial at the rule's theta. best: the trial with the lowest score. edge: see BestTheta. trials: all trials
+    by ascending theta.
+    """
 
     stage: str
     seq_len: int
@@ -24,10 +28,8 @@ class Result:
     trials: list[Trial]
 
 
-def write_override(path: Path, result: Result, rule: str) -> None:
-    """Put the chosen theta and the rule it was searched under into the stage override file, beside those of other
-    stages already there.
-    """
+def write_override(path: Path, result: SearchResult, rule: str) -> None:
+    """Add the chosen theta and its rule to the stage override file; entries of other stages are kept."""
     import yaml
 
     known: dict[str, Any] = {}
@@ -42,14 +44,14 @@ def write_override(path: Path, result: Result, rule: str) -> None:
     write_text(path, "\n".join(lines) + "\n")
 
 
-def tell(result: Result, *, override: Path, png: Path, bracket: float, as_json: bool) -> None:
-    """What was found, on standard output."""
+def print_result(result: SearchResult, *, override: Path, png: Path, bracket: float, as_json: bool) -> None:
+    """Print the result on standard output, with a warning when the best theta lies on an edge."""
     rule, best = result.rule, result.best
     if result.edge:
         console.warn(
-            f"the best theta, {best.theta:,}, lies on the {result.edge} edge of what was tried, so a better "
-            f"one may lie beyond; run again with trials.bracket={bracket**2:g} or more trials.attempts: "
-            "trials already made are kept"
+            f"the best theta, {best.theta:,}, lies on the {result.edge} edge of what was tried, so a better one may "
+            f"lie beyond; run again with trials.bracket={bracket**2:g} or more trials.attempts: trials already made "
+            "are kept"
         )
     if as_json:
         console.emit_json({**asdict(result), "file": str(override), "png": str(png)})

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from longctx.config.base import build
 from longctx.config.data import DataConfig
 from longctx.data.mixing import rng_of
-from longctx.data.plan import make_plan
+from longctx.data.stage_packing import pack_stage
 from longctx.errors import UserError
 
 TEXTS = {"a": {"kind": "text", "path": "a"}, "b": {"kind": "text", "path": "b"}}
@@ -20,20 +20,20 @@ def _config(mix, sources=None, **more):
     return build(DataConfig, values, origin="test")
 
 
-def _plan(config, lengths, seq_len, sequences, seed=0, stage="s"):
-    return make_plan(config, config.mixes["m"], lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=stage)
+def _packing(config, lengths, seq_len, sequences, seed=0, stage="s"):
+    return pack_stage(config, config.mixes["m"], lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=stage)
 
 
 def _lengths(count, seed, top=4000):
     return np.minimum(np.exp(rng_of(seed).normal(5.5, 1.2, count)).astype(np.int32) + 1, top)
 
 
-def _check_sequences(plan):
+def _check_sequences(packing):
     """Every sequence is full or padded, never over; no token of a document stands twice within an epoch."""
-    filled = np.array([plan.length[a:b].sum() for a, b in zip(plan.first, plan.first[1:], strict=False)])
-    assert (filled <= plan.seq_len).all()
-    assert (plan.length > 0).all()
-    assert plan.padding == pytest.approx(1 - filled.sum() / (len(plan) * plan.seq_len))
+    filled = np.array([packing.length[a:b].sum() for a, b in zip(packing.first, packing.first[1:], strict=False)])
+    assert (filled <= packing.seq_len).all()
+    assert (packing.length > 0).all()
+    assert packing.padding == pytest.approx(1 - filled.sum() / (len(packing) * packing.seq_len))
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,15 +56,19 @@ def test_plans_hold_exactly_what_they_promise(seed, seq_len, sequences, packing,
     }
     lengths = {"a": _lengths(50, 1), "b": _lengths(8, 2)}
     config = _config(mix, packing=packing)
-    plan = _plan(config, lengths, seq_len, sequences, seed)
-    assert len(plan) == sequences
-    _check_sequences(plan)
-    again = _plan(config, lengths, seq_len, sequences, seed)
-    for name in ("first", "source", "document", "start", "length", "glued"):
-        assert np.array_equal(getattr(plan, name), getattr(again, name))
+    packing = _packing(config, lengths, seq_len, sequences, seed)
+    assert len(packing) == sequences
+    _check_sequences(packing)
+    again = _packing(config, lengths, seq_len, sequences, seed)
+    for name in ("first", "source", "document", "start", "length", "joined"):
+        assert np.array_equal(getattr(packing, name), getattr(again, name))
     for name in ("a", "b"):
-        mine = plan.source == plan.names.index(name) if name in plan.names else np.zeros(len(plan.source), bool)
-        assert (plan.start[mine] + plan.length[mine] <= lengths[name][plan.document[mine]]).all()
+        mine = (
+            packing.source == packing.names.index(name)
+            if name in packing.names
+            else np.zeros(len(packing.source), bool)
+        )
+        assert (packing.start[mine] + packing.length[mine] <= lengths[name][packing.document[mine]]).all()
 
 
 @settings(max_examples=40, deadline=None)
@@ -74,97 +78,97 @@ def test_whole_epochs_give_every_token_equally_often(seed, packing, epochs):
     seq_len = 256
     lengths[-1] += -int(lengths.sum()) % seq_len  # so that epochs end with a sequence
     sequences = epochs * int(lengths.sum()) // seq_len
-    plan = _plan(_config({"a": 1.0}, packing=packing), {"a": lengths}, seq_len, sequences, seed)
+    packing = _packing(_config({"a": 1.0}, packing=packing), {"a": lengths}, seq_len, sequences, seed)
     seen = Counter()
-    for document, start, length in zip(plan.document, plan.start, plan.length, strict=True):
+    for document, start, length in zip(packing.document, packing.start, packing.length, strict=True):
         seen.update((int(document), int(start) + i) for i in range(int(length)))
     assert max(seen.values()) <= epochs
     if packing == "concat":  # nothing is left over, so every token is there, equally often
         assert len(seen) == lengths.sum()
         assert set(seen.values()) == {epochs}
     else:
-        assert sum(seen.values()) == round(sequences * seq_len * (1 - plan.padding))
+        assert sum(seen.values()) == round(sequences * seq_len * (1 - packing.padding))
 
 
 def test_mix_weights_are_shares_of_tokens():
     lengths = {"a": _lengths(3000, 1), "b": _lengths(3000, 2)}
-    plan = _plan(_config({"a": 0.5, "b": 0.2, "needles": 0.3}), lengths, 1024, 200)
+    packing = _packing(_config({"a": 0.5, "b": 0.2, "needles": 0.3}), lengths, 1024, 200)
     total = 200 * 1024
     for name, share in (("a", 0.5), ("b", 0.2), ("needles", 0.3)):
-        assert plan.use[name].tokens / total == pytest.approx(share, abs=0.01)
-    assert plan.padding < 0.01
+        assert packing.use[name].tokens / total == pytest.approx(share, abs=0.01)
+    assert packing.padding < 0.01
 
 
 def test_upsample_changes_lengths_and_leaves_shares():
     lengths = {"a": _lengths(5000, 1), "b": _lengths(5000, 2)}
     mix = {"a": {"weight": 0.6, "length": {"upsample": {"min_len": 1000, "share": 0.8}}}, "b": 0.4}
-    plan = _plan(_config(mix), lengths, 8192, 60)
-    mine = plan.source == 0
-    long = lengths["a"][plan.document] >= 1000
-    assert plan.length[mine].sum() / (60 * 8192) == pytest.approx(0.6, abs=0.01)
-    assert plan.length[mine & long].sum() / plan.length[mine].sum() == pytest.approx(0.8, abs=0.02)
+    packing = _packing(_config(mix), lengths, 8192, 60)
+    mine = packing.source == 0
+    long = lengths["a"][packing.document] >= 1000
+    assert packing.length[mine].sum() / (60 * 8192) == pytest.approx(0.6, abs=0.01)
+    assert packing.length[mine & long].sum() / packing.length[mine].sum() == pytest.approx(0.8, abs=0.02)
 
 
 def test_prolong_gives_full_sequences_of_single_documents():
     lengths = {"a": np.r_[_lengths(3000, 1), rng_of(3).integers(3000, 20_000, 60)].astype(np.int32)}
-    plan = _plan(_config({"a": {"weight": 1.0, "length": {"prolong": {"share": 0.75}}}}), lengths, 2048, 100)
-    pieces = np.diff(plan.first)
-    full = [i for i in range(100) if pieces[i] == 1 and plan.length[plan.first[i]] == 2048]
+    packing = _packing(_config({"a": {"weight": 1.0, "length": {"prolong": {"share": 0.75}}}}), lengths, 2048, 100)
+    pieces = np.diff(packing.first)
+    full = [i for i in range(100) if pieces[i] == 1 and packing.length[packing.first[i]] == 2048]
     assert len(full) == 75
     for i in full:
-        piece = plan.first[i]
-        assert plan.start[piece] % 2048 == 0
-        assert lengths["a"][plan.document[piece]] >= 2048
+        piece = packing.first[i]
+        assert packing.start[piece] % 2048 == 0
+        assert lengths["a"][packing.document[piece]] >= 2048
 
 
 def test_joined_conversations_fill_sequences_without_boundaries():
-    plan = _plan(_config({"a": {"weight": 1.0, "length": "joined"}}), {"a": _lengths(500, 1)}, 1024, 20)
-    assert plan.padding == 0
-    assert not plan.glued[plan.first[:-1]].any()
-    inner = np.ones(len(plan.glued), bool)
-    inner[plan.first[:-1]] = False
-    assert plan.glued[inner].all()
+    packing = _packing(_config({"a": {"weight": 1.0, "length": "joined"}}), {"a": _lengths(500, 1)}, 1024, 20)
+    assert packing.padding == 0
+    assert not packing.joined[packing.first[:-1]].any()
+    inner = np.ones(len(packing.joined), bool)
+    inner[packing.first[:-1]] = False
+    assert packing.joined[inner].all()
 
 
 def test_synthetic_documents_are_never_cut_not_even_by_concat():
     for packing in ("best_fit", "concat"):
         mix = {"a": 0.5, "needles": {"weight": 0.5, "length": {"loguniform": {"min_len": 100}}}}
-        plan = _plan(_config(mix, packing=packing), {"a": _lengths(500, 1)}, 700, 50)
-        mine = plan.source == 1
-        assert (plan.start[mine] == 0).all()
-        assert len(set(plan.document[mine])) == mine.sum()
-        assert plan.length[mine].min() >= 100
-        assert plan.length[mine].max() <= 700
+        packing = _packing(_config(mix, packing=packing), {"a": _lengths(500, 1)}, 700, 50)
+        mine = packing.source == 1
+        assert (packing.start[mine] == 0).all()
+        assert len(set(packing.document[mine])) == mine.sum()
+        assert packing.length[mine].min() >= 100
+        assert packing.length[mine].max() <= 700
 
 
 def test_seed_and_stage_change_the_order_and_nothing_else():
     lengths = {"a": _lengths(300, 1)}
     config = _config({"a": 1.0})
-    plans = [_plan(config, lengths, 512, 40, seed, stage) for seed, stage in ((0, "s"), (1, "s"), (0, "t"))]
+    plans = [_packing(config, lengths, 512, 40, seed, stage) for seed, stage in ((0, "s"), (1, "s"), (0, "t"))]
     assert not np.array_equal(plans[0].document, plans[1].document)
     assert not np.array_equal(plans[0].document, plans[2].document)
 
 
 def test_epochs_are_counted():
     lengths = {"a": np.full(10, 100, np.int32)}
-    plan = _plan(_config({"a": 1.0}), lengths, 500, 7)
-    assert plan.use["a"].epochs == pytest.approx(3.5)
-    assert plan.use["a"].documents == 10
+    packing = _packing(_config({"a": 1.0}), lengths, 500, 7)
+    assert packing.use["a"].epochs == pytest.approx(3.5)
+    assert packing.use["a"].documents == 10
 
 
 def test_policies_that_cannot_be_met_say_how_many_tokens_are_missing():
     lengths = {"a": np.array([100, 3000], np.int32)}
     mix = {"a": {"weight": 1.0, "length": {"prolong": {"share": 0.5}}}}
     with pytest.raises(UserError, match=r"longest has 3,000, 5,192 tokens are missing"):
-        _plan(_config(mix), lengths, 8192, 4)
+        _packing(_config(mix), lengths, 8192, 4)
     mix = {"a": {"weight": 1.0, "length": {"upsample": {"min_len": 4000, "share": 0.5}}}}
     with pytest.raises(UserError, match=r"1,000 tokens are missing"):
-        _plan(_config(mix), lengths, 8192, 4)
+        _packing(_config(mix), lengths, 8192, 4)
     with pytest.raises(UserError, match="no document to draw"):
-        _plan(_config({"a": 1.0}), {"a": np.zeros(0, np.int32)}, 512, 4)
+        _packing(_config({"a": 1.0}), {"a": np.zeros(0, np.int32)}, 512, 4)
     mix = {"needles": {"weight": 1.0, "length": {"fixed": {"length": 1000}}}}
     with pytest.raises(UserError, match="1,000 tokens in sequences of 512"):
-        _plan(_config(mix), {}, 512, 4)
+        _packing(_config(mix), {}, 512, 4)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Opening a stage: sources tokenized where they are not yet, the plan made, and what does not fit refused."""
+"""Open a stage's data: tokenize its sources, pack its sequences, and refuse what does not fit."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from longctx.config.data import DataConfig, LengthPolicy, Mix
 from longctx.console import remark, warn
-from longctx.data.index import Corpus, Split, check_tally, describe_tally
+from longctx.data.corpus import Corpus, Split, check_tally, describe_tally
+from longctx.data.haystack import NeedleWriter
 from longctx.data.mixing import longest_wanted
-from longctx.data.plan import empty_plan, make_plan
 from longctx.data.prepare import build_source
-from longctx.data.stage import StageData
-from longctx.data.writer import Writer
+from longctx.data.stage_data import StageData
+from longctx.data.stage_packing import empty_packing, pack_stage
 from longctx.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from longctx.curriculum import Stage
 
-_STRAW = 256  # tokens that a haystack must exceed
+_MIN_HAYSTACK = 256  # tokens that a haystack must exceed
 
 
 def open_stage(
@@ -38,44 +38,44 @@ def open_stage(
     workers: int | None = None,
     report: Any = None,
 ) -> StageData:
-    """A stage's sequences, tokenizing what is not in `cache` yet.
+    """Return a stage's packed sequences; documents whose shards are not in `cache` are tokenized first.
 
-    sequences: how many the stage needs; sources are repeated where they are shorter, with a warning beyond
-    data.max_epochs. split: `heldout` reads the held-out documents and draws synthetic keys of the evaluation
-    side; it takes what the mix's held-out documents can give, and has no sequence where there are none.
-    vocab_size: the model's, to refuse a tokenizer that exceeds it. report(source, done, total): bytes.
-    Raises UserError for an unknown mix, unusable sources, or a policy that no document can fill.
+    sequences: the number that the stage needs; shorter sources are repeated, with a warning beyond data.max_epochs.
+    split: `heldout` reads held-out documents and draws synthetic keys reserved for evaluation. It leaves out sources
+    without held-out documents, so it may have no sequence at all. vocab_size: the model's; a tokenizer with larger
+    ids is refused. report(source, done, total): called with bytes. Raises UserError for an unknown mix, unusable
+    sources, or a length policy that no document can satisfy.
     """
     chosen = choose_mix(data, mix, stage)
-    texts = list(dict.fromkeys([*_texts(data, chosen), *_straw(data, chosen)]))
+    texts = list(dict.fromkeys([*_texts(data, chosen), *_haystacks(data, chosen)]))
     corpora = {
         name: open_source(name, data, tokenizer, cache, split=split, workers=workers, report=report) for name in texts
     }
     if split == "heldout":
         chosen = _held_out_mix(data, chosen, corpora, seq_len=seq_len, stage=stage)
-    straw = _straw(data, chosen)
-    for name in straw:
-        if corpora[name].total <= _STRAW:
+    haystacks = _haystacks(data, chosen)
+    for name in haystacks:
+        if corpora[name].total <= _MIN_HAYSTACK:
             raise UserError(
                 f"data.sources.{name} serves as haystack in stage {stage} and has {corpora[name].total} tokens in its "
-                f"{split} documents, {_STRAW + 1} are needed; give it more documents"
+                f"{split} documents, {_MIN_HAYSTACK + 1} are needed; give it more documents"
             )
-    writer = Writer(tokenizer) if straw else None
+    writer = NeedleWriter(tokenizer) if haystacks else None
     if vocab_size is not None:
-        largest = max([corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if straw else []))
+        largest = max([corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if haystacks else []))
         check_vocabulary(largest, vocab_size)
     lengths = {name: corpora[name].lengths for name in texts}
-    plan = (
-        make_plan(data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}")
+    packing = (
+        pack_stage(data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}")
         if chosen
-        else empty_plan(seq_len)
+        else empty_packing(seq_len)
     )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    opened = StageData(data, plan, corpora, writer, pad=pad, seed=seed, stage=stage, split=split)
+    opened = StageData(data, packing, corpora, writer, pad=pad, seed=seed, stage=stage, split=split)
     if split == "train":
         opened.check_tasks()
         opened.check_labels()
-        for name, use in plan.use.items():
+        for name, use in packing.use.items():
             if use.epochs > data.max_epochs:
                 remark(
                     f"stage {stage} reads source {name} {use.epochs:.1f} times, more than data.max_epochs="
@@ -94,8 +94,9 @@ def check_stages(
     vocab_size: int | None = None,
     workers: int | None = None,
 ) -> None:
-    """Open the training data of these stages and forget it, tokenizing what is missing: a stage that cannot be filled
-    is refused before the first step, not after days of training. Raises what opening raises.
+    """Open the training data of these stages once, so that unusable data is refused before the first step.
+
+    Documents whose shards are missing are tokenized. Raises the errors of `open_stage`.
     """
     for stage in stages:
         open_stage(
@@ -114,25 +115,28 @@ def check_stages(
 
 
 def _texts(data: DataConfig, mix: Mix) -> list[str]:
-    """The sources of a mix that have files."""
+    """Return the sources of a mix that have files."""
     return [name for name, entry in mix.items() if entry.weight > 0 and data.sources[name].kind != "synth"]
 
 
-def _straw(data: DataConfig, mix: Mix) -> list[str]:
-    """The sources that a mix's synth sources hide their needles in."""
+def _haystacks(data: DataConfig, mix: Mix) -> list[str]:
+    """Return the sources that a mix's synth sources take their haystacks from."""
     return [str(data.sources[n].haystack) for n, e in mix.items() if e.weight > 0 and data.sources[n].kind == "synth"]
 
 
 def _held_out_mix(data: DataConfig, mix: Mix, corpora: Mapping[str, Corpus], *, seq_len: int, stage: str) -> Mix:
-    """A mix as its held-out documents can give it: without the sources that hold out nothing, and with natural lengths
-    where no held-out document is as long as the policy asks for. Says so."""
+    """Adapt a mix to its held-out documents, with a warning for each change.
+
+    Sources without held-out documents are left out. A source whose held-out documents are shorter than its length
+    policy needs gets the policy natural.
+    """
     kept: Mix = {}
     missing: list[str] = []
     for name, entry in mix.items():
         if entry.weight <= 0:
             continue
         corpus = corpora[data.sources[name].haystack or name]
-        if corpus.total <= (_STRAW if data.sources[name].kind == "synth" else 0):
+        if corpus.total <= (_MIN_HAYSTACK if data.sources[name].kind == "synth" else 0):
             missing.append(corpus.name)
             continue
         wanted = longest_wanted(entry.length, seq_len)
@@ -154,7 +158,7 @@ def _held_out_mix(data: DataConfig, mix: Mix, corpora: Mapping[str, Corpus], *, 
 
 
 def choose_mix(data: DataConfig, mix: str, stage: str) -> Mix:
-    """The mix a stage names. Raises UserError with the nearest known name."""
+    """Return the mix that a stage names. Raises UserError, with the nearest known name, when it is unknown."""
     if mix not in data.mixes:
         near = nearest(mix, data.mixes)
         hint = f"did you mean {near!r}?" if near else f"known: {', '.join(data.mixes)}."
@@ -175,7 +179,7 @@ def open_source(
     workers: int | None = None,
     report: Any = None,
 ) -> Corpus:
-    """A source's documents of one split, tokenized where they are not yet; says what was skipped."""
+    """Return a source's documents of one split; missing shards are tokenized, with a warning about skipped records."""
 
     def forward(done: int, total: int) -> None:
         report(name, done, total)
@@ -191,9 +195,9 @@ def open_source(
 
 
 def check_vocabulary(largest: int, vocab_size: int) -> None:
-    """Raises UserError when a token id has no row in the model's embedding."""
+    """Raise UserError when a token id has no row in the model's embedding."""
     if largest >= vocab_size:
         raise UserError(
-            f"the tokenizer gives ids up to {largest} and the model has vocab_size={vocab_size}; use the "
-            "model's own tokenizer, or resize its embeddings first (model.path)"
+            f"the tokenizer gives ids up to {largest} and the model has vocab_size={vocab_size}; use the model's own "
+            "tokenizer, or resize its embeddings first (model.path)"
         )

@@ -1,0 +1,28 @@
+"""The settings of `longctx bench step`, which compares one training step with plain transformers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from longctx.config.base import Format, Length, Positive, schema
+from longctx.config.model import Dtype, InitConfig, MemoryConfig
+
+Contestant = Literal["longctx", "transformers"]
+
+_SHAPE = InitConfig(layers=8, hidden=512, heads=8, kv_heads=2, ffn=1376, vocab=32000, window=16384)
+
+
+@schema
+class BenchStepConfig:
+    """One training step beside plain transformers, in fresh processes."""
+
+    tokens: Annotated[Length, Field(ge=2)] = 16384  #: one sequence; 65536 fits in 8 GiB with only=longctx
+    pairs: Positive = 3  #: alternated runs of both; the medians are compared
+    threads: Positive = 2  #: of each process
+    only: Contestant | None = None  #: one side alone
+    model: InitConfig = _SHAPE
+    dtype: Dtype = "float32"
+    memory: MemoryConfig = MemoryConfig()
+    format: Format = "text"
