@@ -98,7 +98,7 @@ def longest_wanted(policy: LengthPolicy | None, seq_len: int) -> int:
 
 
 @dataclass(frozen=True)
-class DocumentPieces:
+class DocumentSlices:
     """Consecutive pieces of documents: document, start and length, int32 [P] each."""
 
     document: np.ndarray
@@ -106,20 +106,20 @@ class DocumentPieces:
     length: np.ndarray
 
 
-def cut(lengths: np.ndarray, seq_len: int) -> DocumentPieces:
+def cut(lengths: np.ndarray, seq_len: int) -> DocumentSlices:
     """Cut documents into consecutive pieces of at most `seq_len` tokens; seq_len=0 cuts none."""
     document = np.arange(len(lengths), dtype=np.int32)
     if not len(lengths) or not seq_len or int(lengths.max()) <= seq_len:
-        return DocumentPieces(document, np.zeros_like(document), lengths)
+        return DocumentSlices(document, np.zeros_like(document), lengths)
     count = -(-lengths // seq_len)
     owner = np.repeat(document, count)
     firsts = np.cumsum(count, dtype=np.int64) - count
     start = ((np.arange(len(owner)) - np.repeat(firsts, count)) * seq_len).astype(np.int32)
-    return DocumentPieces(owner, start, np.minimum(lengths[owner] - start, seq_len).astype(np.int32))
+    return DocumentSlices(owner, start, np.minimum(lengths[owner] - start, seq_len).astype(np.int32))
 
 
 def _take(
-    pieces: DocumentPieces, pool: np.ndarray, target: int, placement: int, seed: int, words: tuple[str, ...]
+    pieces: DocumentSlices, pool: np.ndarray, target: int, placement: int, seed: int, words: tuple[str, ...]
 ) -> DrawnPieces:
     """Draw pieces of a pool, epoch after epoch, until they have `target` tokens; the last piece is cut to fit."""
     total = int(pieces.length[pool].sum(dtype=np.int64))
