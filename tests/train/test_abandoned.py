@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longctx.config.model import MemoryConfig
-from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig, ParallelConfig
+from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig
 from longctx.decide import Shares
 from longctx.distributed.ranks import Ranks
 from longctx.model import LossModel
@@ -22,7 +22,7 @@ from longctx.train.step import Stepper, Timer
 from tests.dist.ranks import run_ranks
 
 from .made import MadeData
-from .parity import SEQ, Case, made_model
+from .parity import SEQ, Case, flat, made_model
 
 MICRO_BATCHES = 3
 
@@ -44,7 +44,7 @@ def two_steps(rank: int, world: int, case: Two) -> None:
     ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
     data = MadeData(SEQ, 3 * MICRO_BATCHES * world, seed=3)
     share = Shares(world, rank, MICRO_BATCHES, 1)
-    context, _ = _open_context(ParallelConfig(), ranks, 1)
+    context, _ = _open_context(flat(1, ranks.world), ranks, None)
     model = LossModel(made_model(Case(cp=1), "float32", "longctx"), MemoryConfig())
     config = EngineConfig(name="deepspeed" if case.zero else "ddp", zero=case.zero, device="cpu")
     engine = engines.build(config, OptimConfig(), model, ranks)
@@ -96,7 +96,7 @@ def test_short_steps_are_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> Non
     asked: list[float] = []
     monkeypatch.setattr(Ranks, "any", lambda ranks, flag: bool(asked.append(1.0)))
     data = MadeData(SEQ, MICRO_BATCHES, seed=3)
-    context, _ = _open_context(ParallelConfig(), ranks, 1)
+    context, _ = _open_context(flat(1, ranks.world), ranks, None)
     model = LossModel(made_model(Case(cp=1), "float32", "longctx"), MemoryConfig())
     engine = engines.build(EngineConfig(name="ddp", device="cpu"), OptimConfig(), model, ranks)
     window = [micro_batch(data, [index], context, "zigzag") for index in range(MICRO_BATCHES)]
