@@ -153,11 +153,11 @@ def test_a_signal_in_a_long_call_of_the_main_thread_is_answered(tmp_path: Path) 
 
 def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from longctx import cli; real = cli._resolve\n"
+        "import sys; from longctx import cli; from longctx.config import compose; real = compose.resolve\n"
         "def resolve(target):\n"
         "    if 'config' in target: return real(target)\n"
         "    print(*(name in sys.modules for name in ('torch', 'transformers')), flush=True); sys.exit()\n"
-        "cli._resolve = resolve\n"
+        "compose.resolve = resolve\n"
         "for words in eval(sys.argv[1]):\n"
         "    try: cli.main(words)\n"
         "    except SystemExit: pass\n"

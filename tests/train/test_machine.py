@@ -108,13 +108,13 @@ def test_host_memory_bounds_what_is_offloaded():
         check_memory(stages, shape, built, room(8, "cuda", 79, 200))
 
 
-def test_a_run_that_does_not_fit_is_refused_before_it_exists(tmp_path: Path) -> None:
+def test_a_run_that_does_not_fit_is_refused_before_it_exists(tmp_path: Path, documents: Path) -> None:
     model = {"init": HUGE, "tokenizer": "none"}
-    huge = config(tmp_path / "run", tmp_path / "docs", model=model, launch={"nproc": 2})
+    huge = config(tmp_path / "run", documents, model=model, launch={"nproc": 2}, accept=["disk"])
     with pytest.raises(UserError, match=r"(?s)stage s64 of 64 tokens needs about .* GiB on each rank \(optimizer"):
         train_run(huge)
     assert not (tmp_path / "run").exists()
-    accepted = with_dtype(config(tmp_path / "run", tmp_path / "docs", model=model, accept=["memory"]))
+    accepted = with_dtype(config(tmp_path / "run", documents, model=model, accept=["memory"]))
     machine.check_machine(accepted, resolve_stages(accepted), 2, 2)  # nothing is said
 
 
