@@ -85,7 +85,8 @@ def target_of(config: EvalConfig, name: str, model: EvalModel) -> EvalTarget:
     except UserError as error:
         if config.models is None:
             raise
-        text = str(error).replace(f"model.path={model.path}", f"models.{name}.path={model.path}")
+        text = str(error).replace("model.path=", f"models.{name}.path=")
+        text = text.replace("model.tokenizer=", f"models.{name}.tokenizer=")
         raise UserError(text) from None
     changed = {**(model.rope or {}), **({"rope_theta": model.theta} if model.theta is not None else {})}
     if not changed:

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
-from longctx.distributed import ranks as worlds
 from longctx.distributed.launcher import launcher_environment
 from longctx.shape import shape_of_model
 from longctx.signals import SAVED_AND_REQUEUE, StopRequest, all_saved, interrupted_words, stop_request
-from longctx.train import exhausted, preflight, runfolder
-from longctx.train.machine import check_machine, describe
+from longctx.train import preflight, runfolder
 from longctx.train.runfolder import with_dtype
 
 if TYPE_CHECKING:
@@ -53,6 +51,8 @@ def train(
     stages = None
     if not checked and launcher_environment()["WORLD_SIZE"] == "1":
         stages = checked_stages(config, world=1, local_world=1)
+    from longctx.distributed import ranks as worlds  # torch; what the checks refuse does not wait for it
+
     stop = stop_request()
     interrupted_words(lambda: runfolder.where(Path(config.folder)))
     try:
@@ -93,6 +93,8 @@ def checked_stages(config: TrainConfig, *, world: int, local_world: int) -> list
     """
     stages = resolve_stages(config)
     preflight.check(config, stages, world=world, local_world=local_world)
+    from longctx.train.machine import check_machine
+
     check_machine(config, stages, world, local_world)
     return stages
 
@@ -135,6 +137,7 @@ def _context(config: TrainConfig, ranks: Ranks, stages: list[Stage], stop: StopR
     import torch
     from transformers.utils import logging as hf_logging
 
+    from longctx.train.machine import describe
     from longctx.train.run_context import RunContext
 
     hf_logging.disable_progress_bar()  # the run has a display of its own
@@ -156,6 +159,7 @@ def _load_engine(context: RunContext, not_carried: NotCarried) -> Engine:
     """Load the model, ready for long sequences, into the engine that the config names."""
     from longctx.model import LossModel, model_of
     from longctx.train import engine as engines
+    from longctx.train import exhausted
 
     config, ranks = context.config, context.ranks
     place = engines.placer(config.engine, config.optim, config.model.dtype, ranks)

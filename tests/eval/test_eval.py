@@ -211,12 +211,12 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "an unknown rope": ([f"models={{a: {{path: {TINY}, rope: {{rope_type: yarnn}}}}}}"], r"'yarnn' is not one longctx"),
     "a rope without its factor": (
         [f"models={{a: {{path: {TINY}, rope: {{rope_type: linear}}}}}}"],
-        r"linear lacks the key 'factor'.*models\.a\.rope",
+        r"factor is missing: rope_type='linear' needs it.*models\.a\.rope",
     ),
     "a name that is no file's": (["models={../a: A}"], r"'\.\./a' names files and titles"),
     "no such source": (
         [f"model.path={TINY}", "source=txt"],
-        r"source=txt is not a source of text; did you mean 'text'",
+        r"source=txt is not a source of text in data\.sources; did you mean 'text'",
     ),
     "too little text": (
         [f"model.path={TINY}", "needle.lengths=[1M]"],
@@ -237,7 +237,7 @@ def test_a_mistake_is_refused_in_one_paragraph(text: list[str], mistake: str):
 
 def test_a_tokenizer_that_exceeds_the_model_is_refused(text, tmp_path):
     other = other_model(tmp_path / "other")
-    with pytest.raises(UserError, match=r"base: the tokenizer gives ids up to 599 and the model has vocab_size=512"):
+    with pytest.raises(UserError, match=r"models\.base\.tokenizer=.*ids up to 599 and the model has vocab_size=512"):
         run(config(*text, f"models={{base: {{path: {TINY}, tokenizer: {other}}}}}"))
 
 

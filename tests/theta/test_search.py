@@ -229,14 +229,19 @@ def test_adaptation_lowers_the_loss_and_is_undone(objective):
 
 
 def test_mistakes(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    chats.write_text((json.dumps({"messages": turns}) + "\n") * 50)
     for more, message in (
         (["trials.stage=s51"], "trials.stage='s51' is no stage; did you mean 's512'?"),
         (["trials.bracket=1"], "trials: bracket=1 must be above 1"),
         (["to=1M"], "too few for documents of 1048576"),
-        (["data=chat"], "data.mixes.default holds no text"),
+        (["data=chat", f"data.path={chats}"], "data.mixes.default holds no text"),
         (["nproc=0"], "nproc=0 must be 1 or more ranks"),
     ):
         given = [w for w in words(model_folder, text_folder, tmp_path / "x") if not w.startswith(("data=", "+data"))]
+        if "data=chat" in more:
+            given = [w for w in given if not w.startswith("data.path=")]
         data = [] if "data=chat" in more else ["data=text"]
         assert main([*given, *data, *more]) == 2, message
         err = capsys.readouterr().err
