@@ -13,6 +13,7 @@ from longctx import console
 from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.config.train import TrainConfig
 from longctx.fingerprint import RECORD, fingerprint_of, folder_fingerprint
+from longctx.shape import config_json, model_type_of, tied_of
 from longctx.storage.files import discard, write_text
 
 
@@ -21,19 +22,16 @@ def left_out(config: TrainConfig) -> list[str]:
 
     None where the run makes no adapter: it is switched off, or the model was drawn at random and has no base.
     """
-    from longctx.model.load import read_config
-
     hook = config.hooks.lora
     if not hook.enabled or config.model.path is None:
         return []
-    model, full = read_config(config.model.path), hook.profile == "full"
-    embeddings = (model.tie_word_embeddings and full) if hook.embeddings is None else hook.embeddings
+    model, full = config_json(config.model.path)[0], hook.profile == "full"
+    tied = tied_of(model)
+    embeddings = (tied and full) if hook.embeddings is None else hook.embeddings
     patterns = [] if embeddings else ["*embed_tokens*"]
     if not full:
-        biased = model.model_type == "qwen2" or any(
-            getattr(model, f"{part}_bias", False) for part in ("attention", "mlp")
-        )
-        patterns += ["*norm*"] + ["*lm_head*"] * (not model.tie_word_embeddings) + ["*.bias"] * biased
+        biased = model_type_of(model) == "qwen2" or any(model.get(f"{part}_bias") for part in ("attention", "mlp"))
+        patterns += ["*norm*"] + ["*lm_head*"] * (not tied) + ["*.bias"] * biased
     return patterns
 
 
