@@ -1,4 +1,4 @@
-"""README's commands are run as they stand there, with the tiny model in place of MODEL and short stages."""
+"""README's commands run as it prints them, on a tiny model of another family and with short stages."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 import shlex
 from pathlib import Path
 
-import pytest
 import torch
 
 from longctx.assets import tiny_model
 from longctx.cli import main
+from longctx.config.model import InitConfig
+from longctx.model import init_from
 from tests.started import SHORT, longctx
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
@@ -23,40 +24,59 @@ COMMANDS = [
     if line.startswith("longctx ")
 ]
 
-# What a command takes so long for: replaced by something small of the same kind.
-SMALL = {
-    "train": ["experiment=quickstart", "hooks=none", *SHORT[:2], "evaluate.heldout_sequences=1"],
-    "eval": ["needle.per_cell=1", "needle.seeds=[1]", "loss_windows=2"],
-    "plan": ["hardware=cpu"],  # the tiny model is float32, which a GPU's plan refuses
-}
-
 
 def test_readme_has_the_commands():
     assert {command.split()[1] for command in COMMANDS} >= {"theta", "plan", "train", "lora-merge", "eval"}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_of_the_readme_runs(command, quickstart, tmp_path):
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "a.txt").write_text("A line of text about nothing in particular.\n" * 4000)
-    (tmp_path / "docs" / "b.txt").write_text("Another one, so that one file can be held out.\n" * 4000)
-    sibling = quickstart.folder / "side" / "sibling" / "stages" / "sibling" / "model"
-    places = {
-        "SIBLING-1048k": str(quickstart.folder / "merged") if "eval" in command else str(tmp_path / "out"),
-        "SIBLING": str(sibling), "MODEL": str(tiny_model()), "DOCS": str(tmp_path / "docs"),
-        "runs/run/adapter": str(quickstart.folder / "adapter"), "8k_to_1048k": "tiny_16x", "nproc=8": "nproc=2",
-        "[8192,131072]": "[512,1024]", "from=8192 to=131072": "from=512 to=8192",
-    }  # fmt: skip
-    for name, place in places.items():
-        command = command.replace(name, place)
-    verb, *words = shlex.split(command)[1:]
-    if verb == "train":
-        words = [word for word in words if not word.startswith("curriculum=")]
-        words += ["curriculum=tiny_16x", f"run_dir={tmp_path / 'run'}", "curriculum.mix=default"]
-        words += [*SHORT[:2], "evaluate.heldout_sequences=1", "parallel=ring"]
-    done = longctx(verb, *words, *(SMALL[verb] if verb in ("eval", "plan") else []), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout or done.stderr
+def make_model(folder: Path, seed: int) -> None:
+    """A tiny bfloat16 Qwen3 with the tiny tokenizer."""
+    from transformers import AutoTokenizer
+
+    shape = InitConfig(
+        family="qwen3", layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=128, vocab=512, seed=seed
+    )
+    init_from(shape, dtype="bfloat16").save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(folder)
+
+
+def test_the_commands_run_in_order_on_a_model_of_another_family(tmp_path):
+    """theta, plan, train, merge, eval as README has them, with shorter stages; each reads what the one before wrote."""
+    make_model(tmp_path / "MODEL", seed=0)
+    make_model(tmp_path / "SIBLING", seed=1)
+    (tmp_path / "DOCS").mkdir()
+    for name, line in (("a", "A line of text about nothing in particular.\n"), ("b", "Another one, to be held out.\n")):
+        (tmp_path / "DOCS" / f"{name}.txt").write_text(line * 4000)
+    smaller = {
+        "8k_to_1048k": "tiny_16x",
+        "nproc=8": "nproc=2",
+        "8192,131072": "512,1024",
+        "8192 to=131072": "512 to=8192",
+    }
+    more = {
+        "plan": ["hardware=h100"],
+        "train": ["curriculum.mix=default", *SHORT[:2], "evaluate.heldout_sequences=1", "parallel=ring"],
+        "eval": ["needle.per_cell=1", "needle.seeds=[1]", "loss_windows=2"],
+    }
+    said = {}
+    for command in COMMANDS:
+        for long, short in smaller.items():
+            command = command.replace(long, short)
+        verb, *words = shlex.split(command)[1:]
+        done = longctx(verb, *words, *more.get(verb, []), cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        said[verb] = done.stdout + done.stderr
+    assert "dynamic-ntk" in said["theta"]
+    assert "bfloat16" in said["plan"]
+    assert "bfloat16 weights with float32 masters" in said["train"]
+    assert "sibling" in said["eval"]
+    assert "merged" in said["eval"]
+    for folder in ("runs/run/stages/s8192/model", "SIBLING-1048k"):
+        config = json.loads((tmp_path / folder / "config.json").read_text())
+        assert config["model_type"] == "qwen3"
+        assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+        assert config["max_position_embeddings"] == 8192
+        assert config["rope_theta"] > 10000
 
 
 def test_the_plan_accepts_what_the_readme_advises_for_an_8b_on_eight_h100(tmp_path, capsys):
