@@ -2,6 +2,7 @@
 # Sets up .venv as the quickstart does, then checks format, lint, import layers and types, and runs the tests on every
 # core. Arguments go to pytest instead: launch/test.sh tests/attention -k zigzag
 . "$(dirname "$0")/setup.sh" train,dev
+cores="$(env -u OMP_NUM_THREADS nproc)"  # nproc answers OMP_NUM_THREADS where it is set
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 bin="$PWD/.venv/bin"
 if [ $# -gt 0 ]; then
@@ -12,4 +13,4 @@ fi
 "$bin/lint-imports"
 "$bin/pyright"
 # A file's tests share fixtures, so each file goes to one worker.
-exec "$PYTHON" -m pytest -n "$(nproc)" --maxprocesses 8 --dist loadfile
+exec "$PYTHON" -m pytest -n "$cores" --maxprocesses 8 --dist loadfile
