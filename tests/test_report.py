@@ -60,7 +60,8 @@ def test_the_page_of_a_run_holds_the_figures_of_its_files(quickstart):
     page = Page(write_page(quickstart.folder))
     summary = json.loads((quickstart.folder / "summary.json").read_text())
     needles = {row[0]: row[1:] for row in page.tables["Needles found"][1:]}
-    assert page.tables["Needles found"][0] == ["model", "512", "2,048", "pooled"]
+    lengths = [f"{int(length):,}" for length in summary["needle"]["base"]]
+    assert page.tables["Needles found"][0] == ["model", *lengths, "pooled"]
     assert needles == {
         name: [f"{100 * value:.1f} %" for value in (*found.values(), summary["needle_pooled"][name])]
         for name, found in summary["needle"].items()
