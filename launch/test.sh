@@ -12,5 +12,5 @@ fi
 "$bin/ruff" check .
 "$bin/lint-imports"
 "$bin/pyright"
-# A file's tests share fixtures, so each file goes to one worker.
-exec "$PYTHON" -m pytest -n "$cores" --maxprocesses 8 --dist loadfile
+# A file's tests share fixtures, so each file goes to one worker, in the order of tests/conftest.py.
+exec "$PYTHON" -m pytest -n "$cores" --maxprocesses 8 --dist loadfile --no-loadscope-reorder

@@ -38,3 +38,9 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
             done = longctx("train", "experiment=quickstart", f"run_dir={folder}", *SHORT)
             assert done.returncode == 0, done.stderr[-4000:]
     return Quickstart(folder, SHORT)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start processes come first, so that no worker is left with a long one at the end."""
+    first = ("tests/train/", "tests/test_interrupts.py", "tests/test_readme.py", "tests/test_library.py")
+    items.sort(key=lambda item: not item.nodeid.startswith(first))
