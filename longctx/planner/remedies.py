@@ -110,7 +110,8 @@ def lower(
     """Single settings that lower the memory of this stage, the strongest first, each with the memory it leads to."""
     now = needs([stage], shape, config, limits)[0].total
     found: list[tuple[str, Memory]] = []
-    for changes in [*_dials(config, limits), *_shards(config, limits)]:
+    narrower: list[Changes] = [{"model.dtype": "bfloat16"}] if config.model.dtype != "bfloat16" else []
+    for changes in [*_dials(config, limits), *_shards(config, limits), *narrower]:
         changed = _with(config, changes)
         try:
             memory = needs([stage], shape, changed, limits)[0] if changed is not None else None

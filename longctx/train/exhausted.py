@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from longctx.decide import Machines
+from longctx.decide import Machines, assumed_kernels, choose_kernel
 from longctx.errors import OutOfMemory, out_of_memory
-from longctx.planner.remedies import lower, needs
+from longctx.planner.remedies import DeviceLimits, lower, needs
 from longctx.shape import shape_of_model
-from longctx.train.machine import kernel_of, room_here
 
 if TYPE_CHECKING:
     from longctx.config.train import TrainConfig
@@ -51,7 +50,9 @@ def explain(error: BaseException, config: TrainConfig, stage: Stage, ranks: Rank
     said = said.split("] . ")[-1].split(" If reserved")[0].rstrip(".")
     shape = shape_of_model(config.model)
     device = ranks.device.type
-    room = room_here(Machines(ranks.world, ranks.local_world), device, kernel_of(config.model, shape, device))
+    serving = assumed_kernels(device, config.model.dtype, shape.head_dim)
+    kernel = choose_kernel(device, config.model.dtype, serving, config.model.attention_kernel)
+    room = DeviceLimits(Machines(ranks.world, ranks.local_world), device, kernel, device_bytes=0.0)
     now = needs([stage], shape, config, room)[0]
     parts = sorted(((getattr(now, name), words) for name, words in _WORDS.items()), reverse=True)
     listed = ", ".join(f"{words} {_gib(size)}" for size, words in parts if size > 0.01 * now.total)

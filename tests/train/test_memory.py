@@ -43,7 +43,7 @@ def one_stage(seq_len: int) -> dict:
 
 def test_a_step_that_does_not_fit_says_what_held_the_memory(tmp_path: Path, documents: Path) -> None:
     """2^20 tokens of 2,048 numbers take 8 GiB where the embedding puts them."""
-    made = config(tmp_path / "run", documents, model={"init": WIDE}, curriculum=one_stage(2**20))
+    made = config(tmp_path / "run", documents, model={"init": WIDE}, curriculum=one_stage(2**20), accept=["memory"])
     with address_space(5), pytest.raises(OutOfMemory) as raised:
         train(made)
     text = str(raised.value)
@@ -59,7 +59,9 @@ def test_a_step_that_does_not_fit_says_what_held_the_memory(tmp_path: Path, docu
 
 def test_a_model_that_does_not_fit_is_said_while_it_is_loaded(tmp_path: Path, documents: Path) -> None:
     huge = {**WIDE, "ffn": 2**21}
-    made = config(tmp_path / "run", documents, model={"init": huge}, curriculum=one_stage(64), accept=["disk"])
+    made = config(
+        tmp_path / "run", documents, model={"init": huge}, curriculum=one_stage(64), accept=["disk", "memory"]
+    )
     with (
         address_space(2),
         pytest.raises(RunFailed, match=r"out of memory while loading the model for stage long .*opt"),
@@ -69,7 +71,7 @@ def test_a_model_that_does_not_fit_is_said_while_it_is_loaded(tmp_path: Path, do
 
 def test_remedies_are_the_planners_and_divide(tmp_path: Path, documents: Path) -> None:
     """On GPUs sharding, offload and more ranks are offered; what the run has already is not."""
-    model = {"init": {**WIDE, "layers": 30}}
+    model = {"init": {**WIDE, "layers": 30}, "dtype": "bfloat16"}
     made = config(tmp_path / "run", documents, model=model, curriculum=one_stage(4096), parallel={"cp": 2})
     ranks = Ranks(1, 2, 1, 2, torch.device("cuda"))
     error = torch.OutOfMemoryError(
