@@ -41,7 +41,7 @@ def test_one_run_with_each_step_once_whenever_it_is_synced(tmp_path: Path, docum
         for step in (1, 3):
             assert live(made, 1, kill_after=step) == -signal.SIGKILL
             ids.add((run / runfolder.WANDB_ID).read_text())
-        assert live(made, 1, stop_after=4) == SAVED_AND_REQUEUE
+        assert live(made, 1, stop_after=5) == SAVED_AND_REQUEUE
         sync(server, run)
         assert live(made, 1) == 0
         sync(server, run)
