@@ -23,6 +23,9 @@ from .wandb_server import Server, serving
 pytest.importorskip("wandb")
 
 
+pytestmark = pytest.mark.slow  # a server, real processes and wandb's own start: a minute
+
+
 def sync(server: Server, run: Path) -> None:
     folders = sorted((run / "wandb").glob("offline-run-*"))
     environment = {**os.environ, "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40}

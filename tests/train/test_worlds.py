@@ -74,6 +74,7 @@ def test_every_pair(
     assert same(run, undisturbed)
 
 
+@pytest.mark.slow  # test_other_ranks_stages_and_engines crosses the same engines
 @pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_the_same_ranks_go_on_bit_for_bit_under_zero(tmp_path: Path, documents: Path, zero: int) -> None:
     """Stopped and continued on two ranks, against a run on the same ranks that nobody stopped."""
