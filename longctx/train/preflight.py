@@ -59,12 +59,12 @@ def check_settings(config: TrainConfig) -> None:
             "longctx, whose packed documents and ranks transformers' own kernels do not know; leave it at longctx "
             "(configs/model)"
         )
-    check_engine(config.engine)
+    check_engine_starts(config.engine)
     check_profile(config.profile)
     check_logging(config.logging)
 
 
-def check_engine(config: EngineConfig) -> None:
+def check_engine_starts(config: EngineConfig) -> None:
     """Raise UserError for engine numbers that must be positive and for a missing deepspeed."""
     where = "configs/engine"
     if config.timeout_seconds <= 0 or config.micro_batch_tokens < 1:
