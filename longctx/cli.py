@@ -101,8 +101,8 @@ def _find(words: list[str]) -> tuple[Verb, list[str]]:
     two = " ".join(words[:2])
     if two in VERBS:
         return VERBS[two], words[2:]
-    if words[0] in VERBS:
-        return VERBS[words[0]], words[1:]
+    if (spaced := words[0].replace("-", " ")) in VERBS:
+        return VERBS[spaced], words[1:]
     family = sorted(name for name in VERBS if name.startswith(words[0] + " "))
     if family:
         subverbs = [name.split()[1] for name in family]

@@ -82,9 +82,11 @@ def decide_all(
     stages = list(stages)
     check_engine(engine, dtype)
     names = [stage.name for stage in stages]
-    for name in parallel.stages:
+    for name in parallel.cp_by_stage:
         if name not in names:
-            raise UserError(f"parallel.stages.{name} is no stage of the curriculum; known: {', '.join(names)} ({FILE})")
+            raise UserError(
+                f"parallel.cp_by_stage.{name} is no stage of the curriculum; known: {', '.join(names)} ({FILE})"
+            )
     return [decide(stage, parallel, engine, machines, heads) for stage in stages]
 
 
@@ -113,23 +115,23 @@ def check_engine(config: EngineConfig, dtype: str) -> None:
         raise UserError(
             f"engine.offload_parameters=true needs engine.zero=3, not {config.zero} ({where}/deepspeed.yaml)"
         )
-    if config.secondary_partition != 1 and config.zero != 3:
+    if config.hpz_partition_size != 1 and config.zero != 3:
         raise UserError(
-            f"engine.secondary_partition={config.secondary_partition} (hpZ) needs engine.zero=3 "
-            f"({where}/deepspeed.yaml)"
+            f"engine.hpz_partition_size={config.hpz_partition_size} (hpZ) needs engine.zero=3 ({where}/deepspeed.yaml)"
         )
 
 
 def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
     """The number of ranks that hold one sequence of this stage.
 
-    auto takes the smallest divisor of the world for which a rank holds at most parallel.tokens_per_rank tokens of a
+    auto takes the smallest divisor of the world for which a rank holds at most parallel.seq_len_per_rank tokens of a
     sequence and the groups divide the batch; if there is none, it takes the largest divisor whose groups divide the
     batch. The layout pads a length that cp does not divide. Raises UserError when cp does not divide the world or
     leaves a rank fewer than two tokens.
     """
-    fixed = parallel.stages.get(stage.name, parallel.cp)
-    key = f"parallel.stages.{stage.name}" if stage.name in parallel.stages else "parallel.cp"
+    fixed = parallel.cp_by_stage.get(stage.name, parallel.cp)
+    fixed = world if fixed == "all" else fixed
+    key = f"parallel.cp_by_stage.{stage.name}" if stage.name in parallel.cp_by_stage else "parallel.cp"
     if not isinstance(fixed, str):  # a number, not "auto"
         if fixed < 1 or world % fixed:
             near = max(c for c in range(1, world + 1) if world % c == 0 and c <= max(fixed, 1))
@@ -149,7 +151,7 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
             f"{world} ranks; take a batch that is a multiple of {world}, or a length of {2 * world} tokens or more "
             f"({FILE})"
         )
-    small = [cp for cp in fits if stage.seq_len <= parallel.tokens_per_rank * cp]
+    small = [cp for cp in fits if stage.seq_len <= parallel.seq_len_per_rank * cp]
     return small[0] if small else fits[-1]
 
 

@@ -19,9 +19,9 @@ def opening(verb: str, config: Any) -> str | None:
             return f"tokenizing {', '.join(config.data.sources)} into {config.shards}"
         case "data synth":
             return f"tokenizing {config.haystack} into {config.cache}"
-        case "lora-extract":
+        case "lora extract":
             return f"comparing {config.tuned} with {config.base}"
-        case "lora-merge":
+        case "lora merge":
             return f"reading {config.target}"
     return None
 

@@ -76,7 +76,7 @@ class Footprint:
 
     def kept_layers(self, memory: MemoryConfig, tokens: int) -> int:
         """Layers that save their products in a forward pass of `tokens` tokens; training and `plan` both use this."""
-        if not memory.checkpoint:
+        if not memory.activation_checkpointing:
             return self.layers
         if memory.keep_matmuls == "auto":
             return self.fitting(tokens, (memory.budget_gib or 0.0) * 2**30)

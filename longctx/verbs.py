@@ -2,8 +2,8 @@
 
 Both are named as text, so that `longctx theta` never imports the libraries of `longctx train`.
 
-A verb with spaces has subverbs; its root config is the name with underscores (`lora-extract` ->
-configs/lora_extract.yaml, `bench attention` -> configs/bench_attention.yaml).
+A verb with spaces has subverbs; its root config is the name with underscores (`lora extract` ->
+configs/lora_extract.yaml). With a hyphen in place of the space it is the same verb (`lora-extract`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Verb:
 
     @property
     def root(self) -> str:
-        return self.name.replace("-", "_").replace(" ", "_")
+        return self.name.replace(" ", "_")
 
 
 _ALL = [
@@ -48,11 +48,11 @@ _ALL = [
          "thetas by every rule, what they support, and a search for better ones"),
     Verb("bench theta", "longctx.config.bench_theta:BenchThetaConfig", "longctx.bench.theta:run",
          "the same training under every theta rule, and what the models can do"),
-    Verb("lora-extract", "longctx.config.lora:ExtractConfig", "longctx.lora.commands:run_extract",
+    Verb("lora extract", "longctx.config.lora:ExtractConfig", "longctx.lora.commands:run_extract",
          "what training changed, as a LoRA: measured, sign checked, with rope and window"),
-    Verb("lora-merge", "longctx.config.lora:MergeConfig", "longctx.lora.commands:run_merge",
+    Verb("lora merge", "longctx.config.lora:MergeConfig", "longctx.lora.commands:run_merge",
          "adapters into a fine-tune of their base, with the window they carry"),
-    Verb("lora-info", "longctx.config.lora:InfoConfig", "longctx.lora.info:run",
+    Verb("lora info", "longctx.config.lora:InfoConfig", "longctx.lora.info:run",
          "an adapter's ranks, size and spectra; the size of one not yet made"),
     Verb("bench lora", "longctx.config.lora:BenchLoraConfig", "longctx.bench.lora:run",
          "extraction as a whole process beside mergekit's"),

@@ -10,12 +10,12 @@ from pathlib import Path
 SHORT = [
     "curriculum.stages.s2048.tokens=40960",
     "curriculum.stages.s8192.tokens=16384",
-    "hooks.sibling.run.stage.tokens=32768",
-    "hooks.evidence.control.stage.tokens=32768",
-    "hooks.evidence.needle.per_cell=1",
-    "hooks.evidence.needle.seeds=[11]",
-    "hooks.evidence.needle.lengths=[512,2048]",
-    "hooks.evidence.heldout_windows=4",
+    "after_training.sibling.run.stage.tokens=32768",
+    "after_training.evidence.control.stage.tokens=32768",
+    "after_training.evidence.needle.per_cell=1",
+    "after_training.evidence.needle.seeds=[11]",
+    "after_training.evidence.needle.lengths=[512,2048]",
+    "after_training.evidence.heldout_sequences=4",
     "evaluate.heldout_sequences=1",
 ]
 

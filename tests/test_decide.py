@@ -33,7 +33,7 @@ def values(heads: tuple[int, int] = (8, 2), **changes: Any) -> dict[str, Any]:
         "data": {"sources": {"text": {"kind": "text", "path": "docs"}}, "mixes": {"default": {"text": 1.0}}},
         "curriculum": {"lr": {"peak": 1e-3}, "scratch": True,
                        "stages": {"a": {"seq_len": 4096, "theta": 10000, "steps": 2, "batch": 8}}},
-        "hooks": {"lora": {"enabled": False}},
+        "after_training": {"lora": {"enabled": False}},
     }  # fmt: skip
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(made.get(key), dict)
@@ -71,7 +71,7 @@ def trained(made: dict[str, Any], nodes: int, ranks: int) -> Any:
 AUTO = st.just("auto")
 PARALLEL = st.fixed_dictionaries({
     "cp": AUTO | st.sampled_from([1, 2, 3, 4, 6, 8, 12, 16]),
-    "tokens_per_rank": st.sampled_from([1, 512, 1024, 8192]),
+    "seq_len_per_rank": st.sampled_from([1, 512, 1024, 8192]),
     "schedule": AUTO | st.sampled_from(["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]),
     "nodes": AUTO | st.sampled_from([1, 2, 3]),
     "ulysses": AUTO | st.sampled_from([1, 2, 3, 4]),

@@ -28,7 +28,7 @@ def stage(seq_len: int, *, batch: int = 1, layout: str = "zigzag") -> Stage:
 def test_a_length_is_shared_out_whole_or_refused_in_words(seq_len, world, batch, cp, layout):
     made = stage(seq_len, batch=batch, layout=layout)
     try:
-        chosen = choose_cp(made, ParallelConfig(cp=cp, tokens_per_rank=64), world)
+        chosen = choose_cp(made, ParallelConfig(cp=cp, seq_len_per_rank=64), world)
     except UserError as error:
         event(str(error)[:20])
         refused = cp == "auto" or cp < 1 or world % cp or seq_len < 2 * cp

@@ -29,8 +29,8 @@ GIVEN = {
     "report": ["run=r"],
     "plan": ["model=tiny"],
     "train": ["model=tiny"],
-    "lora-extract": ["base=b", "tuned=t", "out=o"],
-    "lora-merge": ["target=t", "adapter=a", "out=o"],
+    "lora extract": ["base=b", "tuned=t", "out=o"],
+    "lora merge": ["target=t", "adapter=a", "out=o"],
     "theta": ["to=1M", "from=8k", "rule=yarn"],
 }
 
@@ -98,7 +98,7 @@ def test_every_key_of_every_section_is_shown_and_accepted(verb, capsys):
 def test_help_shows_types_defaults_docs_and_the_values_of_the_command(capsys):
     text = _help(capsys, "train", "engine=deepspeed", "engine")
     assert re.search(r"engine\.zero \(0\|1\|2\|3\) = 2\s+ZeRO stage", text)
-    assert re.search(r"engine\.micro_batch_tokens \(length\) = 8192\s+tokens of one forward", text)
+    assert re.search(r"engine\.micro_batch_tokens \(count\) = 8192\s+tokens of one forward", text)
     assert "deepspeed  DeepSpeed ZeRO through accelerate" in text
     assert re.search(
         r"curriculum\.rule=yarn \(\{start: original, beta_fast: 32\.0", _help(capsys, "train", "curriculum")
@@ -109,13 +109,15 @@ def test_help_shows_ones_own_groups(tmp_path, capsys):
     for group in ("curriculum", "mood"):
         (tmp_path / group).mkdir()
     (tmp_path / "curriculum" / "mine.yaml").write_text("# Two stages for our books.\nstages: {}\n")
-    (tmp_path / "mood" / "calm.yaml").write_text("# @package _global_\n# Slow and steady.\noptim: {clip: 0.1}\n")
+    (tmp_path / "mood" / "calm.yaml").write_text(
+        "# @package _global_\n# Slow and steady.\noptim: {max_grad_norm: 0.1}\n"
+    )
     text = _help(capsys, "train", "--config-dir", str(tmp_path))
     assert re.search(r"^  curriculum .*\bmine\b", text, re.M)
     assert re.search(r"^  mood +calm$", text, re.M)
     assert "mine  " in _help(capsys, "train", "--config-dir", str(tmp_path), "curriculum")
     assert "calm  Slow and steady." in _help(capsys, "train", "--config-dir", str(tmp_path), "mood")
-    assert load(VERBS["train"], ["model=tiny", "mood=calm"], [tmp_path]).optim.clip == 0.1
+    assert load(VERBS["train"], ["model=tiny", "mood=calm"], [tmp_path]).optim.max_grad_norm == 0.1
 
 
 def test_docs_are_read_from_the_fields_and_those_above_them():
@@ -123,7 +125,7 @@ def test_docs_are_read_from_the_fields_and_those_above_them():
     assert docs["png"].startswith("the picture")
     assert docs["cache"].startswith("folder of the shards")  # its own, not TrainConfig's
     assert docs["accept"].startswith("identity keys")  # of the class it builds on
-    assert field_docs(resolve(VERBS["lora-extract"].schema))["memory_mib"].endswith("again on every pass")
+    assert field_docs(resolve(VERBS["lora extract"].schema))["memory_mib"].endswith("again on every pass")
 
 
 # --- -m

@@ -89,7 +89,7 @@ def test_a_model_comes_back_in_the_dtype_it_was_trained_in(tmp_path, documents, 
     stages = {"s128": {"seq_len": 128, "theta": 40000, "steps": 2, "batch": 2}}
     made = config(
         tmp_path / "run", documents, model={"init": None, "path": str(base), "tokenizer": TOKENIZER},
-        curriculum={"stages": stages, "lr": {"peak": 1e-2}}, hooks={"lora": {"enabled": True, "rank": 8}},
+        curriculum={"stages": stages, "lr": {"peak": 1e-2}}, after_training={"lora": {"enabled": True, "rank": 8}},
     )  # fmt: skip
     assert run(made) == 0
     said = capfd.readouterr().err

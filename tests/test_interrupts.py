@@ -18,7 +18,7 @@ import pytest
 from tests.interrupted import Command, Outcome
 from tests.train.made import TOKENIZER, write_documents
 
-VERBS = ("data", "train", "eval", "lora-extract", "lora-merge")
+VERBS = ("data", "train", "eval", "lora extract", "lora merge")
 
 
 @pytest.fixture(scope="module")
@@ -61,16 +61,16 @@ def words(verb: str, material: Path, where: Path) -> list[str]:
             verb, model, *text, f"data.path={material / 'few'}", "launch.nproc=2", f"run_dir={where / 'run'}",
             "~curriculum.stages.s2048", "~curriculum.stages.s8192", "curriculum.scratch=true",
             "+curriculum.stages.s512={seq_len: 512, theta: 20000, steps: 4, batch: 2}",
-            "checkpoint.every=1", "checkpoint.spare_gib=0", "evaluate.heldout_sequences=2",
+            "checkpoint.every_steps=1", "checkpoint.spare_gib=0", "evaluate.heldout_sequences=2",
         ]  # fmt: skip
     if verb == "eval":
         return [
             verb, model, *text, f"data.path={material / 'few'}", "source=text", f"out={where / 'out'}",
-            f"cache={where / 'cache'}", "needle.lengths=[384,512]", "needle.per_cell=2", "loss_windows=8",
+            f"cache={where / 'cache'}", "needle.lengths=[384,512]", "needle.per_cell=2", "loss_sequences=8",
         ]  # fmt: skip
-    if verb == "lora-extract":
-        return [verb, f"base={material / 'base'}", f"tuned={material / 'tuned'}", f"out={where / 'out'}"]
-    return [verb, f"target={material / 'base'}", f"adapter={material / 'adapter'}", f"out={where / 'out'}"]
+    if verb == "lora extract":
+        return [*verb.split(), f"base={material / 'base'}", f"tuned={material / 'tuned'}", f"out={where / 'out'}"]
+    return [*verb.split(), f"target={material / 'base'}", f"adapter={material / 'adapter'}", f"out={where / 'out'}"]
 
 
 def check_interrupted(outcome: Outcome, at: str) -> None:
@@ -99,7 +99,7 @@ def interrupt(verb: str, material: Path, folder: Path, instants: int, length: fl
     return met
 
 
-@pytest.mark.parametrize("verb", ["data", "train", "lora-merge"])
+@pytest.mark.parametrize("verb", ["data", "train", "lora merge"])
 def test_ctrl_c_leaves_one_line_and_nothing_else(tmp_path: Path, material: Path, verb: str) -> None:
     interrupt(verb, material, tmp_path, instants=2 if verb == "data" else 1, length=4.0)
 
@@ -164,7 +164,7 @@ def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
     )
     verbs = [
         ["train", "model=tiny", "launch.nproc=2"], ["data", "model=tiny"], ["eval", "model.path=M", "format=json"],
-        ["lora-extract", "base=B", "tuned=T", "out=O"], ["lora-merge", "target=T", "adapter=A", "out=O"],
+        ["lora", "extract", "base=B", "tuned=T", "out=O"], ["lora", "merge", "target=T", "adapter=A", "out=O"],
         ["theta", "search=true", "model=tiny", "data=stdlib"],
     ]  # fmt: skip
     root = str(Path(__file__).parents[1])

@@ -56,9 +56,9 @@ def make_run(run: Path, documents: Path, config: FaultsConfig) -> Path:
         "data": {"sources": {"text": {"kind": "text", "path": str(documents)}},
                  "mixes": {"default": {"text": 1.0}}},
         "curriculum": {"scratch": True, "lr": {"peak": 3.0e-3}, "stages": stages},
-        "parallel": {"stages": {"s64": 1, "s128": config.nproc}}, "logging": {"display": "none"},
-        "checkpoint": {"every": 1, "minutes": 0, "keep": 2, "spare_gib": 0.0},
-        "evaluate": {"heldout_sequences": 64}, "hooks": {"lora": {"enabled": False}},
+        "parallel": {"cp_by_stage": {"s64": 1, "s128": config.nproc}}, "logging": {"display": "none"},
+        "checkpoint": {"every_steps": 1, "every_minutes": 0, "keep": 2, "spare_gib": 0.0},
+        "evaluate": {"heldout_sequences": 64}, "after_training": {"lora": {"enabled": False}},
         "launch": {"nproc": config.nproc, "threads": 1},
     }  # fmt: skip
     runfolder.prepare(build(TrainConfig, values, origin="longctx bench faults"))

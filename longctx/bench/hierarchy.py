@@ -65,7 +65,7 @@ def _measure(config: BenchHierarchyConfig) -> dict[str, Any]:
     """Start the ranks, print their progress, and return the samples that rank 0 writes."""
     spec = {
         "nodes": config.nodes,
-        "tokens": config.tokens,
+        "tokens": config.seq_len,
         "heads": config.heads,
         "kv_heads": config.kv_heads,
         "head_dim": config.head_dim,
@@ -165,7 +165,7 @@ def _bytes(config: BenchHierarchyConfig, counted: dict[str, Any], passes: list[s
 
 def sizes_of(config: BenchHierarchyConfig) -> Sizes:
     """Return the sizes of a rank's tensors; transfers are fp32 in both passes."""
-    tokens = config.tokens // (config.nodes * config.ranks)
+    tokens = config.seq_len // (config.nodes * config.ranks)
     return Sizes(tokens, config.heads, config.kv_heads, config.head_dim, wire_bytes=4, grad_bytes=4)
 
 

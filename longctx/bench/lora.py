@@ -119,7 +119,7 @@ def _ours(config: BenchLoraConfig, base: Path, tuned: Path, out: Path, *, runs: 
     seconds, peak = [], 0.0
     for number in range(runs):
         words = [f"base={base}", f"tuned={tuned}", f"out={out}-{number}", f"rank={config.rank}"]
-        took, used = _child([*start, "lora-extract", *words, f"workers={config.threads}"], config.threads)
+        took, used = _child([*start, "lora", "extract", *words, f"workers={config.threads}"], config.threads)
         say(f"ours: {took:.2f} s, {used:.0f} MiB")
         seconds.append(took)
         peak = max(peak, used)

@@ -52,7 +52,7 @@ def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
 
 def summary(results: dict[str, list[dict[str, Any]]], config: BenchStepConfig) -> dict[str, Any]:
     """Return the medians of each side and their ratios; cpu_time_ratio, of the best runs, suits a busy machine."""
-    report: dict[str, Any] = {"tokens": config.tokens, "pairs": config.pairs, "threads": config.threads}
+    report: dict[str, Any] = {"tokens": config.seq_len, "pairs": config.pairs, "threads": config.threads}
     for contestant, runs in results.items():
         report["device"] = runs[0]["device"]
         report[contestant] = {

@@ -33,7 +33,7 @@ def main(request: str) -> None:
     model, loss = ours(config, device) if kind == "longctx" else theirs(config, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     step(model, optimizer, loss, tokens(config, _WARM_UP, device))
-    ids = tokens(config, config.tokens, device)
+    ids = tokens(config, config.seq_len, device)
     start, busy = time.perf_counter(), time.process_time()
     value = step(model, optimizer, loss, ids)
     seconds, busy = time.perf_counter() - start, time.process_time() - busy
@@ -42,7 +42,7 @@ def main(request: str) -> None:
             {
                 "seconds": seconds,
                 "cpu_seconds": busy,
-                "tokens_per_second": config.tokens / seconds,
+                "tokens_per_second": config.seq_len / seconds,
                 "peak_gib": peak_bytes(device) / 2**30,
                 "loss": value,
                 "device": device_name(device),

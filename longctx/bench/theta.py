@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from longctx import console
+from longctx.config.after_training import AdapterSettings, AfterTrainingConfig
 from longctx.config.bench_theta import BenchThetaConfig
-from longctx.config.hooks import HooksConfig, LoraHook
 from longctx.config.theta import ThetaConfig
 from longctx.config.train import TrainConfig
 from longctx.curriculum import Stage, resolve
@@ -87,7 +87,7 @@ def run(config: BenchThetaConfig) -> int:
 
 
 def under(config: BenchThetaConfig, rule: str, out: Path, rope: Rope) -> TrainConfig:
-    """Return the run of one rule: the given run with this rule, without hooks, in its own folder."""
+    """Return the run of one rule: the given run with this rule, with nothing after training, in its own folder."""
     curriculum = config.train.curriculum
     if rule == SEARCHED:
         curriculum = replace(curriculum, theta_file=str(search_all(config, out, rope)))
@@ -98,7 +98,7 @@ def under(config: BenchThetaConfig, rule: str, out: Path, rope: Rope) -> TrainCo
         name=f"bench-theta-{rule}",
         run_dir=str(out / rule),
         curriculum=curriculum,
-        hooks=HooksConfig(lora=LoraHook(enabled=False)),
+        after_training=AfterTrainingConfig(lora=AdapterSettings(enabled=False)),
     )
 
 

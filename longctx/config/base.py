@@ -167,7 +167,7 @@ def alias(field: dataclasses.Field[Any]) -> str:
 def unknown(where: str, known: Iterable[str], origin: str) -> str:
     """The message for a key that does not exist: its new name, or the nearest known one."""
     known = list(known)
-    if new := renamed(where):
+    if new := renamed(where, known):
         return f"{where} {new} ({origin})"
     near = nearest(where.rpartition(".")[2], known)
     hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"

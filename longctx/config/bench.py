@@ -21,19 +21,19 @@ class BenchAttentionConfig:
     """One ring of single-thread ranks beside SDPA (CPU), or virtual ranks beside the bare kernel (GPU)."""
 
     lengths: list[Length] = field(default_factory=lambda: [8192, 16384])  #: tokens of the whole sequence
-    heads: Positive = 8
-    kv_heads: Positive = 2
-    head_dim: Positive = 64
-    batch: Positive = 1
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    heads: Positive = 8  #: query heads
+    kv_heads: Positive = 2  #: key and value heads
+    head_dim: Positive = 64  #: width of a head
+    batch: Positive = 1  #: sequences
+    device: Literal["auto", "cpu", "cuda"] = "auto"  #: what is measured; auto: a GPU where there is one
     #: auto: float32 on a CPU, bfloat16 on a GPU
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], AsDtype] = "auto"
     ranks: Positive = 2  #: CPU: ranks of the ring, and SDPA's threads
     virtual_ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  #: GPU
     backends: list[Text] = field(default_factory=list)  #: GPU: kernels by name; []: all that can serve
-    repeats: Positive = 5
+    repeats: Positive = 5  #: timed calls; the median counts
     out: str = ""  #: a folder for attention.json; empty: none
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:
         _groups(self.heads, self.kv_heads)
@@ -50,30 +50,30 @@ class BenchAttentionConfig:
 class BenchHierarchyConfig:
     """Every schedule in turn on nodes x ranks behind slow links, each beside the link model's prediction."""
 
-    nodes: Few = 4
-    ranks: Few = 4
+    nodes: Few = 4  #: virtual nodes, one network namespace each
+    ranks: Few = 4  #: ranks of each node
     rate: Text = "10mbit"  #: what one rank's own link carries, as tc writes it: 10mbit, 1gbit
-    tokens: Length = 4096
-    heads: Positive = 8
-    kv_heads: Positive = 8
-    head_dim: Positive = 64
-    schedules: list[Schedule] = field(default_factory=lambda: list(get_args(Schedule)))
+    seq_len: Length = 4096  #: tokens of the whole sequence
+    heads: Positive = 8  #: query heads
+    kv_heads: Positive = 8  #: key and value heads
+    head_dim: Positive = 64  #: width of a head
+    schedules: list[Schedule] = field(default_factory=lambda: list(get_args(Schedule)))  #: which are measured
     ulysses: Positive | None = None  #: ranks that trade heads under ulysses_ring; null: all of a node
-    repeats: Positive = 3
+    repeats: Positive = 3  #: timed calls of each; the median counts
     flat_repeats: Positive | None = None  #: the flat ring takes longest: fewer turns for it
-    backward: bool = True
+    backward: bool = True  #: whether the backward pass is timed too
     unlimited: bool = True  #: also without limits: what the prediction starts from
-    timeout_seconds: float = 900.0
+    timeout_seconds: float = 900.0  #: of one schedule
     out: str = "runs/bench-hierarchy"  #: folder for hierarchy.json and hierarchy.png
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:
         _groups(self.heads, self.kv_heads)
         if not self.schedules:
             raise ValueError("schedules=[] names nothing to measure; write schedules=[flat_ring,double_ring]")
-        if self.tokens % (2 * self.nodes * self.ranks):
+        if self.seq_len % (2 * self.nodes * self.ranks):
             raise ValueError(
-                f"tokens={self.tokens} is not divisible by 2 x nodes x ranks = {2 * self.nodes * self.ranks}"
+                f"seq_len={self.seq_len} is not divisible by 2 x nodes x ranks = {2 * self.nodes * self.ranks}"
             )
         if self.ulysses is not None and (self.nodes * self.ranks) % self.ulysses:
             raise ValueError(f"ulysses={self.ulysses} does not divide nodes x ranks = {self.nodes * self.ranks}")

@@ -18,11 +18,11 @@ _SHAPE = InitConfig(layers=8, hidden=512, heads=8, kv_heads=2, ffn=1376, vocab=3
 class BenchStepConfig:
     """One training step beside plain transformers, in fresh processes."""
 
-    tokens: Annotated[Length, Field(ge=2)] = 16384  #: one sequence; 65536 fits in 8 GiB with only=longctx
+    seq_len: Annotated[Length, Field(ge=2)] = 16384  #: one sequence; 65536 fits in 8 GiB with only=longctx
     pairs: Positive = 3  #: alternated runs of both; the medians are compared
     threads: Positive = 2  #: of each process
     only: Contestant | None = None  #: one side alone
     model: InitConfig = _SHAPE
-    dtype: Dtype = "float32"
+    dtype: Dtype = "float32"  #: of weights and products
     memory: MemoryConfig = MemoryConfig()
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed

@@ -25,8 +25,8 @@ class BenchThetaConfig:
     documents: int = 16  #: held-out texts at the last stage's length, for the last-quarter loss
     base_length: Length = 512  #: where the loss on short text is measured
     source: Text = "stdlib"  #: haystack and text
-    out: Text = "runs/bench_theta"
-    format: Format = "text"
+    out: Text = "runs/bench_theta"  #: folder of runs and tables
+    format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:
         if not self.rules:

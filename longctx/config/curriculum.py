@@ -34,9 +34,9 @@ RuleField = Annotated[AnyRule, Field(discriminator="name"), BeforeValidator(_nam
 class LearningRateConfig:
     """A stage's learning rate: linear warm-up to peak, then constant, or down to final by cosine or linear."""
 
-    peak: float | None = None
+    peak: float | None = None  #: the rate after warm-up
     final: float | None = None  #: the decay's end; null: 0, or the peak when constant
-    warmup_steps: int | None = None
+    warmup_steps: int | None = None  #: steps from 0 to the peak
     kind: ScheduleKind | None = None  #: continue: the schedule of the stage before, stretched over both; null: constant
 
 
@@ -44,7 +44,7 @@ class LearningRateConfig:
 class AdvanceConfig:
     """Leave a stage early once the loss on the last quarter of its window has flattened."""
 
-    enabled: bool = False
+    enabled: bool = False  #: whether a stage may end early
     steps: Positive = 20  #: compares the mean of the last so many steps with that of as many before them
     min_drop: Annotated[float, Field(ge=0, lt=1)] = 0.002  #: a relative drop below this is flat
     min_share: Annotated[float, Field(ge=0, le=1)] = 0.25  #: not before this share of the stage's steps is done
@@ -66,7 +66,7 @@ class StageConfig:
     batch_tokens: Count | None = None  #: the same in tokens
     lr: LearningRateConfig = LearningRateConfig()
     mix: str | None = None  #: name of a data mix (data.mixes)
-    layout: LayoutName | None = None
+    layout: LayoutName | None = None  #: which tokens a rank holds
     advance: AdvanceConfig | None = None
 
 
@@ -74,9 +74,9 @@ class StageConfig:
 class MadeForConfig:
     """The rope a curriculum was made for; `longctx theta` begins there when no model is named."""
 
-    head_dim: int
-    theta: Count
-    window: Length
+    head_dim: int  #: of the model
+    theta: Count  #: of the model
+    window: Length  #: of the model, in tokens
 
 
 @schema

@@ -33,14 +33,14 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
 class SynthTask:
     """A synthetic task with known answers; see longctx.data.synth."""
 
-    kind: TaskKind = "needle"
+    kind: TaskKind = "needle"  #: what is asked
     count: Positive = 1  #: needles, table rows, or (variables) chains
     questions: Positive = 1  #: how many of them are asked at the end
     hops: Positive = 3  #: links of a chain
     #: where in the haystack each needle goes (0 its start, 1 its end); null: random
     depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     needle: str | None = None  #: the phrasing, with {key} and {value}
-    question: str | None = None
+    question: str | None = None  #: what is asked at the end, with {key} and {value}
     #: the answers' loss weight over that of all other tokens together; null: 2, and every token alike for copy
     answer_weight: Annotated[float, Field(ge=0)] | None = None
     other_weight: Annotated[float, Field(ge=0)] = 1.0  #: loss weight of other tokens; 0: only answers train
@@ -103,14 +103,14 @@ class SourceConfig:
     kind: SourceKind
     path: Text | None = None  #: a file or folder of .txt, .md, .jsonl or .parquet (each also .gz or .zst)
     name: Text | None = None  #: a hub dataset's name
-    subset: Text | None = None
-    split: str = "train"
+    subset: Text | None = None  #: the hub dataset's configuration
+    split: str = "train"  #: the hub dataset's split
     field: str | None = None  #: column of text or messages (null: so named); for stdlib, docs takes docstrings alone
     include: list[str] = _field(default_factory=list)  #: patterns on file names below path, such as ['*.md']
-    exclude: list[str] = _field(default_factory=list)
+    exclude: list[str] = _field(default_factory=list)  #: patterns on file names that are left out
     rows: Count | None = None  #: read only so many rows of a hub dataset
-    min_tokens: Length = 0  #: shorter documents are left out
-    max_tokens: Length | None = None  #: longer documents are left out
+    min_len: Length = 0  #: shorter documents are left out
+    max_len: Length | None = None  #: longer documents are left out
     loss: Literal["all", "assistant"] = "all"  #: assistant trains on the assistant's turns only (chat)
     answer_weight: float | None = None  #: the assistant's tokens weigh this multiple of all others of a conversation
     task: SynthTask | None = None  #: what a synth source generates
@@ -129,8 +129,8 @@ class SourceConfig:
             raise ValueError(f"task and haystack belong to kind=synth, not to kind={self.kind}")
         if self.kind != "chat" and (self.loss != "all" or self.answer_weight is not None):
             raise ValueError(f"loss and answer_weight belong to kind=chat, not to kind={self.kind}")
-        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            raise ValueError(f"max_tokens={self.max_tokens} is below min_tokens={self.min_tokens}")
+        if self.max_len is not None and self.max_len < self.min_len:
+            raise ValueError(f"max_len={self.max_len} is below min_len={self.min_len}")
 
     @property
     def column(self) -> str:
@@ -148,10 +148,12 @@ class LengthPolicy:
     stage's length).
     """
 
+    #: one of the policies above
     kind: Literal["natural", "upsample", "prolong", "joined", "full", "fixed", "loguniform"]
+    #: tokens: the shortest long document (upsample), or the shortest drawn (loguniform)
     min_len: Annotated[Length, Field(ge=1)] | None = None
-    share: Annotated[float, Field(ge=0, le=1)] | None = None
-    length: Annotated[Length, Field(ge=1)] | None = None
+    share: Annotated[float, Field(ge=0, le=1)] | None = None  #: of the source's tokens, in long documents
+    length: Annotated[Length, Field(ge=1)] | None = None  #: tokens of every document (fixed)
 
     def __post_init__(self) -> None:
         needs = {"upsample": ("min_len", "share"), "prolong": ("share",), "fixed": ("length",)}

@@ -25,7 +25,7 @@ class PrepareConfig(TrainConfig):
 
     workers: int | None = None  #: processes that tokenize; null: one per core
     cache: str = ""  #: folder of the shards; empty: RUN/data, where training looks
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed
 
     @property
     def shards(self) -> str:
@@ -48,12 +48,12 @@ class SynthesizeConfig:
     task: SynthTask = SynthTask()
     haystack: str = "stdlib"  #: the source of data whose documents hide the needles
     length: Annotated[Length, Field(ge=1)] = 8192  #: tokens of a document, exactly
-    count: Positive = 10
+    count: Positive = 10  #: documents
     keys: Literal["train", "eval"] = "eval"  #: eval draws from the tenth that training never sees, in held-out text
-    seed: int = 0
-    out: Text = "runs/synth.jsonl"
-    cache: str = "runs/synth/data"
-    format: Format = "text"
+    seed: int = 0  #: of keys, values and haystacks
+    out: Text = "runs/synth.jsonl"  #: the file of documents
+    cache: str = "runs/synth/data"  #: folder of tokenized text
+    format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:
         if self.haystack not in self.data.sources or self.data.sources[self.haystack].kind == "synth":
@@ -68,9 +68,9 @@ class BenchDataConfig:
     model: ModelConfig
     documents: Count = 10_000_000  #: documents that are packed
     seq_lens: list[Length] = field(default_factory=lambda: [2**16, 2**20])  #: lengths they are packed to
-    parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))
+    parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))  #: what is timed
     megabytes: int = 60  #: of text to tokenize; workers take a second to start
     workers: int | None = None  #: null: one per core
-    seed: int = 0
+    seed: int = 0  #: of the drawn documents
     out: str = ""  #: a file for the figures
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed

@@ -9,10 +9,10 @@ from longctx.config.base import Format, schema
 class DoctorConfig:
     """The root of configs/doctor.yaml."""
 
-    head_dim: int = 128
-    heads: int = 32
-    kv_heads: int = 8
-    format: Format = "text"
+    head_dim: int = 128  #: width of a head
+    heads: int = 32  #: query heads
+    kv_heads: int = 8  #: key and value heads
+    format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:
         for name in ("head_dim", "heads", "kv_heads"):

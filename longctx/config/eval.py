@@ -24,10 +24,10 @@ class NeedleConfig:
     lengths: tuple[Length, ...] = (512, 1024, 2048, 4096, 8192)  #: context lengths in tokens, question included
     depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  #: 0: the haystack's start
     per_cell: Positive = 10  #: needles per cell and seed
-    seeds: tuple[int, ...] = (11, 22, 33)
+    seeds: tuple[int, ...] = (11, 22, 33)  #: of keys, values and haystacks
     single: bool = False  #: one needle per haystack, instead of one at every depth, all asked for
     needle: str = NEEDLE  #: the phrasing, with {key} and {value}
-    question: str = QUESTION
+    question: str = QUESTION  #: what is asked, with {key} and {value}
 
     def __post_init__(self) -> None:
         if len(set(self.depths)) != len(self.depths):
@@ -46,11 +46,11 @@ class EvalModel:
     replaces rope_theta; rope is merged over the model's rope_parameters; window replaces max_position_embeddings.
     """
 
-    path: Text
-    tokenizer: Text | None = None
-    theta: float | None = None
-    rope: dict[str, Any] | None = None
-    window: Length | None = None
+    path: Text  #: a folder or hub id
+    tokenizer: Text | None = None  #: a folder or hub id; null: found in path
+    theta: float | None = None  #: replaces rope_theta
+    rope: dict[str, Any] | None = None  #: merged over the model's rope_parameters
+    window: Length | None = None  #: tokens: replaces max_position_embeddings
 
     def __post_init__(self) -> None:
         if self.theta is not None and self.theta <= 0:
@@ -94,15 +94,16 @@ class EvalConfig:
     """
 
     model: ModelConfig | None = None
+    #: several models by name, instead of one
     models: Annotated[dict[str, EvalModel] | None, BeforeValidator(_named)] = None
     data: DataConfig
     source: Text = "stdlib"  #: which of data's sources is haystack and held-out text
     needle: NeedleConfig = NeedleConfig()
     loss_lengths: tuple[Length, ...] = (512, 8192)  #: windows of held-out text; the longest gives the loss by position
-    loss_windows: int = 32  #: how many of each
+    loss_sequences: int = 32  #: how many of each
     out: Text | None = None  #: folder for eval.json, eval.png and models/NAME.json; null: on screen only
-    cache: Text = "runs/data"
-    format: Format = "text"
+    cache: Text = "runs/data"  #: folder of tokenized documents
+    format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:
         if self.models is not None and not self.models:
@@ -110,7 +111,7 @@ class EvalConfig:
         for name in self.models or {}:
             if not re.fullmatch(r"\w[\w.-]*", name):
                 raise ValueError(f"models: {name!r} names files and titles; use letters, digits, '.', '_' and '-'")
-        if self.loss_windows < 1:
-            raise ValueError(f"loss_windows={self.loss_windows} must be 1 or more")
+        if self.loss_sequences < 1:
+            raise ValueError(f"loss_sequences={self.loss_sequences} must be 1 or more")
         if len(set(self.loss_lengths)) != len(self.loss_lengths) or min(self.loss_lengths, default=2) < 2:
             raise ValueError(f"loss_lengths={list(self.loss_lengths)} must be different numbers of 2 tokens or more")

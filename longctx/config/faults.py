@@ -20,4 +20,4 @@ class FaultsConfig:
     steps: Annotated[int, Field(ge=10, multiple_of=2)] = 60  #: its optimizer steps
     seed: int = 0  #: of the instants
     out: Text = ""  #: keep the runs in this folder; empty: a temporary one
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed

@@ -15,17 +15,17 @@ Rate = Annotated[float, Field(gt=0)]
 class RatesConfig:
     """Dense peak TFLOP/s of matrix products in each dtype, as torch runs them by default (float32 without TF32)."""
 
-    bfloat16: Rate = 989.0
-    float32: Rate = 67.0
-    float64: Rate = 67.0
+    bfloat16: Rate = 989.0  #: TFLOP/s
+    float32: Rate = 67.0  #: TFLOP/s
+    float64: Rate = 67.0  #: TFLOP/s
 
 
 @schema
 class HardwareConfig:
     """One device and its links."""
 
-    name: Text = "device"
-    device: Literal["cuda", "cpu"] = "cuda"
+    name: Text = "device"  #: shown in tables
+    device: Literal["cuda", "cpu"] = "cuda"  #: what ranks compute on
     tflops: RatesConfig = RatesConfig()
     utilization: Annotated[float, Field(gt=0, le=1)] = 0.45  #: the share of `tflops` that training reaches
     memory_gib: Rate = 79.0  #: what torch reports as the device's memory

@@ -99,14 +99,10 @@ def _keys(kind: Any, values: Any, path: str, depth: int) -> Iterator[Row]:
         given = [f"{f.name}: {_shown(_default(f))}" for f in dataclasses.fields(rule) if f.name != "name"]
         yield f"{path}={rule.name}", f"{{{', '.join(given)}}}", "", _about(rule)
     for member in () if variants(kind) else members(kind):
-        at = path
         if get_origin(member) is dict:
-            member, at, values = get_args(member)[1], f"{path}.NAME", None
-            if not dataclasses.is_dataclass(member):
-                yield at, type_text(member), "", ""
-                continue
-        if dataclasses.is_dataclass(member):
-            yield from _fields(member, values if isinstance(values, dict) else {}, at, depth)
+            yield from _keys(get_args(member)[1], None, f"{path}.NAME", depth)
+        elif dataclasses.is_dataclass(member):
+            yield from _fields(member, values if isinstance(values, dict) else {}, path, depth)
 
 
 def _fields(section: Any, values: dict[str, Any], path: str, depth: int) -> Iterator[Row]:
@@ -114,9 +110,7 @@ def _fields(section: Any, values: dict[str, Any], path: str, depth: int) -> Iter
     for field in dataclasses.fields(section):
         key, kind = alias(field), hints[field.name]
         where = f"{path}.{key}" if path else key
-        inner = [m for m in members(kind) if dataclasses.is_dataclass(m) or get_origin(m) is dict]
-        nested = inner and not (get_origin(inner[0]) is dict and not dataclasses.is_dataclass(get_args(inner[0])[1]))
-        if nested and not variants(kind):
+        if _nested(kind) and not variants(kind):
             if depth > 1:
                 yield from _keys(kind, values.get(key), where, depth - 1)
             else:
@@ -126,6 +120,14 @@ def _fields(section: Any, values: dict[str, Any], path: str, depth: int) -> Iter
         yield where, type_text(kind), _shown(default), docs.get(field.name, "")
         if variants(kind) and depth > 1 and not path.startswith("curriculum.stages"):
             yield from _keys(kind, {}, where, depth - 1)
+
+
+def _nested(kind: Any) -> bool:
+    """Whether a key of this type has keys of its own: those of a section, or of sections by name."""
+    return any(
+        dataclasses.is_dataclass(member) or (get_origin(member) is dict and _nested(get_args(member)[1]))
+        for member in members(kind)
+    )
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""What `lora-extract`, `lora-merge`, `lora-info` and `bench lora` can be told."""
+"""What `lora extract`, `lora merge`, `lora info` and `bench lora` can be told."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from longctx.config.base import AsDtype, AsList, Format, Length, Positive, Text, schema
+from longctx.config.base import AsDtype, AsList, Count, Format, Length, Positive, Text, schema
 from longctx.errors import nearest
 
 Texts = Annotated[list[Text], AsList]
@@ -21,10 +21,10 @@ FactorDtype = Annotated[Literal["bfloat16", "float16", "float32"], AsDtype]
 class ExtractConfig:
     """The root of configs/lora_extract.yaml. Models are folders in Hugging Face format, or hub ids."""
 
-    base: Text
-    tuned: Text
+    base: Text  #: the model before training
+    tuned: Text  #: the model after training
     out: Text  #: the adapter's folder
-    rank: Positive = 32
+    rank: Positive = 32  #: of every factor pair
     share: Share | None = None  #: instead: the smallest rank per module that keeps this share of its squared norm
     size_mb: Size | None = None  #: instead: the ranks that fit this size and keep most; reads the pair twice
     max_rank: Positive = 256  #: bound of the ranks that share and size_mb choose
@@ -39,7 +39,7 @@ class ExtractConfig:
     power_max: Positive = 8  #: power iterations before the exact SVD is taken
     #: estimated gain of more iterations over the squared residual; 8e-3 leaves residuals within 0.4 % of the optimum
     tolerance: Annotated[float, Field(gt=0)] = 4e-3
-    seed: int = 0
+    seed: int = 0  #: of the sketches
     device: Text = "auto"  #: auto: a GPU when there is one
     workers: Positive | None = None  #: tensors in flight; null: one per core, at most 8
     #: MiB of differences held at once, all workers together (on a GPU: half of what is free); larger tensors are read
@@ -48,10 +48,10 @@ class ExtractConfig:
     max_shard_mb: Size = 5000.0  #: PEFT reads one file; larger adapters are sharded with an index
     verify: Literal["modules", "loss"] = "modules"  #: loss: also that of base, tuned and base + adapter on text
     text: Text | None = None  #: a file neither model was trained on
-    text_tokens: Length = 4096  #: tokens read from text
-    text_window: Length = 512  #: tokens per window
+    text_tokens: Count = 4096  #: tokens read from text
+    text_seq_len: Length = 512  #: tokens of one sequence of it
     allow_shorter: bool = False  #: a tuned model with a shorter window than the base looks like a swap and is refused
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed
 
 
 @schema
@@ -79,14 +79,14 @@ class MergeConfig:
     out: Text  #: the merged model's folder
     scale: Numbers = field(default_factory=lambda: [1.0])  #: one for all adapters, or a list
     rope: Annotated[MergeRope, BeforeValidator(_as_rope)] = field(default_factory=MergeRope)
-    window: Length | None = None
+    window: Length | None = None  #: tokens: with rope.theta, for adapters that carry none
     like: Text | None = None  #: a model whose rope and window the merged model gets
     #: lm_head and embeddings whose vocabularies differ: leave them, or merge the rows both have (common)
     vocab: Literal["skip", "common"] = "skip"
     #: asked for where an adapter holds other embeddings of its base than the target has
     copies: Literal["own", "adapter"] | None = None
     allow_partial: bool = False  #: merge what fits where layers are missing or unexpected
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed
 
 
 @schema
@@ -96,12 +96,12 @@ class InfoConfig:
     adapter: Text | None = None  #: a folder or hub id
     plan: Text | None = None  #: instead: llama3_8b, llama3_70b, llama3_405b, mistral_7b, qwen2_7b, or a model's folder
     rank: Positive = 32  #: of the plan, and the next three
-    embeddings: bool = False
-    lm_head: bool = True
-    dtype: FactorDtype = "bfloat16"
+    embeddings: bool = False  #: whether the plan includes the embeddings
+    lm_head: bool = True  #: whether it includes the output layer
+    dtype: FactorDtype = "bfloat16"  #: of its factors
     plots: Text | None = None  #: a folder for PNGs: spectra, and share kept per layer and projection
     measure: bool = True  #: time a small extraction here and extrapolate
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed
 
 
 @schema
@@ -109,12 +109,12 @@ class BenchLoraConfig:
     """The root of configs/bench_lora.yaml."""
 
     mergekit: Text | None = None  #: mergekit-extract-lora in its own environment; without it ours is measured alone
-    rank: Positive = 32
-    layers: Positive = 12
-    hidden: Positive = 1024
-    vocab: Positive = 32000
+    rank: Positive = 32  #: of the adapter
+    layers: Positive = 12  #: of the made pair
+    hidden: Positive = 1024  #: its width
+    vocab: Positive = 32000  #: its vocabulary
     delta_rank: Positive = 32  #: directions in the made difference, besides noise
-    threads: Positive = 2
+    threads: Positive = 2  #: of each process
     repeats: Positive = 2  #: of ours; two are also compared byte by byte
     shallow: Positive | None = (
         3  #: also a pair of so few layers, to see that memory does not grow with depth; null: skip
@@ -122,4 +122,4 @@ class BenchLoraConfig:
     exact: bool = True  #: also the exact optimum's residual, with one SVD per kind of matrix
     folder: Text | None = None  #: where the pair is made and kept; null: a temporary folder
     out: Text | None = None  #: a JSON file for the figures
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed

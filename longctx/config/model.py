@@ -21,20 +21,23 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma"]
 class MemoryConfig:
     """What is kept for the backward pass and how large the pieces are; docs/memory.md has the formulas."""
 
-    checkpoint: bool = True  #: recompute every layer from its input, its attention output and lse; false keeps all
+    activation_checkpointing: bool = (
+        True  #: recompute every layer from its input, its attention output and lse; false keeps all
+    )
     #: last layers that also keep their matrix products: faster, more memory; auto: as many as budget_gib holds
     keep_matmuls: NotNegative | Literal["auto"] = 0
     budget_gib: float | None = None  #: GiB of a device that saved tensors may take, for keep_matmuls=auto
     ffn_block: NotNegative = 2048  #: tokens that go through o_proj and the feed-forward block at once; 0: all
     loss_chunk: Positive = 512  #: tokens whose logits exist at once
-    offload: bool = False  #: keep the saved tensors in host memory
+    offload_activations: bool = False  #: keep the saved tensors in host memory
 
     def __post_init__(self) -> None:
         if self.keep_matmuls == "auto" and self.budget_gib is None:
             raise ValueError("keep_matmuls=auto needs budget_gib: the GiB of a device that saved tensors may take")
-        if not self.checkpoint and (self.keep_matmuls or self.offload):
+        if not self.activation_checkpointing and (self.keep_matmuls or self.offload_activations):
             raise ValueError(
-                "checkpoint=false keeps everything on the device, so keep_matmuls and offload do not apply"
+                "activation_checkpointing=false keeps everything on the device, so keep_matmuls and "
+                "offload_activations do not apply"
             )
 
 
@@ -42,19 +45,19 @@ class MemoryConfig:
 class InitConfig:
     """A model drawn at random; the shape's names are those of a paper rather than of a config.json."""
 
-    family: Family = "llama"
-    layers: Positive
-    hidden: Positive
-    heads: Positive
-    kv_heads: Positive
-    ffn: Positive
-    vocab: Positive
+    family: Family = "llama"  #: the architecture, as transformers names it
+    layers: Positive  #: decoder layers
+    hidden: Positive  #: width of the residual stream
+    heads: Positive  #: query heads
+    kv_heads: Positive  #: key and value heads, which query heads share
+    ffn: Positive  #: inner width of the feed-forward block
+    vocab: Positive  #: rows of the embedding
     head_dim: int | None = None  #: null divides hidden by heads
-    theta: float = 10000.0
+    theta: float = 10000.0  #: base of the rotary frequencies
     window: Length = 512  #: the length the theta was made for
-    tie_embeddings: bool = False
-    norm_eps: float = 1e-5
-    seed: int = 0
+    tie_embeddings: bool = False  #: the output layer is the embedding
+    norm_eps: float = 1e-5  #: added to the variance in RMSNorm
+    seed: int = 0  #: of the weights
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

@@ -22,13 +22,14 @@ class DrawConfig:
     """The attention whose schedule is drawn."""
 
     stage: Text | None = None  #: a stage of the curriculum, drawn as it would be trained; null: the values below
+    #: of the attention that is drawn
     schedule: Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"] = "double_ring"
     ulysses: int | None = None  #: ranks that share heads under ulysses_ring; null: all of a node
-    direction: Literal["forward", "backward"] = "backward"
-    tokens: Length = 65536
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
+    direction: Literal["forward", "backward"] = "backward"  #: which pass
+    seq_len: Length = 65536  #: tokens of the whole sequence
+    heads: int = 32  #: query heads
+    kv_heads: int = 8  #: key and value heads
+    head_dim: int = 128  #: width of a head
     width: Annotated[int, Field(ge=20)] = 100  #: columns of the text
     show_ranks: Positive = 8  #: at most so many
     svg: Text = ""  #: a file for the picture
@@ -38,13 +39,13 @@ class DrawConfig:
 class PlanConfig(TrainConfig):
     """The root of configs/plan.yaml: everything a training command says, and the machines it is planned for."""
 
-    name: Text = "plan"
+    name: Text = "plan"  #: a training command may name its run; a plan does not use it
     nodes: Positive = 1  #: machines
     ranks: Positive = 8  #: devices in each
     show: Literal["stages", "schedule"] = "stages"  #: memory and time of every stage, or one attention layer's timeline
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     draw: DrawConfig = field(default_factory=DrawConfig)
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:
-        """A plan shows no evidence, so that a drawn model is planned under any hooks."""
+        """A plan shows no evidence, so that a drawn model is planned whatever comes after training."""

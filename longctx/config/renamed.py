@@ -4,8 +4,33 @@ for names people know from other tools.
 
 from __future__ import annotations
 
-# Old key -> new key, in full. A `*` stands for any one part (a stage's name): "curriculum.stages.*.x".
-RENAMED: dict[str, str] = {}
+from collections.abc import Iterable
+
+# Old key -> new key, both in the same section. A `*` stands for any one part, such as a source's name.
+RENAMED: dict[str, str] = {
+    "hooks": "after_training",
+    "parallel.stages": "parallel.cp_by_stage",
+    "parallel.tokens_per_rank": "parallel.seq_len_per_rank",
+    "model.memory.checkpoint": "model.memory.activation_checkpointing",
+    "model.memory.offload": "model.memory.offload_activations",
+    "memory.checkpoint": "memory.activation_checkpointing",
+    "memory.offload": "memory.offload_activations",
+    "optim.clip": "optim.max_grad_norm",
+    "engine.secondary_partition": "engine.hpz_partition_size",
+    "logging.every": "logging.every_steps",
+    "checkpoint.every": "checkpoint.every_steps",
+    "checkpoint.minutes": "checkpoint.every_minutes",
+    "guards.spike": "guards.spike_factor",
+    "guards.spike_window": "guards.spike_median_steps",
+    "guards.spike_steps": "guards.max_skipped_steps",
+    "after_training.evidence.heldout_windows": "after_training.evidence.heldout_sequences",
+    "data.sources.*.min_tokens": "data.sources.*.min_len",
+    "data.sources.*.max_tokens": "data.sources.*.max_len",
+    "draw.tokens": "draw.seq_len",
+    "text_window": "text_seq_len",
+    "loss_windows": "loss_sequences",
+    "tokens": "seq_len",
+}
 
 # Keys of other tools -> ours.
 ELSEWHERE = {
@@ -14,7 +39,7 @@ ELSEWHERE = {
     "learning_rate": "curriculum.lr.peak",
     "lr": "curriculum.lr.peak",
     "bf16": "model.dtype=bfloat16",
-    "gradient_checkpointing": "model.memory.checkpoint",
+    "gradient_checkpointing": "model.memory.activation_checkpointing",
     "per_device_train_batch_size": "curriculum.stages.NAME.batch",
     "max_steps": "curriculum.stages.NAME.steps",
     "max_seq_length": "curriculum.stages.NAME.seq_len",
@@ -34,19 +59,21 @@ INSTEAD = {
     "engine=accelerate": "engine=deepspeed goes through accelerate; engine=ddp needs no wrapper",
     "engine=megatron": "long sequences are shared by parallel.cp, weights by engine=deepspeed engine.zero=3",
     "parallel=ulysses": "parallel.schedule=ulysses_ring, with parallel.ulysses ranks that trade heads",
-    "parallel=cp": "parallel=ring for all ranks, or parallel.cp=N",
+    "parallel=cp": "parallel.cp=all for all ranks (parallel=ring), or parallel.cp=N",
     "data=hub": "data=text with data.sources.text.kind=hub and data.sources.text.name=DATASET",
     "logging=tensorboard": "RUN/metrics.jsonl has every step; logging=wandb draws them",
     "rope=pi": "rope=linear is position interpolation",
 }
 
 
-def renamed(key: str) -> str | None:
-    """The end of a refusal that names the key now called otherwise: "is now `optim.max_grad_norm`"."""
+def renamed(key: str, known: Iterable[str]) -> str | None:
+    """Return the end of a refusal that names the new key: "is now `optim.max_grad_norm`". known: the section's keys."""
     parts = key.split(".")
     for old, new in RENAMED.items():
         pattern = old.split(".")
-        if len(pattern) == len(parts) and all(a in ("*", b) for a, b in zip(pattern, parts, strict=True)):
+        if new.rpartition(".")[2] not in known or len(pattern) != len(parts):
+            continue
+        if all(a in ("*", b) for a, b in zip(pattern, parts, strict=True)):
             stars = iter([b for a, b in zip(pattern, parts, strict=True) if a == "*"])
             return f"is now `{'.'.join(next(stars) if part == '*' else part for part in new.split('.'))}`"
     return f"is not a known key; longctx calls it {ELSEWHERE[key]}" if key in ELSEWHERE else None

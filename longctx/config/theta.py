@@ -32,7 +32,7 @@ class SearchConfig:
     needle_weight: Annotated[float, Field(ge=0)] = 0.25  #: the needles' answer loss beside the text's last-quarter loss
     adapt_steps: NotNegative = 0  #: optimizer steps per candidate, thrown away afterwards
     adapt_lr: float = 3e-4  #: their learning rate
-    seed: int = 0
+    seed: int = 0  #: of documents and needles
 
 
 @schema
@@ -41,13 +41,13 @@ class ThetaConfig:
 
     model: Annotated[ModelConfig | None, BeforeValidator(_given)] = None
     head_dim: int | None = None  #: instead of a model: its head size, theta and window (from)
-    theta: Count | None = None
+    theta: Count | None = None  #: present theta
     from_: Length | None = Field(default=None, alias="from")  #: window in tokens; null: the model's
     to: Length | None = None  #: target length
     rule: RuleField | None = None  #: of `to`; null: dynamic-ntk
     curriculum: CurriculumConfig | None = None  #: a table per stage, instead of `to`
     png: Text | None = None  #: a picture of wavelengths against the window, before and after
-    format: Format = "text"
+    format: Format = "text"  #: of what is printed
     search: bool = False  #: try thetas around the rule's on held-out documents (needs the model's weights)
     trials: SearchConfig = SearchConfig()
     data: DataConfig | None = None  #: of a search

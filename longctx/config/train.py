@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from longctx.config.base import Length, Text, schema
+from longctx.config.after_training import AfterTrainingConfig
+from longctx.config.base import Count, Length, Text, schema
 from longctx.config.curriculum import CurriculumConfig
 from longctx.config.data import DataConfig
-from longctx.config.hooks import HooksConfig
 from longctx.config.model import ModelConfig
 
 
@@ -26,30 +26,32 @@ def _not_below(config: object, least: int, *names: str) -> None:
 class ParallelConfig:
     """How the ranks share the work: cp ranks hold one sequence, world / cp groups hold different ones."""
 
-    cp: int | Literal["auto"] = "auto"  #: ranks per sequence; auto: stage by stage, as few as tokens_per_rank asks for
-    stages: dict[str, int] = field(default_factory=dict)  #: cp of single stages by name: {s1048k: 8}
-    tokens_per_rank: Length = 8192  #: tokens of a sequence that one rank holds at most, under cp=auto
+    cp: int | Literal["auto", "all"] = (
+        "auto"  #: ranks per sequence; auto: stage by stage, by seq_len_per_rank; all: every rank
+    )
+    cp_by_stage: dict[str, int] = field(default_factory=dict)  #: cp of single stages by name: {s1048k: 8}
+    seq_len_per_rank: Length = 8192  #: tokens of a sequence that one rank holds at most, under cp=auto
     #: auto: flat_ring inside a node, double_ring over several
     schedule: Literal["auto", "flat_ring", "double_ring", "allgather_ring", "ulysses_ring"] = "auto"
     nodes: int | Literal["auto"] = "auto"  #: nodes that one sequence spans
     ulysses: int | Literal["auto"] = "auto"  #: ranks that trade tokens for heads in ulysses_ring; auto: all of a node
 
     def __post_init__(self) -> None:
-        _not_below(self, 1, "tokens_per_rank")
+        _not_below(self, 1, "seq_len_per_rank")
 
 
 @schema
 class EngineConfig:
     """Who owns the weights and the optimizer: `ddp` replicates them, `deepspeed` shards them (ZeRO)."""
 
-    name: Literal["ddp", "deepspeed"] = "ddp"
+    name: Literal["ddp", "deepspeed"] = "ddp"  #: set by engine=ddp and engine=deepspeed
     zero: Literal[0, 1, 2, 3] = 0  #: ZeRO stage. 1: optimizer states are sharded; 2: and gradients; 3: and parameters
     offload_optimizer: bool = False  #: keep optimizer states in host memory (deepspeed)
     offload_parameters: bool = False  #: keep parameters in host memory (zero=3)
-    secondary_partition: int = 1  #: hpZ: ranks that keep a second copy of the parameters (zero=3, many nodes)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    hpz_partition_size: int = 1  #: hpZ: ranks that keep a second copy of the parameters (zero=3, many nodes)
+    device: Literal["auto", "cpu", "cuda"] = "auto"  #: where ranks compute; auto: a GPU each where there are some
     micro_batch: int | Literal["auto"] = "auto"  #: sequences per forward; auto: as many as micro_batch_tokens allows
-    micro_batch_tokens: Length = 8192  #: tokens of one forward on one rank
+    micro_batch_tokens: Count = 8192  #: tokens of one forward on one rank
     timeout_seconds: float = 1800.0  #: how long a collective may wait for a rank
 
 
@@ -57,11 +59,11 @@ class EngineConfig:
 class OptimConfig:
     """AdamW, weight decay on matrices only. The learning rate belongs to each stage of the curriculum."""
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0  #: largest global gradient norm; 0 switches clipping off
+    beta1: float = 0.9  #: decay of the first moment
+    beta2: float = 0.95  #: decay of the second moment
+    eps: float = 1e-8  #: added to the root of the second moment
+    weight_decay: float = 0.0  #: of matrices, per unit of learning rate
+    max_grad_norm: float = 1.0  #: largest global gradient norm; 0 switches clipping off
     z_loss: float = 0.0  #: factor of lse^2 that is added to the loss
     #: patterns of parameters not trained: ['*embed_tokens*','*norm*']. auto: what the run's adapter does not carry (the
     #: input embeddings, unless they are tied); [] trains everything
@@ -71,7 +73,7 @@ class OptimConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 0 or more and below 1")
-        _not_below(self, 0, "eps", "weight_decay", "clip", "z_loss")
+        _not_below(self, 0, "eps", "weight_decay", "max_grad_norm", "z_loss")
 
 
 @schema
@@ -79,7 +81,7 @@ class LoggingConfig:
     """What is shown; metrics.jsonl is always written and is the truth."""
 
     display: Literal["auto", "rich", "plain", "none"] = "auto"  #: auto: bars on a terminal, lines elsewhere
-    every: int = 10  #: steps between plain lines
+    every_steps: int = 10  #: steps between plain lines
     wandb: Literal["offline", "online", "disabled"] = "disabled"  #: offline: RUN/wandb, which `wandb sync` uploads
     project: str = "longctx"  #: wandb's project
     peak_tflops: float | None = None  #: dense peak of one device, for MFU; null: from the table of known GPUs
@@ -89,29 +91,29 @@ class LoggingConfig:
 class CheckpointConfig:
     """When to save: every so many steps, every so many minutes, and always at the end of a stage."""
 
-    every: int = 0  #: steps between checkpoints; 0: by the clock and at stage ends only
-    minutes: float = 10.0  #: minutes between checkpoints; 0: off
+    every_steps: int = 0  #: steps between checkpoints; 0: by the clock and at stage ends only
+    every_minutes: float = 10.0  #: minutes between checkpoints; 0: off
     keep: int = 2  #: checkpoints kept
     spare_gib: float = 0.25  #: GiB of disk that must stay free after a save
 
     def __post_init__(self) -> None:
-        _not_below(self, 0, "every", "minutes", "keep", "spare_gib")
+        _not_below(self, 0, "every_steps", "every_minutes", "keep", "spare_gib")
 
 
 @schema
 class GuardsConfig:
     """What stops or skips a step."""
 
-    spike: float | None = None  #: skip a step whose loss exceeds this multiple of the recent median
-    spike_window: int = 50  #: steps of that median
-    spike_steps: int = 10  #: so many skipped steps in a row are no spike: the run ends
+    spike_factor: float | None = None  #: skip a step whose loss exceeds this multiple of the recent median
+    spike_median_steps: int = 50  #: steps of that median
+    max_skipped_steps: int = 10  #: so many skipped steps in a row are no spike: the run ends
     stall_seconds: float = 1800.0  #: name the rank that makes no progress for this long, and stop
 
     def __post_init__(self) -> None:
-        _not_below(self, 1, "spike_window", "spike_steps")
+        _not_below(self, 1, "spike_median_steps", "max_skipped_steps")
         _not_below(self, 0, "stall_seconds")
-        if self.spike is not None and self.spike <= 1:
-            raise ValueError(f"spike={self.spike} must be above 1: it multiplies the recent median")
+        if self.spike_factor is not None and self.spike_factor <= 1:
+            raise ValueError(f"spike_factor={self.spike_factor} must be above 1: it multiplies the recent median")
 
 
 @schema
@@ -148,7 +150,7 @@ class TrainConfig:
     """The root of configs/train.yaml."""
 
     name: Text  #: the run's folder is runs/NAME
-    seed: int = 0
+    seed: int = 0  #: of every draw: documents, order, new weights
     run_dir: str = ""  #: the run's folder, instead of runs/NAME
     cache: str = ""  #: folder of tokenized documents; empty: RUN/data
     model: ModelConfig
@@ -163,14 +165,14 @@ class TrainConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    hooks: HooksConfig = field(default_factory=HooksConfig)
+    after_training: AfterTrainingConfig = field(default_factory=AfterTrainingConfig)
     accept: list[str] = field(default_factory=list)  #: identity keys whose change is meant when a run is continued
 
     def __post_init__(self) -> None:
-        if self.model.path is None and (self.hooks.sibling or self.hooks.evidence):
+        if self.model.path is None and (self.after_training.sibling or self.after_training.evidence):
             raise ValueError(
-                "hooks.sibling and hooks.evidence compare with the base, and a model drawn with model.init has none; "
-                "use hooks=none"
+                "after_training.sibling and after_training.evidence compare with the base, and a model drawn with "
+                "model.init has none; use after_training=none"
             )
 
     @property

@@ -1,6 +1,6 @@
 """A source's tokenized documents as one indexed list: lengths are in memory, tokens stay in memory-mapped shards.
 
-This module divides the documents into training and held-out and applies min_tokens and max_tokens; changing these
+This module divides the documents into training and held-out and applies min_len and max_len; changing these
 settings needs no new tokenization.
 
 D documents of one split.
@@ -41,9 +41,9 @@ class Corpus:
         lengths = np.concatenate([np.diff(shard.starts) for shard in self.shards]).astype(np.int32)
         buckets = np.concatenate([shard.buckets for shard in self.shards])
         keep = held_out(buckets, heldout) == (split == "heldout")
-        keep &= lengths >= source.min_tokens
-        if source.max_tokens is not None:
-            keep &= lengths <= source.max_tokens
+        keep &= lengths >= source.min_len
+        if source.max_len is not None:
+            keep &= lengths <= source.max_len
         chosen = np.flatnonzero(keep)
         counts = np.array([len(shard.buckets) for shard in self.shards])
         firsts = np.concatenate([[0], np.cumsum(counts)])

@@ -155,7 +155,7 @@ def _draw_all(
         if target > 0 and not len(lengths[name]):
             raise UserError(
                 f"source {name} in stage {stage} has no document to draw, and {target:,} tokens are wanted; "
-                "loosen its min_tokens and max_tokens, or hold out fewer (data.heldout)"
+                "loosen its min_len and max_len, or hold out fewer (data.heldout)"
             )
         policy = policy_of(data, mix, name)
         drawn[name] = draw(

@@ -1,6 +1,6 @@
 """Evaluate one model: needle grid, loss on held-out text and loss by position, measured once and stored as JSON.
 
-The verb `eval` and the hooks after training call `evaluate` for one model at a time. A stored result is reused while
+The verb `eval` and the work after training call `evaluate` for one model at a time. A stored result is reused while
 its fingerprint (model, rope, tasks, text) matches, so a killed evaluation continues.
 """
 
@@ -48,12 +48,12 @@ class EvalTasks:
     """The measurements to make of each model.
 
     needle: the needle grid; None measures none. loss_lengths: sequence lengths in tokens for the loss on held-out
-    text. loss_windows: sequences per length.
+    text. loss_sequences: sequences per length.
     """
 
     needle: NeedleConfig | None
     loss_lengths: tuple[int, ...]
-    loss_windows: int
+    loss_sequences: int
 
     @property
     def longest(self) -> int:
@@ -125,7 +125,7 @@ def fingerprint(target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText) -> s
             "window": target.window,
             "ground": heldout.key,
             "needle": asdict(tasks.needle) if tasks.needle else None,
-            "losses": [tasks.loss_lengths, tasks.loss_windows],
+            "losses": [tasks.loss_lengths, tasks.loss_sequences],
             "format": 2,  # of the stored file
         }
     )
@@ -165,7 +165,7 @@ def _measure(
         part = grid_of(model, tasks.needle, heldout, label=target.name, rank=ranks.rank, world=ranks.world, tick=tick)
         values["grid"] = needle.combine(part, ranks).to_json()
     for length in tasks.loss_lengths:
-        losses = _losses(model, loss.held_out_rows(heldout, length, tasks.loss_windows), ranks)
+        losses = _losses(model, loss.held_out_rows(heldout, length, tasks.loss_sequences), ranks)
         values["losses"][length] = float(losses.mean())
         values["loss_by_position"][length] = loss.by_position(losses)
     return values

@@ -50,7 +50,7 @@ def open_heldout_text(data: DataConfig, source: str, tokenizer: Path | str, cach
         )
     # A shard's name is a hash of its documents' content and the tokenizer.
     shards, entry = [shard.folder.name for shard in corpus.shards], data.sources[source]
-    key = fingerprint_of({"shards": shards, "heldout": data.heldout, "tokens": [entry.min_tokens, entry.max_tokens]})
+    key = fingerprint_of({"shards": shards, "heldout": data.heldout, "tokens": [entry.min_len, entry.max_len]})
     largest = max(corpus.largest_id, int(writer.ordinary.max()))  # needles contain no added tokens
     return HeldoutText(writer, corpus_haystack(corpus, writer), key, corpus.total, largest)
 

@@ -122,7 +122,7 @@ def _examine_all(
     from longctx.eval.evaluate import EvalTasks, count_forwards, evaluate
     from longctx.eval.tables import beyond_window
 
-    tasks = EvalTasks(config.needle, config.loss_lengths, config.loss_windows)
+    tasks = EvalTasks(config.needle, config.loss_lengths, config.loss_sequences)
     heldout_texts = _heldout_texts(config, models, tasks, ranks)
     out = Path(config.out) / "models" if config.out else None
     results = []

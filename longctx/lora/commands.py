@@ -1,4 +1,4 @@
-"""The verbs lora-extract and lora-merge, with progress on standard error and the result as text or JSON."""
+"""The verbs lora extract and lora merge, with progress on standard error and the result as text or JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from longctx.rope.config import describe_rope
 
 
 def run_extract(config: ExtractConfig) -> int:
-    """Run `longctx lora-extract`; returns the exit status."""
+    """Run `longctx lora extract`; returns the exit status."""
     began = time.perf_counter()
     with _bar("extracting") as tick:
         result = extract(config, tick)
@@ -29,7 +29,7 @@ def run_extract(config: ExtractConfig) -> int:
 
 
 def run_merge(config: MergeConfig) -> int:
-    """Run `longctx lora-merge`; returns the exit status."""
+    """Run `longctx lora merge`; returns the exit status."""
     began = time.perf_counter()
     with _bar("merging") as tick:
         result = merge(config, tick)

@@ -44,7 +44,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class Extension:
-    """The rope and window before and after the training; longctx.json records them and lora-merge writes them."""
+    """The rope and window before and after the training; longctx.json records them and lora merge writes them."""
 
     rope_parameters: dict[str, Any]
     window: int | None
@@ -139,7 +139,7 @@ def write_card(folder: Path, rows: Sequence[TensorRecord], extension: Extension,
         lines += [
             f"The tuned model reads {extension.window:,} tokens ({describe_rope(extension.rope_parameters)}); the "
             f"base read {extension.base_window:,} ({describe_rope(extension.base_rope_parameters)}). **The weights "
-            "alone do not carry that**: a merged model's config.json must say so too, and `longctx lora-merge` "
+            "alone do not carry that**: a merged model's config.json must say so too, and `longctx lora merge` "
             "writes it.",
             "",
         ]
@@ -153,7 +153,7 @@ def write_card(folder: Path, rows: Sequence[TensorRecord], extension: Extension,
         "Carry it into a fine-tune of the same base:",
         "",
     ]
-    lines += ["```", "longctx lora-merge target=FINE_TUNE adapter=THIS_FOLDER out=MERGED", "```", ""]
+    lines += ["```", "longctx lora merge target=FINE_TUNE adapter=THIS_FOLDER out=MERGED", "```", ""]
     if exact:
         lines += [
             f"{len(exact)} norms and biases are carried exactly, as differences, in `norm_deltas.safetensors`: "
@@ -181,7 +181,7 @@ def command(config: ExtractConfig) -> str:
     default = type(config)(base="", tuned="", out="")
     words = [
         "longctx",
-        "lora-extract",
+        "lora extract",
         f"base={config.base}",
         f"tuned={config.tuned}",
         "out=ADAPTER",

@@ -1,4 +1,4 @@
-"""The verb lora-info: describes an adapter, with pictures on request, or sizes one that does not exist yet."""
+"""The verb lora info: describes an adapter, with pictures on request, or sizes one that does not exist yet."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from longctx.lora.sizes import adapter_size, measure_throughput
 
 
 def run(config: InfoConfig) -> int:
-    """Run `longctx lora-info`; returns the exit status."""
+    """Run `longctx lora info`; returns the exit status."""
     if (config.adapter is None) == (config.plan is None):
         raise UserError("give adapter=FOLDER to describe one, or plan=MODEL to size one (configs/lora_info.yaml)")
     if config.plan is not None:
@@ -59,7 +59,7 @@ def _print(info: AdapterInfo, pictures: list[str]) -> None:
         told = "extends the window to" if info.extends else "window"
         print(f"  {told} {info.window} tokens ({info.rope})")
     else:
-        print("  no rope or window inside: lora-merge needs rope.theta and window, or like=MODEL, or rope=keep")
+        print("  no rope or window inside: lora merge needs rope.theta and window, or like=MODEL, or rope=keep")
     if info.share is not None:
         print(f"  keeps {info.share:.4f} of the squared norm of these matrices' difference")
     print(f"  {info.exact} norms and biases as exact differences, {len(info.replaced)} tensors saved whole")

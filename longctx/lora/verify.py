@@ -1,6 +1,6 @@
 """Verifies a written adapter: reads its files back, applies them, and on request measures losses on a text.
 
-The residuals in the records come from the factors in memory. Here the finished folder is opened as lora-merge opens it,
+The residuals in the records come from the factors in memory. Here the finished folder is opened as lora merge opens it,
 added to the base and compared with the tuned model, so a wrong sign, scale or order of files is found.
 """
 
@@ -94,7 +94,7 @@ def held_out_losses(config: ExtractConfig, folder: Path) -> HeldOutLosses:
     ids = _tokens(config)
     with temporary(beside(folder.with_name("verify"))) as merged:
         merge(MergeConfig(target=config.base, adapter=[str(folder)], out=str(merged)))
-        losses = [_loss(path, ids, config.text_window) for path in (config.base, config.tuned, str(merged))]
+        losses = [_loss(path, ids, config.text_seq_len) for path in (config.base, config.tuned, str(merged))]
     return HeldOutLosses(*losses, tokens=len(ids))
 
 

@@ -128,7 +128,7 @@ def _known(name: str, expected: Mapping[str, int]) -> str:
         if candidate in expected:
             return candidate
     raise RunFailed(
-        f"export: {name} is no weight of the model; adapters are merged (longctx lora-merge) before a folder in "
+        f"export: {name} is no weight of the model; adapters are merged (longctx lora merge) before a folder in "
         "Hugging Face format is written"
     )
 

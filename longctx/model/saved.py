@@ -63,7 +63,7 @@ class SavePolicy:
         cls, memory: MemoryConfig, *, layer: int, layers: int, keep_matmuls: int, store: HostStore | None
     ) -> SavePolicy:
         """The policy of layer `layer` of `layers`; the last `keep_matmuls` layers also save their matrix products."""
-        if not memory.checkpoint:
+        if not memory.activation_checkpointing:
             return cls(None, None, memory.ffn_block)
         if layer >= layers - keep_matmuls:
             return cls(attention_and_products, widening_products, memory.ffn_block, store, layer == 0)

@@ -63,7 +63,7 @@ class LossModel(nn.Module):
         self.model = model
         self.memory = memory
         self.z_loss = z_loss
-        self._store = HostStore() if memory.offload else None
+        self._store = HostStore() if memory.offload_activations else None
         train_layers(model)
 
     def forward(

@@ -158,7 +158,7 @@ def _estimate(
     gain = 1 - (best.computing + best.exposed) / (attention.computing + attention.exposed)
     memory = need(stage, shape, config, decision, world=machines.world, kernel=kernel, device=hardware.device)
     tokens = sizes.tokens * decision.per_forward
-    products = shape.flops(recompute=config.model.memory.checkpoint).products(tokens)
+    products = shape.flops(recompute=config.model.memory.activation_checkpointing).products(tokens)
     micro_steps = -(-decision.per_group // decision.per_forward)
     one = products / rate + shape.layers * attention.computing
     exposed = micro_steps * shape.layers * attention.exposed

@@ -123,7 +123,7 @@ def need(
         ring=attention_buffers(decision.schedule, decision.topology, sizes, decision.ulysses, kernel),
         offload_optimizer=engine.offload_optimizer and device != "cpu",
         offload_parameters=engine.offload_parameters and device != "cpu",
-        offload_saved=config.model.memory.offload and device != "cpu",
+        offload_saved=config.model.memory.offload_activations and device != "cpu",
     )
 
 

@@ -135,8 +135,8 @@ def _candidates(config: TrainConfig, limits: DeviceLimits) -> Iterator[Changes]:
 def _dials(config: TrainConfig, limits: DeviceLimits) -> list[Changes]:
     memory = config.model.memory
     dials: list[Changes] = []
-    if not memory.checkpoint:
-        dials.append({"model.memory.checkpoint": True})
+    if not memory.activation_checkpointing:
+        dials.append({"model.memory.activation_checkpointing": True})
     if memory.keep_matmuls:
         dials.append({"model.memory.keep_matmuls": 0})
     if config.engine.micro_batch != 1:
@@ -145,14 +145,14 @@ def _dials(config: TrainConfig, limits: DeviceLimits) -> list[Changes]:
         dials.append({"model.memory.ffn_block": 512})
     if memory.loss_chunk > 128:
         dials.append({"model.memory.loss_chunk": 128})
-    tokens = config.parallel.tokens_per_rank // 2
+    tokens = config.parallel.seq_len_per_rank // 2
     while config.parallel.cp == "auto" and tokens >= 512 and limits.machines.world > 1:
-        dials.append({"parallel.tokens_per_rank": tokens})
+        dials.append({"parallel.seq_len_per_rank": tokens})
         tokens //= 2
-    if config.parallel.cp != "auto" or config.parallel.stages:
-        dials.append({"parallel.cp": limits.machines.world, "parallel.stages": {}})
-    if limits.device == "cuda" and not memory.offload:
-        dials.append({"model.memory.offload": True})
+    if config.parallel.cp not in ("auto", "all") or config.parallel.cp_by_stage:
+        dials.append({"parallel.cp": limits.machines.world, "parallel.cp_by_stage": {}})
+    if limits.device == "cuda" and not memory.offload_activations:
+        dials.append({"model.memory.offload_activations": True})
     return dials
 
 

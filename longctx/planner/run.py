@@ -172,9 +172,10 @@ def show_schedule(config: PlanConfig) -> int:
         raise UserError(
             f"draw.ulysses={h} must divide ranks={topology.ranks} and heads={sizes.q_heads} (configs/plan.yaml)"
         )
-    if draw.tokens % (2 * topology.size):
+    if draw.seq_len % (2 * topology.size):
         raise UserError(
-            f"draw.tokens={draw.tokens} is not divisible by 2 x nodes x ranks = {2 * topology.size} (configs/plan.yaml)"
+            f"draw.seq_len={draw.seq_len} is not divisible by 2 x nodes x ranks = {2 * topology.size} "
+            "(configs/plan.yaml)"
         )
     timeline = _time(config, schedule, topology, sizes, h, links)
     title = (
@@ -200,7 +201,7 @@ def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int, Links]:
     draw, hardware = config.draw, config.hardware
     if draw.stage is None:
         topology = Topology(config.nodes, config.ranks)
-        sizes = Sizes(draw.tokens // topology.size, draw.heads, draw.kv_heads, draw.head_dim)
+        sizes = Sizes(draw.seq_len // topology.size, draw.heads, draw.kv_heads, draw.head_dim)
         latency = hardware.latency_us * 1e-6
         inner, outer = (Link(gbytes * 1e9, latency) for gbytes in (hardware.inner_gbytes, hardware.outer_gbytes))
         return draw.schedule, topology, sizes, draw.ulysses or config.ranks, (inner, outer)

@@ -64,7 +64,7 @@ class Linear(Rule):
 
     name: Literal["linear"] = "linear"
     extends: ClassVar[frozenset[str]] = frozenset({"default", "linear"})
-    factor: float | None = None
+    factor: float | None = None  #: stretch of the window; null: new window over old
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         factor = self.factor or length / rope.window * rope.parameters.get("factor", 1.0)
@@ -92,9 +92,9 @@ class DynamicNtk(Rule):
     """
 
     name: Literal["dynamic-ntk"] = "dynamic-ntk"
-    start: Start = "previous"
+    start: Start = "previous"  #: `previous`: each stage extends the one before it
     extends: ClassVar[frozenset[str]] = _THETA_EXTENDS
-    factor: float = 4.0
+    factor: float = 4.0  #: f of the equation
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         stretch = self.factor * length / rope.window - (self.factor - 1)
@@ -142,8 +142,8 @@ class ByParts(Rule):
 
     name: Literal["by-parts"] = "by-parts"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
-    alpha: float = 1.0
-    beta: float = 32.0
+    alpha: float = 1.0  #: turns within the window below which a pair is interpolated
+    beta: float = 32.0  #: turns above which it is left alone
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         return _paper_ramp(rope, length, self.alpha, self.beta, 1.0)
@@ -155,8 +155,8 @@ class YarnPaper(Rule):
 
     name: Literal["yarn-paper"] = "yarn-paper"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
-    alpha: float = 1.0
-    beta: float = 32.0
+    alpha: float = 1.0  #: turns within the window below which a pair is interpolated
+    beta: float = 32.0  #: turns above which it is left alone
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         attention = 0.1 * math.log(max(length / rope.window, 1)) + 1
@@ -173,8 +173,8 @@ class Yarn(Rule):
 
     name: Literal["yarn"] = "yarn"
     extends: ClassVar[frozenset[str]] = frozenset({"default", "yarn"})
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    beta_fast: float = 32.0  #: turns above which a pair is left alone
+    beta_slow: float = 1.0  #: turns below which it is interpolated
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         original = rope.parameters.get("original_max_position_embeddings", rope.window)
@@ -198,9 +198,9 @@ class Llama3(Rule):
 
     name: Literal["llama3"] = "llama3"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
+    factor: float = 8.0  #: stretch of the slow pairs
+    low_freq_factor: float = 1.0  #: turns within the window below which a pair is stretched whole
+    high_freq_factor: float = 4.0  #: turns above which it is left alone
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         return _plain(
@@ -223,8 +223,8 @@ class LongRope(Rule):
 
     name: Literal["longrope"] = "longrope"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
-    long_factor: list[float] = dataclasses.field(default_factory=list)
-    short_factor: list[float] | None = None
+    long_factor: list[float] = dataclasses.field(default_factory=list)  #: stretch of each rotary pair
+    short_factor: list[float] | None = None  #: of sequences within the original window; null: long_factor
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         short = self.short_factor or self.long_factor

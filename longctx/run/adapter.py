@@ -18,16 +18,16 @@ from longctx.storage.files import discard, write_text
 
 
 def left_out(config: TrainConfig) -> list[str]:
-    """Patterns of the parameters that `extract_adapter` leaves behind, as lora-extract decides from profile and tying.
+    """Patterns of the parameters that `extract_adapter` leaves behind, as lora extract decides from profile and tying.
 
     None where the run makes no adapter: it is switched off, or the model was drawn at random and has no base.
     """
-    hook = config.hooks.lora
-    if not hook.enabled or config.model.path is None:
+    asked = config.after_training.lora
+    if not asked.enabled or config.model.path is None:
         return []
-    model, full = config_json(config.model.path)[0], hook.profile == "full"
+    model, full = config_json(config.model.path)[0], asked.profile == "full"
     tied = tied_of(model)
-    embeddings = (tied and full) if hook.embeddings is None else hook.embeddings
+    embeddings = (tied and full) if asked.embeddings is None else asked.embeddings
     patterns = [] if embeddings else ["*embed_tokens*"]
     if not full:
         biased = model_type_of(model) == "qwen2" or any(model.get(f"{part}_bias") for part in ("attention", "mlp"))
@@ -37,12 +37,12 @@ def left_out(config: TrainConfig) -> list[str]:
 
 def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
     """Write tuned - base as a LoRA to `out` unless it is up to date, and say how much of the change it carries."""
-    hook, base = config.hooks.lora, str(config.model.path)
+    asked, base = config.after_training.lora, str(config.model.path)
     if Path(base).is_dir():
         base = str(Path(base).resolve())  # peft resolves it against the folder of the process that loads the adapter
     settings = ExtractConfig(
-        base=base, tuned=str(tuned), out=str(out), rank=hook.rank, profile=hook.profile,
-        embeddings=hook.embeddings, dtype="bfloat16" if config.model.dtype == "bfloat16" else "float32",
+        base=base, tuned=str(tuned), out=str(out), rank=asked.rank, profile=asked.profile,
+        embeddings=asked.embeddings, dtype="bfloat16" if config.model.dtype == "bfloat16" else "float32",
     )  # fmt: skip
     paths = ("base", "tuned", "out")
     chosen = {name: value for name, value in asdict(settings).items() if name not in paths}

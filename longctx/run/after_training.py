@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import console
-from longctx.config.hooks import EvidenceHook
+from longctx.config.after_training import EvidenceSettings
 from longctx.config.train import TrainConfig
 from longctx.eval.evaluate import EvalResult, EvalTarget, count_forwards, evaluate
 from longctx.eval.heldout_text import HeldoutText, open_heldout_text
@@ -27,7 +27,7 @@ from longctx.run.summary import tell, write_summary
 
 
 def run_hooks(config: TrainConfig, folder: Path) -> int:
-    """Do what config.hooks asks for, and return 0.
+    """Do what config.after_training asks for, and return 0.
 
     A randomly initialized model has no base to subtract, so it gets no adapter.
     """
@@ -36,25 +36,25 @@ def run_hooks(config: TrainConfig, folder: Path) -> int:
         return 0
     began = time.monotonic()
     tuned = folder / stages[-1]["model"]
-    hooks = config.hooks
+    asked = config.after_training
     adapter, merged, sibling = folder / "adapter", folder / "merged", None
-    if hooks.lora.enabled and config.model.path is not None:
+    if asked.lora.enabled and config.model.path is not None:
         console.say("after training: the adapter (tuned minus base)")
         extract_adapter(config, tuned, adapter)
-    if hooks.sibling is not None:
-        sibling = Path(hooks.sibling.path or "")
-        if hooks.sibling.run is not None:
+    if asked.sibling is not None:
+        sibling = Path(asked.sibling.path or "")
+        if asked.sibling.run is not None:
             console.say("after training: a sibling, another fine-tune of the same base")
-            sibling = train_side(config, folder, "sibling", hooks.sibling.run)
+            sibling = train_side(config, folder, "sibling", asked.sibling.run)
         merge_sibling(sibling, adapter, merged)
-    if hooks.evidence is None:
+    if asked.evidence is None:
         console.say(f"the run on one page: {write_page(folder)}")
         return 0
     control = None
-    if hooks.evidence.control is not None:
+    if asked.evidence.control is not None:
         console.say("after training: the control, the same tokens at the base's window and theta")
-        control = train_side(config, folder, "control", hooks.evidence.control)
-    results = _examine_all(config, hooks.evidence, folder, stages, tuned, sibling, control)
+        control = train_side(config, folder, "control", asked.evidence.control)
+    results = _examine_all(config, asked.evidence, folder, stages, tuned, sibling, control)
     seconds = time.monotonic() - began
     picture = folder / "eval" / "needle.png"
     draw_proof(results, picture)
@@ -71,26 +71,26 @@ def finished_stages(folder: Path) -> list[dict[str, Any]]:
 
 
 def _examine_all(
-    config: TrainConfig, hook: EvidenceHook, folder: Path, stages: list[dict[str, Any]],
+    config: TrainConfig, settings: EvidenceSettings, folder: Path, stages: list[dict[str, Any]],
     tuned: Path, sibling: Path | None, control: Path | None,
 ) -> dict[str, EvalResult]:  # fmt: skip
-    claims = _claims(config, hook, folder, stages, tuned, sibling, control)
+    claims = _claims(config, settings, folder, stages, tuned, sibling, control)
     out = folder / "eval"
     cache = Path(config.cache) if config.cache else folder / "data"
-    heldout = open_heldout_text(config.data, hook.source, tuned, cache)
-    _remark_short_text(heldout, max(claim.questions(hook).longest for claim in claims), hook.source)
+    heldout = open_heldout_text(config.data, settings.source, tuned, cache)
+    _remark_short_text(heldout, max(claim.questions(settings).longest for claim in claims), settings.source)
     found = {}
     with console.progress() as bar:
-        total = sum(count_forwards(claim.target, claim.questions(hook), heldout, out) for claim in claims)
+        total = sum(count_forwards(claim.target, claim.questions(settings), heldout, out) for claim in claims)
         task = bar.add_task("needles", total=total)
         for claim in claims:
             bar.update(task, description=f"needles: {claim.name}")
-            asked = claim.questions(hook)
-            found[claim.name] = evaluate(claim.target, asked, heldout, out, tick=lambda: bar.advance(task))
-    if config.hooks.sibling is not None and config.hooks.sibling.behaviour is not None:
+            questions = claim.questions(settings)
+            found[claim.name] = evaluate(claim.target, questions, heldout, out, tick=lambda: bar.advance(task))
+    if config.after_training.sibling is not None and config.after_training.sibling.behaviour is not None:
         known = [claim.target for claim in claims if claim.name in ("base", "sibling", "merged", "extended")]
-        own = open_heldout_text(config.data, config.hooks.sibling.behaviour, tuned, cache)
-        evidence.behaviour(known, hook, own, out)
+        own = open_heldout_text(config.data, config.after_training.sibling.behaviour, tuned, cache)
+        evidence.behaviour(known, settings, own, out)
     return found
 
 
@@ -104,13 +104,13 @@ def _remark_short_text(heldout: HeldoutText, longest: int, source: str) -> None:
 
 
 def _claims(
-    config: TrainConfig, hook: EvidenceHook, folder: Path, stages: list[dict[str, Any]],
+    config: TrainConfig, settings: EvidenceSettings, folder: Path, stages: list[dict[str, Any]],
     tuned: Path, sibling: Path | None, control: Path | None,
 ) -> list[Claim]:  # fmt: skip
     """The models to evaluate: the base, its controls, the extended model, the sibling before and after the merge."""
     base, last = str(config.model.path), stages[-1]
     claims = [Claim(EvalTarget("base", base, "base"))]
-    if hook.theta_only:
+    if settings.theta_only:
         rope = dict(read_rope(tuned).parameters)
         title = "control: theta changed, nothing trained"
         claims.append(Claim(EvalTarget("theta_only", base, title, rope=rope, window=last["seq_len"])))
@@ -123,7 +123,7 @@ def _claims(
     if sibling is not None:
         claims.append(Claim(EvalTarget("sibling", str(sibling), "sibling: another fine-tune of the base")))
         claims.append(Claim(EvalTarget("merged", str(folder / "merged"), "sibling + adapter")))
-    if hook.unseen is not None:
+    if settings.unseen is not None:
         title = "extended, asked in words that training never saw"
         claims.append(Claim(EvalTarget("unseen", str(tuned), title), losses=False, unseen=True))
     return claims

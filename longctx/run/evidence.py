@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from longctx.config.after_training import EvidenceSettings
 from longctx.config.eval import NeedleConfig
-from longctx.config.hooks import EvidenceHook
 from longctx.eval import loss
 from longctx.eval.evaluate import EvalTarget, EvalTasks
 from longctx.eval.heldout_text import HeldoutText
@@ -33,20 +33,20 @@ class Claim:
     def name(self) -> str:
         return self.target.name
 
-    def questions(self, hook: EvidenceHook) -> EvalTasks:
-        phrasing = unseen_phrasing(hook) if self.unseen else hook.needle
-        lengths = hook.heldout_lengths if self.losses else ()
-        return EvalTasks(phrasing if self.grid else None, lengths, hook.heldout_windows)
+    def questions(self, settings: EvidenceSettings) -> EvalTasks:
+        phrasing = unseen_phrasing(settings) if self.unseen else settings.needle
+        lengths = settings.heldout_lengths if self.losses else ()
+        return EvalTasks(phrasing if self.grid else None, lengths, settings.heldout_sequences)
 
 
-def behaviour(targets: Sequence[EvalTarget], hook: EvidenceHook, heldout: HeldoutText, out: Path) -> None:
+def behaviour(targets: Sequence[EvalTarget], settings: EvidenceSettings, heldout: HeldoutText, out: Path) -> None:
     """Write behaviour.json: each model's loss on short held-out text of the kind that the sibling was tuned on."""
-    stored, length = out / "behaviour.json", hook.heldout_lengths[0]
+    stored, length = out / "behaviour.json", settings.heldout_lengths[0]
     names = {target.name: folder_fingerprint(target.path) for target in targets}
-    key = fingerprint_of({"models": names, "ground": heldout.key, "windows": [length, hook.heldout_windows]})
+    key = fingerprint_of({"models": names, "ground": heldout.key, "windows": [length, settings.heldout_sequences]})
     if load_result(stored, key) is not None:
         return
-    rows = loss.held_out_rows(heldout, length, hook.heldout_windows)
+    rows = loss.held_out_rows(heldout, length, settings.heldout_sequences)
     found = {}
     for target in targets:
         model = load_plain(target.path, target.rope, target.window)
@@ -54,8 +54,8 @@ def behaviour(targets: Sequence[EvalTarget], hook: EvidenceHook, heldout: Heldou
     store_result(stored, key, {"losses": found})
 
 
-def unseen_phrasing(hook: EvidenceHook) -> NeedleConfig | None:
+def unseen_phrasing(settings: EvidenceSettings) -> NeedleConfig | None:
     """The needle settings with the phrasing that training never saw; None where the config has none."""
-    if hook.unseen is None:
+    if settings.unseen is None:
         return None
-    return replace(hook.needle, needle=hook.unseen.needle, question=hook.unseen.question)
+    return replace(settings.needle, needle=settings.unseen.needle, question=settings.unseen.question)

@@ -12,7 +12,7 @@ from longctx.train import runfolder
 
 
 def run(config: TrainConfig) -> int:
-    """Train, then do what `hooks` asks for after training. Returns the exit status."""
+    """Train, then do what `after_training` asks for. Returns the exit status."""
     config = settled(config)
     status = train_run(config)
     if status == 0 and launcher_environment()["RANK"] == "0":

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from longctx.config.hooks import HooksConfig, LoraHook, SideRun
+from longctx.config.after_training import AdapterSettings, AfterTrainingConfig, SideRun
 from longctx.config.train import ParallelConfig, TrainConfig
 from longctx.errors import RunFailed
 from longctx.signals import SAVED_AND_REQUEUE
@@ -23,14 +23,15 @@ def side_folder(folder: Path, name: str) -> Path:
 def side_config(config: TrainConfig, folder: Path, name: str, side: SideRun) -> TrainConfig:
     """The main run's config with the side run's stage in place of its curriculum.
 
-    Of the parallel settings only tokens_per_rank stays: the others divide the main run's ranks and lengths.
+    Of the parallel settings, seq_len_per_rank and cp=all stay: the others divide the main run's ranks and lengths.
     """
+    cp = config.parallel.cp if isinstance(config.parallel.cp, str) else "auto"
     return replace(
         config, name=f"{config.name}-{name}", run_dir=str(folder / "side" / name),
         curriculum=replace(config.curriculum, stages={name: side.stage}, only=None, theta_file=None),
         cache=config.cache or str(folder / "data"),
-        parallel=ParallelConfig(tokens_per_rank=config.parallel.tokens_per_rank),
-        hooks=HooksConfig(lora=LoraHook(enabled=False)),
+        parallel=ParallelConfig(cp=cp, seq_len_per_rank=config.parallel.seq_len_per_rank),
+        after_training=AfterTrainingConfig(lora=AdapterSettings(enabled=False)),
     )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ def write_summary(
         "frozen": config.optim.freeze,
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
     }
-    if config.hooks.sibling is not None and config.hooks.sibling.behaviour is not None:
+    if config.after_training.sibling is not None and config.after_training.sibling.behaviour is not None:
         summary["behaviour"] = json.loads((folder / "eval" / "behaviour.json").read_text())["losses"]
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     return summary
@@ -113,7 +113,7 @@ def _adapter(folder: Path, config: TrainConfig) -> dict[str, Any]:
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     rank = json.loads((folder / "adapter_config.json").read_text())["r"]
     share = json.loads((folder / "longctx.json").read_text())["share"]["everything"]
-    return {"rank": rank, "bytes": size, "profile": config.hooks.lora.profile, "share": share}
+    return {"rank": rank, "bytes": size, "profile": config.after_training.lora.profile, "share": share}
 
 
 def _version(name: str) -> str | None:

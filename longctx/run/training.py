@@ -57,7 +57,7 @@ def after_stage(config: TrainConfig) -> Callable[[Stage, Path, Path], None] | No
 
     It takes the stage, the folder of its exported model and the folder for its results.
     """
-    if not (config.hooks.lora.enabled and config.hooks.lora.per_stage and config.model.path):
+    if not (config.after_training.lora.enabled and config.after_training.lora.per_stage and config.model.path):
         return None
 
     def adapter(stage: Stage, model: Path, out: Path) -> None:

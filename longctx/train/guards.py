@@ -56,36 +56,36 @@ class Guards:
     def is_mute(self, weight: float, step: int) -> bool:
         """Whether no token of the step's batch carries loss, so that the step must be skipped.
 
-        Raises RunFailed at the guards.spike_steps-th such batch in a row: a run that trains nothing is a mistake.
+        Raises RunFailed at the guards.max_skipped_steps-th such batch in a row: a run that trains nothing is a mistake.
         """
         self.mute = 0 if weight > 0 else self.mute + 1
-        if self.mute >= self.config.spike_steps:
+        if self.mute >= self.config.max_skipped_steps:
             raise RunFailed(
                 f"no token carried loss in {self.mute} steps in a row, up to step {step}: nothing is being trained. "
                 "Nearly all tokens of the stage's data are masked: look at the weights and at loss=assistant in "
                 "data.sources, take more sequences per step (curriculum.stages.NAME.batch), or raise "
-                "guards.spike_steps (configs/train.yaml)"
+                "guards.max_skipped_steps (configs/train.yaml)"
             )
         return weight == 0
 
     def is_spike(self, loss: float) -> bool:
         """Whether the step should be skipped; a step that is not skipped enters the history.
 
-        Raises RunFailed at the guards.spike_steps-th skip in a row: the loss has risen, and would rise no further
+        Raises RunFailed at the guards.max_skipped_steps-th skip in a row: the loss has risen, and would rise no further
         only because nothing is trained.
         """
-        limit = self.config.spike
+        limit = self.config.spike_factor
         if limit is not None and len(self.recent) >= MINIMUM_HISTORY and loss > limit * median(self.recent):
             self.in_a_row += 1
-            if self.in_a_row >= self.config.spike_steps:
+            if self.in_a_row >= self.config.max_skipped_steps:
                 raise RunFailed(
-                    f"the loss ({loss:.4f}) has been above guards.spike={limit:g} times the recent median "
+                    f"the loss ({loss:.4f}) has been above guards.spike_factor={limit:g} times the recent median "
                     f"({median(self.recent):.4f}) for {self.in_a_row} steps: this is no spike. The last checkpoint "
-                    "stands; lower curriculum.lr.peak, look at the data from here on, or raise guards.spike "
+                    "stands; lower curriculum.lr.peak, look at the data from here on, or raise guards.spike_factor "
                     "(configs/train.yaml)"
                 )
             return True
         self.in_a_row = 0
         self.recent.append(loss)
-        del self.recent[: -self.config.spike_window]
+        del self.recent[: -self.config.spike_median_steps]
         return False

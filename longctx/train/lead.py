@@ -50,5 +50,5 @@ class Lead:
             f"micro-batches, {self.save_seconds:.0f} s for a save), and LONGCTX_SIGNAL_LEAD={self.seconds:.0f} are "
             f"given: what was trained since the last checkpoint may be lost. Start it with SBATCH_SIGNAL=USR1@{give} "
             f"(launch/slurm.sbatch) or TORCH_ELASTIC_SHUTDOWN_TIMEOUT={give} (launch/torchrun.sh), lower "
-            "engine.micro_batch, or save more often with checkpoint.minutes"
+            "engine.micro_batch, or save more often with checkpoint.every_minutes"
         )

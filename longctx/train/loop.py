@@ -149,9 +149,9 @@ def _advance(state: State, stage: Stage, report: StepReport, seconds: float) -> 
 def _save_due(training: Training) -> bool:
     """Whether this rank wants a checkpoint after the coming step; for the minutes, rank 0's clock decides."""
     checkpoint = training.context.config.checkpoint
-    by_step = checkpoint.every > 0 and (training.state.step + 1) % checkpoint.every == 0
+    by_step = checkpoint.every_steps > 0 and (training.state.step + 1) % checkpoint.every_steps == 0
     since = time.monotonic() - training.saving.at
-    by_clock = training.context.ranks.first and checkpoint.minutes > 0 and since > 60 * checkpoint.minutes
+    by_clock = training.context.ranks.first and checkpoint.every_minutes > 0 and since > 60 * checkpoint.every_minutes
     return by_step or by_clock
 
 
@@ -170,7 +170,7 @@ def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport
     """Show the step on the screen and write its line of metrics.jsonl."""
     state, recorder, context = training.state, training.recorder, training.context
     if report.skipped:
-        spike = f"loss {report.loss:.4f} is a spike (guards.spike={context.config.guards.spike})"
+        spike = f"loss {report.loss:.4f} is a spike (guards.spike_factor={context.config.guards.spike_factor})"
         why = spike if report.weight > 0 else "no token of the batch carries loss"
         recorder.display.say(f"[yellow]step {state.step} skipped:[/] {why}")
     if recorder.metrics is None:

@@ -29,7 +29,7 @@ class ReplicatedEngine:
     """The engine that keeps all weights on every rank; see longctx.train.engine.Engine for its methods."""
 
     def __init__(self, optim: OptimConfig, model: LossModel, ranks: Ranks) -> None:
-        self.model, self.ranks, self.clip = model.to(ranks.device), ranks, optim.clip
+        self.model, self.ranks, self.clip = model.to(ranks.device), ranks, optim.max_grad_norm
         self._named = trainable(model)
         wide = torch.float64 if self._named[0][1].dtype == torch.float64 else torch.float32
         self._masters = [p if p.dtype == wide else nn.Parameter(p.detach().to(wide)) for _, p in self._named]

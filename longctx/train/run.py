@@ -148,7 +148,7 @@ def _context(config: TrainConfig, ranks: Ranks, stages: list[Stage], stop: StopR
         tokenizer = preflight.check_libraries(config)
         if not checked and ranks.local_rank == 0:
             prepare_data(config, stages, tokenizer)
-    flops = shape.flops(recompute=config.model.memory.checkpoint)
+    flops = shape.flops(recompute=config.model.memory.activation_checkpointing)
     return RunContext(
         config=config, folder=Path(config.folder), ranks=ranks, stages=stages, tokenizer=tokenizer, flops=flops,
         stop=stop,
@@ -216,7 +216,8 @@ def _say_frozen(config: TrainConfig, trained: Sequence[str], not_carried: Sequen
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
         console.say(
             f"[yellow]trained, but not carried by the adapter:[/] {lost[0]}{more}; optim.freeze=auto leaves them as "
-            "they are, hooks.lora.embeddings=true carries embeddings, hooks.lora.profile=full head and norms"
+            "they are, after_training.lora.embeddings=true carries embeddings, after_training.lora.profile=full head "
+            "and norms"
         )
     elif config.optim.freeze:
         console.say(f"frozen (optim.freeze): {', '.join(config.optim.freeze)}")

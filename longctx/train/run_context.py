@@ -58,7 +58,7 @@ class Recorder:
         logging, folder = config.logging, context.folder
         profile = ProfileWindow(config.profile, folder, context.ranks)
         metrics = Metrics(folder, logging, runfolder.to_dict(config), last_step=last_step) if first else None
-        display = Display(logging.display, logging.every, context.stages, first=first)
+        display = Display(logging.display, logging.every_steps, context.stages, first=first)
         return cls(display=display, metrics=metrics, profile=profile, progress=progress)
 
     def close(self) -> None:

@@ -255,7 +255,7 @@ def _settings(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, rank
     gpu = ranks.device.type == "cuda"
     zero: dict[str, Any] = {
         "stage": config.zero, "overlap_comm": gpu, "contiguous_gradients": True, "reduce_scatter": gpu,
-        "round_robin_gradients": False, "zero_hpz_partition_size": config.secondary_partition,
+        "round_robin_gradients": False, "zero_hpz_partition_size": config.hpz_partition_size,
     }  # fmt: skip
     if config.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
@@ -263,7 +263,7 @@ def _settings(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, rank
         zero["offload_param"] = {"device": "cpu", "pin_memory": gpu}
     return {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
-        "train_batch_size": ranks.world, "gradient_clipping": optim.clip, "zero_optimization": zero,
+        "train_batch_size": ranks.world, "gradient_clipping": optim.max_grad_norm, "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16}, "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"}, "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": True, "steps_per_print": 2**31,

@@ -30,7 +30,7 @@ def made(config, seconds):
 
 
 def test_predictions_add_exposed_link_time_to_the_unlimited_run():
-    config = BenchHierarchyConfig(rate="10mbit", tokens=4096)
+    config = BenchHierarchyConfig(rate="10mbit", seq_len=4096)
     free = {"forward": 0.32, "forward_backward": 0.96}
     hop = 256 * 8 * 64 * 2 * 4 / (1e7 / 8 * hierarchy.PAYLOAD_SHARE)  # one KV block on one link
     flat = hierarchy.predict(config, "flat_ring", free)
@@ -38,13 +38,13 @@ def test_predictions_add_exposed_link_time_to_the_unlimited_run():
     assert flat["forward"] == pytest.approx(15 * hop + 0.02, abs=1e-3)  # and the last block's computation
     assert double["forward"] == pytest.approx(3 * hop + 0.08, abs=1e-3)  # the last four
     assert 4.5 < flat["forward_backward"] / double["forward_backward"] < 5.0
-    fast = BenchHierarchyConfig(rate="100gbit", tokens=4096)
+    fast = BenchHierarchyConfig(rate="100gbit", seq_len=4096)
     for schedule in SCHEDULES:
         assert hierarchy.predict(fast, schedule, free)["forward_backward"] == pytest.approx(0.96, rel=0.01)
 
 
 def test_the_document_has_the_promised_keys(tmp_path):
-    config = BenchHierarchyConfig(nodes=2, ranks=2, rate="50mbit", tokens=1024, repeats=3)
+    config = BenchHierarchyConfig(nodes=2, ranks=2, rate="50mbit", seq_len=1024, repeats=3)
     sample = {"forward": 1.0, "forward_backward": 3.0}
     slow = {name: [sample, {key: value * 2 for key, value in sample.items()}, sample] for name in SCHEDULES}
     slow["double_ring"] = [{"forward": 0.25, "forward_backward": 1.0}] * 3
@@ -73,7 +73,7 @@ def test_rates_are_read_as_tc_writes_them():
 
 def test_bad_settings_are_refused_before_anything_starts():
     cases = [
-        ({"tokens": 100}, "tokens=100 is not divisible by 2 x nodes x ranks = 32"),
+        ({"seq_len": 100}, "seq_len=100 is not divisible by 2 x nodes x ranks = 32"),
         ({"rate": "fast"}, "rate='fast' is not a rate"),
         ({"heads": 6, "kv_heads": 4}, "heads=6 is not a multiple of kv_heads=4"),
         ({"nodes": 0}, "nodes=0 must be 1 or more"),
@@ -96,7 +96,7 @@ def test_two_nodes_behind_a_slow_link(tmp_path):
         nodes=2,
         ranks=1,
         rate="4mbit",
-        tokens=2048,
+        seq_len=2048,
         heads=2,
         kv_heads=2,
         head_dim=16,

@@ -480,7 +480,7 @@ def test_what_does_not_fit_the_model_or_the_stage_is_refused(books, cache, token
     mix = {"books": {"weight": 1.0, "length": {"prolong": {"share": 0.9}}}}
     with pytest.raises(UserError, match="tokens are missing"):
         _open(_config(folder, mix), tokenizer, cache, seq_len=2**20)
-    values = {"kind": "text", "path": str(folder), "min_tokens": "1M"}
+    values = {"kind": "text", "path": str(folder), "min_len": "1M"}
     with pytest.raises(UserError, match="no document to draw"):
         _open(_config(folder, sources={"books": values}), tokenizer, cache)
     capsys.readouterr()
@@ -593,7 +593,7 @@ def test_what_a_stage_cuts_and_repeats_is_counted_once_from_its_plan(books, cach
 
 def test_filters_by_length_need_no_new_tokens(books, cache, tokenizer):
     folder, _ = books
-    values = {"kind": "text", "path": str(folder), "min_tokens": 200, "max_tokens": 600}
+    values = {"kind": "text", "path": str(folder), "min_len": 200, "max_len": 600}
     config = _config(folder, sources={"books": values})
     _, fresh = build_source("books", config, tokenizer, cache)
     corpus = _corpus(config, tokenizer, cache)

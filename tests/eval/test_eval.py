@@ -31,7 +31,7 @@ from tests.train.made import write_documents
 TINY = str(tiny_model())
 SMALL = [
     "data=text", "source=text", "data.heldout=0.4", "needle.lengths=[384,640]", "needle.per_cell=2", "needle.seeds=[1]",
-    "loss_lengths=[128,640]", "loss_windows=2",
+    "loss_lengths=[128,640]", "loss_sequences=2",
 ]  # fmt: skip
 THREE = f"models=[{{name: base, path: {TINY}}}, {{name: theta_only, path: {TINY}, theta: 1e6, window: 1024}}]"
 

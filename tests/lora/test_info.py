@@ -1,4 +1,4 @@
-"""lora-info, the verbs on the command line, hub ids, the loss check and the benchmark, each once on
+"""lora info, the verbs on the command line, hub ids, the loss check and the benchmark, each once on
 something tiny.
 """
 
@@ -56,18 +56,21 @@ def test_spectra_are_those_of_the_product(trio: Make, tmp_path: Path) -> None:
 
 def test_verbs_end_to_end(trio: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pair, a, m = trio("llama"), tmp_path / "a", tmp_path / "m"
-    assert main(["lora-extract", f"base={pair.base}", f"tuned={pair.tuned}", f"out={a}", "rank=4", "format=json"]) == 0
+    assert (
+        main(["lora", "extract", f"base={pair.base}", f"tuned={pair.tuned}", f"out={a}", "rank=4", "format=json"]) == 0
+    )
     document = json.loads(capsys.readouterr().out)
     assert 0 < document["share"]["factors"] < 1
     assert "rank=4" in (a / "README.md").read_text()
-    assert main(["lora-merge", f"target={pair.sibling}", f"adapter={a}", f"out={m}"]) == 0
+    assert main(["lora", "merge", f"target={pair.sibling}", f"adapter={a}", f"out={m}"]) == 0
     assert "reads 2048 tokens, theta 154,243" in capsys.readouterr().out
-    assert main(["lora-merge", f"target={m}", f"adapter={a}", f"out={tmp_path / 'n'}"]) == 2
+    assert main(["lora", "merge", f"target={m}", f"adapter={a}", f"out={tmp_path / 'n'}"]) == 2
     assert "rope=keep" in capsys.readouterr().err
     assert (
         main(
             [
-                "lora-merge",
+                "lora",
+                "merge",
                 f"target={m}",
                 f"adapter=[{a},{a}]",
                 "scale=[1,-1]",
@@ -77,20 +80,20 @@ def test_verbs_end_to_end(trio: Make, tmp_path: Path, capsys: pytest.CaptureFixt
         )
         == 0
     )
-    assert main(["lora-info", f"adapter={a}", f"plots={tmp_path / 'plots'}"]) == 0
+    assert main(["lora", "info", f"adapter={a}", f"plots={tmp_path / 'plots'}"]) == 0
     assert "extends the window to 2048" in capsys.readouterr().out
     for name in ("spectra.png", "shares.png"):
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")
-    assert main(["lora-info", "plan=llama3_70b", "measure=false"]) == 0
+    assert main(["lora", "info", "plan=llama3_70b", "measure=false"]) == 0
     assert "837.1 MB" in capsys.readouterr().out
-    assert main(["lora-info", "plan=llama3_70bb"]) == 2
+    assert main(["lora", "info", "plan=llama3_70bb"]) == 2
     assert "did you mean llama3_70b?" in capsys.readouterr().err
-    assert main(["lora-extract", f"base={pair.base}", "rnak=3"]) == 2
+    assert main(["lora", "extract", f"base={pair.base}", "rnak=3"]) == 2
     assert "rank" in capsys.readouterr().err
 
 
 def test_time_is_extrapolated_from_a_measurement(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["lora-info", "plan=llama3_8b", "rank=4", "format=json"]) == 0
+    assert main(["lora", "info", "plan=llama3_8b", "rank=4", "format=json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["seconds"] == pytest.approx(document["elements"] / document["throughput"])
 
@@ -122,10 +125,10 @@ def test_hub_ids_load_shards_only_when_rows_are_read(
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     monkeypatch.chdir(tmp_path)
-    assert main(["lora-extract", "base=some/base", "tuned=some/other", "out=a"]) == 2
+    assert main(["lora", "extract", "base=some/base", "tuned=some/other", "out=a"]) == 2
     assert not [file for file in fetched if file.endswith(".safetensors")]
-    assert main(["lora-extract", "base=some/base", "tuned=some/tuned", "out=a", "rank=4"]) == 0
-    assert main(["lora-extract", f"base={pair.base}", f"tuned={pair.tuned}", "out=b", "rank=4"]) == 0
+    assert main(["lora", "extract", "base=some/base", "tuned=some/tuned", "out=a", "rank=4"]) == 0
+    assert main(["lora", "extract", f"base={pair.base}", f"tuned={pair.tuned}", "out=b", "rank=4"]) == 0
     same = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
     assert same[0] == same[1]
 
@@ -148,7 +151,7 @@ def test_losses_on_held_out_text(trio: Make, tmp_path: Path) -> None:
     result = extract(
         ExtractConfig(
             base=pair.base, tuned=str(tuned), out=str(tmp_path / "a"), rank=1000, embeddings=True,
-            dtype="float32", verify="loss", text=str(text), text_tokens=200, text_window=64,
+            dtype="float32", verify="loss", text=str(text), text_tokens=200, text_seq_len=64,
         )
     )  # fmt: skip
     assert result.losses is not None

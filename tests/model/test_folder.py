@@ -154,8 +154,8 @@ VERBS: dict[str, Callable[[Path, Path], list[str]]] = {
     "train": lambda model, out: ["train", "data=stdlib", f"model.path={model}", f"run_dir={out}", "launch.nproc=2"],
     "eval": lambda model, out: ["eval", f"model.path={model}", f"cache={out}"],
     "theta search": lambda model, out: ["theta", f"model.path={model}", "to=2048", "search=true", f"run_dir={out}"],
-    "lora-extract": lambda model, out: ["lora-extract", f"base={tiny_model()}", f"tuned={model}", f"out={out}"],
-    "lora-merge": lambda model, out: ["lora-merge", f"target={model}", ADAPTER, f"out={out}"],
+    "lora extract": lambda model, out: ["lora", "extract", f"base={tiny_model()}", f"tuned={model}", f"out={out}"],
+    "lora merge": lambda model, out: ["lora", "merge", f"target={model}", ADAPTER, f"out={out}"],
 }
 
 

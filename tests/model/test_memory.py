@@ -37,7 +37,9 @@ def test_no_tensor_of_tokens_by_vocabulary_or_by_tokens():
     assert watch.largest >= TOKENS * 700  # the guard does see logits where they exist
 
 
-@pytest.mark.parametrize("memory", [MemoryConfig(), MemoryConfig(keep_matmuls=1), MemoryConfig(offload=True)])
+@pytest.mark.parametrize(
+    "memory", [MemoryConfig(), MemoryConfig(keep_matmuls=1), MemoryConfig(offload_activations=True)]
+)
 def test_attention_forward_runs_once_per_layer(memory):
     model = LossModel(init_from(tiny(layers=3)), memory)
     with Watch() as watch:

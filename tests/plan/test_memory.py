@@ -73,5 +73,7 @@ def test_checkpoints_keep_input_output_and_lse_of_every_layer():
     shape = shape_of_init(INIT)
     kept = stage_memory(shape, MemoryConfig(), tokens=64, dtype="float32", zero=0, world=1, ring=0.0)
     assert kept.saved == 3 * 64 * (64 * 4 + 64 * 4 + 4 * 4)
-    whole = stage_memory(shape, MemoryConfig(checkpoint=False), tokens=64, dtype="float32", zero=0, world=1, ring=0.0)
+    whole = stage_memory(
+        shape, MemoryConfig(activation_checkpointing=False), tokens=64, dtype="float32", zero=0, world=1, ring=0.0
+    )
     assert whole.saved > 3 * kept.saved

@@ -110,7 +110,7 @@ def test_the_schedule_of_a_stage(capsys, model):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["show=schedule", "nodes=3", "draw.tokens=64k"], "draw.tokens=65536 is not divisible by"),
+        (["show=schedule", "nodes=3", "draw.seq_len=64k"], "draw.seq_len=65536 is not divisible by"),
         (
             ["show=schedule", "draw.schedule=ulysses_ring", "draw.ulysses=3"],
             "draw.ulysses=3 must divide ranks=8",

@@ -86,9 +86,9 @@ def config(folder: Path, documents: Path, **changes: Any) -> TrainConfig:
         "curriculum": {"lr": {"peak": 3.0e-3}, "scratch": True, "stages": {
             "s64": {"seq_len": 64, "theta": 10000, "steps": 5, "batch": 4},
             "s128": {"seq_len": 128, "theta": 40000, "steps": 4, "batch": 2}}},
-        "logging": {"display": "none"}, "checkpoint": {"every": 2, "minutes": 0, "spare_gib": 0.0},
+        "logging": {"display": "none"}, "checkpoint": {"every_steps": 2, "every_minutes": 0, "spare_gib": 0.0},
         "evaluate": {"heldout_sequences": 2}, "guards": {"stall_seconds": 0},
-        "hooks": {"lora": {"enabled": False}},
+        "after_training": {"lora": {"enabled": False}},
     }  # fmt: skip
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(values.get(key), dict)

@@ -35,7 +35,7 @@ def test_nan_stops_and_names_the_documents(tmp_path: Path) -> None:
 
 def test_a_spike_is_skipped_and_not_remembered() -> None:
     recent: list[float] = []
-    guards = Guards(GuardsConfig(spike=2.0, spike_window=12), Path("."), ALONE, recent)
+    guards = Guards(GuardsConfig(spike_factor=2.0, spike_median_steps=12), Path("."), ALONE, recent)
     assert not any(guards.is_spike(1.0 + 0.01 * i) for i in range(15))
     assert len(recent) == 12
     assert guards.is_spike(2.5)
@@ -44,16 +44,18 @@ def test_a_spike_is_skipped_and_not_remembered() -> None:
 
 
 def test_a_loss_that_stays_high_ends_the_run() -> None:
-    guards = Guards(GuardsConfig(spike=2.0, spike_steps=3), Path("."), ALONE, [1.0] * 20)
+    guards = Guards(GuardsConfig(spike_factor=2.0, max_skipped_steps=3), Path("."), ALONE, [1.0] * 20)
     assert guards.is_spike(5.0)
     assert not guards.is_spike(1.0)
     assert [guards.is_spike(5.0) for _ in range(2)] == [True, True]
-    with pytest.raises(RunFailed, match=r"guards.spike=2 times the recent median.*for 3 steps: this is no spike"):
+    with pytest.raises(
+        RunFailed, match=r"guards.spike_factor=2 times the recent median.*for 3 steps: this is no spike"
+    ):
         guards.is_spike(5.0)
 
 
 def test_batches_without_a_label_are_skipped_and_many_in_a_row_end_the_run() -> None:
-    guards = Guards(GuardsConfig(spike_steps=3), Path("."), ALONE, [])
+    guards = Guards(GuardsConfig(max_skipped_steps=3), Path("."), ALONE, [])
     assert [guards.is_mute(weight, 0) for weight in (4.0, 0.0, 0.0, 1.0, 0.0, 0.0)] == [False, True, True] * 2
     with pytest.raises(RunFailed, match="no token carried loss in 3 steps in a row, up to step 6"):
         guards.is_mute(0.0, 6)

@@ -35,7 +35,7 @@ def values(seq_len: int, **changes: Any) -> dict[str, Any]:
         "curriculum": {"lr": {"peak": 1e-3}, "scratch": True,
                        "stages": {"short": {"seq_len": 8192, "theta": 5e5, "steps": 2, "batch": 8},
                                   "long": {"seq_len": seq_len, "theta": 5e5, "steps": 2, "batch": 8}}},
-        "hooks": {"lora": {"enabled": False}},
+        "after_training": {"lora": {"enabled": False}},
     }  # fmt: skip
     for key, value in changes.items():
         both = isinstance(value, dict) and isinstance(made.get(key), dict)
@@ -65,11 +65,11 @@ CASES = [
     (1048576, {"engine": {"name": "deepspeed", "zero": 3}}, room(8, "cuda", 79, 2000)),
     (524288, {"model": {"memory": {"keep_matmuls": 32}}, "engine": {"name": "deepspeed", "zero": 3}},
      room(8, "cuda", 79, 2000)),
-    (262144, {"model": {"memory": {"checkpoint": False}}, "engine": {"name": "deepspeed", "zero": 3}},
+    (262144, {"model": {"memory": {"activation_checkpointing": False}}, "engine": {"name": "deepspeed", "zero": 3}},
      room(8, "cuda", 79, 2000)),
     (32768, {}, room(1, "cuda", 139, 2000)),
     (65536, {}, room(8, "cpu", 64)),
-    (131072, {"engine": {"name": "deepspeed", "zero": 3}, "parallel": {"tokens_per_rank": 131072}}, room(8, "cpu", 64)),
+    (131072, {"engine": {"name": "deepspeed", "zero": 3}, "parallel": {"seq_len_per_rank": 2**17}}, room(8, "cpu", 64)),
 ]  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def test_what_is_advised_does_fit(seq_len, changes, here):
 
 
 def test_host_memory_bounds_what_is_offloaded():
-    made = values(1048576, engine={"name": "deepspeed", "zero": 3}, model={"memory": {"offload": True}})
+    made = values(1048576, engine={"name": "deepspeed", "zero": 3}, model={"memory": {"offload_activations": True}})
     built = with_dtype(build(TrainConfig, made, origin="test"))
     stages, shape = resolve_stages(built), shape_of_model(built.model)
     check_memory(stages, shape, built, room(8, "cuda", 79, 2000))

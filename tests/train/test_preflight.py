@@ -101,8 +101,8 @@ def test_settings_that_cannot_be(tmp_path: Path, documents: Path, case: str) -> 
         ({"optim": {"beta1": 2}}, "beta1=2.0 must be 0 or more and below 1"),
         ({"optim": {"weight_decay": -1}}, "weight_decay=-1.0 must be 0 or more"),
         ({"launch": {"threads": 0}}, "threads=0 must be 1 or more"),
-        ({"guards": {"spike": 0.5}}, "spike=0.5 must be above 1"),
-        ({"parallel": {"tokens_per_rank": 0}}, "tokens_per_rank=0 must be 1 or more"),
+        ({"guards": {"spike_factor": 0.5}}, "spike_factor=0.5 must be above 1"),
+        ({"parallel": {"seq_len_per_rank": 0}}, "seq_len_per_rank=0 must be 1 or more"),
     ],
 )
 def test_numbers_that_torch_would_refuse_in_a_rank(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

@@ -310,11 +310,14 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"engine": {"micro_batch": 3}}, "engine.micro_batch=3 does not divide the 4 sequences"),
     ({"engine": {"device": "cuda"}}, "shows no CUDA device"),
     ({"parallel": {"cp": 3}, "launch": {"nproc": 2}}, "parallel.cp=3 does not divide the 2 ranks"),
-    ({"parallel": {"stages": {"s65": 1}}}, "parallel.stages.s65 is no stage"),
+    ({"parallel": {"cp_by_stage": {"s65": 1}}}, "parallel.cp_by_stage.s65 is no stage"),
     ({"launch": {"nproc": 0}}, "launch.nproc=0 must be 1 or more"),
     ({"profile": {"steps": [4, 2]}}, r"profile.steps=\[4, 2\] must be two steps"),
     ({"optim": {"freeze": ["*nothing*"]}}, "matches no parameter"),
-    ({"parallel": {"stages": {"s64": 3}}, "launch": {"nproc": 2}}, "parallel.stages.s64=3 does not divide the 2 ranks"),
+    (
+        {"parallel": {"cp_by_stage": {"s64": 3}}, "launch": {"nproc": 2}},
+        "parallel.cp_by_stage.s64=3 does not divide the 2 ranks",
+    ),
     (
         {"parallel": {"cp": 2, "ulysses": 2, "schedule": "flat_ring"}, "launch": {"nproc": 2}},
         "parallel.ulysses=2 with parallel.schedule=flat_ring: only ulysses_ring",

@@ -58,12 +58,12 @@ def test_free_keys_may_change(tmp_path: Path) -> None:
 
 def test_identity_change_is_refused_and_named(tmp_path: Path) -> None:
     trained(config(tmp_path / "run", tmp_path / "docs"))
-    other = config(tmp_path / "run", tmp_path / "docs", seed=6, optim={"clip": 0.5})
+    other = config(tmp_path / "run", tmp_path / "docs", seed=6, optim={"max_grad_norm": 0.5})
     with pytest.raises(UserError) as raised:
         runfolder.prepare(other)
     assert "seed was 5, now 6" in str(raised.value)
-    assert "optim.clip was 1.0, now 0.5" in str(raised.value)
-    assert "'accept=[optim.clip,seed]'" in str(raised.value)
+    assert "optim.max_grad_norm was 1.0, now 0.5" in str(raised.value)
+    assert "'accept=[optim.max_grad_norm,seed]'" in str(raised.value)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["seed"] == 5
 
 
@@ -76,7 +76,11 @@ MORE = {"s64": STAGE, "s128": {**STAGE, "seq_len": 128}, "s256": {**STAGE, "seq_
     [
         ({"curriculum": {"stages": MORE}}, "curriculum.stages.s256 is new", "curriculum"),
         ({"curriculum": {"stages": {"s64": STAGE}}}, "curriculum.stages.s128 is gone", "curriculum"),
-        ({"optim": {"clip": 0.5, "eps": 1e-9}, "seed": 6}, "optim.clip was 1.0, now 0.5", "optim,seed"),
+        (
+            {"optim": {"max_grad_norm": 0.5, "eps": 1e-9}, "seed": 6},
+            "optim.max_grad_norm was 1.0, now 0.5",
+            "optim,seed",
+        ),
         ({"data": {"heldout": 0.5}}, "data.heldout was 0.05, now 0.5", "data.heldout"),
     ],
     ids=["stage added", "stage gone", "many in a group", "one"],

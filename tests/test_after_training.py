@@ -11,23 +11,23 @@ import pytest
 import torch
 
 from longctx.assets import tiny_model
+from longctx.config.after_training import AfterTrainingConfig, SideRun
 from longctx.config.base import build
-from longctx.config.hooks import HooksConfig, SideRun
 from longctx.config.train import ParallelConfig, TrainConfig
 from longctx.errors import UserError
-from longctx.run.after_training import run_hooks
+from longctx.run.after_training import do_after_training
 from longctx.run.lifecycle import run
 from longctx.run.side_run import side_config, train_side
 from longctx.train import runfolder
 from tests.train.made import config as run_config
 from tests.train.made import write_documents
 
-HOOKS = {
+AFTER = {
     "lora": {"rank": 4, "embeddings": False},
     "sibling": {"path": "???", "behaviour": "text"},
     "evidence": {
         "source": "text", "needle": {"lengths": [384], "per_cell": 1, "seeds": [1]}, "theta_only": False,
-        "unseen": None, "heldout_lengths": [64], "heldout_windows": 2,
+        "unseen": None, "heldout_lengths": [64], "heldout_sequences": 2,
     },
 }  # fmt: skip
 
@@ -67,18 +67,18 @@ def make_run(folder: Path, documents: Path) -> TrainConfig:
         folder / "run", documents,
         model={"init": None, "path": str(tiny_model()), "tokenizer": None},
         data={"sources": {"text": {"kind": "text", "path": str(documents)}}, "heldout": 0.4},
-        hooks=with_sibling(HOOKS, folder),
+        after_training=with_sibling(AFTER, folder),
     )  # fmt: skip
     runfolder.prepare(made)
     return made
 
 
-def with_sibling(hooks: dict, folder: Path) -> dict:
-    return {**hooks, "sibling": {**hooks["sibling"], "path": str(folder / "sibling")}}
+def with_sibling(asked: dict, folder: Path) -> dict:
+    return {**asked, "sibling": {**asked["sibling"], "path": str(folder / "sibling")}}
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """The pieces that hooks leave, by name."""
+    """The pieces that asked leave, by name."""
     files = ["adapter/adapter_model.safetensors", "merged/model.safetensors", "eval/behaviour.json"]
     files += [f"eval/{name}.json" for name in ("base", "extended", "sibling", "merged")]
     return {name: (run / name).read_bytes() for name in files}
@@ -92,26 +92,28 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
     tmp_path: Path, documents: Path, capsys: pytest.CaptureFixture[str]
 ):
     made, run = make_run(tmp_path, documents), tmp_path / "run"
-    assert run_hooks(made, run) == 0
+    assert do_after_training(made, run) == 0
     first, times = contents(run), [(run / name).stat().st_mtime_ns for name in contents(run)]
     assert not (run / "merged" / "hashes.json").exists()  # the sibling has one, of other weights
     capsys.readouterr()
 
-    assert run_hooks(made, run) == 0  # nothing has changed, nothing is made
+    assert do_after_training(made, run) == 0  # nothing has changed, nothing is made
     assert [(run / name).stat().st_mtime_ns for name in first] == times
     assert "again" not in capsys.readouterr().err
 
     for name in ("run", "sibling"):  # copied elsewhere, with new times
         shutil.copytree(tmp_path / name, tmp_path / "elsewhere" / name, copy_function=shutil.copyfile)
-    assert made.hooks.sibling is not None
-    sibling = replace(made.hooks.sibling, path=str(tmp_path / "elsewhere/sibling"))
-    elsewhere = replace(made, run_dir=str(tmp_path / "elsewhere/run"), hooks=replace(made.hooks, sibling=sibling))
-    assert run_hooks(elsewhere, tmp_path / "elsewhere/run") == 0
+    assert made.after_training.sibling is not None
+    sibling = replace(made.after_training.sibling, path=str(tmp_path / "elsewhere/sibling"))
+    elsewhere = replace(
+        made, run_dir=str(tmp_path / "elsewhere/run"), after_training=replace(made.after_training, sibling=sibling)
+    )
+    assert do_after_training(elsewhere, tmp_path / "elsewhere/run") == 0
     assert contents(tmp_path / "elsewhere/run") == first
     assert "again" not in capsys.readouterr().err
 
-    hooks = replace(made.hooks, lora=replace(made.hooks.lora, rank=6))
-    assert run_hooks(replace(made, hooks=hooks), run) == 0
+    asked = replace(made.after_training, lora=replace(made.after_training.lora, rank=6))
+    assert do_after_training(replace(made, after_training=asked), run) == 0
     other_rank = contents(run)
     moved = {"adapter/adapter_model.safetensors", "merged/model.safetensors", "eval/merged.json", "eval/behaviour.json"}
     assert changed(first, other_rank) == moved
@@ -119,24 +121,24 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
     assert "adapter was made from another model or with other settings" in capsys.readouterr().err.replace("\n", " ")
 
     add_stage(run, "s2048", 2048, seed=2)
-    assert run_hooks(replace(made, hooks=hooks), run) == 0
+    assert do_after_training(replace(made, after_training=asked), run) == 0
     longer = contents(run)
     assert changed(other_rank, longer) == {*moved, "eval/extended.json"}
     assert json.loads((run / "merged" / "config.json").read_text())["max_position_embeddings"] == 2048
 
-    assert hooks.evidence is not None
-    needle = replace(hooks.evidence.needle, lengths=(448,))
-    hooks = replace(hooks, evidence=replace(hooks.evidence, needle=needle))
-    assert run_hooks(replace(made, hooks=hooks), run) == 0
+    assert asked.evidence is not None
+    needle = replace(asked.evidence.needle, lengths=(448,))
+    asked = replace(asked, evidence=replace(asked.evidence, needle=needle))
+    assert do_after_training(replace(made, after_training=asked), run) == 0
     grids = {f"eval/{name}.json" for name in ("base", "extended", "sibling", "merged")}
     assert changed(longer, contents(run)) == grids
     assert set(json.loads((run / "summary.json").read_text())["needle"]["base"]) == {"448"}
 
 
 def test_a_sibling_without_an_adapter_is_refused(tmp_path: Path):
-    values = {**with_sibling(HOOKS, tmp_path), "lora": {"enabled": False}}
+    values = {**with_sibling(AFTER, tmp_path), "lora": {"enabled": False}}
     with pytest.raises(UserError, match="a sibling is what the adapter is merged into"):
-        build(HooksConfig, values, origin="test")
+        build(AfterTrainingConfig, values, origin="test")
 
 
 SIDE = build(SideRun, {"stage": {"seq_len": 64, "theta": 10000, "steps": 1, "batch": 4}}, origin="test")
@@ -144,9 +146,9 @@ SIDE = build(SideRun, {"stage": {"seq_len": 64, "theta": 10000, "steps": 1, "bat
 
 @pytest.mark.parametrize("parallel", [{"cp": 2}, {"stages": {"s64": 1}}])
 def test_a_side_run_keeps_what_a_rank_holds_and_divides_its_own_ranks(tmp_path: Path, documents: Path, parallel: dict):
-    made = run_config(tmp_path / "run", documents, parallel={"tokens_per_rank": 4096, "ulysses": 2, **parallel})
+    made = run_config(tmp_path / "run", documents, parallel={"seq_len_per_rank": 4096, "ulysses": 2, **parallel})
     own = side_config(made, tmp_path / "run", "control", SIDE)
-    assert own.parallel == ParallelConfig(tokens_per_rank=4096)
+    assert own.parallel == ParallelConfig(seq_len_per_rank=4096)
     assert list(own.curriculum.stages) == ["control"]
 
 
@@ -191,7 +193,8 @@ def test_a_full_rank_adapter_carries_all_that_is_trained(
     stages = {"s64": {"seq_len": 64, "theta": 10000, "steps": 3, "batch": 2}}
     made = run_config(
         tmp_path / "run", documents, curriculum={"stages": stages}, evaluate={"heldout_sequences": 0},
-        model={"init": None, "path": write_base(tmp_path / "base", tied=tied)}, hooks={"lora": {"rank": 64, **lora}},
+        model={"init": None, "path": write_base(tmp_path / "base", tied=tied)},
+        after_training={"lora": {"rank": 64, **lora}},
     )  # fmt: skip
     assert run(made) == 0
     adapter = json.loads((tmp_path / "run/adapter/longctx.json").read_text())
@@ -202,7 +205,9 @@ def test_a_full_rank_adapter_carries_all_that_is_trained(
     assert "100.0% of the squared norm of what training changed" in said
     assert "not carried" not in said
     if not lora:  # the run goes on with what it began with, whatever its adapter becomes
-        other = replace(made, hooks=replace(made.hooks, lora=replace(made.hooks.lora, profile="serving")))
+        other = replace(
+            made, after_training=replace(made.after_training, lora=replace(made.after_training.lora, profile="serving"))
+        )
         assert run(other) == 0
         assert runfolder.read(tmp_path / "run/config.yaml").optim.freeze == frozen
         assert "trained, but not carried by the adapter: " in " ".join(capsys.readouterr().err.split())

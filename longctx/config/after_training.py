@@ -15,12 +15,12 @@ from longctx.config.eval import NeedleConfig
 
 
 @schema
-class LoraHook:
+class AdapterSettings:
     """The adapter, tuned minus base, in PEFT's format (RUN/adapter)."""
 
-    enabled: bool = True
+    enabled: bool = True  #: whether an adapter is made
     per_stage: bool = False  #: one after every stage as well
-    rank: int = 32
+    rank: int = 32  #: of its factors
     profile: Literal["full", "serving"] = "full"  #: full carries norms too
     embeddings: bool | None = None  #: null: in profile full when they are tied to the output layer
 
@@ -33,10 +33,10 @@ class SideRun:
 
 
 @schema
-class SiblingHook:
+class SiblingSettings:
     """A different fine-tune of the same base, into which the adapter is merged: a folder, or made by a run."""
 
-    path: Text | None = None
+    path: Text | None = None  #: the folder of a fine-tune that exists
     run: SideRun | None = None
     behaviour: str | None = None  #: the source of text whose held-out loss says what the sibling is good at
 
@@ -49,12 +49,12 @@ class SiblingHook:
 class Phrasing:
     """A needle and its question as training never wrote them."""
 
-    needle: str = "Remember: {key} opens vault {value}."
-    question: str = "Which vault does {key} open? {key} opens vault {value}."
+    needle: str = "Remember: {key} opens vault {value}."  #: with {key} and {value}
+    question: str = "Which vault does {key} open? {key} opens vault {value}."  #: with {key} and {value}
 
 
 @schema
-class EvidenceHook:
+class EvidenceSettings:
     """The needle grids, their controls, and loss on held-out text."""
 
     needle: NeedleConfig = field(default_factory=NeedleConfig)
@@ -62,17 +62,17 @@ class EvidenceHook:
     control: SideRun | None = None  #: a side run that spends the same tokens at the base's window and theta
     unseen: Phrasing | None = field(default_factory=Phrasing)  #: another phrasing
     heldout_lengths: tuple[Length, ...] = (512,)  #: windows of held-out text, for the loss of base and every stage
-    heldout_windows: int = 64  #: how many of them
+    heldout_sequences: int = 64  #: how many of them
     source: str = "stdlib"  #: whose held-out documents are the haystack and the text
 
 
 @schema
-class HooksConfig:
+class AfterTrainingConfig:
     """What is made after training: the adapter by default, sibling and evidence where asked for."""
 
-    lora: LoraHook = field(default_factory=LoraHook)
-    sibling: SiblingHook | None = None
-    evidence: EvidenceHook | None = None
+    lora: AdapterSettings = field(default_factory=AdapterSettings)
+    sibling: SiblingSettings | None = None
+    evidence: EvidenceSettings | None = None
 
     def __post_init__(self) -> None:
         if self.sibling is not None and not self.lora.enabled:
