@@ -19,7 +19,7 @@ from longctx.config.bench_theta import BenchThetaConfig
 from longctx.config.theta import ThetaConfig
 from longctx.config.train import TrainConfig
 from longctx.curriculum import Stage, resolve
-from longctx.data.check import check_name, check_sources
+from longctx.data.check import check_text_source, check_sources
 from longctx.errors import RunFailed
 from longctx.fingerprint import fingerprint_of, folder_fingerprint
 from longctx.rope import Rope, make_rule, read_rope, supported_length
@@ -58,7 +58,7 @@ def run(config: BenchThetaConfig) -> int:
 
     out = Path(config.out)
     check_model(config.train.model.path)
-    check_name(config.train.data, config.source, "source")
+    check_text_source(config.train.data, config.source, "source")
     check_sources(config.train.data, [config.source], out / "data")
     rope = read_rope(str(config.train.model.path))
     evaluator = Evaluator(config, out)

@@ -43,13 +43,13 @@ def check_sources(data: DataConfig, names: Iterable[str], cache: Path) -> int:
     return size
 
 
-def check_name(data: DataConfig, name: str, key: str) -> None:
+def check_text_source(data: DataConfig, name: str, key: str) -> None:
     """Raise UserError unless `name` is a source of text; `key` is the config key that holds the name."""
     texts = [known for known, source in data.sources.items() if source.kind != "synth"]
     if name not in texts:
         near = nearest(name, texts)
         hint = f"did you mean {near!r}? " if near else ""
-        raise UserError(f"{key}={name} is not a source of text in data.sources; {hint}known: {', '.join(texts)}")
+        raise UserError(f"{key}={name} is not a source of text in data.sources; {hint}known: {', '.join(texts)} (configs/data)")
 
 
 def _quick(unit: Unit) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from longctx.config.data_verbs import SynthesizeConfig
 from longctx.console import emit, emit_json, progress
-from longctx.data.check import check_name, check_sources
+from longctx.data.check import check_text_source, check_sources
 from longctx.data.haystack import Haystack, NeedleWriter, corpus_haystack
 from longctx.data.mixing import rng_of
 from longctx.data.stage_opening import open_source
@@ -20,7 +20,7 @@ from longctx.storage.files import replacing
 
 def run(config: SynthesizeConfig) -> int:
     """Write config.count documents to config.out, one JSON object per line."""
-    check_name(config.data, config.haystack, "haystack")
+    check_text_source(config.data, config.haystack, "haystack")
     check_sources(config.data, [config.haystack], Path(config.cache))
     tokenizer = load_tokenizer(config.model)
     split = "train" if config.keys == "train" else "heldout"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from longctx.errors import UserError, nearest
+from longctx.data.check import check_text_source
 from longctx.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def open_heldout_text(data: DataConfig, source: str, tokenizer: Path | str, cach
     from longctx.data.stage_opening import open_source
     from longctx.data.tokenizer import tokenizer_at
 
-    check_source(data, source)
+    check_text_source(data, source, "source")
     made = tokenizer_at(tokenizer, "model.tokenizer")
     writer = NeedleWriter(made)
     corpus = open_source(source, data, made, cache, split="heldout")
@@ -53,13 +53,3 @@ def open_heldout_text(data: DataConfig, source: str, tokenizer: Path | str, cach
     key = fingerprint_of({"shards": shards, "heldout": data.heldout, "tokens": [entry.min_len, entry.max_len]})
     largest = max(corpus.largest_id, int(writer.ordinary.max()))  # needles contain no added tokens
     return HeldoutText(writer, corpus_haystack(corpus, writer), key, corpus.total, largest)
-
-
-def check_source(data: DataConfig, source: str) -> None:
-    """Raise UserError when `source` is not one of the data's sources of text."""
-    texts = [name for name, entry in data.sources.items() if entry.kind != "synth"]
-    if source in texts:
-        return
-    near = nearest(source, texts)
-    hint = f"did you mean {near!r}? " if near else ""
-    raise UserError(f"source={source} is not a source of text; {hint}known: {', '.join(texts)} (configs/data)")

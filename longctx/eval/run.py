@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from longctx import console
 from longctx.config.eval import EvalConfig, EvalModel, default_name
 from longctx.config.model import ModelConfig
-from longctx.data.check import check_name, check_sources
+from longctx.data.check import check_text_source, check_sources
 from longctx.data.tokenizer import check_tokenizer_of
 from longctx.distributed.launcher import launcher_environment
 from longctx.errors import UserError
@@ -100,7 +100,7 @@ def _check_files(config: EvalConfig, model: EvalModel) -> None:
     """Refuse in a second what would fail after tokenizing or loading: weights, tokenizer, documents."""
     vocabulary = check_model(model.path).get("vocab_size")
     check_tokenizer_of(ModelConfig(path=model.path, tokenizer=model.tokenizer), vocab_size=vocabulary)
-    check_name(config.data, config.source, "source")
+    check_text_source(config.data, config.source, "source")
     check_sources(config.data, [config.source], Path(config.cache))
 
 
