@@ -15,7 +15,7 @@ from longctx.config.after_training import AfterTrainingConfig, SideRun
 from longctx.config.base import build
 from longctx.config.train import ParallelConfig, TrainConfig
 from longctx.errors import UserError
-from longctx.run.after_training import do_after_training
+from longctx.run.after_training import run_after_training
 from longctx.run.lifecycle import run
 from longctx.run.side_run import side_config, train_side
 from longctx.train import runfolder
@@ -92,12 +92,12 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
     tmp_path: Path, documents: Path, capsys: pytest.CaptureFixture[str]
 ):
     made, run = make_run(tmp_path, documents), tmp_path / "run"
-    assert do_after_training(made, run) == 0
+    assert run_after_training(made, run) == 0
     first, times = contents(run), [(run / name).stat().st_mtime_ns for name in contents(run)]
     assert not (run / "merged" / "hashes.json").exists()  # the sibling has one, of other weights
     capsys.readouterr()
 
-    assert do_after_training(made, run) == 0  # nothing has changed, nothing is made
+    assert run_after_training(made, run) == 0  # nothing has changed, nothing is made
     assert [(run / name).stat().st_mtime_ns for name in first] == times
     assert "again" not in capsys.readouterr().err
 
@@ -108,12 +108,12 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
     elsewhere = replace(
         made, run_dir=str(tmp_path / "elsewhere/run"), after_training=replace(made.after_training, sibling=sibling)
     )
-    assert do_after_training(elsewhere, tmp_path / "elsewhere/run") == 0
+    assert run_after_training(elsewhere, tmp_path / "elsewhere/run") == 0
     assert contents(tmp_path / "elsewhere/run") == first
     assert "again" not in capsys.readouterr().err
 
     asked = replace(made.after_training, lora=replace(made.after_training.lora, rank=6))
-    assert do_after_training(replace(made, after_training=asked), run) == 0
+    assert run_after_training(replace(made, after_training=asked), run) == 0
     other_rank = contents(run)
     moved = {"adapter/adapter_model.safetensors", "merged/model.safetensors", "eval/merged.json", "eval/behaviour.json"}
     assert changed(first, other_rank) == moved
@@ -121,7 +121,7 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
     assert "adapter was made from another model or with other settings" in capsys.readouterr().err.replace("\n", " ")
 
     add_stage(run, "s2048", 2048, seed=2)
-    assert do_after_training(replace(made, after_training=asked), run) == 0
+    assert run_after_training(replace(made, after_training=asked), run) == 0
     longer = contents(run)
     assert changed(other_rank, longer) == {*moved, "eval/extended.json"}
     assert json.loads((run / "merged" / "config.json").read_text())["max_position_embeddings"] == 2048
@@ -129,7 +129,7 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
     assert asked.evidence is not None
     needle = replace(asked.evidence.needle, lengths=(448,))
     asked = replace(asked, evidence=replace(asked.evidence, needle=needle))
-    assert do_after_training(replace(made, after_training=asked), run) == 0
+    assert run_after_training(replace(made, after_training=asked), run) == 0
     grids = {f"eval/{name}.json" for name in ("base", "extended", "sibling", "merged")}
     assert changed(longer, contents(run)) == grids
     assert set(json.loads((run / "summary.json").read_text())["needle"]["base"]) == {"448"}
@@ -144,11 +144,12 @@ def test_a_sibling_without_an_adapter_is_refused(tmp_path: Path):
 SIDE = build(SideRun, {"stage": {"seq_len": 64, "theta": 10000, "steps": 1, "batch": 4}}, origin="test")
 
 
-@pytest.mark.parametrize("parallel", [{"cp": 2}, {"stages": {"s64": 1}}])
+@pytest.mark.parametrize("parallel", [{"cp": 2}, {"cp_by_stage": {"s64": 1}}, {"cp": "all"}])
 def test_a_side_run_keeps_what_a_rank_holds_and_divides_its_own_ranks(tmp_path: Path, documents: Path, parallel: dict):
     made = run_config(tmp_path / "run", documents, parallel={"seq_len_per_rank": 4096, "ulysses": 2, **parallel})
     own = side_config(made, tmp_path / "run", "control", SIDE)
-    assert own.parallel == ParallelConfig(seq_len_per_rank=4096)
+    kept = {"cp": "all"} if parallel == {"cp": "all"} else {}
+    assert own.parallel == ParallelConfig(seq_len_per_rank=4096, **kept)
     assert list(own.curriculum.stages) == ["control"]
 
 

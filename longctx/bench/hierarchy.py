@@ -65,7 +65,7 @@ def _measure(config: BenchHierarchyConfig) -> dict[str, Any]:
     """Start the ranks, print their progress, and return the samples that rank 0 writes."""
     spec = {
         "nodes": config.nodes,
-        "tokens": config.seq_len,
+        "seq_len": config.seq_len,
         "heads": config.heads,
         "kv_heads": config.kv_heads,
         "head_dim": config.head_dim,
@@ -129,7 +129,7 @@ def _setting(config: BenchHierarchyConfig) -> dict[str, Any]:
 
     import torch
 
-    names = ("nodes", "ranks", "rate", "tokens", "heads", "kv_heads", "head_dim", "repeats")
+    names = ("nodes", "ranks", "rate", "seq_len", "heads", "kv_heads", "head_dim", "repeats")
     extra = {
         "ulysses": _ulysses(config),
         "dtype": "float32",
@@ -203,7 +203,7 @@ def table(document: dict[str, Any]) -> Any:
 
     s = document["setting"]
     title = (
-        f"{s['nodes']} nodes x {s['ranks']} ranks, {s['rate']} per rank's link, {s['tokens']} tokens,\n"
+        f"{s['nodes']} nodes x {s['ranks']} ranks, {s['rate']} per rank's link, {s['seq_len']} tokens,\n"
         f"{s['heads']}/{s['kv_heads']} heads x {s['head_dim']}, fp32, {s['cores']} cores, torch {s['torch']}"
     )
     made = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))

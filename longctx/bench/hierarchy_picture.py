@@ -51,7 +51,7 @@ def picture(document: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("seconds (median)")
     axes.set_title(
         f"{setting['nodes']} nodes x {setting['ranks']} ranks, {setting['rate']} per link, "
-        f"{setting['tokens']} tokens, {setting['heads']} heads, {setting['kv_heads']} kv heads",
+        f"{setting['seq_len']} tokens, {setting['heads']} heads, {setting['kv_heads']} kv heads",
         fontsize=11,
     )
     axes.spines[["top", "right"]].set_visible(False)

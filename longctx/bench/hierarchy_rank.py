@@ -74,8 +74,8 @@ def _measure(spec: dict[str, Any], cp: ContextParallel) -> dict[str, Any]:
     Returns seconds: {pass: time of the slowest rank}; bytes: for each rank {pass: {level: bytes sent}}; links: the
     bytes that the kernel counted on each rank's link.
     """
-    layout = cp.layout(seq_len=spec["tokens"], documents=None, kind="zigzag")
-    local = spec["tokens"] // cp.size
+    layout = cp.layout(seq_len=spec["seq_len"], documents=None, kind="zigzag")
+    local = spec["seq_len"] // cp.size
     q, k, v = (
         torch.randn(1, heads, local, spec["head_dim"], requires_grad=spec["backward"])
         for heads in (spec["heads"], spec["kv_heads"], spec["kv_heads"])

@@ -19,7 +19,7 @@ from longctx.config.bench_theta import BenchThetaConfig
 from longctx.config.theta import ThetaConfig
 from longctx.config.train import TrainConfig
 from longctx.curriculum import Stage, resolve
-from longctx.data.check import check_text_source, check_sources
+from longctx.data.check import check_sources, check_text_source
 from longctx.errors import RunFailed
 from longctx.fingerprint import fingerprint_of, folder_fingerprint
 from longctx.rope import Rope, make_rule, read_rope, supported_length

@@ -49,7 +49,9 @@ def check_text_source(data: DataConfig, name: str, key: str) -> None:
     if name not in texts:
         near = nearest(name, texts)
         hint = f"did you mean {near!r}? " if near else ""
-        raise UserError(f"{key}={name} is not a source of text in data.sources; {hint}known: {', '.join(texts)} (configs/data)")
+        raise UserError(
+            f"{key}={name} is not a source of text in data.sources; {hint}known: {', '.join(texts)} (configs/data)"
+        )
 
 
 def _quick(unit: Unit) -> bool:

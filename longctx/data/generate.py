@@ -8,7 +8,7 @@ from typing import Any
 
 from longctx.config.data_verbs import SynthesizeConfig
 from longctx.console import emit, emit_json, progress
-from longctx.data.check import check_text_source, check_sources
+from longctx.data.check import check_sources, check_text_source
 from longctx.data.haystack import Haystack, NeedleWriter, corpus_haystack
 from longctx.data.mixing import rng_of
 from longctx.data.stage_opening import open_source

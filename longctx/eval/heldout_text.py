@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx.data.check import check_text_source
+from longctx.errors import UserError
 from longctx.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:

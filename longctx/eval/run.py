@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from longctx import console
 from longctx.config.eval import EvalConfig, EvalModel, default_name
 from longctx.config.model import ModelConfig
-from longctx.data.check import check_text_source, check_sources
+from longctx.data.check import check_sources, check_text_source
 from longctx.data.tokenizer import check_tokenizer_of
 from longctx.distributed.launcher import launcher_environment
 from longctx.errors import UserError

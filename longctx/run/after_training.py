@@ -26,7 +26,7 @@ from longctx.run.side_run import train_side
 from longctx.run.summary import tell, write_summary
 
 
-def run_hooks(config: TrainConfig, folder: Path) -> int:
+def run_after_training(config: TrainConfig, folder: Path) -> int:
     """Do what config.after_training asks for, and return 0.
 
     A randomly initialized model has no base to subtract, so it gets no adapter.

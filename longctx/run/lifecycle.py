@@ -16,10 +16,10 @@ def run(config: TrainConfig) -> int:
     config = settled(config)
     status = train_run(config)
     if status == 0 and launcher_environment()["RANK"] == "0":
-        from longctx.run.after_training import run_hooks
+        from longctx.run.after_training import run_after_training
 
         leave_launcher()  # side runs start their own ranks
         all_saved("training is done")
         with runfolder.held(Path(config.folder)):
-            status = run_hooks(config, Path(config.folder))
+            status = run_after_training(config, Path(config.folder))
     return status
