@@ -159,7 +159,7 @@ def test_longrope_wants_one_factor_per_pair():
 @pytest.mark.parametrize(
     ("kind", "extra", "rule", "able"),
     [
-        ("llama3", {"factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}, "yarn", "ntk, dynamic-ntk"),
+        ("llama3", {"factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}, "yarn-paper", "ntk, dynamic-ntk"),
         ("longrope", {"short_factor": [1.0] * 64, "long_factor": [4.0] * 64}, "ntk", "an explicit theta"),
         ("proportional", {"partial_rotary_factor": 0.5}, "dynamic-ntk", "an explicit theta"),
     ],
@@ -185,6 +185,11 @@ def test_theta_rules_keep_llama3_scaling_and_fix_dynamic():
     llama31 = Rope({"rope_type": "llama3", "rope_theta": 500000, **scaled}, 128, 131072)
     made = apply(make_rule("ntk", {}), llama31, 1048576)
     assert made == {"rope_type": "llama3", "rope_theta": 4134231, **scaled}
+    yarn = apply(make_rule("yarn", {"beta_fast": 4}), llama31, 1048576)  # Nemotron UltraLong's factor for a million
+    assert yarn == {
+        "rope_type": "yarn", "rope_theta": 500000, "factor": 128.0, "original_max_position_embeddings": 8192,
+        "beta_fast": 4, "beta_slow": 1.0,
+    }  # fmt: skip
     dynamic = Rope({"rope_type": "dynamic", "rope_theta": 10000, "factor": 2.0}, 128, 4096)
     assert apply(make_rule("ntk", {}), dynamic, 8192) == {"rope_type": "default", "rope_theta": 20221}
 

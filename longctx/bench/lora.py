@@ -159,10 +159,10 @@ def _excess(base: Path, tuned: Path, adapters: dict[str, Path], rank: int) -> di
     import torch
 
     from longctx.lora.adapter import Adapter
-    from longctx.lora.tensors import Checkpoint
+    from longctx.lora.tensors import StoredTensors
 
     worst = dict.fromkeys(adapters, 0.0)
-    with Checkpoint(str(base), what="base") as first, Checkpoint(str(tuned), what="tuned") as second:
+    with StoredTensors(str(base), what="base") as first, StoredTensors(str(tuned), what="tuned") as second:
         opened = {name: Adapter(str(path)) for name, path in adapters.items()}
         for module in opened["ours"].pairs:
             name = f"{module}.weight"

@@ -16,7 +16,7 @@ from longctx.config.base import Count, Length, Positive, schema
 from longctx.rope import AnyRule
 
 LayoutName = Literal["zigzag", "contiguous"]
-ScheduleKind = Literal["constant", "cosine", "linear", "continue"]
+RateCurve = Literal["constant", "cosine", "linear", "continue"]
 
 
 def _named(value: Any) -> Any:
@@ -37,7 +37,7 @@ class LearningRateConfig:
     peak: float | None = None  #: the rate after warm-up
     final: float | None = None  #: the decay's end; null: 0, or the peak when constant
     warmup_steps: int | None = None  #: steps from 0 to the peak
-    kind: ScheduleKind | None = None  #: continue: the schedule of the stage before, stretched over both; null: constant
+    kind: RateCurve | None = None  #: continue: the curve of the stage before, stretched over both; null: constant
 
 
 @schema

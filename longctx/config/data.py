@@ -36,7 +36,7 @@ class SynthTask:
     kind: TaskKind = "needle"  #: what is asked
     count: Positive = 1  #: needles, table rows, or (variables) chains
     questions: Positive = 1  #: how many of them are asked at the end
-    hops: Positive = 3  #: links of a chain
+    links: Positive = 3  #: links of a chain
     #: where in the haystack each needle goes (0 its start, 1 its end); null: random
     depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     needle: str | None = None  #: the phrasing, with {key} and {value}
@@ -64,8 +64,8 @@ class SynthTask:
     @property
     def inserts(self) -> int:
         """How many separate places of the haystack the task writes to."""
-        return {"needle": 1, "needles": self.count, "chained": self.hops, "table": 1, "copy": 0,
-                "variables": self.count * self.hops}[self.kind]  # fmt: skip
+        return {"needle": 1, "needles": self.count, "chained": self.links, "table": 1, "copy": 0,
+                "variables": self.count * self.links}[self.kind]  # fmt: skip
 
     @property
     def needle_template(self) -> str:

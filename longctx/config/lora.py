@@ -94,7 +94,7 @@ class InfoConfig:
     """The root of configs/lora_info.yaml: an adapter to describe, or a plan of one."""
 
     adapter: Text | None = None  #: a folder or hub id
-    plan: Text | None = None  #: instead: llama3_8b, llama3_70b, llama3_405b, mistral_7b, qwen2_7b, or a model's folder
+    plan: Text | None = None  #: instead: a model's folder, or a model known by name: llama3_8b, qwen3_8b, ...
     rank: Positive = 32  #: of the plan, and the next three
     embeddings: bool = False  #: whether the plan includes the embeddings
     lm_head: bool = True  #: whether it includes the output layer

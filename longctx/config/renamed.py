@@ -26,6 +26,8 @@ RENAMED: dict[str, str] = {
     "after_training.evidence.heldout_windows": "after_training.evidence.heldout_sequences",
     "data.sources.*.min_tokens": "data.sources.*.min_len",
     "data.sources.*.max_tokens": "data.sources.*.max_len",
+    "data.sources.*.task.hops": "data.sources.*.task.links",
+    "task.hops": "task.links",
     "draw.tokens": "draw.seq_len",
     "text_window": "text_seq_len",
     "loss_windows": "loss_sequences",

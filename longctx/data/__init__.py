@@ -5,7 +5,7 @@ No module imports torch, transformers or datasets before it needs them.
 
 from longctx.data.haystack import NeedleWriter
 from longctx.data.stage_data import LocalSequence, PackedSequence, StageData
-from longctx.data.stage_opening import open_stage
+from longctx.data.stage_opening import open_stage_data
 from longctx.data.synth import Answer, SynthDocument, make_task
 
 __all__ = [
@@ -16,5 +16,5 @@ __all__ = [
     "StageData",
     "SynthDocument",
     "make_task",
-    "open_stage",
+    "open_stage_data",
 ]

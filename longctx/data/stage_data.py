@@ -74,7 +74,7 @@ class _SequencePieces:
 
 
 class StageData:
-    """The packed sequences of one stage, made by `open_stage`; several threads may read at once."""
+    """The packed sequences of one stage, made by `open_stage_data`; several threads may read at once."""
 
     def __init__(
         self,

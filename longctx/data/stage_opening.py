@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _MIN_HAYSTACK = 256  # tokens that a haystack must exceed
 
 
-def open_stage(
+def open_stage_data(
     data: DataConfig,
     *,
     mix: str,
@@ -96,10 +96,10 @@ def check_stages(
 ) -> None:
     """Open the training data of these stages once, so that unusable data is refused before the first step.
 
-    Documents whose shards are missing are tokenized. Raises the errors of `open_stage`.
+    Documents whose shards are missing are tokenized. Raises the errors of `open_stage_data`.
     """
     for stage in stages:
-        open_stage(
+        open_stage_data(
             data,
             mix=stage.mix,
             seq_len=stage.seq_len,

@@ -91,10 +91,10 @@ def _needles(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple
 
 def _chained(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple[list[str], list[_Question]]:
     taken: set[str] = set()
-    keys = draw_keys(rng, task.hops, split, taken)
+    keys = draw_keys(rng, task.links, split, taken)
     links = [*keys, *draw_values(rng, 1, taken)]
     lines = [task.needle_template.format(key=a, value=b) for a, b in pairwise(links)]
-    return lines, [_ask(task, links[0], links[-1], task.hops - 1)]
+    return lines, [_ask(task, links[0], links[-1], task.links - 1)]
 
 
 def _table(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tuple[list[str], list[_Question]]:
@@ -109,12 +109,12 @@ def _variables(task: SynthTask, rng: np.random.Generator, split: KeySide) -> tup
     lines: list[str] = []
     chains: list[list[str]] = []
     for value in values:
-        names = draw_keys(rng, task.hops, split, taken)
+        names = draw_keys(rng, task.links, split, taken)
         origins = [value, *(f"VAR {name}" for name in names[:-1])]
         lines += [task.needle_template.format(key=n, value=o) for n, o in zip(names, origins, strict=True)]
         chains.append(names)
     asked = rng.permutation(task.count)[: task.questions].tolist()
-    return lines, [_ask(task, values[i], " ".join(chains[i]), i * task.hops) for i in asked]
+    return lines, [_ask(task, values[i], " ".join(chains[i]), i * task.links) for i in asked]
 
 
 _TASKS = {

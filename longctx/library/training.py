@@ -21,7 +21,7 @@ def prepare(
     keep_matmuls: int = 0,
     ffn_block: int = 2048,
     loss_chunk: int = 512,
-    offload: bool = False,
+    offload_activations: bool = False,
     z_loss: float = 0.0,
 ) -> LossModel:
     """Make a transformers model ready for long sequences: exact attention over ranks, and a loss in little memory.
@@ -33,9 +33,9 @@ def prepare(
 
     activation_checkpointing: recompute a layer in the backward pass from its input and its attention output; False
     keeps everything. keep_matmuls: last layers that also keep their matrix products. ffn_block: tokens that go through
-    the feed-forward at once; 0 is all. loss_chunk: tokens whose logits exist at once. offload: keep saved tensors in
-    host memory. z_loss: factor of lse^2 (PaLM, arXiv 2204.02311). None but the last changes a result; docs/memory.md
-    has the bytes. Blockwise feed-forward: arXiv 2310.01889.
+    the feed-forward at once; 0 is all. loss_chunk: tokens whose logits exist at once. offload_activations: keep saved
+    tensors in host memory. z_loss: factor of lse^2 (PaLM, arXiv 2204.02311). Only z_loss changes a result;
+    docs/memory.md has the bytes. Blockwise feed-forward: arXiv 2310.01889.
 
     Raises UserError for a family that longctx does not train, sliding windows, soft-capping and quantized weights, and
     for options that contradict each other.
@@ -53,11 +53,11 @@ def prepare(
 
     check_model(model, "prepare")
     values = {
-        "checkpoint": activation_checkpointing,
+        "activation_checkpointing": activation_checkpointing,
         "keep_matmuls": keep_matmuls,
         "ffn_block": ffn_block,
         "loss_chunk": loss_chunk,
-        "offload": offload,
+        "offload_activations": offload_activations,
     }
     return LossModel(model, build(MemoryConfig, values, origin="prepare"), z_loss=z_loss)
 

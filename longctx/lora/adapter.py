@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longctx.errors import UserError
 from longctx.lora.peftconfig import PeftSettings
-from longctx.lora.tensors import Checkpoint
+from longctx.lora.tensors import StoredTensors
 
 SIDE_FILE = "longctx.json"
 NORM_STEM = "norm_deltas"
@@ -32,7 +32,7 @@ _UNREAD = re.compile(r".+\.(modules_to_save\.\w+|token_adapter\.trainable_tokens
 class FactorPair:
     """The factors of one module: delta = scale * B @ A, transposed for an embedding.
 
-    a, b: tensor names. shape: [rows, columns] of the delta, as the weight has them in a checkpoint.
+    a, b: tensor names. shape: [rows, columns] of the delta, as the weight has them in a model.
     """
 
     module: str
@@ -59,14 +59,14 @@ class Adapter:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self.weights = Checkpoint(path, what="adapter", stem="adapter_model")
+        self.weights = StoredTensors(path, what="adapter", stem="adapter_model")
         self.weights.require_floats()
         self.config = self.weights.config("adapter_config.json")
         self.settings = PeftSettings(self.config, f"adapter={path}")
         self.extension = self.weights.config(SIDE_FILE) if self.weights.source.exists(SIDE_FILE) else None
-        self.side: Checkpoint | None = None
+        self.side: StoredTensors | None = None
         if self.weights.source.exists(f"{NORM_STEM}.safetensors"):
-            self.side = Checkpoint(path, what="adapter", stem=NORM_STEM)
+            self.side = StoredTensors(path, what="adapter", stem=NORM_STEM)
         self.pairs: dict[str, FactorPair] = {}
         self.whole: dict[str, str] = {}
         self.inner: dict[str, str] = {}

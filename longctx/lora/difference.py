@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longctx.errors import UserError
-from longctx.lora.tensors import Checkpoint, Scratch
+from longctx.lora.tensors import Scratch, StoredTensors
 from longctx.storage.writer import DTYPES, bytes_of
 
 _BLOCK_ELEMENTS = 2**20
@@ -29,7 +29,7 @@ class Difference:
     """
 
     def __init__(
-        self, base: Checkpoint, tuned: Checkpoint, name: str, *, dtype: torch.dtype, device: torch.device,
+        self, base: StoredTensors, tuned: StoredTensors, name: str, *, dtype: torch.dtype, device: torch.device,
         budget: int, scratch: Scratch, hashed: bool = True,
     ) -> None:  # fmt: skip
         self.name, self.dtype, self.device = name, dtype, device
@@ -91,11 +91,11 @@ class Difference:
     def _read(self, start: int, stop: int, block: Tensor, digest: "hashlib._Hash | None") -> None:  # noqa: UP037
         first, last = (start, stop) if len(self._base.entries[self.name].shape) > 1 else (0, None)
         sides = []
-        for side, checkpoint in (("base", self._base), ("tuned", self._tuned)):
-            entry = checkpoint.entries[self.name]
+        for side, tensors in (("base", self._base), ("tuned", self._tuned)):
+            entry = tensors.entries[self.name]
             size = (stop - start) * self.shape[1] * DTYPES[entry.dtype].itemsize
             raw = self._scratch.bytes(side, size)
-            sides.append(checkpoint.read(self.name, first, last, out=raw).view(stop - start, self.shape[1]))
+            sides.append(tensors.read(self.name, first, last, out=raw).view(stop - start, self.shape[1]))
             if side == "base" and digest is not None:
                 digest.update(bytes_of(raw))
         block.copy_(sides[1])

@@ -31,7 +31,7 @@ from longctx.lora.lowrank import Factors, Sketch, decompose
 from longctx.lora.modules import Module, WeightKind, carried_rope, check_pair, check_weights, layout, modules_of
 from longctx.lora.rank_choice import fit_size, rank_for_share
 from longctx.lora.shards import FactorWriter
-from longctx.lora.tensors import Checkpoint, Scratch
+from longctx.lora.tensors import Scratch, StoredTensors
 from longctx.lora.ties import resolve_ties_of_pair
 from longctx.lora.verify import HeldOutLosses, held_out_losses, read_back
 from longctx.lora.writer import output_folder
@@ -82,9 +82,9 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     difference; then no files are left.
     """
     _check_options(config)
-    with Checkpoint(config.base, what="base") as base, Checkpoint(config.tuned, what="tuned") as tuned:
-        for checkpoint in (base, tuned):
-            check_weights(checkpoint)
+    with StoredTensors(config.base, what="base") as base, StoredTensors(config.tuned, what="tuned") as tuned:
+        for tensors in (base, tuned):
+            check_weights(tensors)
         tied_head, tied = resolve_ties_of_pair(base, tuned)
         check_pair(base, tuned, allow_shorter=config.allow_shorter)
         modules = sorted(modules_of(base), key=lambda m: (-prod(m.entry.shape), m.entry.name))
@@ -112,7 +112,7 @@ class _Extraction:
     """
 
     def __init__(
-        self, config: ExtractConfig, base: Checkpoint, tuned: Checkpoint, tied: bool, tied_head: str | None
+        self, config: ExtractConfig, base: StoredTensors, tuned: StoredTensors, tied: bool, tied_head: str | None
     ) -> None:
         self.config, self.base, self.tuned, self.tied_head = config, base, tuned, tied_head
         serving = config.profile == "serving"
@@ -277,7 +277,7 @@ def _row(module: Module, difference: Difference, *, rank: int, norm: float, kept
                float(not kept and norm > 0), "-", True, carried, difference.sha256)  # fmt: skip
 
 
-def _extension(base: Checkpoint, tuned: Checkpoint) -> Extension:
+def _extension(base: StoredTensors, tuned: StoredTensors) -> Extension:
     rope, window = carried_rope(tuned)
     base_rope, base_window = carried_rope(base)
     return Extension(rope, window, base_rope, base_window)

@@ -17,7 +17,7 @@ from longctx.errors import UserError
 from longctx.lora.adapter import Adapter, FactorPair
 from longctx.lora.changes import ORDER, TensorChange
 from longctx.lora.modules import WeightKind, classify
-from longctx.lora.tensors import Checkpoint, Entry, row_blocks
+from longctx.lora.tensors import Entry, StoredTensors, row_blocks
 from longctx.lora.ties import EmbeddingTables
 from longctx.storage.writer import DTYPES
 
@@ -55,7 +55,7 @@ class Match:
         return [f"{title}: {', '.join(names)}" for title, names in titles if names]
 
 
-def match(adapter: Adapter, target: Checkpoint, tables: EmbeddingTables, choices: MergeChoices) -> Match:
+def match(adapter: Adapter, target: StoredTensors, tables: EmbeddingTables, choices: MergeChoices) -> Match:
     """Match the adapter's parts with the target's tensors.
 
     Raises UserError when the user must make a choice first, and when parts contradict each other.
@@ -74,7 +74,7 @@ def match(adapter: Adapter, target: Checkpoint, tables: EmbeddingTables, choices
 class _Matcher:
     """Matches one adapter with one target and collects the result in `found`."""
 
-    def __init__(self, adapter: Adapter, target: Checkpoint, tables: EmbeddingTables, choices: MergeChoices) -> None:
+    def __init__(self, adapter: Adapter, target: StoredTensors, tables: EmbeddingTables, choices: MergeChoices) -> None:
         self.adapter, self.target, self.tables, self.choices = adapter, target, tables, choices
         self.settings, self.found = adapter.settings, Match()
         # compare_with_config removes the pairs that peft ignores.
@@ -306,7 +306,7 @@ def _only_vocabulary_differs(entry: Entry, shape: tuple[int, ...]) -> bool:
     return classify(entry) in (WeightKind.EMBEDDING, WeightKind.HEAD) and entry.shape[1:] == shape[1:]
 
 
-def _equal(left: Checkpoint, first: str, right: Checkpoint, second: str) -> bool:
+def _equal(left: StoredTensors, first: str, right: StoredTensors, second: str) -> bool:
     """Whether two tensors hold the same numbers in the dtype of the first."""
     one, dtype = left.entries[first], DTYPES[left.entries[first].dtype]
     if one.shape != right.entries[second].shape:

@@ -21,7 +21,7 @@ from longctx.lora.adapter import Adapter
 from longctx.lora.changes import ORDER, TensorChange
 from longctx.lora.match import Match, MergeChoices, layout_differences, match
 from longctx.lora.modules import carried_rope, check_weights, layout
-from longctx.lora.tensors import Checkpoint, Scratch, row_blocks
+from longctx.lora.tensors import Scratch, StoredTensors, row_blocks
 from longctx.lora.ties import EmbeddingTables, resolve_ties
 from longctx.lora.writer import output_folder
 from longctx.rope.config import describe_rope, rope_to_carry, with_rope
@@ -76,7 +76,7 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
     Raises UserError when any part of an adapter does not fit; then no files are left.
     """
     scales = _scales(config)
-    with Checkpoint(config.target, what="target") as target:
+    with StoredTensors(config.target, what="target") as target:
         check_weights(target)
         before, tables = target.config(), resolve_ties(target)
         check_shapes(target, before)
@@ -161,7 +161,7 @@ def _rope(
             [f"rope and window kept as they are in the target: {describe_rope(own_rope)}, {own_window}"],
         )
     if config.like is not None:
-        with Checkpoint(config.like, what="like") as like:
+        with StoredTensors(config.like, what="like") as like:
             rope, window = carried_rope(like)
         return rope, window, []
     if config.rope.theta is not None or config.window is not None:
@@ -196,7 +196,7 @@ def _rope(
     return dict(rope), window, []
 
 
-def _outputs(target: Checkpoint, tables: EmbeddingTables, matches: list[Match]) -> tuple[list[_Output], bool]:
+def _outputs(target: StoredTensors, tables: EmbeddingTables, matches: list[Match]) -> tuple[list[_Output], bool]:
     """The tensors to write, and whether config.json must not tie embedding and output layer.
 
     A shared weight stays shared if both of its names change in the same way.
@@ -242,7 +242,7 @@ def _config(
     return after
 
 
-def _write_weights(target: Checkpoint, outputs: list[_Output], partial: Path, progress: Progress | None) -> None:
+def _write_weights(target: StoredTensors, outputs: list[_Output], partial: Path, progress: Progress | None) -> None:
     scratch, done, total_size = Scratch(), 0, 0
     for file in target.files:
         mine = [output for output in outputs if output.source.file == file]
@@ -268,7 +268,7 @@ def _write_weights(target: Checkpoint, outputs: list[_Output], partial: Path, pr
         write_json(partial / "model.safetensors.index.json", index)
 
 
-def _write_changed(target: Checkpoint, output: _Output, writer: SafetensorsWriter, scratch: Scratch) -> None:
+def _write_changed(target: StoredTensors, output: _Output, writer: SafetensorsWriter, scratch: Scratch) -> None:
     entry, apply = output.source, [change.load() for change in output.changes]
     dtype = DTYPES[entry.dtype]
     wide_type = torch.float64 if dtype is torch.float64 else torch.float32
@@ -287,14 +287,14 @@ def _write_changed(target: Checkpoint, output: _Output, writer: SafetensorsWrite
         writer.write(rows)
 
 
-def _write_copied(target: Checkpoint, output: _Output, writer: SafetensorsWriter, scratch: Scratch) -> None:
+def _write_copied(target: StoredTensors, output: _Output, writer: SafetensorsWriter, scratch: Scratch) -> None:
     step = 16 * 2**20
     for offset in range(0, output.source.nbytes, step):
         size = min(step, output.source.nbytes - offset)
         writer.write(target.raw(output.source.name, out=scratch.bytes("raw", size), offset=offset, size=size))
 
 
-def _copy_others(target: Checkpoint, partial: Path, window: int | None, notes: list[str]) -> None:
+def _copy_others(target: StoredTensors, partial: Path, window: int | None, notes: list[str]) -> None:
     """Copy tokenizer, generation config, templates and other files, and raise the tokenizer's length to the window."""
     for name in target.source.names():
         if name.endswith(_NOT_COPIED) or name in ("config.json", ".gitattributes", "hashes.json", RECORD):

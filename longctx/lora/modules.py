@@ -1,4 +1,4 @@
-"""Classifies the tensors of a checkpoint for a LoRA, and checks that two checkpoints are a base and its training.
+"""Classifies the tensors of a model for a LoRA, and checks that two models are a base and its training.
 
 Names, shapes and config.json decide; no model is built. Names follow PEFT: `model.layers.0.mlp.up_proj.weight` belongs
 to module `model.layers.0.mlp.up_proj`.
@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from longctx.errors import UserError
-from longctx.lora.tensors import Checkpoint
+from longctx.lora.tensors import StoredTensors
 from longctx.rope.config import describe_rope, rope_to_carry
 from longctx.shape import head_dim_of, kv_heads_of, text_section
 from longctx.storage.model import check_shapes
@@ -73,8 +73,8 @@ def classify(entry: Entry) -> WeightKind:
     return WeightKind.HEAD if leaf in _HEADS else WeightKind.LINEAR
 
 
-def modules_of(checkpoint: Checkpoint) -> list[Module]:
-    return [Module(entry, classify(entry)) for entry in checkpoint.entries.values()]
+def modules_of(tensors: StoredTensors) -> list[Module]:
+    return [Module(entry, classify(entry)) for entry in tensors.entries.values()]
 
 
 def layout(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,12 +87,12 @@ def layout(config: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
-def carried_rope(checkpoint: Checkpoint) -> tuple[dict[str, Any], int | None]:
-    """The rope_parameters and the window of a checkpoint, as an adapter records them."""
-    return rope_to_carry(checkpoint.config(), f"{checkpoint.what}={checkpoint.path}, config.json")
+def carried_rope(tensors: StoredTensors) -> tuple[dict[str, Any], int | None]:
+    """The rope_parameters and the window of a model, as an adapter records them."""
+    return rope_to_carry(tensors.config(), f"{tensors.what}={tensors.path}, config.json")
 
 
-def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> None:
+def check_pair(base: StoredTensors, tuned: StoredTensors, *, allow_shorter: bool) -> None:
     """Raise UserError unless `tuned` can be the result of training `base`."""
     first, second = base.config(), tuned.config()
     ours, theirs = layout(first), layout(second)
@@ -110,30 +110,30 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, allow_shorter: bool) -> N
         _check_direction(base, tuned)
 
 
-def check_weights(checkpoint: Checkpoint) -> None:
+def check_weights(tensors: StoredTensors) -> None:
     """Refuse quantized weights, transposed linear layers, and folders that transformers reads as an adapter."""
-    config = checkpoint.config()
-    if checkpoint.source.exists("adapter_config.json"):
+    config = tensors.config()
+    if tensors.source.exists("adapter_config.json"):
         raise UserError(
-            f"{checkpoint.what}={checkpoint.path} holds an adapter_config.json beside a model, and transformers then "
+            f"{tensors.what}={tensors.path} holds an adapter_config.json beside a model, and transformers then "
             "loads the adapter's base instead of these weights; move the adapter's files to a folder of their own"
         )
     quantized = config.get("quantization_config") or text_section(config).get("quantization_config")
     if quantized:
         method = quantized.get("quant_method", "unknown method") if isinstance(quantized, Mapping) else quantized
         raise UserError(
-            f"{checkpoint.what}={checkpoint.path} is quantized ({method}, quantization_config in config.json); its "
-            "numbers are codes and cannot be subtracted or added; give the checkpoint in bf16, fp16 or fp32"
+            f"{tensors.what}={tensors.path} is quantized ({method}, quantization_config in config.json); its "
+            "numbers are codes and cannot be subtracted or added; give the model in bf16, fp16 or fp32"
         )
-    checkpoint.require_floats()
+    tensors.require_floats()
     if config.get("model_type") in _TRANSPOSED:
         raise UserError(
-            f"{checkpoint.what}={checkpoint.path}: {config['model_type']} stores its linears transposed, which "
+            f"{tensors.what}={tensors.path}: {config['model_type']} stores its linears transposed, which "
             "longctx does not support; rotary models (llama, mistral, qwen, gemma, phi3, ...) are"
         )
 
 
-def _check_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
+def _check_tensors(base: StoredTensors, tuned: StoredTensors) -> None:
     only_base = [name for name in base.entries if name not in tuned.entries]
     only_tuned = [name for name in tuned.entries if name not in base.entries]
     shapes = [
@@ -153,11 +153,11 @@ def _check_tensors(base: Checkpoint, tuned: Checkpoint) -> None:
     if parts:
         raise UserError(
             f"base={base.path} and tuned={tuned.path} do not hold the same tensors; {'; '.join(parts)}. Use the exact "
-            "checkpoint the training started from"
+            "model the training started from"
         )
 
 
-def _check_tokenizers(base: Checkpoint, tuned: Checkpoint) -> None:
+def _check_tokenizers(base: StoredTensors, tuned: StoredTensors) -> None:
     for file in ("tokenizer.json", "tokenizer.model", "vocab.json"):
         if not (base.source.exists(file) and tuned.source.exists(file)):
             continue
@@ -165,7 +165,7 @@ def _check_tokenizers(base: Checkpoint, tuned: Checkpoint) -> None:
         if first != second and (file == "tokenizer.model" or _vocabulary(first) != _vocabulary(second)):
             raise UserError(
                 f"base={base.path} and tuned={tuned.path} have different vocabularies ({file}): the rows of their "
-                "embeddings mean different tokens; extract from the checkpoint with the same tokenizer"
+                "embeddings mean different tokens; extract from the model with the same tokenizer"
             )
 
 
@@ -179,7 +179,7 @@ def _vocabulary(content: bytes) -> Any:
     return model["vocab"], added
 
 
-def _check_direction(base: Checkpoint, tuned: Checkpoint) -> None:
+def _check_direction(base: StoredTensors, tuned: StoredTensors) -> None:
     (rope_base, window_base), (rope_tuned, window_tuned) = carried_rope(base), carried_rope(tuned)
     theta_base, theta_tuned = rope_base.get("rope_theta") or 0, rope_tuned.get("rope_theta") or 0
     shorter = (window_base or 0) > (window_tuned or 0) > 0

@@ -11,23 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from longctx.assets import known_config
 from longctx.errors import UserError, nearest
 from longctx.shape import Shape, config_json, shape_of
 
-
-def _preset(family: str, *sizes: int) -> Shape:
-    keys = ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-    values = dict(zip((*keys, "vocab_size"), sizes, strict=True))
-    return shape_of({"model_type": family, "head_dim": 128, **values}, "configs/lora_info.yaml")
-
-
-# Layers, hidden size, heads, kv heads, feed-forward size and vocabulary from the models' config.json.
+# Short names of models whose config.json is in the package.
 _PRESETS = {
-    "llama3_8b": _preset("llama", 32, 4096, 32, 8, 14336, 128256),
-    "llama3_70b": _preset("llama", 80, 8192, 64, 8, 28672, 128256),
-    "llama3_405b": _preset("llama", 126, 16384, 128, 8, 53248, 128256),
-    "mistral_7b": _preset("mistral", 32, 4096, 32, 8, 14336, 32768),
-    "qwen2_7b": _preset("qwen2", 28, 3584, 28, 4, 18944, 152064),
+    "llama3_8b": "meta-llama/Meta-Llama-3-8B",
+    "llama3_70b": "meta-llama/Meta-Llama-3-70B",
+    "llama3_405b": "meta-llama/Llama-3.1-405B",
+    "mistral_7b": "mistralai/Mistral-7B-v0.3",
+    "qwen2_7b": "Qwen/Qwen2-7B",
+    "qwen3_8b": "Qwen/Qwen3-8B",
 }
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -59,9 +54,7 @@ def shapes_of(plan: str) -> list[tuple[str, int, int, int]]:
 
 
 def _shape(plan: str) -> Shape:
-    if plan in _PRESETS:
-        return _PRESETS[plan]
-    folder = Path(plan)
+    folder = known_config(_PRESETS.get(plan, plan)) or Path(plan)
     if not (folder / "config.json").is_file():
         near = nearest(plan, _PRESETS)
         raise UserError(

@@ -1,7 +1,7 @@
 """Reads safetensors lazily: a model is a table of shapes, dtypes and places in files until rows are requested.
 
-Rows are read with pread into buffers that the caller reuses. Tools that map a checkpoint instead can need as much
-memory as the checkpoint is long, because mapped pages count as the process's memory until the kernel reclaims them.
+Rows are read with pread into buffers that the caller reuses. Tools that map a file instead can need as much
+memory as the file is long, because mapped pages count as the process's memory until the kernel reclaims them.
 Format: https://github.com/huggingface/safetensors#format.
 """
 
@@ -40,7 +40,7 @@ class Scratch:
         return self.bytes(slot, size).view(dtype).view(shape)
 
 
-class Checkpoint(Table):
+class StoredTensors(Table):
     """A table of tensors whose rows can be read; as a context manager it closes its files at the end."""
 
     def __init__(self, path: str, *, what: str, stem: str = "model") -> None:
@@ -78,7 +78,7 @@ class Checkpoint(Table):
             os.close(descriptor)
         self._descriptors.clear()
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self) -> StoredTensors:
         return self
 
     def __exit__(self, *_: object) -> None:

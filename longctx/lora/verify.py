@@ -17,7 +17,7 @@ from longctx.lora.adapter import Adapter
 from longctx.lora.changes import TensorChange
 from longctx.lora.difference import Difference
 from longctx.lora.folder import TensorRecord
-from longctx.lora.tensors import Checkpoint, Scratch
+from longctx.lora.tensors import Scratch, StoredTensors
 from longctx.signals import beside, temporary
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class HeldOutLosses:
     tokens: int
 
 
-def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[TensorRecord]) -> list[str]:
+def read_back(folder: Path, base: StoredTensors, tuned: StoredTensors, rows: list[TensorRecord]) -> list[str]:
     """Apply the adapter in `folder` to one tensor of each projection and kind; returns the names of the tensors.
 
     Raises RunFailed when base + adapter is not as near to tuned as the records say.
@@ -60,7 +60,7 @@ def read_back(folder: Path, base: Checkpoint, tuned: Checkpoint, rows: list[Tens
 
 
 def _relative_residual(
-    adapter: Adapter, base: Checkpoint, tuned: Checkpoint, row: TensorRecord, scratch: Scratch
+    adapter: Adapter, base: StoredTensors, tuned: StoredTensors, row: TensorRecord, scratch: Scratch
 ) -> float:
     """Compute ||tuned - (base + adapter)|| / ||tuned - base|| of one tensor."""
     entry = base.entries[row.tensor]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import dtype as dtypes
+from longctx.assets import known_config
 from longctx.config.plan import PlanConfig
 from longctx.console import emit, emit_json, say
 from longctx.curriculum import Stage, resolve
@@ -48,8 +49,12 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 
 
 def with_dtype(config: PlanConfig) -> tuple[PlanConfig, str]:
-    """The config with the model's dtype resolved, and in words where the dtype was found."""
-    model, source = dtypes.resolve(config.model)
+    """The config with the model's dtype resolved, and in words where the dtype was found.
+
+    A model that the package knows by its hub id is planned from the config.json in the package.
+    """
+    known = known_config(config.model.path or "")
+    model, source = dtypes.resolve(replace(config.model, path=str(known)) if known else config.model)
     return replace(config, model=model), source
 
 

@@ -168,11 +168,13 @@ class Yarn(Rule):
     """YaRN as in transformers, vLLM and the authors' code, where the ramp runs over the dimension's index.
 
     The ramp lies between the floor and the ceiling of i(rot) = d ln(L0/(2 pi rot)) / (2 ln theta) for rot = beta_fast
-    and beta_slow. A model that is yarn already keeps its original length and gets the factor L / original.
+    and beta_slow. A model that is yarn or llama3 already keeps its original length and gets the factor L / original:
+    Llama 3.1, trained at 8,192 tokens before its own extension, gets 128 for 1,048,576 tokens, as in Nemotron UltraLong
+    (2504.06214, with alpha = beta_slow = 1 and beta = beta_fast = 4).
     """
 
     name: Literal["yarn"] = "yarn"
-    extends: ClassVar[frozenset[str]] = frozenset({"default", "yarn"})
+    extends: ClassVar[frozenset[str]] = frozenset({"default", "yarn", "llama3"})
     beta_fast: float = 32.0  #: turns above which a pair is left alone
     beta_slow: float = 1.0  #: turns below which it is interpolated
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from longctx.config.model import Family
 from longctx.errors import UserError
-from longctx.storage.sources import Folder
+from longctx.storage.model_files import Folder
 from longctx.storage.table import Table, read_object
 
 FAMILIES = get_args(Family)
@@ -122,7 +122,7 @@ def check_family(config: Mapping[str, Any], source: str, what: str = "model.path
     if method := config.get("quantization_config"):
         name = method.get("quant_method", "its numbers are codes") if isinstance(method, Mapping) else method
         raise UserError(
-            f"{where} is quantized ({name}), and codes can be neither trained nor compared; give the checkpoint in "
+            f"{where} is quantized ({name}), and codes can be neither trained nor compared; give the model in "
             f"bf16, fp16 or fp32 ({file})"
         )
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint, read from its headers: names, types, shapes and places; no weight is read.
+"""The tensors of a model, read from its headers: names, types, shapes and places; no weight is read.
 
 Format: https://github.com/huggingface/safetensors#format.
 """
@@ -11,7 +11,7 @@ from math import prod
 from typing import Any
 
 from longctx.errors import UserError
-from longctx.storage.sources import Source, open_source
+from longctx.storage.model_files import Source, open_source
 
 TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "BOOL": 1}
@@ -66,7 +66,7 @@ class Table:
             if entry.dtype not in TORCH_NAMES and len(entry.shape) >= 2:
                 raise UserError(
                     f"{self.what}={self.path} is quantized: {entry.name} is stored as {entry.dtype}, whose numbers "
-                    "are codes and cannot be trained, subtracted or added; give the checkpoint in bf16, fp16 or fp32 "
+                    "are codes and cannot be trained, subtracted or added; give the model in bf16, fp16 or fp32 "
                     f"({entry.file})"
                 )
 

@@ -94,7 +94,7 @@ def _result(stage: Stage, found: BestTheta, trials: dict[int, Trial]) -> SearchR
 
 
 def _search_data(job: SearchJob) -> tuple[Any, Any]:
-    from longctx.data import open_stage
+    from longctx.data import open_stage_data
     from longctx.data.tokenizer import load_tokenizer
     from longctx.theta.objective import Adaptation
     from longctx.theta.search_data import WeightedSequence, load_search_data
@@ -111,7 +111,7 @@ def _search_data(job: SearchJob) -> tuple[Any, Any]:
     )
     if not settings.adapt_steps:
         return sequences, None
-    data = open_stage(
+    data = open_stage_data(
         job.data,
         mix=stage.mix,
         seq_len=stage.seq_len,

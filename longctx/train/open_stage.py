@@ -121,10 +121,10 @@ def _open_data(
     config: TrainConfig, stage: Stage, ranks: Ranks, tokenizer: Any, vocabulary: int, split: Split,
     sequences: int,
 ) -> Any:  # fmt: skip
-    from longctx.data import open_stage as open_data
+    from longctx.data import open_stage_data
 
     def opened() -> Any:
-        return open_data(
+        return open_stage_data(
             config.data, mix=stage.mix, seq_len=stage.seq_len, sequences=sequences, tokenizer=tokenizer,
             seed=config.seed, split=split, cache=cache_folder(config), stage=stage.name, vocab_size=vocabulary,
         )  # fmt: skip

@@ -5,7 +5,7 @@ import pytest
 
 from longctx.config.base import build
 from longctx.config.data import DataConfig
-from longctx.data import open_stage
+from longctx.data import open_stage_data
 from longctx.data.chat import rendered
 from longctx.errors import UserError
 
@@ -39,7 +39,7 @@ def _open(folder, tokenizer, tmp_path, length="joined", **source):
         "heldout": 0.0,
     }
     config = build(DataConfig, values, origin="test")
-    return open_stage(
+    return open_stage_data(
         config, mix="m", seq_len=256, sequences=6, tokenizer=tokenizer, seed=0, split="train",
         cache=tmp_path / "c", stage="s",
     )  # fmt: skip

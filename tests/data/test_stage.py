@@ -11,7 +11,7 @@ import pytest
 
 from longctx.config.base import build
 from longctx.config.data import DataConfig
-from longctx.data import open_stage
+from longctx.data import open_stage_data
 from longctx.data.corpus import Corpus
 from longctx.data.prepare import build_source
 from longctx.errors import UserError
@@ -57,7 +57,7 @@ def cache(tmp_path_factory):
 
 def _open(config, tokenizer, cache, **more):
     settings = {"mix": "m", "seq_len": 512, "sequences": 20, "seed": 0, "split": "train", "stage": "s512"}
-    return open_stage(config, tokenizer=tokenizer, cache=cache, **{**settings, **more})
+    return open_stage_data(config, tokenizer=tokenizer, cache=cache, **{**settings, **more})
 
 
 def test_a_sequence_is_its_documents_one_after_another(books, cache, tokenizer):

@@ -18,9 +18,9 @@ from .conftest import make_tokenizer, text_haystack
 TASKS = [
     SynthTask(),
     SynthTask(kind="needles", count=4, questions=2),
-    SynthTask(kind="chained", hops=3),
+    SynthTask(kind="chained", links=3),
     SynthTask(kind="table", count=6, questions=3),
-    SynthTask(kind="variables", count=2, hops=3),
+    SynthTask(kind="variables", count=2, links=3),
     SynthTask(kind="copy"),
 ]
 

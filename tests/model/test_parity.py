@@ -20,8 +20,8 @@ DIALS = {
     "recompute": MemoryConfig(**SMALL),
     "keep one layer's products": MemoryConfig(keep_matmuls=1, **SMALL),
     "keep all products": MemoryConfig(keep_matmuls=2, **SMALL),
-    "keep everything": MemoryConfig(checkpoint=False, **SMALL),
-    "offload": MemoryConfig(offload=True, **SMALL),
+    "keep everything": MemoryConfig(activation_checkpointing=False, **SMALL),
+    "offload": MemoryConfig(offload_activations=True, **SMALL),
 }
 DOCUMENTS = [0, 37, 40, 90, 128]
 

@@ -175,7 +175,7 @@ def gradients(case: Case, ranks: Ranks) -> Any:
     """
     model = LossModel(made_model(case, case.dtype, "longctx"), MemoryConfig(ffn_block=16, loss_chunk=8))
     config = EngineConfig(name="deepspeed" if case.zero else "ddp", zero=case.zero, device="cpu")
-    engine: Any = engines.build(config, OptimConfig(clip=0.0), model, ranks)
+    engine: Any = engines.build(config, OptimConfig(max_grad_norm=0.0), model, ranks)
     grads: dict[str, torch.Tensor] = {}
 
     def instead_of_a_step(lr: float) -> None:

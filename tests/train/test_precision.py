@@ -29,7 +29,7 @@ def batch() -> dict[str, torch.Tensor]:
 def check_precision(rank: int, world: int, zero: int) -> None:
     ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
     config = EngineConfig(name="deepspeed" if zero else "ddp", zero=zero, device="cpu")  # type: ignore[arg-type]
-    optim = OptimConfig(clip=0.0)
+    optim = OptimConfig(max_grad_norm=0.0)
     place = engines.placer(config, optim, "bfloat16", ranks)
     model = LossModel(init_from(SPEC, dtype="bfloat16", place=place), MemoryConfig())
     engine = engines.build(config, optim, model, ranks)

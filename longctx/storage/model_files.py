@@ -1,4 +1,4 @@
-"""Reads a checkpoint's files, one at a time, from a local folder or from the Hugging Face hub.
+"""Reads a model's files, one at a time, from a local folder or from the Hugging Face hub.
 
 From the hub only headers are requested until a shard's rows are read, so a wrong pair of models is refused before
 anything large is downloaded.
@@ -38,7 +38,7 @@ def open_source(path: str, what: str) -> Source:
 
 
 class Folder:
-    """A checkpoint's files in a local folder."""
+    """A model's files in a local folder."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -123,7 +123,7 @@ def _read_header(path: Path, where: str) -> list[dict[str, Any]]:
 
 
 class Hub:
-    """A checkpoint's files in a hub repository, read through huggingface_hub's cache."""
+    """A model's files in a hub repository, read through huggingface_hub's cache."""
 
     def __init__(self, name: str, what: str) -> None:
         try:
