@@ -416,7 +416,7 @@ def test_a_mistake_is_a_value_error_in_words(call: Any, message: str):
 
 def test_options_that_contradict_each_other_are_refused():
     plain = AutoModelForCausalLM.from_pretrained(tiny_model())
-    with pytest.raises(UserError, match="keep_matmuls and offload do not apply"):
+    with pytest.raises(UserError, match="keep_matmuls and offload_activations do not apply"):
         longctx.prepare(plain, activation_checkpointing=False, offload_activations=True)
     with pytest.raises(UserError, match="loss_chunk=0 must be 1 or more"):
         longctx.prepare(plain, loss_chunk=0)
