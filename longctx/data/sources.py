@@ -16,6 +16,7 @@ from longctx.data.files import find_files, units_of
 from longctx.data.stdlib import stdlib_files
 from longctx.errors import UserError
 from longctx.storage.files import replacing
+from longctx.storage.hub import why_not
 
 
 def source_units(name: str, source: SourceConfig, cache: Path) -> list[Unit]:
@@ -54,10 +55,9 @@ def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path
             return [(_first_rows(source, cache), f"{name}.jsonl")]
         loaded = datasets.load_dataset(name, source.subset, split=source.split)
     except (ValueError, OSError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{where}.name={name} (subset={source.subset}, split={source.split}) cannot be loaded: {reason}; check the "
-            "name and the network, or point a text source at downloaded files"
+            f"{where}.name={name} (subset={source.subset}, split={source.split}) cannot be loaded: "
+            f"{why_not(error, name, dataset=True)}; files that are here are read by data=text data.path=FOLDER"
         ) from None
     files = [Path(entry["filename"]) for entry in loaded.cache_files]
     return [(path, f"{name}/{path.name}") for path in sorted(files)]

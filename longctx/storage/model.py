@@ -75,14 +75,12 @@ def _snapshot(path: str, what: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
+    from longctx.storage.hub import why_not
+
     try:
         return Path(hf_hub_download(path, "config.json")).parent
     except (OSError, HFValidationError, ValueError) as error:  # the hub's own errors are OSErrors
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(
-            f"{what}={path} is neither a folder here nor a model on the hub that can be read ({first}); check the "
-            "spelling, and without network give a local folder"
-        ) from None
+        raise UserError(f"{what}={path} is no folder here, and not read from the hub: {why_not(error, path)}") from None
 
 
 def check_model(path: str | None, what: str = "model.path") -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from longctx.errors import UserError
+from longctx.storage.hub import why_not
 
 _MAX_HEADER = 100 * 2**20
 _POINTER = b"version https://git-lfs"
@@ -132,16 +133,12 @@ class Hub:
             raise UserError(
                 f"{what}={name} is not a folder here; to read it from the hub, pip install huggingface_hub"
             ) from None
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError
-
         self._hub, self.name, self._what = huggingface_hub, name, what
         try:
             self._files = set(huggingface_hub.list_repo_files(name))
-        except (RepositoryNotFoundError, HFValidationError, HfHubHTTPError, OSError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        except Exception as error:  # without network it is an error of whichever HTTP library huggingface_hub uses
             raise UserError(
-                f"{what}={name} is neither a folder here nor readable on the hub ({reason}); check the spelling, and "
-                "`hf auth login` for gated models"
+                f"{what}={name} is no folder here, and not read from the hub: {why_not(error, name)}"
             ) from None
 
     def exists(self, file: str) -> bool:
