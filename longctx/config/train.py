@@ -166,6 +166,7 @@ class TrainConfig:
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     after_training: AfterTrainingConfig = field(default_factory=AfterTrainingConfig)
+    smoke: bool = False  #: first take two steps of every stage's length, in minutes, and throw them away
     accept: list[str] = field(default_factory=list)  #: identity keys whose change is meant when a run is continued
 
     def __post_init__(self) -> None:

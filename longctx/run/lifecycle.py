@@ -14,6 +14,11 @@ from longctx.train import runfolder
 def run(config: TrainConfig) -> int:
     """Train, then do what `after_training` asks for. Returns the exit status."""
     config = settled(config)
+    if config.smoke:
+        from longctx.run.smoke import smoke
+
+        if (status := smoke(config)) is not None:
+            return status
     status = train_run(config)
     if status == 0 and launcher_environment()["RANK"] == "0":
         from longctx.run.after_training import run_after_training
