@@ -94,6 +94,8 @@ class CheckpointConfig:
     every_steps: int = 0  #: steps between checkpoints; 0: by the clock and at stage ends only
     every_minutes: float = 10.0  #: minutes between checkpoints; 0: off
     keep: int = 2  #: checkpoints kept
+    #: training goes on while a thread writes a copy of weights and moments; auto: where host memory holds the copy
+    background: bool | Literal["auto"] = "auto"
     spare_gib: float = 0.25  #: GiB of disk that must stay free after a save
 
     def __post_init__(self) -> None:

@@ -4,6 +4,10 @@ Each rank writes its fragments into a temporary folder and syncs them. Rank 0 ad
 file's sha256, renames the folder, and only then updates the pointer. A folder without a valid manifest is unfinished.
 When a checkpoint is loaded, the ranks divide the files among them and check every hash; a damaged file is named, and
 the previous checkpoint is used. A save that fails (a full disk) leaves the previous one intact, and training goes on.
+
+Training stops only while weights and moments are copied to host memory, where that has room (`checkpoint.background`).
+A thread of each rank writes the copy, and the checkpoint is published after the first step at which all ranks have
+written. A crash before that leaves the last whole checkpoint.
 """
 
 from __future__ import annotations
@@ -13,11 +17,11 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -27,10 +31,12 @@ from longctx.errors import RunFailed, UserError
 from longctx.signals import beside, temporary
 from longctx.storage.files import discard, sync, write_text
 from longctx.train import fragments
+from longctx.train.snapshot import HostCopies, Work, copies_fit
 
 if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks
     from longctx.train.engine import Engine
+    from longctx.train.fragments import Fragment
 
 FORMAT = 1
 GIB = 2**30
@@ -64,43 +70,141 @@ class State:
     written_by: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Save:
+    """A checkpoint between its first file and its publication.
+
+    state: the text of state.json. stack: removes the unpublished folder. work: writes this rank's file and returns its
+    entry of the manifest, and the reason why there is none.
+    """
+
+    step: int
+    partial: Path
+    final: Path
+    state: str
+    shapes: dict[str, list[int]]
+    stack: ExitStack
+    work: Work
+
+
 class Checkpoints:
     """The checkpoints of one run: RUN/stages/NAME/checkpoints/step00000012, pointed to by RUN/latest.json."""
 
-    def __init__(self, run: Path, ranks: Ranks, *, keep: int, spare_gib: float) -> None:
+    def __init__(
+        self, run: Path, ranks: Ranks, *, keep: int, spare_gib: float, background: bool | Literal["auto"] = False
+    ) -> None:
+        """background: what `start` does. False: it writes at once. auto: it does so where memory for copies lacks."""
         self.run, self.ranks, self.keep, self.spare = run, ranks, max(keep, 1), spare_gib * GIB
         self._size = 0.0
+        self.seconds = 0.0  # that this rank needed to write the last one
+        self._background = background
+        self._copies = HostCopies()
+        self._pending: _Save | None = None
+        self._pruning: Work | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether a save has been started and not been settled; the same on every rank."""
+        return self._pending is not None
+
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's thread still writes."""
+        return self._pending is not None and self._pending.work.is_alive()
 
     def save(self, engine: Engine, state: State, stage: str) -> Path | None:
-        """Write a checkpoint and return its folder; None, after a message, where that failed."""
-        final = self.run / "stages" / stage / "checkpoints" / f"step{state.step:08d}"
-        with temporary(beside(final)) as own:
-            partial, problem = self.ranks.broadcast(
-                (own, self._make_room(own, engine))
-            )  # all write into rank 0's folder
-            if problem:
-                console.say(f"[yellow]checkpoint at step {state.step} not written:[/] {problem}")
-                return None
-            return final if self._write(partial, final, engine, state) else None
+        """Write a checkpoint and return its folder; None, after a message, where that failed.
 
-    def _write(self, partial: Path, final: Path, engine: Engine, state: State) -> bool:
-        """Write all fragments and publish them; whether that succeeded on every rank."""
-        file = f"rank{self.ranks.rank:05d}.safetensors"
-        entry, failure = self._write_own(partial / file, engine)
-        reports = self.ranks.gather((entry, failure))
-        failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
-        if not failures and self.ranks.first:
-            files = {f"rank{rank:05d}.safetensors": report for rank, (report, _) in enumerate(reports)}
-            failures = self._publish(partial, final, files, state, engine)
-        failures = self.ranks.broadcast(failures)
+        A save that is still under way is settled first.
+        """
+        self.settle()
+        found = self._begin(engine, state, stage, engine.fragments())
+        if found is None:
+            return None
+        found.work.run()
+        final = self._finish(found)
+        if final is not None and self.ranks.first:
+            self._prune(final)
+        return final
+
+    def start(self, engine: Engine, state: State, stage: str) -> Path | None:
+        """Copy to host memory what the engine holds, and write it on a thread while training goes on.
+
+        A save that is still under way is settled first: one is in flight at most. Returns the folder only where the
+        checkpoint has been written at once; `settle` ends the others.
+        """
+        self.settle()
+        if self._background == "auto":
+            lacks = not copies_fit(engine.fragments(), self.ranks.local_world)
+            self._background = not self.ranks.any(lacks)
+        if not self._background:
+            return self.save(engine, state, stage)
+        self._pending = self._begin(engine, state, stage, self._copies.take(engine.fragments()))
+        if self._pending is not None:
+            self._pending.work.start()
+        return None
+
+    def settle(self) -> int | None:
+        """Wait for the save under way on all ranks and publish it; returns its step where that succeeded.
+
+        A collective: every rank calls it at the same place of the run.
+        """
+        if self._pending is None:
+            return None
+        found, self._pending = self._pending, None
+        if (final := self._finish(found)) is None:
+            return None
+        if self.ranks.first:
+            self._pruning = Work(lambda: self._prune(final))  # removing gigabytes takes a while
+            self._pruning.start()
+        return found.step
+
+    def abandon(self) -> None:
+        """At a run's end: give up a save that is still under way and remove what it wrote; the last one is intact."""
+        if self._pending is not None:
+            found, self._pending = self._pending, None
+            with found.stack:
+                found.work.outcome()
+        if self._pruning is not None:
+            self._pruning.outcome()
+
+    def _begin(self, engine: Engine, state: State, stage: str, pieces: Iterable[Fragment]) -> _Save | None:
+        """Make the folder that all ranks write into, and bind this rank's part of the work; None without room."""
+        final = self.run / "stages" / stage / "checkpoints" / f"step{state.step:08d}"
+        stack = ExitStack()
+        own = stack.enter_context(temporary(beside(final)))
+        partial, problem = self.ranks.broadcast((own, self._make_room(own, engine)))  # rank 0's folder
+        if problem:
+            stack.close()
+            console.say(f"[yellow]checkpoint at step {state.step} not written:[/] {problem}")
+            return None
+        path = partial / f"rank{self.ranks.rank:05d}.safetensors"
+        random = _random_states(self.ranks.device)
+        work = Work(lambda: self._write_own(path, pieces, random))
+        return _Save(state.step, partial, final, json.dumps(asdict(state), indent=1), engine.shapes(), stack, work)
+
+    def _finish(self, found: _Save) -> Path | None:
+        """Publish what all ranks have written; None, after a message, where one of them failed."""
+        with found.stack:
+            written = found.work.outcome()
+            self.seconds = found.work.seconds
+            reports = self.ranks.gather(written)
+            failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(reports) if text]
+            if not failures and self.ranks.first:
+                files = {f"rank{rank:05d}.safetensors": report for rank, (report, _) in enumerate(reports)}
+                failures = self._publish(found, files)
+            failures = self.ranks.broadcast(failures)
         if failures:
-            console.say(f"[yellow]checkpoint at step {state.step} failed, the previous one is intact:[/] {failures[0]}")
-        return not failures
+            console.say(f"[yellow]checkpoint at step {found.step} failed, the previous one is intact:[/] {failures[0]}")
+            return None
+        return found.final
 
     def _make_room(self, partial: Path, engine: Engine) -> str | None:
         """Rank 0 makes the folder and checks the free disk space; returns the obstacle in words, or None."""
         if not self.ranks.first:
             return None
+        if self._pruning is not None:
+            self._pruning.outcome()
         try:
             partial.mkdir(parents=True)
             free = shutil.disk_usage(partial).free
@@ -113,21 +217,24 @@ class Checkpoints:
                     "(checkpoint.spare_gib is part of it)")  # fmt: skip
         return None
 
-    def _write_own(self, path: Path, engine: Engine) -> tuple[dict[str, Any], str | None]:
+    def _write_own(
+        self, path: Path, pieces: Iterable[Fragment], random: dict[str, torch.Tensor]
+    ) -> tuple[dict[str, Any], str | None]:
         try:
-            index = fragments.write(path, engine.fragments(), _random_states(self.ranks.device))
+            index = fragments.write(path, iter(pieces), random)
             sync(path)
             return {"sha256": _sha256(path), "bytes": path.stat().st_size, "fragments": index}, None
         except (OSError, SafetensorError) as error:
             return {}, f"{path.name}: {error}"
 
-    def _publish(self, partial: Path, final: Path, files: dict[str, Any], state: State, engine: Engine) -> list[str]:
+    def _publish(self, found: _Save, files: dict[str, Any]) -> list[str]:
+        partial, final = found.partial, found.final
         try:
-            write_text(partial / "state.json", json.dumps(asdict(state), indent=1))
+            write_text(partial / "state.json", found.state)
             if (self.run / "config.yaml").exists():
                 write_text(partial / "config.yaml", (self.run / "config.yaml").read_text())
             self._size = float(sum(entry["bytes"] for entry in files.values()))
-            manifest = {"format": FORMAT, "parameters": engine.shapes(), "files": files,
+            manifest = {"format": FORMAT, "parameters": found.shapes, "files": files,
                         "state_sha256": _sha256(partial / "state.json")}  # fmt: skip
             write_text(partial / "manifest.json", json.dumps(manifest))
             sync(partial)
@@ -136,7 +243,6 @@ class Checkpoints:
             os.rename(partial, final)
             sync(final.parent)
             write_text(self.run / "latest.json", json.dumps({"checkpoint": str(final.relative_to(self.run))}))
-            self._prune(final)
         except OSError as error:
             return [f"rank 0: {error}"]
         return []

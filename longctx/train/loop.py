@@ -42,13 +42,15 @@ AfterStage = Callable[["Stage", Path, Path], None]
 class Saving:
     """The checkpoints of a run, and what is known about the last one.
 
-    step: the last step that is saved. at: when it was saved (time.monotonic). lead: warns when a save does not fit into
+    step: the last step that is saved. at: when its save began or ended (time.monotonic). held: seconds for which saves
+    have stopped training since the last step's line of metrics. lead: warns when a save does not fit into
     the seconds that a scheduler gives after its signal.
     """
 
     checkpoints: Checkpoints
     step: int
     at: float = field(default_factory=time.monotonic)
+    held: float = 0.0
     lead: Lead = field(default_factory=Lead)
 
 
@@ -117,17 +119,22 @@ def _train(training: Training, stage: Stage, opened: OpenStage) -> int:
             recorder.profile.before(state.step)
             batches = next(loader)
             lr = stage.lr.at(state.stage_step)
-            report = stepper.take(batches, lr, step=state.step, timer=timer, votes=[_save_due(training)])
+            votes = [_save_due(training), training.saving.checkpoints.writing]
+            report = stepper.take(batches, lr, step=state.step, timer=timer, votes=votes)
             if report is None:
+                _settle(training)
                 if training.saving.step != state.step:
-                    _save(training, stage)
+                    _save(training, stage, at_once=True)
                 return SAVED_AND_REQUEUE
             seconds = time.perf_counter() - began
             _advance(state, stage, report, seconds)
             recorder.profile.after(state.step)
             _log(training, stage, opened, report, lr, seconds)
-            if state.ended or report.votes[0]:
-                _save(training, stage)
+            due, writing = report.votes
+            if not writing:
+                _settle(training)
+            if state.ended or due:
+                _save(training, stage, at_once=state.ended)
             training.saving.lead.check(report.wait, context.ranks)
     return 0
 
@@ -155,15 +162,30 @@ def _save_due(training: Training) -> bool:
     return by_step or by_clock
 
 
-def _save(training: Training, stage: Stage) -> None:
+def _save(training: Training, stage: Stage, *, at_once: bool) -> None:
+    """Save the state. at_once: training waits until it is written, at a stage's end and where the run stops."""
     state, saving, engine = training.state, training.saving, training.engine
     training.recorder.progress.at("save", state.step)
+    _settle(training)
     state.written_by = {"world": training.context.ranks.world, **engine.facts}
     began = time.monotonic()
-    if saving.checkpoints.save(engine, state, stage.name):
+    write = saving.checkpoints.save if at_once else saving.checkpoints.start
+    if write(engine, state, stage.name):
         saving.step = state.step
+    saving.lead.save_seconds = max(saving.checkpoints.seconds, time.monotonic() - began)
     saving.at = time.monotonic()
-    saving.lead.save_seconds = saving.at - began
+    saving.held += saving.at - began
+
+
+def _settle(training: Training) -> None:
+    """Publish the save that all ranks have written, if there is one; every rank calls this after the same step."""
+    saving = training.saving
+    if not saving.checkpoints.pending:
+        return
+    began = time.monotonic()
+    step = saving.checkpoints.settle()
+    saving.step = saving.step if step is None else step
+    saving.held += time.monotonic() - began
 
 
 def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport, lr: float, seconds: float) -> None:
@@ -180,6 +202,8 @@ def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport
     executed = context.flops.hardware(report.tokens, report.pairs) / seconds / world
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     peak = flops.peak_flops(name, context.config.logging.peak_tflops)
+    held = {"save_seconds": training.saving.held} if training.saving.held else {}  # for which a save held this step up
+    training.saving.held = 0.0
     line = {
         "step": state.step, "stage": stage.name, "stage_index": stage.index, "stage_step": state.stage_step,
         "loss": report.loss if report.weight > 0 else None, "tail_loss": report.tail_loss,
@@ -191,7 +215,7 @@ def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport
         "memory_gib": memory_gib(device), "theta": stage.theta, "seq_len": stage.seq_len,
         "cp": opened.cp_size, "dp": world // opened.cp_size,
         "data": {key: opened.data.stats()[key] for key in ("padding", "cut", "epochs")},
-        "seconds": {"step": seconds, **report.seconds}, "time": time.time(),
+        "seconds": {"step": seconds, **report.seconds}, **held, "time": time.time(),
     }  # fmt: skip
     recorder.metrics.step(line)
     recorder.display.step(stage, state.stage_step, line)

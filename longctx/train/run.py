@@ -183,7 +183,10 @@ def _train(context: RunContext, not_carried: NotCarried, after_stage: AfterStage
     engine = _load_engine(context, not_carried)
     progress = Progress()
     watcher = Watcher(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
-    checkpoints = Checkpoints(context.folder, ranks, keep=config.checkpoint.keep, spare_gib=config.checkpoint.spare_gib)
+    wanted = config.checkpoint
+    checkpoints = Checkpoints(
+        context.folder, ranks, keep=wanted.keep, spare_gib=wanted.spare_gib, background=wanted.background
+    )
     state = checkpoints.load(engine) or State()
     all_saved(place.saved_words(state.step))
     place.find_place(state, context.stages)
@@ -205,6 +208,7 @@ def _train(context: RunContext, not_carried: NotCarried, after_stage: AfterStage
         return status
     finally:
         watcher.close()
+        checkpoints.abandon()
         recorder.close()
         engine.close()
 

@@ -1,0 +1,85 @@
+"""Copies of what a rank saves, in host memory, so that training goes on while a thread writes them."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.train.fragments import Fragment
+
+SHARE = 0.5  # of the host memory that is free, which the copies of a node's ranks may take
+
+
+class HostCopies:
+    """A rank's fragments in host memory; the memory is kept from one save to the next, pinned beside a GPU."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, str, int], torch.Tensor] = {}
+
+    def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
+        """Copy the fragments; the copies are complete when this returns, and valid until the next call."""
+        copies, on_device = [], False
+        for piece in fragments:
+            key, data = (piece.kind, piece.name, piece.start), piece.data.detach()
+            buffer = self._buffers.get(key)
+            if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
+                buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
+                self._buffers[key] = buffer
+            buffer.copy_(data, non_blocking=data.is_cuda)
+            on_device |= data.is_cuda
+            copies.append(dataclasses.replace(piece, data=buffer))
+        if on_device:
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+
+class Work(threading.Thread):
+    """A function on a thread of its own, or in the caller's (`run`), and the seconds that it took."""
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        super().__init__(name="save", daemon=True)  # a process that ends does not wait for it: the save is void then
+        self._function = function
+        self._result: Any = None
+        self._error: Exception | None = None
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        began = time.monotonic()
+        try:
+            self._result = self._function()
+        except Exception as error:
+            self._error = error
+        self.seconds = time.monotonic() - began
+
+    def outcome(self) -> Any:
+        """Wait for the thread, if it was started, and return what the function returned or raise what it raised."""
+        if self.ident is not None:
+            self.join()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+def copies_fit(fragments: Iterable[Fragment], ranks_per_node: int) -> bool:
+    """Whether the free memory of this machine, or of this process's control group, holds such copies of its ranks."""
+    needed = sum(piece.data.numel() * piece.data.element_size() for piece in fragments)
+    return needed * ranks_per_node <= SHARE * _free_memory()
+
+
+def _free_memory() -> float:
+    """Bytes that the kernel would give without swapping; a control group's limit counts too."""
+    free = float("inf")
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            free = 1024.0 * int(line.split()[1])
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # another version of control groups, or no limit
+        free = min(free, float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
+    return free
