@@ -198,11 +198,11 @@ def test_work_after_training_is_left_at_once_and_asks_to_be_requeued(tmp_path: P
         f"signal.raise_signal({int(number)}); print('not reached')"
     )
     note = tmp_path / "requeue"
-    environment = {**os.environ, "LONGCTX_REQUEUE": str(note)}
+    environment = {**os.environ, "LONGCTX_STATUS": str(note)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (75, b"")
     assert done.stderr.decode() == f"longctx: {number.name}: all is done; the same command continues the run\n"
-    assert note.read_text() == "75\n"
+    assert note.read_text() == "75 requeue\n"
 
 
 def test_a_profile_window_may_span_stages(tmp_path: Path, documents: Path) -> None:
