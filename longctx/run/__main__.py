@@ -12,11 +12,9 @@ signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal
 
 import sys
 from collections.abc import Sequence
-from typing import Any
 
-from longctx.distributed.launcher import launcher_environment
-from longctx.errors import UserError
 from longctx.run import rank as ranks_of_a_run
+from longctx.run.command import agree_on_config, compose
 from longctx.run.rank import leave, rank_status, tell
 
 
@@ -30,74 +28,9 @@ def main(words: Sequence[str]) -> int:
             tell(f"starting {world} ranks", speak=rank == 0)
         from longctx.run.lifecycle import run
 
-        return run(_agree_on_config(list(words), rank) if world > 1 else compose(words))
+        return run(agree_on_config(list(words), rank) if world > 1 else compose(words))
 
     return rank_status(body)
-
-
-def compose(words: Sequence[str]) -> Any:
-    """The config of a run's command line. Raises UserError."""
-    from longctx.config.compose import load
-    from longctx.config.words import parse
-    from longctx.verbs import VERBS
-
-    line = parse(list(words))
-    if line.help or line.cfg or line.multirun:
-        raise UserError("-m, --cfg and --help belong to `longctx train`; under torchrun and srun give overrides only")
-    return load(VERBS["train"], line.overrides, line.folders)
-
-
-def _agree_on_config(words: list[str], rank: int) -> Any:
-    """The config that rank 0 composed, equal on all ranks.
-
-    Raises UserError on every rank where rank 0 cannot compose it or a rank has another command line or version.
-    """
-    from longctx.config.base import build
-    from longctx.config.train import EngineConfig, TrainConfig
-
-    message: dict[str, Any] = {}
-    minutes = meeting_minutes(words)
-    if rank == 0:  # before the meeting: how long it may last is in the config
-        from longctx.train import runfolder
-
-        try:
-            config = compose(words)
-            message = {"config": runfolder.to_dict(config), "hash": runfolder.fingerprint(config)}
-            minutes = config.launch.meeting_minutes
-        except UserError as error:
-            message = {"error": str(error)}
-    import torch.distributed as dist
-
-    from longctx.distributed import ranks
-    from longctx.train import runfolder
-
-    world = int(launcher_environment()["WORLD_SIZE"])
-    ranks.join(rank, world, EngineConfig().timeout_seconds, meeting_seconds=60 * minutes, command=words)
-    box = [message]
-    dist.broadcast_object_list(box, src=0)
-    message = box[0]
-    if "error" in message:
-        raise UserError(message["error"])
-    config = build(TrainConfig, message["config"], origin="rank 0's config")
-    answers: list[Any] = [None] * world
-    dist.all_gather_object(answers, runfolder.fingerprint(config) == message["hash"])
-    if not all(answers):
-        raise UserError(
-            f"rank {answers.index(False)} reads rank 0's config otherwise than rank 0 does, so it runs other code; "
-            "install the same version of longctx on every node"
-        )
-    return config
-
-
-def meeting_minutes(words: Sequence[str]) -> float:
-    """launch.meeting_minutes for a rank that does not compose the config: the command line's, or the default."""
-    from longctx.config.train import LaunchConfig
-
-    for word in reversed(words):
-        name, _, value = word.lstrip("+").partition("=")
-        if name == "launch.meeting_minutes" and value.replace(".", "", 1).isdigit():
-            return float(value)
-    return LaunchConfig().meeting_minutes
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def _config(words: list[str]) -> Any:
         from longctx.train import runfolder
 
         return runfolder.read(Path(words[1]))
-    from longctx.run.__main__ import compose
+    from longctx.run.command import compose
 
     return compose(words)
 

@@ -24,8 +24,9 @@ def words(*, steps: int = 40, adapter: bool = False, run_dir: Path | None = None
         "model=tiny", "data=text", f"data.path={_documents().name}", "parallel=ring", "curriculum.scratch=true",
         "~curriculum.stages.s2048", "~curriculum.stages.s8192",
         f"+curriculum.stages.s{length}={{seq_len: {length}, theta: 20000, steps: {steps}, batch: 4}}",
-        "checkpoint.every=1", "checkpoint.minutes=0", "checkpoint.spare_gib=0", "evaluate.heldout_sequences=0",
-        f"hooks.lora.enabled={str(adapter).lower()}",
+        "checkpoint.every_steps=1", "checkpoint.every_minutes=0", "checkpoint.spare_gib=0",
+        "evaluate.heldout_sequences=0",
+        f"after_training.lora.enabled={str(adapter).lower()}",
     ]  # fmt: skip
     return given if run_dir is None else [*given, f"run_dir={run_dir}"]
 
