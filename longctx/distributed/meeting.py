@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -161,7 +161,7 @@ def _introduce(rank: int, command: Sequence[str] | None) -> Introduction:
     environment = launcher_environment()
     local_world = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
     versions = {"longctx": longctx.__version__, "torch": torch.__version__, "Python": sys.version.split()[0]}
-    cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cpus = sum(1 << core for core in os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     return Introduction(
         rank, node_name(), int(environment["LOCAL_RANK"]), local_world, cpus, versions,
         None if command is None else list(command),
@@ -327,7 +327,8 @@ def _judge(store: dist.Store, world: int, patience: _Patience) -> None:
     if store.check(["verdict"]):
         return
     try:
-        order = place(here())
+        # What was compared is not sent back to all.
+        order = [replace(one, versions={}, command=None) for one in place(here())]
     except UserError as error:
         _refuse(store, str(error))
     else:

@@ -18,14 +18,14 @@ class Introduction:
     """What a rank says of itself.
 
     node: the node's name. local_world: the ranks of its node by its launcher, None where that says nothing. cpus: the
-    cores it may use. command: the words of its command line, None where they need not be compared.
+    cores it may use, a bit each. command: the words of its command line, None where they need not be compared.
     """
 
     rank: int
     node: str
     local_rank: int
     local_world: int | None
-    cpus: list[int] = field(default_factory=list)
+    cpus: int = 0
     versions: dict[str, str] = field(default_factory=dict)
     command: list[str] | None = None
 
@@ -46,7 +46,7 @@ def place(ranks: Sequence[Introduction]) -> list[Introduction]:
     nodes = by_node(ranks)
     for node, own in nodes.items():
         locals_ = sorted(one.local_rank for one in own)
-        said = {one.local_world for one in own} - {None}
+        said = {one.local_world for one in own if one.local_world is not None}
         if len(set(locals_)) < len(own) or (said and said != {len(own)}):
             raise UserError(
                 f"{len(own)} ranks are on {node} ({listed([one.rank for one in own])}), and their launcher says "
@@ -83,8 +83,9 @@ def cores(ranks: Sequence[Introduction], rank: int) -> int:
     A launcher may have bound each rank to cores of its own, or may let all ranks of a node use all of its cores.
     """
     own = ranks[rank]
-    others = [one for one in ranks if one.node == own.node]
-    return max(1, int(1e-9 + sum(1 / sum(core in one.cpus for one in others) for core in own.cpus)))
+    masks = [one.cpus for one in ranks if one.node == own.node]
+    mine = [core for core in range(own.cpus.bit_length()) if own.cpus >> core & 1]
+    return max(1, int(1e-9 + sum(1 / sum(mask >> core & 1 for mask in masks) for core in mine)))
 
 
 def listed(numbers: Sequence[int]) -> str:

@@ -1,7 +1,8 @@
 """`python -m longctx.run key=value ...` under torchrun or srun: the same command on every node.
 
 Rank 0 composes the config and broadcasts it once all ranks have met. A rank that was started with another command line
-is refused at the meeting. `--resolved FILE` takes a run's config.yaml instead.
+is refused at the meeting. `--resolved FILE` takes a run's config.yaml instead; `preflight` as the first word checks the
+nodes and trains nothing.
 """
 
 # ruff: noqa: E402
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Sequence
 
 from longctx.run import rank as ranks_of_a_run
-from longctx.run.command import agree_on_config, compose
+from longctx.run.command import PREFLIGHT, agree_on_config, compose
 from longctx.run.rank import leave, rank_status, tell
 
 
@@ -24,6 +25,10 @@ def main(words: Sequence[str]) -> int:
         return ranks_of_a_run.main(words[1])
 
     def body(rank: int, world: int) -> int:
+        if list(words[:1]) == [PREFLIGHT]:
+            from longctx.run import preflight
+
+            return preflight.run(compose(list(words)))
         if world > 1:
             tell(f"starting {world} ranks", speak=rank == 0)
         from longctx.run.lifecycle import run

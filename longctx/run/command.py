@@ -9,8 +9,12 @@ from longctx.distributed.launcher import launcher_environment
 from longctx.errors import UserError
 
 
+PREFLIGHT = "preflight"  # as the first word: the nodes are checked and nothing is trained
+
+
 def compose(words: Sequence[str]) -> Any:
-    """The config of a run's command line. Raises UserError."""
+    """The config of a run's command line, or of a preflight's. Raises UserError."""
+    verb, words = (PREFLIGHT, words[1:]) if words[:1] == [PREFLIGHT] else ("train", words)
     from longctx.config.compose import load
     from longctx.config.words import parse
     from longctx.verbs import VERBS
@@ -18,7 +22,7 @@ def compose(words: Sequence[str]) -> Any:
     line = parse(list(words))
     if line.help or line.cfg or line.multirun:
         raise UserError("-m, --cfg and --help belong to `longctx train`; under torchrun and srun give overrides only")
-    return load(VERBS["train"], line.overrides, line.folders)
+    return load(VERBS[verb], line.overrides, line.folders)
 
 
 def agree_on_config(words: list[str], rank: int) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 from longctx import console, signals
 from longctx.distributed.local import Node
 from longctx.errors import RunFailed, UserError
+from longctx.run.command import PREFLIGHT
 
 PORT = 29500
 
@@ -39,9 +40,13 @@ def main(words: Sequence[str]) -> int:
 def _run(words: list[str]) -> int:
     node, gpus = node_of(os.environ), ranks_here(os.environ)
     config = _config(words)
+    from longctx.distributed.local import run_ranks
     from longctx.run.launch import follow_ranks
     from longctx.train.preflight import cache_folder
 
+    if words[:1] == [PREFLIGHT]:
+        ended = run_ranks(gpus, 1, "longctx.run", *words, node=node)
+        return abs(ended.first[1]) if ended.first else 0
     stop = signals.stop_request()
     for attempt in range(config.launch.requeues + 1):
         status = follow_ranks(

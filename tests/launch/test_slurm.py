@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -110,6 +112,18 @@ def refuse(slurm: VirtualSlurm, folder: Path, *options: str) -> None:
     assert job.ended() == 2, job.said
     assert job.said.count("longctx: trane is not a known key") == 1
     assert "Terminating" not in job.said
+
+
+def test_a_killed_rank_gets_a_last_line_and_status_1(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = slurm.submit(words(steps=4000, run_dir=run), tmp_path / "log", *PAIR)
+    job.wait(lambda: steps_of(run) >= 2)
+    os.kill(job.pid_of_rank(1), signal.SIGKILL)
+    assert job.ended() == 1, job.said
+    last = next(line for line in reversed(job.said.splitlines()) if line.startswith("longctx: "))
+    assert last.startswith("longctx: rank 0 lost its peers and stops (")
+    assert "is saved, the same command continues the run" in last
+    assert job.facts()["Restarts"] == "0"
 
 
 def test_a_lost_node_requeues_the_job_which_continues_elsewhere(

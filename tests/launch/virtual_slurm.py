@@ -168,6 +168,19 @@ class SlurmJob:
     def step_runs(self) -> bool:
         return f"{self.number}.0" in self.slurm("squeue", "-h", "-s", "-j", self.number, "-o", "%i").split()
 
+    def pid_of_rank(self, rank: int) -> int:
+        """The pid of a task of the job's step."""
+        wanted = {f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            try:
+                names = set(path.read_text(errors="replace").split("\0"))
+                command = (path.parent / "cmdline").read_text()
+            except OSError:
+                continue
+            if wanted <= names and "longctx.run" in command and "srun" not in command:
+                return int(path.parent.name)
+        raise AssertionError(f"no task is rank {rank} of job {self.number}")
+
     def continue_now(self) -> None:
         """Wait until the job is back in the queue, and start it without Slurm's pause of two minutes."""
         self.wait(lambda: self.state in ("PENDING", "REQUEUED"))
