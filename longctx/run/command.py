@@ -8,7 +8,6 @@ from typing import Any
 from longctx.distributed.launcher import launcher_environment
 from longctx.errors import UserError
 
-
 PREFLIGHT = "preflight"  # as the first word: the nodes are checked and nothing is trained
 
 

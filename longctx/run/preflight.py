@@ -72,26 +72,24 @@ def _nodes(ranks: Ranks) -> list[dict[str, Any]]:
 
 def _check_clocks(nodes: Sequence[dict[str, Any]], limit: float) -> list[str]:
     return [
-        f"the clock of {node['node']} is {abs(node['clock_seconds']):.1f} s {'ahead of' if ahead else 'behind'} that of "
-        f"{nodes[0]['node']}, and clock_seconds={limit:g} are allowed: metrics, file times and Slurm's limits disagree; "
-        "synchronize the nodes' clocks (chrony, ntp)"
+        f"the clock of {node['node']} differs from that of {nodes[0]['node']} by {node['clock_seconds']:+.1f} s, and "
+        f"clock_seconds={limit:g} are allowed: the times of metrics and files disagree; synchronize the nodes' clocks "
+        "(chrony, ntp)"
         for node in nodes
         if abs(node["clock_seconds"]) > limit
-        for ahead in [node["clock_seconds"] > 0]
     ]
 
 
 def _check_folder(folder: Path, nodes: Sequence[dict[str, Any]], ranks: Ranks) -> list[str]:
     """Look on every node for a file that rank 0 writes into the folder."""
     mark, problem = folder / f".preflight-{ranks.broadcast(uuid.uuid4().hex)}", None
+    first = nodes[0]["node"]
     if ranks.first:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             mark.write_text("longctx preflight\n")
         except OSError as error:
-            problem = (
-                f"folder={folder} cannot be written on {nodes[0]['node']}: {error.strerror}; choose another folder="
-            )
+            problem = f"folder={folder} cannot be written on {first}: {error.strerror}; choose another folder="
     if problem := ranks.broadcast(problem):
         return [problem]
     end = time.monotonic() + FOLDER_SECONDS
@@ -101,8 +99,8 @@ def _check_folder(folder: Path, nodes: Sequence[dict[str, Any]], ranks: Ranks) -
     if ranks.first:
         mark.unlink(missing_ok=True)
     return [
-        f"folder={folder} on {node['node']} does not show the file that {nodes[0]['node']} wrote into it, so the nodes do "
-        "not share it: checkpoints and data must lie on a file system that every node sees; choose another folder="
+        f"folder={folder} on {node['node']} does not show the file that {first} wrote into it, so the nodes do not "
+        "share it: checkpoints and data must lie on a file system that every node sees; choose another folder="
         for node in nodes
         if not answers[node["ranks"][0]]
     ]
