@@ -7,8 +7,29 @@ from typing import Any
 
 from longctx.distributed.launcher import launcher_environment
 from longctx.errors import UserError
+from longctx.run import rank as ranks_of_a_run
+from longctx.run.rank import rank_status, tell
 
 PREFLIGHT = "preflight"  # as the first word: the nodes are checked and nothing is trained
+
+
+def main(words: Sequence[str]) -> int:
+    """Take part in a run as one rank, from the command line to the exit status."""
+    if words[:1] == ["--resolved"]:
+        return ranks_of_a_run.main(words[1])
+
+    def body(rank: int, world: int) -> int:
+        if list(words[:1]) == [PREFLIGHT]:
+            from longctx.run import preflight
+
+            return preflight.run(compose(list(words)))
+        if world > 1:
+            tell(f"starting {world} ranks", speak=rank == 0)
+        from longctx.run.lifecycle import run
+
+        return run(agree_on_config(list(words), rank) if world > 1 else compose(words))
+
+    return rank_status(body)
 
 
 def compose(words: Sequence[str]) -> Any:

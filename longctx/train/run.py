@@ -100,6 +100,12 @@ def world_words(config: TrainConfig, stages: Sequence[Stage], ranks: Ranks) -> l
     heads = (shape.heads, shape.kv_heads)
     for stage in stages:
         decision = decide(stage, config.parallel, config.engine, machines, heads)
+        inner = decision.cp // decision.nodes
+        if decision.nodes > 1 and not machines.inside_a_node(inner):
+            console.remark(
+                f"parallel.nodes={decision.nodes} puts the inner rings of stage {stage.name}, of {inner} ranks, "
+                f"between nodes that have {each}; parallel.nodes=auto keeps them inside a node (configs/parallel)"
+            )
         words.append(f"{stage.name}: dp {decision.dp} x cp {decision.cp}, {ring_words(decision, machines)}")
     return words
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 from longctx.bench import cluster
 from longctx.processes import handles
+from longctx.run.preflight import _check_clocks
 from tests.launch.tiny import same_model, steps_of, words
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +53,27 @@ def test_a_mistake_is_refused_before_a_rank_starts(values: dict[str, str], words
     assert done.returncode == 2
     assert done.stderr.startswith(f"longctx: {words}")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_preflight_names_nodes_and_links(tmp_path: Path) -> None:
+    words = ["preflight", "hardware=cpu", f"folder={tmp_path}", "mbytes=1", "format=json"]
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *words], env=environment(GPUS="2"), capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert [(node["ranks"], node["devices"]) for node in found["nodes"]] == [([0, 1], ["cpu", "cpu"])]
+    assert [link["link"] for link in found["links"]] == ["all-reduce over all ranks", "ring hop inside a node"]
+    assert all(link["gbytes"] > 0 for link in found["links"])
+    assert found["problems"] == []
+    assert not list(tmp_path.iterdir())
+
+
+def test_clocks_that_are_apart_are_a_problem() -> None:
+    there = [{"node": node, "clock_seconds": ahead} for node, ahead in (("a", 0.0), ("b", -3.5), ("c", 1.0))]
+    (problem,) = _check_clocks(there, 2.0)
+    assert problem.startswith("the clock of b differs from that of a by -3.5 s")
 
 
 class Nodes:

@@ -98,13 +98,14 @@ def test_two_agents_as_two_nodes_give_the_losses_of_one_process(tmp_path: Path, 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_different_command_on_one_node_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", [["longctx.run"], ["longctx.cli", "train"]])
+def test_a_different_command_on_one_node_is_refused(tmp_path: Path, module: list[str]) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "longctx.run", f"name=run{rank}", f"model.path={tmp_path}"],
+            [sys.executable, "-m", *module, f"name=run{rank}", f"model.path={tmp_path}"],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
                  "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": port},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
