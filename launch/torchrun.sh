@@ -1,24 +1,13 @@
 #!/usr/bin/env bash
 # The same command on every node; NODE_RANK differs (0 on the first), HEAD is the first node's address.
 #   NODES=4 NODE_RANK=0 HEAD=10.0.0.1 GPUS=8 launch/torchrun.sh model.path=... curriculum=8k_to_1048k engine=deepspeed
-# On exit status 75 (saved on a signal, to be requeued) the command is started again up to REQUEUES times.
+# It starts GPUS ranks with torchrun's environment. The run's ranks meet at HEAD:PORT (29500; a free port on one node).
+# SIGUSR1, SIGTERM and SIGHUP are passed on to the ranks: they save and the script leaves with 75. After SIGUSR1, or a
+# signal that only a rank got, it starts the ranks again, launch.requeues times at most.
+# Status: 0 done, 2 bad input, 1 failure, 75 saved, 130 interrupted. `torchrun -m longctx.run ...` works too, without
+# these signals and statuses.
 set -uo pipefail
-nodes="${NODES:-1}" rank="${NODE_RANK:-0}" head="${HEAD:-localhost}" port="${PORT:-29500}"
-per_node="${GPUS:-$(nvidia-smi -L 2>/dev/null | grep -c . || true)}"
-[ "${per_node:-0}" -gt 0 ] || per_node=1
-python="${PYTHON:-python}"
-# torchrun gives ranks so many seconds after a signal; a run that needs longer to a save says so.
-export LONGCTX_SIGNAL_LEAD="${LONGCTX_SIGNAL_LEAD:-${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-30}}"
-# A rank of this node that leaves with 75 says so in this file: torchrun makes every status 1.
-export LONGCTX_REQUEUE="$(mktemp)"
-trap 'rm -f "$LONGCTX_REQUEUE"' EXIT
-trap 'exit 130' INT  # torchrun itself ends with 1
-for attempt in $(seq 0 "${REQUEUES:-3}"); do
-  "$python" -m torch.distributed.run --nnodes "$nodes" --node-rank "$rank" --nproc-per-node "$per_node" \
-    --master-addr "$head" --master-port "$port" -m longctx.run "$@"
-  status=$?
-  [ -s "$LONGCTX_REQUEUE" ] || exit "$status"
-  : > "$LONGCTX_REQUEUE"
-  echo "longctx: saved and requeued (attempt $((attempt + 1)))" >&2
-done
-exit 75
+# Signals are held back until Python handles them, from its first instruction on.
+hold=()
+env --block-signal=USR1,TERM,HUP true 2>/dev/null && hold=(env --block-signal=USR1,TERM,HUP)  # coreutils 8.31 and later
+exec "${hold[@]}" "${PYTHON:-python}" -m longctx.run.node "$@"

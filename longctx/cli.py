@@ -20,6 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `longctx` command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     owns = arguments is None and words[:1] != ["bench"]  # benchmarks undo what they did to the machine themselves
+    if owns and words[:1] in (["train"], ["preflight"]) and _is_one_of_several():
+        from longctx.run import command
+
+        return command.main(words[1:] if words[0] == "train" else words)
     if owns:
         first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
         signals.catch(requeue=words[:1] == ["train"], speaks=first)
@@ -44,6 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if owns:
             signals.done()
+
+
+def _is_one_of_several() -> bool:
+    """Whether torchrun or srun started this process as one of several ranks."""
+    return os.environ.get("WORLD_SIZE", os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1"
 
 
 def _no_memory(error: Exception) -> str:

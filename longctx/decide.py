@@ -215,6 +215,22 @@ def choose_schedule(
     return ScheduleChoice(nodes, schedule, h)
 
 
+def ring_words(decision: Decision, machines: Machines) -> str:
+    """The schedule of a stage and the link that each of its rings uses, in words."""
+
+    def link(neighbours: int) -> str:
+        ranks = f"{neighbours} rank{'s' * (neighbours > 1)}"
+        return f"{ranks} inside a node" if machines.inside_a_node(neighbours) else f"{ranks} between nodes"
+
+    cp, nodes = decision.cp, decision.nodes
+    if cp == 1:
+        return "no ring"
+    if nodes == 1:
+        return f"{decision.schedule} of {link(cp)}"
+    outer = "inside a node" if machines.inside_a_node(cp) else "between nodes"
+    return f"{decision.schedule}, inner ring of {link(cp // nodes)}, outer ring of {nodes} {outer}"
+
+
 @dataclass(frozen=True)
 class Shares:
     """How ranks share a stage's batch: each of dp groups takes per_rank consecutive sequences, `per` in a forward."""

@@ -28,6 +28,7 @@ from longctx.processes import kill_descendants
 
 SAVED_AND_REQUEUE = 75
 INTERRUPTED = 130
+REQUEUES = 8  # of launch.requeues, while the config is unknown
 PATIENCE = 1.0  # seconds that the main thread has to run the handler itself
 _PARTIAL = re.compile(r"\.(.+)\.partial-(\d+)")
 
@@ -37,6 +38,7 @@ _temporary: set[Path] = set()
 _swept: list[Path] = []
 _speaks = True
 _where: Callable[[], str] | None = None
+_requeues = REQUEUES
 _stop: StopRequest | None = None
 
 
@@ -76,7 +78,11 @@ class StopRequest:
 
     def _leave_if_asked(self) -> None:
         if self._own and self.asked and not self._unsaved:
-            leave(SAVED_AND_REQUEUE, f"{self.name}: {self._words}; the same command continues the run")
+            leave(SAVED_AND_REQUEUE, f"{self.name}: {self._words}; {continuing()}")
+
+    def answered(self) -> None:
+        """Forget the signal, which has been answered: the run goes on."""
+        self.name, self.number = None, None
 
     def close(self) -> None:
         for number, handler in self._before.items():
@@ -124,6 +130,11 @@ def interrupted_words(where: Callable[[], str]) -> None:
     _where = where
 
 
+def saved_so_far() -> str:
+    """What of the run is saved, in words, if `interrupted_words` gave any."""
+    return _where() if _where else "nothing was trained"
+
+
 def asking() -> list[signal.Signals]:
     """The signals that ask a run to stop. Under nohup, which ignores SIGHUP, it is not among them."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -163,7 +174,7 @@ def leave(status: int, words: str) -> NoReturn:
     _leaver = threading.get_ident()
     try:
         if status == SAVED_AND_REQUEUE:
-            note_requeue()
+            note_status(status)
         _remove_temporaries(kill_descendants())
         _say(words)
     finally:
@@ -178,11 +189,38 @@ def _say(words: str) -> None:
         os.write(2, f"{show_cursor}longctx: {words}\n".encode())  # the signal may have interrupted a print
 
 
-def note_requeue() -> None:
-    """Write status 75 to the file of the launch script: torchrun and srun do not pass on the status of a rank."""
-    if path := os.environ.get("LONGCTX_REQUEUE"):
-        with suppress(OSError):
-            Path(path).write_text(f"{SAVED_AND_REQUEUE}\n")
+def limit_requeues(count: int) -> None:
+    """Let a scheduler requeue the run `count` times at most (launch.requeues)."""
+    global _requeues
+    _requeues = count
+
+
+def continuing() -> str:
+    """How a run that leaves with 75 goes on, in words."""
+    text = "the same command continues the run"
+    return text if _may_requeue() else f"{text}, which is not requeued again (launch.requeues={_requeues})"
+
+
+def _may_requeue() -> bool:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) < _requeues
+
+
+def note_status(status: int) -> bool:
+    """Write the run's status to the file of the launch script, and return whether that succeeded.
+
+    srun gives the highest status of all ranks and ends those that are left. With the file the ranks leave with 0, and
+    the script ends with the run's own status. "requeue" behind it lets the script requeue the job.
+    """
+    path = os.environ.get("LONGCTX_STATUS")
+    if not path or not _speaks:
+        return False
+    again = " requeue" if status == SAVED_AND_REQUEUE and _may_requeue() else ""
+    try:
+        Path(path).write_text(f"{status}{again}\n")
+    except OSError as error:
+        _say(f"warning: LONGCTX_STATUS={path} cannot be written ({error.strerror}), so the job's status is srun's")
+        return False
+    return True
 
 
 def go_silent() -> None:

@@ -32,6 +32,8 @@ _ALL = [
          "a run on one static page"),
     Verb("doctor", "longctx.config.doctor:DoctorConfig", "longctx.doctor:run",
          "what this machine offers, and which attention kernel would serve"),
+    Verb("preflight", "longctx.config.preflight:PreflightConfig", "longctx.run.preflight:run",
+         "do the ranks of a launcher meet; their nodes, clocks, shared folder and links, in a minute"),
     Verb("bench faults", "longctx.config.faults:FaultsConfig", "longctx.bench.faults:run",
          "a soak: kill a tiny run again and again, damage its checkpoints, compare the final weights"),
     Verb("plan", "longctx.config.plan:PlanConfig", "longctx.planner.run:run",

@@ -42,5 +42,11 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start processes come first, so that no worker is left with a long one at the end."""
-    first = ("tests/train/", "tests/test_interrupts.py", "tests/test_readme.py", "tests/test_library.py")
+    first = (
+        "tests/launch/",
+        "tests/train/",
+        "tests/test_interrupts.py",
+        "tests/test_readme.py",
+        "tests/test_library.py",
+    )
     items.sort(key=lambda item: not item.nodeid.startswith(first))

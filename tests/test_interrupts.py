@@ -199,4 +199,4 @@ def test_a_run_that_needs_longer_than_its_scheduler_gives_says_so(
     said = capsys.readouterr().err
     assert said.count("warning") == 1
     assert "up to 700 s" in said
-    assert "SBATCH_SIGNAL=USR1@910" in said
+    assert "SBATCH_SIGNAL=B:USR1@910" in said

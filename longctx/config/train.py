@@ -127,14 +127,19 @@ class ProfileConfig:
 
 @schema
 class LaunchConfig:
-    """Ranks that `longctx train` starts itself; ignored under torchrun and srun, which bring their own."""
+    """How ranks are started; nproc is ignored under torchrun and srun, which bring their own ranks."""
 
-    nproc: int = 1  #: ranks on this machine
+    nproc: int = 1  #: ranks on this machine that `longctx train` starts itself
     threads: int | None = None  #: CPU threads per rank; null: the cores shared out
+    meeting_minutes: float = 10.0  #: minutes that ranks of several nodes wait for each other at the start
+    requeues: int = 8  #: times that the launch scripts start a run again after a save on a signal
 
     def __post_init__(self) -> None:
         if self.threads is not None:
             _not_below(self, 1, "threads")
+        _not_below(self, 0, "requeues")
+        if not self.meeting_minutes > 0:
+            raise ValueError(f"meeting_minutes={self.meeting_minutes} must be above 0")
 
 
 @schema

@@ -23,6 +23,16 @@ SAVING = 120.0  # seconds that the other ranks have to end after one exited with
 
 
 @dataclass(frozen=True)
+class Node:
+    """This machine's place among the nodes of a run; the ranks meet at address:port, on the first node."""
+
+    number: int
+    nodes: int
+    address: str
+    port: int
+
+
+@dataclass(frozen=True)
 class RankExits:
     """The exit statuses of all ranks, and the first rank that did not exit with 0 (its rank and status)."""
 
@@ -30,42 +40,65 @@ class RankExits:
     statuses: list[int]
 
 
-def run_ranks(nproc: int, threads: int, module: str, *words: str) -> RankExits:
-    """Run `python -m MODULE WORDS` once per rank, in torchrun's environment; returns when all ranks have ended."""
+def run_ranks(nproc: int, threads: int, module: str, *words: str, node: Node | None = None) -> RankExits:
+    """Run `python -m MODULE WORDS` once per rank, in torchrun's environment; returns when all ranks have ended.
+
+    node: where this machine stands, when other machines start ranks of the same run.
+    """
     stop = stop_request()
     stop.unsaved()  # the ranks answer signals, not this process
     ranks: list[subprocess.Popen[bytes]] = []
+    command, environment = module_command(module, *words)
+    environment = {"OMP_NUM_THREADS": str(threads), **environment}
     try:
-        _start(ranks, nproc, threads, *module_command(module, *words))
-        return _follow(ranks, stop)
+        if node is None:
+            _start_alone(ranks, nproc, command, environment)
+        else:
+            _start(ranks, nproc, command, environment, node)
+        return _follow(ranks, stop, 0 if node is None else node.number * nproc)
     finally:
         kill([rank.pid for rank in ranks if rank.returncode is None])
         stop.close()
 
 
-def _start(
-    ranks: list[subprocess.Popen[bytes]], nproc: int, threads: int, command: Sequence[str], environment: dict[str, str]
+def _start_alone(
+    ranks: list[subprocess.Popen[bytes]], nproc: int, command: Sequence[str], environment: dict[str, str]
 ) -> None:
-    """Start the processes into `ranks`; rank 0 inherits the store's socket, so no other process can take its port."""
+    """Start all ranks of a run; rank 0 inherits the store's socket, so no other process can take its port."""
     with socket.create_server(("127.0.0.1", 0)) as store:
-        world = {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1",
-                 "MASTER_PORT": str(store.getsockname()[1])}  # fmt: skip
-        environment = {"OMP_NUM_THREADS": str(threads), **environment, **world}
-        for rank in range(nproc):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            fds = [store.fileno()] if rank == 0 else []
-            own[STORE_FD] = str(store.fileno()) if rank == 0 else ""
-            # Each rank gets its own session, so a terminal's ctrl-C reaches only this process, which ends the ranks.
-            ranks.append(subprocess.Popen(command, env={**environment, **own}, pass_fds=fds, start_new_session=True))
+        node = Node(0, 1, "127.0.0.1", store.getsockname()[1])
+        _start(ranks, nproc, command, environment, node, store.fileno())
 
 
-def _follow(ranks: list[subprocess.Popen[bytes]], stop: StopRequest) -> RankExits:
-    """Wait for all ranks, passing signals on to them, and kill those that outlive a failed rank for too long."""
+def _start(
+    ranks: list[subprocess.Popen[bytes]], nproc: int, command: Sequence[str], environment: dict[str, str], node: Node,
+    store: int | None = None,
+) -> None:  # fmt: skip
+    """Start the processes of a node into `ranks`. store: the socket that rank 0 inherits."""
+    world = {"WORLD_SIZE": str(nproc * node.nodes), "LOCAL_WORLD_SIZE": str(nproc), "GROUP_RANK": str(node.number),
+             "MASTER_ADDR": node.address, "MASTER_PORT": str(node.port)}  # fmt: skip
+    for local in range(nproc):
+        rank = node.number * nproc + local
+        own = {"RANK": str(rank), "LOCAL_RANK": str(local)}
+        if store is not None:
+            own[STORE_FD] = str(store) if rank == 0 else ""
+        fds = [store] if store is not None and rank == 0 else []
+        # Each rank gets its own session, so a terminal's ctrl-C reaches only this process, which ends the ranks.
+        ranks.append(
+            subprocess.Popen(command, env={**environment, **world, **own}, pass_fds=fds, start_new_session=True)
+        )
+
+
+def _follow(ranks: list[subprocess.Popen[bytes]], stop: StopRequest, lowest: int) -> RankExits:
+    """Wait for all ranks, passing signals on to them, and kill those that outlive a failed rank for too long.
+
+    lowest: the number of the first of these ranks.
+    """
     told: set[int] = set()
     first: tuple[int, int] | None = None
     limit = float("inf")
     while None in [rank.poll() for rank in ranks]:
-        failed = [(number, rank.returncode) for number, rank in enumerate(ranks) if rank.returncode]
+        failed = [(number, rank.returncode) for number, rank in enumerate(ranks, lowest) if rank.returncode]
         if failed and first is None:
             first = next((entry for entry in failed if entry[1] != SAVED_AND_REQUEUE), failed[0])
             limit = time.monotonic() + (SAVING if first[1] == SAVED_AND_REQUEUE else PATIENCE)
@@ -79,4 +112,4 @@ def _follow(ranks: list[subprocess.Popen[bytes]], stop: StopRequest) -> RankExit
             kill(running)
         time.sleep(0.05)
     statuses = [rank.returncode for rank in ranks]
-    return RankExits(first or next(((n, s) for n, s in enumerate(statuses) if s), None), statuses)
+    return RankExits(first or next(((n, s) for n, s in enumerate(statuses, lowest) if s), None), statuses)

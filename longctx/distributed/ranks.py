@@ -6,9 +6,10 @@ Every run has a process group, even a run of one process, so no other module ask
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -17,14 +18,21 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-from longctx.distributed.launcher import launcher_environment
+from longctx.distributed import meeting
+from longctx.distributed.launcher import NAMES, launcher_environment
 from longctx.distributed.local import STORE_FD
+from longctx.distributed.placement import Introduction, by_node, cores
 from longctx.errors import RunFailed, UserError
+
+MEETING_SECONDS = 600.0
 
 
 @dataclass
 class Ranks:
-    """One rank's view of the world; local_world ranks run on its node."""
+    """One rank's view of the world; local_world ranks run on its node.
+
+    places: what each rank said of itself when the ranks met; empty where this process made the world otherwise.
+    """
 
     rank: int
     world: int
@@ -32,11 +40,23 @@ class Ranks:
     local_world: int
     device: torch.device
     control: dist.ProcessGroup | None = field(default=None, repr=False)
+    places: Sequence[Introduction] = field(default=(), repr=False)
     _meetings: int = field(default=0, repr=False)
 
     @property
     def first(self) -> bool:
         return self.rank == 0
+
+    @property
+    def nodes(self) -> list[str]:
+        """The names of the nodes, in the order of their ranks; empty where they are unknown."""
+        return list(by_node(self.places))
+
+    def threads(self) -> int:
+        """The CPU threads of this rank: its share of the cores that it may use."""
+        if self.places and self.places[self.rank].cpus:
+            return cores(self.places, self.rank)
+        return max(1, len(os.sched_getaffinity(0)) // self.local_world)
 
     def wait(self) -> None:
         """Wait until every rank has called this, without a timeout.
@@ -113,21 +133,23 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
-def start(device: str = "auto", timeout_seconds: float = 1800.0) -> Ranks:
+def start(device: str = "auto", timeout_seconds: float = 1800.0, *, meeting_seconds: float = MEETING_SECONDS) -> Ranks:
     """Join the other ranks (unless joined already) and return this rank's view of the world.
 
-    device: auto, cuda or cpu. timeout_seconds: how long a collective waits for a late rank.
-    Raises UserError when device=cuda and there is none.
+    device: auto, cuda or cpu. timeout_seconds: how long a collective waits for a late rank. meeting_seconds: how long
+    the ranks wait for each other at the start. Raises UserError when device=cuda and there is none.
     """
     env = launcher_environment()
-    rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
-    local_rank, local_world = int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
-    chosen = choose_device(device, local_rank)
-    join(rank, world, timeout_seconds)
+    chosen = choose_device(device, int(env["LOCAL_RANK"]))
+    join(int(env["RANK"]), int(env["WORLD_SIZE"]), timeout_seconds, meeting_seconds=meeting_seconds)
+    env = launcher_environment()  # the meeting may have numbered the ranks anew
+    rank, world, local_rank, local_world = (int(env[name]) for name in NAMES)
     timeout = timedelta(seconds=timeout_seconds)
     _set_timeout(timeout)
     control: Any = dist.new_group(backend="gloo", timeout=timeout) if chosen.type == "cuda" and world > 1 else None
-    return Ranks(rank, world, local_rank, local_world, chosen, control)
+    found = meeting.met()
+    places = found.ranks if found is not None and world > 1 else ()
+    return Ranks(rank, world, local_rank, local_world, chosen, control, places)
 
 
 def alone(device: str = "auto") -> Ranks:
@@ -135,8 +157,19 @@ def alone(device: str = "auto") -> Ranks:
     return Ranks(0, 1, 0, 1, choose_device(device, 0))
 
 
-def join(rank: int, world: int, timeout_seconds: float) -> None:
-    """Make the process group that the launcher's environment describes, or one of a single process."""
+def join(
+    rank: int,
+    world: int,
+    timeout_seconds: float,
+    *,
+    meeting_seconds: float = MEETING_SECONDS,
+    command: Sequence[str] | None = None,
+) -> None:
+    """Make the process group that the launcher's environment describes, or one of a single process.
+
+    The ranks of a launcher meet first, see `longctx.distributed.meeting`; command: the command line, which must be the
+    same for all of them. Raises UserError where they cannot run together, and NotMet where some do not come.
+    """
     if dist.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -144,28 +177,27 @@ def join(rank: int, world: int, timeout_seconds: float) -> None:
     if world == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR', '')} MASTER_PORT={os.environ.get('MASTER_PORT', '')}"
+    found = meeting.met()
+    if found is not None:  # the ranks have left their group and make another
+        store = dist.PrefixStore(f"group {next(_groups)}", found.store)
+        dist.init_process_group(backend, store=store, rank=found.rank, world_size=world, timeout=timeout)
+        return
     if STORE_FD in os.environ:  # started by longctx.distributed.local, which holds the port
         store = _launchers_store(world, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-        return
+        meeting.joined(store, rank, world)
+    else:
+        found = meeting.meet(rank, world, seconds=meeting_seconds, command=command)
+        store, rank = found.store, found.rank
     try:
-        dist.init_process_group(backend, rank=rank, world_size=world, timeout=timeout)
-    except ValueError as error:  # a variable that the launcher sets is missing
-        raise UserError(
-            f"WORLD_SIZE={world} says that a launcher started this rank, but {_first_line(error)}; start all ranks "
-            "with torchrun or srun, or unset WORLD_SIZE (docs/training.md)"
-        ) from None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except dist.DistNetworkError as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
-            raise UserError(
-                f"{place}: the port is in use by another process, so the ranks cannot meet there; end it, or choose a "
-                "free port for all ranks (torchrun --master-port, or export MASTER_PORT before srun; docs/training.md)"
-            ) from None
         raise RunFailed(
-            f"rank {rank} of {world} could not meet the others at {place}: {_first_line(error)}; check that the host "
-            "and the port can be reached from every node"
+            f"rank {rank} of {world} met the others and could not connect to them: {_first_line(error)}; check that "
+            "every node can be reached from the others, and on which network (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         ) from None
+
+
+_groups = itertools.count(1)
 
 
 def _first_line(error: Exception) -> str:

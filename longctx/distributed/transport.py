@@ -23,7 +23,7 @@ from torch import Tensor
 
 
 class PeerLost(RuntimeError):
-    """A transfer failed or timed out; the message names the step, the payload and the peer."""
+    """A transfer failed or timed out; the message names the hop, the payload and the peer."""
 
 
 class Pending(Protocol):

@@ -100,7 +100,7 @@ def _stages(folder: Path, steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     if not marks:
         return
     marks.sort(key=lambda mark: (mark["seq_len"], mark["stage"]))
-    last = {line["stage"]: line["loss"] for line in steps}
+    last = {line["stage"]: line for line in steps}
     yield "<h2>Stages</h2>"
     rows = [
         [
@@ -109,13 +109,22 @@ def _stages(folder: Path, steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             f"{m['theta']:,.0f}",
             f"{m['tokens']:,}",
             str(m["steps"]),
-            _number(last.get(m["stage"])),
+            _number(last.get(m["stage"], {}).get("loss")),
             _number(m.get("heldout_loss")),
             f"{m['seconds']:.0f}",
+            *_ranks(last.get(m["stage"], {})),
         ]
         for m in marks
     ]
-    yield _table(["stage", "length", "theta", "tokens", "steps", "last loss", "held-out loss", "seconds"], rows)
+    head = ["stage", "length", "theta", "tokens", "steps", "last loss", "held-out loss", "seconds", "nodes x ranks"]
+    yield _table([*head, "schedule and links"], rows)
+
+
+def _ranks(line: Mapping[str, Any]) -> list[str]:
+    """The nodes and ranks that took a step, and its rings; empty for runs of before these were recorded."""
+    if "rings" not in line:
+        return ["", ""]
+    return [f"{line['nodes']} x {line['ranks_per_node']}", line["rings"]]
 
 
 def _curve(steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx import console
-from longctx.distributed.local import RankExits, run_ranks
+from longctx.distributed.local import Node, RankExits, run_ranks
 from longctx.processes import warn_if_crowded
 from longctx.signals import SAVED_AND_REQUEUE, interrupted_words, swept
 from longctx.train.runfolder import where
@@ -23,15 +23,24 @@ def start_ranks(launch: LaunchConfig, resolved: Path, cache: Path) -> int:
 
     resolved: FILE, the run's config.yaml. cache: the folder of tokenized documents.
     """
-    run = resolved.parent
     warn_if_crowded("launch.nproc", launch.nproc)
-    threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // launch.nproc)
+    return follow_ranks(launch, launch.nproc, resolved.parent, cache, "longctx.run.rank", str(resolved))
+
+
+def follow_ranks(
+    launch: LaunchConfig, nproc: int, run: Path, cache: Path, module: str, *words: str, node: Node | None = None
+) -> int:
+    """Start nproc ranks of `python -m MODULE WORDS`, and return the run's exit status.
+
+    run, cache: the folders in which a killed rank may leave half-written files. node: see `run_ranks`.
+    """
+    threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // nproc)
     interrupted_words(lambda: where(run))
     killed_before = _killed_for_memory()
     with ExitStack() as folders:
         for folder in (run, cache):
             folders.enter_context(swept(folder))
-        ended = run_ranks(launch.nproc, threads, "longctx.run.rank", str(resolved))
+        ended = run_ranks(nproc, threads, module, *words, node=node)
     return _explain(ended, run, killed_before)
 
 

@@ -35,39 +35,74 @@ def main(path: str) -> int:
 def rank_status(body: Callable[[int, int], int]) -> int:
     """Run body(rank, world) as one rank, and turn its errors into one message and an exit status.
 
-    Only rank 0 writes messages, unless another rank has an error of its own.
+    Only rank 0 writes messages, unless another rank has an error of its own. Where all ranks know that they end, they
+    leave together.
     """
-    environment = launcher_environment()
+    try:
+        environment = launcher_environment()
+    except UserError as error:  # no rank knows its number
+        signals.catch(requeue=True)
+        tell(str(error), speak=True)
+        return 2
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     signals.catch(requeue=True, speaks=rank == 0)  # before the slow imports
     die_with_parent()
     try:
-        status = body(rank, world)
-        if status == signals.SAVED_AND_REQUEUE:
-            signals.note_requeue()
-        return status
+        return _leave_with(body(rank, world))
     except UserError as error:
         tell(str(error), speak=rank == 0)
-        _leave_group()
-        return 2
+        return _leave_with(2)
     except OutOfMemory as error:
         tell(str(error), speak=bool(str(error)))  # any rank may explain it; the others have an empty message
         return 1
     except RunFailed as error:
-        tell(str(error), speak=rank == 0)
-        _leave_group()
-        return 1
+        # Rank 0 may be the one that is missing at the meeting.
+        tell(str(error), speak=rank == 0 or (environment["LOCAL_RANK"] == "0" and _not_met(error)))
+        return _leave_with(1)
     except KeyboardInterrupt:
         tell("interrupted", speak=rank == 0)
         return signals.INTERRUPTED
     except Exception as error:  # only here is it still known which rank failed
         if world > 1 and _lost_peers(error):
             time.sleep(5.0)  # the rank that died speaks first, and its launcher ends this one
-            first = str(error).strip().partition("\n")[0]
-            tell(f"rank {rank} lost its peers and stops ({first})", speak=True)
+            if rank == 0 or (rank == 1 and _rank_0_is_gone()):
+                first = str(error).strip().partition("\n")[0]
+                tell(f"rank {rank} lost its peers and stops ({first}); {signals.saved_so_far()}", speak=True)
             return 1
         tell(f"rank {rank} of {world} failed:\n{traceback.format_exc()}", speak=True)
         return 1
+
+
+def _leave_with(status: int) -> int:
+    """Leave together with the other ranks; returns this process's exit status.
+
+    The process group is closed: gloo's threads may abort a rank that leaves it open, and change its status.
+    """
+    signals.done()  # a launcher ends all ranks as soon as one has left with a status
+    if "torch" not in sys.modules:
+        return 0 if signals.note_status(status) else status
+    from longctx.distributed import meeting, ranks
+
+    left = meeting.leave_together(status, signals.note_status)
+    ranks.stop()
+    return left
+
+
+def _not_met(error: RunFailed) -> bool:
+    from longctx.distributed.meeting import NotMet
+
+    return isinstance(error, NotMet)
+
+
+def _rank_0_is_gone() -> bool:
+    """Whether the store that rank 0 serves answers no more."""
+    from longctx.distributed import meeting
+
+    met = meeting.met()
+    try:
+        return met is None or not isinstance(met.store.check(["run"]), bool)
+    except (RuntimeError, OSError):
+        return True
 
 
 def _lost_peers(error: Exception) -> bool:
@@ -83,13 +118,6 @@ def _lost_peers(error: Exception) -> bool:
         return True
     place = str(error).partition("]")[0]
     return isinstance(error, RuntimeError) and place.startswith("[") and "gloo" in place
-
-
-def _leave_group() -> None:
-    """Close the process group: gloo's threads may abort a rank that leaves it open, and change its status."""
-    from longctx.distributed import ranks
-
-    ranks.stop()
 
 
 def tell(text: str, *, speak: bool) -> None:

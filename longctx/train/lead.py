@@ -48,7 +48,7 @@ class Lead:
         warn(
             f"this run needs up to {needed:.0f} s to leave on a signal ({usual:.0f} s until ranks look for one between "
             f"micro-batches, {self.save_seconds:.0f} s for a save), and LONGCTX_SIGNAL_LEAD={self.seconds:.0f} are "
-            f"given: what was trained since the last checkpoint may be lost. Start it with SBATCH_SIGNAL=USR1@{give} "
-            f"(launch/slurm.sbatch) or TORCH_ELASTIC_SHUTDOWN_TIMEOUT={give} (launch/torchrun.sh), lower "
+            f"given: what was trained since the last checkpoint may be lost. Start it with SBATCH_SIGNAL=B:USR1@{give} "
+            f"(launch/slurm.sbatch) or TORCH_ELASTIC_SHUTDOWN_TIMEOUT={give} (torchrun), lower "
             "engine.micro_batch, or save more often with checkpoint.every_minutes"
         )

@@ -197,7 +197,7 @@ def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport
         recorder.display.say(f"[yellow]step {state.step} skipped:[/] {why}")
     if recorder.metrics is None:
         return
-    world, device = context.ranks.world, context.ranks.device
+    world, device, per_node = context.ranks.world, context.ranks.device, context.ranks.local_world
     rate = context.flops.model(report.tokens, report.pairs) / seconds / world
     executed = context.flops.hardware(report.tokens, report.pairs) / seconds / world
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
@@ -214,6 +214,7 @@ def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport
         "mfu": rate / peak if peak else None, "hfu": executed / peak if peak else None,
         "memory_gib": memory_gib(device), "theta": stage.theta, "seq_len": stage.seq_len,
         "cp": opened.cp_size, "dp": world // opened.cp_size,
+        "nodes": max(1, world // per_node), "ranks_per_node": per_node, "rings": opened.rings,
         "data": {key: opened.data.stats()[key] for key in ("padding", "cut", "epochs")},
         "seconds": {"step": seconds, **report.seconds}, **held, "time": time.time(),
     }  # fmt: skip

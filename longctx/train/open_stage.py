@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from longctx.decide import FILE, Decision, Machines, Shares, decide, shares
+from longctx.decide import FILE, Decision, Machines, Shares, decide, ring_words, shares
 from longctx.distributed.ranks import Ranks
 from longctx.shape import shape_of
 from longctx.topology import split
@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class OpenStage:
-    """An open stage on this rank; its owner closes it. context: the attention's ContextParallel."""
+    """An open stage on this rank; its owner closes it.
+
+    context: the attention's ContextParallel. rings: its schedule and links in words.
+    """
 
     stage: Stage
     cp_size: int
@@ -45,6 +48,7 @@ class OpenStage:
     source: Any
     group: dist.ProcessGroup | None
     words: str
+    rings: str
 
     def micro_batches(self, cursor: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins at the global cursor."""
@@ -96,7 +100,8 @@ def open_stage(config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel
     from longctx.model import set_rope
 
     heads = _heads(model)
-    decision = decide(stage, config.parallel, config.engine, Machines(ranks.world, ranks.local_world), heads)
+    machines = Machines(ranks.world, ranks.local_world)
+    decision = decide(stage, config.parallel, config.engine, machines, heads)
     cp = decision.cp
     share = shares(stage, config.engine, world=ranks.world, cp=cp, rank=ranks.rank, file=FILE)
     set_rope(model.model, stage.rope, stage.seq_len, precision=config.model.rotary)
@@ -110,7 +115,8 @@ def open_stage(config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel
         f"{stage.seq_len:,} tokens, theta {stage.theta:,.0f}, {stage.steps} steps of {stage.batch}, "
         f"dp {share.dp} x cp {cp}, {share.per} per forward"
     )
-    return OpenStage(stage, cp, share, context, data, heldout, tokenizer, config.model, group, words)
+    rings = ring_words(decision, machines)
+    return OpenStage(stage, cp, share, context, data, heldout, tokenizer, config.model, group, words, rings)
 
 
 def _vocabulary(model: LossModel) -> int:

@@ -16,9 +16,19 @@ from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.config.train import TrainConfig
+from longctx.decide import Machines, decide, ring_words
 from longctx.distributed.launcher import launcher_environment
+from longctx.distributed.placement import check_even
 from longctx.shape import shape_of_model
-from longctx.signals import SAVED_AND_REQUEUE, StopRequest, all_saved, interrupted_words, stop_request
+from longctx.signals import (
+    SAVED_AND_REQUEUE,
+    StopRequest,
+    all_saved,
+    continuing,
+    interrupted_words,
+    limit_requeues,
+    stop_request,
+)
 from longctx.train import preflight, runfolder
 from longctx.train.runfolder import with_dtype
 
@@ -55,8 +65,11 @@ def train(
 
     stop = stop_request()
     interrupted_words(lambda: runfolder.where(Path(config.folder)))
+    limit_requeues(config.launch.requeues)
     try:
-        ranks = worlds.start(config.engine.device, config.engine.timeout_seconds)
+        minutes = config.launch.meeting_minutes
+        ranks = worlds.start(config.engine.device, config.engine.timeout_seconds, meeting_seconds=60 * minutes)
+        check_even(ranks.places)
         if not ranks.first:
             console.silence()
         # Another node may not see the run's folder, which says what a continued run freezes: rank 0 decides.
@@ -68,13 +81,33 @@ def train(
                     stages = checked_stages(config, world=ranks.world, local_world=ranks.local_world)
                 if ranks.first:
                     held.enter_context(runfolder.held(Path(config.folder)))
-                    runfolder.prepare(config)
+                    runfolder.prepare(config, world=world_words(config, stages or resolve_stages(config), ranks))
             with ranks.agree("reading the curriculum"):
                 stages = stages or resolve_stages(config)
             return _train(_context(config, ranks, stages, stop, checked=checked), not_carried, after_stage)
     finally:
         stop.close()
         worlds.stop()
+
+
+def world_words(config: TrainConfig, stages: Sequence[Stage], ranks: Ranks) -> list[str]:
+    """The nodes and ranks of a run, and each stage's schedule and links, in words for the screen and config.yaml."""
+    shape, machines = shape_of_model(config.model), Machines(ranks.world, ranks.local_world)
+    names = [name for name in ranks.nodes if name] or ["this machine"]
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    nodes, each = max(1, ranks.world // ranks.local_world), ranks.local_world
+    words = [f"{nodes} node{'s' * (nodes > 1)} of {each} rank{'s' * (each > 1)}: {shown}"]
+    heads = (shape.heads, shape.kv_heads)
+    for stage in stages:
+        decision = decide(stage, config.parallel, config.engine, machines, heads)
+        inner = decision.cp // decision.nodes
+        if decision.nodes > 1 and not machines.inside_a_node(inner):
+            console.remark(
+                f"parallel.nodes={decision.nodes} puts the inner rings of stage {stage.name}, of {inner} ranks, "
+                f"between nodes that have {each}; parallel.nodes=auto keeps them inside a node (configs/parallel)"
+            )
+        words.append(f"{stage.name}: dp {decision.dp} x cp {decision.cp}, {ring_words(decision, machines)}")
+    return words
 
 
 def settled(config: TrainConfig, *, not_carried: NotCarried = list) -> TrainConfig:
@@ -129,7 +162,7 @@ def _set_threads(config: TrainConfig, ranks: Ranks) -> None:
     if config.launch.threads is not None:
         torch.set_num_threads(config.launch.threads)
     elif "OMP_NUM_THREADS" not in os.environ or ranks.local_world > 1:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks.local_world))
+        torch.set_num_threads(ranks.threads())
 
 
 def _context(config: TrainConfig, ranks: Ranks, stages: list[Stage], stop: StopRequest, *, checked: bool) -> RunContext:
@@ -143,6 +176,8 @@ def _context(config: TrainConfig, ranks: Ranks, stages: list[Stage], stop: StopR
     hf_logging.disable_progress_bar()  # the run has a display of its own
     torch.manual_seed(config.seed + ranks.rank)
     shape = shape_of_model(config.model)
+    if ranks.world > 1:
+        console.say("; ".join(world_words(config, stages, ranks)))
     console.say(describe(config.model, shape, ranks.device.type))
     with ranks.agree("preparing the tokenizer and the data"):
         tokenizer = preflight.check_libraries(config)
@@ -204,7 +239,7 @@ def _train(context: RunContext, not_carried: NotCarried, after_stage: AfterStage
         ranks.wait()
         if status == SAVED_AND_REQUEUE:
             saved = place.saved_words(training.saving.step)
-            console.say(f"longctx: {stop.name or 'a signal'}: {saved}; the same command continues the run")
+            console.say(f"longctx: {stop.name or 'a signal'}: {saved}; {continuing()}")
         return status
     finally:
         watcher.close()

@@ -13,8 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
-import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from longctx import console
 from longctx import dtype as dtypes
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
+from longctx.distributed.launcher import node_name, started_by
 from longctx.errors import UserError
 from longctx.fingerprint import MODEL, TOKENIZER, content_hashes
 from longctx.signals import sweep
@@ -75,10 +75,11 @@ def _stored_dtype(stored: Path) -> Any:
     return (values.get("model") or {}).get("dtype", "auto")
 
 
-def prepare(config: TrainConfig) -> Path:
+def prepare(config: TrainConfig, *, world: Sequence[str] = ()) -> Path:
     """Make or continue the run's folder: check identity, write config.yaml.
 
-    Only the process that holds the folder calls it: rank 0, or the process that starts the ranks.
+    world: lines about the nodes and ranks of this start, which become comments in config.yaml. Only the process that
+    holds the folder calls it: rank 0, or the process that starts the ranks.
 
     Raises UserError naming the identity keys that differ from the run already there.
     """
@@ -94,7 +95,8 @@ def prepare(config: TrainConfig) -> Path:
         elif changes:  # another run: wandb must not add its steps to those of the first one
             (folder / WANDB_ID).unlink(missing_ok=True)
     write_text(folder / INPUTS, json.dumps(inputs, indent=1))
-    write_text(stored, yaml.safe_dump(to_dict(config), sort_keys=False))
+    comments = "".join(f"# {line}\n" for line in world)
+    write_text(stored, comments + yaml.safe_dump(to_dict(config), sort_keys=False))
     return folder
 
 
@@ -151,14 +153,15 @@ def held(folder: Path) -> Iterator[None]:
             file.seek(0)
             raise UserError(
                 f"{folder} is being written by {file.read().strip() or 'another process'}; wait for it, end it, or "
-                "take a new name=..."
+                f"take a new name=... If it has ended and a shared file system still holds its lock, delete "
+                f"{folder / '.lock'}"
             ) from None
         except OSError:  # a file system without locks
             pass
         else:
             sweep(folder)  # files that a killed process of this run left half-written
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.write(f"process {os.getpid()} on {node_name()}{started_by()}\n")
         file.flush()
         yield
 

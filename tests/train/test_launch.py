@@ -71,7 +71,7 @@ def test_ctrl_c_leaves_one_line_and_no_process(tmp_path: Path, documents: Path) 
 
 def test_two_agents_as_two_nodes_give_the_losses_of_one_process(tmp_path: Path, documents: Path) -> None:
     """torchrun twice, one rank each."""
-    made = config(tmp_path / "run", documents, parallel={"stages": {"s64": 1}})
+    made = config(tmp_path / "run", documents, parallel={"cp_by_stage": {"s64": 1}})
     runfolder.prepare(made)
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -98,33 +98,34 @@ def test_two_agents_as_two_nodes_give_the_losses_of_one_process(tmp_path: Path, 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_a_different_command_on_one_node_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", [["longctx.run"], ["longctx.cli", "train"]])
+def test_a_different_command_on_one_node_is_refused(tmp_path: Path, module: list[str]) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "longctx.run", f"name=run{rank}", f"model.path={tmp_path}"],
+            [sys.executable, "-m", *module, f"name=run{rank}", f"model.path={tmp_path}"],
             env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
-                 "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+                 "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": port},
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )
         for rank in range(2)
     ]  # fmt: skip
     said = [rank.communicate(timeout=120)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], said
-    assert "rank 1 was started with another command line" in said[0]
+    assert "(node 1) was started with another command line than rank 0" in said[0]
+    assert "it has name=run1 and lacks name=run0" in said[0]
     assert json.dumps(said[1]) == '""'
 
 
 def test_the_torchrun_script_starts_again_what_was_saved_on_a_signal(tmp_path: Path, documents: Path) -> None:
-    """torchrun itself ends with 1 whatever its ranks said; the script knows better, and stops at REQUEUES."""
-    runfolder.prepare(config(tmp_path / "run", documents, curriculum=LONG))
+    """A signal to a rank saves the run and starts it again, launch.requeues times; one to the script ends it."""
+    runfolder.prepare(config(tmp_path / "run", documents, curriculum=LONG, launch={"requeues": 1}))
     script = Path(__file__).parents[2] / "launch" / "torchrun.sh"
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
-        "GPUS": "2", "REQUEUES": "1", "PYTHON": sys.executable, "PORT": str(free_port()), "OMP_NUM_THREADS": "1",
-        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60",
+        "GPUS": "2", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     with open(tmp_path / "log", "w+") as log:
         words = ["bash", str(script), "--resolved", str(tmp_path / "run/config.yaml")]
@@ -132,17 +133,12 @@ def test_the_torchrun_script_starts_again_what_was_saved_on_a_signal(tmp_path: P
         watched = Started(tmp_path / "run", life)
         for _ in range(2):
             assert watched.wait_for_step(watched.saved_step() + 4), (tmp_path / "log").read_text()
-            os.kill(children(life.pid)[0], signal.SIGTERM)  # the agent passes it on
+            os.kill(children(life.pid)[0], signal.SIGUSR1)
             gone = time.monotonic() + 60
             while watched.saved_step() < watched.step() and time.monotonic() < gone:
                 time.sleep(0.1)
         assert life.wait(120) == 75, (tmp_path / "log").read_text()
         said = (tmp_path / "log").read_text()
-    assert said.count("saved and requeued") == 2
+    assert said.count("the ranks are started again") == 1
     assert said.count("saved at step") == 2
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+    assert "Traceback" not in said

@@ -179,11 +179,16 @@ def test_a_run_belongs_to_one_process(tmp_path: Path, documents: Path) -> None:
         "import sys, time; from pathlib import Path; from longctx.train.runfolder import held\n"
         "with held(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
     )
-    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "SLURM_JOB_ID": "41"},
+    )  # fmt: skip
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(UserError, match=f"being written by process {other.pid} on"):
+        with pytest.raises(
+            UserError, match=rf"being written by process {other.pid} on \S+ of Slurm job 41;.*delete \S+/\.lock"
+        ):
             train_run(made)
     finally:
         other.kill()
@@ -198,11 +203,36 @@ def test_work_after_training_is_left_at_once_and_asks_to_be_requeued(tmp_path: P
         f"signal.raise_signal({int(number)}); print('not reached')"
     )
     note = tmp_path / "requeue"
-    environment = {**os.environ, "LONGCTX_REQUEUE": str(note)}
+    environment = {**os.environ, "LONGCTX_STATUS": str(note)}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=environment)
     assert (done.returncode, done.stdout) == (75, b"")
     assert done.stderr.decode() == f"longctx: {number.name}: all is done; the same command continues the run\n"
-    assert note.read_text() == "75\n"
+    assert note.read_text() == "75 requeue\n"
+
+
+@pytest.mark.parametrize(("restarts", "note"), [("0", "75 requeue\n"), ("7", "75 requeue\n"), ("8", "75\n")])
+def test_a_run_is_requeued_launch_requeues_times(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, note: str
+) -> None:
+    from longctx import signals
+
+    monkeypatch.setenv("LONGCTX_STATUS", str(tmp_path / "status"))
+    monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+    assert signals.note_status(75)
+    assert (tmp_path / "status").read_text() == note
+    assert ("launch.requeues=8" in signals.continuing()) == (restarts == "8")
+
+
+def test_a_status_that_cannot_be_noted_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from longctx import signals
+
+    monkeypatch.setenv("LONGCTX_STATUS", str(tmp_path / "gone" / "status"))
+    assert not signals.note_status(75)
+    said = capfd.readouterr().err
+    assert said.startswith("longctx: warning: LONGCTX_STATUS=")
+    assert said.count("\n") == 1
 
 
 def test_a_profile_window_may_span_stages(tmp_path: Path, documents: Path) -> None:

@@ -1,0 +1,23 @@
+"""What `longctx preflight` can be told: the shared folder, the hardware it expects, and the messages that it sends."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from longctx.config.base import Format, Text, schema
+from longctx.config.hardware import HardwareConfig
+
+
+@schema
+class PreflightConfig:
+    """The root of configs/preflight.yaml."""
+
+    folder: Text = "runs"  #: folder that every node must see, as runs do
+    hardware: HardwareConfig  #: whose links are expected
+    device: Literal["auto", "cpu", "cuda"] = "auto"  #: what the ranks send from
+    mbytes: Annotated[float, Field(gt=0)] = 64.0  #: MB of one message
+    meeting_minutes: Annotated[float, Field(gt=0)] = 1.0  #: minutes that the ranks wait for each other
+    clock_seconds: Annotated[float, Field(gt=0)] = 2.0  #: seconds by which the nodes' clocks may differ
+    format: Format = "text"  #: of what is printed

@@ -1,0 +1,173 @@
+"""launch/slurm.sbatch under a real Slurm of four virtual nodes: placements, signals, requeues, statuses, a lost node.
+
+`pytest -m slow tests/launch/test_slurm.py` repeats the refusal ten times and signals at twenty instants.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longctx.train import metrics
+from tests.launch.tiny import same_model, steps_of, words
+from tests.launch.virtual_slurm import SCRIPT, SlurmJob, VirtualSlurm, missing, until
+
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"a virtual Slurm {missing()}")
+PAIR = ("--nodes=2", "--ntasks-per-node=1")
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualSlurm]:
+    with VirtualSlurm(tmp_path_factory.mktemp("slurm")) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def array(slurm: VirtualSlurm, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The run folders of an array of two jobs that share both their nodes."""
+    folder = tmp_path_factory.mktemp("array")
+    script = folder / "array.sh"
+    script.write_text(f'#!/bin/bash\nexec bash {SCRIPT} "$@" run_dir={folder}/run$SLURM_ARRAY_TASK_ID\n')
+    log = folder / "log-%a"
+    job = slurm.submit(words(), log, *PAIR, "--array=0-1", "--nodelist=lcxn1,lcxn2", script=script)
+    tasks = [SlurmJob(slurm, f"{job.number}_{task}", folder / f"log-{task}") for task in range(2)]
+    statuses = [task.ended() for task in tasks]
+    assert statuses == [0, 0], [task.said for task in tasks]
+    return [folder / "run0", folder / "run1"]
+
+
+def test_two_jobs_on_the_same_nodes_do_not_meet_each_other(array: list[Path]) -> None:
+    assert same_model(*array)
+    line = metrics.read(array[0] / "metrics.jsonl")[-1]
+    assert (line["nodes"], line["ranks_per_node"], line["cp"]) == (2, 1, 2)
+
+
+def test_signals_while_starting_and_training_save_and_requeue(
+    slurm: VirtualSlurm, array: list[Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = slurm.submit(words(run_dir=run), tmp_path / "log", *PAIR)
+    job.wait(job.step_runs)
+    slurm("scancel", "-s", "USR1", job.number, check=True)  # the ranks import, or have not begun
+    job.continue_now()
+    assert "nothing was trained; the same command continues the run" in job.said
+    job.wait(lambda: steps_of(run) >= 2)
+    slurm("scancel", "--batch", "-s", "USR1", job.number, check=True)  # as --signal=B:USR1@600 does
+    job.continue_now()
+    assert "SIGUSR1: saved at step" in job.said
+    assert job.ended() == 0, job.said
+    assert job.facts()["Restarts"] == "2"
+    assert "Force Terminated" not in job.said
+    assert "continuing at step" in job.said
+    assert same_model(run, array[0])
+
+
+def test_cyclic_ranks_are_numbered_node_by_node_and_the_adapter_outlasts_slurm_wait(
+    slurm: VirtualSlurm, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ("--nodes=2", "--ntasks-per-node=2", "--distribution=cyclic", "--nodelist=lcxn3,lcxn4")
+    given = words(steps=2, run_dir=run, adapter=True)
+    job = slurm.submit(given, tmp_path / "log", *options, environment={"SLURM_WAIT": "2"})
+    assert job.ended() == 0, job.said
+    assert (run / "adapter" / "adapter_config.json").exists(), job.said
+    first = (run / "config.yaml").read_text().splitlines()
+    assert first[0] == "# 2 nodes of 2 ranks: lcxn3, lcxn4"
+    assert first[1].endswith("double_ring, inner ring of 2 ranks inside a node, outer ring of 2 between nodes")
+    assert first[0].removeprefix("# ") in job.said
+    assert yaml.safe_load((run / "config.yaml").read_text())["name"]
+    line = metrics.read(run / "metrics.jsonl")[-1]
+    assert (line["nodes"], line["ranks_per_node"]) == (2, 2)
+    assert line["rings"].startswith("double_ring, inner ring of 2 ranks inside a node")
+    assert "2 x 2" in (run / "report.html").read_text()
+
+
+def test_nodes_of_different_sizes_are_refused(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    job = slurm.submit(words(run_dir=tmp_path / "run"), tmp_path / "log", "--nodes=2", "--ntasks=3", "--exclusive")
+    assert job.ended() == 2, job.said
+    assert "longctx: the nodes have different numbers of ranks (lcxn1 has 2, lcxn2 has 1)" in job.said
+    assert "Terminating" not in job.said
+
+
+def test_a_wrong_key_ends_with_status_2_and_its_message(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    refuse(slurm, tmp_path, *PAIR)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_wrong_key_ends_with_status_2_every_time_in_ten(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    for number in range(10):
+        (tmp_path / str(number)).mkdir()
+        refuse(slurm, tmp_path / str(number), "--nodes=4", "--ntasks-per-node=1")
+
+
+def refuse(slurm: VirtualSlurm, folder: Path, *options: str) -> None:
+    job = slurm.submit([*words(run_dir=folder / "run"), "trane.x=1"], folder / "log", *options)
+    assert job.ended() == 2, job.said
+    assert job.said.count("longctx: trane is not a known key") == 1
+    assert "Terminating" not in job.said
+
+
+def test_a_killed_rank_gets_a_last_line_and_status_1(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    job = slurm.submit(words(steps=4000, run_dir=run), tmp_path / "log", *PAIR)
+    job.wait(lambda: steps_of(run) >= 2)
+    os.kill(job.pid_of_rank(1), signal.SIGKILL)
+    assert job.ended() == 1, job.said
+    last = next(line for line in reversed(job.said.splitlines()) if line.startswith("longctx: "))
+    assert last.startswith("longctx: rank 0 lost its peers and stops (")
+    assert "is saved, the same command continues the run" in last
+    assert job.facts()["Restarts"] == "0"
+
+
+def test_a_lost_node_requeues_the_job_which_continues_elsewhere(
+    slurm: VirtualSlurm, array: list[Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    job = slurm.submit(words(run_dir=run), tmp_path / "log", *PAIR)
+    job.wait(lambda: steps_of(run) >= 2)
+    slurm("scontrol", "update", "nodename=lcxn2", "state=down", "reason=lost", check=True)
+    try:
+        job.continue_now()
+        assert job.ended() == 0, job.said
+    finally:
+        slurm("scontrol", "update", "nodename=lcxn2", "state=resume")
+    assert "continuing at step" in job.said
+    assert same_model(run, array[0])
+
+
+@pytest.mark.slow
+def test_a_cancelled_job_saves_and_stays_cancelled(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    job = slurm.submit(words(steps=4000, run_dir=tmp_path / "run"), tmp_path / "log", *PAIR)
+    job.wait(lambda: steps_of(tmp_path / "run") >= 2)
+    slurm("scancel", job.number)
+    job.ended()
+    until(lambda: job.state != "CANCELLED", 10, must=False)
+    assert (job.state, job.facts()["Restarts"]) == ("CANCELLED", "0")
+    assert "SIGTERM: saved at step" in job.said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_signals_at_twenty_instants_are_saved_or_not_and_requeued(
+    slurm: VirtualSlurm, array: list[Path], tmp_path: Path
+) -> None:
+    run, rng = tmp_path / "run", random.Random(1)
+    given = [*words(run_dir=run), "launch.requeues=30"]
+    job = slurm.submit(given, tmp_path / "log", *PAIR)
+    for number in range(20):
+        job.wait(job.step_runs)
+        until(lambda: job.state != "RUNNING", rng.uniform(0.0, 8.0), must=False)
+        if job.state != "RUNNING":  # the run was quicker
+            break
+        slurm("scancel", "-s", "USR1", job.number)
+        job.continue_now()
+        assert int(job.facts()["Restarts"]) == number + 1
+    assert job.ended() == 0, job.said
+    assert same_model(run, array[0])
