@@ -20,6 +20,7 @@ import torch.distributed as dist
 from longctx.distributed.launcher import launcher_environment
 from longctx.distributed.local import STORE_FD
 from longctx.errors import RunFailed, UserError
+from longctx.versions import check_torch
 
 
 @dataclass
@@ -113,16 +114,36 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
+def check_shared_devices(local_world: int, devices: int) -> None:
+    """Raise UserError where several ranks would share a device and NCCL is not told to allow it.
+
+    NCCL itself ends such a run at its first transfer with "Duplicate GPU detected". It compares hosts by NCCL_HOSTID,
+    and from 2.30 on NCCL_MULTI_RANK_GPU_ENABLE=1 allows several ranks on a device.
+    """
+    if local_world <= devices or "NCCL_HOSTID" in os.environ or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
+        return
+    raise UserError(
+        f"{local_world} ranks on this node and {devices} CUDA device{'s' * (devices != 1)}: NCCL refuses two ranks on "
+        "one device (Duplicate GPU detected); take as many ranks as devices (launch.nproc, or torchrun's "
+        "--nproc-per-node), engine.device=cpu, or, to try several ranks on one card, start the command with "
+        f"`launch/one_gpu.sh {local_world} COMMAND` (docs/training.md)"
+    )
+
+
 def start(device: str = "auto", timeout_seconds: float = 1800.0) -> Ranks:
     """Join the other ranks (unless joined already) and return this rank's view of the world.
 
     device: auto, cuda or cpu. timeout_seconds: how long a collective waits for a late rank.
-    Raises UserError when device=cuda and there is none.
+    Raises UserError when device=cuda and there is none, when more ranks than devices are on this node (unless
+    launch/one_gpu.sh started them), and when torch is too old.
     """
+    check_torch()
     env = launcher_environment()
     rank, world = int(env["RANK"]), int(env["WORLD_SIZE"])
     local_rank, local_world = int(env["LOCAL_RANK"]), int(env["LOCAL_WORLD_SIZE"])
     chosen = choose_device(device, local_rank)
+    if chosen.type == "cuda" and world > 1:
+        check_shared_devices(local_world, torch.cuda.device_count())
     join(rank, world, timeout_seconds)
     timeout = timedelta(seconds=timeout_seconds)
     _set_timeout(timeout)

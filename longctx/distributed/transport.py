@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
+from inspect import signature
 from typing import Protocol
 
 import torch
@@ -151,13 +152,15 @@ def _take(key: _Key) -> dist.ProcessGroup:
     if kept := _idle.get(key):
         return kept.pop()
     ranks, channel, timeout, backend = key
+    # torch 2.11 has no sort_ranks: it sorts the ranks of every group, so the parent's are in order there.
+    keep_order = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
     group = dist.new_group(
         list(ranks),
         timeout=timeout,
         backend=backend,
         use_local_synchronization=True,
         group_desc=f"longctx.{channel}",
-        sort_ranks=False,
+        **keep_order,
     )
     assert isinstance(group, dist.ProcessGroup), "this rank is a member"
     return group

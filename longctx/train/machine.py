@@ -15,6 +15,7 @@ import torch
 from longctx.decide import Machines, choose_kernel
 from longctx.planner.remedies import DeviceLimits, check_memory
 from longctx.shape import Shape, shape_of_model
+from longctx.train.engine import check_bfloat16
 
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig
@@ -40,6 +41,8 @@ def kernel_of(model: ModelConfig, shape: Shape, device: str) -> str:
 def check_machine(config: TrainConfig, stages: Sequence[Stage], world: int, local_world: int) -> None:
     """Raise UserError where this machine lacks the attention kernel or the memory; config: a settled one."""
     shape, device = shape_of_model(config.model), device_type(config.engine)
+    if device == "cuda" and config.model.dtype == "bfloat16":
+        check_bfloat16(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     kernel = kernel_of(config.model, shape, device)
     if "memory" not in config.accept:
         check_memory(stages, shape, config, room_here(Machines(world, local_world), device, kernel))
