@@ -36,7 +36,7 @@ def _fa4_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def _fa4_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, **lengths: Any) -> tuple[Tensor, Tensor]:
+def _fa4_call(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, **lengths: Any) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd  # type: ignore[import-not-found]
 
     out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **lengths)
@@ -44,7 +44,16 @@ def _fa4_call(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float, **len
 
 
 def _fa4_gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, causal: bool, scale: float, **lengths: Any
+    lse: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    **lengths: Any,
 ) -> Gradients:
     from flash_attn.cute.interface import _flash_attn_bwd  # type: ignore[import-not-found]
 
@@ -57,27 +66,27 @@ def _fa4_lengths(at: Lengths) -> dict[str, Any]:
 
 
 def _fa4_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _fa4_call(*_turned(q, k, v), causal, scale)
+    out, lse = _fa4_call(*_turned(q, k, v), causal=causal, scale=scale)
     return out.transpose(1, 2), lse
 
 
 def _fa4_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> Gradients:
-    found = _fa4_gradients(*_turned(dout, q, k, v, out), lse, causal, scale)
+    found = _fa4_gradients(lse, *_turned(dout, q, k, v, out), causal=causal, scale=scale)
     return found[0].transpose(1, 2), found[1].transpose(1, 2), found[2].transpose(1, 2)
 
 
 def _fa4_packed_forward(
     q: Tensor, k: Tensor, v: Tensor, at: Lengths, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _fa4_call(q, k, v, causal, scale, **_fa4_lengths(at))
+    return _fa4_call(q, k, v, causal=causal, scale=scale, **_fa4_lengths(at))
 
 
 def _fa4_packed_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, at: Lengths, *, causal: bool, scale: float
 ) -> Gradients:
-    return _fa4_gradients(dout, q, k, v, out, lse, causal, scale, **_fa4_lengths(at))
+    return _fa4_gradients(lse, dout, q, k, v, out, causal=causal, scale=scale, **_fa4_lengths(at))
 
 
 # --- flash-attn 3 (Hopper; built from source, package flash_attn_interface)

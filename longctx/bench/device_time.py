@@ -43,7 +43,9 @@ def measure(work: Callable[[], Any], wall_seconds: float) -> dict[str, Any]:
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA
     kernels = [
-        (event.name, event.time_range.elapsed_us()) for event in profile.events() or [] if event.device_type == cuda
+        (event.name, event.time_range.elapsed_us())
+        for event in profile.events() or []
+        if event.device_type == cuda and not getattr(event, "is_user_annotation", False)  # it spans kernels
     ]
     seconds = by_kind(kernels)
     busy = sum(seconds.values())

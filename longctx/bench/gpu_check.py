@@ -1,18 +1,21 @@
 """`launch/gpu_check.sh`: run the gates and benchmarks of a GPU, each in a process with a time limit, and tabulate them.
 
-A part is a command and a function that reads its figures. Parts run one after another until the minutes are used up;
-a part that hangs is killed with all of its processes, and those after it still run.
+A part is a command and a function that reads its figures. Gates run side by side, since they share the card without
+harm; benchmarks run one after another until the minutes are used up. A part that hangs is killed with all of its
+processes, and the others still run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,11 +36,10 @@ def main(words: Sequence[str]) -> int:
     out = Path(settings.get("out", "runs/gpu_check"))
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * float(settings.get("minutes", MINUTES))
-    parts = [part for part in PARTS if part.name in names]
-    rows: list[Row] = []
-    for part in parts:
-        rows += run_part(part, out, deadline)
-        print("\n".join(line(row) for row in rows[-8:] if row.part == part.name), flush=True)
+    rows = run_gates([part for part in PARTS if part.name in names and part.group == "tests"], out, deadline)
+    for part in PARTS:
+        if part.name in names and part.group == "bench":
+            rows += run_part(part, out, deadline)
     document = {**machine(), "rows": [row._asdict() for row in rows]}
     write_text(out / "table.json", json.dumps(document, indent=2) + "\n")
     table = as_text(document["device"], document["versions"], rows)
@@ -63,8 +65,37 @@ def usage() -> str:
     return "\n".join(lines + [f"  {part.name:12} {part.group:6} {part.help}" for part in PARTS])
 
 
+def run_gates(parts: Sequence[Part], out: Path, deadline: float) -> list[Row]:
+    """Run parts side by side; returns their rows, and how much memory they left on the card."""
+    if not parts:
+        return []
+    before = memory_used()
+    with ThreadPoolExecutor(len(parts)) as pool:
+        rows = [row for found in pool.map(lambda part: run_part(part, out, deadline), parts) for row in found]
+    if before is None or all(row.skipped for row in rows):
+        return rows
+    time.sleep(2.0)  # the driver frees what ended processes held
+    left = (memory_used() or before) - before
+    return [*rows, Row("gates", "left on the card afterwards", float(left), "MiB", "at most 64", holds=left <= 64)]
+
+
+def memory_used() -> int | None:
+    """MiB in use on the first device as nvidia-smi tells, or None without it."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
+    said = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return int(said) if said.isdigit() else None
+
+
 def run_part(part: Part, out: Path, deadline: float) -> list[Row]:
-    """Run one part, and return its rows: figures, or why there are none."""
+    """Run one part, print its rows and return them: figures, or why there are none."""
+    rows = measured(part, out, deadline)
+    print("\n".join(line(row) for row in rows), flush=True)
+    return rows
+
+
+def measured(part: Part, out: Path, deadline: float) -> list[Row]:
     if reason := missing(part):
         return [Row(part.name, part.help, skipped=reason)]
     left = deadline - time.monotonic()
@@ -131,7 +162,7 @@ def line(row: Row) -> str:
 
 def as_text(device: str, versions: dict[str, Any], rows: Sequence[Row]) -> str:
     """The table as plain text; a skipped part is a row with its reason."""
-    cells = [COLUMNS]
+    cells: list[tuple[str, ...]] = [COLUMNS]
     for row in rows:
         held = "skipped: " + row.skipped if row.skipped else {True: "yes", False: "NO", None: ""}[row.holds]
         cells.append((row.part, row.figure, row.shown(), row.floor, row.peer, " ".join([held, row.note]).strip()))

@@ -34,17 +34,18 @@ def main(
     q, k, v, dout = (drawn(count) for count in (heads, kv_heads, kv_heads, heads))
     cp = ContextParallel(SingleRankTransport(), Topology())
     layout = cp.layout(seq_len=tokens)
-    leaves = [x.requires_grad_() for x in (q, k, v)]
+    for leaf in (q, k, v):
+        leaf.requires_grad_()
     wait(device)
     began = time.perf_counter()
-    found: Any = context_attention(*leaves, layout, return_lse=True)
+    found: Any = context_attention(q, k, v, layout, return_lse=True)
     out, lse = found
     out.backward(dout)
     wait(device)
     seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     with torch.no_grad():
-        errors = sampled_errors(out, lse, *leaves, dout)
+        errors = sampled_errors(out, lse, q, k, v, dout)
     result = {
         "tokens": tokens,
         "seconds": seconds,

@@ -213,12 +213,14 @@ def _read_million(folder: Path) -> list[Row]:
 
 
 PARTS = (
-    Part("kernels", "tests", "every kernel against fp64", 90, 20,
+    Part("kernels", "tests", "every kernel against fp64", 150, 20,
          _pytest("tests/gpu/test_kernels.py"), _read_pytest("kernels"), ("pytest",)),
-    Part("nccl", "tests", "NCCL with several ranks on one card", 120, 40,
+    Part("nccl", "tests", "NCCL with several ranks on one card", 200, 40,
          _pytest("tests/gpu/test_nccl.py"), _read_pytest("nccl"), ("pytest", "deepspeed")),
-    Part("runs", "tests", "whole runs, a kill, refusals", 120, 40,
+    Part("runs", "tests", "whole runs, a kill, refusals", 200, 40,
          _pytest("tests/gpu/test_runs.py"), _read_pytest("runs"), ("pytest", "datasets", "deepspeed")),
+    Part("quickstart", "tests", "the whole quickstart on one rank, with the needle bars of the CPU", 200, 60,
+         _quickstart, _read_quickstart, ("datasets",)),
     Part("attention", "bench", "the executor beside the bare kernels, packed documents", 90, 30,
          _attention, _read_attention),
     Part("step", "bench", "a step of 65,536 tokens beside transformers and liger-kernel", 120, 40,
@@ -226,7 +228,5 @@ PARTS = (
     Part("step16k", "bench", "the same at 16,384 tokens", 60, 30, _step(16384), _read_step("step16k", 16384)),
     Part("step128k", "bench", "ours at 131,072 tokens", 60, 30,
          _step(131072, "longctx"), _read_step("step128k", 131072)),
-    Part("quickstart", "tests", "the whole quickstart on one rank, with the needle bars of the CPU", 150, 60,
-         _quickstart, _read_quickstart, ("datasets",)),
     Part("million", "bench", "one layer's attention at 1,048,576 tokens", 120, 75, _million, _read_million),
 )  # fmt: skip

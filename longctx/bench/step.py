@@ -11,6 +11,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from statistics import median
 from typing import Any
@@ -24,7 +25,7 @@ _OPTIONAL = ("model_tflops", "mfu", "share_in_products_and_attention", "seconds_
 
 def run(config: BenchStepConfig) -> int:
     """Measure every side in turn and print the table or the JSON document."""
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contestants(config)}
+    results: dict[Contestant, list[dict[str, Any]]] = {name: [] for name in contestants(config)}
     for pair in range(config.pairs):
         for contestant, runs in results.items():
             runs.append(result := measure(contestant, config))
@@ -62,7 +63,7 @@ def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(results: dict[str, list[dict[str, Any]]], config: BenchStepConfig) -> dict[str, Any]:
+def summary(results: Mapping[Contestant, list[dict[str, Any]]], config: BenchStepConfig) -> dict[str, Any]:
     """Return the medians of each side and our ratios to the others; cpu_time_ratio suits a busy machine."""
     report: dict[str, Any] = {"tokens": config.seq_len, "pairs": config.pairs, "threads": config.threads}
     for contestant, runs in results.items():
@@ -78,7 +79,8 @@ def summary(results: dict[str, list[dict[str, Any]]], config: BenchStepConfig) -
     if "longctx" not in results:
         return report
     ours = report["longctx"]
-    for other, suffix in (("transformers", ""), ("liger", "_liger")):
+    others: list[tuple[Contestant, str]] = [("transformers", ""), ("liger", "_liger")]
+    for other, suffix in others:
         if other in results:
             theirs = report[other]
             report[f"speed_ratio{suffix}"] = ours["tokens_per_second"] / theirs["tokens_per_second"]

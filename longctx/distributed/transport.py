@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from datetime import timedelta
 from inspect import signature
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -153,7 +153,7 @@ def _take(key: _Key) -> dist.ProcessGroup:
         return kept.pop()
     ranks, channel, timeout, backend = key
     # torch 2.11 has no sort_ranks: it sorts the ranks of every group, so the parent's are in order there.
-    keep_order = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
+    keep_order: dict[str, Any] = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
     group = dist.new_group(
         list(ranks),
         timeout=timeout,

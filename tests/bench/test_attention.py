@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from longctx.attention import kernels
-
 from longctx.bench.attention import measure_cpu
 from longctx.bench.attention_case import AttentionCase
 from longctx.bench.attention_virtual import measure

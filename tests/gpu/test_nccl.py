@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -52,25 +51,19 @@ def test_three_hundred_steps_of_packed_documents_do_not_grow(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("case", ["dies", "hangs"])
-def test_a_lost_peer_ends_the_others_in_time_and_frees_the_card(tmp_path: Path, case: str) -> None:
-    free = torch.cuda.mem_get_info()[0]
+def test_a_lost_peer_ends_the_others_in_time(tmp_path: Path, case: str) -> None:
+    """launch/gpu_check.sh looks at what is left on the card."""
     store = str(tmp_path / "store")
     ranks = [CONTEXT.Process(target=lost, args=(rank, 2, case, store), daemon=True) for rank in range(2)]
     for process in ranks:
         process.start()
-    began = time.monotonic()
-    ranks[0].join(90)
     try:
+        ranks[0].join(90)
         assert ranks[0].exitcode not in (None, 0), "a lost peer went unnoticed"
-        assert time.monotonic() - began < 90
     finally:
         for process in ranks:
             process.kill()
             process.join(20)
-    deadline = time.monotonic() + 20
-    while torch.cuda.mem_get_info()[0] < free - 2**28 and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert torch.cuda.mem_get_info()[0] >= free - 2**28, "something is left on the card"
 
 
 def lost(rank: int, world: int, case: str, store: str) -> None:
