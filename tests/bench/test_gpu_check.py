@@ -37,7 +37,7 @@ def test_without_a_gpu_everything_is_skipped_with_its_reason(tmp_path):
 def test_parts_are_named_alone_or_by_group():
     names = {part.name for part in PARTS}
     assert gpu_check.chosen([]) == (names, {})
-    assert gpu_check.chosen(["tests"])[0] == {"kernels", "nccl", "runs", "quickstart"}
+    assert gpu_check.chosen(["tests"])[0] == {"kernels", "fa4", "nccl", "runs", "quickstart"}
     assert gpu_check.chosen(["tests", "bench"])[0] == names
     assert gpu_check.chosen(["million", "kernels", "minutes=2"]) == ({"million", "kernels"}, {"minutes": "2"})
     assert gpu_check.chosen(["kernles"])[0] is None
@@ -122,13 +122,23 @@ def test_a_step_is_held_against_liger_and_the_limit(tmp_path):
     assert "450 TFLOP/s" in text
 
 
-def test_tests_that_fail_or_are_all_skipped_do_not_hold(tmp_path):
+def test_tests_that_fail_do_not_hold_and_skipped_ones_say_why(tmp_path):
     read = next(part.read for part in PARTS if part.name == "kernels")
-    for inner, holds in (("", True), ("<failure/>", False), ('<skipped message="no flash-attn"/>', False)):
-        (tmp_path / "junit.xml").write_text(f'<testsuites><testcase name="t">{inner}</testcase></testsuites>')
-        (row,) = read(tmp_path)
-        assert row.holds is holds
-    assert "no flash-attn" in row.note
+    skipped = '<testcase name="u"><skipped message="no flash-attn"/></testcase>'
+    found = {}
+    for name, cases in (
+        ("good", f'<testcase name="t"/>{skipped}'),
+        ("bad", '<testcase name="t"/><testcase name="v"><failure/></testcase>'),
+        ("none", skipped),
+        ("empty", ""),
+    ):
+        (tmp_path / "junit.xml").write_text(f"<testsuites>{cases}</testsuites>")
+        (found[name],) = read(tmp_path)
+    assert (found["good"].holds, found["good"].value) == (True, "1 of 2")
+    assert "no flash-attn" in found["good"].note
+    assert (found["bad"].holds, found["bad"].note) == (False, "failed: v")
+    assert (found["none"].holds, found["none"].skipped) == (None, "no flash-attn")
+    assert found["empty"].holds is False
 
 
 def test_sampled_rows_of_a_long_call_are_compared_with_fp64(tmp_path):
