@@ -65,7 +65,7 @@ def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
 
 def summary(results: Mapping[Contestant, list[dict[str, Any]]], config: BenchStepConfig) -> dict[str, Any]:
     """Return the medians of each side and our ratios to the others; cpu_time_ratio suits a busy machine."""
-    report: dict[str, Any] = {"tokens": config.seq_len, "pairs": config.pairs, "threads": config.threads}
+    report: dict[str, Any] = {"seq_len": config.seq_len, "pairs": config.pairs, "threads": config.threads}
     for contestant, runs in results.items():
         report["device"] = runs[0]["device"]
         report[contestant] = {
@@ -90,7 +90,7 @@ def summary(results: Mapping[Contestant, list[dict[str, Any]]], config: BenchSte
 
 
 def _table(report: dict[str, Any]) -> str:
-    lines = [f"{report['tokens']} tokens, {report['device']}, {report['threads']} threads"]
+    lines = [f"{report['seq_len']} tokens, {report['device']}, {report['threads']} threads"]
     for contestant in ("transformers", "liger", "longctx"):
         if contestant in report:
             side = report[contestant]
