@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from longctx import console
 from longctx.decide import Machines, choose_kernel
 from longctx.planner.remedies import DeviceLimits, check_memory
 from longctx.shape import Shape, shape_of_model
@@ -49,10 +50,20 @@ def check_machine(config: TrainConfig, stages: Sequence[Stage], world: int, loca
 
 
 def room_here(machines: Machines, device: str, kernel: str) -> DeviceLimits:
-    """The memory of a rank on this machine: its GPU's, or on CPUs an equal part of the node's."""
+    """The memory of a rank on this machine: what its GPU has left, or on CPUs an equal part of the node's.
+
+    What other processes hold on the GPU is said, and counts as gone; ranks that share a GPU share the rest.
+    """
     if device == "cuda":
-        memory = torch.cuda.get_device_properties(0).total_memory
-        return DeviceLimits(machines, device, kernel, memory, host_memory())
+        free, total = torch.cuda.mem_get_info(0)
+        taken = max(0, total - free - torch.cuda.memory_reserved(0))
+        if taken > 0.05 * total:
+            console.say(
+                f"other processes hold {taken / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB (nvidia-smi names "
+                "them); this run counts on the rest"
+            )
+        sharing = -(-machines.ranks_per_node // torch.cuda.device_count())
+        return DeviceLimits(machines, device, kernel, (total - taken) / sharing, host_memory())
     return DeviceLimits(machines, device, kernel, host_memory() / machines.ranks_per_node)
 
 
