@@ -14,6 +14,7 @@ from longctx import signals
 from longctx.errors import RunFailed, UserError, nearest, out_of_memory
 from longctx.opening import opening
 from longctx.verbs import VERBS, Verb
+from longctx.versions import check_torch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -81,6 +82,7 @@ def _dispatch(words: list[str]) -> int:
         print(script(words[1:]), end="")
         return 0
     verb, rest = _find(words)
+    check_torch()
     from longctx.config.words import parse
 
     line = parse(rest)

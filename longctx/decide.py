@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from longctx.curriculum import Stage
 
 FILE = "configs/parallel and configs/curriculum"
-CUDA_KERNELS = ("flash_attn_3", "flash_attn_2", "cudnn", "torch_flash")
+CUDA_KERNELS = ("flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "torch_flash")
 REFERENCE = "reference"
 
 

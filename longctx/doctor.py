@@ -14,7 +14,7 @@ from longctx import console
 from longctx.config.doctor import DoctorConfig
 
 _EVERYTHING = "everything"
-_UNDECLARED = {"flash-attn-3": "gpu"}  # built from source; no package index has it
+_UNDECLARED = {"flash-attn": "gpu", "flash-attn-3": "gpu"}  # built from source
 
 
 def run(config: DoctorConfig) -> int:

@@ -23,6 +23,8 @@ def opening(verb: str, config: Any) -> str | None:
             return f"comparing {config.tuned} with {config.base}"
         case "lora merge":
             return f"reading {config.target}"
+        case "import":
+            return f"reading {config.gguf}"
     return None
 
 

@@ -28,6 +28,8 @@ _ALL = [
          "extend a model's context, stage by stage"),
     Verb("eval", "longctx.config.eval:EvalConfig", "longctx.eval.run:run",
          "needles found and loss by position, of one model or of several side by side"),
+    Verb("import", "longctx.config.imports:ImportConfig", "longctx.model.imported:run",
+         "a model from a GGUF file as a folder that everything else reads"),
     Verb("report", "longctx.config.report:ReportConfig", "longctx.report.page:run",
          "a run on one static page"),
     Verb("doctor", "longctx.config.doctor:DoctorConfig", "longctx.doctor:run",

@@ -147,7 +147,8 @@ def _trained_bytes(config: TrainConfig, tokens: int) -> float:
 def test_the_chosen_kernel_is_fast_or_asked_for():
     h100 = assumed_kernels("cuda", "bfloat16", 128)
     assert choose_kernel("cuda", "bfloat16", h100, "auto") == "flash_attn_3"
-    no_packages = {**h100, "flash_attn_3": ["not installed"], "flash_attn_2": ["not installed"]}
+    packages = ("flash_attn_2", "flash_attn_3", "flash_attn_4")
+    no_packages = {**h100, **{name: ["not installed"] for name in packages}}
     assert choose_kernel("cuda", "bfloat16", no_packages, "auto") == "cudnn"
     assert choose_kernel("cuda", "bfloat16", h100, "torch_flash") == "torch_flash"
     assert choose_kernel("cpu", "float64", assumed_kernels("cpu", "float64", 32), "auto") == "torch_cpu"

@@ -30,6 +30,7 @@ GIVEN = {
     "plan": ["model=tiny"],
     "train": ["model=tiny"],
     "lora extract": ["base=b", "tuned=t", "out=o"],
+    "import": ["gguf=g", "out=o"],
     "lora merge": ["target=t", "adapter=a", "out=o"],
     "theta": ["to=1M", "from=8k", "rule=yarn"],
 }

@@ -1,4 +1,4 @@
-"""The executor: runs any schedule by posting transfers, calling the kernel on rectangles, waiting and merging.
+"""The executor: runs any schedule by posting transfers, calling kernels on rectangles, waiting and merging.
 
 Blockwise attention over a ring is Ring Attention (2310.01889). The executor knows neither rings nor nodes: the schedule
 says what to send, and `longctx.layout` says what to compute. The backward needs only q, k, v, out and lse. It receives
@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from longctx.attention.kernels import Kernel
+from longctx.attention.kernels import problem_of
 from longctx.attention.merge import Accumulator, accumulator_dtype
+from longctx.attention.rectangles import Call, Part, RectangleKernels
 from longctx.attention.transfers import TransferQueue
-from longctx.layout import Rect, SequenceLayout
+from longctx.layout import SequenceLayout
 from longctx.schedule import OWN, Compute, RankSchedule
 
 
@@ -56,11 +57,11 @@ class ScheduleExecutor:
         schedule: RankSchedule,
         layout: SequenceLayout,
         transfers: TransferQueue,
-        kernel: Kernel,
+        kernels: RectangleKernels,
         pool: BufferPool,
         scale: float,
     ) -> None:
-        self.schedule, self.layout, self.transfers, self.kernel, self.pool = schedule, layout, transfers, kernel, pool
+        self.schedule, self.layout, self.transfers, self.kernels, self.pool = schedule, layout, transfers, kernels, pool
         self.scale = scale
         self.position = schedule.rank // schedule.ulysses
         self.lent: list[Tensor] = []
@@ -103,45 +104,48 @@ class ScheduleExecutor:
             for transfer in hop.post:
                 self.transfers.post(number, transfer, blocks[transfer.send.slot], blocks[transfer.recv.slot])
             compute = hop.compute
-            rects = self._rects(compute)
-            if compute is not None and (rects or compute.slots == (OWN,)):
+            calls = self._calls(compute, q, k)
+            if compute is not None and (calls or compute.slots == (OWN,)):
                 with self.transfers.span(number, f"block {compute.blocks}"):
-                    keys, values = self._keys(compute, blocks, k, v) if rects else (k, v)
+                    keys, values = self._keys(compute, blocks, k, v) if calls else (k, v)
                     if compute.slots == (OWN,):
-                        acc.own([self._attend(rect, q, keys, values) for rect in rects])
+                        acc.own([part for call in calls for part in call.forward(q, keys, values, self.scale)])
                     else:
-                        for rect in rects:
-                            acc.add(*self._attend(rect, q, keys, values))
+                        for call in calls:
+                            self._attend(call, q, keys, values, acc)
             self.transfers.wait(number, hop.wait)
         self._return()
         return acc.result()
 
-    def _is_one_call(self, rows: int) -> bool:
-        """Whether the whole call is one causal rectangle, which needs neither accumulators nor buffers."""
+    def _attend(self, call: Call, q: Tensor, k: Tensor, v: Tensor, acc: Accumulator) -> None:
+        """Merge a call's results; they are freed before the next call's exist."""
+        for part in call.forward(q, k, v, self.scale):
+            acc.add(*part)
+
+    def _only_call(self, q: Tensor, k: Tensor) -> Call | None:
+        """The call that alone serves all tokens of a single rank, and needs neither accumulators nor buffers."""
         if self.schedule.kv_slots or len(self.schedule.ring) != 1:
-            return False
-        return self._rects(self.schedule.ring[0].compute) == [Rect(0, rows, 0, rows, True)]
+            return None
+        calls = self._calls(self.schedule.ring[0].compute, q, k)
+        return calls[0] if len(calls) == 1 and calls[0].covers(q.shape[2]) else None
 
-    def _rects(self, compute: Compute | None) -> list[Rect]:
-        return self.layout.rects(self.position, compute.blocks, compute.part) if compute is not None else []
-
-    def _attend(self, rect: Rect, q: Tensor, k: Tensor, v: Tensor) -> tuple[slice, Tensor, Tensor]:
-        rows, keys = slice(rect.q0, rect.q1), slice(rect.k0, rect.k1)
-        out, lse = self.kernel.forward(
-            q[:, :, rows], k[:, :, keys], v[:, :, keys], causal=rect.causal, scale=self.scale
-        )
-        return rows, out, lse
+    def _calls(self, compute: Compute | None, q: Tensor, k: Tensor) -> list[Call]:
+        if compute is None:
+            return []
+        rects = self.layout.rects(self.position, compute.blocks, compute.part)
+        return self.kernels.calls(problem_of(q, k), (compute.blocks, compute.part), rects)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dkv_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Compute dq, dk and dv in the accumulators' type, or in the kernel's if the call is one rectangle.
+        """Compute dq, dk and dv in the accumulators' type, or in the kernel's if one call serves all tokens.
 
         dkv_dtype: the type in which dKV travels between ranks.
         """
-        if self._is_one_call(q.shape[2]):
+        if (only := self._only_call(q, k)) is not None:
             with self.transfers.span(0, "alone"):
-                return self.kernel.backward(dout, q, k, v, out, lse, causal=True, scale=self.scale)
+                rows, keys = only.backward(dout, q, k, v, out, lse, self.scale)
+                return rows[0][1], keys[0][1], keys[0][2]
         blocks = self._blocks(k, v)
         kind = accumulator_dtype(q.dtype)
         dq = torch.zeros_like(q, dtype=kind)
@@ -157,13 +161,13 @@ class ScheduleExecutor:
                 held = blocks if transfer.payload == "kv" else travelling
                 self.transfers.post(number, transfer, held[transfer.send.slot], held[transfer.recv.slot])
             compute = hop.compute
-            found: list[tuple[Rect, Tensor, Tensor]] = []
-            rects = self._rects(compute)
-            if compute is not None and rects:
+            found: list[Part] = []
+            calls = self._calls(compute, q, k)
+            if compute is not None and calls:
                 with self.transfers.span(number, f"block {compute.blocks}"):
                     keys, values = self._keys(compute, blocks, k, v)
-                    for rect in rects:
-                        found.append(self._differentiate(rect, dout, q, keys, values, out, lse, dq))
+                    for call in calls:
+                        found += self._differentiate(call, dout, q, keys, values, out, lse, dq)
             self.transfers.wait(number, hop.wait)
             if compute is not None:
                 self._collect(compute, found, sums)
@@ -174,44 +178,34 @@ class ScheduleExecutor:
         return dq, *own
 
     def _differentiate(
-        self, rect: Rect, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor
-    ) -> tuple[Rect, Tensor, Tensor]:
-        rows, keys = slice(rect.q0, rect.q1), slice(rect.k0, rect.k1)
-        grad, dk, dv = self.kernel.backward(
-            dout[:, :, rows],
-            q[:, :, rows],
-            k[:, :, keys],
-            v[:, :, keys],
-            out[:, :, rows],
-            lse[:, :, rows],
-            causal=rect.causal,
-            scale=self.scale,
-        )
-        dq[:, :, rows].add_(grad)
-        return rect, dk, dv
+        self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor
+    ) -> list[Part]:
+        """Add the call's dq to `dq`, and return its dK and dV by runs of keys."""
+        rows, found = call.backward(dout, q, k, v, out, lse, self.scale)
+        for where, grad in rows:
+            dq[:, :, where].add_(grad)
+        return found
 
-    def _collect(
-        self, compute: Compute, found: list[tuple[Rect, Tensor, Tensor]], sums: dict[int, Sequence[Tensor]]
-    ) -> None:
+    def _collect(self, compute: Compute, found: list[Part], sums: dict[int, Sequence[Tensor]]) -> None:
         """Add the dK and dV of one hop to their sums, splitting the joint gradient of several blocks by block."""
         targets = [sums[slot] for slot in compute.into]
         if compute.fresh:
             for target in targets:
                 for part in target:
                     part.zero_()
-        for rect, dk, dv in found:
+        for keys, dk, dv in found:
             for index, grad in enumerate((dk, dv)):
                 if len(targets) == 1:
-                    targets[0][index][:, :, rect.k0 : rect.k1].add_(grad)
+                    targets[0][index][:, :, keys].add_(grad)
                 else:
-                    self._deal(compute, rect, grad, [target[index] for target in targets])
+                    self._deal(compute, keys, grad, [target[index] for target in targets])
 
-    def _deal(self, compute: Compute, rect: Rect, grad: Tensor, targets: list[Tensor]) -> None:
+    def _deal(self, compute: Compute, keys: slice, grad: Tensor, targets: list[Tensor]) -> None:
         for copy in self.layout.gather_order(compute.blocks):
-            first, past = max(copy.target, rect.k0), min(copy.target + copy.length, rect.k1)
+            first, past = max(copy.target, keys.start), min(copy.target + copy.length, keys.stop)
             if first < past:
                 begin = copy.source + first - copy.target
-                piece = grad[:, :, first - rect.k0 : past - rect.k0]
+                piece = grad[:, :, first - keys.start : past - keys.start]
                 targets[copy.block][:, :, begin : begin + past - first].add_(piece)
 
     def _return(self) -> None:

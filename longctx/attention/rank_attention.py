@@ -13,6 +13,7 @@ from longctx.attention.executor import ScheduleExecutor
 from longctx.attention.group import AttentionGroup
 from longctx.attention.kernels import choose, problem_of
 from longctx.attention.merge import accumulator_dtype, like
+from longctx.attention.rectangles import RectangleKernels
 from longctx.attention.transfers import TransferQueue
 from longctx.attention.ulysses import Heads, gather, scatter
 from longctx.layout import LayoutKind, SequenceLayout
@@ -26,6 +27,7 @@ class RankAttention:
 
     def __init__(self, cp: AttentionGroup, layout: SequenceLayout) -> None:
         self.cp, self.layout = cp, layout
+        self.kernels = RectangleKernels(cp.kernel, recurring=len(layout.boundaries) == 2)
         self.schedules = tuple(
             build(
                 cp.schedule,
@@ -39,14 +41,14 @@ class RankAttention:
         )
 
     def _executor(self, schedule: RankSchedule, q: Tensor, k: Tensor, scale: float) -> ScheduleExecutor:
-        kernel = choose(problem_of(q, k), self.cp.kernel)
+        choose(problem_of(q, k), self.cp.kernel)  # a kernel that cannot serve is named before anything is sent
         transfers = TransferQueue(
             self.cp.transport,
             self.cp.bytes,
             f"{schedule.name} {'backward' if schedule.backward else 'forward'}",
             self.cp.trace,
         )
-        return ScheduleExecutor(schedule, self.layout, transfers, kernel, self.cp.pool, scale)
+        return ScheduleExecutor(schedule, self.layout, transfers, self.kernels, self.cp.pool, scale)
 
     def _heads(self, q: Tensor, k: Tensor) -> Heads:
         return Heads(self.cp.rank % self.cp.ulysses, self.cp.ulysses, q.shape[1], k.shape[1])

@@ -1,8 +1,9 @@
 """Compare ring attention on virtual ranks of one process with the bare kernel, which leaves out the network.
 
 N virtual ranks are threads that take turns on one device and pass blocks to each other in memory. Together they do the
-work of one causal call, so the time of that call divided by theirs shows the cost of cutting, merging and copying. The
-benchmark is made for a GPU; tests run it on a CPU with torch's CPU kernel.
+work of one causal call, so the time of that call divided by theirs shows the cost of cutting, merging and copying.
+Packed documents are compared in the same way with the kernel's own varlen call. The benchmark is made for a GPU; tests
+run it on a CPU with torch's CPU kernel.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def measure(config: BenchAttentionConfig, device_name: str) -> dict[str, Any]:
     wanted = config.dtype if config.dtype != "auto" else ("bfloat16" if on_gpu else "float32")
     rate = matrix_rate(device, getattr(torch, wanted), 8192 if on_gpu else 1024)
     rows: list[dict[str, Any]] = []
+    packed: list[dict[str, Any]] = []
     kernels, refused = backends(config, device, getattr(torch, wanted))
     for name, reasons in refused.items():
         say(f"{name} cannot serve: {'; '.join(reasons)}")
@@ -48,6 +50,8 @@ def measure(config: BenchAttentionConfig, device_name: str) -> dict[str, Any]:
             for ranks in config.virtual_ranks:
                 seconds = _median(_virtual(problem, kernel, device, ranks), config.repeats, device)
                 rows.append(_row(problem, kernel.name, ranks, seconds, alone, rate))
+            if kernel.varlen is not None:
+                packed += [_packed(problem, kernel, device, count, config.repeats) for count in config.documents]
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else "cpu (virtual ranks)",
         "cuda": torch.version.cuda if on_gpu else None,
@@ -55,6 +59,7 @@ def measure(config: BenchAttentionConfig, device_name: str) -> dict[str, Any]:
         "matrix_gflops": round(rate / 1e9, 1),
         "refused": refused,
         "rows": rows,
+        "packed": packed,
     }
 
 
@@ -95,31 +100,32 @@ def _row(problem: AttentionCase, kernel: str, ranks: int, seconds: float, alone:
     }
 
 
-def _median(work: Callable[[], None], repeats: int, device: torch.device) -> float:
-    """Return the median seconds of `work` after two warm-up runs; the device is idle before and after each run."""
+def _median(work: Callable[[], None], repeats: int, device: torch.device, warm_up: int = 2) -> float:
+    """Return the median seconds of `work` after warm-up runs; the device is idle before and after each run."""
     import torch
 
     taken = []
-    for turn in range(repeats + 2):
+    for turn in range(repeats + warm_up):
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         start = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        if turn >= 2:
+        if turn >= warm_up:
             taken.append(time.perf_counter() - start)
     return median(taken)
 
 
 def _tensors(problem: AttentionCase, tokens: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Make random q, k, v and gradient of out for `tokens` tokens."""
+    """Make random q, k, v and gradient of out for `tokens` tokens, tokens before heads as projections leave them."""
     import torch
 
     counts = (problem.heads, problem.kv_heads, problem.kv_heads, problem.heads)
     dtype = getattr(torch, problem.dtype)
     return tuple(
-        torch.randn(problem.batch, heads, tokens, problem.head_dim, device=device, dtype=dtype) for heads in counts
+        torch.randn(problem.batch, tokens, heads, problem.head_dim, device=device, dtype=dtype).transpose(1, 2)
+        for heads in counts
     )
 
 
@@ -135,11 +141,17 @@ def _single(problem: AttentionCase, kernel: Kernel, device: torch.device) -> Cal
     return work
 
 
-def _virtual(problem: AttentionCase, kernel: Kernel, device: torch.device, ranks: int) -> Callable[[], None]:
-    """Make a function that does the same work with `ranks` virtual ranks of a flat ring, which take turns."""
+def _virtual(
+    problem: AttentionCase, kernel: Kernel, device: torch.device, ranks: int, boundaries: Any = None
+) -> Callable[[], None]:
+    """Make a function that does the same work with `ranks` virtual ranks of a flat ring, which take turns.
+
+    boundaries: cu_seqlens of packed documents; None: one document.
+    """
     import torch
 
     from longctx.attention.executor import BufferPool, ScheduleExecutor
+    from longctx.attention.rectangles import RectangleKernels
     from longctx.attention.transfers import TransferQueue
     from longctx.distributed.counters import ByteCounter
     from longctx.distributed.transport import SingleRankTransport, ThreadTransport, ThreadWorld, Transport
@@ -149,36 +161,82 @@ def _virtual(problem: AttentionCase, kernel: Kernel, device: torch.device, ranks
 
     if problem.length % (2 * ranks):
         raise UserError(f"lengths: {problem.length} is not divisible by 2 x virtual_ranks = {2 * ranks}")
-    layout, topology = SequenceLayout(problem.length, ranks), Topology(1, ranks)
-    passes = [[build("flat_ring", topology, r, backward=b) for r in range(ranks)] for b in (False, True)]
+    layout, topology = SequenceLayout(problem.length, ranks, boundaries=boundaries), Topology(1, ranks)
+    passes = [
+        [build("flat_ring", topology, r, backward=b, work=layout.work) for r in range(ranks)] for b in (False, True)
+    ]
     inputs = [_tensors(problem, problem.length // ranks, device) for _ in range(ranks)]
     pools = [BufferPool() for _ in range(ranks)]
+    kernels = [RectangleKernels(kernel.name, recurring=boundaries is None) for _ in range(ranks)]
     scale = problem.head_dim**-0.5
 
     def rank_work(transport: Transport) -> None:
-        q, k, v, grad = inputs[transport.rank]
+        rank = transport.rank
+        q, k, v, grad = inputs[rank]
         ahead, back = (
             ScheduleExecutor(
-                schedules[transport.rank],
-                layout,
-                TransferQueue(transport, ByteCounter(), "bench"),
-                kernel,
-                pools[transport.rank],
+                schedules[rank], layout, TransferQueue(transport, ByteCounter(), "bench"), kernels[rank], pools[rank],
                 scale,
             )
             for schedules in passes
-        )
+        )  # fmt: skip
         out, lse = ahead.forward(q, k, v)
         back.backward(grad, q, k, v, out, lse, torch.float32)
+
+    world = ThreadWorld(ranks, serial=True)
 
     def work() -> None:
         if ranks == 1:
             rank_work(SingleRankTransport())
         else:
             local: Callable[[ThreadTransport], None] = rank_work
-            ThreadWorld(ranks, serial=True).run(local)
+            world.run(local)
 
     return work
+
+
+def _packed(problem: AttentionCase, kernel: Kernel, device: torch.device, count: int, repeats: int) -> dict[str, Any]:
+    """Time `count` packed documents of uneven lengths: one rank's attention, and the kernel's varlen call alone.
+
+    first_over_steady: the first call on lengths never seen before, divided by the median of repeated calls.
+    """
+    import numpy as np
+    import torch
+
+    from longctx.attention.kernel import Lengths
+
+    draw = np.random.default_rng(count)
+
+    def bounds() -> Any:
+        cuts = draw.choice(np.arange(1, problem.length), size=count - 1, replace=False)
+        return np.r_[0, np.sort(cuts), problem.length].astype(np.int64)
+
+    boundaries = bounds()
+    sizes = np.diff(boundaries)
+    cu = torch.from_numpy(boundaries.astype(np.int32)).to(device)
+    bound = -(-int(sizes.max()) // 128) * 128
+    lengths, varlen = Lengths(cu, cu, bound, bound), kernel.varlen
+    assert varlen is not None
+    q, k, v, grad = (x[0].transpose(0, 1).contiguous() for x in _tensors(problem, problem.length, device))
+    options = {"causal": True, "scale": problem.head_dim**-0.5}
+
+    def bare() -> None:
+        out, lse = varlen.forward(q, k, v, lengths, **options)
+        varlen.backward(grad, q, k, v, out, lse, lengths, **options)
+
+    alone = _median(bare, repeats, device)
+    steady = _median(_virtual(problem, kernel, device, 1, boundaries), repeats, device)
+    new = [_median(_virtual(problem, kernel, device, 1, bounds()), 1, device, warm_up=0) for _ in range(repeats + 2)]
+    flop = 7.0 * problem.heads * problem.head_dim * float((sizes * (sizes + 1)).sum())
+    return {
+        "backend": kernel.name,
+        "length": problem.length,
+        "documents": count,
+        "seconds": steady,
+        "gflops": round(flop / steady / 1e9, 1),
+        "of_kernel": round(alone / steady, 3),
+        "first_over_steady": round(median(new[2:]) / steady, 3),
+    }
 
 
 def table(document: dict[str, Any]) -> Any:
@@ -201,5 +259,15 @@ def table(document: dict[str, Any]) -> Any:
             f"{row['gflops'] / 1e3:.3g}",
             f"{row['share_of_matrix_rate']:.0%}",
             f"{row['of_kernel']:.0%}",
+        )
+    for row in document["packed"]:
+        made.add_row(
+            row["backend"],
+            str(row["length"]),
+            f"{row['documents']} documents",
+            f"{row['seconds'] * 1e3:.2f}",
+            f"{row['gflops'] / 1e3:.3g}",
+            "",
+            f"{row['of_kernel']:.0%}, first {row['first_over_steady']:.2f}x",
         )
     return made

@@ -1,8 +1,8 @@
 """`longctx bench step`: compare one training step of longctx with plain transformers, in alternating new processes.
 
-Each process builds the same random model, takes a short step (so that optimizer states exist), then a timed step:
-forward, backward, gradient norm, AdamW. Memory is the peak resident set of the process (on a GPU, the peak of
-allocated bytes); it includes the interpreter and the libraries on both sides.
+Each process builds the same random model, warms up (longctx.bench.step_worker), then takes timed steps: forward,
+backward, gradient norm, AdamW. On a GPU transformers with liger-kernel takes part where that is installed. Memory is
+the peak resident set of the process, interpreter and libraries included; on a GPU, the peak of allocated bytes.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
+from importlib.util import find_spec
 from statistics import median
 from typing import Any
 
@@ -18,17 +20,18 @@ from longctx.config.bench_step import BenchStepConfig, Contestant
 from longctx.console import emit, emit_json, say
 from longctx.errors import RunFailed
 
+_OPTIONAL = ("model_tflops", "mfu", "share_in_products_and_attention", "seconds_by_kind", "idle_seconds", "slowest")
+
 
 def run(config: BenchStepConfig) -> int:
-    contestants: list[Contestant] = [config.only] if config.only else ["transformers", "longctx"]
-    results: dict[str, list[dict[str, Any]]] = {contestant: [] for contestant in contestants}
+    """Measure every side in turn and print the table or the JSON document."""
+    results: dict[Contestant, list[dict[str, Any]]] = {name: [] for name in contestants(config)}
     for pair in range(config.pairs):
-        for contestant in contestants:
-            result = measure(contestant, config)
-            results[contestant].append(result)
+        for contestant, runs in results.items():
+            runs.append(result := measure(contestant, config))
             say(
                 f"pair {pair + 1}/{config.pairs} {contestant}: {result['tokens_per_second']:.1f} tokens/s, "
-                f"peak {result['peak_gib']:.2f} GiB"
+                f"{result['model_tflops']:.3g} TFLOP/s, peak {result['peak_gib']:.2f} GiB"
             )
     report = summary(results, config)
     if config.format == "json":
@@ -36,6 +39,16 @@ def run(config: BenchStepConfig) -> int:
     else:
         emit(_table(report))
     return 0
+
+
+def contestants(config: BenchStepConfig) -> list[Contestant]:
+    """The sides that take part; liger-kernel's operators run on a GPU only."""
+    import torch
+
+    if config.only:
+        return [config.only]
+    liger: list[Contestant] = ["liger"] if torch.cuda.is_available() and find_spec("liger_kernel") else []
+    return ["transformers", *liger, "longctx"]
 
 
 def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
@@ -50,9 +63,9 @@ def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def summary(results: dict[str, list[dict[str, Any]]], config: BenchStepConfig) -> dict[str, Any]:
-    """Return the medians of each side and their ratios; cpu_time_ratio, of the best runs, suits a busy machine."""
-    report: dict[str, Any] = {"tokens": config.seq_len, "pairs": config.pairs, "threads": config.threads}
+def summary(results: Mapping[Contestant, list[dict[str, Any]]], config: BenchStepConfig) -> dict[str, Any]:
+    """Return the medians of each side and our ratios to the others; cpu_time_ratio suits a busy machine."""
+    report: dict[str, Any] = {"seq_len": config.seq_len, "pairs": config.pairs, "threads": config.threads}
     for contestant, runs in results.items():
         report["device"] = runs[0]["device"]
         report[contestant] = {
@@ -61,21 +74,34 @@ def summary(results: dict[str, list[dict[str, Any]]], config: BenchStepConfig) -
             "seconds": [run["seconds"] for run in runs],
             "cpu_seconds": [run["cpu_seconds"] for run in runs],
             "loss": runs[0]["loss"],
+            **{name: runs[0][name] for name in _OPTIONAL if runs[0].get(name) is not None},
         }
-    if len(results) == 2:
-        ours, theirs = report["longctx"], report["transformers"]
-        report["speed_ratio"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
-        report["cpu_time_ratio"] = min(theirs["cpu_seconds"]) / min(ours["cpu_seconds"])
-        report["memory_ratio"] = ours["peak_gib"] / theirs["peak_gib"]
+    if "longctx" not in results:
+        return report
+    ours = report["longctx"]
+    others: list[tuple[Contestant, str]] = [("transformers", ""), ("liger", "_liger")]
+    for other, suffix in others:
+        if other in results:
+            theirs = report[other]
+            report[f"speed_ratio{suffix}"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
+            report[f"cpu_time_ratio{suffix}"] = min(theirs["cpu_seconds"]) / min(ours["cpu_seconds"])
+            report[f"memory_ratio{suffix}"] = ours["peak_gib"] / theirs["peak_gib"]
     return report
 
 
 def _table(report: dict[str, Any]) -> str:
-    lines = [f"{report['tokens']} tokens, {report['device']}, {report['threads']} threads"]
-    for contestant in ("transformers", "longctx"):
+    lines = [f"{report['seq_len']} tokens, {report['device']}, {report['threads']} threads"]
+    for contestant in ("transformers", "liger", "longctx"):
         if contestant in report:
             side = report[contestant]
-            lines.append(f"{contestant:13} {side['tokens_per_second']:9.1f} tokens/s {side['peak_gib']:7.2f} GiB")
-    if "speed_ratio" in report:
-        lines.append(f"ours / theirs {report['speed_ratio']:9.2f}x         {report['memory_ratio']:8.2f}x")
+            share = side.get("share_in_products_and_attention")
+            lines.append(
+                f"{contestant:13} {side['tokens_per_second']:9.1f} tokens/s {side['peak_gib']:7.2f} GiB "
+                f"{side['model_tflops']:8.3g} TFLOP/s"
+                + (f", {share:.0%} of it in products and attention" if share is not None else "")
+            )
+    for other, suffix in (("transformers", ""), ("liger", "_liger")):
+        if f"speed_ratio{suffix}" in report:
+            speed, memory = report[f"speed_ratio{suffix}"], report[f"memory_ratio{suffix}"]
+            lines.append(f"longctx / {other:13} {speed:9.2f}x {memory:11.2f}x")
     return "\n".join(lines)

@@ -30,6 +30,8 @@ class BenchAttentionConfig:
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], AsDtype] = "auto"
     ranks: Positive = 2  #: CPU: ranks of the ring, and SDPA's threads
     virtual_ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  #: GPU
+    #: GPU: packed cases, each with so many documents of uneven lengths, for kernels that take many in one call
+    documents: list[Annotated[int, Field(ge=2)]] = field(default_factory=lambda: [64, 512])
     backends: list[Text] = field(default_factory=list)  #: GPU: kernels by name; []: all that can serve
     repeats: Positive = 5  #: timed calls; the median counts
     out: str = ""  #: a folder for attention.json; empty: none
@@ -40,6 +42,8 @@ class BenchAttentionConfig:
         if not self.lengths:
             raise ValueError("lengths=[] names no length to measure; write lengths=[8192,16384]")
         for length in self.lengths:
+            if length <= max(self.documents, default=0):
+                raise ValueError(f"documents: {max(self.documents)} do not fit into lengths: {length} tokens")
             if length < 2 * self.ranks:
                 raise ValueError(
                     f"lengths: {length} is shorter than 2 x ranks={2 * self.ranks}; zigzag needs that much"

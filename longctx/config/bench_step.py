@@ -9,19 +9,20 @@ from pydantic import Field
 from longctx.config.base import Format, Length, Positive, schema
 from longctx.config.model import Dtype, InitConfig, MemoryConfig
 
-Contestant = Literal["longctx", "transformers"]
+Contestant = Literal["longctx", "transformers", "liger"]
 
 _SHAPE = InitConfig(layers=8, hidden=512, heads=8, kv_heads=2, ffn=1376, vocab=32000, window=16384)
 
 
 @schema
 class BenchStepConfig:
-    """One training step beside plain transformers, in fresh processes."""
+    """One training step beside plain transformers (on a GPU also with liger-kernel), in fresh processes."""
 
     seq_len: Annotated[Length, Field(ge=2)] = 16384  #: one sequence; 65536 fits in 8 GiB with only=longctx
     pairs: Positive = 3  #: alternated runs of both; the medians are compared
     threads: Positive = 2  #: of each process
     only: Contestant | None = None  #: one side alone
+    steps: Positive = 3  #: GPU: timed steps of each process, after two that are not
     model: InitConfig = _SHAPE
     dtype: Dtype = "float32"  #: of weights and products
     memory: MemoryConfig = MemoryConfig()

@@ -12,7 +12,7 @@ from longctx.config.base import AsDtype, Length, NotNegative, Positive, Text, sc
 
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float64"], AsDtype]
 # In order of preference; longctx.attention.kernels holds the kernels themselves.
-KernelName = Literal["flash_attn_3", "flash_attn_2", "cudnn", "torch_flash", "torch_cpu", "reference"]
+KernelName = Literal["flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "torch_flash", "torch_cpu", "reference"]
 Precision = Annotated[Literal["float32", "float64"], AsDtype]
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma"]
 
@@ -79,7 +79,8 @@ class ModelConfig:
     tokenizer: Text | None = None  #: a folder or hub id; null: the model's own
     dtype: Dtype = "auto"  #: of the weights; auto: that of config.json; bfloat16 has float32 masters
     attention: Literal["longctx", "sdpa", "eager"] = "longctx"  #: sdpa and eager: transformers' own, one rank only
-    #: which of longctx's kernels attends; auto: the first that serves, on a GPU never `reference`
+    #: which of longctx's kernels attends; auto: the first that serves, on a GPU never `reference`. What a kernel
+    #: leaves of single calls (cuDNN: short documents) goes to the next that serves
     attention_kernel: Literal["auto"] | KernelName = "auto"
     #: precision in which angles are formed; float32 is what transformers and vLLM serve with, float64 is exact at
     #: positions beyond 2^20 (docs/memory.md has the measured difference)

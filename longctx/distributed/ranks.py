@@ -23,6 +23,7 @@ from longctx.distributed.launcher import NAMES, launcher_environment
 from longctx.distributed.local import STORE_FD
 from longctx.distributed.placement import Introduction, by_node, cores
 from longctx.errors import RunFailed, UserError
+from longctx.versions import check_torch
 
 MEETING_SECONDS = 600.0
 
@@ -133,17 +134,38 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     return device
 
 
+def check_shared_devices(local_world: int, devices: int) -> None:
+    """Raise UserError where several ranks would share a device and NCCL is not told to allow it.
+
+    NCCL itself ends such a run at its first transfer with "Duplicate GPU detected". It compares hosts by NCCL_HOSTID,
+    and from 2.30 on NCCL_MULTI_RANK_GPU_ENABLE=1 allows several ranks on a device.
+    """
+    if local_world <= devices or "NCCL_HOSTID" in os.environ or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
+        return
+    raise UserError(
+        f"{local_world} ranks on this node and {devices} CUDA device{'s' * (devices != 1)}: NCCL refuses two ranks on "
+        "one device (Duplicate GPU detected); take as many ranks as devices (launch.nproc, or torchrun's "
+        "--nproc-per-node), engine.device=cpu, or, to try several ranks on one card, start the command with "
+        f"`launch/one_gpu.sh {local_world} COMMAND` (docs/training.md)"
+    )
+
+
 def start(device: str = "auto", timeout_seconds: float = 1800.0, *, meeting_seconds: float = MEETING_SECONDS) -> Ranks:
     """Join the other ranks (unless joined already) and return this rank's view of the world.
 
     device: auto, cuda or cpu. timeout_seconds: how long a collective waits for a late rank. meeting_seconds: how long
-    the ranks wait for each other at the start. Raises UserError when device=cuda and there is none.
+    the ranks wait for each other at the start. Raises UserError when device=cuda and there is none, when more ranks
+    than devices are on this node (unless launch/one_gpu.sh started them), and when torch is too old.
     """
+    check_torch()
     env = launcher_environment()
     chosen = choose_device(device, int(env["LOCAL_RANK"]))
+    if chosen.type == "cuda" and int(env["WORLD_SIZE"]) > 1:
+        check_shared_devices(int(env["LOCAL_WORLD_SIZE"]), torch.cuda.device_count())
     join(int(env["RANK"]), int(env["WORLD_SIZE"]), timeout_seconds, meeting_seconds=meeting_seconds)
     env = launcher_environment()  # the meeting may have numbered the ranks anew
     rank, world, local_rank, local_world = (int(env[name]) for name in NAMES)
+    chosen = choose_device(device, local_rank)
     timeout = timedelta(seconds=timeout_seconds)
     _set_timeout(timeout)
     control: Any = dist.new_group(backend="gloo", timeout=timeout) if chosen.type == "cuda" and world > 1 else None

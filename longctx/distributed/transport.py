@@ -12,10 +12,11 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from datetime import timedelta
-from typing import Protocol
+from inspect import signature
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -151,13 +152,15 @@ def _take(key: _Key) -> dist.ProcessGroup:
     if kept := _idle.get(key):
         return kept.pop()
     ranks, channel, timeout, backend = key
+    # torch 2.11 has no sort_ranks: it sorts the ranks of every group, so the parent's are in order there.
+    keep_order: dict[str, Any] = {"sort_ranks": False} if "sort_ranks" in signature(dist.new_group).parameters else {}
     group = dist.new_group(
         list(ranks),
         timeout=timeout,
         backend=backend,
         use_local_synchronization=True,
         group_desc=f"longctx.{channel}",
-        sort_ranks=False,
+        **keep_order,
     )
     assert isinstance(group, dist.ProcessGroup), "this rank is a member"
     return group
@@ -187,10 +190,14 @@ def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
 
 
 class ThreadWorld:
-    """Virtual ranks as threads of one process; with `serial` one runs at a time, so that their times add up."""
+    """Virtual ranks as threads of one process; with `serial` one runs at a time, so that their times add up.
+
+    A rank keeps its thread from one `run` to the next, because libraries keep plans and handles by thread.
+    """
 
     def __init__(self, size: int, *, serial: bool = False, timeout: float = 60.0) -> None:
         self.size, self.timeout = size, timeout
+        self.threads = [ThreadPoolExecutor(1) for _ in range(size)]
         self.mail: dict[tuple, queue.Queue[Tensor]] = defaultdict(queue.Queue)
         self.turn = threading.Lock() if serial else None
         self.guard = threading.Lock()
@@ -206,8 +213,8 @@ class ThreadWorld:
             with self.turn or nullcontext():
                 return work(ThreadTransport(self, rank))
 
-        with ThreadPoolExecutor(self.size) as pool:
-            futures = [pool.submit(body, rank) for rank in range(self.size)]
+        futures = [thread.submit(body, rank) for rank, thread in enumerate(self.threads)]
+        wait(futures)
         return [future.result() for future in futures]
 
 

@@ -27,7 +27,7 @@ from longctx.lora import folder as files
 from longctx.lora.adapter import NORM_STEM
 from longctx.lora.difference import Difference, require_finite
 from longctx.lora.folder import Extension, TensorRecord
-from longctx.lora.lowrank import Factors, Sketch, decompose
+from longctx.lora.lowrank import Factors, Sketch, decompose, start_linalg
 from longctx.lora.modules import Module, WeightKind, carried_rope, check_pair, check_weights, layout, modules_of
 from longctx.lora.rank_choice import fit_size, rank_for_share
 from longctx.lora.shards import FactorWriter
@@ -157,6 +157,7 @@ class _Extraction:
 
     def map(self, work: Callable[[Module], _TensorResult], modules: list[Module]) -> Iterator[_TensorResult]:
         """Yield the results in the order of `modules`, with several modules in work at a time."""
+        start_linalg(self.device)
         with _one_thread_each(), ThreadPoolExecutor(self.workers) as pool:
             waiting: deque[Future[_TensorResult]] = deque()
             try:

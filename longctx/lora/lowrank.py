@@ -61,6 +61,18 @@ class Factors:
     converged: bool = True
 
 
+def start_linalg(device: torch.device | str) -> None:
+    """Factorise once in this thread, before several threads do.
+
+    torch loads its CUDA linear algebra at the first call, and two threads at once end in "lazy wrapper should be called
+    at most once".
+    """
+    if torch.device(device).type == "cuda":
+        small = torch.eye(2, device=device)
+        torch.linalg.svd(torch.linalg.qr(small)[1])
+        torch.linalg.svdvals(small.double())
+
+
 def decompose(matrix: BlockMatrix, rank: int, sketch: Sketch) -> Factors:
     """Approximate the matrix at rank `rank`, or at a lower one if it has fewer rows or columns."""
     m, n = matrix.shape

@@ -72,15 +72,22 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+def check_bfloat16(capability: tuple[int, int], name: str) -> None:
+    """Raise UserError for a card without bfloat16 units; torch's own is_bf16_supported counts emulation as support."""
+    if capability < (8, 0):
+        raise UserError(
+            f"model.dtype=bfloat16, but {name} has no bfloat16 units (compute capability "
+            f"{'.'.join(map(str, capability))}, 8.0 is the first with them); train in model.dtype=float32 with "
+            "model.attention_kernel=reference, which is slow and for short lengths, or use a newer card (configs/model)"
+        )
+
+
 def build(config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ranks) -> Engine:
     """Build the engine that the config names. Raises UserError for settings that it does not support."""
     kinds = {parameter.dtype for parameter in model.parameters()}
     check_engine(config, str(next(model.parameters()).dtype).removeprefix("torch."))
-    if torch.bfloat16 in kinds and ranks.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise UserError(
-            f"model.dtype=bfloat16, but {torch.cuda.get_device_name(ranks.device)} has no bfloat16 units; use "
-            "model.dtype=float32 (configs/model)"
-        )
+    if torch.bfloat16 in kinds and ranks.device.type == "cuda":
+        check_bfloat16(torch.cuda.get_device_capability(ranks.device), torch.cuda.get_device_name(ranks.device))
     freeze(model, [] if optim.freeze == "auto" else optim.freeze)  # outside a run no adapter is made
     if config.name == "deepspeed":
         from longctx.train.zero import ZeroEngine

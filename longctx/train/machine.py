@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from longctx import console
 from longctx.decide import Machines, choose_kernel
 from longctx.planner.remedies import DeviceLimits, check_memory
 from longctx.shape import Shape, shape_of_model
+from longctx.train.engine import check_bfloat16
 
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig
@@ -40,16 +42,28 @@ def kernel_of(model: ModelConfig, shape: Shape, device: str) -> str:
 def check_machine(config: TrainConfig, stages: Sequence[Stage], world: int, local_world: int) -> None:
     """Raise UserError where this machine lacks the attention kernel or the memory; config: a settled one."""
     shape, device = shape_of_model(config.model), device_type(config.engine)
+    if device == "cuda" and config.model.dtype == "bfloat16":
+        check_bfloat16(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     kernel = kernel_of(config.model, shape, device)
     if "memory" not in config.accept:
         check_memory(stages, shape, config, room_here(Machines(world, local_world), device, kernel))
 
 
 def room_here(machines: Machines, device: str, kernel: str) -> DeviceLimits:
-    """The memory of a rank on this machine: its GPU's, or on CPUs an equal part of the node's."""
+    """The memory of a rank on this machine: what its GPU has left, or on CPUs an equal part of the node's.
+
+    What other processes hold on the GPU is said, and counts as gone; ranks that share a GPU share the rest.
+    """
     if device == "cuda":
-        memory = torch.cuda.get_device_properties(0).total_memory
-        return DeviceLimits(machines, device, kernel, memory, host_memory())
+        free, total = torch.cuda.mem_get_info(0)
+        taken = max(0, total - free - torch.cuda.memory_reserved(0))
+        if taken > 0.05 * total:
+            console.say(
+                f"other processes hold {taken / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB (nvidia-smi names "
+                "them); this run counts on the rest"
+            )
+        sharing = -(-machines.ranks_per_node // torch.cuda.device_count())
+        return DeviceLimits(machines, device, kernel, (total - taken) / sharing, host_memory())
     return DeviceLimits(machines, device, kernel, host_memory() / machines.ranks_per_node)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -110,7 +111,8 @@ def open_stage(config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel
     count = config.evaluate.heldout_sequences
     heldout = opened("heldout", count) if count else None
     wanted = config.model.attention_kernel
-    context, group = _open_context(decision, ranks, None if wanted == "auto" else wanted)
+    kernel, seconds = None if wanted == "auto" else wanted, config.engine.timeout_seconds
+    context, group = _open_context(decision, ranks, kernel, seconds)
     words = (
         f"{stage.seq_len:,} tokens, theta {stage.theta:,.0f}, {stage.steps} steps of {stage.batch}, "
         f"dp {share.dp} x cp {cp}, {share.per} per forward"
@@ -143,23 +145,33 @@ def _open_data(
     return made if made is not None else opened()
 
 
-def _open_context(decision: Decision, ranks: Ranks, kernel: str | None) -> tuple[Any, dist.ProcessGroup | None]:
-    """The ContextParallel of this rank's cp group, and that group; kernel: the attention kernel's name, None: any."""
+def _open_context(
+    decision: Decision, ranks: Ranks, kernel: str | None, timeout_seconds: float | None = None
+) -> tuple[Any, dist.ProcessGroup | None]:
+    """The ContextParallel of this rank's cp group, and that group.
+
+    kernel: the attention kernel's name, None: any. timeout_seconds: how long a transfer may wait for a rank (None:
+    torch's default, since torch does not hand the world's timeout on to new groups).
+    """
     from longctx.attention import ContextParallel
     from longctx.distributed.transport import SingleRankTransport
 
     cp = decision.cp
     own: dist.ProcessGroup | None = None
+    timeout = None if timeout_seconds is None else timedelta(seconds=timeout_seconds)
     if 1 < cp < ranks.world:
         for first in range(0, ranks.world, cp):
-            group: Any = dist.new_group(list(range(first, first + cp)))
+            group: Any = dist.new_group(list(range(first, first + cp)), timeout=timeout)
             if first <= ranks.rank < first + cp:
                 own = group
     if cp == 1:
         return ContextParallel(SingleRankTransport(), split(1, 1), kernel=kernel), None
     schedule: Any = decision.schedule
     ulysses = decision.ulysses if schedule == "ulysses_ring" else None
-    return ContextParallel.from_world(decision.nodes, schedule, ulysses, group=own, kernel=kernel), own
+    made = ContextParallel.from_world(
+        decision.nodes, schedule, ulysses, group=own, timeout=timeout_seconds, kernel=kernel
+    )
+    return made, own
 
 
 def _heads(model: LossModel) -> tuple[int, int]:

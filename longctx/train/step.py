@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -25,18 +26,40 @@ CHECK_SECONDS = 5.0
 
 @dataclass
 class Timer:
-    """Seconds by phase; on a GPU each lap waits until the device is done."""
+    """Seconds by phase; on a GPU by events on its stream, so that the host waits for the device only in `settle`."""
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
     _last: float = field(default_factory=time.perf_counter)
+    _events: list[tuple[str, torch.cuda.Event]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._mark("")
 
     def lap(self, phase: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        """End a phase, which began with the previous one's end."""
+        self._mark(phase)
         now = time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._add(phase, now - self._last)
         self._last = now
+
+    def settle(self) -> None:
+        """Wait for the device, and on a GPU replace the host's times by the device's."""
+        if not self._events:
+            return
+        self._events[-1][1].synchronize()
+        self.seconds.clear()
+        for (_, began), (phase, ended) in pairwise(self._events):
+            self._add(phase, began.elapsed_time(ended) / 1e3)
+
+    def _mark(self, phase: str) -> None:
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append((phase, event))
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 @dataclass
@@ -116,10 +139,10 @@ class Stepper:
             self.progress.at("backward", step)
             engine.backward(out.loss_sum * scale, last=position == len(batches) - 1)
             timer.lap("backward")
-        self._pace = (time.perf_counter() - began) / max(len(batches), 1)
         self.progress.at("reduce", step)
         norm = engine.grad_norm()
         own = sums.tolist()
+        self._pace = (time.perf_counter() - began) / max(len(batches), 1)  # reading the norm waited for the device
         loss_sum, tail_sum = ranks.sum(own)
         mean = loss_sum / weight if weight > 0 else 0.0
         timer.lap("reduce")
@@ -130,6 +153,7 @@ class Stepper:
         else:
             engine.step(lr)
         timer.lap("optimizer")
+        timer.settle()
         tail = tail_sum / tail_weight if tail_weight > 0 else None
         wait = time.perf_counter() - began - self._pace * max(0, len(batches) - every)
         votes = [vote > 0 for vote in ballot]

@@ -226,7 +226,9 @@ def _prepare_deepspeed(ranks: Ranks) -> None:
     """Set the environment variables that DeepSpeed reads, and quieten its log."""
     if ranks.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's only switch
-    os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+        os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
+    else:  # DeepSpeed and accelerate take LOCAL_RANK for a device's number, and several ranks may share a device
+        os.environ["LOCAL_RANK"] = str(ranks.device.index)
     for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world)):
         os.environ.setdefault(name, str(value))
     import deepspeed

@@ -1,14 +1,19 @@
 """bench attention: teams take turns, virtual ranks do the kernel's work, figures are consistent."""
 
+import threading
+
 import pytest
 import torch
 
+from longctx.attention import kernels
 from longctx.bench.attention import measure_cpu
 from longctx.bench.attention_case import AttentionCase
 from longctx.bench.attention_virtual import measure
 from longctx.bench.workers import WorkerGroup
 from longctx.config.bench import BenchAttentionConfig
+from longctx.distributed.transport import ThreadWorld
 from longctx.errors import RunFailed, UserError
+from tests.attention.packed_kernel import PackedKernel, install
 
 
 def echo(rank, world, port, settings):
@@ -32,7 +37,7 @@ def test_flop_count_is_the_causal_one():
 
 
 def test_ring_and_sdpa_take_turns():
-    config = BenchAttentionConfig(lengths=[256], heads=4, kv_heads=2, head_dim=16, repeats=2)
+    config = BenchAttentionConfig(lengths=[256], documents=[], heads=4, kv_heads=2, head_dim=16, repeats=2)
     document = measure_cpu(config)
     (row,) = document["rows"]
     assert len(row["samples"]["ring"]) == len(row["samples"]["sdpa"]) == 2
@@ -42,7 +47,7 @@ def test_ring_and_sdpa_take_turns():
 
 def test_virtual_ranks_beside_the_bare_kernel():
     config = BenchAttentionConfig(
-        lengths=[128], heads=4, kv_heads=2, head_dim=16, virtual_ranks=[1, 2, 4], repeats=1, device="cpu"
+        lengths=[128], heads=4, kv_heads=2, head_dim=16, virtual_ranks=[1, 2, 4], repeats=1, device="cpu", documents=[]
     )
     document = measure(config, "cpu")
     assert [row["virtual_ranks"] for row in document["rows"]] == [0, 1, 2, 4]
@@ -51,12 +56,42 @@ def test_virtual_ranks_beside_the_bare_kernel():
     assert "needs CUDA tensors" in document["refused"]["cudnn"][0]
 
 
+def test_packed_documents_beside_the_kernels_own_call(monkeypatch):
+    made = PackedKernel()
+    install(monkeypatch, made.kernel())
+    try:
+        config = BenchAttentionConfig(
+            lengths=[128], heads=4, kv_heads=2, head_dim=16, virtual_ranks=[1], repeats=1, backends=["packed"],
+            documents=[2, 100],
+        )  # fmt: skip
+        document = measure(config, "cpu")
+    finally:
+        kernels.choose.cache_clear()
+        kernels.serving.cache_clear()
+    assert [row["documents"] for row in document["packed"]] == [2, 100]
+    assert all(row["first_over_steady"] > 0 and row["of_kernel"] > 0 for row in document["packed"])
+    assert {segments for segments, _ in made.calls} == {2, 100}
+    assert len(document["rows"]) == 2
+    with pytest.raises(ValueError, match="documents: 512 do not fit into lengths: 512 tokens"):
+        BenchAttentionConfig(lengths=[512])
+
+
+def test_a_virtual_rank_keeps_its_thread():
+    """cuDNN keeps its plans by thread: a rank on another thread would build them again."""
+    world = ThreadWorld(3, serial=True)
+    first, second = (world.run(lambda transport: threading.get_ident()) for _ in range(2))
+    assert first == second
+    assert len(set(first)) == 3
+
+
 def test_backends_are_refused_with_their_reasons():
     with pytest.raises(UserError, match="backends: cudnn cannot serve: needs CUDA tensors"):
-        measure(BenchAttentionConfig(lengths=[128], backends=["cudnn"]), "cpu")
+        measure(BenchAttentionConfig(lengths=[128], documents=[], backends=["cudnn"]), "cpu")
     with pytest.raises(UserError, match="'flash' is not a kernel"):
-        measure(BenchAttentionConfig(lengths=[128], backends=["flash"]), "cpu")
-    config = BenchAttentionConfig(lengths=[100], heads=2, kv_heads=2, head_dim=16, virtual_ranks=[4], repeats=1)
+        measure(BenchAttentionConfig(lengths=[128], documents=[], backends=["flash"]), "cpu")
+    config = BenchAttentionConfig(
+        lengths=[100], documents=[], heads=2, kv_heads=2, head_dim=16, virtual_ranks=[4], repeats=1
+    )
     with pytest.raises(UserError, match="100 is not divisible by 2 x virtual_ranks = 8"):
         measure(config, "cpu")
 

@@ -1,4 +1,4 @@
-"""Starts N gloo ranks once, runs many cases on them and reports which case failed on which rank.
+"""Starts N ranks once, over gloo or over NCCL on one card, runs many cases on them and reports what failed where.
 
 The ranks are forked from a server that has imported torch and longctx once, so that starting eight of them
 is cheap.
@@ -7,6 +7,7 @@ is cheap.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import queue
 import time
 import traceback
@@ -26,15 +27,16 @@ def run_ranks(
     store: Path,
     timeout: float = 900.0,
     leaves: int = 0,
+    nccl: bool = False,
 ) -> dict[Any, list[str]]:
     """body(rank, world, case) on every rank for every case; the failures, {case: ["rank r: traceback"]}.
 
-    `leaves` ranks are expected to die without a word.
+    `leaves` ranks are expected to die without a word. nccl: the ranks share the first CUDA device.
     """
     results: Any = CONTEXT.Queue()
     processes = [
         CONTEXT.Process(
-            target=_rank, args=(rank, world, body, list(cases), str(store), results, leaves), daemon=True
+            target=_rank, args=(rank, world, body, list(cases), str(store), results, leaves, nccl), daemon=True
         )
         for rank in range(world)
     ]
@@ -66,14 +68,25 @@ def _next(results: Any, processes: Sequence[Any], timeout: float, leaves: int) -
     raise AssertionError(f"no rank reported within {timeout} s")
 
 
-def _rank(rank: int, world: int, body: Callable, cases: list, store: str, results: Any, leaves: int) -> None:
+def one_card(rank: int) -> dict[str, str]:
+    """What lets NCCL put several ranks on one card, as launch/one_gpu.sh sets it."""
+    return {"NCCL_HOSTID": f"longctx-rank-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo",
+            "NCCL_IB_DISABLE": "1", "NCCL_NVLS_ENABLE": "0", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+
+
+def _rank(
+    rank: int, world: int, body: Callable, cases: list, store: str, results: Any, leaves: int, nccl: bool
+) -> None:
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    if nccl:
+        os.environ.update(one_card(rank))
+        torch.cuda.set_device(0)
     found = []
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=600)
+        "cpu:gloo,cuda:nccl" if nccl else "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=600)
     )
     for case in cases:
         try:

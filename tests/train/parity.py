@@ -50,6 +50,11 @@ class Case:
     length: int = SEQ
 
 
+def device() -> torch.device:
+    """The device of a rank: the card of the NCCL ranks that tests/gpu starts, or the CPU."""
+    return torch.device("cuda", 0) if "nccl" in str(dist.get_backend_config()) else torch.device("cpu")
+
+
 def flat(cp: int, world: int) -> Decision:
     """A flat ring of cp ranks within one node."""
     return Decision(cp, world // cp, 1, "flat_ring", 1, per_group=1, per_forward=1)
@@ -94,7 +99,7 @@ def reference(case: Case, data: MadeData) -> tuple[float, dict[str, torch.Tensor
 
 def check(rank: int, world: int, case: Case) -> None:
     """One step of `case` on this rank equals the reference; raises AssertionError naming the parameter."""
-    ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
+    ranks = Ranks(rank, world, rank, world, device())
     dp = world // case.cp
     per_rank = case.rows * case.accumulation
     mute = tuple(range(per_rank)) if case.variant == "mute" and dp > 1 else ()
@@ -115,10 +120,10 @@ def check(rank: int, world: int, case: Case) -> None:
         assert abs(report.loss - loss) <= (1e-12 if tight else 1e-6) * loss, f"loss {report.loss} against {loss}"
         assert grads.keys() == wanted.keys(), grads.keys() ^ wanted.keys()
         for name, grad in wanted.items():
-            error = float((grads[name].double() - grad).norm() / grad.norm().clamp_min(1e-30))
+            error = float((grads[name].cpu().double() - grad).norm() / grad.norm().clamp_min(1e-30))
             assert error <= (1e-10 if tight else 1e-5), f"{name}: gradient off by {error:.2e}"
         with torch.no_grad():
-            sums = [float(engine.forward(**batch.inputs).nll_sum) for batch in window]
+            sums = [float(engine.forward(**batch.to(ranks.device).inputs).nll_sum) for batch in window]
         evaluated = ranks.sum([sum(sums)])[0] / report.weight
         assert abs(evaluated - loss) <= (1e-12 if tight else 1e-6) * loss, f"evaluation {evaluated} against {loss}"
         norm = float(torch.stack([grad.norm() for grad in wanted.values()]).norm())
@@ -132,7 +137,7 @@ def check_isolation(rank: int, world: int, case: Case) -> None:
     """Changing one document of a packed sequence leaves every other document's token losses as they were,
     bit for bit.
     """
-    ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
+    ranks = Ranks(rank, world, rank, world, device())
     context, _ = _open_context(flat(case.cp, world), ranks, None)
     model = LossModel(made_model(case, case.dtype, "longctx"), MemoryConfig())
     data = MadeData(SEQ, 4, seed=3)
@@ -152,7 +157,7 @@ def check_isolation(rank: int, world: int, case: Case) -> None:
 
 def check_attention_once(rank: int, world: int, case: Case) -> None:
     """Each layer's attention runs forward once and backward once per micro-batch of a step, checkpoints on."""
-    ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
+    ranks = Ranks(rank, world, rank, world, device())
     context, _ = _open_context(flat(case.cp, world), ranks, None)
     data = MadeData(SEQ, case.accumulation * world // case.cp, seed=3)
     share = Shares(world // case.cp, rank // case.cp, case.accumulation, 1)
@@ -173,8 +178,10 @@ def gradients(case: Case, ranks: Ranks) -> Any:
     """An engine for the case, and the dict its full averaged gradients are put into when the step is
     taken.
     """
-    model = LossModel(made_model(case, case.dtype, "longctx"), MemoryConfig(ffn_block=16, loss_chunk=8))
-    config = EngineConfig(name="deepspeed" if case.zero else "ddp", zero=case.zero, device="cpu")
+    made = made_model(case, case.dtype, "longctx").to(ranks.device)
+    model = LossModel(made, MemoryConfig(ffn_block=16, loss_chunk=8))
+    place: Any = ranks.device.type
+    config = EngineConfig(name="deepspeed" if case.zero else "ddp", zero=case.zero, device=place)
     engine: Any = engines.build(config, OptimConfig(max_grad_norm=0.0), model, ranks)
     grads: dict[str, torch.Tensor] = {}
 

@@ -1,0 +1,211 @@
+"""The kernels of the flash-attn packages: flash_attn (2), flash_attn_interface (3) and flash_attn.cute (4).
+
+These optional packages are imported here and nowhere else. All three take tokens before heads: [B, S, H, D], or
+[T, H, D] with cu_seqlens in a packed call. Their backward takes any out and lse, so also the global ones of a ring.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longctx.attention.kernel import Kernel, Lengths, Problem, Varlen, cuda_requirements
+
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+
+def _turned(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """[B, H, S, D] <-> [B, S, H, D]."""
+    return tuple(x.transpose(1, 2) for x in tensors)
+
+
+def _results(*inputs: Tensor) -> list[Tensor]:
+    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+
+
+# --- flash-attn 4 (PyPI flash-attn-4; Hopper and Blackwell)
+
+
+def _fa4_reasons(problem: Problem) -> list[str]:
+    reasons = cuda_requirements(problem, package="flash_attn.cute.interface", sm=90)
+    if problem.capability[0] in (10, 11) and 128 < problem.head_dim != 256:
+        reasons.append(f"needs a head dimension up to 128, or 256, on Blackwell, got {problem.head_dim}")
+    return reasons
+
+
+def _fa4_call(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, **lengths: Any) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_fwd  # type: ignore[import-not-found]
+
+    out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **lengths)
+    return out, lse
+
+
+def _fa4_gradients(
+    lse: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    **lengths: Any,
+) -> Gradients:
+    from flash_attn.cute.interface import _flash_attn_bwd  # type: ignore[import-not-found]
+
+    found = _flash_attn_bwd(q, k, v, out, dout, lse.contiguous(), softmax_scale=scale, causal=causal, **lengths)
+    return found[0], found[1], found[2]
+
+
+def _fa4_lengths(at: Lengths) -> dict[str, Any]:
+    return {"cu_seqlens_q": at.cu_q, "cu_seqlens_k": at.cu_k, "max_seqlen_q": at.max_q, "max_seqlen_k": at.max_k}
+
+
+def _fa4_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _fa4_call(*_turned(q, k, v), causal=causal, scale=scale)
+    return out.transpose(1, 2), lse
+
+
+def _fa4_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+) -> Gradients:
+    found = _fa4_gradients(lse, *_turned(dout, q, k, v, out), causal=causal, scale=scale)
+    return found[0].transpose(1, 2), found[1].transpose(1, 2), found[2].transpose(1, 2)
+
+
+def _fa4_packed_forward(
+    q: Tensor, k: Tensor, v: Tensor, at: Lengths, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _fa4_call(q, k, v, causal=causal, scale=scale, **_fa4_lengths(at))
+
+
+def _fa4_packed_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, at: Lengths, *, causal: bool, scale: float
+) -> Gradients:
+    return _fa4_gradients(lse, dout, q, k, v, out, causal=causal, scale=scale, **_fa4_lengths(at))
+
+
+# --- flash-attn 3 (Hopper; built from source, package flash_attn_interface)
+
+
+def _fa3_reasons(problem: Problem) -> list[str]:
+    reasons = cuda_requirements(problem, package="flash_attn_interface", sm=90)
+    if problem.device == "cuda" and problem.capability[0] > 9:
+        reasons.append(f"is built for Hopper (9.0), got {'.'.join(map(str, problem.capability))}")
+    return reasons
+
+
+def _fa3_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    from flash_attn_interface import _flash_attn_forward  # type: ignore[import-not-found]
+
+    out, lse, *_ = _flash_attn_forward(*_turned(q, k, v), softmax_scale=scale, causal=causal)
+    return out.transpose(1, 2), lse
+
+
+def _fa3_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+) -> Gradients:
+    from flash_attn_interface import _flash_attn_backward  # type: ignore[import-not-found]
+
+    dout, q, k, v, out = _turned(dout, q, k, v, out)
+    dq, dk, dv = _results(q, k, v)
+    # Positions, not names: the flag is `causal` in older builds and `is_causal` in newer ones.
+    _flash_attn_backward(dout, q, k, v, out, lse.contiguous(), *(None,) * 6, dq, dk, dv, scale, causal)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _fa3_packed_forward(
+    q: Tensor, k: Tensor, v: Tensor, at: Lengths, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    from flash_attn_interface import _flash_attn_forward  # type: ignore[import-not-found]
+
+    out, lse, *_ = _flash_attn_forward(
+        q, k, v, cu_seqlens_q=at.cu_q, cu_seqlens_k=at.cu_k, max_seqlen_q=at.max_q, max_seqlen_k=at.max_k,
+        softmax_scale=scale, causal=causal,
+    )  # fmt: skip
+    return out, lse
+
+
+def _fa3_packed_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, at: Lengths, *, causal: bool, scale: float
+) -> Gradients:
+    from flash_attn_interface import _flash_attn_backward  # type: ignore[import-not-found]
+
+    dq, dk, dv = _results(q, k, v)
+    lengths = (at.cu_q, at.cu_k, None, None, at.max_q, at.max_k)
+    _flash_attn_backward(dout, q, k, v, out, lse.contiguous(), *lengths, dq, dk, dv, scale, causal)
+    return dq, dk, dv
+
+
+# --- flash-attn 2 (package flash_attn)
+
+
+def _fa2_reasons(problem: Problem) -> list[str]:
+    reasons = cuda_requirements(problem, package="flash_attn")
+    try:
+        if tuple(map(int, version("flash-attn").split(".")[:2])) < (2, 7):
+            reasons.append(f"needs flash-attn 2.7 or later, got {version('flash-attn')}")
+    except PackageNotFoundError:
+        pass  # cuda_requirements has listed the missing package
+    if problem.head_dim > 192 and problem.capability in ((8, 6), (8, 9), (12, 0)):
+        reasons.append(f"its backward has no head dimension above 192 on this card, got {problem.head_dim}")
+    return reasons
+
+
+_FA2 = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_slopes": None}
+
+
+def _fa2_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_forward  # type: ignore[import-not-found]
+
+    q, k, v = _turned(q, k, v)
+    out, lse, *_ = _flash_attn_forward(q, k, v, 0.0, scale, causal, **_FA2, return_softmax=False)
+    return out.transpose(1, 2), lse
+
+
+def _fa2_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+) -> Gradients:
+    from flash_attn.flash_attn_interface import _flash_attn_backward  # type: ignore[import-not-found]
+
+    dout, q, k, v, out = _turned(dout, q, k, v, out)
+    dq, dk, dv = _results(q, k, v)
+    given = (dout, q, k, v, out, lse.contiguous(), dq, dk, dv)
+    _flash_attn_backward(*given, 0.0, scale, causal, **_FA2, deterministic=False)
+    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+
+def _fa2_packed_forward(
+    q: Tensor, k: Tensor, v: Tensor, at: Lengths, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_forward  # type: ignore[import-not-found]
+
+    lengths = (at.cu_q, at.cu_k, at.max_q, at.max_k)
+    out, lse, *_ = _flash_attn_varlen_forward(q, k, v, *lengths, 0.0, scale, causal, **_FA2, return_softmax=False)
+    return out, lse
+
+
+def _fa2_packed_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, at: Lengths, *, causal: bool, scale: float
+) -> Gradients:
+    from flash_attn.flash_attn_interface import _flash_attn_varlen_backward  # type: ignore[import-not-found]
+
+    dq, dk, dv = _results(q, k, v)
+    given = (dout, q, k, v, out, lse.contiguous(), dq, dk, dv, at.cu_q, at.cu_k, at.max_q, at.max_k)
+    _flash_attn_varlen_backward(*given, 0.0, scale, causal, **_FA2, deterministic=False)
+    return dq, dk, dv
+
+
+FLASH_ATTN_4 = Kernel(
+    "flash_attn_4", _fa4_forward, _fa4_backward, _fa4_reasons, varlen=Varlen(_fa4_packed_forward, _fa4_packed_backward)
+)
+FLASH_ATTN_3 = Kernel(
+    "flash_attn_3", _fa3_forward, _fa3_backward, _fa3_reasons, varlen=Varlen(_fa3_packed_forward, _fa3_packed_backward)
+)
+FLASH_ATTN_2 = Kernel(
+    "flash_attn_2", _fa2_forward, _fa2_backward, _fa2_reasons, varlen=Varlen(_fa2_packed_forward, _fa2_packed_backward)
+)

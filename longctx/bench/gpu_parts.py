@@ -1,0 +1,237 @@
+"""The parts of `launch/gpu_check.sh`: commands, and how their figures are read and held against floors and peers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).parents[2]
+# Llama-3-8B's shape with 4 layers, the step of docs/benchmarks.md.
+EIGHT_B = [
+    "model.layers=4", "model.hidden=4096", "model.heads=32", "model.kv_heads=8", "model.ffn=14336",
+    "model.vocab=128256", "model.theta=500000", "model.window=8192", "dtype=bfloat16", "memory.ffn_block=8192",
+    "memory.loss_chunk=4096",
+]  # fmt: skip
+
+
+class Row(NamedTuple):
+    """A line of the table. holds: whether the floor is reached, None for a figure without one. seconds: of the part."""
+
+    part: str
+    figure: str
+    value: float | str | None = None
+    unit: str = ""
+    floor: str = ""
+    peer: str = ""
+    holds: bool | None = None
+    skipped: str = ""
+    note: str = ""
+    seconds: float | None = None
+
+    def shown(self) -> str:
+        """The value with its unit, in four figures."""
+        value = f"{self.value:.4g}" if isinstance(self.value, float) else str(self.value or "")
+        return f"{value} {self.unit}".strip()
+
+
+class Part(NamedTuple):
+    """A command with its time limit. least: seconds that must be left to start it. needs: importable packages."""
+
+    name: str
+    group: str
+    help: str
+    seconds: int
+    least: int
+    command: Callable[[Path], list[str]]
+    read: Callable[[Path], list[Row]]
+    needs: tuple[str, ...] = ()
+
+
+def missing(part: Part) -> str:
+    """The reason why a part cannot run here, or an empty text."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"torch {torch.__version__} sees no CUDA device"
+    lacking = [name for name in part.needs if find_spec(name) is None]
+    return f"not installed: {', '.join(lacking)}" if lacking else ""
+
+
+# --- gates
+
+
+def _pytest(place: str, chosen: str = "") -> Callable[[Path], list[str]]:
+    """The GPU tests of a file; chosen: those that pytest's -k takes."""
+
+    def command(folder: Path) -> list[str]:
+        options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={folder / 'junit.xml'}"]
+        return [sys.executable, "-m", "pytest", str(ROOT / place), *options, *(["-k", chosen] if chosen else [])]
+
+    return command
+
+
+def _read_pytest(part: str) -> Callable[[Path], list[Row]]:
+    def read(folder: Path) -> list[Row]:
+        cases = list(ElementTree.parse(folder / "junit.xml").iter("testcase"))
+        bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
+        skips = [node.get("message", "") for case in cases if (node := case.find("skipped")) is not None]
+        good = len(cases) - len(bad) - len(skips)
+        if skips and not good and not bad:
+            return [Row(part, "tests passed", skipped="; ".join(sorted(set(skips)))[:300])]
+        names = ", ".join(str(case.get("name")) for case in bad[:6])
+        reasons = "; ".join(sorted(set(skips)))[:300]
+        note = f"failed: {names}" if bad else (f"{len(skips)} skipped: {reasons}" if skips else "")
+        return [
+            Row(part, "tests passed", f"{good} of {len(cases)}", floor="all", holds=bool(good) and not bad, note=note)
+        ]
+
+    return read
+
+
+def _quickstart(folder: Path) -> list[str]:
+    run = folder / "run"
+    words = ["experiment=quickstart", f"run_dir={run}", "launch.nproc=1", "logging=local", "engine.device=cuda",
+             "model.dtype=bfloat16"]  # fmt: skip
+    train = [sys.executable, "-m", "longctx.cli", "train", *words]
+    check = [sys.executable, str(ROOT / "tests" / "check_quickstart.py"), str(run)]
+    return ["bash", "-c", f"rm -rf {run}; {' '.join(train)}; {' '.join(check)} | tee {folder / 'gates.txt'}"]
+
+
+def _read_quickstart(folder: Path) -> list[Row]:
+    said = [text.removeprefix("quickstart: ") for text in (folder / "gates.txt").read_text().splitlines()]
+    holds = said == ["all gates hold"]
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    found = summary["needle_pooled"]["extended"]
+    return [
+        Row("quickstart", "needles found, 512 to 8,192 tokens", 100.0 * found, "%", "95 %, and the CPU's other bars",
+            "98 % on a CPU", holds, note="" if holds else "; ".join(said[:4])),
+    ]  # fmt: skip
+
+
+# --- benchmarks
+
+
+def _attention(folder: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "longctx.cli", "bench", "attention", "lengths=[16k,64k]", "heads=32", "kv_heads=8",
+        "head_dim=128", "virtual_ranks=[1,4,8]", "repeats=3", f"out={folder}", "format=json",
+    ]  # fmt: skip
+
+
+def _read_attention(folder: Path) -> list[Row]:
+    document = json.loads((folder / "attention.json").read_text())
+    rows = [Row("attention", "bf16 product 8192^3", document["matrix_gflops"] / 1e3, "TFLOP/s")]
+    best: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in document["rows"]:
+        key = (row["length"], row["virtual_ranks"])
+        if row["virtual_ranks"] == 0:
+            name = f"{row['backend']} alone, {row['length']:,} tokens"
+            rows.append(Row("attention", name, row["gflops"] / 1e3, "TFLOP/s"))
+        if key not in best or row["seconds"] < best[key]["seconds"]:
+            best[key] = row
+    for (length, ranks), row in sorted(best.items()):
+        if ranks in (4, 8):
+            floor = 0.93 if length >= 65536 else 0.85
+            name = f"{ranks} virtual ranks, {length:,} tokens ({row['backend']})"
+            share = row["of_kernel"]
+            rows.append(Row("attention", name, share, "of the bare kernel", f"{floor}", holds=share >= floor))
+    return rows + _read_packed(document["packed"])
+
+
+def _read_packed(found: list[dict[str, Any]]) -> list[Row]:
+    """The fastest backend's packed cases: speed beside its own varlen call, and the first call of new lengths."""
+    rows: list[Row] = []
+    for length, count in sorted({(row["length"], row["documents"]) for row in found}):
+        row = min((r for r in found if (r["length"], r["documents"]) == (length, count)), key=lambda r: r["seconds"])
+        floor = 0.85 if count <= 64 else 0.7
+        name = f"{count} documents in {length:,} tokens ({row['backend']})"
+        judged = length >= 65536
+        rows.append(Row("attention", name, row["of_kernel"], "of the varlen kernel", f"{floor}" if judged else "",
+                        holds=row["of_kernel"] >= floor if judged else None,
+                        note=f"{row['gflops'] / 1e3:.3g} TFLOP/s"))  # fmt: skip
+        first = row["first_over_steady"]
+        rows.append(Row("attention", f"{name}, first call of new lengths", first, "x a repeated one",
+                        "1.2" if judged else "", holds=first <= 1.2 if judged else None))  # fmt: skip
+    return rows
+
+
+def _step(length: int, only: str = "") -> Callable[[Path], list[str]]:
+    def command(folder: Path) -> list[str]:
+        words = [sys.executable, "-m", "longctx.cli", "bench", "step", f"seq_len={length}", "pairs=1", "format=json"]
+        words += [*EIGHT_B, *([f"only={only}"] if only else [])]
+        quoted = " ".join(words)
+        return ["bash", "-c", f"set -o pipefail; {quoted} 2>&1 >{folder / 'step.json'} | cat"]
+
+    return command
+
+
+def _read_step(part: str, length: int) -> Callable[[Path], list[Row]]:
+    def read(folder: Path) -> list[Row]:
+        report = json.loads((folder / "step.json").read_text())
+        ours, judged = report["longctx"], length == 65536
+        large = "H200" in report["device"]
+        rows = [
+            Row(part, f"model flop, 8B shape x 4 layers, {length:,} tokens", ours["model_tflops"], "TFLOP/s",
+                "520" if judged and large else "", holds=ours["model_tflops"] >= 520 if judged and large else None,
+                note=f"MFU {ours['mfu']:.0%}" if ours.get("mfu") else ""),
+            Row(part, "time in products and attention", ours["share_in_products_and_attention"], "of the step",
+                "0.93" if judged else "",
+                holds=ours["share_in_products_and_attention"] >= 0.93 if judged else None,
+                note=", ".join(f"{name} {value:.3f} s" for name, value in ours["seconds_by_kind"].items())
+                + f", idle {ours['idle_seconds']:.3f} s"),
+            Row(part, "peak memory", ours["peak_gib"], "GiB"),
+        ]  # fmt: skip
+        for other, suffix in (("liger", "_liger"), ("transformers", "")):
+            if other in report:
+                theirs = report[other]
+                peer = f"{theirs['model_tflops']:.4g} TFLOP/s, {theirs['peak_gib']:.4g} GiB"
+                speed, memory = report[f"speed_ratio{suffix}"], report[f"memory_ratio{suffix}"]
+                bar = judged and other == "liger"
+                rows.append(Row(part, f"speed beside {other}", speed, "x", "1.15" if bar else "", peer,
+                                speed >= 1.15 if bar else None))  # fmt: skip
+                rows.append(Row(part, f"memory beside {other}", memory, "x", "at most 0.9" if bar else "", peer,
+                                memory <= 0.9 if bar else None))  # fmt: skip
+        return rows
+
+    return read
+
+
+def _million(folder: Path) -> list[str]:
+    return [sys.executable, "-m", "longctx.bench.gpu_million", str(folder / "million.json")]
+
+
+def _read_million(folder: Path) -> list[Row]:
+    found = json.loads((folder / "million.json").read_text())
+    return [
+        Row("million", f"forward and backward, {found['tokens']:,} tokens, 32 heads x 128", found["seconds"], "s",
+            note=f"{found['tflops']:.3g} TFLOP/s, {found['peak_gib']:.3g} GiB, kernel {found['kernel']}"),
+        Row("million", "largest error of sampled rows", found["error"], "of their RMS", "at most 0.02",
+            holds=found["error"] <= 0.02, note=", ".join(f"{k} {v:.2g}" for k, v in found["errors"].items())),
+    ]  # fmt: skip
+
+
+PARTS = (
+    Part("kernels", "tests", "every kernel against fp64", 150, 20,
+         _pytest("tests/gpu/test_kernels.py", "not flash_attn_4"), _read_pytest("kernels"), ("pytest",)),
+    Part("fa4", "tests", "flash-attn 4 against fp64 (it compiles a kernel for every head dimension)", 240, 40,
+         _pytest("tests/gpu/test_kernels.py", "flash_attn_4"), _read_pytest("fa4"), ("pytest", "flash_attn")),
+    Part("nccl", "tests", "NCCL with several ranks on one card", 200, 40,
+         _pytest("tests/gpu/test_nccl.py"), _read_pytest("nccl"), ("pytest", "deepspeed")),
+    Part("runs", "tests", "whole runs, a kill, refusals", 200, 40,
+         _pytest("tests/gpu/test_runs.py"), _read_pytest("runs"), ("pytest", "datasets", "deepspeed")),
+    Part("quickstart", "tests", "the whole quickstart on one rank, with the needle bars of the CPU", 200, 60,
+         _quickstart, _read_quickstart, ("datasets",)),
+    Part("attention", "bench", "the executor beside the bare kernels, packed documents", 200, 30,
+         _attention, _read_attention),
+    Part("step", "bench", "a step of 65,536 tokens beside transformers and liger-kernel", 120, 40,
+         _step(65536), _read_step("step", 65536)),
+    Part("step16k", "bench", "the same at 16,384 tokens", 60, 30, _step(16384), _read_step("step16k", 16384)),
+    Part("step128k", "bench", "ours at 131,072 tokens", 60, 30,
+         _step(131072, "longctx"), _read_step("step128k", 131072)),
+    Part("million", "bench", "one layer's attention at 1,048,576 tokens", 120, 75, _million, _read_million),
+)  # fmt: skip

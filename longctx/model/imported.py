@@ -1,0 +1,95 @@
+"""`longctx import`: read a GGUF file with transformers and write it as a folder in Hugging Face format.
+
+Weights are dequantized and rounded to one dtype. Tokenizer and chat template come from the file, rope and window too,
+written under the names of new and of older readers.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from longctx.config.imports import ImportConfig
+from longctx.console import emit, emit_json
+from longctx.errors import UserError
+from longctx.model.architectures import check_config
+from longctx.model.export import served_config
+from longctx.storage.files import replacing, write_json
+
+_MAGIC = b"GGUF"
+
+
+def run(config: ImportConfig) -> int:
+    """Import the file and say what it is; returns 0."""
+    found = import_gguf(config)
+    if config.format == "json":
+        emit_json(found)
+    else:
+        emit(
+            f"{found['out']}: {found['family']}, {found['parameters'] / 1e6:.0f}M parameters in {config.dtype}, window "
+            f"{found['window']:,}, theta {found['theta']:,.0f}"
+        )
+    return 0
+
+
+def import_gguf(config: ImportConfig) -> dict[str, Any]:
+    """Write the folder and return its family, parameters, window and theta.
+
+    Raises UserError for a file that is missing or no GGUF, an architecture that transformers cannot read from GGUF or
+    longctx cannot train, a missing package, and a folder that exists.
+    """
+    file, out = Path(config.gguf), Path(config.out)
+    _check(file, out)
+    model, tokenizer = _read(file, config.dtype)
+    check_config(model.config, str(file))
+    rope, window = dict(model.config.rope_parameters), int(model.config.max_position_embeddings)
+    with replacing(out) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        stored = json.loads((partial / "config.json").read_text())
+        write_json(partial / "config.json", served_config(stored, rope, window, config.dtype))
+    return {
+        "out": str(out),
+        "family": model.config.model_type,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "window": window,
+        "theta": float(rope["rope_theta"]),
+        "dtype": config.dtype,
+    }
+
+
+def _check(file: Path, out: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"gguf={file} is no file; give the path of a .gguf file")
+    with file.open("rb") as stream:
+        if stream.read(4) != _MAGIC:
+            raise UserError(
+                f"gguf={file} is not a GGUF file (it does not begin with GGUF); give one, or model.path=FOLDER"
+            )
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"out={out} exists; remove it, or give another folder")
+    if find_spec("gguf") is None:
+        raise UserError(
+            "`longctx import` needs the package gguf, which transformers reads such files with: pip install gguf"
+        )
+
+
+def _read(file: Path, dtype: str) -> tuple[Any, Any]:
+    """The model, its weights dequantized to `dtype`, and the tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    place, name = str(file.parent), file.name
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
+    except Exception as error:  # transformers raises many types of errors for what it does not know or cannot read
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"gguf={file}: transformers cannot read it ({first})") from None
+    # The weights are plain now, and transformers would refuse to save what it takes for a quantized model.
+    model.hf_quantizer, model.is_quantized = None, False
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    return model.to(getattr(torch, dtype)), tokenizer

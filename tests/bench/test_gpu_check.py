@@ -1,0 +1,150 @@
+"""launch/gpu_check.sh: what it skips and why, limits, floors, and the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from longctx.bench import gpu_check, gpu_million
+from longctx.bench.gpu_parts import PARTS, Part, Row
+from tests.train.launched import alive
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs it")
+def test_without_a_gpu_everything_is_skipped_with_its_reason(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    done = subprocess.run(["bash", str(ROOT / "launch" / "gpu_check.sh"), f"out={tmp_path}"], capture_output=True,
+                          text=True, timeout=120, env=environment)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    document = json.loads((tmp_path / "table.json").read_text())
+    assert document["device"] == "no CUDA device"
+    assert document["versions"]["torch"] == torch.__version__
+    assert [row["part"] for row in document["rows"]] == [part.name for part in PARTS]
+    assert {row["skipped"] for row in document["rows"]} == {f"torch {torch.__version__} sees no CUDA device"}
+    text = (tmp_path / "table.txt").read_text()
+    assert text in done.stdout
+    assert text.count("skipped: torch") == len(PARTS)
+
+
+def test_parts_are_named_alone_or_by_group():
+    names = {part.name for part in PARTS}
+    assert gpu_check.chosen([]) == (names, {})
+    assert gpu_check.chosen(["tests"])[0] == {"kernels", "fa4", "nccl", "runs", "quickstart"}
+    assert gpu_check.chosen(["tests", "bench"])[0] == names
+    assert gpu_check.chosen(["million", "kernels", "minutes=2"]) == ({"million", "kernels"}, {"minutes": "2"})
+    assert gpu_check.chosen(["kernles"])[0] is None
+    assert gpu_check.main(["--help"]) == 2
+
+
+def part(command: str, **changes) -> Part:
+    made = Part("made", "bench", "a part", 20, 1, lambda folder: ["bash", "-c", command],
+                lambda folder: [Row("made", "figure", float((folder / "output.txt").read_text()), "x")])  # fmt: skip
+    return made._replace(**changes)
+
+
+@pytest.fixture
+def _with_a_card(monkeypatch):
+    monkeypatch.setattr(gpu_check, "missing", lambda one: "")
+
+
+@pytest.mark.usefixtures("_with_a_card")
+def test_a_part_that_hangs_is_killed_with_what_it_started(tmp_path):
+    began = time.monotonic()
+    hung = part(f"sleep 77 & echo $! > {tmp_path}/pid; wait", seconds=2)
+    (row,) = gpu_check.run_part(hung, tmp_path, began + 60)
+    assert row.holds is False
+    assert "killed after 2 s" in row.note
+    child, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 10
+    while alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(child)
+    (row,) = gpu_check.run_part(part("echo 2"), tmp_path, time.monotonic() + 60)
+    assert (row.value, row.holds) == (2.0, None)
+    assert row.seconds is not None
+
+
+@pytest.mark.usefixtures("_with_a_card")
+def test_a_part_that_fails_is_a_failed_row(tmp_path):
+    rows = gpu_check.run_part(part("echo 2; exit 3"), tmp_path, time.monotonic() + 60)
+    assert [row.holds for row in rows] == [None, False]
+    assert "status 3" in rows[1].note
+    (row,) = gpu_check.run_part(part("echo no number"), tmp_path, time.monotonic() + 60)
+    assert row.holds is False
+    (row,) = gpu_check.run_part(part("echo 2", least=50), tmp_path, time.monotonic() + 20)
+    assert "no time left" in row.skipped
+
+
+def attention(share: float, packed: float, first: float) -> dict:
+    rows = [
+        {"backend": "cudnn", "length": 65536, "virtual_ranks": ranks, "seconds": 1.0, "gflops": 5e5, "of_kernel": of}
+        for ranks, of in ((0, 1.0), (4, share), (8, share))
+    ]
+    documents = [
+        {"backend": "torch_flash", "length": 65536, "documents": count, "seconds": 1.0, "gflops": 3e5,
+         "of_kernel": packed, "first_over_steady": first}
+        for count in (64, 512)
+    ]  # fmt: skip
+    return {"matrix_gflops": 7e5, "rows": rows, "packed": documents}
+
+
+def test_floors_are_held_against_what_was_measured(tmp_path):
+    read = next(part.read for part in PARTS if part.name == "attention")
+    held = {}
+    for name, figures in (("good", (0.95, 0.9, 1.1)), ("slow", (0.9, 0.8, 1.1)), ("late", (0.95, 0.9, 1.5))):
+        (tmp_path / "attention.json").write_text(json.dumps(attention(*figures)))
+        held[name] = [row.holds for row in read(tmp_path) if row.holds is not None]
+    assert held["good"] == [True] * 6
+    assert held["slow"] == [False, False, False, True, True, True]  # 0.8 is enough for 512 documents
+    assert held["late"] == [True, True, True, False, True, False]
+
+
+def test_a_step_is_held_against_liger_and_the_limit(tmp_path):
+    side = {"model_tflops": 540.0, "mfu": 0.55, "peak_gib": 20.0, "share_in_products_and_attention": 0.9,
+            "seconds_by_kind": {"products": 1.0}, "idle_seconds": 0.1}  # fmt: skip
+    report = {"device": "NVIDIA H200", "longctx": side, "liger": {**side, "model_tflops": 450.0},
+              "speed_ratio_liger": 1.2, "memory_ratio_liger": 0.95}  # fmt: skip
+    (tmp_path / "step.json").write_text(json.dumps(report))
+    rows = {row.figure: row for row in next(part.read for part in PARTS if part.name == "step")(tmp_path)}
+    assert rows["speed beside liger"].holds is True
+    assert rows["memory beside liger"].holds is False
+    assert rows["time in products and attention"].holds is False
+    assert rows["model flop, 8B shape x 4 layers, 65,536 tokens"].holds is True
+    text = gpu_check.as_text("NVIDIA H200", {"torch": "2.11"}, list(rows.values()))
+    assert "NO" in text
+    assert "450 TFLOP/s" in text
+
+
+def test_tests_that_fail_do_not_hold_and_skipped_ones_say_why(tmp_path):
+    read = next(part.read for part in PARTS if part.name == "kernels")
+    skipped = '<testcase name="u"><skipped message="no flash-attn"/></testcase>'
+    found = {}
+    for name, cases in (
+        ("good", f'<testcase name="t"/>{skipped}'),
+        ("bad", '<testcase name="t"/><testcase name="v"><failure/></testcase>'),
+        ("none", skipped),
+        ("empty", ""),
+    ):
+        (tmp_path / "junit.xml").write_text(f"<testsuites>{cases}</testsuites>")
+        (found[name],) = read(tmp_path)
+    assert (found["good"].holds, found["good"].value) == (True, "1 of 2")
+    assert "no flash-attn" in found["good"].note
+    assert (found["bad"].holds, found["bad"].note) == (False, "failed: v")
+    assert (found["none"].holds, found["none"].skipped) == (None, "no flash-attn")
+    assert found["empty"].holds is False
+
+
+def test_sampled_rows_of_a_long_call_are_compared_with_fp64(tmp_path):
+    gpu_million.main(str(tmp_path / "million.json"), tokens=300, heads=4, kv_heads=2, dim=16, device="cpu")
+    read = next(part.read for part in PARTS if part.name == "million")
+    rows = read(tmp_path)
+    assert rows[1].holds is True
+    assert rows[1].value < 1e-5
