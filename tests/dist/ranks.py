@@ -6,7 +6,6 @@ is cheap.
 
 from __future__ import annotations
 
-import multiprocessing
 import queue
 import time
 import traceback
@@ -15,8 +14,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed", "torch._dynamo", "longctx.attention", "tests.dist.parity"])
+from longctx.bench import faults_run
+
+CONTEXT = faults_run.CONTEXT  # a process has one server; whatever starts it preloads this list
+CONTEXT.set_forkserver_preload([*faults_run.PRELOAD, "tests.dist.preload"])
 
 
 def run_ranks(
