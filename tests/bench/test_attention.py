@@ -9,6 +9,13 @@ from longctx.bench.attention_virtual import measure
 from longctx.bench.workers import WorkerGroup
 from longctx.config.bench import BenchAttentionConfig
 from longctx.errors import RunFailed, UserError
+from tests.dist.ranks import CONTEXT
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Workers are forked from the tests' server, which has imported torch, instead of starting Python anew."""
+    monkeypatch.setattr("longctx.bench.workers.mp.get_context", lambda method: CONTEXT)
 
 
 def echo(rank, world, port, settings):
