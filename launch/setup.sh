@@ -29,19 +29,33 @@ if ! ready; then
   echo "setting up .venv (once; a few minutes) ..." >&2
   [ -x "$PYTHON" ] || "$python" -m venv .venv
   pip() { "$PYTHON" -m pip --disable-pip-version-check --quiet "$@"; }
-  pip install -c launch/constraints.txt --upgrade pip hatchling editables setuptools wheel ninja
+  install() { pip install -c launch/constraints.txt "$@"; }
+  if [ -n "${LONGCTX_UV:-}" ]; then
+    # uv installs the same releases in half the time. It is told where pip is set up to look, and pip stands in for it.
+    setting() { "$PYTHON" -m pip config get "$1.$2" 2>/dev/null || true; }
+    export UV_FIND_LINKS="${UV_FIND_LINKS:-$(setting :env: find-links)}" UV_INDEX_STRATEGY=unsafe-best-match
+    export UV_EXTRA_INDEX_URL="${UV_EXTRA_INDEX_URL:-$(setting global extra-index-url)}"
+    certificates="$(setting global cert)"
+    [ -z "$certificates" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$certificates}"
+    install() {
+      .venv/bin/uv pip install --quiet --python "$PYTHON" -c launch/constraints.txt "$@" \
+        || pip install -c launch/constraints.txt "$@"
+    }
+    pip install uv || install() { pip install -c launch/constraints.txt "$@"; }
+  fi
+  install --upgrade pip hatchling editables setuptools wheel ninja
   if command -v nvidia-smi >/dev/null 2>&1; then
-    pip install -c launch/constraints.txt torch
+    install torch
   else
     # No GPU: the CPU build spares gigabytes of CUDA. First where pip is set up to look, then PyTorch's own index,
     # and last whatever pip offers.
     version="$(sed -n 's/^torch==//p' launch/constraints.txt)"
-    pip install -c launch/constraints.txt "torch==$version+cpu" 2>/dev/null \
+    install "torch==$version+cpu" 2>/dev/null \
       || pip install -c launch/constraints.txt --retries 1 --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null \
-      || pip install -c launch/constraints.txt torch
+      || install torch
   fi
   # deepspeed comes as source: nothing of it is compiled now, and its build sees the torch that is installed.
-  case ",$extras," in *,train,*) DS_BUILD_OPS=0 pip install -c launch/constraints.txt --no-build-isolation deepspeed ;; esac
-  pip install -c launch/constraints.txt --no-build-isolation -e ".[$extras]"
+  case ",$extras," in *,train,*) DS_BUILD_OPS=0 install --no-build-isolation deepspeed ;; esac
+  install --no-build-isolation -e ".[$extras]"
   printf '%s\n' "$extras" "$made_from" > "$stamp"
 fi

@@ -13,7 +13,7 @@ from longctx.assets import tiny_model
 from longctx.cli import main
 from longctx.config.model import InitConfig
 from longctx.model import init_from
-from tests.started import SHORT, longctx
+from tests.started import longctx
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
@@ -40,8 +40,11 @@ def make_model(folder: Path, seed: int) -> None:
     AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(folder)
 
 
-def test_the_commands_run_in_order_on_a_model_of_another_family(tmp_path):
-    """theta, plan, train, merge, eval as README has them, with shorter stages; each reads what the one before wrote."""
+def test_the_commands_run_in_order_on_a_model_of_another_family(tmp_path, quickstart):
+    """theta, plan, train, merge, eval as README has them, with shorter stages; each reads what the one before wrote.
+
+    The quickstart's folder has the standard library's tokens already.
+    """
     make_model(tmp_path / "MODEL", seed=0)
     make_model(tmp_path / "SIBLING", seed=1)
     (tmp_path / "DOCS").mkdir()
@@ -53,10 +56,11 @@ def test_the_commands_run_in_order_on_a_model_of_another_family(tmp_path):
         "8192,131072": "512,1024",
         "8192 to=131072": "512 to=8192",
     }
+    short = ["curriculum.lr.warmup_steps=0", *(f"curriculum.stages.{name}.tokens=8192" for name in ("s2048", "s8192"))]
     more = {
         "plan": ["hardware=h100"],
-        "train": ["curriculum.mix=default", *SHORT[:2], "evaluate.heldout_sequences=1", "parallel=ring"],
-        "eval": ["needle.per_cell=1", "needle.seeds=[1]", "loss_sequences=2"],
+        "train": ["curriculum.mix=default", *short, "evaluate.heldout_sequences=1", "parallel=ring"],
+        "eval": ["needle.per_cell=1", "needle.seeds=[1]", "loss_sequences=2", f"cache={quickstart.folder / 'data'}"],
     }
     said = {}
     for command in COMMANDS:

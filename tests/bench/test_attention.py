@@ -14,6 +14,13 @@ from longctx.config.bench import BenchAttentionConfig
 from longctx.distributed.transport import ThreadWorld
 from longctx.errors import RunFailed, UserError
 from tests.attention.packed_kernel import PackedKernel, install
+from tests.dist.ranks import CONTEXT
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch):
+    """Workers are forked from the tests' server, which has imported torch, instead of starting Python anew."""
+    monkeypatch.setattr("longctx.bench.workers.mp.get_context", lambda method: CONTEXT)
 
 
 def echo(rank, world, port, settings):

@@ -27,17 +27,26 @@ class Case(NamedTuple):
     kv_heads: int
 
 
-def cases(world: int) -> list[Case]:
-    """Every (M, W), schedule, GQA ratio and sequence variant."""
-    found = []
+HEADS = ((8, 8), (8, 2), (8, 1))
+
+
+def cases(world: int, *, every: bool = True) -> list[Case]:
+    """Every (M, W), schedule, GQA ratio and sequence variant.
+
+    every=False: each (M, W) and schedule meets each sequence variant once, and each GQA ratio with one or two of them.
+    """
+    found: list[Case] = []
     for nodes in (m for m in (1, 2, 4, 8) if world % m == 0):
         for schedule in SCHEDULES:
             local = world // nodes
             heads = [h for h in (2, 4, 8) if local % h == 0] if schedule == "ulysses_ring" else []
             for ulysses in heads or [None]:
-                variants = product(((8, 8), (8, 2), (8, 1)), variants_of_sequence())
-                for (q_heads, kv_heads), (kind, seq_len, documents) in variants:
-                    found.append(Case(nodes, schedule, ulysses, kind, seq_len, documents, q_heads, kv_heads))
+                turn = len(found) // len(variants_of_sequence())
+                for heads_index, (number, (kind, seq_len, documents)) in product(
+                    range(len(HEADS)), enumerate(variants_of_sequence())
+                ):
+                    if every or heads_index == (turn + number) % len(HEADS):
+                        found.append(Case(nodes, schedule, ulysses, kind, seq_len, documents, *HEADS[heads_index]))
     return found
 
 

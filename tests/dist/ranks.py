@@ -6,9 +6,10 @@ is cheap.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
+import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,8 +17,31 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["torch.distributed", "torch._dynamo", "longctx.attention", "tests.dist.parity"])
+from longctx.bench import faults_run
+
+CONTEXT = faults_run.CONTEXT  # a process has one server; whatever starts it preloads this list
+CONTEXT.set_forkserver_preload([*faults_run.PRELOAD, "tests.dist.preload"])
+
+
+def forked(function: Callable[..., int], *arguments: Any, log: Path, **environment: str) -> Any:
+    """A started process in a session of its own, as a terminal starts it, that ends with function(*arguments).
+
+    Its standard output and error are the files LOG.out and LOG.err.
+    """
+    process = CONTEXT.Process(target=_forked, args=(function, arguments, str(log), environment))
+    process.start()
+    return process
+
+
+def _forked(function: Callable[..., int], arguments: Sequence[Any], log: str, environment: dict[str, str]) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for name in ("RANK", "WORLD_SIZE"):
+        os.environ.pop(name, None)
+    os.environ.update(environment)
+    sys.exit(function(*arguments))
 
 
 def run_ranks(

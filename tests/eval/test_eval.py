@@ -6,17 +6,15 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from longctx.assets import tiny_model
+from longctx.cli import main
 from longctx.config.compose import load
 from longctx.config.eval import EvalConfig
 from longctx.errors import UserError
@@ -26,6 +24,7 @@ from longctx.eval.predict import load_plain
 from longctx.eval.run import run, target_of
 from longctx.verbs import VERBS
 from tests.data.conftest import make_tokenizer
+from tests.dist.ranks import forked
 from tests.train.made import write_documents
 
 TINY = str(tiny_model())
@@ -250,10 +249,15 @@ def test_ranks_under_srun_find_together_what_one_finds(text, two, tmp_path):
         "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2", "SLURM_STEP_NODELIST": "localhost",
         "SLURM_JOB_ID": "7", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     }  # fmt: skip
-    command = [sys.executable, "-m", "longctx.cli", "eval", *text, THREE, f"out={tmp_path}", "format=json"]
-    ranks = [_rank(command, {**step, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}) for rank in (0, 1)]
-    said = [rank.communicate(timeout=280) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
+    words = ["eval", *text, THREE, f"out={tmp_path}", "format=json"]
+    ranks = [
+        forked(main, words, log=tmp_path / f"rank{rank}", **step, SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank))
+        for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.join(280)
+    said = [[(tmp_path / f"rank{rank}.{name}").read_text() for name in ("out", "err")] for rank in (0, 1)]
+    assert [rank.exitcode for rank in ranks] == [0, 0], said
     printed = json.loads(said[0][0])
     assert printed == json.loads((tmp_path / "eval.json").read_text())
     assert said[1][0] == ""
@@ -262,8 +266,3 @@ def test_ranks_under_srun_find_together_what_one_finds(text, two, tmp_path):
     assert together["needle"] == base["needle"]
     assert together["loss"] == pytest.approx(base["loss"], rel=1e-6)
     assert together["loss_by_position"]["640"] == pytest.approx(base["loss_by_position"]["640"], rel=1e-6)
-
-
-def _rank(command: list[str], extra: dict[str, str]) -> subprocess.Popen[str]:
-    environment: dict[str, Any] = {**os.environ, **extra}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

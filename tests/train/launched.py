@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 from longctx.bench.faults_run import RunWatcher
+from tests.dist.ranks import forked
 
 
 class Started(RunWatcher):
@@ -25,45 +24,35 @@ class Started(RunWatcher):
         return False
 
 
-class Launched(Started):
-    """`python -m longctx.run --resolved RUN/config.yaml`, which starts its own ranks."""
+class Launched(RunWatcher):
+    """`python -m longctx.run --resolved RUN/config.yaml`, which starts its own ranks as `longctx train` does."""
 
     def __init__(self, run: Path) -> None:
-        self._file = open(run / "life.log", "w+")  # noqa: SIM115
-        process = subprocess.Popen(
-            [sys.executable, "-m", "longctx.run", "--resolved", str(run / "config.yaml")],
-            stdout=self._file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
-        )
-        super().__init__(run, process)
+        super().__init__(run)
+        self.process = forked(_launcher, str(run / "config.yaml"), log=run / "life")
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_for(self, seconds: float) -> bool:
+        self.process.join(seconds)
+        return self.process.is_alive()
 
     def terminate(self) -> tuple[int, str]:
         self.process.terminate()
         return self.wait()
 
     def wait(self) -> tuple[int, str]:
-        """(status, everything it said)."""
-        status = self.process.wait(240)
-        self._file.seek(0)
-        return status, self._file.read()
+        """(status, everything it and its ranks said on standard error)."""
+        self.process.join(240)
+        said = (self.run / "life.err").read_text()
+        assert self.process.exitcode is not None, said
+        return self.process.exitcode, said
 
 
-def children(pid: int) -> list[int]:
-    """Pids of a process's children, whichever of its threads started them."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").glob("*"):
-        try:
-            found += [int(text) for text in (task / "children").read_text().split()]
-        except OSError:
-            continue
-    return found
+def _launcher(config: str) -> None:
+    from longctx.run.__main__ import main
+    from longctx.run.rank import leave
 
-
-def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except OSError:
-        return False
+    leave(main(["--resolved", config]))

@@ -10,10 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from longctx.bench.faults_run import CONTEXT
 from longctx.config.train import TrainConfig
 from longctx.run.training import settled
 from longctx.train import runfolder
+from tests.dist.ranks import CONTEXT
 
 
 def live(config: TrainConfig, world: int, *, stop_after: int | None = None, kill_after: int | None = None) -> int:
