@@ -13,8 +13,8 @@ import pytest
 
 import longctx
 from longctx.config.base import alias, members, variants
-from longctx.config.compose import compose, resolve
-from longctx.config.help import _keys, field_docs
+from longctx.config.compose import resolve
+from longctx.config.help import field_docs, keys
 from longctx.verbs import VERBS
 
 PACKAGE = Path(longctx.__file__).parent
@@ -56,7 +56,7 @@ def test_every_key_is_documented(section):
 @pytest.mark.parametrize("name", sorted(VERBS))
 def test_help_shows_every_key_once(name):
     verb = VERBS[name]
-    rows = list(_keys(resolve(verb.schema), compose(verb.root, []), "", depth=9))
+    rows = keys(verb)
     shown = Counter(key for key, *_ in rows if "=" not in key)
     assert {key: often for key, often in shown.items() if often > 1} == {}
     for section in sections(resolve(verb.schema), set()):

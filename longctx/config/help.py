@@ -20,6 +20,9 @@ from longctx.config.words import CommandLine
 from longctx.verbs import Verb
 
 
+Row = tuple[str, str, str, str]
+
+
 def as_yaml(config: Any) -> str:
     """A validated config as YAML that the same verb reads again."""
     import yaml
@@ -59,6 +62,18 @@ def verb_help(verb: Verb, line: CommandLine) -> str:
     return "\n".join(lines)
 
 
+def keys(verb: Verb) -> list[Row]:
+    """Return (key, type, default, doc) of every key of a verb, with the defaults that its root file gives."""
+    return list(_keys(resolve(verb.schema), compose(verb.root, ()), "", depth=9))
+
+
+def section_doc(verb: Verb, section: str) -> str:
+    """Return what the schemas say of a section of a verb, or the empty text."""
+    schema = resolve(verb.schema)
+    name = next(field.name for field in dataclasses.fields(schema) if alias(field) == section)
+    return field_docs(schema).get(name) or _about(step_into(schema, section))
+
+
 def _topic(kind: Any, values: Any, topic: str, offered: dict[str, list[str]], line: CommandLine) -> list[str]:
     """A group's choices, and the keys below a section."""
     lines = []
@@ -88,9 +103,6 @@ def _no_topic(topic: str, known: list[str], verb: Verb) -> Exception:
     from longctx.errors import UserError
 
     return UserError(unknown(topic, known, f"`longctx {verb.name} --help` lists them"))
-
-
-Row = tuple[str, str, str, str]
 
 
 def _keys(kind: Any, values: Any, path: str, depth: int) -> Iterator[Row]:

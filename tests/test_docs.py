@@ -1,0 +1,232 @@
+"""The documentation: links, anchors, commands and planned figures hold, and the reference is the schemas'."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from longctx import cli
+from longctx.config import reference
+from longctx.config.compose import load, schema_of
+from longctx.config.help import keys
+from longctx.config.words import Overrides, parse
+from longctx.verbs import VERBS
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+HOW_TO = [page for page in PAGES if page.parent.name == "how_to" and page.name != "index.md"]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+PLACEHOLDERS = {
+    "VERB",
+    "KEY=VALUE",
+    "key=value",
+    "--config-dir",
+}  # words of a pattern, or of a folder that the reader makes
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def prose(page: Path) -> str:
+    """A page without its code."""
+    return re.sub(r"`[^`\n]+`", "", BLOCK.sub("", page.read_text()))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+)$", BLOCK.sub("", page.read_text()), re.MULTILINE)
+    plain = (re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower() for heading in headings)
+    return {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in plain}
+
+
+def links(page: Path) -> list[str]:
+    found = re.findall(r"\]\(([^)\s]+)\)", prose(page))
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_relative_link_and_anchor_resolves(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{name_of(page)}: {link}"
+        assert page.name == "README.md" or target.is_relative_to(DOCS), f"{name_of(page)}: {link} leaves docs/"
+        # mkdocs joins two hyphens where GitHub keeps them, so that such an anchor works in one of them only
+        assert not anchor or (anchor in anchors(target) and "--" not in anchor), f"{name_of(page)}: {link}"
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """The longctx commands in a page's code blocks, as the words after `longctx`."""
+    for kind, block in BLOCK.findall(page.read_text()):
+        if kind not in ("", "bash", "text"):
+            continue
+        for line in block.replace("\\\n", " ").splitlines():
+            if "longctx" not in line or "=" not in line or "source <(" in line:
+                continue
+            words = [word for word in shlex.split(line.split("   (")[0], comments=True) if word != "..."]
+            while words and ("=" in words[0] or words[0] == "sudo"):
+                words = words[1:]
+            if words[:1] == ["longctx"]:
+                yield words[1:]
+            elif "longctx.cli" in words:
+                yield words[words.index("longctx.cli") + 1 :]
+            else:
+                starts = {"longctx.run", "launch/torchrun.sh", "launch/slurm.sbatch"} & set(words)
+                for start in starts:
+                    yield ["train", *words[words.index(start) + 1 :]]
+
+
+COMMANDS = {tuple(words): name_of(page) for page in reversed(PAGES) for words in commands(page)}
+
+
+def test_the_pages_have_commands():
+    assert len(COMMANDS) > 80
+    assert {words[0].split()[0] for words in COMMANDS} >= {"train", "plan", "theta", "eval", "lora", "data", "bench"}
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: f"{COMMANDS[words]}: {' '.join(words)[:60]}")
+def test_a_command_of_the_documentation_composes(words, capsys):
+    """Its verb, its keys, its choices and their values are what the schemas take; nothing is run."""
+    if PLACEHOLDERS & set(words):
+        pytest.skip("a pattern with placeholders")
+    if "-m" not in words:
+        status = cli.main([*words] if "--help" in words else [*words, "--cfg"])
+        assert status == 0, capsys.readouterr().err
+        return
+    verb, rest = cli._find(list(words))
+    line = parse(rest)
+    swept = list(Overrides(verb.root, schema_of(verb.root)).expand(line.overrides))
+    fixed = [word for word in line.overrides if word.partition("=")[0] not in swept[0]]
+    for values in swept:
+        load(verb, [*fixed, *(f"{key}={value}" for key, value in values.items())])
+
+
+@pytest.mark.parametrize("page", HOW_TO, ids=name_of)
+def test_a_how_to_page_says_what_it_needs_and_fits_one_screen(page):
+    lines = page.read_text().splitlines()
+    assert lines[2].startswith("**Needs:** ")
+    assert len(lines) <= 60
+    assert "```" in page.read_text()
+
+
+ESTIMATES = [
+    (page, words, row)
+    for page in HOW_TO
+    for words, row in re.findall(r"^\| `(experiment=[^`]+)`[^|]*\| (.+?) \|$", page.read_text(), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("page", "words", "row"), ESTIMATES, ids=lambda value: str(value)[-60:])
+def test_a_planned_figure_is_what_plan_says(page, words, row, capsys):
+    assert cli.main(["plan", *words.split(), "format=json"]) == 0
+    planned: dict[str, Any] = json.loads(capsys.readouterr().out)
+    devices = planned["hours"] * ranks_of(words)
+    for stated, found in zip(row.split(" | "), (planned["hours"], devices), strict=False):
+        assert float(stated) == pytest.approx(found, rel=0.006), name_of(page)
+
+
+def ranks_of(words: str) -> int:
+    given = dict(word.split("=") for word in words.split())
+    return int(given.get("nodes", 1)) * int(given["ranks"])
+
+
+def test_planned_figures_are_found():
+    assert len(ESTIMATES) >= 13
+
+
+def test_the_reference_is_what_the_schemas_say():
+    """`python -m longctx.config.reference` writes it."""
+    wanted = reference.pages()
+    assert {file.name for file in reference.FOLDER.iterdir()} == set(wanted)
+    assert {f"{verb.root}.md" for verb in VERBS.values()} == set(wanted) - {"index.md"}
+    stale = [name for name, text in wanted.items() if (reference.FOLDER / name).read_text() != text]
+    assert stale == []
+
+
+@pytest.mark.parametrize("name", sorted(VERBS))
+def test_a_reference_page_has_every_key_with_its_default(name):
+    text = (reference.FOLDER / f"{VERBS[name].root}.md").read_text()
+    for key, _, default, _ in keys(VERBS[name]):
+        (row,) = re.findall(rf"^\| `{re.escape(key)}` \|.*$", text, re.MULTILINE)
+        assert default == "" or default.replace(str(ROOT), "PACKAGE") in row
+
+
+def test_the_navigation_lists_every_page():
+    def leaves(entry: Any) -> Iterator[str]:
+        for child in entry.values() if isinstance(entry, dict) else entry:
+            yield from [child] if isinstance(child, str) else leaves(child)
+
+    listed = list(leaves(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+
+
+DRAWN = {
+    "ring_1x4_forward.svg": "nodes=1 ranks=4 draw.schedule=flat_ring draw.seq_len=64k",
+    "flat_ring_2x4_forward.svg": "nodes=2 ranks=4 draw.schedule=flat_ring draw.seq_len=32k hardware.outer_gbytes=2",
+    "double_ring_2x4_forward.svg": "nodes=2 ranks=4 draw.schedule=double_ring draw.seq_len=32k hardware.outer_gbytes=2",
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_picture_is_the_schedule_that_runs(name, tmp_path, capsys):
+    words = ["plan", "show=schedule", "draw.direction=forward", *DRAWN[name].split(), f"draw.svg={tmp_path / name}"]
+    assert cli.main(words) == 0
+    assert (tmp_path / name).read_text() == (DOCS / "img" / name).read_text()
+
+
+def test_pictures_are_small():
+    assert [file.name for file in DOCS.rglob("*.svg") if file.stat().st_size > 60_000] == []
+
+
+# What newcomers ask first, the page that answers, and words that its answer has.
+QUESTIONS = {
+    "which schedule on 4 nodes of 8": ("how_to/slow_network.md", "parallel.schedule=auto"),
+    "8 GPUs of one machine": ("how_to/eight_gpus.md", "experiment=llama3_8b_262k_8gpu"),
+    "FSDP": ("how_to/fsdp.md", "engine=deepspeed engine.zero=3"),
+    "flash-attention": ("how_to/flash_attention.md", "longctx doctor"),
+    "continue on another cluster": ("how_to/resume_elsewhere.md", "run_dir="),
+    "cost of 8B to 262k": ("how_to/cost.md", "device-hours"),
+    "wandb": ("how_to/dashboards.md", "wandb sync"),
+    "RULER": ("how_to/evaluate.md", "RULER's own 13 tasks"),
+    "vLLM": ("how_to/serve_vllm.md", "vllm serve"),
+    "a new family": ("how_to/new_family.md", "architectures.py"),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_newcomers_question_is_answered_within_two_clicks_from_the_readme(question):
+    page, answer = QUESTIONS[question]
+    once = reached(PAGES[0])
+    assert DOCS / page in once.union(*(reached(found) for found in once))
+    assert answer in (DOCS / page).read_text()
+
+
+def reached(page: Path) -> set[Path]:
+    """The pages that one link leads to."""
+    targets = {(page.parent / link.partition("#")[0]).resolve() for link in links(page)}
+    return {target for target in targets if target.suffix == ".md" and target.is_file()}
+
+
+def test_mkdocs_builds_the_pages_without_a_warning(tmp_path):
+    own = ROOT / "build/docs/bin/mkdocs"
+    mkdocs = str(own) if own.exists() else shutil.which("mkdocs")
+    if mkdocs is None:
+        pytest.skip("mkdocs is not installed; launch/docs.sh installs it into build/docs")
+    command = [mkdocs, "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = "".join(page.read_text() for page in tmp_path.rglob("*.html"))
+    loaded = re.findall(r'<(?:script|img|link)\b[^>]*\b(?:src|href)="(?:https?:)?//[^"]+"', pages)
+    assert [tag for tag in loaded if 'rel="canonical"' not in tag] == []
