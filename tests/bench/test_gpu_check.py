@@ -14,7 +14,7 @@ import torch
 
 from longctx.bench import gpu_check, gpu_million
 from longctx.bench.gpu_parts import PARTS, Part, Row
-from tests.train.launched import alive
+from longctx.processes import alive
 
 ROOT = Path(__file__).parents[2]
 

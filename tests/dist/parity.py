@@ -91,9 +91,7 @@ def context(nodes: int, schedule: str, ulysses: int | None) -> ContextParallel:
 def check(rank: int, world: int, case: Case) -> None:
     """out, lse, dq, dk, dv of this rank within 1e-10; bytes as planned; un-sharding gives the whole."""
     cp = context(case.nodes, case.schedule, case.ulysses)
-    layout = cp.layout(
-        seq_len=case.seq_len, documents=list(case.documents) if case.documents else None, kind=case.kind
-    )
+    layout = cp.layout(seq_len=case.seq_len, documents=list(case.documents) if case.documents else None, kind=case.kind)
     x = oracle(case.seq_len, case.documents, case.q_heads, case.kv_heads)
     q, k, v = (layout.shard(x[name], dim=2).requires_grad_() for name in "qkv")
     cp.bytes.reset()

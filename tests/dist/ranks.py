@@ -6,6 +6,7 @@ is cheap.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import queue
 import signal
@@ -55,11 +56,13 @@ def run_ranks(
 ) -> dict[Any, list[str]]:
     """body(rank, world, case) on every rank for every case; the failures, {case: ["rank r: traceback"]}.
 
-    `leaves` ranks are expected to die without a word. nccl: the ranks share the first CUDA device.
+    `leaves` ranks are expected to die without a word. nccl: the ranks share the first CUDA device; they are spawned,
+    because the server has DeepSpeed set up for CPUs, and CUDA does not outlive a fork.
     """
-    results: Any = CONTEXT.Queue()
+    context: Any = multiprocessing.get_context("spawn") if nccl else CONTEXT
+    results: Any = context.Queue()
     processes = [
-        CONTEXT.Process(
+        context.Process(
             target=_rank, args=(rank, world, body, list(cases), str(store), results, leaves, nccl), daemon=True
         )
         for rank in range(world)
@@ -110,7 +113,11 @@ def _rank(
         torch.cuda.set_device(0)
     found = []
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if nccl else "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=600)
+        "cpu:gloo,cuda:nccl" if nccl else "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=600),
     )
     for case in cases:
         try:

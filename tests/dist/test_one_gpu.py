@@ -30,7 +30,9 @@ def started(*words: str, **environment: str) -> subprocess.CompletedProcess[str]
 def test_every_rank_is_a_host_of_its_own_to_nccl():
     names = "RANK LOCAL_RANK WORLD_SIZE LOCAL_WORLD_SIZE CUDA_VISIBLE_DEVICES NCCL_HOSTID NCCL_NET NCCL_SOCKET_IFNAME"
     names += " NCCL_IB_DISABLE NCCL_NVLS_ENABLE MASTER_ADDR"
-    done = started("2", "bash", "-c", "echo " + " ".join(f"${name}" for name in names.split()), CUDA_VISIBLE_DEVICES="3,4")
+    done = started(
+        "2", "bash", "-c", "echo " + " ".join(f"${name}" for name in names.split()), CUDA_VISIBLE_DEVICES="3,4"
+    )
     assert done.returncode == 0, done.stderr
     rest = "Socket lo 1 0 127.0.0.1"
     assert sorted(done.stdout.splitlines()) == [
@@ -43,7 +45,7 @@ def test_every_rank_is_a_host_of_its_own_to_nccl():
 
 def test_the_first_failing_rank_gives_the_status_and_the_others_end():
     began = time.monotonic()
-    done = started("3", "bash", "-c", 'if [ $RANK = 1 ]; then exit 75; fi; [ $RANK = 0 ] || sleep 0.5')
+    done = started("3", "bash", "-c", "if [ $RANK = 1 ]; then exit 75; fi; [ $RANK = 0 ] || sleep 0.5")
     assert done.returncode == 75
     assert time.monotonic() - began < 15
     assert started("2", "true").returncode == 0

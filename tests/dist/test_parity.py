@@ -12,7 +12,8 @@ from tests.dist.ranks import run_ranks
 
 
 @pytest.mark.parametrize(
-    ("world", "every"), [(1, True), (2, True), (4, False), (8, False), *(pytest.param(w, True, marks=pytest.mark.slow) for w in (4, 8))]
+    ("world", "every"),
+    [(1, True), (2, True), (4, False), (8, False), *(pytest.param(w, True, marks=pytest.mark.slow) for w in (4, 8))],
 )
 def test_every_schedule_equals_dense_attention(world, every, tmp_path):
     chosen = cases(world, every=every)

@@ -75,7 +75,8 @@ def test_an_introduction_survives_the_store() -> None:
 
 
 @pytest.mark.parametrize(
-    ("numbers", "words"), [([2], "rank 2"), ([1, 0], "ranks 0 and 1"), ([3, 1, 2], "ranks 1 to 3"), ([0, 2], "ranks 0 and 2")]
+    ("numbers", "words"),
+    [([2], "rank 2"), ([1, 0], "ranks 0 and 1"), ([3, 1, 2], "ranks 1 to 3"), ([0, 2], "ranks 0 and 2")],
 )
 def test_ranks_in_words(numbers: list[int], words: str) -> None:
     assert listed(numbers) == words

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.dist import parity
-from tests.dist.ranks import CONTEXT, one_card, run_ranks
+from tests.dist.ranks import one_card, run_ranks
 from tests.gpu.nccl import check_bfloat16, check_lost_peer, check_many_steps, check_parity
 from tests.train.parity import Case, check
 
@@ -54,7 +55,8 @@ def test_three_hundred_steps_of_packed_documents_do_not_grow(tmp_path: Path) -> 
 def test_a_lost_peer_ends_the_others_in_time(tmp_path: Path, case: str) -> None:
     """launch/gpu_check.sh looks at what is left on the card."""
     store = str(tmp_path / "store")
-    ranks = [CONTEXT.Process(target=lost, args=(rank, 2, case, store), daemon=True) for rank in range(2)]
+    context = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
+    ranks = [context.Process(target=lost, args=(rank, 2, case, store), daemon=True) for rank in range(2)]
     for process in ranks:
         process.start()
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from longctx.config.train import TrainConfig
+from longctx.run.training import settled
+from longctx.train import runfolder
 from tests.started import SHORT, longctx
 from tests.train.made import config, write_documents
 
@@ -44,19 +48,32 @@ def test_the_quickstart_on_two_nccl_ranks_of_one_card(tmp_path: Path, engine: li
     complete(run)
 
 
+def life(run: TrainConfig, kill_after: int = 0) -> int:
+    """Train in a process of its own, which SIGKILL ends once it has logged the step `kill_after`; its status."""
+    body = (
+        "import sys; from pathlib import Path; from tests.train.lives import _rank; port, step = map(int, sys.argv[2:])"
+    )
+    body += "; _rank(Path(sys.argv[1]), 0, 1, port, None, step or None)"
+    folder = runfolder.prepare(settled(run))
+    words = [sys.executable, "-c", body, str(folder), str(free_port()), str(kill_after)]
+    return subprocess.run(words, cwd=ROOT, timeout=200).returncode
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """The same steps and nearly the same losses: flash attention's backward adds in any order on a GPU."""
-    from tests.train.lives import live
-
     documents = write_documents(tmp_path / "documents")
     place = {"model": {"dtype": "bfloat16"}, "engine": {"device": "cuda"}}
     losses = {}
-    for name, kill in (("whole", None), ("killed", 5)):
+    for name, kill in (("whole", 0), ("killed", 5)):
         run = config(tmp_path / name, documents, **place)
-        status = live(run, 1, kill_after=kill)
-        assert (status == 0) is (kill is None)
-        if kill is not None:
-            assert live(run, 1) == 0
+        assert (life(run, kill) == 0) is (kill == 0)
+        assert kill == 0 or life(run) == 0
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         losses[name] = [json.loads(line)["loss"] for line in lines]
     assert len(losses["whole"]) == len(losses["killed"]) == 9
