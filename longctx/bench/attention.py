@@ -133,7 +133,8 @@ def prepare_ring(rank: int, world: int, port: int, settings: Any) -> Serve:
     from longctx import ContextParallel, context_attention
     from longctx.distributed import ranks as worlds
 
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     worlds.start("cpu")
     cp = ContextParallel.from_world(nodes=1, schedule="flat_ring")
 

@@ -11,6 +11,7 @@ import os
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -49,7 +50,8 @@ class WorkerGroup:
     def order(self, order: Any, timeout: float = 600.0) -> list[Any]:
         """Send `order` to every worker; returns their answers in rank order. timeout: seconds for each answer."""
         for pipe in self._pipes:
-            pipe.send(order)
+            with suppress(BrokenPipeError):  # a worker that failed while it prepared has said why
+                pipe.send(order)
         answers = []
         for rank, pipe in enumerate(self._pipes):
             try:

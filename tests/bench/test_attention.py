@@ -39,6 +39,17 @@ def test_a_team_answers_in_rank_order_and_reports_failures():
             team.order("fail")
 
 
+def unprepared(rank, world, port, settings):
+    raise ValueError("cannot prepare")
+
+
+def test_a_worker_that_cannot_prepare_says_why():
+    with WorkerGroup(1, 1, unprepared, None) as team:
+        team._processes[0].join(60)
+        with pytest.raises(RunFailed, match="cannot prepare"):
+            team.order("hello")
+
+
 def test_flop_count_is_the_causal_one():
     assert AttentionCase(16, 1, 2, 1, 4, "float32").flop == 7 * 16 * 16 * 2 * 4
 
