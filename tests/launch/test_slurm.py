@@ -160,7 +160,7 @@ def test_a_cancelled_job_saves_and_stays_cancelled(slurm: VirtualSlurm, tmp_path
 def test_signals_at_twenty_instants_are_saved_or_not_and_requeued(
     slurm: VirtualSlurm, array: list[Path], tmp_path: Path
 ) -> None:
-    """Signals at random instants, the first seconds more often than others, until a run has had them all or has ended."""
+    """Runs that get five signals each, the first seconds more often than others."""
     rng, sent = random.Random(1), 0
     while sent < 20:
         run = tmp_path / f"run{sent}"
