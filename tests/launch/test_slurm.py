@@ -161,15 +161,15 @@ def test_signals_at_twenty_instants_are_saved_or_not_and_requeued(
     slurm: VirtualSlurm, array: list[Path], tmp_path: Path
 ) -> None:
     """Runs that get five signals each, the first seconds more often than others."""
-    rng, sent = random.Random(1), 0
+    rng, sent, runs = random.Random(1), 0, 0
     while sent < 20:
-        run = tmp_path / f"run{sent}"
-        job = slurm.submit([*words(run_dir=run), "launch.requeues=30"], tmp_path / f"log{sent}", *PAIR)
+        runs += 1
+        run = tmp_path / f"run{runs}"
+        job = slurm.submit([*words(run_dir=run), "launch.requeues=30"], tmp_path / f"log{runs}", *PAIR)
         for restarts in range(1, 6):
-            job.wait(lambda job=job: job.step_runs() or job.state != "RUNNING")
-            until(lambda job=job: job.state != "RUNNING", 14.0 * rng.random() ** 2, must=False)
-            if job.state != "RUNNING":  # the run was quicker
-                break
+            job.wait(lambda job=job: job.step_runs() or job.state == "COMPLETED")
+            if until(lambda job=job: job.state != "RUNNING", 14.0 * rng.random() ** 2, must=False):
+                break  # the run was quicker
             slurm("scancel", "-s", "USR1", job.number)
             sent += 1
             job.continue_now()
