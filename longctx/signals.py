@@ -28,7 +28,7 @@ from longctx.processes import kill_descendants
 
 SAVED_AND_REQUEUE = 75
 INTERRUPTED = 130
-REQUEUES = 8  # of launch.requeues, while the config is unknown
+REQUEUES = 8  # the default of launch.requeues, which holds while the config is unknown
 PATIENCE = 1.0  # seconds that the main thread has to run the handler itself
 _PARTIAL = re.compile(r"\.(.+)\.partial-(\d+)")
 

@@ -14,6 +14,7 @@ from longctx.config.base import Count, Length, Text, schema
 from longctx.config.curriculum import CurriculumConfig
 from longctx.config.data import DataConfig
 from longctx.config.model import ModelConfig
+from longctx.signals import REQUEUES
 
 
 def _not_below(config: object, least: int, *names: str) -> None:
@@ -132,7 +133,7 @@ class LaunchConfig:
     nproc: int = 1  #: ranks on this machine that `longctx train` starts itself
     threads: int | None = None  #: CPU threads per rank; null: the cores shared out
     meeting_minutes: float = 10.0  #: minutes that ranks of several nodes wait for each other at the start
-    requeues: int = 8  #: times that the launch scripts start a run again after a save on a signal
+    requeues: int = REQUEUES  #: times that the launch scripts start a run again after a save on a signal
 
     def __post_init__(self) -> None:
         if self.threads is not None:

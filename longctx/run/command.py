@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from longctx import signals
 from longctx.distributed.launcher import launcher_environment
 from longctx.errors import UserError
 from longctx.run import rank as ranks_of_a_run
@@ -15,6 +16,8 @@ PREFLIGHT = "preflight"  # as the first word: the nodes are checked and nothing 
 
 def main(words: Sequence[str]) -> int:
     """Take part in a run as one rank, from the command line to the exit status."""
+    if (requeues := _said(words, "launch.requeues")) is not None:
+        signals.limit_requeues(int(requeues))  # before the config is composed: a signal may come first
     if words[:1] == ["--resolved"]:
         return ranks_of_a_run.main(words[1])
 
@@ -62,6 +65,7 @@ def agree_on_config(words: list[str], rank: int) -> Any:
             config = compose(words)
             message = {"config": runfolder.to_dict(config), "hash": runfolder.fingerprint(config)}
             minutes = config.launch.meeting_minutes
+            signals.limit_requeues(config.launch.requeues)
         except UserError as error:
             message = {"error": str(error)}
     import torch.distributed as dist
@@ -91,8 +95,14 @@ def meeting_minutes(words: Sequence[str]) -> float:
     """launch.meeting_minutes for a rank that does not compose the config: the command line's, or the default."""
     from longctx.config.train import LaunchConfig
 
+    said = _said(words, "launch.meeting_minutes")
+    return LaunchConfig().meeting_minutes if said is None else said
+
+
+def _said(words: Sequence[str], key: str) -> float | None:
+    """The number that the command line gives to a key, if it gives one."""
     for word in reversed(words):
         name, _, value = word.lstrip("+").partition("=")
-        if name == "launch.meeting_minutes" and value.replace(".", "", 1).isdigit():
+        if name == key and value.replace(".", "", 1).isdigit():
             return float(value)
-    return LaunchConfig().meeting_minutes
+    return None

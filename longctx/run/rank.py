@@ -83,9 +83,8 @@ def _leave_with(status: int) -> int:
         return 0 if signals.note_status(status) else status
     from longctx.distributed import meeting, ranks
 
-    left = meeting.leave_together(status, signals.note_status)
     ranks.stop()
-    return left
+    return meeting.leave_together(status, signals.note_status)
 
 
 def _not_met(error: RunFailed) -> bool:

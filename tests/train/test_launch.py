@@ -49,10 +49,11 @@ def test_a_dead_rank_takes_the_run_down_and_a_signal_saves_it(tmp_path: Path, do
     assert "Traceback" not in said
     assert not any(alive(pid) for pid in ranks)
     again = Launched(tmp_path / "run")
-    assert again.wait_for_step(again.saved_step() + 4), again.wait()
+    reached = again.saved_step() + 4  # the kill may have met the save of step 2 while it was written
+    assert again.wait_for_step(reached), again.wait()
     status, said = again.terminate()
     assert status == 75, said
-    assert again.saved_step() == again.step() >= 6
+    assert again.saved_step() == again.step() >= reached
     assert f"saved at step {again.step()}" in said
 
 
