@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -118,18 +118,13 @@ def grid(
     return Grid(label, config.lengths, config.depths, config.seeds, hits, asked)
 
 
-@contextmanager
-def _threads(workers: int | None) -> Iterator[ThreadPoolExecutor]:
+def _threads(workers: int | None) -> AbstractContextManager[ThreadPoolExecutor]:
     """Compute one prompt per thread, which is faster on a CPU than several threads on one small matrix."""
     import torch
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(before if workers == 1 else 1)
-    try:
-        with ThreadPoolExecutor(workers or before) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(before)
+    from longctx.threads import one_thread_each
+
+    return ThreadPoolExecutor(1) if workers == 1 else one_thread_each(workers or torch.get_num_threads())
 
 
 def haystacks(config: NeedleConfig) -> int:

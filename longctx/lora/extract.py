@@ -11,8 +11,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from math import prod, sqrt
 from pathlib import Path
@@ -37,6 +36,7 @@ from longctx.lora.verify import HeldOutLosses, held_out_losses, read_back
 from longctx.lora.writer import output_folder
 from longctx.storage.files import write_json
 from longctx.storage.writer import SafetensorsWriter
+from longctx.threads import one_thread_each
 
 Progress = Callable[[int, int, str], None]
 
@@ -158,7 +158,7 @@ class _Extraction:
     def map(self, work: Callable[[Module], _TensorResult], modules: list[Module]) -> Iterator[_TensorResult]:
         """Yield the results in the order of `modules`, with several modules in work at a time."""
         start_linalg(self.device)
-        with _one_thread_each(), ThreadPoolExecutor(self.workers) as pool:
+        with one_thread_each(self.workers) as pool:
             waiting: deque[Future[_TensorResult]] = deque()
             try:
                 for module in modules:
@@ -332,14 +332,3 @@ def _device(asked: str) -> str:
 
 def _leaf(tensor: str) -> str:
     return tensor.removesuffix(".weight").rsplit(".", 1)[-1]
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Run torch with one thread per worker, so cores are not oversubscribed and the order of sums is fixed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

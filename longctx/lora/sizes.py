@@ -91,24 +91,19 @@ def adapter_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings:
 def measure_throughput(rank: int) -> float:
     """Measure the elements per second that this machine decomposes at this rank, with 2048 x 2048 samples."""
     import os
-    from concurrent.futures import ThreadPoolExecutor
 
     import torch
 
     from longctx.lora.lowrank import Sketch, decompose
+    from longctx.threads import one_thread_each
 
     sample = _Sample(torch.randn(2048, 2048, generator=torch.Generator().manual_seed(0)))
     cores = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(cores) as pool:
-            list(pool.map(lambda _: decompose(sample, rank, Sketch()), range(cores)))
-            began = time.perf_counter()
-            list(pool.map(lambda _: decompose(sample, rank, Sketch()), range(2 * cores)))
-            seconds = time.perf_counter() - began
-    finally:
-        torch.set_num_threads(before)
+    with one_thread_each(cores) as pool:
+        list(pool.map(lambda _: decompose(sample, rank, Sketch()), range(cores)))
+        began = time.perf_counter()
+        list(pool.map(lambda _: decompose(sample, rank, Sketch()), range(2 * cores)))
+        seconds = time.perf_counter() - began
     return 2 * cores * 2048 * 2048 / seconds
 
 

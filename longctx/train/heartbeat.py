@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 # Phases that may last longer than any limit (tokenizing, loading, an export, an adapter): there only silence counts.
 PATIENT = ("start", "hand-off")
+SILENT = "its process no longer answers"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Progress:
 class Watcher:
     """The watching thread of a rank; limit: seconds without progress on any rank.
 
-    Rank 0 looks for stalled ranks, and rank 1 looks at rank 0.
+    Rank 0 looks for stalled ranks, and rank 1 looks at rank 0. The store of the reports is usually in rank 0's process,
+    so rank 1 also takes a store that does not answer for a rank 0 that does not; calls of the store have no timeout.
     """
 
     def __init__(
@@ -63,11 +65,15 @@ class Watcher:
         self.progress, self.rank, self.world, self.limit = progress, rank, world, limit
         self._fail = fail or _end_run
         self._stop = threading.Event()
+        self._interval = min(max(limit / 10, 0.2), 15.0)
+        self._answered = time.monotonic()
         self._thread: threading.Thread | None = None
         if world > 1 and limit > 0:
             self._store = cast(Any, dist.distributed_c10d._get_default_store()).clone()
             self._thread = threading.Thread(target=self._run, name="watcher", daemon=True)
             self._thread.start()
+            if rank == 1:
+                threading.Thread(target=self._watch_store, name="store watcher", daemon=True).start()
 
     def close(self) -> None:
         self._stop.set()
@@ -75,10 +81,9 @@ class Watcher:
             self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        interval = min(max(self.limit / 10, 0.2), 15.0)
         seen: dict[int, tuple[str, float]] = {}
-        while not self._stop.wait(interval):
-            now = time.monotonic()
+        while not self._stop.wait(self._interval):
+            now = self._answered = time.monotonic()
             at = self.progress
             own = f"{at.moves}|{at.step}|{at.phase}|{now - at.since:.1f}|{now}"
             try:
@@ -87,6 +92,14 @@ class Watcher:
                     self._fail(found.words)
                     return
             except (RuntimeError, OSError):  # the store went away: the run is ending
+                self._stop.set()
+
+    def _watch_store(self) -> None:
+        """End the run when the store has not answered for `limit` seconds in which this rank made no progress."""
+        while not self._stop.wait(self._interval):
+            at, now = self.progress, time.monotonic()
+            if min(now - self._answered, now - at.since) > self.limit:
+                self._fail(_words(0, at.step, SILENT, [at.phase], self.limit))
                 return
 
     def _judge(self, seen: dict[int, tuple[str, float]]) -> Verdict | None:
@@ -118,13 +131,15 @@ def verdict(beats: list[Beat], limit: float) -> Verdict | None:
     culprit = max(silent, key=lambda beat: beat.age) if silent else min(beats, key=lambda beat: beat.moves)
     if not silent and culprit.phase in PATIENT:
         return None
-    why = "its process no longer answers" if silent else f"it has been in {culprit.phase!r} for {culprit.still:.0f} s"
+    why = SILENT if silent else f"it has been in {culprit.phase!r} for {culprit.still:.0f} s"
     others = sorted({beat.phase for beat in beats if beat.rank != culprit.rank})
-    return Verdict(
-        culprit.rank,
-        f"rank {culprit.rank} stalls at step {culprit.step}: {why}, while the others wait in "
-        f"{', '.join(others)} (guards.stall_seconds={limit:g}). The last checkpoint is intact; run the same "
-        "command to continue",
+    return Verdict(culprit.rank, _words(culprit.rank, culprit.step, why, others, limit))
+
+
+def _words(rank: int, step: int, why: str, others: list[str], limit: float) -> str:
+    return (
+        f"rank {rank} stalls at step {step}: {why}, while the others wait in {', '.join(others)} "
+        f"(guards.stall_seconds={limit:g}). The last checkpoint is intact; run the same command to continue"
     )
 
 

@@ -18,20 +18,23 @@ from tests.dist.ranks import run_ranks
 
 def check_patience(rank: int, world: int, seconds: float) -> None:
     """Work of one rank outlasts the timeout of collectives, which `start` has set on the world that stood already."""
+    store = dist.distributed_c10d._get_default_store()
     worlds._set_timeout(timedelta(seconds=seconds))
     assert transport._timeout_of(dist.group.WORLD) == timedelta(seconds=seconds)
     here = Ranks(rank, world, rank, world, torch.device("cpu"))
     with here.agree("something long"):
         if rank == 1:
-            time.sleep(2.5 * seconds)
-    here.wait()
-    if rank == 0:  # a collective without its peer, which is late
+            time.sleep(1.2 * seconds)
+    worlds._set_timeout(timedelta(seconds=0.3))
+    if rank == 0:  # a collective whose peer comes only after it has ended
         with pytest.raises(RuntimeError, match=r"(?i)time"):
             dist.all_reduce(torch.zeros(1))
+        store.set("timed out", "yes")
     else:
-        time.sleep(2.5 * seconds)
+        store.wait(["timed out"], timedelta(seconds=200))
 
 
 def test_one_ranks_long_work_does_not_time_out(tmp_path: Path) -> None:
-    failures = run_ranks(2, check_patience, [1.0], tmp_path / "store", leaves=0)
+    """Ranks meet within a second of each other, so that a timeout of 4 seconds is met on a busy machine too."""
+    failures = run_ranks(2, check_patience, [4.0], tmp_path / "store", leaves=0)
     assert not failures, failures

@@ -5,6 +5,9 @@ gives the same bytes.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,6 +96,18 @@ def test_same_seed_same_bytes_whatever_the_workers(trio: Make, tmp_path: Path) -
         first, second = ((tmp_path / folder / name).read_bytes() for folder in "ab")
         if name != "README.md":
             assert first == second, name
+
+
+def test_a_worker_has_one_thread_from_its_first_product_on() -> None:
+    """A new thread begins with OMP_NUM_THREADS, whatever torch.set_num_threads said in another."""
+    code = (
+        "import ctypes, torch; from longctx.threads import one_thread_each\n"
+        "maps = open('/proc/self/maps').read().split(); openmp = next(word for word in maps if '/libgomp' in word)\n"
+        "with one_thread_each(1) as pool: print(pool.submit(ctypes.CDLL(openmp).omp_get_max_threads).result())"
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "3"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"
 
 
 def test_differences_too_large_to_keep_are_read_again(trio: Make, tmp_path: Path) -> None:

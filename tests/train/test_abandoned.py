@@ -78,7 +78,7 @@ def two_steps(rank: int, world: int, case: Two) -> None:
     context.close()
 
 
-@pytest.mark.parametrize("zero", [0, *(pytest.param(zero, marks=pytest.mark.slow) for zero in (1, 2)), 3])
+@pytest.mark.parametrize("zero", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
 def test_an_abandoned_step_never_happened(tmp_path: Path, zero: int) -> None:
     for abandoned in (False, True):  # a process each: DeepSpeed's state is the process's
         case = Two(zero, abandoned, tmp_path)
