@@ -114,6 +114,23 @@ def test_a_command_of_the_documentation_composes(words):
         load(verb, [*fixed, *(f"{key}={value}" for key, value in values.items())])
 
 
+def mentioned(page: Path) -> Iterator[list[str]]:
+    """The longctx commands in a page's sentences and tables."""
+    for command in re.findall(r"`longctx ([^`]+)`", BLOCK.sub("", page.read_text())):
+        words = [word for word in shlex.split(command) if word != "..."]
+        if not PLACEHOLDERS & set(words) and words[0] != "completion" and "-m" not in words:
+            yield words
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_a_command_that_a_sentence_names_has_known_keys(page):
+    for words in mentioned(page):
+        verb, rest = cli._find(words) if not words[0].startswith("--") else (VERBS["train"], words)
+        known = Overrides(verb.root, schema_of(verb.root))
+        for word in parse(rest).overrides:
+            assert known.checked(word)
+
+
 @pytest.mark.parametrize("page", HOW_TO, ids=name_of)
 def test_a_how_to_page_says_what_it_needs_and_fits_one_screen(page):
     lines = page.read_text().splitlines()
