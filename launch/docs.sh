@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Builds the documentation into build/site, with warnings as errors and without network once mkdocs is installed.
-# mkdocs gets an environment of its own (build/docs, 10 s once): nothing else here needs its packages.
+# Builds the documentation into build/site, with warnings as errors, and without network once mkdocs is there.
+# mkdocs lies in a folder of its own (build/docs, 10 s once): nothing else here needs its packages.
+# Arguments go to mkdocs: launch/docs.sh --site-dir FOLDER
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bin=build/docs/bin
-if [ ! -x "$bin/mkdocs" ]; then
-  "${PYTHON:-python3}" -m venv build/docs
-  "$bin/pip" --disable-pip-version-check --quiet install -c launch/constraints.txt mkdocs-material
+python="$PWD/.venv/bin/python"
+[ -x "$python" ] || python=python3
+if [ ! -d build/docs/mkdocs ]; then
+  "$python" -m pip --disable-pip-version-check --quiet install --no-compile --target build/docs -c launch/constraints.txt mkdocs-material
 fi
-exec "$bin/mkdocs" build --quiet --strict
+export PYTHONPATH="$PWD/build/docs" NO_MKDOCS_2_WARNING=1
+exec "$python" -m mkdocs build --quiet --strict "$@"

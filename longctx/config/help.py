@@ -19,7 +19,6 @@ from longctx.config.groups import choice_file, config_dir, defaults_of, groups, 
 from longctx.config.words import CommandLine
 from longctx.verbs import Verb
 
-
 Row = tuple[str, str, str, str]
 
 

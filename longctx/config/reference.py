@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from longctx.config.groups import choice_file, config_dir, defaults_of, groups, header
 from longctx.config.help import Row, keys, section_doc
@@ -38,13 +37,13 @@ the same on the terminal. [The command line](../command_line.md) explains overri
 |---|---|
 | length | tokens: `8192`, `64k` (65,536), `1M` (1,048,576), customary names such as `262k` (262,144) |
 | count | `100000000`, `1e8`, `100M`: powers of ten |
-| text, int, number, true / false | `name=try1`, `seed=3`, `guards.spike_factor=2.0`, `smoke=true`; `null` where the default is null |
+| text, int, number, true / false | `name=try1`, `seed=3`, `guards.spike_factor=2.0`, `smoke=true`; `null` |
 | [type] | a list, in quotes: `'curriculum.only=[s65k,s262k]'` |
 | {{name: type}} | values by name: `'parallel.cp_by_stage={{s64k: 8}}'` |
 | rule | a rope rule: `rope=yarn`, or with parameters `rope=yarn rope.beta_fast=16` |
 
-A key that ends in `_seconds`, `_gib` and the like is in that unit; the type column repeats it. `NAME` in a key stands for
-a name of yours, such as a stage's or a source's. `(required)` has no default.
+A key that ends in `_seconds`, `_gib` and the like is in that unit; the type column repeats it. `NAME` in a key stands
+for a name of yours, such as a stage's or a source's. `(required)` has no default.
 """
 
 
