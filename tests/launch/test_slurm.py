@@ -35,7 +35,9 @@ def array(slurm: VirtualSlurm, tmp_path_factory: pytest.TempPathFactory) -> list
     script = folder / "array.sh"
     script.write_text(f'#!/bin/bash\nexec bash {SCRIPT} "$@" run_dir={folder}/run$SLURM_ARRAY_TASK_ID\n')
     log = folder / "log-%a"
-    job = slurm.submit(words(), log, *PAIR, "--array=0-1", "--nodelist=lcxn1,lcxn2", script=script)
+    job = slurm.submit(
+        words(), log, *PAIR, "--array=0-1", f"--nodelist={slurm.names[0]},{slurm.names[1]}", script=script
+    )
     tasks = [SlurmJob(slurm, f"{job.number}_{task}", folder / f"log-{task}") for task in range(2)]
     statuses = [task.ended() for task in tasks]
     assert statuses == [0, 0], [task.said for task in tasks]
@@ -74,13 +76,14 @@ def test_cyclic_ranks_are_numbered_node_by_node_and_the_adapter_outlasts_slurm_w
     slurm: VirtualSlurm, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    options = ("--nodes=2", "--ntasks-per-node=2", "--distribution=cyclic", "--nodelist=lcxn3,lcxn4")
+    pair = ",".join(slurm.names[2:])
+    options = ("--nodes=2", "--ntasks-per-node=2", "--distribution=cyclic", f"--nodelist={pair}")
     given = words(steps=2, run_dir=run, adapter=True)
     job = slurm.submit(given, tmp_path / "log", *options, environment={"SLURM_WAIT": "2"})
     assert job.ended() == 0, job.said
     assert (run / "adapter" / "adapter_config.json").exists(), job.said
     first = (run / "config.yaml").read_text().splitlines()
-    assert first[0] == "# 2 nodes of 2 ranks: lcxn3, lcxn4"
+    assert first[0] == f"# 2 nodes of 2 ranks: {pair.replace(',', ', ')}"
     assert first[1].endswith("double_ring, inner ring of 2 ranks inside a node, outer ring of 2 between nodes")
     assert first[0].removeprefix("# ") in job.said
     assert yaml.safe_load((run / "config.yaml").read_text())["name"]
@@ -93,7 +96,8 @@ def test_cyclic_ranks_are_numbered_node_by_node_and_the_adapter_outlasts_slurm_w
 def test_nodes_of_different_sizes_are_refused(slurm: VirtualSlurm, tmp_path: Path) -> None:
     job = slurm.submit(words(run_dir=tmp_path / "run"), tmp_path / "log", "--nodes=2", "--ntasks=3", "--exclusive")
     assert job.ended() == 2, job.said
-    assert "longctx: the nodes have different numbers of ranks (lcxn1 has 2, lcxn2 has 1)" in job.said
+    shown = f"({slurm.names[0]} has 2, {slurm.names[1]} has 1)"
+    assert f"longctx: the nodes have different numbers of ranks {shown}" in job.said
     assert "Terminating" not in job.said
 
 
@@ -134,12 +138,12 @@ def test_a_lost_node_requeues_the_job_which_continues_elsewhere(
     run = tmp_path / "run"
     job = slurm.submit(words(run_dir=run), tmp_path / "log", *PAIR)
     job.wait(lambda: steps_of(run) >= 2)
-    slurm("scontrol", "update", "nodename=lcxn2", "state=down", "reason=lost", check=True)
+    slurm("scontrol", "update", f"nodename={slurm.names[1]}", "state=down", "reason=lost", check=True)
     try:
         job.continue_now()
         assert job.ended() == 0, job.said
     finally:
-        slurm("scontrol", "update", "nodename=lcxn2", "state=resume")
+        slurm("scontrol", "update", f"nodename={slurm.names[1]}", "state=resume")
     assert "continuing at step" in job.said
     assert same_model(run, array[0])
 

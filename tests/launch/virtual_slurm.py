@@ -2,6 +2,7 @@
 
 Debian's slurm-wlm lets one machine run several slurmd, each a node with a name and an address in 127.0.0.0/8. Names
 must resolve, because the first node's name is where ranks meet, so they stand in /etc/hosts while the cluster is up.
+Several clusters may be up at once: names, ports and the numbers of jobs, from which ports follow, are a cluster's own.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "slurm.sbatch"
 DAEMONS = ("munged", "slurmctld", "slurmd")
 HOSTS = Path("/etc/hosts")
-MARK = "  # longctx tests"
+MARK = "  # longctx tests, process "
 CONF = """
 ClusterName=longctx
 SlurmctldHost={host}(127.0.0.1)
@@ -53,6 +54,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
 KillWait=20
+FirstJobId={job}
 MinJobAge=600
 NodeName={nodes} NodeHostname={host} NodeAddr={addresses} Port={ports} CPUs=8 RealMemory=20000 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP OverSubscribe=NO
@@ -75,7 +77,8 @@ class VirtualSlurm:
     """A cluster of `nodes` nodes of 8 cores; a context manager."""
 
     def __init__(self, folder: Path, nodes: int = 4) -> None:
-        self.folder, self.names = folder, [f"lcxn{number}" for number in range(1, nodes + 1)]
+        self.folder, self.prefix = folder, f"lcx{os.getpid()}n"
+        self.names = [f"{self.prefix}{number}" for number in range(1, nodes + 1)]
         self.environment = {
             **os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PYTHON": sys.executable, "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
@@ -85,11 +88,12 @@ class VirtualSlurm:
         folder, count = self.folder, len(self.names)
         for name in ("", "state", *(f"spool-{name}" for name in self.names)):
             (folder / name).mkdir(parents=True, exist_ok=True)
-        _set_hosts([f"127.0.0.{11 + index} {name}{MARK}" for index, name in enumerate(self.names)])
+        _set_hosts([f"127.0.0.{11 + index} {name}{MARK}{os.getpid()}" for index, name in enumerate(self.names)])
         first = _free_ports(count + 1)
         conf = CONF.format(
-            host=socket.gethostname().split(".")[0], dir=folder, control=first, nodes=f"lcxn[1-{count}]",
-            addresses=f"127.0.0.[11-{10 + count}]", ports=f"[{first + 1}-{first + count}]",
+            host=socket.gethostname().split(".")[0], dir=folder, job=1000 * (os.getpid() % 10000) + 1, control=first,
+            ports=f"[{first + 1}-{first + count}]", nodes=f"{self.prefix}[1-{count}]",
+            addresses=f"127.0.0.[11-{10 + count}]",
         )  # fmt: skip
         (folder / "slurm.conf").write_text(conf)
         key = folder / "munge.key"
@@ -202,8 +206,16 @@ def until(condition: Callable[[], bool], seconds: float, *, must: bool = True) -
 
 
 def _set_hosts(lines: Sequence[str]) -> None:
-    """Give /etc/hosts these lines of ours, and no others. The file may be a mount, so it is written in place."""
-    kept = [line for line in HOSTS.read_text().splitlines() if not line.endswith(MARK)]
+    """Give /etc/hosts these lines of ours, and none of processes that have ended.
+
+    The file may be a mount, so it is written in place.
+    """
+
+    def others(line: str) -> bool:
+        _, mark, pid = line.partition(MARK)
+        return not mark or (pid != str(os.getpid()) and alive(int(pid)))
+
+    kept = [line for line in HOSTS.read_text().splitlines() if others(line)]
     HOSTS.write_text("\n".join([*kept, *lines]) + "\n")
 
 
