@@ -75,8 +75,8 @@ def test_theta_compares_rules_after_equal_training(capsys: pytest.CaptureFixture
     AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(tmp_path / "base")
     documents = write_documents(tmp_path / "docs")
     words = [
-        f"train.model.path={tmp_path / 'base'}", "data@train.data=text", f"train.data.sources.text.path={documents}", "source=text",
-        "train.data.heldout=0.3", "train.launch.nproc=1", "train.curriculum.mix=default",
+        f"train.model.path={tmp_path / 'base'}", "data@train.data=text", f"train.data.sources.text.path={documents}",
+        "source=text", "train.data.heldout=0.3", "train.launch.nproc=1", "train.curriculum.mix=default",
         "~train.curriculum.stages.s2048", "~train.curriculum.stages.s8192", "train.curriculum.lr.warmup_steps=0",
         "+train.curriculum.stages.s384={seq_len: 384, steps: 2, batch: 2}", "train.evaluate.heldout_sequences=0",
         "rules=[ntk,yarn]", "needle={lengths: [384], per_cell: 1, seeds: [1]}", "documents=2", "base_length=64",
@@ -88,7 +88,7 @@ def test_theta_compares_rules_after_equal_training(capsys: pytest.CaptureFixture
     assert "yarn" in table
     found = json.loads((tmp_path / "out/table.json").read_text())
     assert [line["rule"] for line in found["rules"]] == ["ntk", "yarn"]
-    assert found["tokens"] == 2 * 2 * 384
+    assert found["tokens"] == {"s384": 2 * 2 * 384}
     for line in found["rules"]:
         assert list(line["before"]["needle"]) == ["384"]
         assert line["before"] != line["after"]
