@@ -59,7 +59,8 @@ def test_ring_and_sdpa_take_turns():
     document = measure_cpu(config)
     (row,) = document["rows"]
     assert len(row["samples"]["ring"]) == len(row["samples"]["sdpa"]) == 2
-    assert row["ratio"] == pytest.approx(row["seconds"]["sdpa"] / row["seconds"]["ring"], rel=0.05)
+    ring, sdpa = row["samples"]["ring"], row["samples"]["sdpa"]
+    assert 0.95 * min(sdpa) / max(ring) <= row["ratio"] <= 1.05 * max(sdpa) / min(ring)
     assert document["matrix_gflops"] > 0
 
 

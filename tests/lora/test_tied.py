@@ -106,7 +106,7 @@ def test_our_adapter_of_a_tied_model_is_whole_in_peft(store: Store, tmp_path: Pa
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["ensure_weight_tying"] is True
     model = merged(base, adapter, tmp_path / "m")
     assert near(peft(base, adapter), logits(model))
-    assert near(logits(model), logits(load(tuned))) or settings.get("rank") == 24
+    assert near(logits(model), logits(load(tuned))) == ("rank" not in settings)  # a rank of 24 loses something
     assert tables(model)[0] is tables(model)[1]
     # Loaders that build the adapter without memory, and transformers' own, need the output layer's factors stored.
     assert near(peft(base, adapter, low_cpu_mem_usage=True), logits(model))

@@ -14,7 +14,8 @@ import torch
 from longctx import cli
 from longctx.distributed.ranks import Ranks
 from longctx.errors import OutOfMemory, RunFailed
-from longctx.run.launch import _killed_for_memory, _who_kills
+from longctx.run import launch
+from longctx.run.launch import _who_kills
 from longctx.train import exhausted
 from longctx.train.run import resolve_stages, train
 
@@ -92,7 +93,10 @@ def test_other_verbs_say_it_in_one_paragraph_too(capsys: pytest.CaptureFixture[s
     assert said.count("\n") == 1
 
 
-def test_a_rank_that_the_kernel_kills_is_told_apart() -> None:
-    before = _killed_for_memory()
-    assert "(so the kernel's out-of-memory killer ends a process" in _who_kills(before)
-    assert "had no memory left" in _who_kills(-1) or before is None
+def test_a_rank_that_the_kernel_kills_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernel's count before and after: one more, the same, and a kernel that does not count."""
+    for before, after, words in ((4, 5, "had no memory left"), (5, 5, "if `dmesg` names it"), (None, None, "dmesg")):
+        monkeypatch.setattr(launch, "_killed_for_memory", lambda now=after: now)
+        assert words in _who_kills(before)
+    monkeypatch.undo()
+    assert isinstance(launch._killed_for_memory(), int) == ("oom_kill " in Path("/proc/vmstat").read_text())
