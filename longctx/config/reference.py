@@ -55,9 +55,10 @@ def pages() -> dict[str, str]:
 
 def _page(verb: Verb) -> str:
     lines = [f"# longctx {verb.name}", "", f"{verb.help[0].upper()}{verb.help[1:]}.", ""]
-    about = header(config_dir() / f"{verb.root}.yaml")[1:]
-    if about:
-        lines += ["```text", *about, "```", ""]
+    about = header(config_dir() / f"{verb.root}.yaml")
+    first = next((number for number, line in enumerate(about) if line.endswith((".", ":"))), 0)
+    if any(line.startswith("  ") for line in about[first + 1 :]):
+        lines += ["```text", *about[first + 1 :], "```", ""]
     lines += _groups(verb)
     top: list[Row] = []
     sections: dict[str, list[Row]] = {}
