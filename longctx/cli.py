@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-from longctx import signals
+from longctx import console, signals
 from longctx.errors import RunFailed, UserError, nearest, out_of_memory
 from longctx.opening import opening
 from longctx.verbs import VERBS, Verb
@@ -20,7 +21,8 @@ from longctx.versions import check_torch
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `longctx` command; returns the exit status."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    owns = arguments is None and words[:1] != ["bench"]  # benchmarks undo what they did to the machine themselves
+    own = arguments is None  # a process of its own
+    owns = own and words[:1] != ["bench"]  # benchmarks undo what they did to the machine themselves
     if owns and words[:1] in (["train"], ["preflight"]) and _is_one_of_several():
         from longctx.run import command
 
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
         signals.catch(requeue=words[:1] == ["train"], speaks=first)
     try:
-        return _dispatch(words)
+        return _dispatch(words, own=own)
     except UserError as error:
         print(f"longctx: {error}", file=sys.stderr)
         return 2
@@ -67,7 +69,7 @@ def _no_memory(error: Exception) -> str:
     )
 
 
-def _dispatch(words: list[str]) -> int:
+def _dispatch(words: list[str], *, own: bool) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return 0
@@ -105,7 +107,14 @@ def _dispatch(words: list[str]) -> int:
         return 0
     if (text := opening(verb.name, config)) and os.environ.get("RANK", "0") == "0":
         print(f"longctx: {text} ...", file=sys.stderr, flush=True)
-    return int(resolve(verb.run)(config) or 0)
+    if own and getattr(config, "format", "text") == "json":
+        console.keep_for_the_document()
+    run = resolve(verb.run)
+    return int((run(config, [*_folders(line.folders), *line.overrides]) if verb.words else run(config)) or 0)
+
+
+def _folders(folders: Sequence[Path]) -> list[str]:
+    return [word for folder in folders for word in ("--config-dir", str(folder.resolve()))]
 
 
 def _find(words: list[str]) -> tuple[Verb, list[str]]:

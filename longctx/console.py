@@ -6,8 +6,9 @@ So the output of `format=json` can be piped without a filter. Ranks other than 0
 from __future__ import annotations
 
 import json
+import os
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 _quiet = False
 _remarked: set[str] = set()
+_document: TextIO | None = None  # standard output, where it is kept for the document
 
 
 def console() -> Console:
@@ -48,11 +50,23 @@ def remark(text: str) -> None:
         warn(text)
 
 
+def keep_for_the_document() -> None:
+    """Keep standard output for the document of `emit_json`, and send this process's other output to standard error.
+
+    Libraries print there too, such as DeepSpeed's log.
+    """
+    global _document
+    sys.stdout.flush()
+    _document = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+
 def emit_json(document: Any) -> None:
     """Print the JSON document of a command with `format=json` on standard output."""
-    json.dump(document, sys.stdout, indent=2, default=str)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    out = _document or sys.stdout
+    json.dump(document, out, indent=2, default=str)
+    out.write("\n")
+    out.flush()
 
 
 def emit(renderable: object) -> None:

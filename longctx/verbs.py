@@ -17,6 +17,7 @@ class Verb:
     schema: str
     run: str
     help: str
+    words: bool = False  # run takes the words of the command line too
 
     @property
     def root(self) -> str:
@@ -26,6 +27,8 @@ class Verb:
 _ALL = [
     Verb("train", "longctx.config.train:TrainConfig", "longctx.run.lifecycle:run",
          "extend a model's context, stage by stage"),
+    Verb("submit", "longctx.config.submit:SubmitConfig", "longctx.run.submit:run",
+         "a training command as a Slurm job, checked before it is queued", words=True),
     Verb("eval", "longctx.config.eval:EvalConfig", "longctx.eval.run:run",
          "needles found and loss by position, of one model or of several side by side"),
     Verb("import", "longctx.config.imports:ImportConfig", "longctx.model.imported:run",

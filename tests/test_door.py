@@ -261,3 +261,28 @@ def test_the_completion_process_answers_without_torch_and_hydra():
     )
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert not {"'torch'", "'hydra'", "'omegaconf'", "'transformers'"} & set(re.findall(r"'\w+'", loaded))
+
+
+# --- format=json
+
+NOISY = """
+import os, sys
+import longctx.doctor
+run = longctx.doctor.run
+def noisy(config):
+    print("a library's word")
+    os.write(1, b"and one from C\\n")
+    return run(config)
+longctx.doctor.run = noisy
+sys.argv = ["longctx", "doctor", *sys.argv[1:]]
+from longctx.cli import main
+sys.exit(main())
+"""
+
+
+def test_standard_output_is_the_document_alone():
+    done = subprocess.run([sys.executable, "-c", NOISY, "format=json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)
+    assert "a library's word\n" in done.stderr
+    assert "and one from C\n" in done.stderr

@@ -133,6 +133,7 @@ class LaunchConfig:
     nproc: int = 1  #: ranks on this machine that `longctx train` starts itself
     threads: int | None = None  #: CPU threads per rank; null: the cores shared out
     meeting_minutes: float = 10.0  #: minutes that ranks of several nodes wait for each other at the start
+    until: str | None = None  #: end after this stage, with status 0; the same command without it goes on
     requeues: int = REQUEUES  #: times that the launch scripts start a run again after a save on a signal
 
     def __post_init__(self) -> None:

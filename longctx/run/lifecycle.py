@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from longctx.config.train import TrainConfig
+from longctx.curriculum.select import selected
 from longctx.distributed.launcher import launcher_environment, leave_launcher
 from longctx.run.training import settled, train_run
 from longctx.signals import all_saved
@@ -20,6 +21,8 @@ def run(config: TrainConfig) -> int:
         if (status := smoke(config)) is not None:
             return status
     status = train_run(config)
+    if config.launch.until not in (None, list(selected(config.curriculum, "configs/curriculum"))[-1]):
+        return status  # what follows training waits for the last stage
     if status == 0 and launcher_environment()["RANK"] == "0":
         from longctx.run.after_training import run_after_training
 

@@ -30,6 +30,7 @@ def side_config(config: TrainConfig, folder: Path, name: str, side: SideRun) -> 
         config, name=f"{config.name}-{name}", run_dir=str(folder / "side" / name),
         curriculum=replace(config.curriculum, stages={name: side.stage}, only=None, theta_file=None),
         cache=config.cache or str(folder / "data"),
+        launch=replace(config.launch, until=None),
         parallel=ParallelConfig(cp=cp, seq_len_per_rank=config.parallel.seq_len_per_rank),
         after_training=AfterTrainingConfig(lora=AdapterSettings(enabled=False)),
     )  # fmt: skip

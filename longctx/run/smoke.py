@@ -72,6 +72,7 @@ def smoke_config(config: TrainConfig, folder: Path, decided: list[tuple[Stage, D
     cp = {stage.name: decision.cp for stage, decision in decided}
     return replace(
         config, smoke=False, run_dir=str(folder), cache=config.cache or f"{config.folder}/data",
+        launch=replace(config.launch, until=None),
         curriculum=replace(config.curriculum, stages=stages, only=None, advance=AdvanceConfig()),
         parallel=replace(config.parallel, cp_by_stage=cp),
         logging=LoggingConfig(display=config.logging.display, every_steps=1),

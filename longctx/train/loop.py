@@ -86,6 +86,8 @@ def run_stages(training: Training) -> int:
                 _finish(training, stage, opened)
             finally:
                 opened.close()
+        if stage.name == context.config.launch.until:
+            break
     return 0
 
 

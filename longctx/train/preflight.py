@@ -39,6 +39,9 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
     shape = shape_of_model(config.model)
     heads = (shape.heads, shape.kv_heads)
     decide_all(stages, config.parallel, config.engine, Machines(world, local_world), heads, config.model.dtype)
+    if config.launch.until not in (None, *(stage.name for stage in stages)):
+        known = ", ".join(stage.name for stage in stages)
+        raise UserError(f"launch.until={config.launch.until} is no stage of the curriculum; known: {known}")
     mixes = [choose_mix(config.data, stage.mix, stage.name) for stage in stages]
     if config.model.path is not None:
         values = check_model(config.model.path)

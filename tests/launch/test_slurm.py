@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,6 +94,40 @@ def test_cyclic_ranks_are_numbered_node_by_node_and_the_adapter_outlasts_slurm_w
     assert (line["nodes"], line["ranks_per_node"]) == (2, 2)
     assert line["rings"].startswith("double_ring, inner ring of 2 ranks inside a node")
     assert "2 x 2" in (run / "report.html").read_text()
+
+
+def submit(slurm: VirtualSlurm, run: Path, *given: str) -> subprocess.CompletedProcess[str]:
+    """`longctx submit` on the login node, for ranks without GPUs."""
+    stage = "+curriculum.stages.s128={seq_len: 128, theta: 40000, steps: 2, batch: 2}"
+    cluster = ("launch.gpus_per_node=0", "launch.ranks_per_node=1", "launch.cpus_per_task=1", "engine.device=cpu")
+    command = [sys.executable, "-m", "longctx.cli", "submit", *words(steps=2, run_dir=run), stage, *cluster, *given]
+    return subprocess.run(command, env=slurm.environment, capture_output=True, text=True, timeout=120)
+
+
+def test_submit_chains_a_job_for_each_stage(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    """The second stage has two nodes, and begins when the first has ended on one."""
+    run = tmp_path / "run"
+    done = submit(slurm, run, "launch.per_stage=true", "launch.nodes_by_stage={s128: 2}", "name=chain")
+    assert done.returncode == 0, done.stderr
+    numbers = re.findall(r"^job (\d+): chain-s(?:64|128) on [12] node", done.stderr, flags=re.M)
+    jobs = [
+        SlurmJob(slurm, number, run / "logs" / f"chain-{name}-{number}-rank0.log")
+        for number, name in zip(numbers, ("s64", "s128"), strict=True)
+    ]
+    assert [job.ended() for job in jobs] == [0, 0], [job.said for job in jobs]
+    rows = metrics.read(run / "metrics.jsonl")
+    assert [(row["stage"], row["cp"]) for row in rows] == [("s64", 1)] * 2 + [("s128", 2)] * 2
+    assert not (run / "stages/s128").stat().st_mtime < (run / "stages/s64/finished.json").stat().st_mtime
+
+
+def test_slurm_s_refusal_and_a_wrong_key_are_paragraphs_of_submit(slurm: VirtualSlurm, tmp_path: Path) -> None:
+    done = submit(slurm, tmp_path / "run", "launch.partition=nowhere")
+    assert done.returncode == 2
+    assert "longctx: Slurm refuses the job: sbatch: error: invalid partition specified: nowhere" in done.stderr
+    assert "change what it names (launch.partition" in done.stderr
+    done = submit(slurm, tmp_path / "run", "optim.clip=1")
+    assert (done.returncode, slurm("squeue", "-h")) == (2, "")
+    assert "optim.clip is now `optim.max_grad_norm`" in done.stderr
 
 
 def test_nodes_of_different_sizes_are_refused(slurm: VirtualSlurm, tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""`longctx submit` without a Slurm: the script that it renders, and what it refuses before any job is asked for."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from longctx import cli
+from longctx.run.submit import EXPLAINED, training_words
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "slurm.sbatch"
+
+
+def dry(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    assert cli.main(["submit", "launch=slurm", "dry_run=true", *words]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_the_script_has_options_settings_and_the_training_command(capsys, tmp_path: Path) -> None:
+    given = [
+        "launch.nodes=4", "launch.account=lab", "launch.partition=gpu", "launch.time=2:00:00",
+        "launch.lead_seconds=900",
+        "launch.container=registry/torch:25", "launch.mounts=[/data:/data,/shared:/shared]",
+        "launch.setup=['module load cuda']", "launch.environment={NCCL_IB_HCA: mlx5, NCCL_DEBUG: INFO, MINE: 'a b'}",
+        "launch.sbatch=['--exclusive']", "launch.requeues=3", f"run_dir={tmp_path}/run", "engine.device=cuda",
+        "experiment=llama3_8b_1048k", "data=stdlib", "model.tokenizer=longctx/assets/tiny", "model.path=MODEL",
+    ]  # fmt: skip
+    make_model(tmp_path / "MODEL")
+    script = dry(capsys, *[word.replace("=MODEL", f"={tmp_path}/MODEL") for word in given])
+    lines = script.splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    options = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+    assert options[:8] == [
+        "--job-name=llama3_8b_1048k", "--nodes=4", "--gpus-per-node=8", "--ntasks-per-node=8", "--cpus-per-task=8",
+        "--time=2:00:00", "--account=lab", "--partition=gpu",
+    ]  # fmt: skip
+    assert options[8:] == [
+        "--signal=B:USR1@900", "--requeue", f"--output={tmp_path}/run/logs/%x-%j.log", "--open-mode=append",
+        "--exclusive",
+    ]  # fmt: skip
+    assert "module load cuda" in lines
+    assert lines[lines.index("export NCCL_IB_HCA=mlx5") - 1] == f"# {EXPLAINED['NCCL_IB_HCA']}"
+    assert "export MINE='a b'" in lines
+    srun = next(line for line in lines if line.startswith("export SRUN_OPTIONS="))
+    assert "--container-image=registry/torch:25 --container-mounts=/data:/data,/shared:/shared" in srun
+    assert f"--output={tmp_path}/run/logs/%x-%j-rank%t.log" in srun
+    command = next(line for line in lines if line.startswith("set -- "))
+    assert "experiment=llama3_8b_1048k" in command
+    assert "launch.requeues=3" in command
+    assert not [word for word in ("dry_run", "launch.nodes", "launch=slurm", "launch.setup") if word in command]
+    assert script.endswith(SCRIPT.read_text().rpartition("\n#SBATCH ")[2].partition("\n")[2])
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def make_model(folder: Path) -> None:
+    from longctx.config.model import InitConfig
+    from longctx.model.load import init_from
+
+    shape = InitConfig(layers=1, hidden=32, heads=2, kv_heads=1, ffn=32, vocab=512, window=8192, theta=500000)
+    init_from(shape, dtype="bfloat16").save_pretrained(folder)
+
+
+def test_a_job_for_each_stage_ends_after_it(capsys, tmp_path: Path) -> None:
+    script = dry(
+        capsys, "experiment=quickstart", f"run_dir={tmp_path}/run", "launch.per_stage=true", "launch.gpus_per_node=0",
+        "launch.ranks_per_node=2", "launch.nodes_by_stage={s8192: 2}",
+    )  # fmt: skip
+    commands = [line for line in script.splitlines() if line.startswith("set -- ")]
+    assert [line.rpartition(" ")[2] for line in commands] == ["launch.until=s2048", "launch.until=s8192"]
+    assert [line for line in script.splitlines() if "--nodes=" in line] == ["#SBATCH --nodes=1", "#SBATCH --nodes=2"]
+    assert "--gpus-per-node" not in script
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["launch.nodse=2"], "launch.nodse is not a known key; did you mean 'nodes'?"),
+        (["launch.gpus_per_node=0"], "gpus_per_node=0 leaves the number of ranks open; give ranks_per_node"),
+        (["launch.mounts=[a:b]"], "mounts belong to a container; give its image as container=IMAGE"),
+        (["launch.nodes_by_stage={s8192: 2}"], "nodes_by_stage needs a job for each stage; set per_stage=true"),
+        (["launch.per_stage=true", "launch.nodes_by_stage={s9: 2}"], "launch.nodes_by_stage.s9 is no stage"),
+        (["parallel.cp=3"], "parallel.cp=3 does not divide the 8 ranks; 2 fits"),
+        (["launch.until=s9"], "launch.until=s9 is no stage of the curriculum; known: s2048, s8192"),
+        (["data=text", "data.path=nowhere"], "nowhere"),
+    ],
+)  # fmt: skip
+def test_a_mistake_costs_no_allocation(words: list[str], said: str, capsys, tmp_path: Path) -> None:
+    given = ["experiment=quickstart", f"run_dir={tmp_path}/run", "dry_run=true", *words]
+    assert cli.main(["submit", *given]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_does_not_fit_the_named_hardware_is_refused(capsys, tmp_path: Path) -> None:
+    wide = "{family: llama, layers: 48, hidden: 8192, heads: 64, kv_heads: 8, ffn: 28672, vocab: 512, window: 512}"
+    given = ["model=tiny_init", f"model.init={wide}", "model.dtype=bfloat16", "data=tiny", f"run_dir={tmp_path}/run"]
+    small = ["curriculum.scratch=true", "launch.nodes=1", "accept=[disk]", "engine.device=cuda", "dry_run=true"]
+    assert cli.main(["submit", *given, *small, "hardware=l40s"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "needs about" in said
+    assert "GiB on each device" in said
+    assert "What would fit" in said
+
+
+def test_without_sbatch_the_script_is_left(monkeypatch, capsys, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    given = ["experiment=quickstart", f"run_dir={tmp_path}/run", "launch.gpus_per_node=0", "launch.ranks_per_node=2"]
+    assert cli.main(["submit", *given]) == 2
+    assert "sbatch is not on this machine" in capsys.readouterr().err
+    assert (tmp_path / "run/submit/quickstart.sh").read_text().startswith("#!/usr/bin/env bash\n# quickstart: made by")
+
+
+def test_words_of_the_job_are_not_the_run_s() -> None:
+    given = ["--config-dir", "/c", "launch=slurm", "hardware=h100", "hardware.memory_gib=80", "launch.qos=x",
+             "launch.nproc=2", "+launch.threads=1", "launch.until=s1", "dry_run=true", "model.path=M"]  # fmt: skip
+    kept = ["--config-dir", "/c", "launch.nproc=2", "+launch.threads=1", "launch.until=s1", "model.path=M"]
+    assert training_words(given) == tuple(kept)
