@@ -107,7 +107,7 @@ def _dispatch(words: list[str], *, own: bool) -> int:
         return 0
     if (text := opening(verb.name, config)) and os.environ.get("RANK", "0") == "0":
         print(f"longctx: {text} ...", file=sys.stderr, flush=True)
-    if own and getattr(config, "format", "text") == "json":
+    if own and (getattr(config, "format", "text") == "json" or getattr(config, "dry_run", False)):
         console.keep_for_the_document()
     run = resolve(verb.run)
     return int((run(config, [*_folders(line.folders), *line.overrides]) if verb.words else run(config)) or 0)

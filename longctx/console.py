@@ -51,7 +51,7 @@ def remark(text: str) -> None:
 
 
 def keep_for_the_document() -> None:
-    """Keep standard output for the document of `emit_json`, and send this process's other output to standard error.
+    """Keep standard output for `emit_json` and `emit_text`, and send this process's other output to standard error.
 
     Libraries print there too, such as DeepSpeed's log.
     """
@@ -63,9 +63,13 @@ def keep_for_the_document() -> None:
 
 def emit_json(document: Any) -> None:
     """Print the JSON document of a command with `format=json` on standard output."""
+    emit_text(json.dumps(document, indent=2, default=str) + "\n")
+
+
+def emit_text(text: str) -> None:
+    """Write a text that other programs read on standard output."""
     out = _document or sys.stdout
-    json.dump(document, out, indent=2, default=str)
-    out.write("\n")
+    out.write(text)
     out.flush()
 
 

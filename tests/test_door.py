@@ -29,6 +29,7 @@ GIVEN = {
     "report": ["run=r"],
     "plan": ["model=tiny"],
     "train": ["model=tiny"],
+    "submit": ["model=tiny"],
     "lora extract": ["base=b", "tuned=t", "out=o"],
     "import": ["gguf=g", "out=o"],
     "lora merge": ["target=t", "adapter=a", "out=o"],

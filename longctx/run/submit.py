@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ def run(config: SubmitConfig, words: Sequence[str]) -> int:
     scripts = [(job, render(config, job)) for job in jobs_of(config, stages, training_words(words))]
     if config.dry_run:
         for _, script in scripts:
-            print(script, end="")
+            console.emit_text(script)
         return 0
     before: str | None = None
     for job, script in scripts:
@@ -89,22 +90,17 @@ def check(config: SubmitConfig) -> list[Stage]:
         raise UserError(f"launch.nodes_by_stage.{unknown[0]} is no stage of the curriculum; known: {known}")
     shape = shape_of_model(settled_config.model)
     device = "cuda" if launch.gpus_per_node and settled_config.engine.device != "cpu" else "cpu"
-    for stage in stages:
-        nodes = launch.nodes_by_stage.get(stage.name, launch.nodes)
+    for nodes in sorted({launch.nodes_by_stage.get(stage.name, launch.nodes) for stage in stages}):
+        own = [stage for stage in stages if launch.nodes_by_stage.get(stage.name, launch.nodes) == nodes]
         machines = Machines(nodes * launch.ranks, launch.ranks)
-        preflight.check(
-            replace(settled_config, launch=LaunchConfig()),
-            [stage],
-            world=machines.world,
-            local_world=machines.ranks_per_node,
-        )
+        preflight.check(settled_config, own, world=machines.world, local_world=machines.ranks_per_node)
         if device == "cuda":
             dtype = settled_config.model.dtype
             serving = assumed_kernels(device, dtype, shape.head_dim)
             kernel = choose_kernel(device, dtype, serving, settled_config.model.attention_kernel)
             limits = DeviceLimits(machines, device, kernel, hardware.memory_gib * GIB)
             if "memory" not in config.accept:
-                check_memory([stage], shape, settled_config, limits)
+                check_memory(own, shape, settled_config, limits)
     return stages
 
 
@@ -161,6 +157,8 @@ def render(config: SubmitConfig, job: Job) -> str:
         lines += [f"export {name}={shlex.quote(value)}"]
     if steps:
         lines += [f"export SRUN_OPTIONS={shlex.quote(shlex.join(steps))}"]
+    if not launch.container:
+        lines += [f"export PYTHON=${{PYTHON:-{shlex.quote(sys.executable)}}}"]
     lines += [f"export LONGCTX_SIGNAL_LEAD={launch.lead_seconds}", f"set -- {shlex.join(job.words)}"]
     return "\n".join(lines) + "\n" + _body()
 

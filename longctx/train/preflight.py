@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longctx.curriculum.select import selected
 from longctx.data.check import check_sources, sources_of
 from longctx.data.stage_opening import choose_mix
 from longctx.data.tokenizer import check_tokenizer_of
@@ -39,9 +40,9 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
     shape = shape_of_model(config.model)
     heads = (shape.heads, shape.kv_heads)
     decide_all(stages, config.parallel, config.engine, Machines(world, local_world), heads, config.model.dtype)
-    if config.launch.until not in (None, *(stage.name for stage in stages)):
-        known = ", ".join(stage.name for stage in stages)
-        raise UserError(f"launch.until={config.launch.until} is no stage of the curriculum; known: {known}")
+    names = list(selected(config.curriculum, "configs/curriculum"))
+    if config.launch.until not in (None, *names):
+        raise UserError(f"launch.until={config.launch.until} is no stage of the curriculum; known: {', '.join(names)}")
     mixes = [choose_mix(config.data, stage.mix, stage.name) for stage in stages]
     if config.model.path is not None:
         values = check_model(config.model.path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "slurm.sbatch"
 
 def dry(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert cli.main(["submit", "launch=slurm", "dry_run=true", *words]) == 0, capsys.readouterr().err
-    return capsys.readouterr().out
+    said = capsys.readouterr().out
+    return said[said.index("#!/usr/bin/env bash") :]  # DeepSpeed logs to standard output when it is imported first
 
 
 def test_the_script_has_options_settings_and_the_training_command(capsys, tmp_path: Path) -> None:
@@ -25,7 +27,9 @@ def test_the_script_has_options_settings_and_the_training_command(capsys, tmp_pa
         "launch.container=registry/torch:25", "launch.mounts=[/data:/data,/shared:/shared]",
         "launch.setup=['module load cuda']", "launch.environment={NCCL_IB_HCA: mlx5, NCCL_DEBUG: INFO, MINE: 'a b'}",
         "launch.sbatch=['--exclusive']", "launch.requeues=3", f"run_dir={tmp_path}/run", "engine.device=cuda",
-        "experiment=llama3_8b_1048k", "data=stdlib", "model.tokenizer=longctx/assets/tiny", "model.path=MODEL",
+        "experiment=llama3_8b_1048k", "data=stdlib", "curriculum.stages.s524k.mix=long",
+        "curriculum.stages.s1048k.mix=long",
+        "accept=[disk,memory]", "model.tokenizer=longctx/assets/tiny", "model.path=MODEL",
     ]  # fmt: skip
     make_model(tmp_path / "MODEL")
     script = dry(capsys, *[word.replace("=MODEL", f"={tmp_path}/MODEL") for word in given])
@@ -71,6 +75,7 @@ def test_a_job_for_each_stage_ends_after_it(capsys, tmp_path: Path) -> None:
     assert [line.rpartition(" ")[2] for line in commands] == ["launch.until=s2048", "launch.until=s8192"]
     assert [line for line in script.splitlines() if "--nodes=" in line] == ["#SBATCH --nodes=1", "#SBATCH --nodes=2"]
     assert "--gpus-per-node" not in script
+    assert f"export PYTHON=${{PYTHON:-{sys.executable}}}" in script.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +88,7 @@ def test_a_job_for_each_stage_ends_after_it(capsys, tmp_path: Path) -> None:
         (["launch.per_stage=true", "launch.nodes_by_stage={s9: 2}"], "launch.nodes_by_stage.s9 is no stage"),
         (["parallel.cp=3"], "parallel.cp=3 does not divide the 8 ranks; 2 fits"),
         (["launch.until=s9"], "launch.until=s9 is no stage of the curriculum; known: s2048, s8192"),
-        (["data=text", "data.path=nowhere"], "nowhere"),
+        (["data=text", "data.path=nowhere", "curriculum.mix=default"], "data.sources.text.path=nowhere"),
     ],
 )  # fmt: skip
 def test_a_mistake_costs_no_allocation(words: list[str], said: str, capsys, tmp_path: Path) -> None:
@@ -94,7 +99,7 @@ def test_a_mistake_costs_no_allocation(words: list[str], said: str, capsys, tmp_
 
 def test_what_does_not_fit_the_named_hardware_is_refused(capsys, tmp_path: Path) -> None:
     wide = "{family: llama, layers: 48, hidden: 8192, heads: 64, kv_heads: 8, ffn: 28672, vocab: 512, window: 512}"
-    given = ["model=tiny_init", f"model.init={wide}", "model.dtype=bfloat16", "data=tiny", f"run_dir={tmp_path}/run"]
+    given = ["model=tiny_init", f"model.init={wide}", "model.dtype=bfloat16", "data=stdlib", f"run_dir={tmp_path}/run"]
     small = ["curriculum.scratch=true", "launch.nodes=1", "accept=[disk]", "engine.device=cuda", "dry_run=true"]
     assert cli.main(["submit", *given, *small, "hardware=l40s"]) == 2
     said = " ".join(capsys.readouterr().err.split())
