@@ -179,7 +179,7 @@ def test_a_failed_run_does_not_stop_a_sweep_and_an_interrupted_one_does(statuses
 
 def test_runs_that_would_share_a_folder_are_refused():
     with pytest.raises(UserError, match="two runs of the sweep would share"):
-        cli._dispatch(["train", "-m", "model=tiny", "name=x", "data.path=a/c,b/c"])
+        cli._dispatch(["train", "-m", "model=tiny", "name=x", "data.path=a/c,b/c"], own=False)
 
 
 # --- tab completion
@@ -190,7 +190,7 @@ def test_runs_that_would_share_a_folder_are_refused():
     [
         ("longctx tr", ["train"]),
         ("longctx da", ["data"]),
-        ("longctx data s", ["seed=", "stats", "synth"]),
+        ("longctx data s", ["seed=", "smoke=", "stats", "synth"]),
         ("longctx bench h", ["hierarchy"]),
         ("longctx train engine=", ["engine=ddp", "engine=deepspeed"]),
         ("longctx train check", ["checkpoint."]),

@@ -77,7 +77,8 @@ def test_the_page_of_a_run_holds_the_figures_of_its_files(quickstart):
         assert len(own) == mark["steps"]
         figures = [f"{summary['seq_len'][name]:,}", f"{summary['theta'][name]:,}", f"{summary['tokens'][name]:,}"]
         measured = [f"{own[-1]:.4f}", f"{mark['heldout_loss']:.4f}", f"{mark['seconds']:.0f}"]
-        assert row == [name, *figures, str(mark["steps"]), *measured]
+        taken = next(line for line in reversed(lines) if line.get("stage") == name and "rings" in line)
+        assert row == [name, *figures, str(mark["steps"]), *measured, "1 x 2", taken["rings"]]
     assert f"rank {summary['adapter']['rank']}, {summary['adapter']['bytes'] / 1e6:.2f} MB" in page.texts["p"]
     assert page.texts["pre"] == (quickstart.folder / "config.yaml").read_text()
     assert "http" not in (quickstart.folder / "report.html").read_text().replace(page.texts["pre"], "")
@@ -99,7 +100,7 @@ def made_run(folder: Path, stage: str = "s64", losses: tuple[float, ...] = (6.0,
 def test_a_run_without_evidence_shows_its_stages_and_its_loss(tmp_path: Path):
     page = Page(write_page(made_run(tmp_path / "run")))
     assert list(page.tables) == ["Stages"]
-    assert page.tables["Stages"][1] == ["s64", "64", "10,000", "512", "2", "5.5000", "", "1"]
+    assert page.tables["Stages"][1] == ["s64", "64", "10,000", "512", "2", "5.5000", "", "1", "", ""]
     assert list(page.images) == ["training loss"]
 
 

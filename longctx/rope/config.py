@@ -36,6 +36,7 @@ PARTIAL = {
     "qwen3_5_moe": 0.25, "qwen3_next": 0.25, "recurrent_gemma": 0.5, "solar_open": 1.0, "stablelm": 0.25,
 }  # fmt: skip
 _NEOX = {"gpt_neox", "gpt_neox_japanese"}  # rotary_emb_base and rotary_pct in place of the usual keys
+_CHECKED_FIRST = {"yarn", "llama3"}  # transformers checks the section's own original length before a top-level one wins
 _PHI3 = {"phi3", "phi4_multimodal"}  # their class always has a top-level original_max_position_embeddings
 # Architectures with one rope for sliding and one for full attention; rope_scaling applies to the latter. Values: the
 # theta of full attention, the key of the sliding theta in older files, and that theta.
@@ -165,7 +166,8 @@ def rope_section(config: Mapping[str, Any], source: str) -> tuple[Parameters, in
     if share != 1.0 and (family in PARTIAL or kind != "default"):
         parameters["partial_rotary_factor"] = share
     if kind in _HAS_ORIGINAL:
-        if ORIGINAL in inner:
+        refused = kind in _CHECKED_FIRST and section.get(ORIGINAL, 0) is None
+        if ORIGINAL in inner and not refused:
             parameters[ORIGINAL] = inner[ORIGINAL]
         elif family in _PHI3:
             parameters[ORIGINAL] = 4096

@@ -39,8 +39,6 @@ EXPLAINED = {
     "OMP_NUM_THREADS": "CPU threads of each rank; without it the run divides the cores",
 }
 
-NAMED = ("account", "partition", "qos", "constraint")  # options of sbatch under their own names
-
 
 @dataclass(frozen=True)
 class Job:
@@ -135,10 +133,16 @@ def render(config: SubmitConfig, job: Job) -> str:
     """The script of a job: the options of sbatch, the settings of its cluster, and the body of launch/slurm.sbatch."""
     launch = config.launch
     gpus = [f"--gpus-per-node={launch.gpus_per_node}"] if launch.gpus_per_node else []
+    named = {
+        "account": launch.account,
+        "partition": launch.partition,
+        "qos": launch.qos,
+        "constraint": launch.constraint,
+    }
     options = [
         f"--job-name={job.name}", f"--nodes={job.nodes}", *([f"--gres={launch.gres}"] if launch.gres else gpus),
         f"--ntasks-per-node={launch.ranks}", f"--cpus-per-task={launch.cpus_per_task}", f"--time={launch.time}",
-        *(f"--{name}={value}" for name in NAMED if (value := getattr(launch, name))),
+        *(f"--{name}={value}" for name, value in named.items() if value),
         f"--signal=B:USR1@{launch.lead_seconds}", "--requeue", f"--output={_logs(config)}/%x-%j.log",
         "--open-mode=append", *launch.sbatch,
     ]  # fmt: skip

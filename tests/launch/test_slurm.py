@@ -60,7 +60,7 @@ def test_signals_while_starting_and_training_save_and_requeue(
 ) -> None:
     run = tmp_path / "run"
     job = slurm.submit(words(run_dir=run), tmp_path / "log", *PAIR)
-    job.wait(job.step_runs)
+    job.wait(lambda: job.runs_rank(0))  # before that, Slurm has nobody to give the signal to
     slurm("scancel", "-s", "USR1", job.number, check=True)  # the ranks import, or have not begun
     job.continue_now()
     assert "nothing was trained; the same command continues the run" in job.said
@@ -75,6 +75,7 @@ def test_signals_while_starting_and_training_save_and_requeue(
     assert same_model(run, array[0])
 
 
+@pytest.mark.slow  # CI has 12 minutes
 def test_cyclic_ranks_are_numbered_node_by_node_and_the_adapter_outlasts_slurm_wait(
     slurm: VirtualSlurm, tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def submit(slurm: VirtualSlurm, run: Path, *given: str) -> subprocess.CompletedP
     return subprocess.run(command, env=slurm.environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow  # CI has 12 minutes
 def test_submit_chains_a_job_for_each_stage(slurm: VirtualSlurm, tmp_path: Path) -> None:
     """The second stage has two nodes, and begins when the first has ended on one."""
     run = tmp_path / "run"
@@ -157,6 +159,7 @@ def refuse(slurm: VirtualSlurm, folder: Path, *options: str) -> None:
     assert "Terminating" not in job.said
 
 
+@pytest.mark.slow  # CI has 12 minutes
 def test_a_killed_rank_gets_a_last_line_and_status_1(slurm: VirtualSlurm, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = slurm.submit(words(steps=4000, run_dir=run), tmp_path / "log", *PAIR)
@@ -169,6 +172,7 @@ def test_a_killed_rank_gets_a_last_line_and_status_1(slurm: VirtualSlurm, tmp_pa
     assert job.facts()["Restarts"] == "0"
 
 
+@pytest.mark.slow  # CI has 12 minutes
 def test_a_lost_node_requeues_the_job_which_continues_elsewhere(
     slurm: VirtualSlurm, array: list[Path], tmp_path: Path
 ) -> None:

@@ -125,6 +125,7 @@ def nodes(folder: Path, starts: dict[str, str]) -> Iterator[Nodes]:
         process.wait(60)
 
 
+@pytest.mark.slow  # CI has 12 minutes
 @pytest.mark.root
 @needs_namespaces
 def test_nodes_that_do_not_meet_are_named_within_the_meetings_minutes(tmp_path: Path) -> None:
@@ -159,6 +160,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.mark.slow  # CI has 12 minutes
 @pytest.mark.root
 @needs_namespaces
 def test_signals_to_the_scripts_reach_the_ranks_and_end_them(tmp_path: Path, undisturbed: Path) -> None:

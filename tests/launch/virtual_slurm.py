@@ -172,8 +172,17 @@ class SlurmJob:
     def step_runs(self) -> bool:
         return f"{self.number}.0" in self.slurm("squeue", "-h", "-s", "-j", self.number, "-o", "%i").split()
 
+    def runs_rank(self, rank: int) -> bool:
+        """Whether the process of a task of the job's step is there."""
+        return self._pid(rank) is not None
+
     def pid_of_rank(self, rank: int) -> int:
         """The pid of a task of the job's step."""
+        found = self._pid(rank)
+        assert found is not None, f"no task is rank {rank} of job {self.number}"
+        return found
+
+    def _pid(self, rank: int) -> int | None:
         wanted = {f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
@@ -183,7 +192,7 @@ class SlurmJob:
                 continue
             if wanted <= names and "longctx.run" in command and "srun" not in command:
                 return int(path.parent.name)
-        raise AssertionError(f"no task is rank {rank} of job {self.number}")
+        return None
 
     def continue_now(self) -> None:
         """Wait until the job is back in the queue, and start it without Slurm's pause of two minutes."""

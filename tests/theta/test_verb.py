@@ -108,8 +108,10 @@ def test_a_scaled_model_starts_from_what_it_has(capsys: pytest.CaptureFixture[st
     assert found["stages"][0]["rope_parameters"] == {**llama3, "rope_theta": 4134231}
     assert "already llama3" in found["model"]["note"]
     yarn = found["stages"][0]["rules"]["yarn"]
-    assert yarn["theta"] is None
-    assert "cannot be extended by rule 'yarn'" in yarn["why"]
+    assert (yarn["rope_parameters"]["factor"], yarn["why"]) == (128.0, None)  # from the original length
+    paper = found["stages"][0]["rules"]["yarn-paper"]
+    assert paper["theta"] is None
+    assert "cannot be extended by rule 'yarn-paper'" in paper["why"]
     assert main(["theta", f"model.path={folder}", "to=1M", "rule=ntk"]) == 0
     assert "this model's rope is already llama3" in capsys.readouterr().out
 

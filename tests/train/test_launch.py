@@ -119,6 +119,7 @@ def test_a_different_command_on_one_node_is_refused(tmp_path: Path, module: list
     assert json.dumps(said[1]) == '""'
 
 
+@pytest.mark.slow  # CI has 12 minutes
 def test_the_torchrun_script_starts_again_what_was_saved_on_a_signal(tmp_path: Path, documents: Path) -> None:
     """A signal to a rank saves the run and starts it again, launch.requeues times; one to the script ends it."""
     runfolder.prepare(config(tmp_path / "run", documents, curriculum=LONG, launch={"requeues": 1}))
