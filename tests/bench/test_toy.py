@@ -47,6 +47,7 @@ def test_data_is_packed_whole(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert pack["pieces"] >= pack["sequences"]
 
 
+@pytest.mark.slow  # CI has twelve minutes
 def test_faults_leave_the_weights_of_an_undisturbed_run(bench, tmp_path: Path):
     """One SIGKILL and one SIGTERM of two ranks; damaged checkpoints are tested where they are read."""
     found = bench("faults", "kills=1", "sigterms=1", "damage=false", "steps=10", f"out={tmp_path}")

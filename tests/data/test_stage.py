@@ -282,7 +282,7 @@ def test_tokenizing_workers_die_with_the_process_that_started_them(tmp_path):
             os.close(end)
 
 
-@pytest.mark.parametrize("how", ["file", "stdin"])
+@pytest.mark.parametrize("how", ["file", pytest.param("stdin", marks=pytest.mark.slow)])
 def test_workers_serve_a_script_without_a_main_guard(tmp_path, how):
     (tmp_path / "d").mkdir()
     for number in range(3):

@@ -1,6 +1,6 @@
 """launch/slurm.sbatch under a real Slurm of four virtual nodes: placements, signals, requeues, statuses, a lost node.
 
-`pytest -m slow tests/launch/test_slurm.py` repeats the refusal ten times and signals at twenty instants.
+`pytest -m slow tests/launch` runs them; that also repeats the refusal ten times and signals at twenty instants.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from longctx.train import metrics
 from tests.launch.tiny import same_model, steps_of, words
 from tests.launch.virtual_slurm import SCRIPT, SlurmJob, VirtualSlurm, missing, until
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"a virtual Slurm {missing()}")
+pytestmark = [
+    pytest.mark.skipif(missing() is not None, reason=f"a virtual Slurm {missing()}"),
+    pytest.mark.slow,  # four minutes, and CI has twelve
+]
 PAIR = ("--nodes=2", "--ntasks-per-node=1")
 
 
@@ -75,7 +78,6 @@ def test_signals_while_starting_and_training_save_and_requeue(
     assert same_model(run, array[0])
 
 
-@pytest.mark.slow  # CI has 12 minutes
 def test_cyclic_ranks_are_numbered_node_by_node_and_the_adapter_outlasts_slurm_wait(
     slurm: VirtualSlurm, tmp_path: Path
 ) -> None:
@@ -105,7 +107,6 @@ def submit(slurm: VirtualSlurm, run: Path, *given: str) -> subprocess.CompletedP
     return subprocess.run(command, env=slurm.environment, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.slow  # CI has 12 minutes
 def test_submit_chains_a_job_for_each_stage(slurm: VirtualSlurm, tmp_path: Path) -> None:
     """The second stage has two nodes, and begins when the first has ended on one."""
     run = tmp_path / "run"
@@ -159,7 +160,6 @@ def refuse(slurm: VirtualSlurm, folder: Path, *options: str) -> None:
     assert "Terminating" not in job.said
 
 
-@pytest.mark.slow  # CI has 12 minutes
 def test_a_killed_rank_gets_a_last_line_and_status_1(slurm: VirtualSlurm, tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = slurm.submit(words(steps=4000, run_dir=run), tmp_path / "log", *PAIR)
@@ -172,7 +172,6 @@ def test_a_killed_rank_gets_a_last_line_and_status_1(slurm: VirtualSlurm, tmp_pa
     assert job.facts()["Restarts"] == "0"
 
 
-@pytest.mark.slow  # CI has 12 minutes
 def test_a_lost_node_requeues_the_job_which_continues_elsewhere(
     slurm: VirtualSlurm, array: list[Path], tmp_path: Path
 ) -> None:

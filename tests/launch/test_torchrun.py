@@ -55,6 +55,7 @@ def test_a_mistake_is_refused_before_a_rank_starts(values: dict[str, str], words
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow  # CI has twelve minutes
 def test_a_preflight_names_nodes_and_links(tmp_path: Path) -> None:
     words = ["preflight", "hardware=cpu", f"folder={tmp_path}", "mbytes=1", "format=json"]
     done = subprocess.run(

@@ -69,6 +69,7 @@ def test_ctrl_c_leaves_one_line_and_no_process(tmp_path: Path, documents: Path) 
     assert not any(alive(pid) for pid in ranks)
 
 
+@pytest.mark.slow  # CI has twelve minutes
 def test_two_agents_as_two_nodes_give_the_losses_of_one_process(tmp_path: Path, documents: Path) -> None:
     """torchrun twice, one rank each."""
     made = config(tmp_path / "run", documents, parallel={"cp_by_stage": {"s64": 1}})
