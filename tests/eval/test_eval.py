@@ -128,6 +128,14 @@ def test_a_result_is_kept_until_its_own_model_or_question_changes(text, two):
     assert "theta_only.json belongs to another model" in said
 
 
+def run_until(ended: threading.Event, wanted) -> None:
+    """Evaluate, and set the event at the end."""
+    try:
+        run(wanted)
+    finally:
+        ended.set()
+
+
 def test_an_interrupted_evaluation_goes_on_with_the_model_it_was_at(text, two, tmp_path):
     """Ctrl-C as soon as the first model's result is kept."""
     kept, more = tmp_path / "models" / "base.json", "needle.per_cell=10"
@@ -143,10 +151,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_model_it_was_at(text, two, t
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
-        try:
-            run(config(*text, THREE, more, f"out={tmp_path}"))
-        finally:
-            ended.set()
+        run_until(ended, config(*text, THREE, more, f"out={tmp_path}"))
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
     assert [path.name for path in kept.parent.iterdir()] == ["base.json"]
     before = kept.stat().st_mtime_ns
