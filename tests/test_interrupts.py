@@ -65,8 +65,8 @@ def words(verb: str, material: Path, where: Path) -> list[str]:
         ]  # fmt: skip
     if verb == "eval":
         return [
-            verb, model, *text, f"data.path={material / 'few'}", "source=text", f"out={where / 'out'}",
-            f"cache={where / 'cache'}", "needle.lengths=[384,512]", "needle.per_cell=2", "loss_sequences=8",
+            verb, model, *text, f"data.path={material / 'many'}", "source=text", f"out={where / 'out'}",
+            "loss_lengths=[512]", f"cache={where / 'cache'}", "needle.lengths=[384,512]", "needle.per_cell=2", "loss_sequences=8",
         ]  # fmt: skip
     if verb == "lora extract":
         return [*verb.split(), f"base={material / 'base'}", f"tuned={material / 'tuned'}", f"out={where / 'out'}"]
