@@ -66,7 +66,8 @@ def words(verb: str, material: Path, where: Path) -> list[str]:
     if verb == "eval":
         return [
             verb, model, *text, f"data.path={material / 'many'}", "source=text", f"out={where / 'out'}",
-            "loss_lengths=[512]", f"cache={where / 'cache'}", "needle.lengths=[384,512]", "needle.per_cell=2", "loss_sequences=8",
+            "loss_lengths=[512]", "loss_sequences=8", f"cache={where / 'cache'}", "needle.lengths=[384,512]",
+            "needle.per_cell=2",
         ]  # fmt: skip
     if verb == "lora extract":
         return [*verb.split(), f"base={material / 'base'}", f"tuned={material / 'tuned'}", f"out={where / 'out'}"]
