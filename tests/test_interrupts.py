@@ -65,9 +65,9 @@ def words(verb: str, material: Path, where: Path) -> list[str]:
         ]  # fmt: skip
     if verb == "eval":
         return [
-            verb, model, *text, f"data.path={material / 'many'}", "source=text", f"out={where / 'out'}",
-            "loss_lengths=[512]", "loss_sequences=8", f"cache={where / 'cache'}", "needle.lengths=[384,512]",
-            "needle.per_cell=2",
+            verb, model, *text, f"data.path={material / 'few'}", "data.heldout=0.7", "source=text",
+            "loss_lengths=[128]", "loss_sequences=8", f"cache={where / 'cache'}", "needle.lengths=[384,512]",
+            "needle.per_cell=2", f"out={where / 'out'}",
         ]  # fmt: skip
     if verb == "lora extract":
         return [*verb.split(), f"base={material / 'base'}", f"tuned={material / 'tuned'}", f"out={where / 'out'}"]
