@@ -14,8 +14,10 @@ from longctx.errors import UserError
 from longctx.topology import Topology
 
 if TYPE_CHECKING:
+    from longctx.config.model import ModelConfig
     from longctx.config.train import EngineConfig, ParallelConfig
     from longctx.curriculum import Stage
+    from longctx.shape import Shape
 
 FILE = "configs/parallel and configs/curriculum"
 CUDA_KERNELS = ("flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "torch_flash")
@@ -310,3 +312,10 @@ def choose_kernel(device: str, dtype: str, serving: Mapping[str, Sequence[str]],
             "the CPU with engine.device=cpu, or ask for it with model.attention_kernel=reference (configs/model)"
         )
     return chosen
+
+
+def planned_kernel(device: str, model: ModelConfig, shape: Shape) -> str:
+    """The attention kernel on a device that is not at hand. Raises UserError if training there would refuse it."""
+    return choose_kernel(
+        device, model.dtype, assumed_kernels(device, model.dtype, shape.head_dim), model.attention_kernel
+    )

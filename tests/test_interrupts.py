@@ -102,7 +102,9 @@ def interrupt(verb: str, material: Path, folder: Path, instants: int, length: fl
 
 @pytest.mark.parametrize("verb", ["data", "train", "lora merge"])
 def test_ctrl_c_leaves_one_line_and_nothing_else(tmp_path: Path, material: Path, verb: str) -> None:
-    interrupt(verb, material, tmp_path, instants=2 if verb == "data" else 1, length=4.0)
+    instants = 2 if verb == "data" else 1
+    length = 1.0 if verb == "lora merge" else 4.0  # merging the tiny model takes little more than its imports
+    assert interrupt(verb, material, tmp_path, instants=instants, length=length) >= 1
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from longctx.attention.kernel import Kernel, Lengths, Problem, Varlen, cuda_requirements
+from longctx.attention.kernel import Backward, Forward, Kernel, Lengths, Problem, Varlen, cuda_requirements
 
 Gradients = tuple[Tensor, Tensor, Tensor]
 
@@ -22,8 +22,31 @@ def _turned(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.transpose(1, 2) for x in tensors)
 
 
+def _heads_first(forward: Forward, backward: Backward) -> tuple[Forward, Backward]:
+    """A package's dense calls for [B, H, S, D]; it takes [B, S, H, D]."""
+
+    def turned_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+        out, lse = forward(*_turned(q, k, v), causal=causal, scale=scale)
+        return out.transpose(1, 2), lse
+
+    def turned_backward(
+        dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+    ) -> Gradients:
+        dq, dk, dv = backward(*_turned(dout, q, k, v, out), lse, causal=causal, scale=scale)
+        return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+
+    return turned_forward, turned_backward
+
+
 def _results(*inputs: Tensor) -> list[Tensor]:
     return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
+
+
+def _named(at: Lengths | None) -> dict[str, Any]:
+    """The lengths of a packed call as flash-attn 3 and 4 name them; nothing for a dense one."""
+    if at is None:
+        return {}
+    return {"cu_seqlens_q": at.cu_q, "cu_seqlens_k": at.cu_k, "max_seqlen_q": at.max_q, "max_seqlen_k": at.max_k}
 
 
 # --- flash-attn 4 (PyPI flash-attn-4; Hopper and Blackwell)
@@ -36,57 +59,23 @@ def _fa4_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def _fa4_call(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float, **lengths: Any) -> tuple[Tensor, Tensor]:
+def _fa4_forward(
+    q: Tensor, k: Tensor, v: Tensor, at: Lengths | None = None, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_fwd  # type: ignore[import-not-found]
 
-    out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **lengths)
+    out, lse, *_ = _flash_attn_fwd(q, k, v, softmax_scale=scale, causal=causal, return_lse=True, **_named(at))
     return out, lse
 
 
-def _fa4_gradients(
-    lse: Tensor,
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    *,
-    causal: bool,
-    scale: float,
-    **lengths: Any,
-) -> Gradients:
+def _fa4_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, at: Lengths | None = None,
+    *, causal: bool, scale: float,
+) -> Gradients:  # fmt: skip
     from flash_attn.cute.interface import _flash_attn_bwd  # type: ignore[import-not-found]
 
-    found = _flash_attn_bwd(q, k, v, out, dout, lse.contiguous(), softmax_scale=scale, causal=causal, **lengths)
+    found = _flash_attn_bwd(q, k, v, out, dout, lse.contiguous(), softmax_scale=scale, causal=causal, **_named(at))
     return found[0], found[1], found[2]
-
-
-def _fa4_lengths(at: Lengths) -> dict[str, Any]:
-    return {"cu_seqlens_q": at.cu_q, "cu_seqlens_k": at.cu_k, "max_seqlen_q": at.max_q, "max_seqlen_k": at.max_k}
-
-
-def _fa4_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse = _fa4_call(*_turned(q, k, v), causal=causal, scale=scale)
-    return out.transpose(1, 2), lse
-
-
-def _fa4_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-) -> Gradients:
-    found = _fa4_gradients(lse, *_turned(dout, q, k, v, out), causal=causal, scale=scale)
-    return found[0].transpose(1, 2), found[1].transpose(1, 2), found[2].transpose(1, 2)
-
-
-def _fa4_packed_forward(
-    q: Tensor, k: Tensor, v: Tensor, at: Lengths, *, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    return _fa4_call(q, k, v, causal=causal, scale=scale, **_fa4_lengths(at))
-
-
-def _fa4_packed_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, at: Lengths, *, causal: bool, scale: float
-) -> Gradients:
-    return _fa4_gradients(lse, dout, q, k, v, out, causal=causal, scale=scale, **_fa4_lengths(at))
 
 
 # --- flash-attn 3 (Hopper; built from source, package flash_attn_interface)
@@ -99,44 +88,24 @@ def _fa3_reasons(problem: Problem) -> list[str]:
     return reasons
 
 
-def _fa3_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
-    from flash_attn_interface import _flash_attn_forward  # type: ignore[import-not-found]
-
-    out, lse, *_ = _flash_attn_forward(*_turned(q, k, v), softmax_scale=scale, causal=causal)
-    return out.transpose(1, 2), lse
-
-
-def _fa3_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-) -> Gradients:
-    from flash_attn_interface import _flash_attn_backward  # type: ignore[import-not-found]
-
-    dout, q, k, v, out = _turned(dout, q, k, v, out)
-    dq, dk, dv = _results(q, k, v)
-    # Positions, not names: the flag is `causal` in older builds and `is_causal` in newer ones.
-    _flash_attn_backward(dout, q, k, v, out, lse.contiguous(), *(None,) * 6, dq, dk, dv, scale, causal)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
-
-
-def _fa3_packed_forward(
-    q: Tensor, k: Tensor, v: Tensor, at: Lengths, *, causal: bool, scale: float
+def _fa3_forward(
+    q: Tensor, k: Tensor, v: Tensor, at: Lengths | None = None, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     from flash_attn_interface import _flash_attn_forward  # type: ignore[import-not-found]
 
-    out, lse, *_ = _flash_attn_forward(
-        q, k, v, cu_seqlens_q=at.cu_q, cu_seqlens_k=at.cu_k, max_seqlen_q=at.max_q, max_seqlen_k=at.max_k,
-        softmax_scale=scale, causal=causal,
-    )  # fmt: skip
+    out, lse, *_ = _flash_attn_forward(q, k, v, softmax_scale=scale, causal=causal, **_named(at))
     return out, lse
 
 
-def _fa3_packed_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, at: Lengths, *, causal: bool, scale: float
-) -> Gradients:
+def _fa3_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, at: Lengths | None = None,
+    *, causal: bool, scale: float,
+) -> Gradients:  # fmt: skip
     from flash_attn_interface import _flash_attn_backward  # type: ignore[import-not-found]
 
     dq, dk, dv = _results(q, k, v)
-    lengths = (at.cu_q, at.cu_k, None, None, at.max_q, at.max_k)
+    lengths = (None,) * 6 if at is None else (at.cu_q, at.cu_k, None, None, at.max_q, at.max_k)
+    # Positions, not names: the flag is `causal` in older builds and `is_causal` in newer ones.
     _flash_attn_backward(dout, q, k, v, out, lse.contiguous(), *lengths, dq, dk, dv, scale, causal)
     return dq, dk, dv
 
@@ -162,9 +131,8 @@ _FA2 = {"window_size_left": -1, "window_size_right": -1, "softcap": 0.0, "alibi_
 def _fa2_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     from flash_attn.flash_attn_interface import _flash_attn_forward  # type: ignore[import-not-found]
 
-    q, k, v = _turned(q, k, v)
     out, lse, *_ = _flash_attn_forward(q, k, v, 0.0, scale, causal, **_FA2, return_softmax=False)
-    return out.transpose(1, 2), lse
+    return out, lse
 
 
 def _fa2_backward(
@@ -172,11 +140,10 @@ def _fa2_backward(
 ) -> Gradients:
     from flash_attn.flash_attn_interface import _flash_attn_backward  # type: ignore[import-not-found]
 
-    dout, q, k, v, out = _turned(dout, q, k, v, out)
     dq, dk, dv = _results(q, k, v)
     given = (dout, q, k, v, out, lse.contiguous(), dq, dk, dv)
     _flash_attn_backward(*given, 0.0, scale, causal, **_FA2, deterministic=False)
-    return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
+    return dq, dk, dv
 
 
 def _fa2_packed_forward(
@@ -201,11 +168,12 @@ def _fa2_packed_backward(
 
 
 FLASH_ATTN_4 = Kernel(
-    "flash_attn_4", _fa4_forward, _fa4_backward, _fa4_reasons, varlen=Varlen(_fa4_packed_forward, _fa4_packed_backward)
+    "flash_attn_4", *_heads_first(_fa4_forward, _fa4_backward), _fa4_reasons, varlen=Varlen(_fa4_forward, _fa4_backward)
 )
 FLASH_ATTN_3 = Kernel(
-    "flash_attn_3", _fa3_forward, _fa3_backward, _fa3_reasons, varlen=Varlen(_fa3_packed_forward, _fa3_packed_backward)
+    "flash_attn_3", *_heads_first(_fa3_forward, _fa3_backward), _fa3_reasons, varlen=Varlen(_fa3_forward, _fa3_backward)
 )
 FLASH_ATTN_2 = Kernel(
-    "flash_attn_2", _fa2_forward, _fa2_backward, _fa2_reasons, varlen=Varlen(_fa2_packed_forward, _fa2_packed_backward)
-)
+    "flash_attn_2", *_heads_first(_fa2_forward, _fa2_backward), _fa2_reasons,
+    varlen=Varlen(_fa2_packed_forward, _fa2_packed_backward),
+)  # fmt: skip

@@ -13,7 +13,7 @@ from functools import lru_cache
 from longctx.config.hardware import HardwareConfig
 from longctx.config.plan import PlanConfig
 from longctx.curriculum import Stage
-from longctx.decide import Decision, Machines, assumed_kernels, choose_kernel, decide_all
+from longctx.decide import Decision, Machines, decide_all, planned_kernel
 from longctx.planner.memory import BYTES, NODES_SIMULATED, Memory, need, sizes_of
 from longctx.planner.simulate import BACKWARD_WORK, evenly, simulate
 from longctx.schedule import SCHEDULES, Sizes, build
@@ -128,19 +128,12 @@ def quickest(topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulyss
     return next(item for item in found if item.computing + item.exposed <= 1.01 * best)
 
 
-def kernel_of(shape: Shape, config: PlanConfig) -> str:
-    """The attention kernel on the planned device; raises UserError if training there would refuse it."""
-    device, dtype = config.hardware.device, config.model.dtype
-    serving = assumed_kernels(device, dtype, shape.head_dim)
-    return choose_kernel(device, dtype, serving, config.model.attention_kernel)
-
-
 def estimate_all(stages: list[Stage], shape: Shape, config: PlanConfig) -> list[Estimate]:
     """Estimate every stage; config.model.dtype must be resolved. Raises UserError for what training would refuse."""
     machines = Machines(config.nodes * config.ranks, config.ranks)
     heads = (shape.heads, shape.kv_heads)
     decisions = decide_all(stages, config.parallel, config.engine, machines, heads, config.model.dtype)
-    kernel = kernel_of(shape, config)
+    kernel = planned_kernel(config.hardware.device, config.model, shape)
     return [
         _estimate(stage, shape, config, decision, machines, kernel)
         for stage, decision in zip(stages, decisions, strict=True)

@@ -14,10 +14,10 @@ from longctx.assets import known_config
 from longctx.config.plan import PlanConfig
 from longctx.console import emit, emit_json, say
 from longctx.curriculum import Stage, resolve
-from longctx.decide import Machines
+from longctx.decide import Machines, planned_kernel
 from longctx.errors import UserError
 from longctx.planner.draw import as_svg, as_text
-from longctx.planner.estimate import Estimate, Links, estimate_all, kernel_of, links_of
+from longctx.planner.estimate import Estimate, Links, estimate_all, links_of
 from longctx.planner.remedies import USABLE, DeviceLimits, advice
 from longctx.planner.simulate import BACKWARD_WORK, Timeline, evenly, simulate
 from longctx.rope import rope_of_model
@@ -62,7 +62,8 @@ def limits_of(config: PlanConfig, shape: Shape) -> DeviceLimits:
     """The memory of the planned devices."""
     machines = Machines(config.nodes * config.ranks, config.ranks)
     hardware = config.hardware
-    return DeviceLimits(machines, hardware.device, kernel_of(shape, config), hardware.memory_gib * GIB)
+    kernel = planned_kernel(hardware.device, config.model, shape)
+    return DeviceLimits(machines, hardware.device, kernel, hardware.memory_gib * GIB)
 
 
 def _stages(config: PlanConfig) -> tuple[Shape, list[Stage]]:

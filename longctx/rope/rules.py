@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
@@ -25,7 +26,7 @@ _THETA_EXTENDS = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class Rule(ABC):
     """A rule that extends a rope to a longer window; a config holds an instance, and `name` tells the class."""
 
     __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}  # the config layer refuses another rule's parameters
@@ -38,9 +39,9 @@ class Rule:
         if factor is not None and factor < 1:
             raise ValueError(f"factor={factor:g} is below 1, which would shrink the window; give 1 or more")
 
+    @abstractmethod
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         """The `rope_parameters` that transformers reads, for a window of `length` tokens."""
-        raise NotImplementedError
 
 
 def _with_theta(rope: Rope, theta: float) -> Parameters:

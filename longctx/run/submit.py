@@ -63,7 +63,8 @@ def run(config: SubmitConfig, words: Sequence[str]) -> int:
     before: str | None = None
     for job, script in scripts:
         path = Path(config.folder) / "submit" / f"{job.name}.sh"
-        path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (path.parent, _logs(config)):  # sbatch makes none
+            folder.mkdir(parents=True, exist_ok=True)
         path.write_text(script)
         before = _sbatch(path, before)
         after = " after the one before" if len(scripts) > 1 and job is not scripts[0][0] else ""
@@ -73,7 +74,7 @@ def run(config: SubmitConfig, words: Sequence[str]) -> int:
 
 def check(config: SubmitConfig) -> list[Stage]:
     """The stages, once everything is checked that training checks before its ranks start. Raises UserError."""
-    from longctx.decide import Machines, assumed_kernels, choose_kernel
+    from longctx.decide import Machines, planned_kernel
     from longctx.planner.remedies import GIB, DeviceLimits, check_memory
     from longctx.run.training import settled
     from longctx.shape import shape_of_model
@@ -93,11 +94,9 @@ def check(config: SubmitConfig) -> list[Stage]:
         machines = Machines(nodes * launch.ranks, launch.ranks)
         preflight.check(settled_config, own, world=machines.world, local_world=machines.ranks_per_node)
         if device == "cuda":
-            dtype = settled_config.model.dtype
-            serving = assumed_kernels(device, dtype, shape.head_dim)
-            kernel = choose_kernel(device, dtype, serving, settled_config.model.attention_kernel)
-            limits = DeviceLimits(machines, device, kernel, hardware.memory_gib * GIB)
+            kernel = planned_kernel(device, settled_config.model, shape)
             if "memory" not in config.accept:
+                limits = DeviceLimits(machines, device, kernel, hardware.memory_gib * GIB)
                 check_memory(own, shape, settled_config, limits)
     return stages
 
@@ -167,12 +166,9 @@ def render(config: SubmitConfig, job: Job) -> str:
     return "\n".join(lines) + "\n" + _body()
 
 
-def _logs(config: SubmitConfig) -> str:
-    """The folder of the logs; sbatch does not make it."""
-    folder = Path(config.folder).resolve() / "logs"
-    if not config.dry_run:
-        folder.mkdir(parents=True, exist_ok=True)
-    return str(folder)
+def _logs(config: SubmitConfig) -> Path:
+    """The folder of the logs."""
+    return Path(config.folder).resolve() / "logs"
 
 
 def _body() -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
-from longctx.decide import Machines, assumed_kernels, choose_kernel
+from longctx.decide import Machines, planned_kernel
 from longctx.errors import OutOfMemory, out_of_memory
 from longctx.planner.remedies import DeviceLimits, lower, needs
 from longctx.shape import shape_of_model
@@ -50,8 +50,7 @@ def explain(error: BaseException, config: TrainConfig, stage: Stage, ranks: Rank
     said = said.split("] . ")[-1].split(" If reserved")[0].rstrip(".")
     shape = shape_of_model(config.model)
     device = ranks.device.type
-    serving = assumed_kernels(device, config.model.dtype, shape.head_dim)
-    kernel = choose_kernel(device, config.model.dtype, serving, config.model.attention_kernel)
+    kernel = planned_kernel(device, config.model, shape)
     room = DeviceLimits(Machines(ranks.world, ranks.local_world), device, kernel, device_bytes=0.0)
     now = needs([stage], shape, config, room)[0]
     parts = sorted(((getattr(now, name), words) for name, words in _WORDS.items()), reverse=True)

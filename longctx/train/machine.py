@@ -5,9 +5,7 @@ They refuse with the planner's arithmetic what would fail or be very slow later.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +15,7 @@ from longctx.decide import Machines, choose_kernel
 from longctx.planner.remedies import DeviceLimits, check_memory
 from longctx.shape import Shape, shape_of_model
 from longctx.train.engine import check_bfloat16
+from longctx.train.host_memory import host_memory
 
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig
@@ -65,18 +64,6 @@ def room_here(machines: Machines, device: str, kernel: str) -> DeviceLimits:
         sharing = -(-machines.ranks_per_node // torch.cuda.device_count())
         return DeviceLimits(machines, device, kernel, (total - taken) / sharing, host_memory())
     return DeviceLimits(machines, device, kernel, host_memory() / machines.ranks_per_node)
-
-
-def host_memory() -> float:
-    """Bytes of this machine's memory, or the limit of this process's control group if that is less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limits = []
-    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            limits.append(int(Path(file).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
-            continue
-    return float(min([total, *limits]))
 
 
 def describe(model: ModelConfig, shape: Shape, device: str) -> str:

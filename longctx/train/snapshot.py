@@ -6,13 +6,12 @@ import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from longctx.train.fragments import Fragment
+from longctx.train.host_memory import free_memory
 
 SHARE = 0.5  # of the host memory that is free, which the copies of a node's ranks may take
 
@@ -70,16 +69,4 @@ class Work(threading.Thread):
 def copies_fit(fragments: Iterable[Fragment], ranks_per_node: int) -> bool:
     """Whether the free memory of this machine, or of this process's control group, holds such copies of its ranks."""
     needed = sum(piece.data.numel() * piece.data.element_size() for piece in fragments)
-    return needed * ranks_per_node <= SHARE * _free_memory()
-
-
-def _free_memory() -> float:
-    """Bytes that the kernel would give without swapping; a control group's limit counts too."""
-    free = float("inf")
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            free = 1024.0 * int(line.split()[1])
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # another version of control groups, or no limit
-        free = min(free, float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
-    return free
+    return needed * ranks_per_node <= SHARE * free_memory()

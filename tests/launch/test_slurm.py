@@ -142,7 +142,7 @@ def test_nodes_of_different_sizes_are_refused(slurm: VirtualSlurm, tmp_path: Pat
 
 
 def test_a_wrong_key_ends_with_status_2_and_its_message(slurm: VirtualSlurm, tmp_path: Path) -> None:
-    refuse(slurm, tmp_path, *PAIR)
+    check_refused(slurm, tmp_path, *PAIR)
 
 
 @pytest.mark.slow
@@ -150,10 +150,10 @@ def test_a_wrong_key_ends_with_status_2_and_its_message(slurm: VirtualSlurm, tmp
 def test_a_wrong_key_ends_with_status_2_every_time_in_ten(slurm: VirtualSlurm, tmp_path: Path) -> None:
     for number in range(10):
         (tmp_path / str(number)).mkdir()
-        refuse(slurm, tmp_path / str(number), "--nodes=4", "--ntasks-per-node=1")
+        check_refused(slurm, tmp_path / str(number), "--nodes=4", "--ntasks-per-node=1")
 
 
-def refuse(slurm: VirtualSlurm, folder: Path, *options: str) -> None:
+def check_refused(slurm: VirtualSlurm, folder: Path, *options: str) -> None:
     job = slurm.submit([*words(run_dir=folder / "run"), "trane.x=1"], folder / "log", *options)
     assert job.ended() == 2, job.said
     assert job.said.count("longctx: trane is not a known key") == 1

@@ -10,6 +10,7 @@ import numpy as np
 
 from longctx.config.base import build
 from longctx.config.train import TrainConfig
+from longctx.train import metrics
 
 TOKENIZER = str(Path(__file__).parents[2] / "longctx" / "assets" / "tiny")
 VOCAB = 512
@@ -94,3 +95,8 @@ def config(folder: Path, documents: Path, **changes: Any) -> TrainConfig:
         both = isinstance(value, dict) and isinstance(values.get(key), dict)
         values[key] = {**values[key], **value} if both else value
     return build(TrainConfig, values, origin="tests")
+
+
+def losses(run: Path) -> list[float]:
+    """The losses in a run's metrics, step by step."""
+    return [line["loss"] for line in metrics.read(run / "metrics.jsonl")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from longctx.run.training import train_run
 from longctx.train import fragments, snapshot
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.fragments import Fragment
+from longctx.train.host_memory import free_memory, host_memory
 
 from .made import config
 from .test_checkpoint import ALONE, TwoTensors
@@ -46,7 +48,7 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path, gate: threadi
     assert kept.start(engine, state, "s64") is None  # type: ignore[arg-type]
     engine.tensors["a"].fill_(2.0)  # the next step
     state.step, state.recent_losses = 2, [1.0, 2.0]
-    assert (kept.pending, kept.writing, steps_saved(tmp_path)) == (True, True, [".step00000001.partial-" + str(_pid())])
+    assert (kept.pending, kept.writing, steps_saved(tmp_path)) == (True, True, [f".step00000001.partial-{os.getpid()}"])
     gate.set()
     assert kept.settle() == 1
     assert (kept.pending, kept.settle()) == (False, None)
@@ -54,12 +56,6 @@ def test_a_save_holds_what_was_there_when_it_began(tmp_path: Path, gate: threadi
     assert found is not None
     assert (found.step, found.recent_losses) == (1, [1.0])
     assert other.tensors["a"].eq(1.0).all()
-
-
-def _pid() -> int:
-    import os
-
-    return os.getpid()
 
 
 def test_one_save_is_in_flight_and_its_copies_are_not_overwritten(tmp_path: Path, gate: threading.Event) -> None:
@@ -104,7 +100,7 @@ def test_a_save_that_is_abandoned_leaves_nothing(tmp_path: Path, gate: threading
 
 @pytest.mark.parametrize(("free", "at_once"), [(1000.0, True), (1e9, False)])
 def test_auto_writes_at_once_where_memory_for_copies_lacks(tmp_path, monkeypatch, free: float, at_once: bool) -> None:
-    monkeypatch.setattr(snapshot, "_free_memory", lambda: free)
+    monkeypatch.setattr(snapshot, "free_memory", lambda: free)
     large = TwoTensors()
     large.tensors["a"] = torch.zeros(100, 3)  # 1,200 bytes and 28: more than half of 1,000
     kept = checkpoints(tmp_path, "auto")
@@ -115,7 +111,7 @@ def test_auto_writes_at_once_where_memory_for_copies_lacks(tmp_path, monkeypatch
 
 
 def test_free_memory_is_this_machine_s() -> None:
-    assert 2**20 < snapshot._free_memory() < 2**50
+    assert 2**20 < free_memory() < host_memory()
 
 
 def hashes(run: Path) -> dict[str, object]:

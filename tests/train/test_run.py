@@ -19,11 +19,7 @@ from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import loop, metrics
 
-from .made import TOKENIZER, config
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in metrics.read(run / "metrics.jsonl")]
+from .made import TOKENIZER, config, losses
 
 
 def weights(run: Path) -> dict[str, Any]:

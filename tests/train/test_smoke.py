@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,7 @@ from longctx.run.lifecycle import run as whole_run
 from longctx.run.smoke import smoke_config
 from longctx.train.run import resolve_stages
 
-from .made import config
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+from .made import config, losses
 
 
 def decision(cp: int, dp: int, per_group: int, per_forward: int) -> Decision:
