@@ -85,7 +85,7 @@ def figures(config: BenchStepConfig, seconds: float, device: str | None) -> dict
     """Seconds, tokens per second, model TFLOP/s (recomputation not counted) and their share of the device's peak."""
     pairs = config.seq_len * (config.seq_len + 1) / 2
     rate = shape_of_init(config.model).flops(recompute=False).model(config.seq_len, pairs) / seconds
-    peak = peak_flops(device, None) if config.dtype == "bfloat16" else None
+    peak = peak_flops(device, None, config.dtype)
     return {
         "seconds": seconds,
         "tokens_per_second": config.seq_len / seconds,

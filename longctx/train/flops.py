@@ -15,10 +15,12 @@ PEAK = {
 }
 
 
-def peak_flops(device_name: str | None, override_tflops: float | None) -> float | None:
-    """Peak of one device in FLOP/s; None when it is not known (MFU is then left out)."""
+def peak_flops(device_name: str | None, override_tflops: float | None, dtype: str) -> float | None:
+    """Peak of one device in FLOP/s for products of `dtype`; None when it is not known (MFU is then left out)."""
     if override_tflops is not None:
         return override_tflops * 1e12
+    if dtype != "bfloat16":
+        return None
     for name, peak in PEAK.items():
         if device_name and all(word in device_name for word in name.split()):
             return peak

@@ -203,7 +203,7 @@ def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport
     rate = context.flops.model(report.tokens, report.pairs) / seconds / world
     executed = context.flops.hardware(report.tokens, report.pairs) / seconds / world
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    peak = flops.peak_flops(name, context.config.logging.peak_tflops)
+    peak = flops.peak_flops(name, context.config.logging.peak_tflops, context.config.model.dtype)
     held = {"save_seconds": training.saving.held} if training.saving.held else {}  # for which a save held this step up
     training.saving.held = 0.0
     line = {

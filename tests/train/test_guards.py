@@ -113,7 +113,8 @@ def test_hardware_flops_add_the_recomputation() -> None:
 
 
 def test_peak_is_known_given_or_left_out() -> None:
-    assert peak_flops("NVIDIA H100 80GB HBM3", None) == 989e12
-    assert peak_flops("NVIDIA H100 PCIe", None) == 756e12
-    assert peak_flops("Something new", None) is None
-    assert peak_flops(None, 2.0) == 2e12
+    assert peak_flops("NVIDIA H100 80GB HBM3", None, "bfloat16") == 989e12
+    assert peak_flops("NVIDIA H100 PCIe", None, "bfloat16") == 756e12
+    assert peak_flops("Something new", None, "bfloat16") is None
+    assert peak_flops("NVIDIA H100 80GB HBM3", None, "float32") is None  # the table has bf16 peaks only
+    assert peak_flops(None, 2.0, "float32") == 2e12
