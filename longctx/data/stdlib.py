@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -30,19 +31,21 @@ _SKIPPED = {
 
 
 def stdlib_files(root: Path | None = None) -> list[tuple[Path, str]]:
-    """Return the library's .py files, sorted, each with its name relative to the library's folder."""
+    """Return the library's .py files, sorted, each with its name relative to the library's folder.
+
+    Skipped folders are not entered: site-packages may hold a hundred times the library's files.
+    """
     base = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
-    found = [
-        (path, path.relative_to(base).as_posix())
-        for path in sorted(base.rglob("*.py"))
-        if not _SKIPPED & set(path.relative_to(base).parts[:-1])
-    ]
+    found = []
+    for folder, folders, files in os.walk(base):
+        folders[:] = [name for name in folders if name not in _SKIPPED]
+        found += [Path(folder, name) for name in files if name.endswith(".py")]
     if not found:
         raise UserError(
             f"{base} holds no .py files, so this Python's standard library cannot serve as text; use data=text "
             "data.path=FOLDER"
         )
-    return found
+    return [(path, path.relative_to(base).as_posix()) for path in sorted(found)]
 
 
 def documents(unit: Unit, tally: Tally) -> Iterator[Document]:
