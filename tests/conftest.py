@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +39,12 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
             done = longctx("train", "experiment=quickstart", f"run_dir={folder}", *SHORT)
             assert done.returncode == 0, done.stderr[-4000:]
     return Quickstart(folder, SHORT)
+
+
+def pytest_configure() -> None:
+    """Have signals end processes as at a terminal: a shell starts a background command with ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

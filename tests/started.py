@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
+
+from tests import warm
 
 SHORT = [
     "curriculum.stages.s2048.tokens=40960",
@@ -21,9 +21,5 @@ SHORT = [
 
 
 def longctx(*words: str, timeout: float = 280, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`longctx WORDS` as a process of its own, on the test's own interpreter."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run(
-        [sys.executable, "-m", "longctx.cli", *words],
-        capture_output=True, text=True, timeout=timeout, cwd=cwd, env=environment,
-    )  # fmt: skip
+    """`longctx WORDS` as a process of its own, see tests/warm.py."""
+    return warm.python("-m", "longctx.cli", *words, timeout=timeout, cwd=cwd)

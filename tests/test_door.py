@@ -23,6 +23,8 @@ from longctx.config.help import as_yaml, field_docs
 from longctx.config.words import Overrides
 from longctx.errors import UserError
 from longctx.verbs import VERBS
+from tests import warm
+from tests.started import longctx
 
 GIVEN = {
     "eval": ["model.path=m"],
@@ -133,18 +135,17 @@ def test_docs_are_read_from_the_fields_and_those_above_them():
 # --- -m
 
 
-def test_a_sweep_runs_every_combination_names_the_failed_one_and_returns_the_worst_status(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
+def test_a_sweep_runs_every_combination_names_the_failed_one_and_returns_the_worst_status(tmp_path):
     sweep = ["theta", "-m", "model=tiny", "to=4096,64", "rule=yarn", "png=out/t.png", "format=json"]
-    assert cli.main(sweep) == 2
-    said = capfd.readouterr()
-    runs = json.loads(said.out)["runs"]
+    done = longctx(*sweep, cwd=tmp_path)
+    assert done.returncode == 2
+    runs = json.loads(done.stdout)["runs"]
     assert [run["values"] for run in runs] == ["to=4096", "to=64"]
     assert [run["status"] for run in runs] == [0, 2]
     assert runs[0]["result"]["stages"][0]["rope_parameters"]["rope_type"] == "yarn"
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["t-to-4096.png"]
-    assert "to=64: refused (status 2)" in said.err
-    assert "seq_len=64 is shorter than the model's window" in said.err
+    assert "to=64: refused (status 2)" in done.stderr
+    assert "seq_len=64 is shorter than the model's window" in done.stderr
 
 
 def test_runs_of_a_sweep_have_folders_of_their_own_and_one_tokenization(monkeypatch, capfd):
@@ -282,8 +283,8 @@ sys.exit(main())
 
 
 def test_standard_output_is_the_document_alone():
-    done = subprocess.run([sys.executable, "-c", NOISY, "format=json"], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0
+    done = warm.python("-c", NOISY, "format=json")
+    assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)
     assert "a library's word\n" in done.stderr
     assert "and one from C\n" in done.stderr

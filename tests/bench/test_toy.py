@@ -13,6 +13,7 @@ from longctx.cli import main
 from longctx.config.model import InitConfig
 from longctx.model import init_from
 from tests.dist.ranks import CONTEXT
+from tests.started import longctx
 from tests.train.made import TOKENIZER, VOCAB, write_documents
 
 
@@ -57,10 +58,12 @@ def test_faults_leave_the_weights_of_an_undisturbed_run(bench, tmp_path: Path):
     assert len({path.read_bytes() for path in exports}) == 1 < len(exports)
 
 
-def test_a_step_has_a_loss_a_speed_and_a_peak(bench):
+def test_a_step_has_a_loss_a_speed_and_a_peak():
     """Ours alone: one process."""
     shape = "model={layers: 1, hidden: 32, heads: 2, kv_heads: 1, ffn: 48, vocab: 64, window: 64}"
-    found = bench("step", "seq_len=64", "pairs=1", "threads=1", "only=longctx", shape)
+    done = longctx("bench", "step", "seq_len=64", "pairs=1", "threads=1", "only=longctx", shape, "format=json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     ours = found["longctx"]
     assert set(found) >= {"seq_len", "pairs", "threads", "device", "longctx"}
     assert 3 < ours["loss"] < 6  # about log(64) untrained

@@ -15,6 +15,7 @@ from longctx.data import open_stage_data
 from longctx.data.corpus import Corpus
 from longctx.data.prepare import build_source
 from longctx.errors import UserError
+from tests import warm
 
 from .conftest import make_tokenizer
 
@@ -289,12 +290,13 @@ def test_workers_serve_a_script_without_a_main_guard(tmp_path, how):
         (tmp_path / "d" / f"{number}.txt").write_text(SCRIPT[:100] * 8000)
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(folder=str(tmp_path / "d"), cache=str(tmp_path / "c")))
-    command = [sys.executable, str(script)] if how == "file" else [sys.executable, "-"]
-    root = str(Path(__file__).parents[2])
-    done = subprocess.run(
-        command, input=script.read_text() if how == "stdin" else None, capture_output=True, text=True, timeout=250,
-        check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": root},
-    )  # fmt: skip
+    if how == "file":
+        done = warm.python(str(script), cwd=tmp_path)
+    else:
+        done = subprocess.run(
+            [sys.executable, "-"], input=script.read_text(), capture_output=True, text=True, timeout=250,
+            check=False, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        )  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "3 shards by 2 workers\n"), done.stderr
     assert not [path for path in (tmp_path / "c").rglob("*") if ".partial" in path.name]
 

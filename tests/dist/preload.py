@@ -14,6 +14,9 @@ import rich.progress
 import torch._dynamo
 import torch._inductor.compile_fx
 from transformers.models.gemma import modeling_gemma  # noqa: F401
+import hydra
+import longctx.config.compose
+import longctx.run.after_training
 from transformers.models.mistral import modeling_mistral  # noqa: F401
 from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
 from transformers.models.qwen3 import modeling_qwen3  # noqa: F401

@@ -18,6 +18,7 @@ from longctx.config.lora import ExtractConfig
 from longctx.lora.describe import describe
 from longctx.lora.extract import extract
 from longctx.lora.sizes import adapter_size
+from tests.started import longctx
 
 from .conftest import Trio, tensors
 
@@ -164,8 +165,9 @@ def test_losses_on_held_out_text(trio: Make, tmp_path: Path) -> None:
 def test_bench_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without mergekit ours is measured alone, and says so."""
     small = ["layers=1", "hidden=64", "vocab=128", "delta_rank=4", "rank=4", "repeats=1", "shallow=null"]
-    assert main(["bench", "lora", *small, f"folder={tmp_path}", f"out={tmp_path / 'figures.json'}"]) == 0
-    assert "mergekit was not given" in capsys.readouterr().out
+    done = longctx("bench", "lora", *small, f"folder={tmp_path}", f"out={tmp_path / 'figures.json'}")
+    assert done.returncode == 0, done.stderr
+    assert "mergekit was not given" in done.stdout
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["ours"]["residual_excess"] < 0.005
     assert main(["bench", "lora", "mergekit=/absent/mergekit-extract-lora"]) == 2

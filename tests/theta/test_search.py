@@ -17,6 +17,7 @@ from longctx.config.compose import compose
 from longctx.config.curriculum import CurriculumConfig
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.curriculum import resolve
+from tests.started import longctx
 
 ASSET = Path(__file__).parents[2] / "longctx" / "assets" / "tiny"
 ROPE = {"rope_type": "default", "rope_theta": 10000}
@@ -105,7 +106,8 @@ def test_it_resumes_from_the_last_whole_line(
 
 
 def test_two_ranks_find_what_one_does(searched: Path, model_folder: Path, text_folder: Path, tmp_path: Path):
-    assert main(words(model_folder, text_folder, tmp_path / "two", "nproc=2")) == 0
+    done = longctx(*words(model_folder, text_folder, tmp_path / "two", "nproc=2"))
+    assert done.returncode == 0, done.stderr
     for one, two in zip(trials_of(searched), trials_of(tmp_path / "two"), strict=True):
         assert one["theta"] == two["theta"]
         assert two["last_quarter_loss"] == pytest.approx(one["last_quarter_loss"], rel=1e-5)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
 from longctx.bench.faults_run import RunWatcher
+from tests import warm
 from tests.dist.ranks import forked
 
 
@@ -29,7 +31,10 @@ class Launched(RunWatcher):
 
     def __init__(self, run: Path) -> None:
         super().__init__(run)
-        self.process = forked(_launcher, str(run / "config.yaml"), log=run / "life")
+        self.process = forked(
+            warm.command, ["-m", "longctx.run", "--resolved", str(run / "config.yaml")], os.getcwd(), dict(os.environ),
+            log=run / "life",
+        )  # fmt: skip
 
     @property
     def pid(self) -> int:
@@ -49,10 +54,3 @@ class Launched(RunWatcher):
         said = (self.run / "life.err").read_text()
         assert self.process.exitcode is not None, said
         return self.process.exitcode, said
-
-
-def _launcher(config: str) -> None:
-    from longctx.run.__main__ import main
-    from longctx.run.rank import leave
-
-    leave(main(["--resolved", config]))

@@ -19,6 +19,8 @@ import pytest
 
 from longctx.processes import alive, children
 from longctx.train import metrics, runfolder
+from tests import warm
+from tests.dist.ranks import forked
 
 from .launched import Launched, Started
 from .made import config, write_documents
@@ -105,16 +107,18 @@ def test_a_different_command_on_one_node_is_refused(tmp_path: Path, module: list
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-m", *module, f"name=run{rank}", f"model.path={tmp_path}"],
-            env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0",
-                 "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": port},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        forked(
+            warm.command, ["-m", *module, f"name=run{rank}", f"model.path={tmp_path}"], str(tmp_path),
+            {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+             "GROUP_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": port},
+            log=tmp_path / f"rank{rank}",
         )
         for rank in range(2)
     ]  # fmt: skip
-    said = [rank.communicate(timeout=120)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], said
+    for rank in ranks:
+        rank.join(120)
+    said = ["".join((tmp_path / f"rank{rank}.{end}").read_text() for end in ("out", "err")) for rank in range(2)]
+    assert [rank.exitcode for rank in ranks] == [2, 2], said
     assert "(node 1) was started with another command line than rank 0" in said[0]
     assert "it has name=run1 and lacks name=run0" in said[0]
     assert json.dumps(said[1]) == '""'
