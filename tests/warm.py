@@ -91,6 +91,8 @@ class ForkedPopen(subprocess.Popen):
 
     def _execute_child(self, args: Any, *settings: Any) -> None:
         words = [args] if isinstance(args, str) else [os.fsdecode(word) for word in args]
+        if words[1:2] == ["-u"]:
+            words.pop(1)
         if words[0] != sys.executable or words[1] not in ("-m", "-c"):
             return super()._execute_child(args, *settings)  # type: ignore[misc]
         given = dict(zip(SETTINGS, settings, strict=True))

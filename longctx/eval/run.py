@@ -127,9 +127,8 @@ def _examine_all(
     out = Path(config.out) / "models" if config.out else None
     results = []
     with console.progress() as bar:
-        task = bar.add_task(
-            "needles", total=sum(count_forwards(t, tasks, heldout_texts[t.name], out, ranks.world) for t in targets)
-        )
+        total = sum(count_forwards(t, tasks, heldout_texts[t.name], out, ranks.world) for t in targets)
+        task = bar.add_task("needles", total=total, visible=total > 0)
         ranks.wait()  # rank 0 stores results only after all ranks have counted
         for target in targets:
             bar.update(task, description=f"needles: {target.name}")

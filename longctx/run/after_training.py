@@ -82,7 +82,7 @@ def _examine_all(
     found = {}
     with console.progress() as bar:
         total = sum(count_forwards(claim.target, claim.questions(settings), heldout, out) for claim in claims)
-        task = bar.add_task("needles", total=total)
+        task = bar.add_task("needles", total=total, visible=total > 0)
         for claim in claims:
             bar.update(task, description=f"needles: {claim.name}")
             questions = claim.questions(settings)
