@@ -171,13 +171,18 @@ def _estimate(
 
 
 def _weights_moved(shape: Shape, config: PlanConfig, b: int, micro_steps: int, computing: float) -> float:
-    """Seconds by which ZeRO-3's gathers and the gradients' reduction exceed the computation they overlap with."""
-    world = config.nodes * config.ranks
+    """Seconds by which ZeRO-3's gathers and the gradients' reduction exceed the computation they overlap with.
+
+    Of the three gathers of a micro-step, hpZ (ZeRO++ 2306.10209) takes those of the backward pass from the second copy.
+    """
+    world, hardware, copy = config.nodes * config.ranks, config.hardware, config.engine.hpz_partition_size
     if world == 1:
         return 0.0
-    gbytes = config.hardware.outer_gbytes if config.nodes > 1 else config.hardware.inner_gbytes
+    gbytes = hardware.outer_gbytes if config.nodes > 1 else hardware.inner_gbytes
     gathers = 3 * micro_steps * b if config.engine.zero >= 3 else 0
+    from_copy = gathers * 2 / 3 if 1 < copy <= config.ranks else 0
     # Gradients are fp32: sharded ones are reduced at every micro-step, others are all-reduced once a step.
     reduction = 4 * micro_steps if config.engine.zero >= 2 else 2 * 4
-    moved = shape.parameters * (gathers + reduction) * (world - 1) / world
-    return max(0.0, moved / (gbytes * 1e9) - computing)
+    moved = shape.parameters * (gathers - from_copy + reduction) * (world - 1) / world / gbytes
+    moved += shape.parameters * from_copy * (copy - 1) / copy / hardware.inner_gbytes
+    return max(0.0, moved / 1e9 - computing)

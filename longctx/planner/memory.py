@@ -119,6 +119,7 @@ def need(
         dtype=config.model.dtype,
         zero=engine.zero,
         world=world,
+        secondary=engine.hpz_partition_size,
         trained=trained_weights(shape, config.optim.freeze),
         ring=attention_buffers(decision.schedule, decision.topology, sizes, decision.ulysses, kernel),
         offload_optimizer=engine.offload_optimizer and device != "cpu",
@@ -153,6 +154,7 @@ def stage_memory(
     zero: int,
     world: int,
     ring: float,
+    secondary: int = 1,
     trained: int | None = None,
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
@@ -161,7 +163,7 @@ def stage_memory(
     """Bytes that one device holds, from plain numbers.
 
     tokens: tokens on this device in one forward. zero: 0 (replicated) to 3. ring: bytes of `attention_buffers`.
-    trained: the number of weights that have gradients and moments (None: all). fp32 and fp64 weights are their own
+    secondary: ranks that share a second copy of the weights (hpZ, ZeRO++ 2306.10209); 1: there is none. trained: the number of weights that have gradients and moments (None: all). fp32 and fp64 weights are their own
     masters; bfloat16 weights have fp32 masters in the optimizer. Gradients are at least fp32.
     """
     b = BYTES[dtype]
@@ -169,6 +171,7 @@ def stage_memory(
     p, t = shape.parameters, shape.parameters if trained is None else trained
     optimizer = t * (2 * wide if b >= 4 else 3 * wide) / (world if zero >= 1 else 1)
     weights = p * b / (world if zero >= 3 else 1)
+    copy = p * b / secondary if zero >= 3 and secondary > 1 else 0.0
     gathered = 2 * shape.layer_weights * b if zero >= 3 else 0  # the layer at work and the one fetched ahead
     cost = shape.footprint(b)
     matmuls = cost.kept_layers(memory, tokens)
@@ -177,7 +180,7 @@ def stage_memory(
     block = min(memory.ffn_block or tokens, tokens)
     feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
     return Memory(
-        weights=gathered if offload_parameters else weights + gathered,
+        weights=copy + gathered if offload_parameters else weights + copy + gathered,
         gradients=t * wide / (world if zero >= 2 else 1),
         optimizer=0.0 if offload_optimizer else optimizer,
         saved=min(saved, near) if offload_saved else saved,

@@ -58,14 +58,15 @@ def test_zero_divides_what_it_shards_and_nothing_else():
     shape = shape_of_init(INIT)
     p = shape.parameters
 
-    def owned(zero, dtype="float32"):
-        m = stage_memory(shape, MemoryConfig(), tokens=64, dtype=dtype, zero=zero, world=4, ring=0.0)
+    def owned(zero, dtype="float32", **more):
+        m = stage_memory(shape, MemoryConfig(), tokens=64, dtype=dtype, zero=zero, world=4, ring=0.0, **more)
         return m.weights, m.gradients, m.optimizer
 
     assert owned(0) == (4 * p, 4 * p, 8 * p)
     assert owned(1) == (4 * p, 4 * p, 2 * p)
     assert owned(2) == (4 * p, p, 2 * p)
     assert owned(3)[0] == p + 2 * shape.layer_weights * 4
+    assert owned(3, secondary=2)[0] == p + 2 * p + 2 * shape.layer_weights * 4  # hpZ: another copy in each pair
     assert owned(0, "bfloat16") == (2 * p, 4 * p, 12 * p)
 
 
