@@ -163,8 +163,9 @@ def stage_memory(
     """Bytes that one device holds, from plain numbers.
 
     tokens: tokens on this device in one forward. zero: 0 (replicated) to 3. ring: bytes of `attention_buffers`.
-    secondary: ranks that share a second copy of the weights (hpZ, ZeRO++ 2306.10209); 1: there is none. trained: the number of weights that have gradients and moments (None: all). fp32 and fp64 weights are their own
-    masters; bfloat16 weights have fp32 masters in the optimizer. Gradients are at least fp32.
+    secondary: ranks that share a second copy of the weights (hpZ, ZeRO++ 2306.10209); 1: there is none. trained: the
+    number of weights that have gradients and moments (None: all). fp32 and fp64 weights are their own masters; bfloat16
+    weights have fp32 masters in the optimizer. Gradients are at least fp32.
     """
     b = BYTES[dtype]
     wide = max(4, b)
