@@ -34,6 +34,7 @@ def kill_in_saves(soak: Soak) -> dict[str, int]:
     A continued run must go on from the last published checkpoint. Raises RunFailed at the first wrong result.
     """
     longest = _undisturbed(soak)
+    console.say(f"the longest save of the undisturbed run took {longest:.2f} s")
     parts: Counter[str] = Counter()
     soak.begin()
     saved = 0

@@ -18,7 +18,7 @@ import yaml
 
 from longctx import cli
 from longctx.train import metrics
-from tests.launch.tiny import same_model, steps_of, words
+from tests.launch.tiny import same_model, steps_of, trains, words
 from tests.launch.virtual_slurm import SCRIPT, SlurmJob, VirtualSlurm, missing, until
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"a virtual Slurm {missing()}")
@@ -73,7 +73,7 @@ def test_of_two_jobs_on_the_same_nodes_one_is_signalled_and_loses_a_node_and_end
     """USR1 while it trains, USR1 while it starts, and a node that is lost: three times back into the queue."""
     folder, (calm, disturbed) = pair
     runs = [folder / "run0", folder / "run1"]
-    disturbed.wait(lambda: min(steps_of(run) for run in runs) >= 2)
+    disturbed.wait(lambda: all(trains(run) for run in runs))
     assert (calm.state, disturbed.state) == ("RUNNING", "RUNNING"), "they do not run at the same time"
     slurm("scancel", "--batch", "-s", "USR1", disturbed.number, check=True)  # as --signal=B:USR1@600 does
     disturbed.continue_now()
@@ -120,7 +120,7 @@ def test_a_killed_rank_gets_a_last_line_and_a_cancelled_job_saves_and_stays_canc
 ) -> None:
     nodes = f"--nodelist={slurm.names[0]},{slurm.names[1]}"
     killed, cancelled = array(slurm, tmp_path, 2, words(steps=4000), nodes)
-    cancelled.wait(lambda: min(steps_of(tmp_path / f"run{number}") for number in range(2)) >= 2)
+    cancelled.wait(lambda: all(trains(tmp_path / f"run{number}") for number in range(2)))
     os.kill(killed.pid_of_rank(1), signal.SIGKILL)
     slurm("scancel", cancelled.number)
     assert killed.ended() == 1, killed.said
