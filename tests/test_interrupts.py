@@ -48,6 +48,10 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
+    tiny = LlamaConfig(**{**shape.to_dict(), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2})
+    for name in ("one", "other"):
+        LlamaForCausalLM(tiny).save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(TOKENIZER).save_pretrained(folder / name)
     extract(ExtractConfig(base=str(folder / "base"), tuned=str(folder / "tuned"), out=str(folder / "adapter"), rank=8))
     return folder
 
@@ -65,9 +69,10 @@ def words(verb: str, material: Path, where: Path) -> list[str]:
         ]  # fmt: skip
     if verb == "eval":
         return [
-            verb, model, *text, f"data.path={material / 'few'}", "data.heldout=0.7", "source=text",
-            "loss_lengths=[128]", "loss_sequences=8", f"cache={where / 'cache'}", "needle.lengths=[384,512]",
-            "needle.per_cell=2", f"out={where / 'out'}",
+            verb, f"models={{one: {material / 'one'}, other: {material / 'other'}}}", *text,
+            f"data.path={material / 'many'}", "data.heldout=0.3", "source=text", f"cache={where / 'cache'}",
+            "needle.lengths=[384,512]", "needle.per_cell=4", "needle.seeds=[11]", "loss_lengths=[512]",
+            "loss_sequences=16", f"out={where / 'out'}",
         ]  # fmt: skip
     if verb == "lora extract":
         return [*verb.split(), f"base={material / 'base'}", f"tuned={material / 'tuned'}", f"out={where / 'out'}"]
@@ -83,10 +88,16 @@ def check_interrupted(outcome: Outcome, at: str) -> None:
     assert (outcome.left, outcome.partial) == ([], []), (at, outcome)
 
 
-def interrupt(verb: str, material: Path, folder: Path, instants: int, length: float, seed: int = 1) -> int:
-    """How many of the instants, drawn from `length` seconds, fell before the command's end."""
-    rng, met = random.Random(f"{verb} {seed}"), 0
-    for number in range(instants):
+def interrupt(
+    verb: str, material: Path, folder: Path, wanted: int, length: float, *, tries: int, seed: int = 1
+) -> tuple[int, int]:
+    """Interrupt the command at random instants of `length` seconds until `wanted` came before its end.
+
+    Returns how many did, and how many were drawn: `tries` at most.
+    """
+    rng, met, number = random.Random(f"{verb} {seed}"), 0, 0
+    while met < wanted and number < tries:
+        number += 1
         where, after = folder / str(number), rng.uniform(0.0, length)
         life = Command(where, words(verb, material, where))
         life.send(signal.SIGINT, after)
@@ -97,14 +108,15 @@ def interrupt(verb: str, material: Path, folder: Path, instants: int, length: fl
             continue
         check_interrupted(outcome, f"{verb} after {after:.2f} of {length:.2f} s")
         met += 1
-    return met
+    return met, number
 
 
 @pytest.mark.parametrize("verb", ["data", "train", "lora merge"])
 def test_ctrl_c_leaves_one_line_and_nothing_else(tmp_path: Path, material: Path, verb: str) -> None:
     instants = 2 if verb == "data" else 1
     length = 1.0 if verb == "lora merge" else 4.0  # merging the tiny model takes little more than its imports
-    assert interrupt(verb, material, tmp_path, instants=instants, length=length) >= 1
+    met, _ = interrupt(verb, material, tmp_path, wanted=instants, length=length, tries=instants)
+    assert met >= 1
 
 
 @pytest.mark.slow
@@ -114,7 +126,10 @@ def test_ctrl_c_at_20_random_instants(tmp_path: Path, material: Path, verb: str)
     began = time.monotonic()
     outcome = Command(tmp_path / "whole", words(verb, material, tmp_path / "whole")).outcome()
     assert (outcome.status, outcome.left, outcome.partial) == (0, [], []), outcome
-    assert interrupt(verb, material, tmp_path, instants=20, length=time.monotonic() - began) >= 10
+    length = time.monotonic() - began
+    met, drawn = interrupt(verb, material, tmp_path, wanted=20, length=length, tries=100)
+    print(f"{verb}: {met} of {drawn} instants of {length:.1f} s came before the end; each ended as it must")
+    assert met == 20
 
 
 @pytest.mark.parametrize(("verb", "status"), [("train", 75), ("eval", 143)])

@@ -26,6 +26,8 @@ from longctx.processes import handles
 from longctx.train import runfolder
 
 VOCAB = 512
+LAST_STAGE = "s128"
+SAVE_EVERY = 4  # steps between two saves of a large run
 PATIENCE = 300.0
 CONTEXT = multiprocessing.get_context("forkserver")
 PRELOAD = [
@@ -43,23 +45,32 @@ PRELOAD = [
 CONTEXT.set_forkserver_preload(PRELOAD)
 
 
-def make_run(run: Path, documents: Path, config: FaultsConfig) -> Path:
-    """Make the folder of a run of two stages with its config.yaml; the documents are written if they are missing."""
+def make_run(run: Path, documents: Path, config: FaultsConfig, *, large: bool = False) -> Path:
+    """Make the folder of a run of two stages with its config.yaml; the documents are written if they are missing.
+
+    It saves after every step. large: it saves in the background, every SAVE_EVERY steps, a model of 4 million
+    parameters (48 MB with the moments), which takes a few steps.
+    """
     _write_documents(documents)
     half = config.steps // 2
     shape = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "vocab": VOCAB, "window": 64}
-    stages = {"s64": {"seq_len": 64, "theta": 10000, "steps": half, "batch": 2 * config.nproc},
-              "s128": {"seq_len": 128, "theta": 40000, "steps": half, "batch": 1}}  # fmt: skip
+    checkpoint = {"every_steps": 1, "every_minutes": 0, "keep": 2, "spare_gib": 0.0}
+    batch, heldout = 2 * config.nproc, 64
+    if large:
+        shape |= {"hidden": 512, "ffn": 768}
+        checkpoint |= {"every_steps": SAVE_EVERY, "background": True}
+        batch, heldout = config.nproc, 0
+    stages = {"s64": {"seq_len": 64, "theta": 10000, "steps": half, "batch": batch},
+              LAST_STAGE: {"seq_len": 128, "theta": 40000, "steps": half, "batch": 1}}  # fmt: skip
     values = {
         "name": run.name, "run_dir": str(run),
         "model": {"init": shape, "tokenizer": str(Path(__file__).parents[1] / "assets" / "tiny")},
         "data": {"sources": {"text": {"kind": "text", "path": str(documents)}},
                  "mixes": {"default": {"text": 1.0}}},
         "curriculum": {"scratch": True, "lr": {"peak": 3.0e-3}, "stages": stages},
-        "parallel": {"cp_by_stage": {"s64": 1, "s128": config.nproc}}, "logging": {"display": "none"},
-        "checkpoint": {"every_steps": 1, "every_minutes": 0, "keep": 2, "spare_gib": 0.0},
-        "evaluate": {"heldout_sequences": 64}, "after_training": {"lora": {"enabled": False}},
-        "launch": {"nproc": config.nproc, "threads": 1},
+        "parallel": {"cp_by_stage": {"s64": 1, LAST_STAGE: config.nproc}}, "logging": {"display": "none"},
+        "checkpoint": checkpoint, "evaluate": {"heldout_sequences": heldout},
+        "after_training": {"lora": {"enabled": False}}, "launch": {"nproc": config.nproc, "threads": 1},
     }  # fmt: skip
     runfolder.prepare(build(TrainConfig, values, origin="longctx bench faults"))
     return run

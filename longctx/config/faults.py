@@ -14,6 +14,9 @@ class FaultsConfig:
     """The root of configs/bench_faults.yaml."""
 
     kills: NotNegative = 50  #: SIGKILLs at random instants, saves and starts included: of everything, or of one rank
+    kills_in_saves: NotNegative = (
+        20  #: SIGKILLs inside background saves of a larger model: of everything, or of one rank
+    )
     sigterms: NotNegative = 10  #: SIGTERMs: the run must save and leave with status 75
     damage: bool = True  #: then: a truncated checkpoint file, a flipped byte, a disk that takes no checkpoint
     nproc: Positive = 2  #: ranks of the run

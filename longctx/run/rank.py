@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from longctx import signals
+from longctx import collector, signals
 from longctx.distributed.launcher import launcher_environment
 from longctx.errors import OutOfMemory, RunFailed, UserError
 from longctx.processes import die_with_parent
@@ -46,6 +46,7 @@ def rank_status(body: Callable[[int, int], int]) -> int:
         return 2
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     signals.catch(requeue=True, speaks=rank == 0)  # before the slow imports
+    collector.begin_imports()
     die_with_parent()
     try:
         return _leave_with(body(rank, world))

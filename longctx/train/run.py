@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longctx import console
+from longctx import collector, console
 from longctx.config.train import TrainConfig
 from longctx.decide import Machines, decide, ring_words
 from longctx.distributed.launcher import launcher_environment
@@ -196,6 +196,7 @@ def _load_engine(context: RunContext, not_carried: NotCarried) -> Engine:
     from longctx.train import engine as engines
     from longctx.train import exhausted
 
+    collector.end_imports()  # weights and gradients are collected as soon as ever
     config, ranks = context.config, context.ranks
     place = engines.placer(config.engine, config.optim, config.model.dtype, ranks)
     loading = exhausted.explained(config, context.stages[0], ranks, "loading the model for")

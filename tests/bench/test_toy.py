@@ -51,11 +51,22 @@ def test_data_is_packed_whole(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 @pytest.mark.slow  # CI has twelve minutes
 def test_faults_leave_the_weights_of_an_undisturbed_run(bench, tmp_path: Path):
     """One SIGKILL and one SIGTERM of two ranks; damaged checkpoints are tested where they are read."""
-    found = bench("faults", "kills=1", "sigterms=1", "damage=false", "steps=10", f"out={tmp_path}")
+    found = bench("faults", "kills=1", "kills_in_saves=0", "sigterms=1", "damage=false", "steps=10", f"out={tmp_path}")
     assert (sum(found["kills"].values()), found["sigterms"], found["bit_equal"]) == (1, 1, True)
     assert found["steps_lost_at_most"] <= 2
     exports = sorted(tmp_path.glob("*/stages/s128/model/model.safetensors"))
     assert len({path.read_bytes() for path in exports}) == 1 < len(exports)
+
+
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_inside_background_saves_lose_nothing(bench, tmp_path: Path, kills: int):
+    """SIGKILL of all ranks or of one before the pointer's rename; the run ends with the same bits."""
+    steps = 24 if kills > 2 else 12
+    found = bench("faults", "kills=0", f"kills_in_saves={kills}", "sigterms=0", "damage=false", f"steps={steps}")
+    assert sum(found["kills_in_saves"].values()) == sum(found["parts_of_saves"].values()) == kills
+    assert found["bit_equal"]
+    print(found)
 
 
 def test_a_step_has_a_loss_a_speed_and_a_peak():

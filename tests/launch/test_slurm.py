@@ -1,6 +1,7 @@
 """launch/slurm.sbatch under a real Slurm of four virtual nodes: placements, signals, requeues, statuses, a lost node.
 
-`pytest -m slow tests/launch` runs them; that also repeats the refusal ten times and signals at twenty instants.
+They run where Slurm is installed (`missing`). `pytest -m slow tests/launch` also signals at twenty instants.
+Jobs that need no attention are submitted first and run beside the others.
 """
 
 from __future__ import annotations
@@ -9,22 +10,18 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
+from longctx import cli
 from longctx.train import metrics
-from tests.launch.tiny import same_model, steps_of, words
+from tests.launch.tiny import same_model, steps_of, trains, words
 from tests.launch.virtual_slurm import SCRIPT, SlurmJob, VirtualSlurm, missing, until
 
-pytestmark = [
-    pytest.mark.skipif(missing() is not None, reason=f"a virtual Slurm {missing()}"),
-    pytest.mark.slow,  # four minutes, and CI has twelve
-]
+pytestmark = pytest.mark.skipif(missing() is not None, reason=f"a virtual Slurm {missing()}")
 PAIR = ("--nodes=2", "--ntasks-per-node=1")
 
 
@@ -34,62 +31,117 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualSlurm]:
         yield cluster
 
 
-@pytest.fixture(scope="module")
-def array(slurm: VirtualSlurm, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """The run folders of an array of two jobs that share both their nodes."""
-    folder = tmp_path_factory.mktemp("array")
+def array(slurm: VirtualSlurm, folder: Path, count: int, given: list[str], *options: str) -> list[SlurmJob]:
+    """Submit an array of jobs whose run folders are FOLDER/runN."""
     script = folder / "array.sh"
     script.write_text(f'#!/bin/bash\nexec bash {SCRIPT} "$@" run_dir={folder}/run$SLURM_ARRAY_TASK_ID\n')
-    log = folder / "log-%a"
-    job = slurm.submit(
-        words(), log, *PAIR, "--array=0-1", f"--nodelist={slurm.names[0]},{slurm.names[1]}", script=script
-    )
-    tasks = [SlurmJob(slurm, f"{job.number}_{task}", folder / f"log-{task}") for task in range(2)]
-    statuses = [task.ended() for task in tasks]
-    assert statuses == [0, 0], [task.said for task in tasks]
-    times = [(task.facts()["StartTime"], task.facts()["EndTime"]) for task in tasks]
-    assert max(begin for begin, _ in times) < min(end for _, end in times), "they did not run at the same time"
-    return [folder / "run0", folder / "run1"]
+    options = (*PAIR, f"--array=0-{count - 1}%2", "--open-mode=append", *options)  # at most two at the same time
+    job = slurm.submit(given, folder / "log-%a", *options, script=script)
+    return [SlurmJob(slurm, f"{job.number}_{task}", folder / f"log-{task}") for task in range(count)]
 
 
-def test_two_jobs_on_the_same_nodes_do_not_meet_each_other(array: list[Path]) -> None:
-    assert same_model(*array)
-    line = metrics.read(array[0] / "metrics.jsonl")[-1]
+@pytest.fixture(scope="module")
+def pair(slurm: VirtualSlurm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SlurmJob]]:
+    """An array of two jobs on the same two nodes, and the folder with run0 and run1."""
+    folder = tmp_path_factory.mktemp("pair")
+    return folder, array(slurm, folder, 2, words(), f"--nodelist={slurm.names[0]},{slurm.names[1]}")
+
+
+@pytest.fixture(scope="module")
+def refused(slurm: VirtualSlurm, pair: object, tmp_path_factory: pytest.TempPathFactory) -> list[SlurmJob]:
+    """Ten jobs with a wrong key, and one on nodes of different sizes; they begin after the pair."""
+    folder = tmp_path_factory.mktemp("refused")
+    nodes = f"--nodelist={slurm.names[2]},{slurm.names[3]}"
+    uneven = slurm.submit(words(run_dir=folder / "uneven"), folder / "log", "--nodes=2", "--ntasks=3", nodes)
+    return [uneven, *array(slurm, folder, 10, [*words(), "trane.x=1"], nodes)]
+
+
+@pytest.fixture(scope="module")
+def cyclic(slurm: VirtualSlurm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, SlurmJob]:
+    """A job of two nodes of two ranks that Slurm numbers across the nodes, whose rank 0 makes an adapter at the end."""
+    run = tmp_path_factory.mktemp("cyclic") / "run"
+    nodes = f"--nodelist={slurm.names[2]},{slurm.names[3]}"
+    options = ("--nodes=2", "--ntasks-per-node=2", "--distribution=cyclic", nodes)
+    given = words(steps=2, run_dir=run, adapter=True)
+    return run, slurm.submit(given, run.parent / "log", *options, environment={"SLURM_WAIT": "2"})
+
+
+@pytest.mark.usefixtures("refused")
+def test_of_two_jobs_on_the_same_nodes_one_is_signalled_and_loses_a_node_and_ends_as_the_other(
+    slurm: VirtualSlurm, pair: tuple[Path, list[SlurmJob]]
+) -> None:
+    """USR1 while it trains, USR1 while it starts, and a node that is lost: three times back into the queue."""
+    folder, (calm, disturbed) = pair
+    runs = [folder / "run0", folder / "run1"]
+    disturbed.wait(lambda: all(trains(run) for run in runs))
+    assert (calm.state, disturbed.state) == ("RUNNING", "RUNNING"), "they do not run at the same time"
+    slurm("scancel", "--batch", "-s", "USR1", disturbed.number, check=True)  # as --signal=B:USR1@600 does
+    disturbed.continue_now()
+    assert "SIGUSR1: saved at step" in disturbed.said
+    disturbed.wait(lambda: disturbed.runs_rank(0))  # before that, Slurm has nobody to give the signal to
+    slurm("scancel", "-s", "USR1", disturbed.number, check=True)  # the ranks import, or have not begun
+    assert calm.ended() == 0, calm.said
+    disturbed.continue_now()
+    assert "SIGUSR1: nothing was trained; the same command continues the run" in disturbed.said
+    assert "Force Terminated" not in disturbed.said
+    before = steps_of(runs[1])
+    disturbed.wait(lambda: steps_of(runs[1]) > before)
+    slurm("scontrol", "update", f"nodename={slurm.names[1]}", "state=down", "reason=lost", check=True)
+    try:
+        disturbed.continue_now("ReqNodeList=")
+        assert disturbed.ended() == 0, disturbed.said
+    finally:
+        slurm("scontrol", "update", f"nodename={slurm.names[1]}", "state=resume")
+    assert (calm.facts()["Restarts"], disturbed.facts()["Restarts"]) == ("0", "3")
+    assert disturbed.said.count("continuing at step") == 2
+    assert same_model(*runs)
+    line = metrics.read(runs[1] / "metrics.jsonl")[-1]
     assert (line["nodes"], line["ranks_per_node"], line["cp"]) == (2, 1, 2)
 
 
-def test_signals_while_starting_and_training_save_and_requeue(
-    slurm: VirtualSlurm, array: list[Path], tmp_path: Path
+def test_a_wrong_key_ends_with_status_2_and_its_message_every_time_in_ten(refused: list[SlurmJob]) -> None:
+    for job in refused[1:]:
+        assert job.ended() == 2, job.said
+        assert job.said.count("longctx: trane is not a known key") == 1
+        assert "Terminating" not in job.said
+
+
+def test_nodes_of_different_sizes_are_refused(slurm: VirtualSlurm, refused: list[SlurmJob]) -> None:
+    job = refused[0]
+    assert job.ended() == 2, job.said
+    shown = f"({slurm.names[2]} has 2, {slurm.names[3]} has 1)"
+    assert f"longctx: the nodes have different numbers of ranks {shown}" in job.said
+    assert "Terminating" not in job.said
+
+
+@pytest.mark.usefixtures("cyclic")
+def test_a_killed_rank_gets_a_last_line_and_a_cancelled_job_saves_and_stays_cancelled(
+    slurm: VirtualSlurm, tmp_path: Path
 ) -> None:
-    run = tmp_path / "run"
-    job = slurm.submit(words(run_dir=run), tmp_path / "log", *PAIR)
-    job.wait(lambda: job.runs_rank(0))  # before that, Slurm has nobody to give the signal to
-    slurm("scancel", "-s", "USR1", job.number, check=True)  # the ranks import, or have not begun
-    job.continue_now()
-    assert "nothing was trained; the same command continues the run" in job.said
-    job.wait(lambda: steps_of(run) >= 2)
-    slurm("scancel", "--batch", "-s", "USR1", job.number, check=True)  # as --signal=B:USR1@600 does
-    job.continue_now()
-    assert "SIGUSR1: saved at step" in job.said
-    assert job.ended() == 0, job.said
-    assert job.facts()["Restarts"] == "2"
-    assert "Force Terminated" not in job.said
-    assert "continuing at step" in job.said
-    assert same_model(run, array[0])
+    nodes = f"--nodelist={slurm.names[0]},{slurm.names[1]}"
+    killed, cancelled = array(slurm, tmp_path, 2, words(steps=4000), nodes)
+    cancelled.wait(lambda: all(trains(tmp_path / f"run{number}") for number in range(2)))
+    os.kill(killed.pid_of_rank(1), signal.SIGKILL)
+    slurm("scancel", cancelled.number)
+    assert killed.ended() == 1, killed.said
+    last = next(line for line in reversed(killed.said.splitlines()) if line.startswith("longctx: "))
+    assert last.startswith("longctx: rank 0 lost its peers and stops (")
+    assert "is saved, the same command continues the run" in last
+    assert killed.facts()["Restarts"] == "0"
+    cancelled.ended()
+    until(lambda: cancelled.state != "CANCELLED", 2, must=False)
+    assert (cancelled.state, cancelled.facts()["Restarts"]) == ("CANCELLED", "0")
+    assert "SIGTERM: saved at step" in cancelled.said
 
 
 def test_cyclic_ranks_are_numbered_node_by_node_and_the_adapter_outlasts_slurm_wait(
-    slurm: VirtualSlurm, tmp_path: Path
+    slurm: VirtualSlurm, cyclic: tuple[Path, SlurmJob]
 ) -> None:
-    run = tmp_path / "run"
-    pair = ",".join(slurm.names[2:])
-    options = ("--nodes=2", "--ntasks-per-node=2", "--distribution=cyclic", f"--nodelist={pair}")
-    given = words(steps=2, run_dir=run, adapter=True)
-    job = slurm.submit(given, tmp_path / "log", *options, environment={"SLURM_WAIT": "2"})
+    run, job = cyclic
     assert job.ended() == 0, job.said
     assert (run / "adapter" / "adapter_config.json").exists(), job.said
     first = (run / "config.yaml").read_text().splitlines()
-    assert first[0] == f"# 2 nodes of 2 ranks: {pair.replace(',', ', ')}"
+    assert first[0] == f"# 2 nodes of 2 ranks: {slurm.names[2]}, {slurm.names[3]}"
     assert first[1].endswith("double_ring, inner ring of 2 ranks inside a node, outer ring of 2 between nodes")
     assert first[0].removeprefix("# ") in job.said
     assert yaml.safe_load((run / "config.yaml").read_text())["name"]
@@ -99,20 +151,27 @@ def test_cyclic_ranks_are_numbered_node_by_node_and_the_adapter_outlasts_slurm_w
     assert "2 x 2" in (run / "report.html").read_text()
 
 
-def submit(slurm: VirtualSlurm, run: Path, *given: str) -> subprocess.CompletedProcess[str]:
-    """`longctx submit` on the login node, for ranks without GPUs."""
+@pytest.fixture
+def submit(slurm: VirtualSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """`longctx submit` on the login node, for ranks without GPUs: run with words, it gives status and what was said."""
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
     stage = "+curriculum.stages.s128={seq_len: 128, theta: 40000, steps: 2, batch: 2}"
     cluster = ("launch.gpus_per_node=0", "launch.ranks_per_node=1", "launch.cpus_per_task=1", "engine.device=cpu")
-    command = [sys.executable, "-m", "longctx.cli", "submit", *words(steps=2, run_dir=run), stage, *cluster, *given]
-    return subprocess.run(command, env=slurm.environment, capture_output=True, text=True, timeout=120)
+
+    def submitted(*given: str) -> tuple[int, str]:
+        status = cli.main(["submit", *words(steps=2, run_dir=tmp_path / "run"), stage, *cluster, *given])
+        return status, capsys.readouterr().err
+
+    return submitted
 
 
-def test_submit_chains_a_job_for_each_stage(slurm: VirtualSlurm, tmp_path: Path) -> None:
+def test_submit_chains_a_job_for_each_stage(slurm: VirtualSlurm, submit, tmp_path: Path) -> None:
     """The second stage has two nodes, and begins when the first has ended on one."""
     run = tmp_path / "run"
-    done = submit(slurm, run, "launch.per_stage=true", "launch.nodes_by_stage={s128: 2}", "name=chain")
-    assert done.returncode == 0, done.stderr
-    numbers = re.findall(r"^job (\d+): chain-s(?:64|128) on [12] node", done.stderr, flags=re.M)
+    status, said = submit("launch.per_stage=true", "launch.nodes_by_stage={s128: 2}", "name=chain")
+    assert status == 0, said
+    numbers = re.findall(r"^job (\d+): chain-s(?:64|128) on [12] node", said, flags=re.M)
     jobs = [
         SlurmJob(slurm, number, run / "logs" / f"chain-{name}-{number}-rank0.log")
         for number, name in zip(numbers, ("s64", "s128"), strict=True)
@@ -123,88 +182,24 @@ def test_submit_chains_a_job_for_each_stage(slurm: VirtualSlurm, tmp_path: Path)
     assert not (run / "stages/s128").stat().st_mtime < (run / "stages/s64/finished.json").stat().st_mtime
 
 
-def test_slurm_s_refusal_and_a_wrong_key_are_paragraphs_of_submit(slurm: VirtualSlurm, tmp_path: Path) -> None:
-    done = submit(slurm, tmp_path / "run", "launch.partition=nowhere")
-    assert done.returncode == 2
-    assert "longctx: Slurm refuses the job: sbatch: error: invalid partition specified: nowhere" in done.stderr
-    assert "change what it names (launch.partition" in done.stderr
-    done = submit(slurm, tmp_path / "run", "optim.clip=1")
-    assert (done.returncode, slurm("squeue", "-h")) == (2, "")
-    assert "optim.clip is now `optim.max_grad_norm`" in done.stderr
-
-
-def test_nodes_of_different_sizes_are_refused(slurm: VirtualSlurm, tmp_path: Path) -> None:
-    job = slurm.submit(words(run_dir=tmp_path / "run"), tmp_path / "log", "--nodes=2", "--ntasks=3", "--exclusive")
-    assert job.ended() == 2, job.said
-    shown = f"({slurm.names[0]} has 2, {slurm.names[1]} has 1)"
-    assert f"longctx: the nodes have different numbers of ranks {shown}" in job.said
-    assert "Terminating" not in job.said
-
-
-def test_a_wrong_key_ends_with_status_2_and_its_message(slurm: VirtualSlurm, tmp_path: Path) -> None:
-    check_refused(slurm, tmp_path, *PAIR)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_a_wrong_key_ends_with_status_2_every_time_in_ten(slurm: VirtualSlurm, tmp_path: Path) -> None:
-    for number in range(10):
-        (tmp_path / str(number)).mkdir()
-        check_refused(slurm, tmp_path / str(number), "--nodes=4", "--ntasks-per-node=1")
-
-
-def check_refused(slurm: VirtualSlurm, folder: Path, *options: str) -> None:
-    job = slurm.submit([*words(run_dir=folder / "run"), "trane.x=1"], folder / "log", *options)
-    assert job.ended() == 2, job.said
-    assert job.said.count("longctx: trane is not a known key") == 1
-    assert "Terminating" not in job.said
-
-
-def test_a_killed_rank_gets_a_last_line_and_status_1(slurm: VirtualSlurm, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    job = slurm.submit(words(steps=4000, run_dir=run), tmp_path / "log", *PAIR)
-    job.wait(lambda: steps_of(run) >= 2)
-    os.kill(job.pid_of_rank(1), signal.SIGKILL)
-    assert job.ended() == 1, job.said
-    last = next(line for line in reversed(job.said.splitlines()) if line.startswith("longctx: "))
-    assert last.startswith("longctx: rank 0 lost its peers and stops (")
-    assert "is saved, the same command continues the run" in last
-    assert job.facts()["Restarts"] == "0"
-
-
-def test_a_lost_node_requeues_the_job_which_continues_elsewhere(
-    slurm: VirtualSlurm, array: list[Path], tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    job = slurm.submit(words(run_dir=run), tmp_path / "log", *PAIR)
-    job.wait(lambda: steps_of(run) >= 2)
-    slurm("scontrol", "update", f"nodename={slurm.names[1]}", "state=down", "reason=lost", check=True)
-    try:
-        job.continue_now()
-        assert job.ended() == 0, job.said
-    finally:
-        slurm("scontrol", "update", f"nodename={slurm.names[1]}", "state=resume")
-    assert "continuing at step" in job.said
-    assert same_model(run, array[0])
-
-
-@pytest.mark.slow
-def test_a_cancelled_job_saves_and_stays_cancelled(slurm: VirtualSlurm, tmp_path: Path) -> None:
-    job = slurm.submit(words(steps=4000, run_dir=tmp_path / "run"), tmp_path / "log", *PAIR)
-    job.wait(lambda: steps_of(tmp_path / "run") >= 2)
-    slurm("scancel", job.number)
-    job.ended()
-    until(lambda: job.state != "CANCELLED", 10, must=False)
-    assert (job.state, job.facts()["Restarts"]) == ("CANCELLED", "0")
-    assert "SIGTERM: saved at step" in job.said
+def test_slurm_s_refusal_and_a_wrong_key_are_paragraphs_of_submit(slurm: VirtualSlurm, submit) -> None:
+    status, said = submit("launch.partition=nowhere")
+    assert status == 2
+    assert "longctx: Slurm refuses the job: sbatch: error: invalid partition specified: nowhere" in said
+    assert "change what it names (launch.partition" in said
+    status, said = submit("optim.clip=1")
+    assert (status, slurm("squeue", "-h")) == (2, "")
+    assert "optim.clip is now `optim.max_grad_norm`" in said
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_signals_at_twenty_instants_are_saved_or_not_and_requeued(
-    slurm: VirtualSlurm, array: list[Path], tmp_path: Path
+    slurm: VirtualSlurm, pair: tuple[Path, list[SlurmJob]], tmp_path: Path
 ) -> None:
     """Runs that get five signals each, the first seconds more often than others."""
+    folder, (calm, _) = pair
+    assert calm.ended() == 0, calm.said
     rng, sent, runs = random.Random(1), 0, 0
     while sent < 20:
         runs += 1
@@ -219,4 +214,4 @@ def test_signals_at_twenty_instants_are_saved_or_not_and_requeued(
             job.continue_now()
             assert int(job.facts()["Restarts"]) == restarts, job.said
         assert job.ended() == 0, job.said
-        assert same_model(run, array[0])
+        assert same_model(run, folder / "run0")

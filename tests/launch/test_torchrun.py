@@ -16,8 +16,10 @@ import pytest
 
 from longctx.bench import cluster
 from longctx.processes import handles
+from longctx.run.command import compose
 from longctx.run.preflight import _check_clocks
-from tests.launch.tiny import same_model, steps_of, words
+from tests.launch.tiny import same_model, trains, words
+from tests.train.lives import live
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "torchrun.sh"
@@ -154,10 +156,9 @@ def test_nodes_that_do_not_meet_are_named_within_the_meetings_minutes(tmp_path: 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two ranks that nobody disturbs; its ranks count as two nodes."""
+    """The run of two forked ranks that nobody disturbs; they count as two nodes."""
     run = tmp_path_factory.mktemp("undisturbed") / "run"
-    command = [sys.executable, "-m", "longctx.run", *words(run_dir=run), "launch.nproc=2", "parallel.nodes=2"]
-    subprocess.run(command, env=environment(), check=True, timeout=240, stderr=subprocess.DEVNULL)
+    assert live(compose([*words(run_dir=run), "launch.nproc=2", "parallel.nodes=2"]), 2) == 0
     return run
 
 
@@ -175,7 +176,7 @@ def test_signals_to_the_scripts_reach_the_ranks_and_end_them(tmp_path: Path, und
         run.wait(lambda: all(_children(pid) for pid in scripts))
         for pid in scripts:
             os.kill(pid, signal.SIGUSR1)
-        run.wait(lambda: steps_of(run_dir) >= 2)
+        run.wait(lambda: trains(run_dir))
         for pid in scripts:
             os.kill(pid, signal.SIGTERM)
         assert run.statuses("one") == [75, 75], run.said("one")

@@ -183,7 +183,8 @@ class SlurmJob:
         return found
 
     def _pid(self, rank: int) -> int | None:
-        wanted = {f"SLURM_JOB_ID={self.number}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
+        job = self.facts()["JobId"]  # a task of an array has one of its own
+        wanted = {f"SLURM_JOB_ID={job}", f"SLURM_PROCID={rank}", "SLURM_STEP_ID=0"}
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 names = set(path.read_text(errors="replace").split("\0"))
@@ -194,12 +195,12 @@ class SlurmJob:
                 return int(path.parent.name)
         return None
 
-    def continue_now(self) -> None:
-        """Wait until the job is back in the queue, and start it without Slurm's pause of two minutes."""
+    def continue_now(self, *changes: str) -> None:
+        """Wait until the job is back in the queue, change it, and start it without Slurm's pause of two minutes."""
         self.wait(lambda: self.state in ("PENDING", "REQUEUED"))
         time.sleep(1.0)  # the daemons still clear the old start away
         self.wait(lambda: self.state == "PENDING")
-        self.slurm("scontrol", "update", f"jobid={self.number}", "StartTime=now", check=True)
+        self.slurm("scontrol", "update", f"jobid={self.number}", *changes, "StartTime=now", check=True)
         self.wait(lambda: self.state != "PENDING")
 
 
