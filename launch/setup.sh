@@ -1,8 +1,12 @@
-# Sourced by quickstart.sh and test.sh: makes .venv with the pinned set, or reuses it when nothing changed.
-# Usage: . launch/setup.sh EXTRA[,EXTRA]     (after: $PYTHON is the environment's interpreter)
+# Sourced by quickstart.sh, test.sh and lowest.sh: makes an environment, or reuses it when nothing changed.
+# Usage: . launch/setup.sh EXTRA[,EXTRA]           .venv with the pinned set (launch/constraints.txt)
+#        . launch/setup.sh EXTRA[,EXTRA] lowest    .venv-lowest with the least releases (launch/lowest.txt)
+# After it, $PYTHON is the environment's interpreter.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 extras="${1:-train}"
+pins="launch/${2:-constraints}.txt"
+venv=".venv${2:+-$2}"
 
 python="${LONGCTX_PYTHON:-}"
 if [ -z "$python" ]; then
@@ -14,11 +18,14 @@ if [ -z "$python" ]; then
 fi
 [ -n "$python" ] || { echo "longctx needs Python 3.11, 3.12 or 3.13; none was found on PATH (or set LONGCTX_PYTHON)" >&2; exit 2; }
 
-PYTHON="$PWD/.venv/bin/python"
+PYTHON="$PWD/$venv/bin/python"
+# uv installs no compiled bytecode, so the first process that imports a module writes it for all later ones. Where this is
+# switched off, every rank and every test's process compiles torch and transformers anew (12 s of a core each).
+export PYTHONDONTWRITEBYTECODE=
 # The stamp holds the extras and a checksum of what the environment was made from. A later start reuses it when nothing
 # changed and it has at least the extras that are asked for now.
-stamp=".venv/.longctx-stamp"
-made_from="$(cat pyproject.toml launch/constraints.txt launch/setup.sh | cksum) $("$python" -V 2>&1)"
+stamp="$venv/.longctx-stamp"
+made_from="$(cat pyproject.toml "$pins" launch/setup.sh | cksum) $("$python" -V 2>&1)"
 ready() {
   local have from extra
   { read -r have && read -r from; } <"$stamp" 2>/dev/null || return 1
@@ -26,10 +33,10 @@ ready() {
   for extra in ${extras//,/ }; do case ",$have," in *",$extra,"*) ;; *) return 1 ;; esac; done
 }
 if ! ready; then
-  echo "setting up .venv (once; a few minutes) ..." >&2
-  [ -x "$PYTHON" ] || "$python" -m venv .venv
+  echo "setting up $venv (once; a few minutes) ..." >&2
+  [ -x "$PYTHON" ] || "$python" -m venv "$venv"
   pip() { "$PYTHON" -m pip --disable-pip-version-check --quiet "$@"; }
-  install() { pip install -c launch/constraints.txt "$@"; }
+  install() { pip install -c "$pins" "$@"; }
   if [ -n "${LONGCTX_UV:-}" ]; then
     # uv installs the same releases in half the time. It is told where pip is set up to look, and pip stands in for it.
     setting() { "$PYTHON" -m pip config get "$1.$2" 2>/dev/null || true; }
@@ -38,10 +45,10 @@ if ! ready; then
     certificates="$(setting global cert)"
     [ -z "$certificates" ] || export SSL_CERT_FILE="${SSL_CERT_FILE:-$certificates}"
     install() {
-      .venv/bin/uv pip install --quiet --python "$PYTHON" -c launch/constraints.txt "$@" \
-        || pip install -c launch/constraints.txt "$@"
+      "$venv/bin/uv" pip install --quiet --python "$PYTHON" -c "$pins" "$@" \
+        || pip install -c "$pins" "$@"
     }
-    pip install uv || install() { pip install -c launch/constraints.txt "$@"; }
+    pip install uv || install() { pip install -c "$pins" "$@"; }
   fi
   install --upgrade pip hatchling editables setuptools wheel ninja
   if command -v nvidia-smi >/dev/null 2>&1; then
@@ -49,9 +56,9 @@ if ! ready; then
   else
     # No GPU: the CPU build spares gigabytes of CUDA. First where pip is set up to look, then PyTorch's own index,
     # and last whatever pip offers.
-    version="$(sed -n 's/^torch==//p' launch/constraints.txt)"
+    version="$(sed -n 's/^torch==//p' "$pins")"
     install "torch==$version+cpu" 2>/dev/null \
-      || pip install -c launch/constraints.txt --retries 1 --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null \
+      || pip install -c "$pins" --retries 1 --index-url https://download.pytorch.org/whl/cpu torch 2>/dev/null \
       || install torch
   fi
   # deepspeed comes as source: nothing of it is compiled now, and its build sees the torch that is installed.
