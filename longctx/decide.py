@@ -7,14 +7,14 @@ planned. The module is pure arithmetic, without processes and without torch.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from longctx.errors import UserError
 from longctx.topology import Topology
 
 if TYPE_CHECKING:
-    from longctx.config.model import ModelConfig
+    from longctx.config.model import MemoryConfig, ModelConfig
     from longctx.config.train import EngineConfig, ParallelConfig
     from longctx.curriculum import Stage
     from longctx.shape import Shape
@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 FILE = "configs/parallel and configs/curriculum"
 CUDA_KERNELS = ("flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "torch_flash")
 REFERENCE = "reference"
+
+
+class Blocks(NamedTuple):
+    """Tokens that go through the feed-forward block at once (0: all), and tokens whose logits exist at once."""
+
+    ffn_block: int
+    loss_chunk: int
+
+
+# Sizes that stay in a CPU's caches, and sizes that fill a GPU (docs/benchmarks.md).
+BLOCKS = {"cpu": Blocks(2048, 512), "cuda": Blocks(8192, 4096)}
 
 
 @dataclass(frozen=True)
@@ -274,6 +285,20 @@ def shares(stage: Stage, engine: EngineConfig, *, world: int, cp: int, rank: int
                 f"of the {dp} data-parallel groups; engine.micro_batch={fit} or auto fits (configs/engine)"
             )
     return Shares(dp, rank // cp, per_rank, per)
+
+
+def blocks_of(memory: MemoryConfig, device: str) -> Blocks:
+    """The block sizes of a model on a device (cuda or cpu): those of the config, and for auto those of the device."""
+    usual = BLOCKS["cpu" if device == "cpu" else "cuda"]
+    return Blocks(
+        usual.ffn_block if memory.ffn_block == "auto" else memory.ffn_block,
+        usual.loss_chunk if memory.loss_chunk == "auto" else memory.loss_chunk,
+    )
+
+
+def with_blocks(model: ModelConfig, device: str) -> ModelConfig:
+    """The config with model.memory's auto sizes in numbers."""
+    return replace(model, memory=replace(model.memory, **blocks_of(model.memory, device)._asdict()))
 
 
 def assumed_kernels(device: str, dtype: str, head_dim: int) -> dict[str, list[str]]:

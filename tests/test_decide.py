@@ -10,10 +10,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from longctx.config.base import build
-from longctx.config.model import KernelName
+from longctx.config.model import KernelName, MemoryConfig
 from longctx.config.plan import PlanConfig
 from longctx.config.train import TrainConfig
-from longctx.decide import CUDA_KERNELS, Machines, assumed_kernels, choose_kernel, decide, decide_all
+from longctx.decide import (
+    BLOCKS,
+    CUDA_KERNELS,
+    Blocks,
+    Machines,
+    assumed_kernels,
+    blocks_of,
+    choose_kernel,
+    decide,
+    decide_all,
+    with_blocks,
+)
 from longctx.errors import UserError
 from longctx.planner.estimate import estimate_all, links_of
 from longctx.planner.memory import need
@@ -118,6 +129,30 @@ def test_twelve_ranks_on_nodes_of_eight_are_planned_as_twelve():
     assert inner.bandwidth == config.hardware.outer_gbytes * 1e9  # the ring crosses to another machine
 
 
+def test_block_sizes_follow_the_device_unless_they_are_given():
+    """On a CPU they are those with which every figure and golden loss of this project was made."""
+    auto = MemoryConfig()
+    assert blocks_of(auto, "cpu") == (2048, 512)
+    assert blocks_of(auto, "cuda") == (8192, 4096)
+    assert blocks_of(MemoryConfig(ffn_block=0, loss_chunk=7), "cuda") == (0, 7)
+    assert blocks_of(MemoryConfig(loss_chunk=7), "cuda") == (8192, 7)
+    config = build(TrainConfig, values(), origin="test")
+    decided = with_blocks(config.model, "cuda").memory
+    assert (decided.ffn_block, decided.loss_chunk) == (8192, 4096)
+    assert blocks_of(decided, "cpu") == (8192, 4096)  # numbers stay what they are
+
+
+def test_a_plan_counts_the_blocks_of_its_hardware():
+    """The logits of one chunk: 64 tokens of vocabulary, 4 bytes, as logits and as probabilities."""
+    config = with_dtype(build(TrainConfig, values(), origin="test"))
+    stage, shape = resolve_stages(config)[0], shape_of_model(config.model)
+    decision = decide(stage, config.parallel, config.engine, Machines(1, 1), (8, 2))
+    for device, kernel in (("cpu", "torch_cpu"), ("cuda", "cudnn")):
+        memory = need(stage, shape, config, decision, world=1, kernel=kernel, device=device)
+        assert memory.loss == BLOCKS[device].loss_chunk * 64 * 4 * 2
+    assert isinstance(BLOCKS["cpu"], Blocks)
+
+
 @pytest.mark.parametrize("budget", [0.0, 1e-3, 2e-3, 1.0])
 def test_layers_that_keep_products_are_counted_as_training_keeps_them(budget):
     made = values(model={"memory": {"keep_matmuls": "auto", "budget_gib": budget}})
@@ -138,7 +173,7 @@ def _trained_bytes(config: TrainConfig, tokens: int) -> float:
     assert config.model.init is not None
     model = init_from(config.model.init)
     train_layers(model)
-    set_save_policies(model, config.model.memory, tokens=tokens, store=None)
+    set_save_policies(model, config.model.memory, block=0, tokens=tokens, store=None)
     keeping = sum(layer.save_policy.attention is not attention_only for layer in model.model.layers)
     cost = shape_of_model(config.model).footprint(4)
     return cost.layers * cost.kept + keeping * cost.products

@@ -267,6 +267,16 @@ def test_a_prepared_model_has_the_loss_and_gradients_of_transformers():
     assert said.shape == (1, 10)  # the model's own forward still serves
 
 
+def test_a_prepared_model_takes_the_block_sizes_of_its_device():
+    """Resolved at the forward pass, because a model may move after `prepare`."""
+    plain = AutoModelForCausalLM.from_pretrained(tiny_model())
+    layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
+    for options, block in (({}, 2048), ({"ffn_block": 16}, 16)):
+        model = longctx.prepare(plain, **options)
+        model(**longctx.shard_batch(batches()[0], layout))
+        assert {layer.save_policy.block for layer in plain.model.layers} == {block}
+
+
 def test_accelerate_and_trainer_take_a_prepared_model(tmp_path: Path):
     """The same first loss as the plain loop's, and weights that move."""
     from accelerate import Accelerator

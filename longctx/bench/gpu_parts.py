@@ -14,8 +14,7 @@ ROOT = Path(__file__).parents[2]
 # Llama-3-8B's shape with 4 layers, the step of docs/benchmarks.md.
 EIGHT_B = [
     "model.layers=4", "model.hidden=4096", "model.heads=32", "model.kv_heads=8", "model.ffn=14336",
-    "model.vocab=128256", "model.theta=500000", "model.window=8192", "dtype=bfloat16", "memory.ffn_block=8192",
-    "memory.loss_chunk=4096",
+    "model.vocab=128256", "model.theta=500000", "model.window=8192", "dtype=bfloat16", "memory.ffn_block=auto",
 ]  # fmt: skip
 
 

@@ -27,8 +27,11 @@ class MemoryConfig:
     #: last layers that also keep their matrix products: faster, more memory; auto: as many as budget_gib holds
     keep_matmuls: NotNegative | Literal["auto"] = 0
     budget_gib: float | None = None  #: GiB of a device that saved tensors may take, for keep_matmuls=auto
-    ffn_block: NotNegative = 2048  #: tokens that go through o_proj and the feed-forward block at once; 0: all
-    loss_chunk: Positive = 512  #: tokens whose logits exist at once
+    #: tokens that go through o_proj and the feed-forward block at once; 0: all; auto: 2048 on a CPU, 8192 on a GPU
+    ffn_block: NotNegative | Literal["auto"] = "auto"
+    loss_chunk: Positive | Literal["auto"] = (
+        "auto"  #: tokens whose logits exist at once; auto: 512 on a CPU, 4096 on a GPU
+    )
     offload_activations: bool = False  #: keep the saved tensors in host memory
 
     def __post_init__(self) -> None:

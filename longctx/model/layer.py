@@ -95,14 +95,18 @@ def train_layers(model: nn.Module) -> None:
     train_norms(model)
 
 
-def set_save_policies(model: nn.Module, memory: MemoryConfig, *, tokens: int, store: HostStore | None) -> None:
-    """Set each layer's save policy for a forward pass of `tokens` tokens (batch included)."""
+def set_save_policies(
+    model: nn.Module, memory: MemoryConfig, *, block: int, tokens: int, store: HostStore | None
+) -> None:
+    """Set each layer's save policy for a forward pass of `tokens` tokens (batch included), `block` of them at once."""
     base = backbone_of(model)
     shape = shape_of(base.config.to_dict(), "the model's config")
     keep = shape.footprint(base.embed_tokens.weight.element_size()).kept_layers(memory, tokens)
     count = len(base.layers)
     for index, layer in enumerate(base.layers):
-        layer.save_policy = SavePolicy.of(memory, layer=index, layers=count, keep_matmuls=keep, store=store)
+        layer.save_policy = SavePolicy.of(
+            memory, block=block, layer=index, layers=count, keep_matmuls=keep, store=store
+        )
 
 
 @cache

@@ -31,19 +31,22 @@ class TokenLosses(NamedTuple):
 
 
 def token_losses(
-    hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor, *, chunk: int, z_loss: float = 0.0
-) -> TokenLosses:
+    hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor, *, chunk: int, z_loss: float = 0.0,
+    labelled: Tensor | None = None,
+) -> TokenLosses:  # fmt: skip
     """The weighted loss of `head`'s logits at every labelled token.
 
-    hidden [T, E]; labels [T], -100 for tokens without a label; weights [T]; chunk: tokens at once. nll [T] is fp32
-    (fp64 for fp64 inputs), and 0 without a label. If no token has a label, the total is a zero that is still connected
-    to `hidden`. A plain Linear takes the fast path; any other head (a LoRA around it) is called chunk by chunk under
+    hidden [T, E]; labels [T], -100 for tokens without a label; weights [T]; chunk: tokens at once; labelled: the rows
+    of tokens with a label (without them the host waits for a GPU to find them). nll [T] is fp32 (fp64 for fp64
+    inputs), and 0 without a label. If no token has a label, the total is a zero that is still connected to `hidden`. A
+    plain Linear takes the fast path; any other head (a LoRA around it) is called chunk by chunk under
     checkpointing, which costs one more product.
     """
     weights = weights.to(_accumulator(hidden.dtype))
     if type(head) is nn.Linear:
-        needed = torch.is_grad_enabled()
-        total, nll, z_total = _LinearLoss.apply(hidden, head.weight, head.bias, labels, weights, chunk, z_loss, needed)
+        rows = (labels != IGNORED).nonzero().squeeze(-1) if labelled is None else labelled
+        options = (chunk, z_loss, torch.is_grad_enabled())
+        total, nll, z_total = _LinearLoss.apply(hidden, head.weight, head.bias, labels, weights, rows, *options)
         return TokenLosses(total, nll, z_total)
     return _called_loss(hidden, head, labels, weights, chunk, z_loss)
 
@@ -56,7 +59,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor,
-        chunk: int, z_loss: float, needed: bool,
+        labelled: Tensor, chunk: int, z_loss: float, needed: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         acc = _accumulator(hidden.dtype)
         wants = [needed and flag for flag in ctx.needs_input_grad[:3]]
@@ -66,7 +69,7 @@ class _LinearLoss(torch.autograd.Function):
         nll = torch.zeros(hidden.shape[0], dtype=acc, device=hidden.device)
         lse = torch.zeros_like(nll)
         buffer = hidden.new_empty(min(chunk, len(labels)), len(weight))
-        for rows in _labelled(labels, chunk):
+        for rows in _chunks(labelled, len(labels), chunk):
             part, label, w = hidden[rows], labels[rows], weights[rows]
             logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
             logits = (logits if bias is None else logits.add_(bias)).to(acc)
@@ -103,14 +106,13 @@ class _LinearLoss(torch.autograd.Function):
             raise RuntimeError("the loss computes its gradients in the forward pass, and backward has used them")
         scaled = [None if made is None else made.mul_(grads[0].to(made.dtype)) for made in ctx.gradients]
         ctx.gradients = None
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
-def _labelled(labels: Tensor, chunk: int) -> list[slice] | list[Tensor]:
-    """The rows with a label, `chunk` at a time: as slices if every row has one, otherwise as indices."""
-    rows = (labels != IGNORED).nonzero().squeeze(-1)
-    if len(rows) == len(labels):
-        return [slice(start, min(start + chunk, len(labels))) for start in range(0, len(labels), chunk)]
+def _chunks(rows: Tensor, tokens: int, chunk: int) -> list[slice] | list[Tensor]:
+    """The rows with a label, `chunk` at a time: as slices if all `tokens` have one, otherwise as indices."""
+    if len(rows) == tokens:
+        return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
     return list(rows.split(chunk)) if len(rows) else []
 
 

@@ -60,14 +60,14 @@ class SavePolicy:
 
     @classmethod
     def of(
-        cls, memory: MemoryConfig, *, layer: int, layers: int, keep_matmuls: int, store: HostStore | None
+        cls, memory: MemoryConfig, *, block: int, layer: int, layers: int, keep_matmuls: int, store: HostStore | None
     ) -> SavePolicy:
         """The policy of layer `layer` of `layers`; the last `keep_matmuls` layers also save their matrix products."""
         if not memory.activation_checkpointing:
-            return cls(None, None, memory.ffn_block)
+            return cls(None, None, block)
         if layer >= layers - keep_matmuls:
-            return cls(attention_and_products, widening_products, memory.ffn_block, store, layer == 0)
-        return cls(attention_only, _nothing, memory.ffn_block, store, layer == 0)
+            return cls(attention_and_products, widening_products, block, store, layer == 0)
+        return cls(attention_only, _nothing, block, store, layer == 0)
 
     def saving(self) -> Any:
         """The context in which the layer's forward runs."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from longctx.attention import ContextParallel, Layout
 from longctx.config.model import MemoryConfig
+from longctx.decide import blocks_of
 from longctx.distributed.transport import SingleRankTransport
 from longctx.model.architectures import backbone_of, causal_lm_of
 from longctx.model.layer import set_save_policies, train_layers
@@ -74,6 +75,7 @@ class LossModel(nn.Module):
         weights: Tensor | None = None,
         layout: Layout | None = None,
         *,
+        labelled: Tensor | None = None,
         per_token: bool = False,
         logits_at: Tensor | None = None,
     ) -> LossOutput:
@@ -81,15 +83,17 @@ class LossModel(nn.Module):
 
         input_ids, labels and weights are [B, S], positions [B, S] or [S]. labels are shifted already (labels[i] follows
         input_ids[i]), with -100 for tokens without a label. weights=None gives every label the weight 1. layout: this
-        rank's attention layout, or None for one process and one document. logits_at: indices into B * S whose logits
-        [n, V] are returned, for evaluation.
+        rank's attention layout, or None for one process and one document. labelled: indices into B * S of the tokens
+        with a label, in order; without them the host waits until a GPU has come to the loss. logits_at: indices into
+        B * S whose logits [n, V] are returned, for evaluation.
         """
         head = causal_lm_of(self.model).get_output_embeddings()
         hidden = self.hidden(input_ids, positions, layout).flatten(0, 1)
         flat = labels.flatten()
         given = torch.ones_like(flat, dtype=torch.float32) if weights is None else weights.flatten()
         given = torch.where(flat == IGNORED, 0.0, given)
-        losses = token_losses(hidden, head, flat, given, chunk=self.memory.loss_chunk, z_loss=self.z_loss)
+        chunk = blocks_of(self.memory, flat.device.type).loss_chunk
+        losses = token_losses(hidden, head, flat, given, chunk=chunk, z_loss=self.z_loss, labelled=labelled)
         return LossOutput(
             loss_sum=losses.total,
             tokens=(flat != IGNORED).sum(),
@@ -105,7 +109,8 @@ class LossModel(nn.Module):
         if positions.dim() == 1:
             positions = positions.expand(input_ids.shape[0], -1)
         base = backbone_of(self.model)
-        set_save_policies(self.model, self.memory, tokens=input_ids.numel(), store=self._store)
+        block = blocks_of(self.memory, input_ids.device.type).ffn_block
+        set_save_policies(self.model, self.memory, block=block, tokens=input_ids.numel(), store=self._store)
         layout = layout or _alone().layout(input_ids.shape[1])
         # transformers hands a mask of four dimensions on as it is, and its layers do not see it under a layout: none of
         # S x S is made, whatever attention the model was loaded with.

@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from longctx.config.model import MemoryConfig
-from longctx.decide import tokens_per_rank
+from longctx.decide import blocks_of, tokens_per_rank
 from longctx.schedule import RankSchedule, Sizes, build
 from longctx.shape import Shape
 from longctx.topology import Topology
@@ -115,6 +115,7 @@ def need(
     return stage_memory(
         shape,
         config.model.memory,
+        device=device,
         tokens=sizes.tokens * decision.per_forward,
         dtype=config.model.dtype,
         zero=engine.zero,
@@ -155,6 +156,7 @@ def stage_memory(
     world: int,
     ring: float,
     secondary: int = 1,
+    device: str = "cpu",
     trained: int | None = None,
     offload_optimizer: bool = False,
     offload_parameters: bool = False,
@@ -163,9 +165,9 @@ def stage_memory(
     """Bytes that one device holds, from plain numbers.
 
     tokens: tokens on this device in one forward. zero: 0 (replicated) to 3. ring: bytes of `attention_buffers`.
-    secondary: ranks that share a second copy of the weights (hpZ, ZeRO++ 2306.10209); 1: there is none. trained: the
-    number of weights that have gradients and moments (None: all). fp32 and fp64 weights are their own masters; bfloat16
-    weights have fp32 masters in the optimizer. Gradients are at least fp32.
+    secondary: ranks that share a second copy of the weights (hpZ, ZeRO++ 2306.10209); 1: there is none. device: cuda or
+    cpu, for sizes that are auto. trained: the number of weights that have gradients and moments (None: all). fp32 and
+    fp64 weights are their own masters; bfloat16 ones have fp32 masters in the optimizer. Gradients are at least fp32.
     """
     b = BYTES[dtype]
     wide = max(4, b)
@@ -178,7 +180,8 @@ def stage_memory(
     matmuls = cost.kept_layers(memory, tokens)
     saved = tokens * (shape.layers * cost.kept + matmuls * cost.products)
     near = tokens * LAYERS_NEAR * (cost.kept + (cost.products if matmuls else 0))
-    block = min(memory.ffn_block or tokens, tokens)
+    sizes = blocks_of(memory, device)
+    block = min(sizes.ffn_block or tokens, tokens)
     feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
     return Memory(
         weights=copy + gathered if offload_parameters else weights + copy + gathered,
@@ -187,6 +190,6 @@ def stage_memory(
         saved=min(saved, near) if offload_saved else saved,
         working=float(max(tokens * cost.working, feed_forward)),
         ring=ring,
-        loss=min(memory.loss_chunk, tokens) * shape.vocab * 4.0 * 2,
+        loss=min(sizes.loss_chunk, tokens) * shape.vocab * 4.0 * 2,
         host=optimizer * offload_optimizer + weights * offload_parameters + saved * offload_saved,
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from longctx.config.train import TrainConfig
 from longctx.curriculum import Stage
-from longctx.decide import Machines, decide_all
+from longctx.decide import Machines, blocks_of, decide_all
 from longctx.errors import UserError
 from longctx.planner.memory import Memory, need
 from longctx.shape import Shape
@@ -134,6 +134,7 @@ def _candidates(config: TrainConfig, limits: DeviceLimits) -> Iterator[Changes]:
 
 def _dials(config: TrainConfig, limits: DeviceLimits) -> list[Changes]:
     memory = config.model.memory
+    sizes = blocks_of(memory, limits.device)
     dials: list[Changes] = []
     if not memory.activation_checkpointing:
         dials.append({"model.memory.activation_checkpointing": True})
@@ -141,9 +142,9 @@ def _dials(config: TrainConfig, limits: DeviceLimits) -> list[Changes]:
         dials.append({"model.memory.keep_matmuls": 0})
     if config.engine.micro_batch != 1:
         dials.append({"engine.micro_batch": 1})
-    if not 0 < memory.ffn_block <= 512:
+    if not 0 < sizes.ffn_block <= 512:
         dials.append({"model.memory.ffn_block": 512})
-    if memory.loss_chunk > 128:
+    if sizes.loss_chunk > 128:
         dials.append({"model.memory.loss_chunk": 128})
     tokens = config.parallel.seq_len_per_rank // 2
     while config.parallel.cp == "auto" and tokens >= 512 and limits.machines.world > 1:

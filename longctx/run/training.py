@@ -7,11 +7,13 @@ carry, and what to make at the end of each stage.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx.config.train import TrainConfig
+from longctx.decide import with_blocks
 from longctx.distributed.launcher import launcher_environment
 from longctx.run.adapter import extract_adapter, left_out
 from longctx.train import preflight, runfolder
@@ -44,6 +46,9 @@ def _start_ranks(config: TrainConfig) -> int:
     """Check everything, write config.yaml, tokenize the documents, and only then start launch.nproc ranks."""
     nproc = config.launch.nproc
     stages = training.checked_stages(config, world=nproc, local_world=nproc)
+    from longctx.train.machine import device_type  # torch, after the checks
+
+    config = replace(config, model=with_blocks(config.model, device_type(config.engine)))
     with runfolder.held(Path(config.folder)):
         folder = runfolder.prepare(config)
     training.prepare_data(config, stages, preflight.check_libraries(config))

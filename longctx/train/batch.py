@@ -24,7 +24,8 @@ IGNORED = -100
 class MicroBatch:
     """The input of one forward and backward pass on this rank.
 
-    inputs: the arguments of LossModel.forward.
+    inputs: the arguments of LossModel.forward; labelled is among them, since the host knows which tokens have a label
+    and would wait for a device that tells.
     weight: the sum of loss weights on this rank.
     tokens: this rank's tokens, without the layout's padding.
     pairs: query-key pairs of the whole rows, for the FLOP count.
@@ -40,11 +41,18 @@ class MicroBatch:
     tail: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
+        """The micro-batch on a device; on a GPU the copies start and the host goes on."""
         if device.type == "cpu":
             return self
-        moved = {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                 for key, value in self.inputs.items()}  # fmt: skip
-        return replace(self, inputs=moved, tail=None if self.tail is None else self.tail.to(device))
+
+        def moved(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            if device.type == "cuda":  # from pageable memory the host would wait for the device's queue to drain
+                value = value.pin_memory()
+            return value.to(device, non_blocking=True)
+
+        return replace(self, inputs={key: moved(value) for key, value in self.inputs.items()}, tail=moved(self.tail))
 
 
 def micro_batch(data: Any, indices: Sequence[int], context: Any, kind: str, *, tail: bool = False) -> MicroBatch:
@@ -69,7 +77,8 @@ def micro_batch(data: Any, indices: Sequence[int], context: Any, kind: str, *, t
     labels[weights == 0] = IGNORED
     arrays = {"input_ids": tokens, "labels": labels, "weights": weights}
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    inputs |= {"positions": layout.positions, "layout": layout}
+    labelled = torch.from_numpy(np.flatnonzero(labels != IGNORED))
+    inputs |= {"positions": layout.positions, "layout": layout, "labelled": labelled}
     late = torch.from_numpy(np.where(held % length >= length * 3 // 4, weights, np.float32(0))) if tail else None
     weight = float(weights.sum(dtype=np.float64))
     real = len(rows) * int((held >= 0).sum())

@@ -41,12 +41,15 @@ class Engine(Protocol):
         """Add a micro-batch's gradient. last: it is the step's last micro-batch, and the sum is reduced over ranks."""
         ...
 
-    def grad_norm(self) -> float:
-        """The L2 norm of the averaged gradient before clipping, equal on all ranks (a collective)."""
+    def grad_norm(self) -> torch.Tensor:
+        """The L2 norm of the averaged gradient before clipping, a scalar equal on all ranks (a collective).
+
+        It stays on the device, so that the step reads it together with the loss. NaN where it is not finite.
+        """
         ...
 
-    def step(self, lr: float) -> None:
-        """Clip the gradient, update the weights, and clear the gradient."""
+    def step(self, lr: float, norm: float) -> None:
+        """Clip the gradient, whose norm the caller has read, update the weights, and clear the gradient."""
         ...
 
     def discard(self) -> None:

@@ -114,8 +114,9 @@ def _train(training: Training, stage: Stage, opened: OpenStage) -> int:
     end = stage.steps * stage.batch
     stop.unsaved()
     with Loader(opened.micro_batches, batch=stage.batch, cursor=state.cursor, end=end) as loader:
+        timer = Timer(context.ranks.device)
         while not state.ended:
-            timer = Timer(context.ranks.device)
+            timer.start()
             began = time.perf_counter()
             recorder.progress.at("data", state.step)
             recorder.profile.before(state.step)

@@ -112,7 +112,7 @@ def open_stage(config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel
     heldout = opened("heldout", count) if count else None
     wanted = config.model.attention_kernel
     kernel, seconds = None if wanted == "auto" else wanted, config.engine.timeout_seconds
-    context, group = _open_context(decision, ranks, kernel, seconds)
+    context, group = open_context(decision, ranks, kernel, seconds)
     words = (
         f"{stage.seq_len:,} tokens, theta {stage.theta:,.0f}, {stage.steps} steps of {stage.batch}, "
         f"dp {share.dp} x cp {cp}, {share.per} per forward"
@@ -145,7 +145,7 @@ def _open_data(
     return made if made is not None else opened()
 
 
-def _open_context(
+def open_context(
     decision: Decision, ranks: Ranks, kernel: str | None, timeout_seconds: float | None = None
 ) -> tuple[Any, dist.ProcessGroup | None]:
     """The ContextParallel of this rank's cp group, and that group.

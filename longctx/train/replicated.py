@@ -44,7 +44,6 @@ class ReplicatedEngine:
         names = [name for name, _ in self._named]
         groups = decay_groups(list(zip(names, self._masters, strict=True)), optim.weight_decay)
         self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
-        self._norm = 0.0
         self.facts: dict[str, Any] = {
             "ddp": "replicated weights", "world": ranks.world, "ZeRO": 0, "device": str(ranks.device),
             "backend": str(dist.get_backend()) if dist.is_initialized() else "none",
@@ -62,13 +61,12 @@ class ReplicatedEngine:
             dist.all_reduce(self._grad)
             self._grad.mul_(1.0 / self.ranks.world)
 
-    def grad_norm(self) -> float:
-        self._norm = float(torch.linalg.vector_norm(self._grad, dtype=torch.float64))
-        return self._norm
+    def grad_norm(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(self._grad, dtype=torch.float64)
 
-    def step(self, lr: float) -> None:
-        if self.clip > 0 and self._norm > self.clip:
-            self._grad.mul_(self.clip / (self._norm + 1e-6))
+    def step(self, lr: float, norm: float) -> None:
+        if self.clip > 0 and norm > self.clip:
+            self._grad.mul_(self.clip / (norm + 1e-6))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from longctx import collector, console
 from longctx.config.train import TrainConfig
-from longctx.decide import Machines, decide, ring_words
+from longctx.decide import Machines, decide, ring_words, with_blocks
 from longctx.distributed.launcher import launcher_environment
 from longctx.distributed.placement import check_even
 from longctx.shape import shape_of_model
@@ -72,6 +72,7 @@ def train(
         check_even(ranks.places)
         if not ranks.first:
             console.silence()
+        config = replace(config, model=with_blocks(config.model, ranks.device.type))
         # Another node may not see the run's folder, which says what a continued run freezes: rank 0 decides.
         config = replace(config, optim=replace(config.optim, freeze=ranks.broadcast(config.optim.freeze)))
         _set_threads(config, ranks)

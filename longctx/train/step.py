@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass
 
 import torch
 
@@ -24,42 +24,46 @@ from longctx.train.heartbeat import Progress
 CHECK_SECONDS = 5.0
 
 
-@dataclass
 class Timer:
-    """Seconds by phase; on a GPU by events on its stream, so that the host waits for the device only in `settle`."""
+    """Seconds of a step's phases: the host's on a CPU, and on a GPU those of events, for which the host never waits."""
 
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-    _last: float = field(default_factory=time.perf_counter)
-    _events: list[tuple[str, torch.cuda.Event]] = field(default_factory=list)
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._seconds: dict[str, float] = {}
+        self._events: deque[tuple[str, torch.cuda.Event]] = deque()
+        self.start()
 
-    def __post_init__(self) -> None:
+    def start(self) -> None:
+        """Begin a step and its first phase."""
+        self._last = time.perf_counter()
         self._mark("")
 
     def lap(self, phase: str) -> None:
         """End a phase, which began with the previous one's end."""
         self._mark(phase)
-        now = time.perf_counter()
-        self._add(phase, now - self._last)
-        self._last = now
+        if self.device.type != "cuda":
+            now = time.perf_counter()
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
+            self._last = now
 
-    def settle(self) -> None:
-        """Wait for the device, and on a GPU replace the host's times by the device's."""
-        if not self._events:
-            return
-        self._events[-1][1].synchronize()
-        self.seconds.clear()
-        for (_, began), (phase, ended) in pairwise(self._events):
-            self._add(phase, began.elapsed_time(ended) / 1e3)
+    def settle(self) -> dict[str, float]:
+        """The seconds of the phases that have ended since the last call.
+
+        On a GPU the optimizer may still be at work when the host goes on, so its seconds come with the next step's.
+        """
+        found, self._seconds = self._seconds, {}
+        while len(self._events) > 1 and self._events[1][1].query():
+            _, began = self._events.popleft()
+            phase, ended = self._events[0]
+            if phase:
+                found[phase] = found.get(phase, 0.0) + began.elapsed_time(ended) / 1e3
+        return found
 
     def _mark(self, phase: str) -> None:
         if self.device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
             event.record()
             self._events.append((phase, event))
-
-    def _add(self, phase: str, seconds: float) -> None:
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
 
 
 @dataclass
@@ -70,7 +74,7 @@ class StepReport:
     tail_loss: the same over the last quarter of each sequence, where asked for.
     tokens, weight, pairs: summed over all ranks and micro-batches.
     votes: for each question, whether any rank said yes.
-    seconds: by phase.
+    seconds: by phase, of the phases that have ended (see `Timer.settle`).
     wait: seconds that a signal waits at most until the ranks look for one again.
     """
 
@@ -140,24 +144,24 @@ class Stepper:
             engine.backward(out.loss_sum * scale, last=position == len(batches) - 1)
             timer.lap("backward")
         self.progress.at("reduce", step)
-        norm = engine.grad_norm()
-        own = sums.tolist()
-        self._pace = (time.perf_counter() - began) / max(len(batches), 1)  # reading the norm waited for the device
-        loss_sum, tail_sum = ranks.sum(own)
+        own, own_tail, norm = torch.cat(
+            [sums, engine.grad_norm()[None]]
+        ).tolist()  # the step's only wait for the device
+        self._pace = (time.perf_counter() - began) / max(len(batches), 1)
+        loss_sum, tail_sum = ranks.sum([own, own_tail])
         mean = loss_sum / weight if weight > 0 else 0.0
         timer.lap("reduce")
-        self.guards.check_finite(mean, norm, own[0], batches, step)
+        self.guards.check_finite(mean, norm, own, batches, step)
         skipped = self.guards.is_mute(weight, step) or self.guards.is_spike(mean)
         if skipped:
             engine.discard()
         else:
-            engine.step(lr)
+            engine.step(lr, norm)
         timer.lap("optimizer")
-        timer.settle()
         tail = tail_sum / tail_weight if tail_weight > 0 else None
         wait = time.perf_counter() - began - self._pace * max(0, len(batches) - every)
         votes = [vote > 0 for vote in ballot]
-        return StepReport(mean, tail, norm, int(tokens), weight, pairs, skipped, votes, timer.seconds, wait)
+        return StepReport(mean, tail, norm, int(tokens), weight, pairs, skipped, votes, timer.settle(), wait)
 
     def _counts(self, batches: Sequence[MicroBatch]) -> list[float]:
         weight = sum(batch.weight for batch in batches)

@@ -9,7 +9,6 @@ where CPU is asked for in the wrong way. Tested with deepspeed 0.19.8. Fragments
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -78,11 +77,15 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)
 
-    def grad_norm(self) -> float:
-        norm = float(self.zero.scaled_global_norm() if self.stage < 3 else _gradient_norm(self.zero))
-        return norm if norm >= 0 else float("nan")  # DeepSpeed writes -1 for inf and NaN
+    def grad_norm(self) -> torch.Tensor:
+        """The norm over DeepSpeed's groups of parameters, whose norms span all ranks already."""
+        found = [self.zero.scaled_global_norm()] if self.stage < 3 else self.zero._get_norm_groups()
+        norms = torch.stack([torch.as_tensor(norm, dtype=torch.float64, device=self.ranks.device) for norm in found])
+        whole = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
+        return torch.where((norms < 0).any(), torch.nan, whole)  # DeepSpeed writes -1 for inf and NaN
 
-    def step(self, lr: float) -> None:
+    def step(self, lr: float, norm: float) -> None:
+        """DeepSpeed clips by the norm that it forms itself."""
         for group in self.zero.optimizer.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -287,12 +290,6 @@ def _optimizer(config: EngineConfig, optim: OptimConfig, named: list[Any], ranks
 
         return DeepSpeedCPUAdam(groups, **options)
     return torch.optim.AdamW(groups, **options, fused=True)
-
-
-def _gradient_norm(zero: Any) -> float:
-    """The norm over the sub-groups' norms, which already span all ranks; -1 if one of them is not finite."""
-    norms = [float(norm) for norm in zero._get_norm_groups()]
-    return -1.0 if min(norms) < 0 else math.hypot(*norms)
 
 
 def _optimizer_shard(zero: Any, parameter: torch.Tensor) -> Piece | None:

@@ -13,7 +13,7 @@ from longctx.config.train import TrainConfig
 from longctx.decide import Machines
 from longctx.errors import UserError
 from longctx.planner.memory import stage_memory, trained_weights
-from longctx.planner.remedies import DeviceLimits, check_memory, needs, remedies
+from longctx.planner.remedies import DeviceLimits, check_memory, lower, needs, remedies
 from longctx.run.training import train_run
 from longctx.shape import shape_of_model
 from longctx.train import machine
@@ -97,6 +97,17 @@ def test_what_is_advised_does_fit(seq_len, changes, here):
                 *parts(made), DeviceLimits(machines, here.device, here.kernel, here.device_bytes, here.host_bytes)
             )
     assert tried
+
+
+def test_block_sizes_left_to_the_device_can_be_lowered():
+    """On a GPU ffn_block=auto is 8192 and loss_chunk=auto 4096: smaller ones are named."""
+    wide = {"layers": 1, "hidden": 512, "heads": 8, "kv_heads": 8, "ffn": 65536, "vocab": 2**20, "window": 64}
+    model = {"init": wide, "tokenizer": "none"}
+    built = with_dtype(build(TrainConfig, values(65536, model=model), origin="test"))
+    stages, shape = resolve_stages(built), shape_of_model(built.model)
+    named = [text for text, _ in lower(stages[-1], shape, built, room(1, "cuda", 79), limit=99)]
+    assert "model.memory.loss_chunk=128" in named
+    assert "model.memory.ffn_block=512" in named
 
 
 def test_host_memory_bounds_what_is_offloaded():

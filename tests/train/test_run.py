@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import yaml
 from safetensors.torch import load_file
 
 from longctx.config.train import TrainConfig
@@ -55,6 +57,11 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
         mark = json.loads((undisturbed / f"stages/{name}/finished.json").read_text())
         assert mark["heldout_loss"] > 0
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+def test_a_runs_config_names_the_block_sizes_it_trained_with(undisturbed: Path) -> None:
+    memory = yaml.safe_load((undisturbed / "config.yaml").read_text())["model"]["memory"]
+    assert (memory["ffn_block"], memory["loss_chunk"]) == (2048, 512)
 
 
 def test_the_export_is_a_transformers_model(undisturbed: Path) -> None:
@@ -244,8 +251,8 @@ def test_accumulation_and_rows_do_not_matter(tmp_path: Path, documents: Path, un
 def test_a_nan_stops_before_the_optimizer(tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from longctx.train.replicated import ReplicatedEngine
 
-    monkeypatch.setattr(ReplicatedEngine, "grad_norm", lambda engine: float("nan"))
-    monkeypatch.setattr(ReplicatedEngine, "step", lambda engine, lr: pytest.fail("the step was taken"))
+    monkeypatch.setattr(ReplicatedEngine, "grad_norm", lambda engine: torch.tensor(torch.nan, dtype=torch.float64))
+    monkeypatch.setattr(ReplicatedEngine, "step", lambda engine, lr, norm: pytest.fail("the step was taken"))
     with pytest.raises(RunFailed, match=r"gradient norm=nan.*step 0"):
         train_run(config(tmp_path / "run", documents))
     written = json.loads((tmp_path / "run/failures/step00000000.json").read_text())

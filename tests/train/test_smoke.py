@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from longctx.curriculum import LearningRate
 from longctx.decide import Decision
@@ -56,11 +57,11 @@ def test_what_fails_at_the_longest_fails_before_the_first_step_of_the_run(tmp_pa
     from longctx.train.replicated import ReplicatedEngine
 
     norm = ReplicatedEngine.grad_norm
-    calls: list[float] = []
+    calls: list[torch.Tensor] = []
 
-    def third_is_nan(engine: ReplicatedEngine) -> float:
+    def third_is_nan(engine: ReplicatedEngine) -> torch.Tensor:
         calls.append(norm(engine))
-        return float("nan") if len(calls) == 3 else calls[-1]
+        return calls[-1] * torch.nan if len(calls) == 3 else calls[-1]
 
     monkeypatch.setattr(ReplicatedEngine, "grad_norm", third_is_nan)
     with pytest.raises(RunFailed, match="gradient norm=nan"):
