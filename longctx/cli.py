@@ -15,7 +15,7 @@ from longctx import console, signals
 from longctx.errors import RunFailed, UserError, nearest, out_of_memory
 from longctx.opening import opening
 from longctx.verbs import VERBS, Verb
-from longctx.versions import check_torch
+from longctx.versions import check_versions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def _dispatch(words: list[str], *, own: bool) -> int:
         print(script(words[1:]), end="")
         return 0
     verb, rest = _find(words)
-    check_torch()
+    check_versions()
     from longctx.config.words import parse
 
     line = parse(rest)

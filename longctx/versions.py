@@ -1,24 +1,43 @@
-"""The oldest torch that longctx runs on; this module imports nothing heavy, so that every command can check it."""
+"""The oldest releases that longctx runs on; this module imports nothing heavy, so that every command can check them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
 from longctx.errors import UserError
 
-TORCH_MINIMUM = (2, 11)  # as in pyproject.toml
+# As in pyproject.toml: what every verb imports, and what only some runs do.
+MINIMUM = {
+    "torch": "2.11",
+    "transformers": "5.0",
+    "hydra-core": "1.3.2",
+    "pydantic": "2.9",
+    "numpy": "1.26",
+    "safetensors": "0.5",
+    "accelerate": "1.10",
+    "deepspeed": "0.18",
+    "wandb": "0.20",
+}
+EVERY_VERB = ("torch", "transformers", "hydra-core", "pydantic", "numpy", "safetensors")
 
 
-def check_torch() -> None:
-    """Raise UserError, in one line, when the installed torch is older than longctx needs."""
-    try:
-        installed = version("torch")
-    except PackageNotFoundError:  # importing it says more
-        return
-    numbers = re.match(r"(\d+)\.(\d+)", installed)
-    if numbers and (int(numbers[1]), int(numbers[2])) < TORCH_MINIMUM:
-        wanted = ".".join(map(str, TORCH_MINIMUM))
-        raise UserError(
-            f"torch {installed} is older than longctx needs: pip install 'torch>={wanted}' (pyproject.toml)"
-        )
+def check_versions(names: Sequence[str] = EVERY_VERB) -> None:
+    """Raise UserError, in one line, when an installed package is older than longctx needs."""
+    for name in names:
+        try:
+            installed = version(name)
+        except PackageNotFoundError:  # importing it says more
+            continue
+        if _numbers(installed) < _numbers(MINIMUM[name]):
+            raise UserError(
+                f"{name} {installed} is older than longctx needs: pip install '{name}>={MINIMUM[name]}' "
+                "(pyproject.toml)"
+            )
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """The numbers of a release as a tuple of three: (2, 11, 0) of 2.11, and of 2.11.0a0+cu130."""
+    found = [int(number) for number in re.findall(r"\d+", re.split(r"[^\d.]", release)[0])]
+    return tuple([*found, 0, 0, 0][:3])

@@ -13,12 +13,15 @@ import torch
 from longctx.assets import tiny_model
 from longctx.config.after_training import AfterTrainingConfig, SideRun
 from longctx.config.base import build
+from longctx.config.data import SourceConfig
 from longctx.config.train import ParallelConfig, TrainConfig
 from longctx.errors import UserError
 from longctx.run.after_training import run_after_training
 from longctx.run.lifecycle import run
 from longctx.run.side_run import side_config, train_side
 from longctx.train import runfolder
+from longctx.train.preflight import check_libraries
+from tests.test_report import Page
 from tests.train.made import config as run_config
 from tests.train.made import write_documents
 
@@ -133,6 +136,115 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
     grids = {f"eval/{name}.json" for name in ("base", "extended", "sibling", "merged")}
     assert changed(longer, contents(run)) == grids
     assert set(json.loads((run / "summary.json").read_text())["needle"]["base"]) == {"448"}
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+TALKS = [
+    [("user", f"What is {n} plus 1?"), ("assistant", f"It is {n + 1}, since one more than {n}.")] for n in range(6)
+]
+
+
+def with_chat(made: TrainConfig, folder: Path) -> TrainConfig:
+    """The run with a source of conversations that no mix reads, and with rows of 128 and 640 tokens."""
+    rows = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in TALKS]
+    (folder / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chat = build(SourceConfig, {"kind": "chat", "path": str(folder / "chat.jsonl")}, origin="test")
+    asked = made.after_training
+    assert asked.evidence is not None
+    evidence = replace(asked.evidence, beside=("chat",), heldout_lengths=(128, 640), heldout_sequences=3)
+    data = replace(made.data, sources={**made.data.sources, "chat": chat})
+    return replace(made, data=data, after_training=replace(asked, evidence=evidence))
+
+
+def assistant_loss(model: Path) -> float:
+    """By transformers alone: the mean loss of the assistant's tokens over all conversations."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    total, count = 0.0, 0
+    for (_, asked), (_, answer) in TALKS:
+        prompt, said = f"<|user|>\n{asked}\n<|assistant|>\n", f"{answer}\n"
+        encoded = tokenizer(prompt + said, return_offsets_mapping=True, add_special_tokens=False)
+        ids = torch.tensor([encoded.input_ids])
+        labels = [
+            i if a >= len(prompt) else -100 for i, (a, _) in zip(ids[0].tolist(), encoded.offset_mapping, strict=True)
+        ]
+        own = sum(label != -100 for label in labels)
+        with torch.inference_mode():
+            total += own * float(plain(ids, labels=torch.tensor([labels])).loss)
+        count += own
+    return total / count
+
+
+def test_what_extending_costs_stands_beside_what_it_wins(tmp_path: Path, documents: Path, capsys):
+    """On the screen, in summary.json and on the page; of conversations the answers count, as transformers has them."""
+    made, run = make_run(tmp_path, documents), tmp_path / "run"
+    made = with_chat(made, tmp_path)
+    for folder in (run / "stages/s1024/model", tmp_path / "sibling"):
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
+    assert run_after_training(made, run) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    rows = {name: {row["text"]: (row["before"], row["after"]) for row in found}
+            for name, found in summary["changes"].items()}  # fmt: skip
+    names = ["text, 128 tokens", "text, 640 tokens", "chat, whole conversations"]
+    assert {name: list(found) for name, found in rows.items()} == {"extended": names, "merged": names}
+    models = {"extended": run / "stages/s1024/model", "sibling": tmp_path / "sibling"}
+    for name, folder in models.items():
+        assert summary["loss_elsewhere"]["chat"][name] == pytest.approx(assistant_loss(folder), rel=1e-4)
+    before, after = rows["extended"]["chat, whole conversations"]
+    assert (before, after) == tuple(summary["loss_elsewhere"]["chat"][name] for name in ("base", "extended"))
+
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"chat, whole conversations {before:.3f} -> {after:.3f} ({after / before - 1:+.1%})" in said
+    assert said.count("(a rise is what it costs)") == 2
+    tables = Page(run / "report.html").tables
+    assert [row[1] for row in tables["What it costs and gains"][1:]] == [*names, *names]
+    assert ["base and extended", names[2], f"{before:.4f}", f"{after:.4f}", f"{after / before - 1:+.1%}"] in (
+        tables["What it costs and gains"]
+    )
+    height = int.from_bytes((run / "eval/needle.png").read_bytes()[20:24], "big")
+    assert height > 800  # 467 without the loss by position, which is drawn where it goes beyond the base's window
+    by_position = tables["Loss by position in 640 tokens"]
+    assert by_position[0] == ["positions", "base", "extended", "sibling", "merged"]
+    assert [row[0] for row in by_position[1:]] == [
+        "1 to 64", "65 to 128", "129 to 256", "257 to 512", "513 to 640"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"evidence": {"beside": ["chta"]}}, "after_training.evidence.beside=chta is not a source"),
+        ({"evidence": {"source": "txet"}}, "after_training.evidence.source=txet is not a source"),
+        ({"sibling": {"behaviour": "txt"}}, "after_training.sibling.behaviour=txt is not a source .*'text'"),
+        (
+            {"evidence": {"control": {"stage": {"seq_len": 64, "theta": 1e4, "steps": 1, "batch": 1, "mix": "nix"}}}},
+            "after_training.evidence.control.stage.mix=nix is not one of data.mixes",
+        ),
+    ],
+    ids=["beside", "source", "behaviour", "mix"],
+)
+def test_a_name_that_follows_training_is_checked_before_it(
+    tmp_path: Path, documents: Path, changed: dict, message: str
+):
+    asked = with_sibling(AFTER, tmp_path)
+    made = run_config(
+        tmp_path / "run", documents, model={"init": None, "path": str(tiny_model()), "tokenizer": None},
+        after_training={**asked, **{name: {**asked[name], **values} for name, values in changed.items()}},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        run(made)
+    assert not (tmp_path / "run").exists()
+
+
+def test_conversations_without_a_chat_template_are_refused_before_training(tmp_path: Path, documents: Path):
+    made = with_chat(make_run(tmp_path, documents), tmp_path)
+    with pytest.raises(UserError, match=r"source chat, .* no chat template; .*evidence\.beside=\[\]"):
+        check_libraries(made)
 
 
 def test_a_sibling_without_an_adapter_is_refused(tmp_path: Path):

@@ -38,7 +38,7 @@ class SiblingSettings:
 
     path: Text | None = None  #: the folder of a fine-tune that exists
     run: SideRun | None = None
-    behaviour: str | None = None  #: the source of text whose held-out loss says what the sibling is good at
+    behaviour: str | None = None  #: the source whose held-out loss shows what the sibling was tuned for
 
     def __post_init__(self) -> None:
         if (self.path is None) == (self.run is None):
@@ -64,6 +64,8 @@ class EvidenceSettings:
     heldout_lengths: tuple[Length, ...] = (512,)  #: windows of held-out text, for the loss of base and every stage
     heldout_sequences: int = 64  #: how many of them
     source: str = "stdlib"  #: whose held-out documents are the haystack and the text
+    #: further sources whose held-out loss shows what extending costs there, such as chat
+    beside: tuple[str, ...] = ()
 
 
 @schema

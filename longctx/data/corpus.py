@@ -21,16 +21,17 @@ from longctx.errors import UserError
 from longctx.fingerprint import fingerprint_of
 
 Split = Literal["train", "heldout"]
+Whole = Literal["all"]
 
 
 class Corpus:
-    """The documents of a source that belong to one split.
+    """The documents of a source that belong to one split, or all of them.
 
     lengths: int32 [D], tokens of each document. tally: counts of the records read, over both splits.
     """
 
     def __init__(
-        self, name: str, source: SourceConfig, folders: Sequence[Path], *, split: Split, heldout: float
+        self, name: str, source: SourceConfig, folders: Sequence[Path], *, split: Split | Whole, heldout: float
     ) -> None:
         self.name = name
         self.source = source
@@ -40,8 +41,9 @@ class Corpus:
             self.tally.add(Tally.of(shard.meta["tally"]))
         lengths = np.concatenate([np.diff(shard.starts) for shard in self.shards]).astype(np.int32)
         buckets = np.concatenate([shard.buckets for shard in self.shards])
-        keep = held_out(buckets, heldout) == (split == "heldout")
-        keep &= lengths >= source.min_len
+        keep = lengths >= source.min_len
+        if split != "all":
+            keep &= held_out(buckets, heldout) == (split == "heldout")
         if source.max_len is not None:
             keep &= lengths <= source.max_len
         chosen = np.flatnonzero(keep)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longctx.config.data import DataConfig, LengthPolicy, Mix
 from longctx.console import remark, warn
-from longctx.data.corpus import Corpus, Split, check_tally, describe_tally
+from longctx.data.corpus import Corpus, Split, Whole, check_tally, describe_tally
 from longctx.data.haystack import NeedleWriter
 from longctx.data.mixing import longest_wanted
 from longctx.data.prepare import build_source
@@ -157,14 +157,17 @@ def _held_out_mix(data: DataConfig, mix: Mix, corpora: Mapping[str, Corpus], *, 
     return kept
 
 
-def choose_mix(data: DataConfig, mix: str, stage: str) -> Mix:
-    """Return the mix that a stage names. Raises UserError, with the nearest known name, when it is unknown."""
+def choose_mix(data: DataConfig, mix: str, stage: str = "", *, key: str | None = None) -> Mix:
+    """Return the mix that a stage names. Raises UserError, with the nearest known name, when it is unknown.
+
+    key: the config key that holds the name, if it is not the stage's.
+    """
     if mix not in data.mixes:
         near = nearest(mix, data.mixes)
         hint = f"did you mean {near!r}?" if near else f"known: {', '.join(data.mixes)}."
         raise UserError(
-            f"curriculum.stages.{stage}.mix={mix} is not one of data.mixes; {hint} Name one of them there, or add "
-            f"data.mixes.{mix} (configs/data)"
+            f"{key or f'curriculum.stages.{stage}.mix'}={mix} is not one of data.mixes; {hint} Name one of them there, "
+            f"or add data.mixes.{mix} (configs/data)"
         )
     return data.mixes[mix]
 
@@ -175,11 +178,11 @@ def open_source(
     tokenizer: Any,
     cache: Path,
     *,
-    split: Split,
+    split: Split | Whole,
     workers: int | None = None,
     report: Any = None,
 ) -> Corpus:
-    """Return a source's documents of one split; missing shards are tokenized, with a warning about skipped records."""
+    """Return a source's documents of one split, or all; missing shards are tokenized, and skipped records warned of."""
 
     def forward(done: int, total: int) -> None:
         report(name, done, total)

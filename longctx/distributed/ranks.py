@@ -23,7 +23,7 @@ from longctx.distributed.launcher import NAMES, launcher_environment
 from longctx.distributed.local import STORE_FD
 from longctx.distributed.placement import Introduction, by_node, cores
 from longctx.errors import RunFailed, UserError
-from longctx.versions import check_torch
+from longctx.versions import check_versions
 
 MEETING_SECONDS = 600.0
 
@@ -155,9 +155,9 @@ def start(device: str = "auto", timeout_seconds: float = 1800.0, *, meeting_seco
 
     device: auto, cuda or cpu. timeout_seconds: how long a collective waits for a late rank. meeting_seconds: how long
     the ranks wait for each other at the start. Raises UserError when device=cuda and there is none, when more ranks
-    than devices are on this node (unless launch/one_gpu.sh started them), and when torch is too old.
+    than devices are on this node (unless launch/one_gpu.sh started them), and when a package is too old.
     """
-    check_torch()
+    check_versions()
     env = launcher_environment()
     chosen = choose_device(device, int(env["LOCAL_RANK"]))
     if chosen.type == "cuda" and int(env["WORLD_SIZE"]) > 1:

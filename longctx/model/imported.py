@@ -7,6 +7,7 @@ written under the names of new and of older readers.
 from __future__ import annotations
 
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ def import_gguf(config: ImportConfig) -> dict[str, Any]:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         stored = json.loads((partial / "config.json").read_text())
+        for written in partial.iterdir():  # safetensors lets nobody else read its files
+            written.chmod((partial / "config.json").stat().st_mode)
         write_json(partial / "config.json", served_config(stored, rope, window, config.dtype))
     return {
         "out": str(out),
@@ -78,8 +81,13 @@ def _check(file: Path, out: Path) -> None:
 
 def _read(file: Path, dtype: str) -> tuple[Any, Any]:
     """The model, its weights dequantized to `dtype`, and the tokenizer."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # a bar a second, of which the first line has said enough
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would warn of a missing GPU
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     place, name = str(file.parent), file.name
     try:

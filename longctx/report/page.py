@@ -75,11 +75,42 @@ def _summary(folder: Path) -> Iterable[str]:
         yield "<h2>Loss on held-out text</h2>"
         losses = [[name, *(_number(found.get(w)) for w in windows)] for name, found in summary["loss"].items()]
         yield _table(["model", *(f"{int(w):,} tokens" for w in windows)], losses)
+    yield from _changes(summary)
+    yield from _by_position(summary.get("loss_by_position", {}))
     if summary.get("adapter"):
         size = summary["adapter"]["bytes"] / 1e6
         rank, profile = summary["adapter"]["rank"], summary["adapter"]["profile"]
         share = f", {summary['adapter']['share']:.1%} of the change" if "share" in summary["adapter"] else ""
         yield f"<p>Adapter: rank {rank}, {size:.2f} MB, profile {html.escape(profile)}{share}.</p>"
+
+
+def _changes(summary: Mapping[str, Any]) -> Iterable[str]:
+    """Yield what the extension costs and gains in loss: before, after, and the change in percent."""
+    changes = summary.get("changes", {})
+    titles = {"extended": "base and extended", "merged": "sibling without and with the adapter"}
+    rows = [
+        [titles[name], row["text"], _number(row["before"]), _number(row["after"]),
+         f"{row['after'] / row['before'] - 1:+.1%}"]
+        for name, found in changes.items() for row in found
+    ]  # fmt: skip
+    if rows:
+        yield "<h2>What it costs and gains</h2>"
+        yield "<p>Loss on held-out text and conversations, nats per token. A rise is a cost.</p>"
+        yield _table(["models", "text", "before", "after", "change"], rows)
+
+
+def _by_position(curves: Mapping[str, Mapping[str, float]]) -> Iterable[str]:
+    """Yield the loss by position in the longest held-out sequences, a column per model."""
+    if not curves:
+        return
+    ends = _columns(curves)
+    starts = ["0", *ends]
+    rows = [
+        [f"{int(start) + 1:,} to {int(end):,}", *(_number(curve.get(end)) for curve in curves.values())]
+        for start, end in zip(starts, ends, strict=False)
+    ]
+    yield f"<h2>Loss by position in {int(ends[-1]):,} tokens</h2>"
+    yield _table(["positions", *curves], rows)
 
 
 def _columns(values: Mapping[str, Mapping[str, float]]) -> list[str]:

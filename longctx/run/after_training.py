@@ -25,6 +25,8 @@ from longctx.run.proof import draw_proof
 from longctx.run.side_run import train_side
 from longctx.run.summary import tell, write_summary
 
+COMPARED = ("extended", "sibling", "merged")  # with the base, where the loss on other sources is measured
+
 
 def run_after_training(config: TrainConfig, folder: Path) -> int:
     """Do what config.after_training asks for, and return 0.
@@ -55,10 +57,11 @@ def run_after_training(config: TrainConfig, folder: Path) -> int:
         console.say("after training: the control, the same tokens at the base's window and theta")
         control = train_side(config, folder, "control", asked.evidence.control)
     results = _examine_all(config, asked.evidence, folder, stages, tuned, sibling, control)
+    elsewhere = _examine_sources(config, asked.evidence, folder, results)
     seconds = time.monotonic() - began
     picture = folder / "eval" / "needle.png"
     draw_proof(results, picture)
-    summary = write_summary(config, folder, stages, results, seconds)
+    summary = write_summary(config, folder, stages, results, elsewhere, seconds)
     write_page(folder)
     tell(summary, picture)
     return 0
@@ -87,10 +90,23 @@ def _examine_all(
             bar.update(task, description=f"needles: {claim.name}")
             questions = claim.questions(settings)
             found[claim.name] = evaluate(claim.target, questions, heldout, out, tick=lambda: bar.advance(task))
+    return found
+
+
+def _examine_sources(
+    config: TrainConfig, settings: EvidenceSettings, folder: Path, results: dict[str, EvalResult]
+) -> dict[str, dict[str, float]]:
+    """Return {source: {model: loss}} of what the sibling was tuned for, and of the sources in evidence.beside."""
+    asked = {source: (f"beside_{source}", ("base", "theta_only", *COMPARED)) for source in settings.beside}
     if config.after_training.sibling is not None and config.after_training.sibling.behaviour is not None:
-        known = [claim.target for claim in claims if claim.name in ("base", "sibling", "merged", "extended")]
-        own = open_heldout_text(config.data, config.after_training.sibling.behaviour, tuned, cache)
-        evidence.behaviour(known, settings, own, out)
+        asked[config.after_training.sibling.behaviour] = ("behaviour", ("base", *COMPARED))
+    found = {}
+    for source, (name, models) in asked.items():
+        targets = [results[model].target for model in models if model in results]
+        tokenizer = results["extended"].target.path
+        found[source] = evidence.source_losses(
+            name, source, targets, config, settings, Path(tokenizer), folder / "eval"
+        )
     return found
 
 

@@ -6,15 +6,19 @@ again only where the model, the questions or the text have changed (longctx.eval
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from longctx.config.after_training import EvidenceSettings
 from longctx.config.eval import NeedleConfig
+from longctx.config.train import TrainConfig
 from longctx.eval import loss
+from longctx.eval.conversations import answer_loss, open_heldout_chat
 from longctx.eval.evaluate import EvalTarget, EvalTasks
-from longctx.eval.heldout_text import HeldoutText
+from longctx.eval.heldout_text import open_heldout_text
 from longctx.eval.predict import load_plain
 from longctx.eval.stored_results import load_result, store_result
 from longctx.fingerprint import fingerprint_of, folder_fingerprint
@@ -39,19 +43,33 @@ class Claim:
         return EvalTasks(phrasing if self.grid else None, lengths, settings.heldout_sequences)
 
 
-def behaviour(targets: Sequence[EvalTarget], settings: EvidenceSettings, heldout: HeldoutText, out: Path) -> None:
-    """Write behaviour.json: each model's loss on short held-out text of the kind that the sibling was tuned on."""
-    stored, length = out / "behaviour.json", settings.heldout_lengths[0]
-    names = {target.name: folder_fingerprint(target.path) for target in targets}
-    key = fingerprint_of({"models": names, "ground": heldout.key, "windows": [length, settings.heldout_sequences]})
-    if load_result(stored, key) is not None:
-        return
-    rows = loss.held_out_rows(heldout, length, settings.heldout_sequences)
-    found = {}
-    for target in targets:
-        model = load_plain(target.path, target.rope, target.window)
-        found[target.name] = float(loss.token_losses(model, rows).mean())
-    store_result(stored, key, {"losses": found})
+def source_losses(
+    name: str, source: str, targets: Sequence[EvalTarget], config: TrainConfig, settings: EvidenceSettings,
+    tokenizer: Path, out: Path,
+) -> dict[str, float]:  # fmt: skip
+    """Return each model's loss on a source's held-out text, in nats per token; it is kept in out/NAME.json.
+
+    The rows have the shortest of heldout_lengths. Of conversations the assistant's tokens count, and each is read by
+    itself.
+    """
+    length, count = min(settings.heldout_lengths), settings.heldout_sequences
+    cache = Path(config.cache) if config.cache else out.parent / "data"
+    measure: Callable[[Any], float]
+    if config.data.sources[source].kind == "chat":
+        chat = open_heldout_chat(config.data, source, tokenizer, cache, longest=length, tokens=length * count)
+        key, measure = chat.key, partial(answer_loss, conversations=chat.conversations)
+    else:
+        heldout = open_heldout_text(config.data, source, tokenizer, cache)
+        rows = loss.held_out_rows(heldout, length, count)
+        key, measure = heldout.key, lambda model: float(loss.token_losses(model, rows).mean())
+    models = {target.name: [folder_fingerprint(target.path), target.rope, target.window] for target in targets}
+    key = fingerprint_of({"models": models, "ground": key, "windows": [length, count]})
+    stored = load_result(out / f"{name}.json", key)
+    if stored is None:
+        found = {target.name: measure(load_plain(target.path, target.rope, target.window)) for target in targets}
+        stored = {"losses": found}
+        store_result(out / f"{name}.json", key, stored)
+    return stored["losses"]
 
 
 def unseen_phrasing(settings: EvidenceSettings) -> NeedleConfig | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from longctx import console
 from longctx.config.train import TrainConfig
 from longctx.eval.evaluate import EvalResult
+from longctx.eval.tables import longest_curve
 from longctx.storage.files import write_text
 
 LIBRARIES = (
@@ -30,13 +31,17 @@ def write_summary(
     folder: Path,
     stages: list[dict[str, Any]],
     results: Mapping[str, EvalResult],
+    elsewhere: Mapping[str, Mapping[str, float]],
     seconds: float,
 ) -> dict[str, Any]:
-    """Write RUN/summary.json and return it.
+    """Write RUN/summary.json and return it. elsewhere: {source: {model: loss}} on other text.
 
     needle: {model: {length: share of needles found over all depths and seeds}}.
     needle_pooled, needle_by_seed: the same over all lengths.
-    loss: {model: {length: nats per token}} on the same held-out sequences.
+    loss: {model: {length: nats per token}} on the same held-out sequences; loss_by_position: {model: {last position of
+    a bucket: nats per token}} in the longest of them.
+    changes: {extended: rows, merged: rows} of text, before and after: the losses of the base and the extended model,
+    and of the sibling without and with the adapter.
     seconds: of each stage, and of the steps after training.
     """
     grids = {name: found.grid for name, found in results.items() if found.grid is not None}
@@ -47,6 +52,10 @@ def write_summary(
         "needle_by_seed": {name: grid.by_seed() for name, grid in grids.items()},
         "needles_per_cell_and_seed": int(min(grid.asked.min() for grid in grids.values())),
         "loss": {name: found.losses for name, found in results.items() if found.losses},
+        "loss_by_position": {name: curve for name, found in results.items() if (curve := longest_curve(found))},
+        "loss_elsewhere": elsewhere,
+        "changes": _changes(config, results, elsewhere),
+        "window": {name: found.window for name, found in results.items()},
         "loss_by_stage": _by_stage(results, stages),
         "theta": {stage["stage"]: stage["theta"] for stage in stages},
         "seq_len": {stage["stage"]: stage["seq_len"] for stage in stages},
@@ -60,7 +69,7 @@ def write_summary(
         "versions": {name: found for name in LIBRARIES if (found := _version(name))},
     }
     if config.after_training.sibling is not None and config.after_training.sibling.behaviour is not None:
-        summary["behaviour"] = json.loads((folder / "eval" / "behaviour.json").read_text())["losses"]
+        summary["behaviour"] = elsewhere[config.after_training.sibling.behaviour]
     write_text(folder / "summary.json", json.dumps(summary, indent=1))
     return summary
 
@@ -91,10 +100,42 @@ def tell(summary: Mapping[str, Any], picture: Path) -> None:
     ]  # fmt: skip
     if controls:
         words.append("Controls: " + "; ".join(controls) + ".")
+    words += [sentence for name in summary["changes"] if (sentence := _change_words(name, summary["changes"][name]))]
     words.append(f"The picture: {picture}   The numbers: {picture.parent.parent / 'summary.json'}")
     console.say("")
     for line in words:
         console.say(line)
+
+
+def _change_words(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """One sentence with every loss before and after; a rise is a cost."""
+    who = {"extended": "extended", "merged": "sibling with the adapter"}[name]
+    parts = [
+        f"{row['text']} {row['before']:.3f} -> {row['after']:.3f} ({row['after'] / row['before'] - 1:+.1%})"
+        for row in rows
+    ]
+    return f"Loss before and after, {who} (a rise is what it costs): {'; '.join(parts)}." if parts else ""
+
+
+def _changes(
+    config: TrainConfig, results: Mapping[str, EvalResult], elsewhere: Mapping[str, Mapping[str, float]]
+) -> dict[str, list[dict[str, Any]]]:
+    settings = config.after_training.evidence
+    assert settings is not None
+    found = {}
+    for after, before in (("extended", "base"), ("merged", "sibling")):
+        if after not in results or before not in results:
+            continue
+        old, new = results[before].losses, results[after].losses
+        rows = {
+            f"{settings.source}, {length:,} tokens": (old[length], new[length]) for length in sorted({*old} & {*new})
+        }
+        for source, losses in elsewhere.items():
+            whole = config.data.sources[source].kind == "chat"
+            what = "whole conversations" if whole else f"{min(settings.heldout_lengths):,} tokens"
+            rows[f"{source}, {what}"] = (losses[before], losses[after])
+        found[after] = [{"text": text, "before": first, "after": then} for text, (first, then) in rows.items()]
+    return found
 
 
 def _percent(share: float) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.curriculum.select import selected
-from longctx.data.check import check_sources, sources_of
+from longctx.data.check import check_sources, check_text_source, sources_of
 from longctx.data.stage_opening import choose_mix
 from longctx.data.tokenizer import check_tokenizer_of
 from longctx.decide import Machines, decide_all
@@ -23,6 +23,7 @@ from longctx.errors import UserError
 from longctx.planner.memory import BYTES
 from longctx.shape import Shape, shape_of_model
 from longctx.storage.model import check_model, expected_shapes
+from longctx.versions import check_versions
 
 if TYPE_CHECKING:
     from longctx.config.train import EngineConfig, LoggingConfig, ProfileConfig, TrainConfig
@@ -44,6 +45,7 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
     if config.launch.until not in (None, *names):
         raise UserError(f"launch.until={config.launch.until} is no stage of the curriculum; known: {', '.join(names)}")
     mixes = [choose_mix(config.data, stage.mix, stage.name) for stage in stages]
+    check_after_training(config)
     if config.model.path is not None:
         values = check_model(config.model.path)
         check_freeze(config.optim.freeze, _names(values))
@@ -80,6 +82,8 @@ def check_engine_starts(config: EngineConfig) -> None:
         raise UserError(
             f"engine=deepspeed needs the package deepspeed; pip install 'longctx[train]', or use engine=ddp ({where})"
         )
+    if config.name == "deepspeed":
+        check_versions(("deepspeed", "accelerate"))
 
 
 def check_profile(config: ProfileConfig) -> None:
@@ -96,6 +100,7 @@ def check_logging(config: LoggingConfig) -> None:
     where = "or set logging.wandb=disabled (configs/logging)"
     if not find_spec("wandb"):
         raise UserError(f"logging.wandb={config.wandb} needs the package wandb; pip install wandb, {where}")
+    check_versions(("wandb",))
     if config.wandb == "online" and not _wandb_knows_us():
         raise UserError(
             "logging.wandb=online has no account to log to: run `wandb login`, set WANDB_API_KEY, take "
@@ -115,6 +120,24 @@ def _wandb_knows_us() -> bool:
         return True
     except Exception:  # a key that wandb itself finds unusable
         return False
+
+
+def check_after_training(config: TrainConfig) -> None:
+    """Raise UserError for a source or mix that what follows training names and data lacks."""
+    asked, where = config.after_training, "after_training"
+    sides = {
+        "sibling.run": asked.sibling.run if asked.sibling else None,
+        "evidence.control": asked.evidence.control if asked.evidence else None,
+    }
+    for name, side in sides.items():
+        if side is not None:
+            choose_mix(config.data, side.stage.mix or config.curriculum.mix, key=f"{where}.{name}.stage.mix")
+    if asked.sibling and asked.sibling.behaviour:
+        check_text_source(config.data, asked.sibling.behaviour, f"{where}.sibling.behaviour")
+    if asked.evidence:
+        check_text_source(config.data, asked.evidence.source, f"{where}.evidence.source")
+        for source in asked.evidence.beside:
+            check_text_source(config.data, source, f"{where}.evidence.beside")
 
 
 def check_freeze(patterns: Sequence[str], names: Sequence[str]) -> None:
@@ -213,4 +236,20 @@ def check_libraries(config: TrainConfig) -> Any:
     else:
         assert config.model.init is not None
         hf = config_of(config.model.init)
-    return load_tokenizer(config.model, vocab_size=int(hf.vocab_size))
+    tokenizer = load_tokenizer(config.model, vocab_size=int(hf.vocab_size))
+    check_chat_template(config, tokenizer)
+    return tokenizer
+
+
+def check_chat_template(config: TrainConfig, tokenizer: Any) -> None:
+    """Raise UserError where conversations are measured after training and the tokenizer has no chat template."""
+    asked = config.after_training
+    read = {"evidence.beside=[]": list(asked.evidence.beside) if asked.evidence else []}
+    read["sibling.behaviour=null"] = [asked.sibling.behaviour] if asked.sibling and asked.sibling.behaviour else []
+    for without, names in read.items():
+        chat = next((name for name in names if config.data.sources[name].kind == "chat"), None)
+        if chat is not None and not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                f"source {chat}, which after_training reads, holds conversations, and the model's tokenizer has no "
+                f"chat template; take an instruct model, or leave it out with 'after_training.{without}'"
+            )

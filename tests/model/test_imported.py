@@ -85,6 +85,7 @@ def test_a_gguf_file_becomes_a_folder(file, tmp_path):
     model = load(str(tmp_path / "out"), attention="sdpa")
     assert torch.isfinite(model(torch.tensor([[0, 5, 9]])).logits).all()
     assert not list(tmp_path.glob(".*")), "a partial folder is left"
+    assert len({written.stat().st_mode for written in (tmp_path / "out").iterdir()}) == 1, "others cannot read a file"
 
 
 def test_what_cannot_be_imported_is_explained(file, tmp_path, monkeypatch):
