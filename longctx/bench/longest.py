@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import signal
 import subprocess
 import tempfile
@@ -141,12 +142,13 @@ def run_trial(config: BenchLongestConfig, device: str, seq_len: int) -> dict[str
         killed_before = killed_for_memory()
         with errors.open("w") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
-            ended_for = _follow(process, 60 * config.trial_minutes)
+            free = free_memory()
+            ended_for, least = _follow(process, 60 * config.trial_minutes)
         said = errors.read_text(errors="replace")
         if ended_for:
             return {"fits": False, "why": ended_for}
         if process.returncode == 0:
-            return json.loads(result.read_text())
+            return {**json.loads(result.read_text()), "host_gib": max(0.0, free - least) / GIB}
     if process.returncode == -signal.SIGKILL and killed_before in (None, (killed_for_memory() or 0) - 1):
         return {"fits": False, "why": "host memory: the kernel killed the trial"}
     if out_of_memory(RuntimeError(said)):  # an allocation failed where Python could not see it
@@ -156,21 +158,22 @@ def run_trial(config: BenchLongestConfig, device: str, seq_len: int) -> dict[str
     )
 
 
-def _follow(process: subprocess.Popen[bytes], seconds: float) -> str:
-    """Wait for a trial; returns why it was ended from here, or an empty text.
+def _follow(process: subprocess.Popen[bytes], seconds: float) -> tuple[str, float]:
+    """Wait for a trial; returns why it was ended from here, or an empty text, and the least free memory of the host.
 
     Raises RunFailed after `seconds`.
     """
-    end, spare = time.monotonic() + seconds, SPARE * host_memory()
+    end, spare, least = time.monotonic() + seconds, SPARE * host_memory(), math.inf
     try:
         while True:
             try:
                 process.wait(0.1)
-                return ""
+                return "", least
             except subprocess.TimeoutExpired:
                 pass
-            if free_memory() < spare:
-                return f"host memory: less than {SPARE:.0%} of it was left"
+            least = min(least, free_memory())
+            if least < spare:
+                return f"host memory: less than {SPARE:.0%} of it was left", least
             if time.monotonic() > end:
                 raise RunFailed(
                     f"bench longest: a trial took longer than trial_minutes={seconds / 60:g}; give it more, or take a "
@@ -202,13 +205,10 @@ def _table(report: dict[str, Any]) -> str:
         "measured GiB: " + _parts(best["memory_gib"]),
         "planned GiB: " + _parts(plan["parts_gib"]),
     ]
-    if best.get("host_gib") is not None:
+    if report["device"] != "cpu":
         lines.append(f"host: {best['host_gib']:.2f} GiB, by the plan {plan['host_gib']:.2f}")
     return "\n".join(lines)
 
 
 def _parts(sizes: dict[str, float]) -> str:
     return ", ".join(f"{name} {size:.2f}" for name, size in sizes.items())
-
-
-__all__ = ["GIB", "Trials", "run", "search"]

@@ -65,12 +65,12 @@ def test_the_search_ends_between_a_length_that_fits_and_one_that_does_not(limit,
 
 def test_a_limit_is_found_and_holds(tmp_path):
     """The length that was found runs, the next one does not, and the report says where the memory went."""
-    made = config(memory_gib=0.6, start=8192, multiple=8192, out=str(tmp_path))
+    made = config(memory_gib=0.6, start=16384, multiple=16384, out=str(tmp_path))
     prediction = predict(made, "cpu")
     report = measured(made, prediction, Trials(made, prediction))
     low, high = report["longest"], report["shortest_failed"]
     assert low is not None, report
-    assert high == low + 8192
+    assert high == low + 16384
     best = report["best"]
     assert best["peak_gib"] <= 0.6
     assert best["memory_gib"]["backward"] > best["memory_gib"]["model"] > 0
