@@ -45,6 +45,8 @@ _ALL = [
          "memory and time of every stage before anything starts; timelines of schedules"),
     Verb("bench step", "longctx.config.bench_step:BenchStepConfig", "longctx.bench.step:run",
          "one training step beside plain transformers: tokens per second and memory"),
+    Verb("bench longest", "longctx.config.bench_longest:BenchLongestConfig", "longctx.bench.longest:run",
+         "the longest sequence of a training step that one device takes, beside the plan"),
     Verb("bench peak", "longctx.config.bench_peak:BenchPeakConfig", "longctx.bench.peak:run",
          "the matrix rate this device reaches"),
     Verb("bench attention", "longctx.config.bench:BenchAttentionConfig", "longctx.bench.attention:run",

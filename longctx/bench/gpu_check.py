@@ -38,7 +38,7 @@ def main(words: Sequence[str]) -> int:
     deadline = time.monotonic() + 60 * float(settings.get("minutes", MINUTES))
     rows = run_gates([part for part in PARTS if part.name in names and part.group == "tests"], out, deadline)
     for part in PARTS:
-        if part.name in names and part.group == "bench":
+        if part.name in names and part.group != "tests":
             rows += run_part(part, out, deadline)
     document = {**machine(), "rows": [row._asdict() for row in rows]}
     write_text(out / "table.json", json.dumps(document, indent=2) + "\n")
@@ -53,10 +53,10 @@ def chosen(words: Sequence[str]) -> tuple[set[str] | None, dict[str, str]]:
     settings = dict(word.split("=", 1) for word in words if "=" in word)
     asked = [word for word in words if "=" not in word]
     groups = {group: {part.name for part in PARTS if part.group == group} for group in ("tests", "bench")}
-    names = {part.name for part in PARTS}
+    names = {part.name for part in PARTS}  # those of group `long` only run by name
     if set(settings) - {"out", "minutes"} or any(word not in groups and word not in names for word in asked):
         return None, settings
-    found = set().union(*(groups.get(word, {word}) for word in asked)) if asked else names
+    found = set().union(*(groups.get(word, {word}) for word in asked)) if asked else groups["tests"] | groups["bench"]
     return found, settings
 
 

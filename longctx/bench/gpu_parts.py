@@ -200,6 +200,31 @@ def _read_step(part: str, length: int) -> Callable[[Path], list[Row]]:
     return read
 
 
+def _longest(folder: Path) -> list[str]:
+    words = [f"out={folder}", "multiple=16k", "precision=0.07", "format=json"]
+    return [sys.executable, "-m", "longctx.cli", "bench", "longest", *words]
+
+
+def _read_longest(folder: Path) -> list[Row]:
+    report = json.loads((folder / "longest.json").read_text())
+    figure = "longest full step, Llama-3-8B's shape, optimizer and activations on the host"
+    best, longest = report.get("best"), report["longest"] or 0
+    rows = [Row("longest", figure, longest, "tokens", "262,144", holds=longest >= 262144)]
+    if best is None:
+        why = report["trials"][0]["why"] if report["trials"] else "nothing was tried"
+        return [rows[0]._replace(note=f"{report['trials'][0]['seq_len']:,} tokens: {why}" if report["trials"] else why)]
+    error, plan = report["memory_error"], report["plan"]
+    where = ", ".join(f"{name} {size:.3g}" for name, size in best["memory_gib"].items())
+    return [
+        rows[0]._replace(note=f"the plan says {report['planned_longest'] or 0:,}"),
+        Row("longest", "its step", best["seconds"], "s", note=f"{longest / best['seconds']:.4g} tokens/s"),
+        Row("longest", "its memory on the device", best["peak_gib"], "GiB", note=f"by phase: {where}"),
+        Row("longest", "its memory on the host", best["host_gib"], "GiB", note=f"by the plan {plan['host_gib']:.4g}"),
+        Row("longest", "the plan's memory beside it", 100 * error, "%", "within 10 %", holds=abs(error) <= 0.1,
+            note=f"{plan['total_gib']:.4g} GiB"),
+    ]  # fmt: skip
+
+
 def _million(folder: Path) -> list[str]:
     return [sys.executable, "-m", "longctx.bench.gpu_million", str(folder / "million.json")]
 
@@ -233,4 +258,6 @@ PARTS = (
     Part("step128k", "bench", "ours at 131,072 tokens", 60, 30,
          _step(131072, "longctx"), _read_step("step128k", 131072)),
     Part("million", "bench", "one layer's attention at 1,048,576 tokens", 120, 75, _million, _read_million),
+    Part("longest", "long", "the longest full step of an 8B model that the machine takes (by name only, minutes=60)",
+         3600, 600, _longest, _read_longest, ("deepspeed",)),
 )  # fmt: skip

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from longctx.attention.interface import attend
-from longctx.config.model import MemoryConfig
+from longctx.config.model import Fused, MemoryConfig
 from longctx.model.architectures import backbone_of, check_layers
-from longctx.model.norms import train_norms
+from longctx.model.fused import check_installed, feed_forward
+from longctx.model.norms import TrainedNorm, train_norms
 from longctx.model.offload import HostStore
-from longctx.model.rotary import Rotate
+from longctx.model.rotary import rotate
 from longctx.model.saved import SAVE_EVERYTHING, SavePolicy, selective_checkpoint
 from longctx.shape import shape_of
 
@@ -34,6 +35,7 @@ class TrainedLayer:
     """
 
     save_policy: SavePolicy = SAVE_EVERYTHING
+    fused: Fused = "auto"
 
     def forward(
         self,
@@ -67,7 +69,7 @@ def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any) -> 
     )
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
-    q, k = Rotate.apply(q, *turn), Rotate.apply(k, *turn)
+    q, k = rotate(layer.fused, q, k, *turn)
     dropout = module.attention_dropout if module.training else 0.0
     window = getattr(module, "sliding_window", None)
     out, _ = attend(
@@ -80,12 +82,13 @@ def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any) -> 
 def _finish(layer: Any, x: Tensor, out: Tensor) -> Tensor:
     """The second region: a block of the layer's input and attention output -> the layer's output [B, block, E]."""
     hidden = x + layer.self_attn.o_proj(out)
-    return hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return hidden + feed_forward(layer.fused, layer.mlp, layer.post_attention_layernorm(hidden))
 
 
-def train_layers(model: nn.Module) -> None:
+def train_layers(model: nn.Module, fused: Fused = "auto") -> None:
     """Make every decoder layer of `model` a TrainedLayer and every norm a TrainedNorm, in place.
 
+    fused: the candidate for element-wise work on a GPU (longctx.model.fused).
     Only their classes change; the modules and the names of their parameters do not.
     """
     check_layers(model)
@@ -93,6 +96,10 @@ def train_layers(model: nn.Module) -> None:
         if not isinstance(layer, TrainedLayer):
             layer.__class__ = _trained(type(layer))
     train_norms(model)
+    check_installed(fused)
+    for module in model.modules():
+        if isinstance(module, TrainedLayer | TrainedNorm):
+            module.fused = fused
 
 
 def set_save_policies(

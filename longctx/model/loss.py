@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longctx.config.model import Fused
+from longctx.model.fused import add_product, chosen, softmax_loss
+
 IGNORED = -100
 
 
@@ -32,7 +35,7 @@ class TokenLosses(NamedTuple):
 
 def token_losses(
     hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor, *, chunk: int, z_loss: float = 0.0,
-    labelled: Tensor | None = None,
+    labelled: Tensor | None = None, fused: Fused = "auto",
 ) -> TokenLosses:  # fmt: skip
     """The weighted loss of `head`'s logits at every labelled token.
 
@@ -45,7 +48,9 @@ def token_losses(
     weights = weights.to(_accumulator(hidden.dtype))
     if type(head) is nn.Linear:
         rows = (labels != IGNORED).nonzero().squeeze(-1) if labelled is None else labelled
-        options = (chunk, z_loss, torch.is_grad_enabled())
+        needed = torch.is_grad_enabled()
+        candidate = chosen(fused, hidden) if needed and head.bias is None else "off"
+        options = (chunk, z_loss, needed, candidate)
         total, nll, z_total = _LinearLoss.apply(hidden, head.weight, head.bias, labels, weights, rows, *options)
         return TokenLosses(total, nll, z_total)
     return _called_loss(hidden, head, labels, weights, chunk, z_loss)
@@ -59,7 +64,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor,
-        labelled: Tensor, chunk: int, z_loss: float, needed: bool,
+        labelled: Tensor, chunk: int, z_loss: float, needed: bool, candidate: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         acc = _accumulator(hidden.dtype)
         wants = [needed and flag for flag in ctx.needs_input_grad[:3]]
@@ -72,6 +77,11 @@ class _LinearLoss(torch.autograd.Function):
         for rows in _chunks(labelled, len(labels), chunk):
             part, label, w = hidden[rows], labels[rows], weights[rows]
             logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
+            if candidate != "off":
+                nll[rows], squared, gradient = softmax_loss(candidate, logits, label, z_loss)
+                lse[rows] = squared.sqrt()
+                _add_gradients(d_hidden, d_weight, rows, gradient, part, weight, w[:, None])
+                continue
             logits = (logits if bias is None else logits.add_(bias)).to(acc)
             top = logits.amax(-1, keepdim=True)
             target = logits.gather(-1, label[:, None])
@@ -87,7 +97,7 @@ class _LinearLoss(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[rows] = gradient @ weight
             if d_weight is not None:
-                _add_product(d_weight, gradient, part)
+                add_product(d_weight, gradient.t(), part, inside=False)
             if d_bias is not None:
                 d_bias += logits.sum(0)
         ctx.gradients = (
@@ -106,7 +116,7 @@ class _LinearLoss(torch.autograd.Function):
             raise RuntimeError("the loss computes its gradients in the forward pass, and backward has used them")
         scaled = [None if made is None else made.mul_(grads[0].to(made.dtype)) for made in ctx.gradients]
         ctx.gradients = None
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None
 
 
 def _chunks(rows: Tensor, tokens: int, chunk: int) -> list[slice] | list[Tensor]:
@@ -116,12 +126,15 @@ def _chunks(rows: Tensor, tokens: int, chunk: int) -> list[slice] | list[Tensor]
     return list(rows.split(chunk)) if len(rows) else []
 
 
-def _add_product(total: Tensor, gradient: Tensor, part: Tensor) -> None:
-    """Add gradient [C, V]^T part [C, E] to total [V, E], in total's type."""
-    if total.dtype == part.dtype:
-        total.addmm_(gradient.t(), part)
-    else:
-        total += gradient.t() @ part
+def _add_gradients(
+    d_hidden: Tensor | None, d_weight: Tensor | None, rows: slice | Tensor, gradient: Tensor, part: Tensor,
+    weight: Tensor, w: Tensor,
+) -> None:  # fmt: skip
+    """Add what a chunk's unweighted gradient [C, V] gives; w [C, 1] scales the narrow side of each product."""
+    if d_hidden is not None:
+        d_hidden[rows] = (gradient @ weight) * w.to(weight.dtype)
+    if d_weight is not None:
+        add_product(d_weight, gradient.t(), part * w.to(part.dtype), inside=True)
 
 
 def _called_loss(

@@ -65,7 +65,7 @@ class LossModel(nn.Module):
         self.memory = memory
         self.z_loss = z_loss
         self._store = HostStore() if memory.offload_activations else None
-        train_layers(model)
+        train_layers(model, memory.fused)
 
     def forward(
         self,
@@ -93,7 +93,9 @@ class LossModel(nn.Module):
         given = torch.ones_like(flat, dtype=torch.float32) if weights is None else weights.flatten()
         given = torch.where(flat == IGNORED, 0.0, given)
         chunk = blocks_of(self.memory, flat.device.type).loss_chunk
-        losses = token_losses(hidden, head, flat, given, chunk=chunk, z_loss=self.z_loss, labelled=labelled)
+        losses = token_losses(
+            hidden, head, flat, given, chunk=chunk, z_loss=self.z_loss, labelled=labelled, fused=self.memory.fused
+        )
         return LossOutput(
             loss_sum=losses.total,
             tokens=(flat != IGNORED).sum(),

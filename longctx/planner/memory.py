@@ -28,6 +28,7 @@ NODES_SIMULATED = 4
 LAYERS_NEAR = 3  # layers whose saved tensors are on the device at once when they are offloaded
 REFERENCE_ROWS = 1024  # of longctx.attention.reference
 REFERENCE_COPIES = 4  # its backward holds scores, probabilities and the gradients of both
+BUCKET = 5e8  # gradients in DeepSpeed's bucket on the device, from which offloaded ones go to the host
 
 
 @dataclass(frozen=True)
@@ -173,6 +174,11 @@ def stage_memory(
     wide = max(4, b)
     p, t = shape.parameters, shape.parameters if trained is None else trained
     optimizer = t * (2 * wide if b >= 4 else 3 * wide) / (world if zero >= 1 else 1)
+    gradients = t * wide / (world if zero >= 2 else 1)
+    away = 0.0
+    if offload_optimizer:
+        away, optimizer = t * offloaded_optimizer(b, zero) / world, 0.0
+        gradients = BUCKET * b * (1 if zero >= 3 else 2)
     weights = p * b / (world if zero >= 3 else 1)
     copy = p * b / secondary if zero >= 3 and secondary > 1 else 0.0
     gathered = 2 * shape.layer_weights * b if zero >= 3 else 0  # the layer at work and the one fetched ahead
@@ -185,11 +191,21 @@ def stage_memory(
     feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
     return Memory(
         weights=copy + gathered if offload_parameters else weights + copy + gathered,
-        gradients=t * wide / (world if zero >= 2 else 1),
-        optimizer=0.0 if offload_optimizer else optimizer,
+        gradients=gradients,
+        optimizer=optimizer,
         saved=min(saved, near) if offload_saved else saved,
         working=float(max(tokens * cost.working, feed_forward)),
         ring=ring,
         loss=min(sizes.loss_chunk, tokens) * shape.vocab * 4.0 * 2,
-        host=optimizer * offload_optimizer + weights * offload_parameters + saved * offload_saved,
+        host=away + weights * offload_parameters + saved * offload_saved,
     )
+
+
+def offloaded_optimizer(b: int, zero: int) -> int:
+    """Bytes that DeepSpeed's offloaded optimizer keeps on the host for each trained weight of b bytes.
+
+    They are the master, two moments and the gradient. ZeRO-3 has the gradient twice, once for its own sum and once for
+    the optimizer; ZeRO-1 and 2 have a copy of the weight, from which it returns to the device.
+    """
+    wide = max(4, b)
+    return 4 * wide + (wide if zero >= 3 else b)

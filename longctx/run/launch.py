@@ -12,6 +12,7 @@ from longctx import console
 from longctx.distributed.local import Node, RankExits, run_ranks
 from longctx.processes import warn_if_crowded
 from longctx.signals import SAVED_AND_REQUEUE, interrupted_words, swept
+from longctx.train.host_memory import killed_for_memory
 from longctx.train.runfolder import where
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def follow_ranks(
     """
     threads = launch.threads or max(1, len(os.sched_getaffinity(0)) // nproc)
     interrupted_words(lambda: where(run))
-    killed_before = _killed_for_memory()
+    killed_before = killed_for_memory()
     with ExitStack() as folders:
         for folder in (run, cache):
             folders.enter_context(swept(folder))
@@ -64,17 +65,8 @@ def _explain(ended: RankExits, run: Path, killed_before: int | None) -> int:
 
 def _who_kills(killed_before: int | None) -> str:
     """The sender of a SIGKILL, in words, by the kernel's count of processes it killed for memory."""
-    now = _killed_for_memory()
+    now = killed_for_memory()
     remedy = "`longctx plan` with the same settings shows what a rank holds, and docs/memory.md how to lower it"
     if now is not None and killed_before is not None and now > killed_before:
         return f" of the kernel's out-of-memory killer: the machine had no memory left ({remedy})"
     return f" (so the kernel's out-of-memory killer ends a process; if `dmesg` names it: {remedy})"
-
-
-def _killed_for_memory() -> int | None:
-    """The number of processes that this kernel has killed for lack of memory; None where it does not count them."""
-    try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)

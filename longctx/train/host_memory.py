@@ -26,6 +26,15 @@ def free_memory() -> float:
     return min([free, *(limit - used for limit, used in _limits())])
 
 
+def killed_for_memory() -> int | None:
+    """The number of processes that this kernel has killed for lack of memory; None where it does not count them."""
+    try:
+        lines = Path("/proc/vmstat").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
+
+
 def _page(name: str) -> float:
     return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf(name))
 

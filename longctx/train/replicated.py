@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from longctx.model import LossModel, LossOutput
 
 MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
+_PIECE = 1 << 26
 
 
 class ReplicatedEngine:
@@ -62,7 +63,11 @@ class ReplicatedEngine:
             self._grad.mul_(1.0 / self.ranks.world)
 
     def grad_norm(self) -> torch.Tensor:
-        return torch.linalg.vector_norm(self._grad, dtype=torch.float64)
+        """On a GPU piece by piece, because torch forms the norm in fp64 from a copy in fp64."""
+        if self._grad.device.type == "cpu":
+            return torch.linalg.vector_norm(self._grad, dtype=torch.float64)
+        norms = [torch.linalg.vector_norm(piece, dtype=torch.float64) for piece in self._grad.split(_PIECE)]
+        return torch.linalg.vector_norm(torch.stack(norms))
 
     def step(self, lr: float, norm: float) -> None:
         if self.clip > 0 and norm > self.clip:

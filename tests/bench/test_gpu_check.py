@@ -28,16 +28,17 @@ def test_without_a_gpu_everything_is_skipped_with_its_reason(tmp_path):
     document = json.loads((tmp_path / "table.json").read_text())
     assert document["device"] == "no CUDA device"
     assert document["versions"]["torch"] == torch.__version__
-    assert [row["part"] for row in document["rows"]] == [part.name for part in PARTS]
+    assert [row["part"] for row in document["rows"]] == [part.name for part in PARTS if part.group != "long"]
     assert {row["skipped"] for row in document["rows"]} == {f"torch {torch.__version__} sees no CUDA device"}
     text = (tmp_path / "table.txt").read_text()
     assert text in done.stdout
-    assert text.count("skipped: torch") == len(PARTS)
+    assert text.count("skipped: torch") == len(document["rows"])
 
 
 def test_parts_are_named_alone_or_by_group():
-    names = {part.name for part in PARTS}
+    names = {part.name for part in PARTS if part.group != "long"}
     assert gpu_check.chosen([]) == (names, {})
+    assert gpu_check.chosen(["longest", "minutes=60"]) == ({"longest"}, {"minutes": "60"})  # by name only
     assert gpu_check.chosen(["tests"])[0] == {"kernels", "fa4", "nccl", "runs", "quickstart"}
     assert gpu_check.chosen(["tests", "bench"])[0] == names
     assert gpu_check.chosen(["million", "kernels", "minutes=2"]) == ({"million", "kernels"}, {"minutes": "2"})
@@ -121,6 +122,19 @@ def test_a_step_is_held_against_liger_and_the_limit(tmp_path):
     text = gpu_check.as_text("NVIDIA H200", {"torch": "2.11"}, list(rows.values()))
     assert "NO" in text
     assert "450 TFLOP/s" in text
+
+
+def test_the_longest_step_is_held_against_its_floor_and_the_plan(tmp_path):
+    read = next(part.read for part in PARTS if part.name == "longest")
+    best = {"seq_len": 278528, "seconds": 150.0, "peak_gib": 100.0, "host_gib": 90.0, "memory_gib": {"backward": 100.0}}
+    report = {"longest": 278528, "planned_longest": 262144, "best": best, "memory_error": -0.12, "trials": [best],
+              "plan": {"total_gib": 88.0, "host_gib": 95.0}}  # fmt: skip
+    (tmp_path / "longest.json").write_text(json.dumps(report))
+    assert [row.holds for row in read(tmp_path) if row.holds is not None] == [True, False]
+    report = {"longest": None, "trials": [{"seq_len": 16384, "fits": False, "why": "host memory: none was left"}]}
+    (tmp_path / "longest.json").write_text(json.dumps(report))
+    (row,) = read(tmp_path)
+    assert (row.holds, row.note) == (False, "16,384 tokens: host memory: none was left")
 
 
 def test_tests_that_fail_do_not_hold_and_skipped_ones_say_why(tmp_path):

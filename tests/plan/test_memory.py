@@ -6,7 +6,7 @@ import torch
 from longctx.attention import ContextParallel
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.distributed.transport import ThreadWorld
-from longctx.planner.memory import pool_bytes, stage_memory
+from longctx.planner.memory import BUCKET, pool_bytes, stage_memory
 from longctx.schedule import Sizes, build
 from longctx.shape import shape_of_init
 from longctx.topology import Topology
@@ -68,6 +68,23 @@ def test_zero_divides_what_it_shards_and_nothing_else():
     assert owned(3)[0] == p + 2 * shape.layer_weights * 4
     assert owned(3, secondary=2)[0] == p + 2 * p + 2 * shape.layer_weights * 4  # hpZ: another copy in each pair
     assert owned(0, "bfloat16") == (2 * p, 4 * p, 12 * p)
+
+
+def test_offloaded_gradients_leave_the_device_with_the_optimizer():
+    """What stays is DeepSpeed's bucket; what goes is DeepSpeed's own layout (tests/train/test_precision.py)."""
+    shape = shape_of_init(INIT)
+
+    def planned(zero):
+        return stage_memory(
+            shape, MemoryConfig(), tokens=64, dtype="bfloat16", zero=zero, world=4, ring=0.0, device="cuda",
+            offload_optimizer=True,
+        )  # fmt: skip
+
+    two, three = planned(2), planned(3)
+    assert (two.optimizer, three.optimizer) == (0.0, 0.0)
+    assert (two.gradients, three.gradients) == (2 * BUCKET * 2, BUCKET * 2)
+    assert two.host == shape.parameters * (4 + 8 + 4 + 2) / 4
+    assert three.host == shape.parameters * (4 + 8 + 4 + 4) / 4
 
 
 def test_checkpoints_keep_input_output_and_lse_of_every_layer():

@@ -96,7 +96,7 @@ def test_other_verbs_say_it_in_one_paragraph_too(capsys: pytest.CaptureFixture[s
 def test_a_rank_that_the_kernel_kills_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the kernel's count before and after: one more, the same, and a kernel that does not count."""
     for before, after, words in ((4, 5, "had no memory left"), (5, 5, "if `dmesg` names it"), (None, None, "dmesg")):
-        monkeypatch.setattr(launch, "_killed_for_memory", lambda now=after: now)
+        monkeypatch.setattr(launch, "killed_for_memory", lambda now=after: now)
         assert words in _who_kills(before)
     monkeypatch.undo()
-    assert isinstance(launch._killed_for_memory(), int) == ("oom_kill " in Path("/proc/vmstat").read_text())
+    assert isinstance(launch.killed_for_memory(), int) == ("oom_kill " in Path("/proc/vmstat").read_text())

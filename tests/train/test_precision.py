@@ -14,7 +14,9 @@ from longctx.decide import check_engine
 from longctx.distributed.ranks import Ranks
 from longctx.errors import UserError
 from longctx.model import LossModel, init_from
+from longctx.planner.memory import offloaded_optimizer
 from longctx.train import engine as engines
+from longctx.train.replicated import MOMENTS
 from tests.dist.ranks import run_ranks
 
 SPEC = InitConfig(layers=1, hidden=16, heads=2, kv_heads=1, ffn=24, vocab=32, window=32, seed=3)
@@ -59,6 +61,34 @@ def check_precision(rank: int, world: int, zero: int) -> None:
 
 def test_bfloat16_weights_have_wide_masters_and_gradients(tmp_path: Path) -> None:
     failures = run_ranks(2, check_precision, [0, 2, 3], tmp_path / "store")
+    assert not failures, "\n".join(f"ZeRO {zero}: {text[0]}" for zero, text in failures.items())
+
+
+def check_offloaded(rank: int, world: int, zero: int) -> None:
+    """The bytes per trained weight of what DeepSpeed keeps on the host are those of the plan."""
+    ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
+    config = EngineConfig(name="deepspeed", zero=zero, offload_optimizer=True, device="cpu")  # type: ignore[arg-type]
+    model = LossModel(init_from(SPEC, dtype="bfloat16"), MemoryConfig())
+    engine: Any = engines.build(config, OptimConfig(), model, ranks)
+    try:
+        engine.backward(engine.forward(**batch()).loss_sum, last=True)
+        engine.step(1e-6, float(engine.grad_norm()))
+        made = engine.zero
+        masters = made.fp32_partitioned_groups_flat if zero == 3 else made.single_partition_of_fp32_groups
+        held = [*masters, *(state[kind] for state in made.optimizer.state.values() for kind in MOMENTS)]
+        held += [made.grad_partitions_flat_buffer] if zero == 3 else made.param_buffer_of_bit16_for_cpu_offload_groups
+        gradients = sum(
+            master.numel() * master.element_size() for master in masters
+        )  # `step` drops them until the next
+        size = gradients + sum(tensor.numel() * tensor.element_size() for tensor in held)
+        trained = sum(torch.Size(shape).numel() for shape in engine.shapes().values())
+        assert size / trained == pytest.approx(offloaded_optimizer(2, zero), rel=0.01)
+    finally:
+        engine.close()
+
+
+def test_what_an_offloaded_optimizer_holds_is_what_the_plan_counts(tmp_path: Path) -> None:
+    failures = run_ranks(1, check_offloaded, [2, 3], tmp_path / "store")
     assert not failures, "\n".join(f"ZeRO {zero}: {text[0]}" for zero, text in failures.items())
 
 

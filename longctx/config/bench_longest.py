@@ -1,0 +1,35 @@
+"""The settings of `longctx bench longest`, which finds the longest sequence that a training step takes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from longctx.config.base import Format, Length, Positive, schema
+from longctx.config.model import ModelConfig
+from longctx.config.train import EngineConfig, OptimConfig
+
+
+@schema
+class BenchLongestConfig:
+    """The longest sequence of a full training step on one device, beside the planner's prediction."""
+
+    model: ModelConfig
+    engine: EngineConfig = EngineConfig()
+    optim: OptimConfig = OptimConfig()
+    #: GiB that the process (on a CPU) or its tensors on the device (on a GPU) may take; null: what there is
+    memory_gib: Annotated[float, Field(gt=0)] | None = None
+    start: Annotated[Length, Field(ge=2)] | None = None  #: the first length tried; null: the longest by the plan
+    multiple: Annotated[Length, Field(ge=2)] = 1024  #: lengths are multiples of this
+    most: Annotated[Length, Field(ge=2)] = 2**24  #: longer sequences are not tried
+    #: the search ends once the shortest length that failed is within this share of the longest that ran
+    precision: Annotated[float, Field(gt=0, lt=1)] = 0.02
+    trial_minutes: Annotated[float, Field(gt=0)] = 30.0  #: a trial that takes longer ends the search
+    threads: Positive | None = None  #: CPU threads of a trial; null: torch's own choice
+    out: str = "runs/bench-longest"  #: folder for longest.json; trials that are in it are not repeated
+    format: Format = "text"  #: of what is printed
+
+    def __post_init__(self) -> None:
+        if self.most < self.multiple:
+            raise ValueError(f"most={self.most} is below multiple={self.multiple}, so there is no length to try")

@@ -1,0 +1,133 @@
+"""bench longest: the search, trials of a tiny model under a memory limit, what is kept, and the plan beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from longctx.bench import longest
+from longctx.bench.longest import Trials, measured, run_trial, search
+from longctx.bench.longest_plan import GIB, Prediction, predict, training_config
+from longctx.cli import main
+from longctx.config.base import build
+from longctx.config.bench_longest import BenchLongestConfig
+from longctx.config.plan import PlanConfig
+from longctx.decide import Machines
+from longctx.errors import RunFailed
+from longctx.planner.remedies import DeviceLimits
+from longctx.planner.run import planned
+from longctx.train.runfolder import to_dict
+
+# Wide and shallow: memory grows with the length, and attention costs next to nothing.
+WIDE = {"layers": 1, "hidden": 256, "heads": 2, "kv_heads": 1, "head_dim": 16, "ffn": 64, "vocab": 64}
+
+
+def config(**changes: Any) -> BenchLongestConfig:
+    values = {"model": {"init": WIDE, "dtype": "float32"}, "engine": {"name": "ddp"}, "multiple": 256, "threads": 1}
+    return build(BenchLongestConfig, {**values, **changes}, origin="test")
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(0, 400),
+    st.integers(1, 300),
+    st.integers(1, 64),
+    st.integers(1, 300),
+    st.sampled_from([0.001, 0.02, 0.3]),
+)
+def test_the_search_ends_between_a_length_that_fits_and_one_that_does_not(limit, start, multiple, most, precision):
+    """limit: the longest that fits, in multiples, between them where it is no multiple itself."""
+    tried: list[int] = []
+
+    def fits(length: int) -> bool:
+        tried.append(length)
+        assert length not in tried[:-1], "a length was tried twice"
+        return length <= limit * multiple
+
+    low, high = search(fits, start * multiple, multiple=multiple, most=most * multiple, precision=precision)
+    assert all(multiple <= length <= most * multiple and length % multiple == 0 for length in tried)
+    if limit == 0:
+        assert (low, high) == (None, multiple)
+    elif low == most * multiple:
+        assert limit >= most
+    else:
+        assert low is not None
+        assert high is not None
+        assert low <= limit * multiple < high
+        assert high - low <= max(multiple, precision * low)
+    assert len(tried) <= 60
+
+
+def test_a_limit_is_found_and_holds(tmp_path):
+    """The length that was found runs, the next one does not, and the report says where the memory went."""
+    made = config(memory_gib=0.6, start=16384, multiple=16384, out=str(tmp_path))
+    prediction = predict(made, "cpu")
+    report = measured(made, prediction, Trials(made, prediction))
+    low, high = report["longest"], report["shortest_failed"]
+    assert low is not None, report
+    assert high == low + 16384
+    best = report["best"]
+    assert best["peak_gib"] <= 0.6
+    assert best["memory_gib"]["backward"] > best["memory_gib"]["model"] > 0
+    failed = next(trial for trial in report["trials"] if trial["seq_len"] == high)
+    assert "the step: " in failed["why"]
+    assert "llocate" in failed["why"]
+    assert report["plan"]["total_gib"] == pytest.approx(prediction.memory(low).total / GIB)
+
+    again = Trials(made, prediction)  # a search that was interrupted goes on where it was
+    assert measured(made, prediction, again) == report
+    other = dataclasses.replace(made, memory_gib=0.7)
+    assert Trials(other, predict(other, "cpu")).done == {}
+
+
+def test_the_plan_beside_it_is_that_of_plan():
+    made = config()
+    prediction = Prediction(made, "cpu", DeviceLimits(Machines(1, 1), "cpu", "torch_cpu", 1.0 * GIB))
+    values = to_dict(training_config(made, 4096))
+    document = planned(build(PlanConfig, {**values, "ranks": 1, "hardware": {"device": "cpu"}}, origin="test"))
+    assert document["stages"]["longest"]["memory"]["total"] == prediction.memory(4096).total
+    longest_planned = prediction.longest
+    assert longest_planned is not None
+    limits = prediction.limits
+    assert limits.holds(prediction.memory(longest_planned))
+    assert not limits.holds(prediction.memory(longest_planned + 256))
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, code: str) -> Any:
+    """The trial's result where its process runs `code`."""
+    import sys
+
+    monkeypatch.setattr(longest, "module_command", lambda *words: ([sys.executable, "-c", code], None))
+    return run_trial(config(), "cpu", 256)
+
+
+def test_how_a_trial_ends_without_memory(monkeypatch):
+    kill = "import os; os.kill(os.getpid(), 9)"
+    counts = iter([4, 5])
+    monkeypatch.setattr(longest, "killed_for_memory", lambda: next(counts))
+    assert "the kernel killed" in ended(monkeypatch, kill)["why"]
+    monkeypatch.setattr(longest, "killed_for_memory", lambda: 4)
+    with pytest.raises(RunFailed, match="status -9"):  # somebody else's signal
+        ended(monkeypatch, kill)
+    said = "import sys, os; print('what():  std::bad_alloc', file=sys.stderr, flush=True); os.abort()"
+    assert "bad_alloc" in ended(monkeypatch, said)["why"]
+    with pytest.raises(RunFailed, match="ZeroDivisionError"):
+        ended(monkeypatch, "1 / 0")
+    monkeypatch.setattr(longest, "free_memory", lambda: 0.0)
+    assert "was left" in ended(monkeypatch, "import time; time.sleep(60)")["why"]
+
+
+def test_the_verb_says_that_no_length_fits(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(longest, "run_trial", lambda *_: {"fits": False, "why": "loading the model: no memory"})
+    words = [f"out={tmp_path}", "format=json", "memory_gib=0.01", "model.init.layers=1", "model.dtype=float32",
+             "engine.name=ddp", "engine.zero=0", "engine.offload_optimizer=false", "model.init.vocab=512"]  # fmt: skip
+    assert main(["bench", "longest", *words]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert (document["longest"], document["shortest_failed"]) == (None, 1024)
+    assert main(["bench", "longest", *words[:1], *words[2:]]) == 1
+    assert "no length fits: 1,024 tokens does not fit, loading the model" in capsys.readouterr().out
