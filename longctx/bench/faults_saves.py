@@ -6,17 +6,21 @@ ends. The runs are large enough for a save to last several steps. Kills that com
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from longctx import console
-from longctx.bench.faults_run import SAVE_EVERY
+from longctx.bench.faults_run import SAVE_EVERY, StartedRun
 from longctx.bench.faults_soak import KINDS, Soak
 from longctx.errors import RunFailed
 
 POLL = 0.001  # seconds between two looks at the run's files
+SHORT = ("copying", "publishing")  # parts of a save that random instants would hardly meet, so half are drawn from them
+COPYING = 0.05  # of a save's seconds
+PUBLISHING = 0.02  # seconds
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,8 @@ def _kill_inside_one(soak: Soak, life: _Life, longest: float) -> Kill | None:
         if passing:
             passing -= 1
             continue
-        alive = started.wait_for(soak.rng.uniform(0.0, longest))
+        aim = soak.rng.choice(("anywhere", "anywhere", *SHORT))
+        alive = _wait_inside(started, step, soak.rng, aim, longest)
         part = _part_of_save(started.run, step)
         if not alive or started.saved_step() >= step:
             continue
@@ -116,12 +121,24 @@ def _kill_inside_one(soak: Soak, life: _Life, longest: float) -> Kill | None:
     return None
 
 
+def _wait_inside(started: StartedRun, step: int, rng: random.Random, aim: str, longest: float) -> bool:
+    """Wait for a random instant of a save or of one of its short parts; returns whether all ranks are alive.
+
+    longest: the seconds of a whole save.
+    """
+    if aim == "publishing":
+        while _part_of_save(started.run, step) in ("copying", "writing") and started.wait_for(POLL):
+            pass
+        return started.wait_for(rng.uniform(0.0, PUBLISHING))
+    return started.wait_for(rng.uniform(0.0, longest if aim == "anywhere" else COPYING * longest))
+
+
 def _part_of_save(run: Path, step: int) -> str:
-    """The part of a save that the files show: copying to host memory, writing, publishing or renaming the pointer."""
+    """The part of a save that the files show: copying (to host memory), writing, publishing, or the pointer."""
     folders, name = "stages/*/checkpoints", f"step{step:08d}"
     partial = next(run.glob(f"{folders}/.{name}.partial-*"), None)
     if partial is None:
-        return "renaming" if any(run.glob(f"{folders}/{name}")) else "copying"
+        return "pointing" if any(run.glob(f"{folders}/{name}")) else "copying"
     return "publishing" if (partial / "state.json").exists() else "writing"
 
 
