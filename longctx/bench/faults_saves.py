@@ -35,7 +35,7 @@ class Kill:
 def kill_in_saves(soak: Soak) -> dict[str, int]:
     """Kill runs inside saves, continue and finish them; returns the kills by part of the save.
 
-    A continued run must go on from the last published checkpoint. Raises RunFailed at the first wrong result.
+    A continued run must go on from the last whole checkpoint. Raises RunFailed at the first wrong result.
     """
     longest = _undisturbed(soak)
     console.say(f"the longest save of the undisturbed run took {longest:.2f} s")
@@ -51,8 +51,8 @@ def kill_in_saves(soak: Soak) -> dict[str, int]:
             saved = 0
             continue
         _check_continued(life.started.log.read_text(), saved)
-        saved = life.started.saved_step()
-        if saved >= kill.step:
+        saved = _last_whole(soak.path)
+        if life.started.saved_step() >= kill.step:
             continue  # the save had ended
         soak.kills[kill.kind] += 1
         parts[kill.part] += 1
@@ -142,8 +142,16 @@ def _part_of_save(run: Path, step: int) -> str:
     return "publishing" if (partial / "state.json").exists() else "writing"
 
 
+def _last_whole(run: Path) -> int:
+    """The step of the newest checkpoint that is complete; it may wait for its pointer. 0 where there is none."""
+    found = run.glob("stages/*/checkpoints/step*/manifest.json")
+    return max((int(path.parent.name.removeprefix("step")) for path in found), default=0)
+
+
 def _check_continued(text: str, saved: int) -> None:
     """Check that a run went on from the checkpoint of step `saved`. Raises RunFailed."""
     words = f"continuing at step {saved} " if saved else ""
     if words not in text or "damaged" in text or (not saved and "continuing" in text):
-        raise RunFailed(f"a run whose last checkpoint is that of step {saved} did not continue from it: {text[-2000:]}")
+        raise RunFailed(
+            f"a run whose last whole checkpoint is that of step {saved} did not continue from it: {text[-2000:]}"
+        )
