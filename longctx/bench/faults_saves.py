@@ -6,17 +6,21 @@ ends. The runs are large enough for a save to last several steps. Kills that com
 
 from __future__ import annotations
 
+import random
 import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from longctx import console
-from longctx.bench.faults_run import SAVE_EVERY
+from longctx.bench.faults_run import SAVE_EVERY, StartedRun
 from longctx.bench.faults_soak import KINDS, Soak
 from longctx.errors import RunFailed
 
 POLL = 0.001  # seconds between two looks at the run's files
+SHORT = ("copying", "publishing")  # parts of a save that random instants would hardly meet, so half are drawn from them
+COPYING = 0.05  # of a save's seconds
+PUBLISHING = 0.02  # seconds
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Kill:
 def kill_in_saves(soak: Soak) -> dict[str, int]:
     """Kill runs inside saves, continue and finish them; returns the kills by part of the save.
 
-    A continued run must go on from the last published checkpoint. Raises RunFailed at the first wrong result.
+    A continued run must go on from the last whole checkpoint. Raises RunFailed at the first wrong result.
     """
     longest = _undisturbed(soak)
     console.say(f"the longest save of the undisturbed run took {longest:.2f} s")
@@ -47,8 +51,8 @@ def kill_in_saves(soak: Soak) -> dict[str, int]:
             saved = 0
             continue
         _check_continued(life.started.log.read_text(), saved)
-        saved = life.started.saved_step()
-        if saved >= kill.step:
+        saved = _last_whole(soak.path)
+        if life.started.saved_step() >= kill.step:
             continue  # the save had ended
         soak.kills[kill.kind] += 1
         parts[kill.part] += 1
@@ -106,7 +110,8 @@ def _kill_inside_one(soak: Soak, life: _Life, longest: float) -> Kill | None:
         if passing:
             passing -= 1
             continue
-        alive = started.wait_for(soak.rng.uniform(0.0, longest))
+        aim = soak.rng.choice(("anywhere", "anywhere", *SHORT))
+        alive = _wait_inside(started, step, soak.rng, aim, longest)
         part = _part_of_save(started.run, step)
         if not alive or started.saved_step() >= step:
             continue
@@ -116,17 +121,37 @@ def _kill_inside_one(soak: Soak, life: _Life, longest: float) -> Kill | None:
     return None
 
 
+def _wait_inside(started: StartedRun, step: int, rng: random.Random, aim: str, longest: float) -> bool:
+    """Wait for a random instant of a save or of one of its short parts; returns whether all ranks are alive.
+
+    longest: the seconds of a whole save.
+    """
+    if aim == "publishing":
+        while _part_of_save(started.run, step) in ("copying", "writing") and started.wait_for(POLL):
+            pass
+        return started.wait_for(rng.uniform(0.0, PUBLISHING))
+    return started.wait_for(rng.uniform(0.0, longest if aim == "anywhere" else COPYING * longest))
+
+
 def _part_of_save(run: Path, step: int) -> str:
-    """The part of a save that the files show: copying to host memory, writing, publishing or renaming the pointer."""
+    """The part of a save that the files show: copying (to host memory), writing, publishing, or the pointer."""
     folders, name = "stages/*/checkpoints", f"step{step:08d}"
     partial = next(run.glob(f"{folders}/.{name}.partial-*"), None)
     if partial is None:
-        return "renaming" if any(run.glob(f"{folders}/{name}")) else "copying"
+        return "pointing" if any(run.glob(f"{folders}/{name}")) else "copying"
     return "publishing" if (partial / "state.json").exists() else "writing"
+
+
+def _last_whole(run: Path) -> int:
+    """The step of the newest checkpoint that is complete; it may wait for its pointer. 0 where there is none."""
+    found = run.glob("stages/*/checkpoints/step*/manifest.json")
+    return max((int(path.parent.name.removeprefix("step")) for path in found), default=0)
 
 
 def _check_continued(text: str, saved: int) -> None:
     """Check that a run went on from the checkpoint of step `saved`. Raises RunFailed."""
     words = f"continuing at step {saved} " if saved else ""
     if words not in text or "damaged" in text or (not saved and "continuing" in text):
-        raise RunFailed(f"a run whose last checkpoint is that of step {saved} did not continue from it: {text[-2000:]}")
+        raise RunFailed(
+            f"a run whose last whole checkpoint is that of step {saved} did not continue from it: {text[-2000:]}"
+        )

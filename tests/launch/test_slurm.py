@@ -17,9 +17,11 @@ import pytest
 import yaml
 
 from longctx import cli
+from longctx.run.command import compose
 from longctx.train import metrics
 from tests.launch.tiny import same_model, steps_of, trains, words
 from tests.launch.virtual_slurm import SCRIPT, SlurmJob, VirtualSlurm, missing, until
+from tests.train.lives import live
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=f"a virtual Slurm {missing()}")
 PAIR = ("--nodes=2", "--ntasks-per-node=1")
@@ -31,29 +33,48 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VirtualSlurm]:
         yield cluster
 
 
-def array(slurm: VirtualSlurm, folder: Path, count: int, given: list[str], *options: str) -> list[SlurmJob]:
+def array(
+    slurm: VirtualSlurm, folder: Path, count: int, given: list[str], *options: str, at_once: int
+) -> list[SlurmJob]:
     """Submit an array of jobs whose run folders are FOLDER/runN."""
     script = folder / "array.sh"
     script.write_text(f'#!/bin/bash\nexec bash {SCRIPT} "$@" run_dir={folder}/run$SLURM_ARRAY_TASK_ID\n')
-    options = (*PAIR, f"--array=0-{count - 1}%2", "--open-mode=append", *options)  # at most two at the same time
+    options = (*PAIR, f"--array=0-{count - 1}%{at_once}", "--open-mode=append", *options)
     job = slurm.submit(given, folder / "log-%a", *options, script=script)
     return [SlurmJob(slurm, f"{job.number}_{task}", folder / f"log-{task}") for task in range(count)]
 
 
 @pytest.fixture(scope="module")
-def pair(slurm: VirtualSlurm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[SlurmJob]]:
-    """An array of two jobs on the same two nodes, and the folder with run0 and run1."""
-    folder = tmp_path_factory.mktemp("pair")
-    return folder, array(slurm, folder, 2, words(), f"--nodelist={slurm.names[0]},{slurm.names[1]}")
+def three(slurm: VirtualSlurm, tmp_path_factory: pytest.TempPathFactory) -> list[SlurmJob]:
+    """An array of three jobs on the same two nodes: a rank of one is killed, one is cancelled, one gets USR1."""
+    folder = tmp_path_factory.mktemp("three")
+    jobs = array(slurm, folder, 3, words(), f"--nodelist={slurm.names[0]},{slurm.names[1]}", at_once=3)
+    killed, cancelled, signalled = jobs
+    killed.wait(lambda: trains(folder / "run0"))
+    assert [job.state for job in jobs] == ["RUNNING"] * 3, "they do not run at the same time"
+    os.kill(killed.pid_of_rank(1), signal.SIGKILL)
+    cancelled.wait(lambda: trains(folder / "run1"))
+    slurm("scancel", cancelled.number, check=True)
+    signalled.wait(lambda: trains(folder / "run2"))
+    slurm("scancel", "--batch", "-s", "USR1", signalled.number, check=True)  # as --signal=B:USR1@600 does
+    return jobs
 
 
 @pytest.fixture(scope="module")
-def refused(slurm: VirtualSlurm, pair: object, tmp_path_factory: pytest.TempPathFactory) -> list[SlurmJob]:
-    """Ten jobs with a wrong key, and one on nodes of different sizes; they begin after the pair."""
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of two forked ranks that nobody disturbs; they count as two nodes."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert live(compose([*words(run_dir=run), "launch.nproc=2", "parallel.nodes=2"]), 2) == 0
+    return run
+
+
+@pytest.fixture(scope="module")
+def refused(slurm: VirtualSlurm, three: object, tmp_path_factory: pytest.TempPathFactory) -> list[SlurmJob]:
+    """Ten jobs with a wrong key, and one on nodes of different sizes; they run beside the three."""
     folder = tmp_path_factory.mktemp("refused")
     nodes = f"--nodelist={slurm.names[2]},{slurm.names[3]}"
     uneven = slurm.submit(words(run_dir=folder / "uneven"), folder / "log", "--nodes=2", "--ntasks=3", nodes)
-    return [uneven, *array(slurm, folder, 10, [*words(), "trane.x=1"], nodes)]
+    return [uneven, *array(slurm, folder, 10, [*words(), "trane.x=1"], nodes, at_once=2)]
 
 
 @pytest.fixture(scope="module")
@@ -67,36 +88,47 @@ def cyclic(slurm: VirtualSlurm, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 
 @pytest.mark.usefixtures("refused")
-def test_of_two_jobs_on_the_same_nodes_one_is_signalled_and_loses_a_node_and_ends_as_the_other(
-    slurm: VirtualSlurm, pair: tuple[Path, list[SlurmJob]]
+def test_a_job_that_is_signalled_twice_and_loses_a_node_ends_as_an_undisturbed_one(
+    slurm: VirtualSlurm, three: list[SlurmJob], undisturbed: Path
 ) -> None:
     """USR1 while it trains, USR1 while it starts, and a node that is lost: three times back into the queue."""
-    folder, (calm, disturbed) = pair
-    runs = [folder / "run0", folder / "run1"]
-    disturbed.wait(lambda: all(trains(run) for run in runs))
-    assert (calm.state, disturbed.state) == ("RUNNING", "RUNNING"), "they do not run at the same time"
-    slurm("scancel", "--batch", "-s", "USR1", disturbed.number, check=True)  # as --signal=B:USR1@600 does
-    disturbed.continue_now()
-    assert "SIGUSR1: saved at step" in disturbed.said
-    disturbed.wait(lambda: disturbed.runs_rank(0))  # before that, Slurm has nobody to give the signal to
-    slurm("scancel", "-s", "USR1", disturbed.number, check=True)  # the ranks import, or have not begun
-    assert calm.ended() == 0, calm.said
-    disturbed.continue_now()
-    assert "SIGUSR1: nothing was trained; the same command continues the run" in disturbed.said
-    assert "Force Terminated" not in disturbed.said
-    before = steps_of(runs[1])
-    disturbed.wait(lambda: steps_of(runs[1]) > before)
+    job, run = three[2], three[2].log.with_name("run2")
+    job.continue_now()
+    assert "SIGUSR1: saved at step" in job.said
+    job.wait(lambda: job.runs_rank(0))  # before that, Slurm has nobody to give the signal to
+    slurm("scancel", "-s", "USR1", job.number, check=True)  # the ranks import, or have not begun
+    job.continue_now()
+    assert "SIGUSR1: nothing was trained; the same command continues the run" in job.said
+    assert "Force Terminated" not in job.said
+    before = steps_of(run)
+    job.wait(lambda: steps_of(run) > before)
     slurm("scontrol", "update", f"nodename={slurm.names[1]}", "state=down", "reason=lost", check=True)
     try:
-        disturbed.continue_now("ReqNodeList=")
-        assert disturbed.ended() == 0, disturbed.said
+        job.continue_now("ReqNodeList=")
+        assert job.ended() == 0, job.said
     finally:
         slurm("scontrol", "update", f"nodename={slurm.names[1]}", "state=resume")
-    assert (calm.facts()["Restarts"], disturbed.facts()["Restarts"]) == ("0", "3")
-    assert disturbed.said.count("continuing at step") == 2
-    assert same_model(*runs)
-    line = metrics.read(runs[1] / "metrics.jsonl")[-1]
+    assert job.facts()["Restarts"] == "3"
+    assert job.said.count("continuing at step") == 2
+    assert same_model(run, undisturbed)
+    line = metrics.read(run / "metrics.jsonl")[-1]
     assert (line["nodes"], line["ranks_per_node"], line["cp"]) == (2, 1, 2)
+
+
+def test_a_killed_rank_gets_a_last_line_and_status_1(three: list[SlurmJob]) -> None:
+    job = three[0]
+    assert job.ended() == 1, job.said
+    last = next(line for line in reversed(job.said.splitlines()) if line.startswith("longctx: "))
+    assert last.startswith("longctx: rank 0 lost its peers and stops (")
+    assert "is saved, the same command continues the run" in last
+    assert job.facts()["Restarts"] == "0"
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(three: list[SlurmJob]) -> None:
+    job = three[1]
+    job.ended()
+    assert (job.state, job.facts()["Restarts"]) == ("CANCELLED", "0")
+    assert "SIGTERM: saved at step" in job.said
 
 
 def test_a_wrong_key_ends_with_status_2_and_its_message_every_time_in_ten(refused: list[SlurmJob]) -> None:
@@ -114,24 +146,36 @@ def test_nodes_of_different_sizes_are_refused(slurm: VirtualSlurm, refused: list
     assert "Terminating" not in job.said
 
 
+@pytest.fixture
+def submit(slurm: VirtualSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """`longctx submit` on the login node, for ranks without GPUs: run with words, it gives status and what was said."""
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    stage = "+curriculum.stages.s128={seq_len: 128, theta: 40000, steps: 2, batch: 2}"
+    cluster = ("launch.gpus_per_node=0", "launch.ranks_per_node=1", "launch.cpus_per_task=1", "engine.device=cpu")
+
+    def submitted(*given: str) -> tuple[int, str]:
+        status = cli.main(["submit", *words(steps=2, run_dir=tmp_path / "run"), stage, *cluster, *given])
+        return status, capsys.readouterr().err
+
+    return submitted
+
+
 @pytest.mark.usefixtures("cyclic")
-def test_a_killed_rank_gets_a_last_line_and_a_cancelled_job_saves_and_stays_cancelled(
-    slurm: VirtualSlurm, tmp_path: Path
-) -> None:
-    nodes = f"--nodelist={slurm.names[0]},{slurm.names[1]}"
-    killed, cancelled = array(slurm, tmp_path, 2, words(steps=4000), nodes)
-    cancelled.wait(lambda: all(trains(tmp_path / f"run{number}") for number in range(2)))
-    os.kill(killed.pid_of_rank(1), signal.SIGKILL)
-    slurm("scancel", cancelled.number)
-    assert killed.ended() == 1, killed.said
-    last = next(line for line in reversed(killed.said.splitlines()) if line.startswith("longctx: "))
-    assert last.startswith("longctx: rank 0 lost its peers and stops (")
-    assert "is saved, the same command continues the run" in last
-    assert killed.facts()["Restarts"] == "0"
-    cancelled.ended()
-    until(lambda: cancelled.state != "CANCELLED", 2, must=False)
-    assert (cancelled.state, cancelled.facts()["Restarts"]) == ("CANCELLED", "0")
-    assert "SIGTERM: saved at step" in cancelled.said
+def test_submit_chains_a_job_for_each_stage(slurm: VirtualSlurm, submit, tmp_path: Path) -> None:
+    """The second stage has two nodes, and begins when the first has ended on one."""
+    run = tmp_path / "run"
+    status, said = submit("launch.per_stage=true", "launch.nodes_by_stage={s128: 2}", "name=chain")
+    assert status == 0, said
+    numbers = re.findall(r"^job (\d+): chain-s(?:64|128) on [12] node", said, flags=re.M)
+    jobs = [
+        SlurmJob(slurm, number, run / "logs" / f"chain-{name}-{number}-rank0.log")
+        for number, name in zip(numbers, ("s64", "s128"), strict=True)
+    ]
+    assert [job.ended() for job in jobs] == [0, 0], [job.said for job in jobs]
+    rows = metrics.read(run / "metrics.jsonl")
+    assert [(row["stage"], row["cp"]) for row in rows] == [("s64", 1)] * 2 + [("s128", 2)] * 2
+    assert not (run / "stages/s128").stat().st_mtime < (run / "stages/s64/finished.json").stat().st_mtime
 
 
 def test_cyclic_ranks_are_numbered_node_by_node_and_the_adapter_outlasts_slurm_wait(
@@ -151,37 +195,6 @@ def test_cyclic_ranks_are_numbered_node_by_node_and_the_adapter_outlasts_slurm_w
     assert "2 x 2" in (run / "report.html").read_text()
 
 
-@pytest.fixture
-def submit(slurm: VirtualSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """`longctx submit` on the login node, for ranks without GPUs: run with words, it gives status and what was said."""
-    for name, value in slurm.environment.items():
-        monkeypatch.setenv(name, value)
-    stage = "+curriculum.stages.s128={seq_len: 128, theta: 40000, steps: 2, batch: 2}"
-    cluster = ("launch.gpus_per_node=0", "launch.ranks_per_node=1", "launch.cpus_per_task=1", "engine.device=cpu")
-
-    def submitted(*given: str) -> tuple[int, str]:
-        status = cli.main(["submit", *words(steps=2, run_dir=tmp_path / "run"), stage, *cluster, *given])
-        return status, capsys.readouterr().err
-
-    return submitted
-
-
-def test_submit_chains_a_job_for_each_stage(slurm: VirtualSlurm, submit, tmp_path: Path) -> None:
-    """The second stage has two nodes, and begins when the first has ended on one."""
-    run = tmp_path / "run"
-    status, said = submit("launch.per_stage=true", "launch.nodes_by_stage={s128: 2}", "name=chain")
-    assert status == 0, said
-    numbers = re.findall(r"^job (\d+): chain-s(?:64|128) on [12] node", said, flags=re.M)
-    jobs = [
-        SlurmJob(slurm, number, run / "logs" / f"chain-{name}-{number}-rank0.log")
-        for number, name in zip(numbers, ("s64", "s128"), strict=True)
-    ]
-    assert [job.ended() for job in jobs] == [0, 0], [job.said for job in jobs]
-    rows = metrics.read(run / "metrics.jsonl")
-    assert [(row["stage"], row["cp"]) for row in rows] == [("s64", 1)] * 2 + [("s128", 2)] * 2
-    assert not (run / "stages/s128").stat().st_mtime < (run / "stages/s64/finished.json").stat().st_mtime
-
-
 def test_slurm_s_refusal_and_a_wrong_key_are_paragraphs_of_submit(slurm: VirtualSlurm, submit) -> None:
     status, said = submit("launch.partition=nowhere")
     assert status == 2
@@ -195,11 +208,9 @@ def test_slurm_s_refusal_and_a_wrong_key_are_paragraphs_of_submit(slurm: Virtual
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_signals_at_twenty_instants_are_saved_or_not_and_requeued(
-    slurm: VirtualSlurm, pair: tuple[Path, list[SlurmJob]], tmp_path: Path
+    slurm: VirtualSlurm, undisturbed: Path, tmp_path: Path
 ) -> None:
     """Runs that get five signals each, the first seconds more often than others."""
-    folder, (calm, _) = pair
-    assert calm.ended() == 0, calm.said
     rng, sent, runs = random.Random(1), 0, 0
     while sent < 20:
         runs += 1
@@ -214,4 +225,4 @@ def test_signals_at_twenty_instants_are_saved_or_not_and_requeued(
             job.continue_now()
             assert int(job.facts()["Restarts"]) == restarts, job.said
         assert job.ended() == 0, job.said
-        assert same_model(run, folder / "run0")
+        assert same_model(run, undisturbed)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import time
 
 import pytest
 import torch
 
+from longctx import collector
 from longctx.train.step import Timer
 
 
@@ -60,3 +62,14 @@ def test_phases_that_a_gpu_has_not_finished_come_with_the_next_step(monkeypatch:
     Clock.done = 8
     assert timer.settle() == {"optimizer": 5.0, "forward": 7.0}
     assert len(timer._events) == 1
+
+
+def test_the_collector_is_slow_only_while_libraries_are_imported(monkeypatch: pytest.MonkeyPatch):
+    before, frozen = gc.get_threshold(), []
+    monkeypatch.setattr(gc, "freeze", lambda: frozen.append(True))  # the other tests' objects stay collectable
+    collector.end_imports()
+    assert (gc.get_threshold(), frozen) == (before, [])  # training called from a program leaves it alone
+    collector.begin_imports()
+    assert gc.get_threshold()[0] > before[0]
+    collector.end_imports()
+    assert (gc.get_threshold(), frozen) == (before, [True])
