@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +23,10 @@ from longctx.config import reference
 from longctx.config.compose import load, schema_of
 from longctx.config.help import keys
 from longctx.config.words import Overrides, parse
+from longctx.curriculum import resolve
+from longctx.errors import UserError
+from longctx.shape import shape_of_model
+from longctx.train import preflight
 from longctx.verbs import VERBS
 
 ROOT = Path(__file__).parent.parent
@@ -142,12 +150,19 @@ def test_a_how_to_page_says_what_it_needs_and_fits_one_screen(page):
     assert "```" in page.read_text()
 
 
-def estimates() -> dict[str, set[str]]:
-    """The rows of tables that begin with what was planned: its words -> hours (and device-hours)."""
-    found: dict[str, set[str]] = {}
-    for page in HOW_TO:
-        for words, row in re.findall(r"^\| `(experiment=[^`]+)`[^|]*\| (.+?) \|$", page.read_text(), re.MULTILINE):
-            found.setdefault(words, set()).add(row)
+def tables(page: Path) -> Iterator[list[dict[str, str]]]:
+    """The tables of a page as rows {column: cell}."""
+    for lines in re.findall(r"(?:^\|.*\|\n)+", page.read_text(), re.MULTILINE):
+        header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines.splitlines()]
+        yield [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def estimates() -> dict[str, set[tuple[str, str]]]:
+    """The tables of what was planned: its words -> (column, cell)."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for row in (row for page in HOW_TO for table in tables(page) for row in table if "planned as" in row):
+        words, *_ = re.findall(r"`([^`]+)`", row["planned as"])
+        found.setdefault(words, set()).update((column, row[column]) for column in row if column != "planned as")
     return found
 
 
@@ -159,9 +174,92 @@ def test_there_are_planned_figures():
 def test_a_planned_figure_is_what_plan_says(words, capsys):
     assert cli.main(["plan", *words.split(), "format=json"]) == 0
     planned = json.loads(capsys.readouterr().out)
-    for row in estimates()[words]:
-        for stated, found in zip(row.split(" | "), (planned["hours"], planned["device_hours"]), strict=False):
-            assert float(stated) == pytest.approx(found, rel=0.006)
+    figures = {
+        "hours": planned["hours"],
+        "device-hours": planned["device_hours"],
+        "tokens trained": sum(stage["tokens"] for stage in planned["stages"].values()),
+    }
+    for column, stated in estimates()[words]:
+        if column == "card":
+            assert stated == planned["hardware"]["name"]
+        else:
+            unit = {"M": 1e6, "B": 1e9}.get(stated[-1], 1)
+            assert float(stated.rstrip("MB")) * unit == pytest.approx(figures[column], rel=0.006)
+
+
+CURRICULA = {
+    row["curriculum"].strip("`"): [float(millions) * 1e6 for millions in row["tokens trained, millions"].split(", ")]
+    for table in tables(DOCS / "curriculum.md")
+    for row in table
+    if "curriculum" in row
+}
+
+
+def test_the_table_has_every_curriculum():
+    assert set(CURRICULA) == {file.stem for file in (ROOT / "configs/curriculum").glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", CURRICULA)
+def test_the_tokens_of_a_curriculum_are_those_of_its_stages(name):
+    """As `plan` shows them; they do not depend on the model."""
+    curriculum = load(VERBS["theta"], [f"curriculum={name}"]).curriculum
+    stages = resolve(
+        curriculum, head_dim=128, rope={"rope_type": "default", "rope_theta": 10000.0}, window=512, file=name
+    )
+    assert CURRICULA[name] == pytest.approx([stage.tokens for stage in stages], rel=0.006)
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "short"),
+    [
+        ("Qwen/Qwen3-8B", ["curriculum=8k_to_1048k", "curriculum.only=[s64k,s128k,s256k,s512k,s1048k]"], []),
+        ("Qwen/Qwen3-8B", ["curriculum=qwen3_1m"], []),
+        ("meta-llama/Llama-3.1-8B-Instruct",
+         ["curriculum=8k_to_1048k", "curriculum.only=[s256k,s512k,s1048k]"], ["209,055 of 262,144"]),
+        ("meta-llama/Llama-3.1-8B-Instruct",
+         ["curriculum=ultralong", "rope=yarn", "rope.beta_fast=4"], ["650,885 of 1M"]),
+        ("Qwen/Qwen3-8B", ["curriculum=qwen3_1m", "curriculum.only=[s1M]", "rope=scaling-law"], ["504,662 of 1M"]),
+        ("mistralai/Mistral-7B-v0.3",
+         ["curriculum=8k_to_1048k", "curriculum.only=[s64k,s128k,s256k,s512k,s1048k]"], []),
+    ],
+)  # fmt: skip
+def test_the_supported_lengths_of_long_windows_are_what_theta_says(model, words, short, capsys):
+    """`short`: the stages that their theta does not clear, as the page names them."""
+    words = [f"model.path={ROOT}/longctx/assets/configs/{model}", "rope=dynamic-ntk", *words, "format=json"]
+    assert cli.main(["theta", *words]) == 0
+    stages = json.loads(capsys.readouterr().out)["stages"]
+    page = (DOCS / "how_to/your_model.md").read_text()
+    assert all(text in page for text in short)
+    names = {2**20: "1M"}
+    assert short == [
+        f"{stage['supported_length']:,} of {names.get(stage['seq_len'], format(stage['seq_len'], ','))}"
+        for stage in stages
+        if stage["supported_length"] is not None and stage["supported_length"] <= stage["seq_len"]
+    ]
+
+
+def test_the_install_page_has_the_lowest_versions_of_what_a_gpu_machine_takes():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    page = (DOCS / "how_to/install.md").read_text()
+    extras = project["optional-dependencies"]
+    named = [word for word in project["dependencies"] if word.split(">")[0] in ("torch", "transformers")]
+    assert [word for word in (*named, *extras["train"], *extras["gpu"]) if f"`{word}`" not in page] == []
+
+
+def test_the_disk_that_the_page_of_eight_gpus_names_is_what_training_asks_for(monkeypatch):
+    config = load(VERBS["train"], ["experiment=llama3_8b_262k_8gpu", "model.dtype=bfloat16"])
+    file = ROOT / "longctx/assets/configs/meta-llama/Meta-Llama-3-8B-Instruct"
+    shape = shape_of_model(replace(config.model, path=str(file)))
+    stages = [SimpleNamespace(name=name) for name in config.curriculum.only]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    page = (DOCS / "how_to/eight_gpus.md").read_text()
+    for keep, stated in ((2, "299 GiB of disk"), (1, "210 with `checkpoint.keep=1`")):
+        changed = replace(config, checkpoint=replace(config.checkpoint, keep=keep))
+        with pytest.raises(UserError) as refused:
+            preflight.check_disk(changed, stages, shape, source_bytes=0)
+        (asked,) = re.findall(r"needs about ([\d.]+) GiB", str(refused.value))
+        assert stated in page
+        assert f"{float(asked):.0f}" in stated
 
 
 keys_of = cache(keys)
@@ -215,6 +313,8 @@ def test_pictures_are_small():
 
 # What newcomers ask first, the page that answers, and words that its answer has.
 QUESTIONS = {
+    "install on a GPU machine": ("how_to/install.md", "longctx doctor"),
+    "a window that is long already": ("how_to/your_model.md", "## A window above 8,192"),
     "which schedule on 4 nodes of 8": ("how_to/slow_network.md", "parallel.schedule=auto"),
     "8 GPUs of one machine": ("how_to/eight_gpus.md", "experiment=llama3_8b_262k_8gpu"),
     "FSDP": ("how_to/fsdp.md", "engine=deepspeed engine.zero=3"),

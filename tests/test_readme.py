@@ -54,7 +54,7 @@ def test_the_commands_run_in_order_on_a_model_of_another_family(tmp_path, quicks
         "8k_to_1048k": "tiny_16x",
         "nproc=8": "nproc=2",
         "8192,131072": "512,1024",
-        "8192 to=131072": "512 to=8192",
+        "512,131072": "512,1024",
     }
     short = ["curriculum.lr.warmup_steps=0", *(f"curriculum.stages.{name}.tokens=8192" for name in ("s2048", "s8192"))]
     more = {

@@ -176,7 +176,9 @@ class TrainConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     after_training: AfterTrainingConfig = field(default_factory=AfterTrainingConfig)
     smoke: bool = False  #: first take two steps of every stage's length, in minutes, and throw them away
-    accept: list[str] = field(default_factory=list)  #: identity keys whose change is meant when a run is continued
+    #: start although it would be refused: [memory] and [disk] where a stage or its files do not fit by the estimate,
+    #: [curriculum] or another key where its change is meant when a run is continued
+    accept: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.model.path is None and (self.after_training.sibling or self.after_training.evidence):
