@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import gc
 import os
+from contextlib import suppress
+from importlib import import_module
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed
-import deepspeed.runtime.zero.muon.muon_optimizer  # loads torch._inductor
-import peft  # noqa: F401
-import rich.progress
-import torch._dynamo
-import torch._inductor.compile_fx
-from transformers.models.gemma import modeling_gemma  # noqa: F401
-import hydra
-import longctx.config.compose
-import longctx.run.after_training
-from transformers.models.mistral import modeling_mistral  # noqa: F401
-from transformers.models.qwen2 import modeling_qwen2  # noqa: F401
-from transformers.models.qwen3 import modeling_qwen3  # noqa: F401
+MODULES = [
+    "deepspeed", "hydra", "peft", "rich.progress", "longctx.attention", "longctx.config.compose",
+    "longctx.run.after_training", "longctx.run.rank", "longctx.train.loop", "longctx.train.zero", "tests.dist.parity",
+    "tests.train.parity",
+    *(f"transformers.models.{name}.modeling_{name}" for name in ("gemma", "mistral", "qwen2", "qwen3")),
+]  # fmt: skip
+# Parts of libraries that a training step loads; other releases of the libraries lack some of them.
+PARTS = ["deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "torch._inductor.compile_fx"]
 
-import longctx.attention
-import longctx.run.rank
-import longctx.train.loop
-import longctx.train.zero
-import tests.dist.parity
-import tests.train.parity  # noqa: F401
-
-_ = deepspeed.ops.__compatible_ops__  # runs compilers to find out; the answer is kept in the module
+for module in MODULES:
+    import_module(module)
+for module in PARTS:
+    with suppress(Exception):
+        import_module(module)
+_ = import_module("deepspeed").ops.__compatible_ops__  # runs compilers to find out; the answer is kept in the module
 gc.freeze()  # a rank's collector does not walk through what the server has loaded
