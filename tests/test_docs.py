@@ -174,6 +174,7 @@ def test_there_are_planned_figures():
 def test_a_planned_figure_is_what_plan_says(words, capsys):
     assert cli.main(["plan", *words.split(), "format=json"]) == 0
     planned = json.loads(capsys.readouterr().out)
+    assert all(stage["fits"] for stage in planned["stages"].values())
     figures = {
         "hours": planned["hours"],
         "device-hours": planned["device_hours"],
