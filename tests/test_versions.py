@@ -22,6 +22,8 @@ from longctx.cli import main
 from longctx.errors import UserError
 from tests.started import longctx as command
 
+pytestmark = pytest.mark.timeout(900)  # CI leaves the smoke what its other work does not take of the cores
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 USED = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]]
@@ -109,7 +111,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "curriculum.stages.s8192.tokens=16384", "evaluate.heldout_sequences=1", "after_training.lora.rank=8",
     ]  # fmt: skip
     for more in (["launch.until=s2048"], ["engine=deepspeed"]):
-        done = command(*words, *more)
+        done = command(*words, *more, timeout=800)
         assert done.returncode == 0, done.stderr[-4000:]
     return folder / "run"
 

@@ -97,12 +97,13 @@ def _examine_sources(
     config: TrainConfig, settings: EvidenceSettings, folder: Path, results: dict[str, EvalResult]
 ) -> dict[str, dict[str, float]]:
     """Return {source: {model: loss}} of what the sibling was tuned for, and of the sources in evidence.beside."""
-    asked = {source: (f"beside_{source}", ("base", "theta_only", *COMPARED)) for source in settings.beside}
+    models: tuple[str, ...] = ("base", "theta_only", *COMPARED)
+    asked = {source: (f"beside_{source}", models) for source in settings.beside}
     if config.after_training.sibling is not None and config.after_training.sibling.behaviour is not None:
         asked[config.after_training.sibling.behaviour] = ("behaviour", ("base", *COMPARED))
     found = {}
-    for source, (name, models) in asked.items():
-        targets = [results[model].target for model in models if model in results]
+    for source, (name, chosen) in asked.items():
+        targets = [results[model].target for model in chosen if model in results]
         tokenizer = results["extended"].target.path
         found[source] = evidence.source_losses(
             name, source, targets, config, settings, Path(tokenizer), folder / "eval"
