@@ -73,7 +73,7 @@ def test_a_limit_is_found_and_holds(tmp_path):
     assert high == low + 16384
     best = report["best"]
     assert best["peak_gib"] <= 0.6
-    assert best["memory_gib"]["backward"] > best["memory_gib"]["model"] > 0
+    assert best["memory_gib"]["backward"] > best["memory_gib"]["engine"] >= 0
     failed = next(trial for trial in report["trials"] if trial["seq_len"] == high)
     assert "the step: " in failed["why"]
     assert "llocate" in failed["why"]
