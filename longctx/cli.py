@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from longctx import console, signals
+from longctx import collector, console, signals
 from longctx.errors import RunFailed, UserError, nearest, out_of_memory
 from longctx.opening import opening
 from longctx.verbs import VERBS, Verb
@@ -30,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if owns:
         first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
         signals.catch(requeue=words[:1] == ["train"], speaks=first)
+        if words[:1] == ["train"]:
+            collector.begin_imports()
     try:
         return _dispatch(words, own=own)
     except UserError as error:

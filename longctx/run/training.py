@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from longctx import collector
 from longctx.config.train import TrainConfig
 from longctx.decide import with_blocks
 from longctx.distributed.launcher import launcher_environment
@@ -51,7 +52,9 @@ def _start_ranks(config: TrainConfig) -> int:
     config = replace(config, model=with_blocks(config.model, device_type(config.engine)))
     with runfolder.held(Path(config.folder)):
         folder = runfolder.prepare(config)
-    training.prepare_data(config, stages, preflight.check_libraries(config))
+    tokenizer = preflight.check_libraries(config)
+    collector.end_imports()
+    training.prepare_data(config, stages, tokenizer)
     from longctx.run.launch import start_ranks
 
     return start_ranks(config.launch, folder / "config.yaml", preflight.cache_folder(config))

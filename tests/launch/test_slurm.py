@@ -23,7 +23,10 @@ from tests.launch.tiny import same_model, steps_of, trains, words
 from tests.launch.virtual_slurm import SCRIPT, SlurmJob, VirtualSlurm, missing, until
 from tests.train.lives import live
 
-pytestmark = pytest.mark.skipif(missing() is not None, reason=f"a virtual Slurm {missing()}")
+pytestmark = [
+    pytest.mark.skipif(missing() is not None, reason=f"a virtual Slurm {missing()}"),
+    pytest.mark.timeout(900),  # the first test waits for the jobs that the others look at
+]
 PAIR = ("--nodes=2", "--ntasks-per-node=1")
 
 
