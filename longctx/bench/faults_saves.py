@@ -104,8 +104,8 @@ def _undisturbed(soak: Soak) -> float:
 
 
 def _kill_inside_one(soak: Soak, life: _Life, longest: float) -> Kill | None:
-    """Let up to two saves pass, and kill the run or a rank at a random instant of the next; None where the run ends."""
-    passing, started = soak.rng.randint(0, 2), life.started
+    """Kill the run or a rank inside its first or second save; None where the run ends before."""
+    passing, started = soak.rng.randint(0, 1), life.started
     while (step := life.next_save()) is not None:
         if passing:
             passing -= 1
