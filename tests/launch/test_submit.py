@@ -88,7 +88,8 @@ def test_a_job_for_each_stage_ends_after_it(capsys, tmp_path: Path) -> None:
         (["launch.per_stage=true", "launch.nodes_by_stage={s9: 2}"], "launch.nodes_by_stage.s9 is no stage"),
         (["parallel.cp=3"], "parallel.cp=3 does not divide the 8 ranks; 2 fits"),
         (["launch.until=s9"], "launch.until=s9 is no stage of the curriculum; known: s2048, s8192"),
-        (["data=text", "data.path=nowhere", "curriculum.mix=default"], "data.sources.text.path=nowhere"),
+        (["data=text", "data.path=nowhere", "curriculum.mix=default", "after_training.sibling=null",
+          "after_training.evidence=null"], "data.sources.text.path=nowhere"),
     ],
 )  # fmt: skip
 def test_a_mistake_costs_no_allocation(words: list[str], said: str, capsys, tmp_path: Path) -> None:
