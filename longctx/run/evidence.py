@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from longctx import console
 from longctx.config.after_training import EvidenceSettings
 from longctx.config.eval import NeedleConfig
 from longctx.config.train import TrainConfig
@@ -66,6 +67,7 @@ def source_losses(
     key = fingerprint_of({"models": models, "ground": key, "windows": [length, count]})
     stored = load_result(out / f"{name}.json", key)
     if stored is None:
+        console.say(f"after training: loss on {source} of {', '.join(target.name for target in targets)}")
         found = {target.name: measure(load_plain(target.path, target.rope, target.window)) for target in targets}
         stored = {"losses": found}
         store_result(out / f"{name}.json", key, stored)
