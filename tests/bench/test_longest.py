@@ -63,6 +63,7 @@ def test_the_search_ends_between_a_length_that_fits_and_one_that_does_not(limit,
     assert len(tried) <= 60
 
 
+@pytest.mark.slow  # two real processes of some seconds each
 def test_a_limit_is_found_and_holds(tmp_path):
     """The length that was found runs, the next one does not, and the report says where the memory went."""
     made = config(memory_gib=0.6, start=16384, multiple=16384, out=str(tmp_path))

@@ -59,7 +59,8 @@ def test_faults_leave_the_weights_of_an_undisturbed_run(bench, tmp_path: Path):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow  # CI has twelve minutes
+@pytest.mark.parametrize("kills", [2, 20])
 def test_kills_inside_background_saves_lose_nothing(bench, tmp_path: Path, kills: int):
     """SIGKILL of all ranks or of one before the pointer's rename; the run ends with the same bits."""
     steps = 24 if kills > 2 else 12

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +299,9 @@ def test_wandb_mirrors_metrics(tmp_path: Path, documents: Path) -> None:
     assert train_run(made) == 0
     files = list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
     assert len(files) == 1
-    rows = wandb_rows(files[0])
+    end = time.monotonic() + 60
+    while not (rows := wandb_rows(files[0])) and time.monotonic() < end:
+        time.sleep(0.1)  # wandb's own process writes blocks of 32 KiB, and the last one when it closes the file
     first = metrics.read(tmp_path / "run/metrics.jsonl")[0]
     assert rows[0]["train/loss"] == pytest.approx(first["loss"])
     assert rows[0]["train/loss_by_stage/s64"] == pytest.approx(first["loss"])
