@@ -100,7 +100,26 @@ def decide_all(
             raise UserError(
                 f"parallel.cp_by_stage.{name} is no stage of the curriculum; known: {', '.join(names)} ({FILE})"
             )
-    return [decide(stage, parallel, engine, machines, heads) for stage in stages]
+    decisions = [decide(stage, parallel, engine, machines, heads) for stage in stages]
+    if engine.offload_optimizer and engine.zero < 3 and dtype == "bfloat16":
+        for stage, decision in zip(stages, decisions, strict=True):
+            check_sums(stage, decision, engine)
+    return decisions
+
+
+def check_sums(stage: Stage, decision: Decision, engine: EngineConfig) -> None:
+    """Refuse several micro-batches a step under ZeRO-1 and 2 whose optimizer is offloaded and weights are bfloat16.
+
+    DeepSpeed (0.18, 0.19) adds the gradients up on the host in the weights' dtype there, so each micro-batch rounds the
+    sum to bfloat16.
+    """
+    if decision.per_group > decision.per_forward:
+        raise UserError(
+            f"engine.zero={engine.zero} with engine.offload_optimizer=true and bfloat16 weights: stage {stage.name} "
+            f"takes {decision.per_group} sequences a step in micro-batches of {decision.per_forward}, whose gradients "
+            "DeepSpeed adds up in bfloat16 there. Use engine.zero=3, which adds in float32, or one micro-batch a "
+            "step: engine.micro_batch, more ranks or a smaller batch (configs/engine/deepspeed.yaml)"
+        )
 
 
 def check_engine(config: EngineConfig, dtype: str) -> None:

@@ -115,6 +115,20 @@ def test_the_random_configurations_were_of_both_kinds():
         assert 0.1 < sum(COUNTED) / len(COUNTED) < 0.9
 
 
+def test_gradients_are_not_added_up_in_bfloat16():
+    """DeepSpeed would, under ZeRO-2 with an offloaded optimizer; with one micro-batch a step nothing is added up."""
+
+    def decided(zero, dtype="bfloat16", micro_batch=1):
+        stages = {"a": {"seq_len": 512, "theta": 10000, "steps": 2, "batch": 4}}
+        engine = {"name": "deepspeed", "zero": zero, "offload_optimizer": True, "micro_batch": micro_batch}
+        config = build(PlanConfig, values(engine=engine, curriculum={"stages": stages}), origin="test")
+        return decide_all(resolve_stages(config), config.parallel, config.engine, Machines(1, 1), (8, 2), dtype)
+
+    with pytest.raises(UserError, match=r"stage a takes 4 sequences a step in micro-batches of 1.*engine.zero=3"):
+        decided(2)
+    assert [decided(3), decided(2, "float32"), decided(2, micro_batch=4)]
+
+
 def test_twelve_ranks_on_nodes_of_eight_are_planned_as_twelve():
     made = values(parallel={"cp": 12}, curriculum={"stages": {"a": {"seq_len": 3072, "theta": 1e4, "steps": 1,
                                                                     "batch": 2}}})  # fmt: skip
