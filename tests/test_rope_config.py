@@ -71,11 +71,12 @@ def served(parameters: dict[str, Any], window: int) -> int:
 
 
 # Where transformers builds something and we refuse: it reads a rope per layer as none, a boolean as a number, one
-# factor as many; and computes with zeros, negative numbers and a theta of at most 1.
+# factor as many; computes with zeros, negative numbers and a theta of at most 1; and has no use for the factor of a
+# longrope, quoted or not, where an attention_factor is given.
 STRICTER = (
     r"rope_parameters differ by layer",
     r"rope_theta=(true|false|[01]|0\.5|-.*) is not a number above 1",
-    r"factor=(true|false|0|0\.0|-.*|\"1.0\") is not a positive number",
+    r"factor=(true|false|0|0\.0|-.*|\"1.0\"|\"4\") is not a positive number",
     r"(beta_fast|beta_slow|mscale|mscale_all_dim)=(true|-.*|\".*\") is not a positive number",
     r"(short|long)_factor has 1 numbers",
     r"partial_rotary_factor=(true|0|0\.0|2\.0|-.*) .* above 0 and at most 1",
