@@ -1,4 +1,4 @@
-"""Decides how a stage runs on its ranks: cp, nodes, schedule, Ulysses ranks, micro-batch and attention kernel.
+"""Decides how a stage runs on its ranks: cp, nodes, schedule, Ulysses ranks, micro-batch, kernel, block sizes.
 
 `longctx plan`, the checks before a run and every rank of the run call the same functions, so that a run does what was
 planned. The module is pure arithmetic, without processes and without torch.

@@ -7,11 +7,11 @@ import platform
 import re
 import shutil
 from importlib.metadata import PackageNotFoundError, requires, version
-from pathlib import Path
 from typing import Any
 
 from longctx import console
 from longctx.config.doctor import DoctorConfig
+from longctx.train.host_memory import host_memory
 
 _EVERYTHING = "everything"
 _UNDECLARED = {"flash-attn": "gpu", "flash-attn-3": "gpu"}  # built from source
@@ -45,7 +45,7 @@ def report(config: DoctorConfig) -> dict[str, Any]:
         "machine": {
             "python": platform.python_version(),
             "cores": len(os.sched_getaffinity(0)),
-            "memory_gib": round(memory_bytes() / 2**30, 1),
+            "memory_gib": round(host_memory() / 2**30, 1),
             "devices": devices or ["cpu"],
         },
         "packages": {name: _version(name) for name in declared_packages()},
@@ -69,14 +69,6 @@ def declared_packages() -> dict[str, str]:
         if extra is None or extra[1] in ("train", "gpu"):
             found[name] = extra[1] if extra else _EVERYTHING
     return found | _UNDECLARED
-
-
-def memory_bytes() -> int:
-    """Return the machine's memory in bytes, or a container's limit (cgroup v2) if that is lower."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    return machine if text == "max" else min(machine, int(text))
 
 
 def _version(name: str) -> str | None:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, here and by the server
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 from tests.started import SHORT, longctx
 
 

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from longctx import dtype as dtypes
-from longctx.bench.longest_plan import GIB, Prediction, predict
+from longctx.bench.longest_plan import Prediction, predict
 from longctx.config.bench_longest import BenchLongestConfig
 from longctx.console import emit, emit_json, say
 from longctx.decide import with_blocks
 from longctx.errors import RunFailed, out_of_memory
 from longctx.fingerprint import fingerprint_of
+from longctx.planner.remedies import GIB
 from longctx.processes import module_command
 from longctx.storage.files import write_json
 from longctx.train.host_memory import free_memory, host_memory, killed_for_memory
@@ -149,7 +150,7 @@ def run_trial(config: BenchLongestConfig, device: str, seq_len: int) -> dict[str
             return {"fits": False, "why": ended_for}
         if process.returncode == 0:
             return {**json.loads(result.read_text()), "host_gib": max(0.0, free - least) / GIB}
-    if process.returncode == -signal.SIGKILL and killed_before in (None, (killed_for_memory() or 0) - 1):
+    if process.returncode == -signal.SIGKILL and (killed_before is None or (killed_for_memory() or 0) > killed_before):
         return {"fits": False, "why": "host memory: the kernel killed the trial"}
     if out_of_memory(RuntimeError(said)):  # an allocation failed where Python could not see it
         return {"fits": False, "why": "host memory: " + said.strip().splitlines()[-1][:200]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from longctx.config.base import build
@@ -15,12 +16,11 @@ from longctx.config.bench_longest import BenchLongestConfig
 from longctx.config.train import TrainConfig
 from longctx.decide import Machines, planned_kernel
 from longctx.planner.memory import Memory
-from longctx.planner.remedies import DeviceLimits, needs
+from longctx.planner.remedies import GIB, DeviceLimits, needs
 from longctx.shape import shape_of_model
 from longctx.train.host_memory import host_memory
 from longctx.train.run import resolve_stages
 
-GIB = 2.0**30
 STAGE = "longest"
 
 
@@ -57,7 +57,7 @@ class Prediction:
         made = training_config(self.config, seq_len)
         return needs(resolve_stages(made), shape_of_model(made.model), made, self.limits)[0]
 
-    @property
+    @cached_property
     def longest(self) -> int | None:
         low, high, multiple = 0, self.config.most // self.config.multiple + 1, self.config.multiple
         while high - low > 1:  # low fits, high does not

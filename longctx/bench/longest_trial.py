@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from longctx.bench.longest_plan import GIB, training_config
+from longctx.bench.longest_plan import training_config
 from longctx.config.base import build
 from longctx.config.bench_longest import BenchLongestConfig
 from longctx.config.model import InitConfig
 from longctx.decide import Machines, decide
 from longctx.errors import out_of_memory
+from longctx.planner.remedies import GIB
 from longctx.processes import die_with_parent
 from longctx.train.step import Timer
 
@@ -57,7 +58,7 @@ class Meter(Timer):
     """A timer that also notes the most memory of each phase, in GiB."""
 
     def __init__(self, device: torch.device) -> None:
-        self.base = resident() if device.type == "cpu" else 0.0
+        self.base = _status("VmRSS") if device.type == "cpu" else 0.0
         self.peaks: dict[str, float] = {}
         super().__init__(device)
 
@@ -77,7 +78,7 @@ class Meter(Timer):
 
     def peak(self) -> float:
         """The most bytes held since `forget`."""
-        return float(torch.cuda.max_memory_allocated()) if self.device.type == "cuda" else peak_resident()
+        return float(torch.cuda.max_memory_allocated()) if self.device.type == "cuda" else _status("VmHWM")
 
     def forget(self) -> None:
         if self.device.type == "cuda":
@@ -86,17 +87,8 @@ class Meter(Timer):
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def resident() -> float:
-    """Bytes of this process's resident set."""
-    return _status("VmRSS")
-
-
-def peak_resident() -> float:
-    """The largest resident set since /proc/self/clear_refs was written to."""
-    return _status("VmHWM")
-
-
 def _status(name: str) -> float:
+    """Bytes of this process: VmRSS is its resident set, VmHWM the largest since clear_refs was written to."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 

@@ -54,10 +54,7 @@ class _RmsNorm(torch.autograd.Function):
         out = torch.empty_like(x)
         scale = torch.empty(len(x), 1, dtype=wide, device=x.device)
         for rows in _blocks(x):
-            part = x[rows].to(wide)
-            scale[rows] = torch.rsqrt(part.square().mean(-1, keepdim=True) + eps)
-            normed = part * scale[rows]
-            out[rows] = normed * (1.0 + weight.to(wide)) if gemma else weight * normed.to(x.dtype)
+            out[rows], scale[rows] = norm_forward(x[rows], weight, eps, gemma, wide)
         ctx.save_for_backward(x, weight, scale)
         return out
 

@@ -24,6 +24,7 @@ from longctx.run.evidence import Claim
 from longctx.run.proof import draw_proof
 from longctx.run.side_run import train_side
 from longctx.run.summary import tell, write_summary
+from longctx.train.preflight import cache_folder
 
 COMPARED = ("extended", "sibling", "merged")  # with the base, where the loss on other sources is measured
 
@@ -79,8 +80,7 @@ def _examine_all(
 ) -> dict[str, EvalResult]:  # fmt: skip
     claims = _claims(config, settings, folder, stages, tuned, sibling, control)
     out = folder / "eval"
-    cache = Path(config.cache) if config.cache else folder / "data"
-    heldout = open_heldout_text(config.data, settings.source, tuned, cache)
+    heldout = open_heldout_text(config.data, settings.source, tuned, cache_folder(config))
     _remark_short_text(heldout, max(claim.questions(settings).longest for claim in claims), settings.source)
     found = {}
     with console.progress() as bar:

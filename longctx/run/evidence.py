@@ -23,6 +23,7 @@ from longctx.eval.heldout_text import open_heldout_text
 from longctx.eval.predict import load_plain
 from longctx.eval.stored_results import load_result, store_result
 from longctx.fingerprint import fingerprint_of, folder_fingerprint
+from longctx.train.preflight import cache_folder
 
 
 @dataclass(frozen=True)
@@ -54,17 +55,17 @@ def source_losses(
     itself.
     """
     length, count = min(settings.heldout_lengths), settings.heldout_sequences
-    cache = Path(config.cache) if config.cache else out.parent / "data"
+    cache = cache_folder(config)
     measure: Callable[[Any], float]
     if config.data.sources[source].kind == "chat":
         chat = open_heldout_chat(config.data, source, tokenizer, cache, longest=length, tokens=length * count)
-        key, measure = chat.key, partial(answer_loss, conversations=chat.conversations)
+        ground, measure = chat.key, partial(answer_loss, conversations=chat.conversations)
     else:
         heldout = open_heldout_text(config.data, source, tokenizer, cache)
         rows = loss.held_out_rows(heldout, length, count)
-        key, measure = heldout.key, lambda model: float(loss.token_losses(model, rows).mean())
+        ground, measure = heldout.key, lambda model: float(loss.token_losses(model, rows).mean())
     models = {target.name: [folder_fingerprint(target.path), target.rope, target.window] for target in targets}
-    key = fingerprint_of({"models": models, "ground": key, "windows": [length, count]})
+    key = fingerprint_of({"models": models, "ground": ground, "windows": [length, count]})
     stored = load_result(out / f"{name}.json", key)
     if stored is None:
         console.say(f"after training: loss on {source} of {', '.join(target.name for target in targets)}")

@@ -78,11 +78,12 @@ def check_engine_starts(config: EngineConfig) -> None:
             f"engine.timeout_seconds={config.timeout_seconds:g} and engine.micro_batch_tokens="
             f"{config.micro_batch_tokens} must be more than 0 ({where})"
         )
-    if config.name == "deepspeed" and not find_spec("deepspeed"):
-        raise UserError(
-            f"engine=deepspeed needs the package deepspeed; pip install 'longctx[train]', or use engine=ddp ({where})"
-        )
     if config.name == "deepspeed":
+        if not find_spec("deepspeed"):
+            raise UserError(
+                "engine=deepspeed needs the package deepspeed; pip install 'longctx[train]', or use engine=ddp "
+                f"({where})"
+            )
         check_versions(("deepspeed", "accelerate"))
 
 

@@ -197,7 +197,7 @@ def _load_engine(context: RunContext, not_carried: NotCarried) -> Engine:
     from longctx.train import engine as engines
     from longctx.train import exhausted
 
-    collector.end_imports()  # weights and gradients are collected as soon as ever
+    collector.end_imports()  # from here on garbage is collected as usual
     config, ranks = context.config, context.ranks
     place = engines.placer(config.engine, config.optim, config.model.dtype, ranks)
     loading = exhausted.explained(config, context.stages[0], ranks, "loading the model for")

@@ -144,9 +144,8 @@ class Stepper:
             engine.backward(out.loss_sum * scale, last=position == len(batches) - 1)
             timer.lap("backward")
         self.progress.at("reduce", step)
-        own, own_tail, norm = torch.cat(
-            [sums, engine.grad_norm()[None]]
-        ).tolist()  # the step's only wait for the device
+        # The step's only wait for the device.
+        own, own_tail, norm = torch.cat([sums, engine.grad_norm()[None]]).tolist()
         self._pace = (time.perf_counter() - began) / max(len(batches), 1)
         loss_sum, tail_sum = ranks.sum([own, own_tail])
         mean = loss_sum / weight if weight > 0 else 0.0

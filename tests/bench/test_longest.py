@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from longctx.bench import longest
 from longctx.bench.longest import Trials, measured, run_trial, search
-from longctx.bench.longest_plan import GIB, Prediction, predict, training_config
+from longctx.bench.longest_plan import Prediction, predict, training_config
 from longctx.cli import main
 from longctx.config.base import build
 from longctx.config.bench_longest import BenchLongestConfig
 from longctx.config.plan import PlanConfig
 from longctx.decide import Machines
 from longctx.errors import RunFailed
-from longctx.planner.remedies import DeviceLimits
+from longctx.planner.remedies import GIB, DeviceLimits
 from longctx.planner.run import planned
 from longctx.train.runfolder import to_dict
 

@@ -16,10 +16,8 @@ import pytest
 
 from longctx.bench import cluster
 from longctx.processes import handles
-from longctx.run.command import compose
 from longctx.run.preflight import _check_clocks
 from tests.launch.tiny import same_model, trains, words
-from tests.train.lives import live
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "launch" / "torchrun.sh"
@@ -152,14 +150,6 @@ def test_nodes_that_do_not_meet_are_named_within_the_meetings_minutes(tmp_path: 
     assert "reaches nobody at MASTER_ADDR=10.77.0.9 MASTER_PORT=20002 after" in run.said("head")[1]
     assert "rank 0 was started twice, on" in run.said("twice")[0]
     assert not [text for name in starts for text in run.said(name) if "Traceback" in text]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of two forked ranks that nobody disturbs; they count as two nodes."""
-    run = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert live(compose([*words(run_dir=run), "launch.nproc=2", "parallel.nodes=2"]), 2) == 0
-    return run
 
 
 @pytest.mark.slow  # CI has 12 minutes

@@ -61,7 +61,7 @@ def step(family: str, memory: MemoryConfig) -> tuple[Tensor, Tensor, dict[str, T
     return out.loss_sum.detach(), out.z_sum, gradients(model)
 
 
-def compare(family: str, candidate: Fused, **dials: Any) -> None:
+def assert_equal_steps(family: str, candidate: Fused, **dials: Any) -> None:
     loss, z, grads = step(family, MemoryConfig(loss_chunk=16, ffn_block=32, fused="off", **dials))
     other, other_z, others = step(family, MemoryConfig(loss_chunk=16, ffn_block=32, fused=candidate, **dials))
     assert not torch.equal(loss, other) or worst(others, grads) > 0, "the candidate did not run"
@@ -73,14 +73,14 @@ def compare(family: str, candidate: Fused, **dials: Any) -> None:
 @pytest.mark.usefixtures("_candidates_on_a_cpu")
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen3"])
 def test_compiled_formulas_equal_the_operators(family: str) -> None:
-    compare(family, "compile", keep_matmuls=1)
+    assert_equal_steps(family, "compile", keep_matmuls=1)
 
 
 @pytest.mark.usefixtures("_interpreted_liger")
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen3"])
 def test_ligers_kernels_equal_the_operators(family: str) -> None:
     """With products kept in one layer: kernels that write over their inputs must not change what is kept."""
-    compare(family, "liger", keep_matmuls=1)
+    assert_equal_steps(family, "liger", keep_matmuls=1)
 
 
 @pytest.mark.usefixtures("_candidates_on_a_cpu")
