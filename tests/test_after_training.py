@@ -16,9 +16,10 @@ from longctx.config.base import build
 from longctx.config.data import SourceConfig
 from longctx.config.train import ParallelConfig, TrainConfig
 from longctx.errors import UserError
+from longctx.rope import read_rope
 from longctx.run.after_training import run_after_training
 from longctx.run.lifecycle import run
-from longctx.run.side_run import side_config, train_side
+from longctx.run.side_run import check_side_runs, side_config, train_side
 from longctx.train import runfolder
 from longctx.train.preflight import check_libraries
 from tests.test_report import Page
@@ -324,3 +325,37 @@ def test_a_full_rank_adapter_carries_all_that_is_trained(
         assert run(other) == 0
         assert runfolder.read(tmp_path / "run/config.yaml").optim.freeze == frozen
         assert "trained, but not carried by the adapter: " in " ".join(capsys.readouterr().err.split())
+
+
+def with_side(folder: Path, documents: Path, **stage: object) -> TrainConfig:
+    """A run of the shipped model, whose window is 512, and a sibling that a side run trains."""
+    sibling = {"run": {"stage": {"steps": 1, "batch": 2, **stage}}}
+    return run_config(
+        folder / "run", documents, model={"init": None, "path": str(tiny_model()), "tokenizer": None},
+        after_training={"lora": {"enabled": True}, "sibling": sibling},
+    )  # fmt: skip
+
+
+def test_a_sibling_of_short_sequences_keeps_the_window_and_the_rope_of_its_base(tmp_path: Path, documents: Path):
+    made = with_side(tmp_path, documents, seq_len=128)
+    check_side_runs(made)
+    side = build(SideRun, {"stage": {"seq_len": 128, "steps": 1, "batch": 2}}, origin="test")
+    found, base = read_rope(train_side(made, tmp_path / "run", "sibling", side)), read_rope(tiny_model())
+    assert (found.parameters, found.window) == (base.parameters, base.window)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"seq_len": 1024}, r"after_training\.sibling\.run\.stage names neither theta nor rule"),
+        ({"seq_len": 128, "theta": 5000}, r"after_training\.sibling\.run\.stage: theta=5000 is below the 10000"),
+        ({"seq_len": 128, "batch": None, "batch_tokens": 200}, r"sibling\.run\.stage\.batch_tokens=200 is not a whole"),
+    ],
+    ids=["theta", "fall", "batch"],
+)
+def test_a_side_run_that_cannot_be_trained_is_refused_before_the_run(
+    tmp_path: Path, documents: Path, stage: dict, message: str
+):
+    with pytest.raises(UserError, match=message):
+        run(with_side(tmp_path, documents, **stage))
+    assert not (tmp_path / "run").exists()

@@ -47,6 +47,19 @@ def lengths(stages: list[Stage]) -> list[int]:
     return [stage.seq_len for stage in stages]
 
 
+def test_a_fine_tune_keeps_the_window_and_the_rope_of_its_model():
+    """A short stage changes neither; a longer one after it extends as usual."""
+    short, long = stages_of(
+        config({"short": {"seq_len": 2048}, "long": {"seq_len": 16384, "theta": 4e6}}, keep_window=True)
+    )
+    assert (short.seq_len, short.window, short.theta, short.rule) == (2048, 8192, 500000, "theta")
+    assert (long.window, long.start_window, long.theta) == (16384, 8192, 4e6)
+    with pytest.raises(UserError, match="names neither theta nor rule"):
+        stages_of(config({"long": {"seq_len": 16384}}, keep_window=True))
+    with pytest.raises(UserError, match=r"shorter than the model's window of 8192.*curriculum\.keep_window=true"):
+        stages_of(config({"short": {"seq_len": 2048, "theta": 500000}}))
+
+
 @pytest.mark.parametrize(
     ("name", "thetas", "tokens", "batches", "steps"),
     [

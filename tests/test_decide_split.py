@@ -17,7 +17,7 @@ LR = LearningRate(1e-3, 0.0, 0, "constant", 0, 1)
 
 
 def stage(seq_len: int, *, batch: int = 1, layout: str = "zigzag") -> Stage:
-    return Stage("s", 0, seq_len, {}, 1e4, seq_len * batch, batch, 1, LR, "default", layout, None, 1, "theta")
+    return Stage("s", 0, seq_len, seq_len, {}, 1e4, seq_len * batch, batch, 1, LR, "default", layout, None, 1, "theta")
 
 
 @settings(max_examples=300, deadline=None)

@@ -146,7 +146,7 @@ def measure(config: BenchLongestConfig, seq_len: int, device: str, doing: list[s
     doing[0] = "building the engine"
     engine = engines.build(run.engine, run.optim, model, ranks)
     meter.note("engine")
-    set_rope(model.model, stage.rope, stage.seq_len, precision=run.model.rotary)
+    set_rope(model.model, stage.rope, stage.window, precision=run.model.rotary)
     decision = decide(stage, run.parallel, run.engine, Machines(1, 1), (shape.heads, shape.kv_heads))
     wanted = run.model.attention_kernel
     context, _ = open_context(decision, ranks, None if wanted == "auto" else wanted)

@@ -93,6 +93,8 @@ class CurriculumConfig:
     advance: AdvanceConfig = AdvanceConfig()
     only: list[str] | None = None  #: names of the stages to run
     scratch: bool = False  #: the model is new: lengths may repeat and lie under its window
+    #: stages may be shorter than the model's window, which then stays: a fine-tune that extends nothing
+    keep_window: bool = False
     #: what `longctx theta search=true` wrote; replaces the thetas of the stages it names, whose rule stays
     theta_file: str | None = None
     made_for: MadeForConfig | None = None

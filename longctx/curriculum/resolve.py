@@ -33,7 +33,8 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
     for index, (name, stage) in enumerate(chosen.items()):
         where = f"curriculum.stages.{name}"
         _check_length(config, where, stage.seq_len, previous.window, first=index == 0, file=file)
-        parameters, rule = _rope(config, stage, original, previous, where, file, found=name in overrides)
+        window = max(stage.seq_len, previous.window) if config.keep_window else stage.seq_len
+        parameters, rule = _rope(config, stage, window, original, previous, where, file, found=name in overrides)
         if name in overrides:
             parameters = _with_found(parameters, rule, overrides[name], where, config.theta_file)
         if parameters["rope_theta"] < previous.theta and (index or not config.scratch):
@@ -48,6 +49,7 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
                 name=name,
                 index=index,
                 seq_len=stage.seq_len,
+                window=window,
                 rope=parameters,
                 theta=parameters["rope_theta"],
                 tokens=steps * batch * stage.seq_len,
@@ -61,20 +63,20 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
                 rule=rule,
             )
         )
-        previous = Rope(parameters, head_dim, stage.seq_len, file)
+        previous = Rope(parameters, head_dim, window, file)
     return stages
 
 
 def _check_length(config: CurriculumConfig, where: str, length: int, before: int, *, first: bool, file: str) -> None:
     if length < 2:
         raise UserError(f"{where}.seq_len={length} is too short; a stage needs at least 2 tokens ({file})")
-    if config.scratch and first:
+    if config.keep_window or (config.scratch and first):
         return
     if first and length < before:
         raise UserError(
             f"{where}.seq_len={length} is shorter than the model's window of {before}; start at {before} or longer, "
-            f"drop the stage ('~{where}'), or set curriculum.scratch=true for a model that is trained from scratch "
-            f"({file})"
+            f"drop the stage ('~{where}'), or set curriculum.keep_window=true for a fine-tune that extends nothing, or "
+            f"curriculum.scratch=true for a model that is trained from scratch ({file})"
         )
     if not first and (length < before or (length == before and not config.scratch)):
         raise UserError(
@@ -86,6 +88,7 @@ def _check_length(config: CurriculumConfig, where: str, length: int, before: int
 def _rope(
     config: CurriculumConfig,
     stage: StageConfig,
+    window: int,
     original: Rope,
     previous: Rope,
     where: str,
@@ -95,7 +98,8 @@ def _rope(
 ) -> tuple[dict[str, Any], str]:
     """The stage's rope_parameters and the name of the rule that made them.
 
-    found: a theta file has this stage's theta, so the stage need not name one.
+    window: the model's after the stage, in tokens. found: a theta file has this stage's theta, so the stage need not
+    name one.
     """
     if stage.theta is not None and stage.rule is not None:
         raise UserError(
@@ -105,19 +109,19 @@ def _rope(
     if stage.theta is not None:
         if stage.theta <= 1:
             raise UserError(f"{where}.theta={stage.theta} must be above 1 ({file})")
-        return apply(ExplicitTheta(theta=stage.theta), original, stage.seq_len, where), ExplicitTheta.name
+        return apply(ExplicitTheta(theta=stage.theta), original, window, where), ExplicitTheta.name
     rule = stage.rule or config.rule
     if rule is None:
-        if config.scratch:
+        if config.scratch or (config.keep_window and window == previous.window):
             return dict(previous.parameters), ExplicitTheta.name
         if found:
-            return apply(ExplicitTheta(theta=original.theta), original, stage.seq_len, where), ExplicitTheta.name
+            return apply(ExplicitTheta(theta=original.theta), original, window, where), ExplicitTheta.name
         raise UserError(
             f"{where} names neither theta nor rule, and the curriculum has no rule; give one of them, for example "
             f"{where}.rule=dynamic-ntk ({file})"
         )
     start = previous if rule.start == "previous" else original
-    return apply(rule, start, stage.seq_len, f"{where}.rule"), rule.name
+    return apply(rule, start, window, f"{where}.rule"), rule.name
 
 
 def _with_found(

@@ -63,14 +63,15 @@ class Advance:
 class Stage:
     """One stage as training runs it.
 
-    rope: transformers' rope_parameters. tokens: steps * batch * seq_len. batch: sequences per step. advance: None if
-    the stage may not end early. start_window: the model's window before the stage, in tokens. rule: the name of the
-    rule that made the rope ("theta": the theta was given).
+    window, start_window: the model's after the stage and before it, in tokens. rope: transformers' rope_parameters.
+    tokens: steps * batch * seq_len. batch: sequences per step. advance: None if the stage may not end early. rule: the
+    name of the rule that made the rope ("theta": the theta was given).
     """
 
     name: str
     index: int
     seq_len: int
+    window: int
     rope: dict[str, Any]
     theta: float
     tokens: int

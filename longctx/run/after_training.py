@@ -126,12 +126,12 @@ def _claims(
     tuned: Path, sibling: Path | None, control: Path | None,
 ) -> list[Claim]:  # fmt: skip
     """The models to evaluate: the base, its controls, the extended model, the sibling before and after the merge."""
-    base, last = str(config.model.path), stages[-1]
+    base = str(config.model.path)
     claims = [Claim(EvalTarget("base", base, "base"))]
     if settings.theta_only:
-        rope = dict(read_rope(tuned).parameters)
+        rope = read_rope(tuned)
         title = "control: theta changed, nothing trained"
-        claims.append(Claim(EvalTarget("theta_only", base, title, rope=rope, window=last["seq_len"])))
+        claims.append(Claim(EvalTarget("theta_only", base, title, rope=dict(rope.parameters), window=rope.window)))
     if control is not None:
         claims.append(Claim(EvalTarget("control", str(control), "control: same tokens, old window and theta")))
     claims.append(Claim(EvalTarget("extended", str(tuned), "extended")))

@@ -62,7 +62,7 @@ def write_summary(
         "tokens": {stage["stage"]: stage["tokens"] for stage in stages},
         "seconds": {
             **{stage["stage"]: round(stage["seconds"], 1) for stage in stages},
-            "hooks": round(seconds, 1),
+            "after_training": round(seconds, 1),
         },
         "adapter": _adapter(folder / "adapter", config),
         "frozen": config.optim.freeze,

@@ -84,7 +84,7 @@ class OpenStage:
             try:
                 export(
                     state, self.source, self.tokenizer, out,
-                    rope=self.stage.rope, window=self.stage.seq_len, write=ranks.first,
+                    rope=self.stage.rope, window=self.stage.window, write=ranks.first,
                 )  # fmt: skip
             finally:
                 for _ in state:  # after a failed export: the other ranks wait in the remaining collectives
@@ -105,7 +105,7 @@ def open_stage(config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel
     decision = decide(stage, config.parallel, config.engine, machines, heads)
     cp = decision.cp
     share = shares(stage, config.engine, world=ranks.world, cp=cp, rank=ranks.rank, file=FILE)
-    set_rope(model.model, stage.rope, stage.seq_len, precision=config.model.rotary)
+    set_rope(model.model, stage.rope, stage.window, precision=config.model.rotary)
     opened = partial(_open_data, config, stage, ranks, tokenizer, _vocabulary(model))
     data = opened("train", stage.steps * stage.batch)
     count = config.evaluate.heldout_sequences
