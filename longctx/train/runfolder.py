@@ -87,7 +87,7 @@ def prepare(config: TrainConfig, *, world: Sequence[str] = ()) -> Path:
     folder = _made(Path(config.folder))
     stored, inputs = folder / "config.yaml", _inputs(config)
     if stored.exists():
-        before, recorded = yaml.safe_load(stored.read_text()), _recorded(folder)
+        before, recorded = _stored(stored), _recorded(folder)
         changes = [*differences(before, to_dict(config), known=recorded), *_other_files(recorded, inputs)]
         if has_step(folder):
             _refuse(folder, [change for change in changes if not _accepted(change.key, config.accept)])
@@ -173,6 +173,15 @@ class IdentityChange:
     key: str
     words: str
     part: bool = False
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """The values of a run's config.yaml; a key that an earlier version of longctx did not have has its default."""
+    values = yaml.safe_load(path.read_text())
+    try:
+        return to_dict(build(TrainConfig, values, origin=str(path)))
+    except UserError:  # a key of an earlier version has gone
+        return values
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, known: Mapping[str, Any]) -> list[IdentityChange]:

@@ -56,6 +56,19 @@ def test_free_keys_may_change(tmp_path: Path) -> None:
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["launch"]["nproc"] == 4
 
 
+def test_a_key_that_an_earlier_version_lacked_had_its_default(tmp_path: Path) -> None:
+    made = config(tmp_path / "run", tmp_path / "docs")
+    trained(made)
+    stored = tmp_path / "run" / "config.yaml"
+    before = yaml.safe_load(stored.read_text())
+    del before["curriculum"]["keep_window"], before["optim"]["z_loss"], before["evaluate"]
+    stored.write_text(yaml.safe_dump(before))
+    runfolder.prepare(made)
+    stored.write_text(yaml.safe_dump(before))
+    with pytest.raises(UserError, match=r"curriculum\.keep_window was False, now True"):
+        runfolder.prepare(replace(made, curriculum=replace(made.curriculum, keep_window=True)))
+
+
 def test_identity_change_is_refused_and_named(tmp_path: Path) -> None:
     trained(config(tmp_path / "run", tmp_path / "docs"))
     other = config(tmp_path / "run", tmp_path / "docs", seed=6, optim={"max_grad_norm": 0.5})
