@@ -183,11 +183,11 @@ def _softmax_loss(logits: Tensor, label: Tensor, z_loss: float) -> tuple[Tensor,
     return nll.squeeze(-1), lse.square().squeeze(-1), gradient.to(logits.dtype)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, *, inside: bool) -> None:
-    """Add a @ b to total; inside: in fp32 within the product of narrower numbers, where torch can (on a GPU)."""
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to total, which may be wider; the product itself adds in fp32 where torch can (on a GPU)."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif inside and _adds_inside(total.device, a.dtype):
+    elif _adds_inside(total.device, a.dtype):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b

@@ -93,11 +93,11 @@ class _LinearLoss(torch.autograd.Function):
             # d(nll + z lse^2)/dlogits = p (1 + 2 z lse) - onehot, all times w; written over the exponentials.
             logits.mul_((1 + 2 * z_loss * part_lse) * w[:, None] / total)
             logits.scatter_add_(-1, label[:, None], -w[:, None])
-            gradient = logits.to(hidden.dtype)
+            gradient = logits if logits.dtype == hidden.dtype else buffer[: len(part)].copy_(logits)
             if d_hidden is not None:
                 d_hidden[rows] = gradient @ weight
             if d_weight is not None:
-                add_product(d_weight, gradient.t(), part, inside=False)
+                add_product(d_weight, gradient.t(), part)
             if d_bias is not None:
                 d_bias += logits.sum(0)
         ctx.gradients = (
@@ -134,7 +134,7 @@ def _add_gradients(
     if d_hidden is not None:
         d_hidden[rows] = (gradient @ weight) * w.to(weight.dtype)
     if d_weight is not None:
-        add_product(d_weight, gradient.t(), part * w.to(part.dtype), inside=True)
+        add_product(d_weight, gradient.t(), part * w.to(part.dtype))
 
 
 def _called_loss(
