@@ -100,6 +100,7 @@ class _LinearLoss(torch.autograd.Function):
                 add_product(d_weight, gradient.t(), part)
             if d_bias is not None:
                 d_bias += logits.sum(0)
+        buffer = logits = gradient = None  # freed before the head's gradient is copied to the weight's dtype
         ctx.gradients = (
             d_hidden,
             d_weight if d_weight is None else d_weight.to(weight.dtype),
