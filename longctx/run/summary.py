@@ -77,13 +77,7 @@ def write_summary(
 def tell(summary: Mapping[str, Any], picture: Path) -> None:
     """Write the closing lines to the screen."""
     pooled, needle = summary["needle_pooled"], summary["needle"]
-    longest = max(needle["extended"])
-    words = [
-        f"The base finds {_percent(needle['base'][min(needle['base'])])} of the needles at {min(needle['base']):,} "
-        f"tokens and {_percent(needle['base'][longest])} at {longest:,}.",
-        f"Extended, the same model finds {_percent(pooled['extended'])} over all lengths and "
-        f"{_percent(needle['extended'][longest])} at {longest:,} tokens.",
-    ]
+    words = _grid_words(needle["base"], needle["extended"], pooled["extended"])
     if "merged" in pooled:
         size = summary["adapter"]["bytes"] / 1e6
         words.append(
@@ -105,6 +99,17 @@ def tell(summary: Mapping[str, Any], picture: Path) -> None:
     console.say("")
     for line in words:
         console.say(line)
+
+
+def _grid_words(base: Mapping[int, float], extended: Mapping[int, float], pooled: float) -> list[str]:
+    """What the base finds at its shortest and longest length, and the extended model over all and at the longest."""
+    short, long = min(base), max(extended)
+    words = [f"The base finds {_percent(base[short])} of the needles at {short:,} tokens"]
+    words.append(f"Extended, the same model finds {_percent(pooled)}")
+    if short != long:
+        words[0] += f" and {_percent(base[long])} at {long:,}"
+        words[1] += f" over all lengths and {_percent(extended[long])} at {long:,} tokens"
+    return [f"{sentence}." for sentence in words]
 
 
 def _change_words(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
