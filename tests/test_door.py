@@ -1,4 +1,4 @@
-"""What the command line offers beyond one run: help, the composed config, sweeps and tab completion."""
+"""The command line beyond a single run: help, the composed config, sweeps and tab completion."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at random instants of every verb that works for long: status, words, processes, files.
+"""Ctrl-C and SIGTERM at random instants of every verb that takes long: status, output, processes, files.
 
 `pytest -m slow tests/test_interrupts.py` takes 20 instants of each.
 """
@@ -143,7 +143,7 @@ def test_a_signal_while_importing_leaves_at_once(tmp_path: Path, material: Path,
 
 
 def test_a_signal_in_a_long_call_of_the_main_thread_is_answered(tmp_path: Path) -> None:
-    """A main thread that runs no Python, as in a collective: another thread ends the process and its temporary file."""
+    """The main thread runs no Python, as in a collective; another thread removes the temporary file and exits."""
     code = (
         "import ctypes, os, threading; from pathlib import Path; from longctx import signals\n"
         "signals.catch()\n"

@@ -1,4 +1,4 @@
-"""Bad input: every mistake is one UserError that names it, and nothing appears under the output's name."""
+"""Bad input: every mistake is one UserError that names it, and no output is written."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_another_architecture(trio: Make, tmp_path: Path) -> None:
 
 
 def test_head_layout_with_equal_shapes(trio: Make, tmp_path: Path) -> None:
-    """8 heads of 8 give the same matrices as 4 of 16, and mean something else."""
+    """8 heads of 8 have matrices of the same shape as 4 of 16, but another meaning."""
     pair = trio("llama")
     other = edit(copy(pair.tuned, tmp_path / "t"), num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     assert re.search("num_attention_heads 4 / 8", extract_refusal(tmp_path, pair.base, other))
@@ -250,7 +250,7 @@ def test_rope_keep_with_a_theta(trio: Make, tmp_path: Path, adapter: str) -> Non
 
 
 def test_failure_while_writing_leaves_nothing(trio: Make, tmp_path: Path, adapter: str) -> None:
-    """The sum leaves fp16's range only when it is written, after much has been."""
+    """The sum exceeds fp16's range only when it is written, after many other tensors have been."""
 
     def huge(weights: dict[str, torch.Tensor]) -> None:
         for name in weights:
