@@ -39,6 +39,24 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
+_BY_SYSTEM = {
+    errno.EROFS: "name a path on another disk",
+    errno.EACCES: "mend its permissions, or name another path",
+    errno.EPERM: "mend its permissions, or name another path",
+    errno.ENOSPC: "free some space, or name a folder on another disk",
+    errno.EDQUOT: "free some of your quota, or name a folder on another disk",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+def refused_by_system(error: OSError) -> str | None:
+    """Say in a sentence which file the system refuses to read or write, why, and what to do; None for other errors."""
+    if error.errno not in _BY_SYSTEM:
+        return None
+    path = error.filename2 or error.filename or "a file"
+    return f"{path} cannot be read or written: {error.strerror}; {_BY_SYSTEM[error.errno]}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to `name`, or None when no name is similar."""
     names = list(known)

@@ -1,4 +1,4 @@
-"""The command line beyond a single run: help, the composed config, sweeps and tab completion."""
+"""The command line beyond a single run: help, the composed config, sweeps, tab completion, paths."""
 
 from __future__ import annotations
 
@@ -288,3 +288,47 @@ def test_standard_output_is_the_document_alone():
     assert json.loads(done.stdout)
     assert "a library's word\n" in done.stderr
     assert "and one from C\n" in done.stderr
+
+
+# --- paths
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["import", "gguf=model.gguf"], "out"),
+        (["lora", "extract", "base=base", "tuned=tuned"], "out"),
+        (["lora", "merge", "target=base", "adapter=adapter"], "out"),
+        (["lora", "info", "adapter=adapter"], "plots"),
+        (["eval", "model.path=base"], "out"),
+        (["data", "model=tiny"], "cache"),
+        (["data", "stats", "model=tiny"], "png"),
+        (["data", "synth"], "out"),
+        (["theta", "model=tiny", "search=true"], "run_dir"),
+        (["plan", "show=schedule"], "draw.svg"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
+)
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(words, key, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert cli.main([*words, f"{key}=file/result"]) == 2
+    assert (
+        f"{key}=file/result cannot be made: {tmp_path}/file is a file; choose another {key}=" in capsys.readouterr().err
+    )
+
+
+def test_a_file_that_the_system_refuses_is_one_paragraph(tmp_path, capsys):
+    name = tmp_path / ("x" * 300)
+    assert cli.main(["plan", "show=schedule", "nodes=1", "ranks=2", f"draw.svg={name}"]) == 1
+    assert (
+        f"longctx: {name} cannot be read or written: File name too long; give a shorter name" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("written", ["~/model", "'~/model'", '"~/model"'])
+def test_a_path_may_begin_at_home(written, tmp_path, monkeypatch, capsys):
+    """A shell expands ~/ behind out=, but not behind model.path=."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["theta", f"model.path={written}", "--cfg"]) == 0
+    assert f"path: {tmp_path}/model\n" in capsys.readouterr().out
