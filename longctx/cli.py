@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
-        if isinstance(error, OSError) and (text := refused_by_system(error)):
+        if text := refused_by_system(error):
             print(f"longctx: {text}", file=sys.stderr)
             return 1
         if not out_of_memory(error):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -49,12 +51,20 @@ _BY_SYSTEM = {
 }
 
 
-def refused_by_system(error: OSError) -> str | None:
-    """Say in a sentence which file the system refuses to read or write, why, and what to do; None for other errors."""
-    if error.errno not in _BY_SYSTEM:
+def refused_by_system(error: Exception) -> str | None:
+    """Say in a sentence which file the system refuses to read or write, why, and what to do; None for other errors.
+
+    Libraries in Rust, such as safetensors, have errors of their own, which name the system's number in their text.
+    """
+    path = "a file"
+    if isinstance(error, OSError):
+        number, path = error.errno, error.filename2 or error.filename or path
+    else:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else None
+    if number not in _BY_SYSTEM:
         return None
-    path = error.filename2 or error.filename or "a file"
-    return f"{path} cannot be read or written: {error.strerror}; {_BY_SYSTEM[error.errno]}"
+    return f"{path} cannot be read or written: {os.strerror(number)}; {_BY_SYSTEM[number]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -12,7 +12,10 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from longctx import cli
 from longctx.completion import complete
@@ -21,7 +24,7 @@ from longctx.config.compose import load, resolve
 from longctx.config.groups import defaults_of, groups
 from longctx.config.help import as_yaml, field_docs
 from longctx.config.words import Overrides
-from longctx.errors import UserError
+from longctx.errors import UserError, refused_by_system
 from longctx.verbs import VERBS
 from tests import warm
 from tests.started import longctx
@@ -316,6 +319,15 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(words, key, tm
     assert (
         f"{key}=file/result cannot be made: {tmp_path}/file is a file; choose another {key}=" in capsys.readouterr().err
     )
+
+
+def test_a_library_in_rust_names_the_systems_error_in_its_text(tmp_path):
+    with pytest.raises(SafetensorError) as refused:
+        save_file({"x": torch.zeros(1)}, tmp_path / ("x" * 300))
+    assert (
+        refused_by_system(refused.value) == "a file cannot be read or written: File name too long; give a shorter name"
+    )
+    assert refused_by_system(ValueError("os error 36")) is None
 
 
 def test_a_file_that_the_system_refuses_is_one_paragraph(tmp_path, capsys):
