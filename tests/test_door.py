@@ -344,3 +344,10 @@ def test_a_path_may_begin_at_home(written, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cli.main(["theta", f"model.path={written}", "--cfg"]) == 0
     assert f"path: {tmp_path}/model\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["my models/llama 3", "models [v1]/x", "jürgen/日本語", "a(b)&c"])
+def test_a_path_needs_quotes_of_the_shell_only(path, capsys):
+    """Hydra's own grammar takes such text only in quotes of its own."""
+    assert cli.main(["theta", f"model.path={path}", "--cfg"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["path"] == path

@@ -130,7 +130,10 @@ class Overrides:
             yield dict(zip(swept, values, strict=True))
 
     def parsed(self, word: str) -> Any:
-        """Hydra's reading of one word. Raises UserError where it has none."""
+        """Hydra's reading of one word; a value with spaces, brackets or letters beyond ASCII inside is text.
+
+        Raises UserError where Hydra has no reading.
+        """
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
 
@@ -139,10 +142,12 @@ class Overrides:
             raise UserError(f"{word} would set Hydra itself, which longctx does not take. {_HYDRA_KEYS}")
         if "=" not in word and not word.startswith("~"):
             raise UserError(f"{word!r} is not an override; write key=value (lists in quotes: 'key=[a,b]'), or --help")
+        key, _, value = word.partition("=")
         try:
             return OverridesParser.create().parse_override(word)
         except HydraException:
-            key, _, value = word.partition("=")
+            if value[:1] not in {"[", "{", *_QUOTES} and not {",", '"'} & set(value):
+                return self.parsed(f'{key}="{value}"')
             raise UserError(
                 f"{word!r} cannot be read: close every bracket and quote, and write text with spaces, commas or other "
                 f"""signs in quotes inside the shell's: '{key}="{value.strip(_QUOTES)}"'"""
