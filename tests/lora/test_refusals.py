@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from longctx.config.lora import ExtractConfig, MergeConfig, MergeRope
 from longctx.errors import UserError
 from longctx.lora.extract import extract
+from longctx.lora.match import Match
 from longctx.lora.merge import merge
 
 from .conftest import Trio, build, change, save
@@ -275,3 +276,11 @@ def test_an_interrupt_leaves_nothing(trio: Make, tmp_path: Path, adapter: str, w
     with pytest.raises(KeyboardInterrupt):
         merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=str(tmp_path / "m")), interrupt)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_names_the_first_parts_and_counts_the_others():
+    """An adapter of a larger base misses hundreds of modules in the target."""
+    assert Match(missing=[f"layer{n}" for n in range(9)]).problems == [
+        "missing: layer0, layer1, layer2, layer3, layer4, layer5 and 3 more"
+    ]
+    assert Match(ignored=[], unexpected=["a", "b"]).problems == ["unexpected: a, b"]
