@@ -125,7 +125,7 @@ def why_not(error: BaseException, name: str, *, dataset: bool = False) -> str:
     ):
         return (
             f"it is not in the cache and the hub cannot be reached; run {fetch} where there is network, with the same "
-            "HF_HOME, or give a local folder"
+            f"HF_HOME{'' if dataset else ', or give a local folder'}"
         )
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
