@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the documentation into build/site, with warnings as errors, and without network once mkdocs is there.
-# mkdocs lies in a folder of its own (build/docs, 10 s once): nothing else here needs its packages.
+# It installs mkdocs into a folder of its own (build/docs, 10 s, once), because no other part of longctx needs it.
 # Arguments go to mkdocs: launch/docs.sh --site-dir FOLDER
 set -euo pipefail
 cd "$(dirname "$0")/.."

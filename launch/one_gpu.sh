@@ -4,8 +4,9 @@
 #   launch/one_gpu.sh 2 longctx train experiment=quickstart engine.device=cuda model.dtype=bf16
 #   launch/one_gpu.sh 4 python my_training.py
 #
-# COMMAND runs once per rank in torchrun's environment; `longctx train` becomes `python -m longctx.run`, as under torchrun. NCCL compares hosts when it looks for duplicate GPUs, so every
-# rank gets a host name of its own (NCCL_HOSTID) and the ranks talk through sockets on the loopback device, as nodes do.
+# COMMAND runs once per rank in torchrun's environment; `longctx train` becomes `python -m longctx.run`, as under torchrun.
+# NCCL compares hosts when it looks for duplicate GPUs, so every rank gets a host name of its own (NCCL_HOSTID), and the
+# ranks talk through sockets on the loopback device, as nodes do.
 # Sends, receives, communicators, streams, timeouts and aborts are NCCL's real ones; times are not those of a cluster,
 # because the processes share the card in slices. On a machine with several cards the first visible one is used.
 #
@@ -20,7 +21,7 @@ if [ "${1##*/}" = longctx ] && [ "${2:-}" = train ]; then
     [ -x "$python" ] || python=python3
     shift 2
     set -- "$python" -m longctx.run "$@"
-elif [ "${2:-} ${3:-} ${4:-}" = "-m longctx.cli train" ]; then
+elif [[ "${2:-} ${3:-} ${4:-}" =~ ^-m\ longctx(\.cli)?\ train$ ]]; then
     set -- "$1" -m longctx.run "${@:5}"
 fi
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
 from longctx import collector, console, signals
-from longctx.errors import RunFailed, UserError, nearest, out_of_memory
+from longctx.errors import RunFailed, UserError, nearest, out_of_memory, refused_by_system
 from longctx.opening import opening
 from longctx.verbs import VERBS, Verb
 from longctx.versions import check_versions
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         return 1
     except Exception as error:
+        if text := refused_by_system(error):
+            print(f"longctx: {text}", file=sys.stderr)
+            return 1
         if not out_of_memory(error):
             raise
         print(f"longctx: {_no_memory(error)}", file=sys.stderr)
@@ -107,12 +112,23 @@ def _dispatch(words: list[str], *, own: bool) -> int:
 
         print(as_yaml(config), end="")
         return 0
+    _check_outputs(config)
     if (text := opening(verb.name, config)) and os.environ.get("RANK", "0") == "0":
         print(f"longctx: {text} ...", file=sys.stderr, flush=True)
     if own and (getattr(config, "format", "text") == "json" or getattr(config, "dry_run", False)):
         console.keep_for_the_document()
     run = resolve(verb.run)
     return int((run(config, [*_folders(line.folders), *line.overrides]) if verb.words else run(config)) or 0)
+
+
+def _check_outputs(config: Any) -> None:
+    """Refuse a path that cannot be written before a verb begins its work."""
+    from longctx.storage.files import check_writable
+
+    for key in ("out", "png", "plots", "draw.svg", "run_dir", "cache"):
+        value = reduce(lambda part, name: getattr(part, name, None), key.split("."), config)
+        if isinstance(value, str) and value:
+            check_writable(Path(value), key)
 
 
 def _folders(folders: Sequence[Path]) -> list[str]:

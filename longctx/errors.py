@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 from collections.abc import Iterable
 
 
@@ -37,6 +39,32 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+_BY_SYSTEM = {
+    errno.EROFS: "name a path on another disk",
+    errno.EACCES: "mend its permissions, or name another path",
+    errno.EPERM: "mend its permissions, or name another path",
+    errno.ENOSPC: "free some space, or name a folder on another disk",
+    errno.EDQUOT: "free some of your quota, or name a folder on another disk",
+    errno.ENAMETOOLONG: "give a shorter name",
+}
+
+
+def refused_by_system(error: Exception) -> str | None:
+    """Say in a sentence which file the system refuses to read or write, why, and what to do; None for other errors.
+
+    Libraries in Rust, such as safetensors, have errors of their own, which name the system's number in their text.
+    """
+    path = "a file"
+    if isinstance(error, OSError):
+        number, path = error.errno, error.filename2 or error.filename or path
+    else:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        number = int(found[1]) if found else None
+    if number not in _BY_SYSTEM:
+        return None
+    return f"{path} cannot be read or written: {os.strerror(number)}; {_BY_SYSTEM[number]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

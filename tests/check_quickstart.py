@@ -1,4 +1,4 @@
-"""Checks a finished quickstart's summary: its shape, and the gates of correctness. Times are not judged.
+"""Checks a finished quickstart's summary: its shape, and the gates of correctness. Times are not checked.
 
 Usage: python tests/check_quickstart.py runs/quickstart
 """
@@ -14,7 +14,7 @@ LENGTHS = [512, 1024, 2048, 4096, 8192]
 
 
 def check(run: Path) -> list[str]:
-    """What is wrong, one line each; nothing when the run proves what it should."""
+    """The failed checks, one line each; empty for a good run."""
     summary = json.loads((run / "summary.json").read_text())
     wrong: list[str] = []
 

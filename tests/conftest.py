@@ -1,4 +1,4 @@
-"""Fixtures that several rooms share: the quickstart, run once as a user would start it."""
+"""Fixtures that several folders of tests share: the quickstart, run once as a user would start it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 
 
 def pytest_configure() -> None:
-    """Have signals end processes as at a terminal: a shell starts a background command with ctrl-C ignored."""
+    """Let signals end processes as in a terminal: a shell starts a background command with ctrl-C ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

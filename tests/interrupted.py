@@ -1,4 +1,4 @@
-"""A command of longctx as a terminal runs it, interrupted at some instant; and what is left of it afterwards."""
+"""Runs a command of longctx as a terminal does, interrupts it, and finds the processes and files that remain."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Command:
             time.sleep(0.001)  # the interpreter itself is starting
 
     def send(self, number: int, after: float = 0.0) -> None:
-        """The signal, to the whole group as a terminal sends it."""
+        """Send the signal to the whole group, as a terminal does."""
         end = time.monotonic() + after
         while time.monotonic() < end and self.process.poll() is None:
             time.sleep(0.002)

@@ -1,4 +1,4 @@
-"""The command line started as a user would, and what makes the quickstart short."""
+"""Starts the command line as a user would, and has the settings that shorten the quickstart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What follows training is made once, and again when the model or a setting behind it has changed."""
+"""Each step after training is done once, and again only when its model or its settings have changed."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ AFTER = {
 
 
 def write_model(out: Path, seed: int, *, theta: float = 40000, window: int = 1024) -> None:
-    """The shipped model with every weight moved a little."""
+    """The shipped model with every weight changed a little."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from longctx.model import export
@@ -53,7 +53,7 @@ def write_model(out: Path, seed: int, *, theta: float = 40000, window: int = 102
 
 
 def add_stage(run: Path, name: str, seq_len: int, seed: int) -> None:
-    """What training leaves of a stage."""
+    """Write the files that training leaves of a stage."""
     folder = run / "stages" / name
     write_model(folder / "model", seed, window=seq_len)
     mark = {"stage": name, "model": f"stages/{name}/model", "seq_len": seq_len, "theta": 40000, "tokens": 1, "steps": 1}
@@ -185,7 +185,7 @@ def assistant_loss(model: Path) -> float:
 
 
 def test_what_extending_costs_stands_beside_what_it_wins(tmp_path: Path, documents: Path, capsys):
-    """On the screen, in summary.json and on the page; of conversations the answers count, as transformers has them."""
+    """On the screen, in summary.json and on the page; in conversations only the assistant's tokens count."""
     made, run = make_run(tmp_path, documents), tmp_path / "run"
     made = with_chat(made, tmp_path)
     for folder in (run / "stages/s1024/model", tmp_path / "sibling"):

@@ -1,4 +1,4 @@
-"""The door: units, unknown keys, wrong types and choices give one paragraph naming value, rule and remedy."""
+"""Settings: units, unknown keys, wrong types and choices give one paragraph naming value, rule and remedy."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def _knows(kind, key):
 
 @pytest.mark.parametrize("old", RENAMED)
 def test_an_old_key_names_the_new_one(old, capsys):
-    """Each entry is true (the new key exists where the old one no longer does), and the refusal names it."""
+    """Each entry is right (the new key exists and the old one does not), and the refusal names the new key."""
     new, old = (key.replace("*", "mine") for key in (RENAMED[old], old))
     verbs = [verb for verb in VERBS.values() if _knows(resolve(verb.schema), new)]
     assert verbs

@@ -39,7 +39,7 @@ SECTIONS = [section for verb in VERBS.values() for section in sections(resolve(v
 
 
 def is_section(kind: Any) -> bool:
-    """Whether a key holds keys of its own, whose class says what they are for."""
+    """Whether a key has keys of its own; the docstring of its class documents it then."""
     return next(sections(kind, set()), None) is not None
 
 

@@ -1,4 +1,4 @@
-"""plan and train decide by one function: random configurations, and the cases in which they used to differ."""
+"""plan and train decide by one function: random configurations, and the cases in which they once differed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def values(heads: tuple[int, int] = (8, 2), **changes: Any) -> dict[str, Any]:
 
 
 def planned(made: dict[str, Any], nodes: int, ranks: int) -> Any:
-    """What `longctx plan` shows of stage a, or the text of its refusal."""
+    """The values that `longctx plan` shows for stage a, or the text of its refusal."""
     try:
         hardware = {"device": "cpu", "tflops": {"float32": 0.1}}
         config = build(PlanConfig, {**made, "nodes": nodes, "ranks": ranks, "hardware": hardware}, origin="test")
@@ -66,7 +66,7 @@ def planned(made: dict[str, Any], nodes: int, ranks: int) -> Any:
 
 
 def trained(made: dict[str, Any], nodes: int, ranks: int) -> Any:
-    """What a rank of a training run opens stage a with, or the text of the refusal before it starts."""
+    """The values with which a rank of a training run opens stage a, or the text of the refusal before it starts."""
     try:
         config = with_dtype(build(TrainConfig, made, origin="test"))
         stages = resolve_stages(config)
@@ -116,7 +116,7 @@ def test_the_random_configurations_were_of_both_kinds():
 
 
 def test_gradients_are_not_added_up_in_bfloat16():
-    """DeepSpeed would, under ZeRO-2 with an offloaded optimizer; with one micro-batch a step nothing is added up."""
+    """DeepSpeed would do that under ZeRO-2 with an offloaded optimizer; one micro-batch a step needs no sum."""
 
     def decided(zero, dtype="bfloat16", micro_batch=1):
         stages = {"a": {"seq_len": 512, "theta": 10000, "steps": 2, "batch": 4}}
@@ -144,7 +144,7 @@ def test_twelve_ranks_on_nodes_of_eight_are_planned_as_twelve():
 
 
 def test_block_sizes_follow_the_device_unless_they_are_given():
-    """On a CPU they are those with which every figure and golden loss of this project was made."""
+    """Every figure and golden loss of this project was made with the CPU's sizes."""
     auto = MemoryConfig()
     assert blocks_of(auto, "cpu") == (2048, 512)
     assert blocks_of(auto, "cuda") == (8192, 4096)

@@ -1,4 +1,4 @@
-"""How a stage falls onto ranks: every length, cp and layout is shared out without a token lost, or refused."""
+"""How a stage is split over ranks: every length, cp and layout keeps all tokens, or is refused."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_the_pages_have_commands():
 
 @pytest.mark.parametrize("words", COMMANDS, ids=lambda words: f"{COMMANDS[words]}: {' '.join(words)[:60]}")
 def test_a_command_of_the_documentation_composes(words):
-    """Its verb, its keys, its choices and their values are what the schemas take; nothing is run."""
+    """Its verb, keys, choices and values are valid by the schemas; the command is not run."""
     if PLACEHOLDERS & set(words):
         pytest.skip("a pattern with placeholders")
     if "--help" in words:
@@ -158,7 +158,7 @@ def tables(page: Path) -> Iterator[list[dict[str, str]]]:
 
 
 def estimates() -> dict[str, set[tuple[str, str]]]:
-    """The tables of what was planned: its words -> (column, cell)."""
+    """The tables of planned figures: words of the command -> {(column, cell)}."""
     found: dict[str, set[tuple[str, str]]] = {}
     for row in (row for page in HOW_TO for table in tables(page) for row in table if "planned as" in row):
         words, *_ = re.findall(r"`([^`]+)`", row["planned as"])
@@ -225,7 +225,7 @@ def test_the_tokens_of_a_curriculum_are_those_of_its_stages(name):
     ],
 )  # fmt: skip
 def test_the_supported_lengths_of_long_windows_are_what_theta_says(model, words, short, capsys):
-    """`short`: the stages that their theta does not clear, as the page names them."""
+    """`short`: the stages whose theta does not support their length, as the page names them."""
     words = [f"model.path={ROOT}/longctx/assets/configs/{model}", "rope=dynamic-ntk", *words, "format=json"]
     assert cli.main(["theta", *words]) == 0
     stages = json.loads(capsys.readouterr().out)["stages"]
@@ -338,7 +338,7 @@ def test_a_newcomers_question_is_answered_within_two_clicks_from_the_readme(ques
 
 
 def reached(page: Path) -> set[Path]:
-    """The pages that one link leads to."""
+    """The pages that a link of this page leads to."""
     targets = {(page.parent / link.partition("#")[0]).resolve() for link in links(page)}
     return {target for target in targets if target.suffix == ".md" and target.is_file()}
 

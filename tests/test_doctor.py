@@ -1,4 +1,4 @@
-"""`longctx doctor` says what the libraries themselves say, as a document and in words."""
+"""`longctx doctor` reports the libraries' own values, as a document and in words."""
 
 from __future__ import annotations
 

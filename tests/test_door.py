@@ -1,4 +1,4 @@
-"""What the command line offers beyond one run: help, the composed config, sweeps and tab completion."""
+"""The command line beyond a single run: help, the composed config, sweeps, tab completion, paths."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import sys
 import time
 
 import pytest
+import torch
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from longctx import cli
 from longctx.completion import complete
@@ -21,7 +24,7 @@ from longctx.config.compose import load, resolve
 from longctx.config.groups import defaults_of, groups
 from longctx.config.help import as_yaml, field_docs
 from longctx.config.words import Overrides
-from longctx.errors import UserError
+from longctx.errors import UserError, refused_by_system
 from longctx.verbs import VERBS
 from tests import warm
 from tests.started import longctx
@@ -288,3 +291,63 @@ def test_standard_output_is_the_document_alone():
     assert json.loads(done.stdout)
     assert "a library's word\n" in done.stderr
     assert "and one from C\n" in done.stderr
+
+
+# --- paths
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["import", "gguf=model.gguf"], "out"),
+        (["lora", "extract", "base=base", "tuned=tuned"], "out"),
+        (["lora", "merge", "target=base", "adapter=adapter"], "out"),
+        (["lora", "info", "adapter=adapter"], "plots"),
+        (["eval", "model.path=base"], "out"),
+        (["data", "model=tiny"], "cache"),
+        (["data", "stats", "model=tiny"], "png"),
+        (["data", "synth"], "out"),
+        (["theta", "model=tiny", "search=true"], "run_dir"),
+        (["plan", "show=schedule"], "draw.svg"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
+)
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(words, key, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert cli.main([*words, f"{key}=file/result"]) == 2
+    assert (
+        f"{key}=file/result cannot be made: {tmp_path}/file is a file; choose another {key}=" in capsys.readouterr().err
+    )
+
+
+def test_a_library_in_rust_names_the_systems_error_in_its_text(tmp_path):
+    with pytest.raises(SafetensorError) as refused:
+        save_file({"x": torch.zeros(1)}, tmp_path / ("x" * 300))
+    assert (
+        refused_by_system(refused.value) == "a file cannot be read or written: File name too long; give a shorter name"
+    )
+    assert refused_by_system(ValueError("os error 36")) is None
+
+
+def test_a_file_that_the_system_refuses_is_one_paragraph(tmp_path, capsys):
+    name = tmp_path / ("x" * 300)
+    assert cli.main(["plan", "show=schedule", "nodes=1", "ranks=2", f"draw.svg={name}"]) == 1
+    assert (
+        f"longctx: {name} cannot be read or written: File name too long; give a shorter name" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("written", ["~/model", "'~/model'", '"~/model"'])
+def test_a_path_may_begin_at_home(written, tmp_path, monkeypatch, capsys):
+    """A shell expands ~/ behind out=, but not behind model.path=."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cli.main(["theta", f"model.path={written}", "--cfg"]) == 0
+    assert f"path: {tmp_path}/model\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", ["my models/llama 3", "models [v1]/x", "jürgen/日本語", "a(b)&c"])
+def test_a_path_needs_quotes_of_the_shell_only(path, capsys):
+    """Hydra's own grammar takes such text only in quotes of its own."""
+    assert cli.main(["theta", f"model.path={path}", "--cfg"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["model"]["path"] == path

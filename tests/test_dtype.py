@@ -1,4 +1,4 @@
-"""The dtype of a run: what config.json or the stored weights say, its spellings, and what comes back as an export."""
+"""The dtype of a run: from config.json or the stored weights, in all spellings, and the dtype of the export."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("stored", ["bfloat16", "float16"])
 def test_a_model_comes_back_in_the_dtype_it_was_trained_in(tmp_path, documents, capfd, stored):
-    """bfloat16 stays bfloat16, float16 becomes it; the adapter merges into a target of the same dtype as it was."""
+    """bfloat16 stays bfloat16 and float16 becomes bfloat16; the adapter merges into a target of the base's dtype."""
     from longctx.config.lora import MergeConfig
     from longctx.lora.merge import merge
 

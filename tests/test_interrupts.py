@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM at random instants of every verb that works for long: status, words, processes, files.
+"""Ctrl-C and SIGTERM at random instants of every verb that takes long: status, output, processes, files.
 
 `pytest -m slow tests/test_interrupts.py` takes 20 instants of each.
 """
@@ -142,8 +142,25 @@ def test_a_signal_while_importing_leaves_at_once(tmp_path: Path, material: Path,
     assert "SIGTERM" in outcome.said
 
 
+WHILE_IMPORTING = """
+import os, signal, sys
+class Terminal:
+    def find_spec(self, name, path=None, target=None):
+        if name == "longctx.cli":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Terminal())
+from longctx.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_ctrl_c_while_the_command_imports_its_modules_prints_one_line():
+    done = subprocess.run([sys.executable, "-c", WHILE_IMPORTING, "--help"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "longctx: interrupted\n")
+
+
 def test_a_signal_in_a_long_call_of_the_main_thread_is_answered(tmp_path: Path) -> None:
-    """A main thread that runs no Python, as in a collective: another thread ends the process and its temporary file."""
+    """The main thread runs no Python, as in a collective; another thread removes the temporary file and exits."""
     code = (
         "import ctypes, os, threading; from pathlib import Path; from longctx import signals\n"
         "signals.catch()\n"

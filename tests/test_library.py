@@ -36,7 +36,7 @@ STEPS, SEQ_LEN = 3, 96
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama with another window and weights a little away from its own."""
+    """The tiny Llama with another window and slightly changed weights."""
     folder = tmp_path_factory.mktemp("library") / "tuned"
     model = AutoModelForCausalLM.from_pretrained(tiny_model())
     longctx.set_rope(model, *longctx.rope_for(model, window=2048))
@@ -181,7 +181,7 @@ def check_rank(rank: int, world: int, case: tuple[str, float, str]) -> None:
 
 
 def run_page(folder: str, *, ranks: int) -> Tensor:
-    """Run the training loop of docs/api.md in the world that is here; its last loss, of this rank."""
+    """Run the training loop of docs/api.md in the current world; returns this rank's last loss."""
     code = re.search(r"A whole training loop.*?```python\n(.*?)```", (DOCS / "api.md").read_text(), re.S)
     assert code is not None
     text = code[1].replace("dist.init_process_group()\n", "")
@@ -211,7 +211,7 @@ def check_ring(rank: int, page: str, tolerance: float) -> None:
 
 @pytest.fixture(scope="module")
 def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str] | None]:
-    """What went wrong on two ranks, by case; None where nothing did. The ranks are started once."""
+    """The failure of each case on two ranks, None where it passed. The ranks are started once."""
     folder = tmp_path_factory.mktemp("two_ranks")
     torch.save(run_page(str(folder), ranks=1), folder / "page")
     cases = [("ring", 1e-10, str(DOCS / "attention.md")), ("page", 1e-6, str(folder / "page"))]
@@ -241,7 +241,7 @@ def test_the_ring_of_the_attention_page_equals_dense_attention(on_two_ranks: dic
 
 
 def test_a_prepared_model_has_the_loss_and_gradients_of_transformers():
-    """And no mask of S x S is made on the way, though the model was loaded with transformers' own attention."""
+    """Also, no mask of S x S is made, although the model was loaded with transformers' own attention."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=torch.float64, attn_implementation="eager")
     ids = batches()[0]

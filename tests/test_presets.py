@@ -1,4 +1,4 @@
-"""The presets for real models: each plans, without a mark, as the header of its file says."""
+"""The presets for real models: `plan` marks no stage of them, with the command in the header of the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The main job: the run's folder holds everything a user is promised, and it loads."""
+"""The quickstart: the run's folder has every file that the documentation promises, and they load."""
 
 from __future__ import annotations
 

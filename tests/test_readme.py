@@ -41,7 +41,7 @@ def make_model(folder: Path, seed: int) -> None:
 
 
 def test_the_commands_run_in_order_on_a_model_of_another_family(tmp_path, quickstart):
-    """theta, plan, train, merge, eval as README has them, with shorter stages; each reads what the one before wrote.
+    """theta, plan, train, merge, eval as in README, with shorter stages; each reads the files of the one before.
 
     The quickstart's folder has the standard library's tokens already.
     """

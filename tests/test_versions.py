@@ -1,4 +1,4 @@
-"""What pyproject.toml promises: its least releases are the ones that are checked and pinned, and the verbs work there.
+"""The least releases of pyproject.toml are those that are checked and pinned, and the verbs work with them.
 
 launch/lowest.sh runs this file with the least releases. The suite leaves out the smoke, whose parts its other tests do
 with the pinned releases; `pytest -m smoke` runs it there.
@@ -46,7 +46,7 @@ def test_the_releases_that_are_checked_are_the_declared_ones():
 
 
 def test_the_least_releases_are_pinned_for_their_own_environment():
-    """In launch/lowest.txt, each as pyproject.toml declares it, and none newer than the pinned set."""
+    """launch/lowest.txt has each as pyproject.toml declares it, and none is newer than the pinned set."""
     least, pinned = pins("lowest.txt"), pins("constraints.txt")
     for name, release in LEAST.items():
         assert versions._numbers(least[name]) == versions._numbers(release), name
@@ -182,7 +182,7 @@ def test_theta_and_plan_answer(capsys):
 
 @pytest.mark.smoke
 def test_a_notebook_trains_a_step_and_asks_for_needles(run):
-    """The library in somebody else's process: rope, shard, loss, an update, a grid."""
+    """Use the library in a user's own process: rope, shard, loss, an update, a grid."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     plain = AutoModelForCausalLM.from_pretrained(tiny_model())

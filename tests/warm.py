@@ -34,7 +34,7 @@ STATEFUL = ("longctx.console", "longctx.signals")  # what these hold of the fork
 def python(
     *words: str, timeout: float = 280, cwd: Path | None = None, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python WORDS` to its end: WORDS begin with -m MODULE, -c CODE or a script. env: added to this environment."""
+    """Run `python WORDS`: WORDS begin with -m MODULE, -c CODE or a script. env: added to this environment."""
     from tests.dist.ranks import forked
 
     with tempfile.TemporaryDirectory() as folder:
@@ -120,7 +120,7 @@ class ForkedPopen(subprocess.Popen):
 
 
 def _become_new(streams: Sequence[int], passed: Sequence[int], *, session: bool) -> None:
-    """Drop what a started interpreter would not have of this process: handlers, exit functions, files, its session."""
+    """Drop handlers, exit functions, files and the session of this process: a started interpreter has none of these."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):

@@ -35,7 +35,7 @@ class LearningRateConfig:
     """A stage's learning rate: linear warm-up to peak, then constant, or down to final by cosine or linear."""
 
     peak: float | None = None  #: the rate after warm-up
-    final: float | None = None  #: the decay's end; null: 0, or the peak when constant
+    final: float | None = None  #: the rate at the end of the decay; null: 0, or the peak when constant
     warmup_steps: int | None = None  #: steps from 0 to the peak
     kind: RateCurve | None = None  #: continue: the curve of the stage before, stretched over both; null: constant
 
@@ -45,8 +45,10 @@ class AdvanceConfig:
     """Leave a stage early once the loss on the last quarter of its window has flattened."""
 
     enabled: bool = False  #: whether a stage may end early
-    steps: Positive = 20  #: compares the mean of the last so many steps with that of as many before them
-    min_drop: Annotated[float, Field(ge=0, lt=1)] = 0.002  #: a relative drop below this is flat
+    steps: Positive = 20  #: the mean loss of the last so many steps is compared with that of as many before them
+    min_drop: Annotated[float, Field(ge=0, lt=1)] = (
+        0.002  #: the stage ends when the loss drops by a smaller share than this
+    )
     min_share: Annotated[float, Field(ge=0, le=1)] = 0.25  #: not before this share of the stage's steps is done
 
 
@@ -58,10 +60,10 @@ class StageConfig:
     """
 
     seq_len: Length  #: tokens per sequence: 65536, 64k, 1M
-    theta: Count | None = None  #: chosen outright
-    rule: RuleField | None = None  #: or by rule
-    tokens: Count | None = None  #: how long, rounded up to whole batches
-    steps: int | None = None  #: how long, in optimizer steps
+    theta: Count | None = None  #: rope theta, instead of a rule
+    rule: RuleField | None = None  #: rule for theta or frequencies, instead of theta
+    tokens: Count | None = None  #: tokens of the stage, rounded up to whole batches
+    steps: int | None = None  #: optimizer steps of the stage, instead of tokens
     batch: int | None = None  #: sequences per optimizer step
     batch_tokens: Count | None = None  #: the same in tokens
     lr: LearningRateConfig = LearningRateConfig()
@@ -74,9 +76,9 @@ class StageConfig:
 class MadeForConfig:
     """The rope a curriculum was made for; `longctx theta` begins there when no model is named."""
 
-    head_dim: int  #: of the model
-    theta: Count  #: of the model
-    window: Length  #: of the model, in tokens
+    head_dim: int  #: head dimension of the model
+    theta: Count  #: rope theta of the model
+    window: Length  #: window of the model, in tokens
 
 
 @schema

@@ -33,14 +33,14 @@ _TEMPLATES: dict[str, tuple[str, str]] = {
 class SynthTask:
     """A synthetic task with known answers; see longctx.data.synth."""
 
-    kind: TaskKind = "needle"  #: what is asked
+    kind: TaskKind = "needle"  #: kind of the hidden facts and questions
     count: Positive = 1  #: needles, table rows, or (variables) chains
     questions: Positive = 1  #: how many of them are asked at the end
     links: Positive = 3  #: links of a chain
     #: where in the haystack each needle goes (0 its start, 1 its end); null: random
     depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
     needle: str | None = None  #: the phrasing, with {key} and {value}
-    question: str | None = None  #: what is asked at the end, with {key} and {value}
+    question: str | None = None  #: the question at the end, with {key} and {value}
     #: the answers' loss weight over that of all other tokens together; null: 2, and every token alike for copy
     answer_weight: Annotated[float, Field(ge=0)] | None = None
     other_weight: Annotated[float, Field(ge=0)] = 1.0  #: loss weight of other tokens; 0: only answers train
@@ -114,7 +114,7 @@ class SourceConfig:
     loss: Literal["all", "assistant"] = "all"  #: assistant trains on the assistant's turns only (chat)
     answer_weight: float | None = None  #: the assistant's tokens weigh this multiple of all others of a conversation
     task: SynthTask | None = None  #: what a synth source generates
-    haystack: str | None = None  #: the source whose text hides it
+    haystack: str | None = None  #: the source of the text in which the task is hidden
 
     def __post_init__(self) -> None:
         if self.kind == "text" and not self.path:
@@ -152,7 +152,7 @@ class LengthPolicy:
     kind: Literal["natural", "upsample", "prolong", "joined", "full", "fixed", "loguniform"]
     #: tokens: the shortest long document (upsample), or the shortest drawn (loguniform)
     min_len: Annotated[Length, Field(ge=1)] | None = None
-    share: Annotated[float, Field(ge=0, le=1)] | None = None  #: of the source's tokens, in long documents
+    share: Annotated[float, Field(ge=0, le=1)] | None = None  #: share of the source's tokens in long documents
     length: Annotated[Length, Field(ge=1)] | None = None  #: tokens of every document (fixed)
 
     def __post_init__(self) -> None:
@@ -180,7 +180,7 @@ def _policy(value: Any) -> Any:
 class MixEntry:
     """A source's part in a mix."""
 
-    weight: Annotated[float, Field(ge=0)]  #: its share of the tokens
+    weight: Annotated[float, Field(ge=0)]  #: the source's share of the stage's tokens
     #: how long its documents are; null: natural, and full for synth sources
     length: Annotated[LengthPolicy | None, BeforeValidator(_policy)] = None
 
@@ -208,7 +208,7 @@ class DataConfig:
     max_epochs: float = 4.0  #: warn when a source is repeated more often
     max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01  #: share of broken lines that is skipped with a count
     bos: bool = True  #: put the tokenizer's mark before each document
-    eos: bool = True  #: and after it
+    eos: bool = True  #: put the tokenizer's mark after each document
 
     def __post_init__(self) -> None:
         if not self.sources or not self.mixes:

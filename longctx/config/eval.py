@@ -27,7 +27,7 @@ class NeedleConfig:
     seeds: tuple[int, ...] = (11, 22, 33)  #: of keys, values and haystacks
     single: bool = False  #: one needle per haystack, instead of one at every depth, all asked for
     needle: str = NEEDLE  #: the phrasing, with {key} and {value}
-    question: str = QUESTION  #: what is asked, with {key} and {value}
+    question: str = QUESTION  #: the question at the end, with {key} and {value}
 
     def __post_init__(self) -> None:
         if len(set(self.depths)) != len(self.depths):

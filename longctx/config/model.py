@@ -64,7 +64,7 @@ class InitConfig:
     window: Length = 512  #: the length the theta was made for
     tie_embeddings: bool = False  #: the output layer is the embedding
     norm_eps: float = 1e-5  #: added to the variance in RMSNorm
-    seed: int = 0  #: of the weights
+    seed: int = 0  #: random seed of the weights
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -84,7 +84,7 @@ class ModelConfig:
     path: Text | None = None  #: a folder or hub id in Hugging Face format
     init: InitConfig | None = None
     tokenizer: Text | None = None  #: a folder or hub id; null: the model's own
-    dtype: Dtype = "auto"  #: of the weights; auto: that of config.json; bfloat16 has float32 masters
+    dtype: Dtype = "auto"  #: dtype of the weights; auto: that of config.json; bfloat16 has float32 masters
     attention: Literal["longctx", "sdpa", "eager"] = "longctx"  #: sdpa and eager: transformers' own, one rank only
     #: which of longctx's kernels attends; auto: the first that serves, on a GPU never `reference`. What a kernel
     #: leaves of single calls (cuDNN: short documents) goes to the next that serves

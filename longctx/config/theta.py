@@ -52,7 +52,7 @@ class ThetaConfig:
     trials: SearchConfig = SearchConfig()
     data: DataConfig | None = None  #: of a search
     name: Text = "theta"  #: results go to runs/NAME
-    run_dir: str = ""  #: or to this folder
+    run_dir: str = ""  #: the folder of a search, instead of runs/NAME
     nproc: int = 1  #: ranks that share a long sequence by ring attention while searching
 
     @property

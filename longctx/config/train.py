@@ -159,7 +159,7 @@ class TrainConfig:
     """The root of configs/train.yaml."""
 
     name: Text  #: the run's folder is runs/NAME
-    seed: int = 0  #: of every draw: documents, order, new weights
+    seed: int = 0  #: random seed of documents, their order, and new weights
     run_dir: str = ""  #: the run's folder, instead of runs/NAME
     cache: str = ""  #: folder of tokenized documents; empty: RUN/data
     model: ModelConfig

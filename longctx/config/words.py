@@ -8,6 +8,7 @@ the grammar of one override, chooses groups and applies values.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +34,7 @@ _HYDRA_OPTIONS = {
 _SHORT = {"-m": "--multirun", "-c": "--cfg", "-h": "--help", "-r": "--run", "-p": "--package", "-cd": "--config-dir",
           "-cn": "--config-name", "-cp": "--config-path", "-sc": "--shell-completion"}  # fmt: skip
 _QUOTES = "\"'"
+_HOME = re.compile(r"^([^=]+=[\"']?)~/")  # a shell leaves ~/ as it is behind model.path=
 _HYDRA_KEYS = "Hydra only composes the config here: name=... or run_dir=... say where a run goes, logging=... what it "
 _HYDRA_KEYS += "says, -m sweeps one run after another, launch.nproc=N or torchrun and srun start ranks"
 
@@ -77,7 +79,7 @@ def parse(words: Sequence[str]) -> CommandLine:
         elif line.help and "=" not in word and word[0] not in "+~":
             line.topics.append(word)
         else:
-            line.overrides.append(word)
+            line.overrides.append(_HOME.sub(lambda found: f"{found[1]}{Path.home()}/", word))
     for folder in line.folders:
         if not folder.is_dir():
             raise UserError(f"--config-dir {folder} is not a folder; give the folder that holds your group folders")
@@ -128,7 +130,10 @@ class Overrides:
             yield dict(zip(swept, values, strict=True))
 
     def parsed(self, word: str) -> Any:
-        """Hydra's reading of one word. Raises UserError where it has none."""
+        """Hydra's reading of one word; a value with spaces, brackets or letters beyond ASCII inside is text.
+
+        Raises UserError where Hydra has no reading.
+        """
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.errors import HydraException
 
@@ -137,10 +142,12 @@ class Overrides:
             raise UserError(f"{word} would set Hydra itself, which longctx does not take. {_HYDRA_KEYS}")
         if "=" not in word and not word.startswith("~"):
             raise UserError(f"{word!r} is not an override; write key=value (lists in quotes: 'key=[a,b]'), or --help")
+        key, _, value = word.partition("=")
         try:
             return OverridesParser.create().parse_override(word)
         except HydraException:
-            key, _, value = word.partition("=")
+            if value[:1] not in {"[", "{", *_QUOTES} and not {",", '"'} & set(value):
+                return self.parsed(f'{key}="{value}"')
             raise UserError(
                 f"{word!r} cannot be read: close every bracket and quote, and write text with spaces, commas or other "
                 f"""signs in quotes inside the shell's: '{key}="{value.strip(_QUOTES)}"'"""

@@ -15,8 +15,8 @@ from longctx.data.documents import Unit
 from longctx.data.files import find_files, units_of
 from longctx.data.stdlib import stdlib_files
 from longctx.errors import UserError
+from longctx.storage import hub
 from longctx.storage.files import replacing
-from longctx.storage.hub import why_not
 
 
 def source_units(name: str, source: SourceConfig, cache: Path) -> list[Unit]:
@@ -50,6 +50,8 @@ def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path
     except ImportError:
         raise UserError(f"{where} needs the package datasets; pip install 'longctx[train]'") from None
     name = str(source.name)
+    if not hub.looks_local(name):
+        hub.offline()  # without network, datasets then looks into its cache only
     try:
         if source.rows is not None:
             return [(_first_rows(source, cache), f"{name}.jsonl")]
@@ -57,7 +59,7 @@ def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path
     except (ValueError, OSError, DatasetsError) as error:
         raise UserError(
             f"{where}.name={name} (subset={source.subset}, split={source.split}) cannot be loaded: "
-            f"{why_not(error, name, dataset=True)}; files that are here are read by data=text data.path=FOLDER"
+            f"{hub.why_not(error, name, dataset=True)}; files that are here are read by data=text data.path=FOLDER"
         ) from None
     files = [Path(entry["filename"]) for entry in loaded.cache_files]
     return [(path, f"{name}/{path.name}") for path in sorted(files)]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.errors import UserError
+from longctx.storage import hub
 from longctx.storage.model import check_tokenizer
 
 if TYPE_CHECKING:
@@ -32,12 +33,14 @@ def tokenizer_at(source: str | Path, what: str, *, vocab_size: int | None = None
     from transformers import AutoTokenizer
 
     check_tokenizer(str(source), vocab_size=vocab_size, named=what == "model.tokenizer")
+    local = hub.looks_local(str(source))
     try:
-        made: Any = AutoTokenizer.from_pretrained(source)
+        made: Any = AutoTokenizer.from_pretrained(source, local_files_only=not local and hub.offline())
     except Exception as error:  # tokenizers raises bare Exceptions; a damaged file makes transformers raise others
         first = next(iter(str(error).strip().splitlines()), "")
+        reason = f"{type(error).__name__}: {first}" if local else hub.why_not(error, str(source))
         raise UserError(
-            f"{what}={source}: its tokenizer cannot be read ({type(error).__name__}: {first}); fetch its files again, "
+            f"{what}={source}: its tokenizer cannot be read ({reason}); fetch its files again, "
             "or name another with model.tokenizer= (configs/model)"
         ) from None
     marks = {name: getattr(made, f"{name}_token_id") for name in ("bos", "eos", "pad")}

@@ -12,6 +12,7 @@ from longctx.eval import needle
 from longctx.eval.grid import Grid
 from longctx.eval.heldout_text import HeldoutText
 from longctx.eval.needle import Predict
+from longctx.storage import hub
 
 if TYPE_CHECKING:
     import torch
@@ -91,5 +92,6 @@ def load_plain(
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
     loader: Any = AutoModelForCausalLM
-    model = loader.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+    with hub.fetching(str(folder), "model.path", OSError):
+        model = loader.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
     return model.to(device).eval()

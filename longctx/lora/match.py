@@ -33,6 +33,12 @@ class MergeChoices:
     copies: str | None = None
 
 
+def _first(names: list[str]) -> str:
+    """The first names and the number of the others, because an adapter of another base misses hundreds."""
+    more = len(names) - 6
+    return ", ".join(names[:6]) + (f" and {more} more" if more > 0 else "")
+
+
 @dataclass
 class Match:
     """The changes in the order in which they apply, and the parts that do not fit, sorted by what is wrong."""
@@ -52,7 +58,7 @@ class Match:
             ("not asked for by adapter_config.json, so peft ignores them", self.ignored),
             ("of another shape", self.misshaped),
         )
-        return [f"{title}: {', '.join(names)}" for title, names in titles if names]
+        return [f"{title}: {_first(names)}" for title, names in titles if names]
 
 
 def match(adapter: Adapter, target: StoredTensors, tables: EmbeddingTables, choices: MergeChoices) -> Match:

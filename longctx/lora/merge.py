@@ -133,7 +133,7 @@ def _refuse_misfits(
             problems = [problem for problem in problems if problem.startswith("of another shape")]
         differing = layout_differences(adapter.extension, target_layout)
         if differing:
-            problems.append(f"laid out differently: {', '.join(differing)} (the adapter's base / target)")
+            problems.insert(0, f"laid out differently: {', '.join(differing)} (the adapter's base / target)")
         if problems:
             hint = "" if found.misshaped or differing else ", or allow_partial=true merges what fits"
             raise UserError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from longctx.errors import UserError
-from longctx.storage.files import replacing
+from longctx.storage.files import nearest_existing, replacing
 
 
 @contextmanager
@@ -22,7 +22,7 @@ def output_folder(out: str, *, needed: int) -> Iterator[Path]:
     if final.exists():
         raise UserError(f"out={out} exists already; name another folder or remove it (nothing was written)")
     parent = final.absolute().parent
-    above = next(folder for folder in [parent, *parent.parents] if folder.exists())
+    above = nearest_existing(parent)
     free = shutil.disk_usage(above).free
     if needed > free:
         raise UserError(

@@ -81,7 +81,6 @@ def _check(file: Path, out: Path) -> None:
 
 def _read(file: Path, dtype: str) -> tuple[Any, Any]:
     """The model, its weights dequantized to `dtype`, and the tokenizer."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # a bar a second, of which the first line has said enough
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # accelerate imports DeepSpeed, which would warn of a missing GPU
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

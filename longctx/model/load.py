@@ -14,6 +14,7 @@ from longctx.errors import UserError
 from longctx.model.architectures import check_config
 from longctx.model.norms import train_norms
 from longctx.model.placement import Place, placed_as_drawn, placed_as_loaded
+from longctx.storage import hub
 from longctx.storage import model as storage
 
 
@@ -37,7 +38,8 @@ def load(
     if dtype == "auto":
         dtype, _ = dtypes.found(path)
     _register(attention)
-    with placed_as_loaded(place, config) if place else nullcontext():
+    placing = placed_as_loaded(place, config) if place else nullcontext()
+    with placing, hub.fetching(path, "model.path", OSError):  # as which transformers raises what keeps it from a file
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,

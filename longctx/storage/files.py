@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from longctx.errors import UserError
 from longctx.signals import beside, temporary
 
 
@@ -38,6 +39,25 @@ def discard(path: Path) -> None:
     """Remove a file or folder in one step: a reader sees all of it or nothing."""
     with temporary(beside(path.with_name(f"{path.stem}-old{path.suffix}"))) as old:
         os.replace(path, old)
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path itself if it exists, otherwise the nearest folder above it that does."""
+    whole = path.absolute()
+    return next(above for above in (whole, *whole.parents) if above.exists())
+
+
+def check_writable(path: Path, what: str) -> None:
+    """Raise UserError unless this user may make or replace the file or folder `path`.
+
+    what: the config key that names it, for the message.
+    """
+    above = nearest_existing(path)
+    if not above.is_dir() and above != path.absolute():
+        raise UserError(f"{what}={path} cannot be made: {above} is a file; choose another {what}=")
+    folder = above if above.is_dir() else above.parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{what}={path} cannot be written: this user may not write to {folder}; choose another {what}=")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,9 +1,97 @@
-"""Why a model or dataset cannot be fetched from the Hugging Face hub, and what to do about it, in one sentence."""
+"""The Hugging Face hub: whether it can be reached, and why a model or dataset cannot be fetched from it.
+
+Without network, huggingface_hub tries every request again for half a minute. One short connection finds that out first,
+and from then on models and datasets are read from the cache only.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from threading import Thread
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+from longctx.errors import UserError
+
+CONNECT_SECONDS = 3.0
+_OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # both set huggingface_hub's offline mode
+_UNREACHABLE = "LONGCTX_HUB_UNREACHABLE"  # set here, so that child processes do not look again
+
+
+def looks_local(path: str) -> bool:
+    """Whether `path` exists or cannot be a hub id; hub ids are NAME or OWNER/NAME."""
+    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
+
+
+@cache
+def offline() -> bool:
+    """Whether hub models and datasets come from the cache only: the environment says so, or no connection succeeds.
+
+    The first call tries to connect, for at most CONNECT_SECONDS. If that fails, it switches huggingface_hub,
+    transformers and datasets to their offline mode, in this process and in the processes that it starts.
+    """
+    if any(_is_set(name) for name in _OFFLINE):
+        return True
+    if _reachable(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+        return False
+    os.environ.update({"HF_HUB_OFFLINE": "1", _UNREACHABLE: "1"})
+    for name in ("huggingface_hub.constants", "datasets.config"):  # these read the variable when they were imported
+        if name in sys.modules:
+            vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
+    return True
+
+
+def _reachable(endpoint: str) -> bool:
+    """Whether the host of a URL, or the proxy that the environment names for it, accepts a connection."""
+    address = urlsplit(endpoint)
+    proxies = getproxies()
+    proxy = proxies.get(address.scheme) or proxies.get("all")
+    if proxy and not proxy_bypass(address.netloc):
+        address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    port = address.port or {"https": 443, "socks5": 1080, "socks5h": 1080}.get(address.scheme, 80)
+    accepted: list[bool] = []
+
+    def connect() -> None:
+        try:
+            socket.create_connection((address.hostname, port), timeout=CONNECT_SECONDS).close()
+            accepted.append(True)
+        except OSError:
+            pass
+
+    # In a thread, because looking up a name has no time limit of its own.
+    thread = Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(CONNECT_SECONDS)
+    return bool(accepted)
+
+
+def cached(name: str) -> Path:
+    """The folder that holds the cached files of a hub model, which may lack some; raises an OSError if none are."""
+    from huggingface_hub import snapshot_download
+
+    # The pattern keeps huggingface_hub from refusing a repository of which only the needed files were fetched.
+    return Path(snapshot_download(name, local_files_only=True, allow_patterns=["config.json"]))
+
+
+@contextmanager
+def fetching(name: str, what: str, errors: type[Exception] = Exception) -> Iterator[None]:
+    """Turn an error while the files of a hub model are fetched into a UserError that says why and what to do.
+
+    name: the hub id; the errors of a local path pass. what: the config key that gives it, for the message.
+    errors: those to expect. Downloads without network raise what the HTTP library of huggingface_hub's release raises.
+    """
+    try:
+        yield
+    except errors as error:
+        if looks_local(name):
+            raise
+        raise UserError(f"{what}={name} is no folder here, and not read from the hub: {why_not(error, name)}") from None
 
 
 def why_not(error: BaseException, name: str, *, dataset: bool = False) -> str:
@@ -15,7 +103,8 @@ def why_not(error: BaseException, name: str, *, dataset: bool = False) -> str:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     kind, page = ("dataset", f"datasets/{name}") if dataset else ("model", name)
-    download = f"`hf download {'--repo-type dataset ' if dataset else ''}{name}`"
+    # Without network, datasets reads only what it has prepared itself, and not what `hf download` fetched.
+    fetch = "`longctx data` with these settings" if dataset else f"`hf download {name}`"
     causes = list(_causes(error))
     said = " ".join(str(cause) for cause in causes)
     if any(isinstance(cause, GatedRepoError) for cause in causes) or "is a gated dataset" in said:
@@ -23,9 +112,9 @@ def why_not(error: BaseException, name: str, *, dataset: bool = False) -> str:
             f"the {kind} is gated: accept its licence on https://huggingface.co/{page}, then `hf auth login`, or set "
             "HF_TOKEN on every node"
         )
-    if any(os.environ.get(key, "").upper() in ("1", "TRUE", "YES", "ON") for key in _OFFLINE):
+    if not _is_set(_UNREACHABLE) and any(_is_set(key) for key in (*_OFFLINE, "HF_DATASETS_OFFLINE")):
         return (
-            f"it is not in the cache and HF_HUB_OFFLINE keeps the hub out; run {download} where there is network, "
+            f"it is not in the cache and HF_HUB_OFFLINE keeps the hub out; run {fetch} where there is network, "
             "with the same HF_HOME"
         )
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes) or "exist on the Hub" in said:
@@ -35,13 +124,14 @@ def why_not(error: BaseException, name: str, *, dataset: bool = False) -> str:
         or "connect" in said.lower()
     ):
         return (
-            f"it is not in the cache and the hub cannot be reached; run {download} where there is network, with the "
-            "same HF_HOME, or give a local folder"
+            f"it is not in the cache and the hub cannot be reached; run {fetch} where there is network, with the same "
+            f"HF_HOME{'' if dataset else ', or give a local folder'}"
         )
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-_OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE")
+def _is_set(variable: str) -> bool:
+    return os.environ.get(variable, "").upper() in ("1", "TRUE", "YES", "ON")
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

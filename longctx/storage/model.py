@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from longctx.config.model import Family
 from longctx.errors import UserError
+from longctx.storage.hub import fetching, looks_local, offline
 from longctx.storage.model_files import Folder
 from longctx.storage.table import Table, read_object
 
@@ -24,11 +25,6 @@ _COUNTS = (
 )  # fmt: skip
 # Files that hold a vocabulary: a tokenizer folder has at least one of them.
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "vocab.txt", "tekken.json")
-
-
-def looks_local(path: str) -> bool:
-    """Whether `path` exists or cannot be a hub id; hub ids are NAME or OWNER/NAME."""
-    return Path(path).exists() or path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith("/")
 
 
 def read_config(path: str | None, what: str = "model.path") -> tuple[dict[str, Any], str]:
@@ -72,15 +68,10 @@ def model_folder(path: str | None, what: str = "model.path") -> Path:
 
 
 def _snapshot(path: str, what: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError
+    with fetching(path, what):
+        from huggingface_hub import hf_hub_download
 
-    from longctx.storage.hub import why_not
-
-    try:
-        return Path(hf_hub_download(path, "config.json")).parent
-    except (OSError, HFValidationError, ValueError) as error:  # the hub's own errors are OSErrors
-        raise UserError(f"{what}={path} is no folder here, and not read from the hub: {why_not(error, path)}") from None
+        return Path(hf_hub_download(path, "config.json", local_files_only=offline())).parent
 
 
 def check_model(path: str | None, what: str = "model.path") -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from longctx.errors import UserError
-from longctx.storage.hub import why_not
+from longctx.storage import hub
 
 _MAX_HEADER = 100 * 2**20
 _POINTER = b"version https://git-lfs"
@@ -35,7 +35,8 @@ def open_source(path: str, what: str) -> Source:
     looks_like_id = path.count("/") == 1 and not path.startswith((".", "/", "~"))
     if Path(path).exists() or not looks_like_id:
         raise UserError(f"{what}={path} is not a folder, and not a hub id of the form owner/name; check the path")
-    return Hub(path, what)
+    with hub.fetching(path, what):
+        return Folder(hub.cached(path)) if hub.offline() else Hub(path)
 
 
 class Folder:
@@ -126,20 +127,11 @@ def _read_header(path: Path, where: str) -> list[dict[str, Any]]:
 class Hub:
     """A model's files in a hub repository, read through huggingface_hub's cache."""
 
-    def __init__(self, name: str, what: str) -> None:
-        try:
-            import huggingface_hub
-        except ImportError:
-            raise UserError(
-                f"{what}={name} is not a folder here; to read it from the hub, pip install huggingface_hub"
-            ) from None
-        self._hub, self.name, self._what = huggingface_hub, name, what
-        try:
-            self._files = set(huggingface_hub.list_repo_files(name))
-        except Exception as error:  # without network it is an error of whichever HTTP library huggingface_hub uses
-            raise UserError(
-                f"{what}={name} is no folder here, and not read from the hub: {why_not(error, name)}"
-            ) from None
+    def __init__(self, name: str) -> None:
+        import huggingface_hub
+
+        self._hub, self.name = huggingface_hub, name
+        self._files = set(huggingface_hub.list_repo_files(name))
 
     def exists(self, file: str) -> bool:
         return file in self._files

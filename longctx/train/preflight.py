@@ -22,6 +22,7 @@ from longctx.decide import Machines, decide_all
 from longctx.errors import UserError
 from longctx.planner.memory import BYTES
 from longctx.shape import Shape, shape_of_model
+from longctx.storage.files import check_writable, nearest_existing
 from longctx.storage.model import check_model, expected_shapes
 from longctx.versions import check_versions
 
@@ -166,13 +167,9 @@ def cache_folder(config: TrainConfig) -> Path:
 def check_folders(config: TrainConfig) -> None:
     """Raise UserError where the run's folder or the cache cannot be written to."""
     for folder, key in ((Path(config.folder), "run_dir"), (cache_folder(config), "cache")):
-        above = _nearest_existing(folder)
-        if not above.is_dir():
-            raise UserError(f"{key}={folder} cannot be made: {above} is a file; choose another {key}=")
-        if not os.access(above, os.W_OK | os.X_OK):
-            raise UserError(
-                f"{key}={folder} cannot be written: this user may not write to {above}; choose another {key}="
-            )
+        if folder.is_file():
+            raise UserError(f"{key}={folder} cannot be made: {folder} is a file; choose another {key}=")
+        check_writable(folder, key)
 
 
 def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, source_bytes: int) -> None:
@@ -199,10 +196,10 @@ def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, so
     }
     needed: dict[int, float] = {}
     for folder, size in parts.values():
-        device = _nearest_existing(folder).stat().st_dev
+        device = nearest_existing(folder).stat().st_dev
         needed[device] = needed.get(device, 0.0) + size
     for folder in (run, cache):
-        above = _nearest_existing(folder)
+        above = nearest_existing(folder)
         free, want = shutil.disk_usage(above).free, needed[above.stat().st_dev]
         if want > free:
             listed = ", ".join(f"{name} {_gib(size)}" for name, (_, size) in parts.items() if size > 0.01 * want)
@@ -211,12 +208,6 @@ def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, so
                 "name another disk with run_dir= or cache=, set checkpoint.keep=1, or start anyway with "
                 "'accept=[disk]' (configs/train.yaml)"
             )
-
-
-def _nearest_existing(folder: Path) -> Path:
-    """The nearest path above `folder` that exists."""
-    whole = folder.absolute()
-    return next(path for path in (whole, *whole.parents) if path.exists())
 
 
 def _gib(size: float) -> str:

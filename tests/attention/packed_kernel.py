@@ -1,4 +1,4 @@
-"""A kernel with flash-attn's varlen interface in plain fp64, which checks what it is given and poisons what it may not
+"""A kernel with flash-attn's varlen interface in plain fp64, which checks its arguments and poisons what it may not
 write: the oracle of the bookkeeping around cu_seqlens.
 """
 

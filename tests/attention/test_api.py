@@ -1,4 +1,4 @@
-"""The public API: bad input is named before anything is sent, one rank is enough, layouts restore."""
+"""The public API: bad input is reported before any transfer, one rank works, `unshard` restores what `shard` cut."""
 
 from __future__ import annotations
 

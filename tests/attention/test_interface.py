@@ -1,4 +1,4 @@
-"""What transformers calls: the layout arrives as a keyword; what it cannot express is refused by layer."""
+"""The attention that transformers calls: it gets the layout as a keyword, and refuses unsupported masks by layer."""
 
 from __future__ import annotations
 

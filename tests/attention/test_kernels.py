@@ -1,4 +1,4 @@
-"""Kernels: all give the same block, and each says why it cannot serve; forcing it then is an error."""
+"""Kernels compute equal blocks, and each says why it cannot be used; asking for it by name is then an error."""
 
 from __future__ import annotations
 

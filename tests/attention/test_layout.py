@@ -1,4 +1,4 @@
-"""Layouts: every token once, every query-key pair of the causal document mask covered exactly once."""
+"""Layouts hold every token once, and cover every query-key pair of the causal document mask exactly once."""
 
 from __future__ import annotations
 

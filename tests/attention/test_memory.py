@@ -1,4 +1,4 @@
-"""The executor's memory is the formula of docs/attention.md: buffers exactly, a call's peak within 5 %."""
+"""The executor's memory follows the formula of docs/attention.md: buffers exactly, a call's peak within 5 %."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROW = HQ * N * 4  # bytes of one lse
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes alive at once of the storages that operators made; `inputs` are not counted."""
+    """Measures the most bytes that operators' results hold at once; `inputs` are not counted."""
 
     def __init__(self, *inputs: torch.Tensor) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Peak(TorchDispatchMode):
 
 
 class Unseen:
-    """A transport whose own copies are not the executor's."""
+    """A transport whose own copies are not counted as the executor's."""
 
     def __init__(self, transport: ThreadTransport) -> None:
         self.transport, self.rank, self.size = transport, transport.rank, transport.size

@@ -1,4 +1,4 @@
-"""The op: valid by torch.library's own checks, saved by selective checkpointing, passed over by compile."""
+"""The op passes torch.library's own checks; selective checkpointing saves its outputs; compile does not trace it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bf16: the ring's errors stay near the single kernel's own, and hardly grow with the number of ranks."""
+"""In bf16 the ring's errors are close to the single kernel's own and hardly grow with the number of ranks."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_bf16_errors_stay_near_the_single_kernels(problem):
 
 
 def test_half_precision_gradients_on_the_wire_cost_accuracy(problem):
-    """Why travelling dKV is fp32 unless asked otherwise."""
+    """The reason why travelling dKV is fp32 by default."""
     exact_wire = ring_errors(problem, 1, 8, "flat_ring")
     half_wire = ring_errors(problem, 1, 8, "flat_ring", grad_dtype=torch.bfloat16)
     assert half_wire["dk"] > 1.05 * exact_wire["dk"]

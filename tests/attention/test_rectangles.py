@@ -1,4 +1,4 @@
-"""Many rectangles in one call: the bookkeeping of cu_seqlens against dense attention, and which kernel takes what."""
+"""Many rectangles in one call: cu_seqlens compared with dense attention, and the kernel chosen for each rectangle."""
 
 from __future__ import annotations
 

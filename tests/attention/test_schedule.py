@@ -1,4 +1,4 @@
-"""Plans, simulated on all ranks at once: every block meets every query, every gradient comes home."""
+"""Schedules, simulated on all ranks together: every block meets every query, and every gradient returns home."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where ranks sit, by integer arithmetic."""
+"""The nodes and neighbours of ranks, by integer arithmetic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench attention: teams take turns, virtual ranks do the kernel's work, figures are consistent."""
+"""bench attention: the two sides take turns, virtual ranks do the kernel's work, figures are consistent."""
 
 import threading
 

@@ -1,4 +1,4 @@
-"""The virtual cluster: environment, own links, rates, and nothing left behind however it ends. Needs root."""
+"""The virtual cluster: environment, own links, rates, and complete removal however it ends. Needs root."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""launch/gpu_check.sh: what it skips and why, limits, floors, and the table."""
+"""launch/gpu_check.sh: skipped parts with their reasons, limits, floors, and the table."""
 
 from __future__ import annotations
 

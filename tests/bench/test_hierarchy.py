@@ -16,7 +16,7 @@ SCHEDULES = ["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]
 
 
 def made(config, seconds):
-    """What the ranks would have measured: `seconds` per rate and schedule, bytes as the formulas say."""
+    """Invented measurements of the ranks: `seconds` per rate and schedule, bytes by the formulas."""
     topology, sizes = Topology(config.nodes, config.ranks), hierarchy.sizes_of(config)
     counted = {}
     for schedule in config.schedules:
@@ -91,7 +91,7 @@ def test_bad_settings_are_refused_before_anything_starts():
 @pytest.mark.root
 @pytest.mark.skipif(cluster.missing() is not None, reason=str(cluster.missing()))
 def test_two_nodes_behind_a_slow_link(tmp_path):
-    """Times on a busy machine say little, but that the link is the bottleneck: 256 KiB a hop at 4 Mbit/s."""
+    """The link is the bottleneck (256 KiB a hop at 4 Mbit/s); times on a busy machine show no more."""
     config = BenchHierarchyConfig(
         nodes=2,
         ranks=1,

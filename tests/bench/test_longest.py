@@ -1,4 +1,4 @@
-"""bench longest: the search, trials of a tiny model under a memory limit, what is kept, and the plan beside it."""
+"""bench longest: the search, trials of a tiny model under a memory limit, stored trials, and the plan beside them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def config(**changes: Any) -> BenchLongestConfig:
     st.sampled_from([0.001, 0.02, 0.3]),
 )
 def test_the_search_ends_between_a_length_that_fits_and_one_that_does_not(limit, start, multiple, most, precision):
-    """limit: the longest that fits, in multiples, between them where it is no multiple itself."""
+    """limit: the longest length that fits, in units of the search's multiple; a fraction lies between two multiples."""
     tried: list[int] = []
 
     def fits(length: int) -> bool:
@@ -65,7 +65,7 @@ def test_the_search_ends_between_a_length_that_fits_and_one_that_does_not(limit,
 
 @pytest.mark.slow  # two real processes of some seconds each
 def test_a_limit_is_found_and_holds(tmp_path):
-    """The length that was found runs, the next one does not, and the report says where the memory went."""
+    """The length that was found runs, the next one does not, and the report lists the memory by phase."""
     made = config(memory_gib=0.6, start=16384, multiple=16384, out=str(tmp_path))
     prediction = predict(made, "cpu")
     report = measured(made, prediction, Trials(made, prediction))
@@ -100,7 +100,7 @@ def test_the_plan_beside_it_is_that_of_plan():
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, code: str) -> Any:
-    """The trial's result where its process runs `code`."""
+    """The result of a trial whose process runs `code`."""
     import sys
 
     monkeypatch.setattr(longest, "module_command", lambda *words: ([sys.executable, "-c", code], None))

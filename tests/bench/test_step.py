@@ -1,4 +1,4 @@
-"""bench step: what a process reports, how kernels are told apart, and what is compared."""
+"""bench step: the report of a process, the kinds of kernels, and the comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The other benches at toy size: their documents hold what they promise, and it is consistent."""
+"""The other benches at toy size: their JSON documents have the promised keys with consistent values."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_data_is_packed_whole(bench, monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.mark.slow  # CI has twelve minutes
 def test_faults_leave_the_weights_of_an_undisturbed_run(bench, tmp_path: Path):
-    """One SIGKILL and one SIGTERM of two ranks; damaged checkpoints are tested where they are read."""
+    """One SIGKILL and one SIGTERM of two ranks; tests/train/test_checkpoint.py has damaged checkpoints."""
     found = bench("faults", "kills=1", "kills_in_saves=0", "sigterms=1", "damage=false", "steps=10", f"out={tmp_path}")
     assert (sum(found["kills"].values()), found["sigterms"], found["bit_equal"]) == (1, 1, True)
     assert found["steps_lost_at_most"] <= 2
@@ -73,7 +73,7 @@ def test_kills_inside_background_saves_lose_nothing(bench, tmp_path: Path, kills
 
 
 def test_a_step_has_a_loss_a_speed_and_a_peak():
-    """Ours alone: one process."""
+    """Only longctx's side, in one process."""
     shape = "model={layers: 1, hidden: 32, heads: 2, kv_heads: 1, ffn: 48, vocab: 64, window: 64}"
     done = longctx("bench", "step", "seq_len=64", "pairs=1", "threads=1", "only=longctx", shape, "format=json")
     assert done.returncode == 0, done.stderr

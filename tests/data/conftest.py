@@ -48,7 +48,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory, tokenizer):
-    """A model's folder as the data verbs need it: a config.json and a tokenizer, no weights."""
+    """A model's folder with a config.json and a tokenizer but no weights, which is enough for the data verbs."""
     from transformers import LlamaConfig
 
     folder = tmp_path_factory.mktemp("model")

@@ -16,7 +16,7 @@ def _layout(lengths, seq_len, ranks):
 @settings(max_examples=60, deadline=None)
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=30), scale=st.integers(1, 8))
 def test_the_measure_is_the_layouts_own(lengths, scale):
-    """For sequences without padding that 2 x 16 chunks divide."""
+    """Holds for sequences without padding whose length 2 x 16 chunks divide."""
     values = np.array(lengths) * scale
     values[-1] += -int(values.sum()) % 32
     seq_len = int(values.sum())

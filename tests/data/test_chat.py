@@ -108,7 +108,7 @@ def test_conversations_that_the_template_refuses_are_broken_records(folder, tmp_
 
 
 def test_a_system_prompt_that_may_not_stand_alone_is_no_mistake(tokenizer):
-    """Templates that want a user are asked for whole turns of the assistant only."""
+    """A template that requires a user turn is only asked for conversations that end with an assistant's turn."""
     wants = make_tokenizer()
     wants.chat_template = "{% if messages[-1]['role'] == 'system' %}{{ raise_exception('no user') }}{% endif %}" + (
         tokenizer.chat_template

@@ -115,7 +115,7 @@ def test_a_mistake_in_a_later_range_is_named_by_its_line(tmp_path, monkeypatch, 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux tells how much a process has read")
 def test_units_read_their_own_part_of_a_file(tmp_path, monkeypatch):
-    """However far into the file a unit begins, nothing before it is read, so that all of them read the file once."""
+    """A unit reads no bytes before its beginning, wherever that is, so that all units together read the file once."""
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps({"text": "z" * 1000}) + "\n" for _ in range(4000)))
     monkeypatch.setattr(files, "RANGE", 2**16)
@@ -135,7 +135,7 @@ def _words(count):
 
 
 def _damaged(lines, packing):
-    """An archive in whose middle a block is of a type that the format does not have."""
+    """An archive with a block in its middle whose type the format does not have."""
     import zstandard
 
     halves = ["".join(line + "\n" for line in part).encode() for part in (lines[:1000], lines[1000:])]

@@ -32,7 +32,7 @@ def _zigzag(seq_len: int, rank: int, ranks: int) -> np.ndarray:
 
 
 def _reader(stage, batch, dp, d, cp, c, per=1):
-    """What training reads on rank (d, c): [(index, LocalSequence)] of the step that begins at a cursor."""
+    """The sequences of rank (d, c): [(index, LocalSequence)] of the step that begins at a cursor."""
     share, positions = Shares(dp, d, batch // dp, per), _zigzag(stage.seq_len, c, cp)
 
     def read(cursor):
@@ -70,7 +70,7 @@ def _consume(stage, cursor, steps, batch, dp, cp, ahead):
 
 
 def _multiset(stage, indices):
-    """How often each document's piece stands in these sequences: what no resume may change."""
+    """How often each document's piece occurs in these sequences; no resume may change it."""
     return Counter(name for index in indices for name in stage.documents(index))
 
 
@@ -81,7 +81,7 @@ layouts = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.i
 @given(data=st.data())
 def test_kills_and_other_world_sizes_lose_and_repeat_nothing(data, stages):
     """Random dp, cp, batch and prefetch, changed at every resume, over two stages: the documents consumed are
-    exactly the packing's."""
+    exactly those of the packing."""
     for stage in stages:
         cursor, seen = 0, []
         while cursor < SEQUENCES:

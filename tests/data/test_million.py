@@ -28,7 +28,7 @@ def _peak(call):
 
 
 def test_a_million_tokens_reach_eight_ranks_without_any_holding_the_others(stage, monkeypatch):
-    """Each rank reads its own tokens and one more per run, and allocates a fraction of the sequence."""
+    """Each rank reads its own tokens and one more after each run, and allocates a fraction of the sequence."""
     whole, most = _peak(lambda: stage.sequence(0))
     corpus = stage._corpora["text"]
     read = []

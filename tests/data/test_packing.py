@@ -7,7 +7,7 @@ from longctx.data.packing import best_fit, join_and_split
 
 
 def _one_by_one(lengths: list[int], capacity: int) -> tuple[int, list[int]]:
-    """Best-fit decreasing, document by document: the definition."""
+    """Best-fit decreasing, document by document, as the textbook defines it."""
     room: list[int] = []
     for size in sorted(lengths, reverse=True):
         fits = [i for i, left in enumerate(room) if left >= size]

@@ -49,7 +49,7 @@ def test_rows_reads_no_more_than_asked_for(dataset, tokenizer, tmp_path):
 
 
 def test_rows_are_written_as_they_come(tmp_path, monkeypatch):
-    """Asking for many rows costs the memory of a few."""
+    """A request for many rows takes no more memory than one for a few."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
     folder = tmp_path / "owner" / "name"

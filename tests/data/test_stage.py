@@ -253,7 +253,7 @@ def _children(pid):
 
 
 def _working(pid):
-    """Whether a process is one of the tokenizing workers, alive."""
+    """Whether a process is a living tokenizing worker."""
     try:
         words = Path(f"/proc/{pid}/cmdline").read_bytes()
         return b"longctx.data.worker" in words and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
@@ -353,7 +353,7 @@ def test_worker_processes_write_what_one_process_writes(tmp_path, tokenizer, mon
 
 @pytest.fixture
 def shard(tmp_path):
-    """A shard with every file a shard can have."""
+    """A shard with every file that a shard can have."""
     from longctx.data.documents import Tally
     from longctx.data.shard import TokenizedDocument, write_shard
 
@@ -396,7 +396,7 @@ def test_a_shard_whose_meta_was_cut_is_refused(shard):
 
 
 def test_all_of_a_shard_is_on_the_disk_before_its_meta_is_written(tmp_path, monkeypatch):
-    """What fsync was called for, in order, as the kernel knows it."""
+    """The order of the files and folders that fsync was called for, by their names in /proc."""
     synced = []
     real = os.fsync
 
@@ -511,7 +511,7 @@ def test_a_task_that_does_not_fit_its_shortest_document_is_refused_at_opening(bo
 
 
 def test_held_out_documents_too_short_for_the_policy_are_read_as_they_come(books, tmp_path, tokenizer, capsys):
-    """Training has the long documents that the policy asks for; the held-out side need not."""
+    """The training documents satisfy the policy; the held-out documents do not have to."""
     folder = tmp_path / "d"
     folder.mkdir()
     _write_books(folder, 20)

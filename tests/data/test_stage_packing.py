@@ -29,7 +29,7 @@ def _lengths(count, seed, top=4000):
 
 
 def _check_sequences(packing):
-    """Every sequence is full or padded, never over; no token of a document stands twice within an epoch."""
+    """Every sequence is full or padded and never too long; no token of a document occurs twice within an epoch."""
     filled = np.array([packing.length[a:b].sum() for a, b in zip(packing.first, packing.first[1:], strict=False)])
     assert (filled <= packing.seq_len).all()
     assert (packing.length > 0).all()

@@ -1,4 +1,4 @@
-"""What test_groups.py runs on ranks: errors before transfers, subgroups, DDP, a dead peer."""
+"""The functions that test_groups.py runs on ranks: errors before transfers, subgroups, DDP, a dead peer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check(rank: int, world: int, case: str) -> None:
 
 
 def bad_input_raises_on_every_rank(rank: int, world: int) -> None:
-    """ValueError everywhere, and the ring still works afterwards: nothing was posted."""
+    """Every rank raises ValueError, and the ring still works afterwards, because no transfer was posted."""
     cp = ContextParallel.from_world()
     layout = cp.layout(seq_len=32)
     x = torch.randn(1, 4, layout.local_len, 8)
@@ -62,7 +62,7 @@ def data_parallel_groups(rank: int, world: int) -> None:
 
 
 def closed_and_opened_again(rank: int, world: int) -> None:
-    """Layouts change between stages: contexts come and go, of any schedule, beside others that stay open."""
+    """Layouts change between stages: contexts of any schedule are opened and closed beside others that stay open."""
     x = oracle(64, None, 8, 8)
     stays = ContextParallel.from_world(schedule="double_ring", nodes=2)
     for schedule in ("flat_ring", "ulysses_ring", "double_ring", "flat_ring"):

@@ -89,7 +89,7 @@ def context(nodes: int, schedule: str, ulysses: int | None) -> ContextParallel:
 
 
 def check(rank: int, world: int, case: Case) -> None:
-    """out, lse, dq, dk, dv of this rank within 1e-10; bytes as planned; un-sharding gives the whole."""
+    """Compare out, lse, dq, dk, dv of this rank within 1e-10, the bytes with the plan, and the un-sharded result."""
     cp = context(case.nodes, case.schedule, case.ulysses)
     layout = cp.layout(seq_len=case.seq_len, documents=list(case.documents) if case.documents else None, kind=case.kind)
     x = oracle(case.seq_len, case.documents, case.q_heads, case.kv_heads)
@@ -111,7 +111,7 @@ def check(rank: int, world: int, case: Case) -> None:
 
 
 def check_bytes(cp: ContextParallel, layout, case: Case) -> None:
-    """Counted bytes equal the schedules' sums, plus the exchange of lse that was asked for under Ulysses."""
+    """Compare the counted bytes with the schedules' sums, plus the exchange of lse when Ulysses is asked for lse."""
     sizes = Sizes(layout.local_len, case.q_heads, case.kv_heads, HEAD_DIM, BATCH, 8, 8)
     schedules = layout.cache.prepare(layout.arithmetic.boundaries).schedules
     total = sum(sum(schedule.bytes(sizes).values()) for schedule in schedules)

@@ -1,4 +1,4 @@
-"""Imported once by the server that test ranks are forked from: what each rank would otherwise load by itself."""
+"""The server from which test ranks are forked imports this module once; each rank would otherwise load the same by itself."""
 
 from __future__ import annotations
 

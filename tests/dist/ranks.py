@@ -25,7 +25,7 @@ CONTEXT.set_forkserver_preload([*faults_run.PRELOAD, "tests.dist.preload"])
 
 
 def forked(function: Callable[..., int], *arguments: Any, log: Path, **environment: str) -> Any:
-    """A started process in a session of its own, as a terminal starts it, that ends with function(*arguments).
+    """Start a process in a session of its own, as a terminal does; it runs function(*arguments) and ends.
 
     Its standard output and error are the files LOG.out and LOG.err.
     """
@@ -54,9 +54,9 @@ def run_ranks(
     leaves: int = 0,
     nccl: bool = False,
 ) -> dict[Any, list[str]]:
-    """body(rank, world, case) on every rank for every case; the failures, {case: ["rank r: traceback"]}.
+    """Run body(rank, world, case) on every rank for every case; returns the failures, {case: ["rank r: traceback"]}.
 
-    `leaves` ranks are expected to die without a word. nccl: the ranks share the first CUDA device; they are spawned,
+    `leaves`: number of ranks that are expected to die without a report. nccl: the ranks share the first CUDA device; they are spawned,
     because the server has DeepSpeed set up for CPUs, and CUDA does not outlive a fork.
     """
     context: Any = multiprocessing.get_context("spawn") if nccl else CONTEXT
@@ -96,7 +96,7 @@ def _next(results: Any, processes: Sequence[Any], timeout: float, leaves: int) -
 
 
 def one_card(rank: int) -> dict[str, str]:
-    """What lets NCCL put several ranks on one card, as launch/one_gpu.sh sets it."""
+    """The environment in which NCCL takes several ranks on one card, as launch/one_gpu.sh sets it."""
     return {"NCCL_HOSTID": f"longctx-rank-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo",
             "NCCL_IB_DISABLE": "1", "NCCL_NVLS_ENABLE": "0", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
 

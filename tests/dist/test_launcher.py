@@ -1,4 +1,4 @@
-"""The launcher's environment: torchrun's names as they are, srun's under torch's names, one process otherwise."""
+"""The launcher's environment: torchrun's variables, srun's variables under torch's names, or one process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OURS = (*NAMES, "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", RUN_TOKEN)
 
 
 def given(monkeypatch: pytest.MonkeyPatch, **values: str) -> dict[str, str]:
-    """launcher_environment() in an environment with these names only; what it sets is forgotten after the test."""
+    """launcher_environment() in an environment with these variables only; the test's changes are undone."""
     for name in [*OURS, *(name for name in os.environ if name.startswith("SLURM_"))]:
         monkeypatch.setenv(name, "")  # remembered, so that what the function sets goes with the test
         monkeypatch.delenv(name)

@@ -1,4 +1,4 @@
-"""launch/one_gpu.sh: each rank's environment, statuses and signals; and two ranks on a card that nobody asked for."""
+"""launch/one_gpu.sh: each rank's environment, statuses and signals; two ranks on one card by mistake are refused."""
 
 from __future__ import annotations
 
@@ -67,8 +67,9 @@ def test_signals_reach_every_rank(tmp_path):
     assert (tmp_path / "1").exists()
 
 
-def test_training_becomes_the_rank_entry_of_a_launcher():
-    done = started("2", sys.executable, "-m", "longctx.cli", "train", "--help")
+@pytest.mark.parametrize("module", ["longctx", "longctx.cli"])
+def test_training_becomes_the_rank_entry_of_a_launcher(module):
+    done = started("2", sys.executable, "-m", module, "train", "--help")
     assert done.returncode == 2
     assert "under torchrun and srun give overrides only" in done.stderr
 
@@ -87,7 +88,7 @@ def test_two_ranks_on_a_card_are_refused_before_nccl_does(monkeypatch):
 
 
 def test_groups_are_made_on_a_torch_without_sort_ranks(monkeypatch):
-    """torch 2.11 has no such argument; a later torch is told to keep the parent's order."""
+    """torch 2.11 has no argument `sort_ranks`; a later torch is told to keep the parent's order."""
     made = dist.ProcessGroup(0, 1)
 
     def old(ranks=None, timeout=None, backend=None, pg_options=None, use_local_synchronization=False, group_desc=None,

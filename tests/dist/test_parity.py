@@ -1,6 +1,6 @@
 """Every schedule on every (M, W) equals dense attention in fp64; ranks start once per world size.
 
-On 4 and 8 ranks a covering of the axes; their whole product: `pytest -m slow tests/dist/test_parity.py`.
+4 and 8 ranks test a covering selection; `pytest -m slow tests/dist/test_parity.py` tests every combination.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which rank is where: order node by node, even nodes, contradictions, versions, command lines, shares of cores."""
+"""Placement of ranks: order node by node, even nodes, contradictions, versions, command lines, shares of cores."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longctx.errors import UserError
 
 
 def ranks(nodes: str) -> list[Introduction]:
-    """Ranks of the nodes named by a letter each: "abab" is a cyclic placement of two ranks on each of two nodes."""
+    """The facts of ranks on nodes named by letters: "abab" is a cyclic placement of two ranks on each of two nodes."""
     return [Introduction(number, node, nodes[:number].count(node), None) for number, node in enumerate(nodes)]
 
 

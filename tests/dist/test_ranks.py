@@ -1,4 +1,4 @@
-"""What ranks say to each other outside attention: waiting as long as it takes, and the timeout that was asked for."""
+"""Communication of ranks outside attention: waits without a limit, and the requested timeout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.dist.ranks import run_ranks
 
 
 def check_patience(rank: int, world: int, seconds: float) -> None:
-    """Work of one rank outlasts the timeout of collectives, which `start` has set on the world that stood already."""
+    """One rank works for longer than the timeout of collectives, which `start` has set on a world that existed before."""
     store = dist.distributed_c10d._get_default_store()
     worlds._set_timeout(timedelta(seconds=seconds))
     assert transport._timeout_of(dist.group.WORLD) == timedelta(seconds=seconds)
@@ -35,6 +35,6 @@ def check_patience(rank: int, world: int, seconds: float) -> None:
 
 
 def test_one_ranks_long_work_does_not_time_out(tmp_path: Path) -> None:
-    """Ranks meet within a second of each other, so that a timeout of 4 seconds is met on a busy machine too."""
+    """Ranks meet within a second of each other, so that a timeout of 4 seconds suffices on a busy machine too."""
     failures = run_ranks(2, check_patience, [4.0], tmp_path / "store", leaves=0)
     assert not failures, failures

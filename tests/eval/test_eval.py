@@ -48,7 +48,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def two(text: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str, str]:
-    """The results folder of an evaluation of two models, and what it said on standard output and error."""
+    """The results folder of an evaluation of two models, and its standard output and error."""
     out = tmp_path_factory.mktemp("out")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "160")
@@ -253,7 +253,7 @@ def test_a_tokenizer_that_exceeds_the_model_is_refused(text, tmp_path):
 
 
 def test_ranks_under_srun_find_together_what_one_finds(text, two, tmp_path):
-    """srun's names only, as a Slurm step sets them; the ranks share prompts and windows, rank 0 writes."""
+    """Only srun's variables are set, as in a Slurm step; the ranks share prompts and windows, rank 0 writes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

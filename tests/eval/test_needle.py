@@ -1,4 +1,4 @@
-"""The needle grid counts what it says it counts: an oracle finds everything, a blind model nothing."""
+"""The needle grid counts correctly: an oracle finds every needle, a blind model none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the NCCL tests run on ranks that share one card: parity of schedules, and peers that die or hang."""
+"""The functions that the NCCL tests run on ranks of one card: parity of schedules, and peers that die or hang."""
 
 from __future__ import annotations
 

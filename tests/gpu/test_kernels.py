@@ -47,7 +47,7 @@ def exact(inputs, documents):
 
 
 def check(got, want, documents):
-    """Errors that bf16 explains: of the whole, and of every document, so that a short one cannot hide in a long one."""
+    """Assert that the errors are those of bf16, over the whole and over every document by itself, also a short one."""
     for name, a, b in zip(NAMES, got, want, strict=True):
         assert torch.isfinite(a).all(), name
         if name == "lse":

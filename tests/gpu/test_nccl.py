@@ -17,7 +17,7 @@ ZIGZAG = ("zigzag", 61, (0, 7, 20, 21, 50, 61))
 
 
 def schedules(world: int) -> list[parity.Case]:
-    """Every schedule and number of nodes once, with packed documents and a length that nothing divides."""
+    """Every schedule and number of nodes once, with packed documents and a length that no number of ranks divides."""
     return [case for case in parity.cases(world) if case[3:6] == ZIGZAG and case[6:] == (8, 2)]
 
 
@@ -53,7 +53,7 @@ def test_three_hundred_steps_of_packed_documents_do_not_grow(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("case", ["dies", "hangs"])
 def test_a_lost_peer_ends_the_others_in_time(tmp_path: Path, case: str) -> None:
-    """launch/gpu_check.sh looks at what is left on the card."""
+    """launch/gpu_check.sh checks afterwards that no process is left on the card."""
     store = str(tmp_path / "store")
     context = multiprocessing.get_context("spawn")  # CUDA does not outlive a fork
     ranks = [context.Process(target=lost, args=(rank, 2, case, store), daemon=True) for rank in range(2)]

@@ -22,7 +22,7 @@ ON_CARD = ["model.dtype=bfloat16", "engine.device=cuda"]
 
 
 def complete(run: Path) -> None:
-    """Trained, exported, extracted, merged and evaluated."""
+    """Assert that the run trained, exported, extracted, merged and evaluated."""
     summary = json.loads((run / "summary.json").read_text())
     assert set(summary["needle"]) >= {"base", "extended", "sibling", "merged"}
     assert summary["adapter"]["bytes"] > 0
@@ -49,7 +49,7 @@ def test_the_quickstart_on_two_nccl_ranks_of_one_card(tmp_path: Path, engine: li
 
 
 def life(run: TrainConfig, kill_after: int = 0) -> int:
-    """Train in a process of its own, which SIGKILL ends once it has logged the step `kill_after`; its status."""
+    """Train in a process of its own and kill it (SIGKILL) once it has logged step `kill_after`; returns its status."""
     body = (
         "import sys; from pathlib import Path; from tests.train.lives import _rank; port, step = map(int, sys.argv[2:])"
     )

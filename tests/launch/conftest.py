@@ -1,4 +1,4 @@
-"""What the launch tests hold a disturbed run against."""
+"""The undisturbed run with which the launch tests compare a disturbed one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """launch/slurm.sbatch under a real Slurm of four virtual nodes: placements, signals, requeues, statuses, a lost node.
 
 They run where Slurm is installed (`missing`). `pytest -m slow tests/launch` also signals at twenty instants.
-Jobs that need no attention are submitted first and run beside the others.
+Jobs that only have to end are submitted first and run beside the others.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def test_nodes_of_different_sizes_are_refused(slurm: VirtualSlurm, refused: list
 
 @pytest.fixture
 def submit(slurm: VirtualSlurm, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
-    """`longctx submit` on the login node, for ranks without GPUs: run with words, it gives status and what was said."""
+    """A function that runs `longctx submit WORDS` as on a login node, for ranks without GPUs: (status, output)."""
     for name, value in slurm.environment.items():
         monkeypatch.setenv(name, value)
     stage = "+curriculum.stages.s128={seq_len: 128, theta: 40000, steps: 2, batch: 2}"
@@ -203,7 +203,7 @@ def test_slurm_s_refusal_and_a_wrong_key_are_paragraphs_of_submit(slurm: Virtual
 def test_signals_at_twenty_instants_are_saved_or_not_and_requeued(
     slurm: VirtualSlurm, undisturbed: Path, tmp_path: Path
 ) -> None:
-    """Runs that get five signals each, the first seconds more often than others."""
+    """Runs that get five signals each, most of them in their first seconds."""
     rng, sent, runs = random.Random(1), 0, 0
     while sent < 20:
         runs += 1

@@ -1,4 +1,4 @@
-"""`longctx submit` without a Slurm: the script that it renders, and what it refuses before any job is asked for."""
+"""`longctx submit` without Slurm: the script that it renders, and its refusals before it submits a job."""
 
 from __future__ import annotations
 

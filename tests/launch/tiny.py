@@ -1,4 +1,4 @@
-"""The smallest run that has everything: the embedded model, one stage of 64 tokens, a checkpoint every two steps."""
+"""The smallest complete run: the embedded model, one stage of 64 tokens, a checkpoint every two steps."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def words(*, steps: int = 30, adapter: bool = False, run_dir: Path | None = None
 
 
 def steps_of(run: Path) -> int:
-    """The steps that stand in the run's metrics."""
+    """The steps in the run's metrics."""
     path = run / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
 
 
 def trains(run: Path) -> bool:
-    """Whether the run has a checkpoint and goes on behind it."""
+    """Whether the run has a checkpoint and has taken a step after it."""
     return (run / "latest.json").exists() and steps_of(run) >= 4
 
 

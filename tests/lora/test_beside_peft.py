@@ -85,7 +85,7 @@ def plain_logits(model: str) -> torch.Tensor:
 
 
 def train(base: str, path: Path, **settings: Any) -> str:
-    """An adapter as peft saves it, all that it trains moved a little."""
+    """An adapter as peft saves it, with every trained tensor changed a little."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 6, **settings}))
@@ -340,7 +340,7 @@ def test_factors_with_a_bias_need_a_layer_with_one(bases: Callable[[str], str], 
 
 
 def test_every_setting_of_peft_is_decided() -> None:
-    """A newer peft with another setting fails here, and its meaning is looked up."""
+    """A newer peft with another setting fails here; then somebody has to find out its meaning."""
     known = {field.name for field in dataclasses.fields(LoraConfig)}
     assert known == peftconfig.HONOURED | peftconfig.NO_EFFECT | set(peftconfig.REFUSED)
     assert not peftconfig.HONOURED & peftconfig.NO_EFFECT

@@ -65,7 +65,7 @@ def test_peft_reads_the_adapter_unchanged(trio: Make, tmp_path: Path, architectu
 
 
 def test_residual_is_near_the_optimum_for_a_flat_spectrum(trio: Make, tmp_path: Path) -> None:
-    """Noise has no strong directions: the hardest spectrum for a sketch."""
+    """Noise has no strong directions, which is the hardest spectrum for a sketch."""
     pair = trio("llama")
     result = extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=4, dtype="float32"))
     base, tuned = tensors(pair.base), tensors(pair.tuned)
@@ -99,7 +99,7 @@ def test_same_seed_same_bytes_whatever_the_workers(trio: Make, tmp_path: Path) -
 
 
 def test_a_worker_has_one_thread_from_its_first_product_on() -> None:
-    """A new thread begins with OMP_NUM_THREADS, whatever torch.set_num_threads said in another."""
+    """A new thread starts with OMP_NUM_THREADS threads, whatever torch.set_num_threads set in another thread."""
     code = (
         "import ctypes, torch; from longctx.threads import one_thread_each\n"
         "maps = open('/proc/self/maps').read().split(); openmp = next(word for word in maps if '/libgomp' in word)\n"
@@ -111,7 +111,7 @@ def test_a_worker_has_one_thread_from_its_first_product_on() -> None:
 
 
 def test_differences_too_large_to_keep_are_read_again(trio: Make, tmp_path: Path) -> None:
-    """With no room to keep any difference the result is the same."""
+    """Without memory to keep any difference the result is the same."""
     pair = trio("llama")
     kept = ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "kept"), rank=4, oversample=4)
     extract(kept)

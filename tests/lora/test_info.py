@@ -26,7 +26,7 @@ Make = Callable[..., Trio]
 
 
 def test_published_size_of_llama3_70b() -> None:
-    """837.1 MB at rank 32 with lm_head, 828.4 without: what the published adapters weigh."""
+    """The published adapters have these sizes: 837.1 MB at rank 32 with lm_head, 828.4 without."""
     size = adapter_size("llama3_70b", 32, dtype="bfloat16", lm_head=True, embeddings=False)
     assert round(size.bytes / 1e6, 1) == 837.1
     assert size.matrices == 561
@@ -102,8 +102,10 @@ def test_time_is_extrapolated_from_a_measurement(capsys: pytest.CaptureFixture[s
 def test_hub_ids_load_shards_only_when_rows_are_read(
     trio: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The hub stands in a folder here; a wrong pair is refused without fetching any weights."""
+    """A folder replaces the hub here; a wrong pair is refused without fetching any weights."""
     import huggingface_hub
+
+    from longctx.storage import hub
 
     pair, other = trio("llama"), trio("mistral")
     folders = {"some/base": pair.base, "some/tuned": pair.tuned, "some/other": other.tuned}
@@ -120,6 +122,7 @@ def test_hub_ids_load_shards_only_when_rows_are_read(
             table.pop("__metadata__")
             return SimpleNamespace(tensors={key: SimpleNamespace(**value) for key, value in table.items()})
 
+    monkeypatch.setattr(hub, "offline", lambda: False)
     monkeypatch.setattr(
         huggingface_hub, "list_repo_files", lambda name: [p.name for p in Path(folders[name]).iterdir()]
     )
@@ -163,7 +166,7 @@ def test_losses_on_held_out_text(trio: Make, tmp_path: Path) -> None:
 
 
 def test_bench_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without mergekit ours is measured alone, and says so."""
+    """Without mergekit only longctx is measured, and the output says so."""
     small = ["layers=1", "hidden=64", "vocab=128", "delta_rank=4", "rank=4", "repeats=1", "shallow=null"]
     done = longctx("bench", "lora", *small, f"folder={tmp_path}", f"out={tmp_path / 'figures.json'}")
     assert done.returncode == 0, done.stderr

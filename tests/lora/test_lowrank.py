@@ -1,4 +1,4 @@
-"""The low-rank solver against the exact SVD, on spectra of every temper."""
+"""The low-rank solver against the exact SVD, on spectra that fall fast, slowly or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from longctx.lora.rank_choice import fit_size, rank_for_share
 
 
 class Matrix:
-    """A BlockMatrix in memory; whole: whether dense() may be asked for."""
+    """A BlockMatrix in memory; whole: whether dense() may be called."""
 
     def __init__(self, matrix: torch.Tensor, *, whole: bool = True) -> None:
         self.matrix, self.whole = matrix, whole

@@ -26,7 +26,7 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def trained(base: str, path: Path, *, seed: int = 3, **settings: Any) -> str:
-    """An adapter as peft saves it after training, its weights made up."""
+    """An adapter as peft saves it after training, with invented weights."""
     model = get_peft_model(load(base), LoraConfig(task_type="CAUSAL_LM", **settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

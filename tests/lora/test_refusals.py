@@ -1,4 +1,4 @@
-"""Bad input: every mistake is one UserError that names it, and nothing appears under the output's name."""
+"""Bad input: every mistake is one UserError that names it, and no output is written."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from longctx.config.lora import ExtractConfig, MergeConfig, MergeRope
 from longctx.errors import UserError
 from longctx.lora.extract import extract
+from longctx.lora.match import Match
 from longctx.lora.merge import merge
 
 from .conftest import Trio, build, change, save
@@ -57,7 +58,7 @@ def test_another_architecture(trio: Make, tmp_path: Path) -> None:
 
 
 def test_head_layout_with_equal_shapes(trio: Make, tmp_path: Path) -> None:
-    """8 heads of 8 give the same matrices as 4 of 16, and mean something else."""
+    """8 heads of 8 have matrices of the same shape as 4 of 16, but another meaning."""
     pair = trio("llama")
     other = edit(copy(pair.tuned, tmp_path / "t"), num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     assert re.search("num_attention_heads 4 / 8", extract_refusal(tmp_path, pair.base, other))
@@ -250,7 +251,7 @@ def test_rope_keep_with_a_theta(trio: Make, tmp_path: Path, adapter: str) -> Non
 
 
 def test_failure_while_writing_leaves_nothing(trio: Make, tmp_path: Path, adapter: str) -> None:
-    """The sum leaves fp16's range only when it is written, after much has been."""
+    """The sum exceeds fp16's range only when it is written, after many other tensors have been."""
 
     def huge(weights: dict[str, torch.Tensor]) -> None:
         for name in weights:
@@ -275,3 +276,11 @@ def test_an_interrupt_leaves_nothing(trio: Make, tmp_path: Path, adapter: str, w
     with pytest.raises(KeyboardInterrupt):
         merge(MergeConfig(target=pair.sibling, adapter=[adapter], out=str(tmp_path / "m")), interrupt)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_names_the_first_parts_and_counts_the_others():
+    """An adapter of a larger base misses hundreds of modules in the target."""
+    assert Match(missing=[f"layer{n}" for n in range(9)]).problems == [
+        "missing: layer0, layer1, layer2, layer3, layer4, layer5 and 3 more"
+    ]
+    assert Match(ignored=[], unexpected=["a", "b"]).problems == ["unexpected: a, b"]

@@ -67,7 +67,7 @@ def full_rank(base: str, tuned: str, out: Path, **settings: Any) -> str:
 
 
 def peft_trained(model: Any, path: Path, **settings: Any) -> str:
-    """An adapter as peft saves it, all weights moved a little, the base's included."""
+    """An adapter as peft saves it, with all weights changed a little, the base's included."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trained = get_peft_model(model, LoraConfig(r=4, task_type="CAUSAL_LM", **settings))
@@ -85,7 +85,7 @@ def merged(target: str, adapter: str, out: Path, **settings: Any) -> Any:
 
 
 def peft(target: str, adapter: str, **how: Any) -> torch.Tensor:
-    """What peft computes unmerged; no part of the adapter may be missing."""
+    """The logits that peft computes unmerged; no part of the adapter may be missing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys.*")
         return logits(PeftModel.from_pretrained(load(target), adapter, **how).eval())
@@ -186,7 +186,7 @@ def test_a_missing_table_of_an_untied_model_is_refused(store: Store, tmp_path: P
 
 
 def test_a_single_file_goes_before_an_index_left_beside_it(store: Store, tmp_path: Path) -> None:
-    """As transformers reads the folder: stale shards change nothing."""
+    """transformers reads the folder in the same order: stale shards have no effect."""
     tuned = tmp_path / "tuned"
     load(store(False, 2)).save_pretrained(tuned, max_shard_size="20KB")
     load(store(False, 1)).save_pretrained(tmp_path / "fresh")

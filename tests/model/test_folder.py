@@ -1,4 +1,4 @@
-"""A model's folder that something is wrong with: one paragraph from every verb, before anything long."""
+"""Damaged model folders: every verb refuses them in one paragraph, before any long work."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def test_compiled_formulas_equal_the_operators(family: str) -> None:
 @pytest.mark.usefixtures("_interpreted_liger")
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen3"])
 def test_ligers_kernels_equal_the_operators(family: str) -> None:
-    """With products kept in one layer: kernels that write over their inputs must not change what is kept."""
+    """One layer keeps its products: kernels that overwrite their inputs must not change them."""
     assert_equal_steps(family, "liger", keep_matmuls=1)
 
 
@@ -109,7 +109,7 @@ def test_a_candidate_that_is_not_installed_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_norms_take_few_blocks_on_a_gpu() -> None:
-    """The meta device stands for one: 65,536 rows of 4,096 are 4 blocks there, and 64 on a CPU, as ever."""
+    """The meta device replaces a GPU: 65,536 rows of 4,096 are 4 blocks there, and 64 on a CPU."""
     x = torch.empty(65536, 4096, device="meta")
     assert len(_blocks(x)) == 4
     assert len(_blocks(torch.empty(65536, 1))) == 64

@@ -1,4 +1,4 @@
-"""`longctx import`: a GGUF file becomes a folder that loads, trains and serves; what cannot be read is explained."""
+"""`longctx import`: a GGUF file becomes a folder that loads, trains and serves; others are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What exists at once: no logits, no scores, attention run once per layer, and the bytes a token costs."""
+"""Memory in use at one time: no logits, no scores, attention run once per layer, and the bytes per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rotary embedding is rebuilt, checked, and exact where exactness is asked for."""
+"""The rotary embedding is rebuilt, checked, and exact in float64."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def test_zero_divides_what_it_shards_and_nothing_else():
 
 
 def test_offloaded_gradients_leave_the_device_with_the_optimizer():
-    """What stays is DeepSpeed's bucket; what goes is DeepSpeed's own layout (tests/train/test_precision.py)."""
+    """DeepSpeed's bucket stays on the device; tests/train/test_precision.py checks the layout on the host."""
     shape = shape_of_init(INIT)
 
     def planned(zero):

@@ -139,7 +139,7 @@ def test_a_missing_model_is_named(capsys, tmp_path):
 
 
 def test_buffers_do_not_grow_with_nodes_beyond_four(monkeypatch):
-    """Which is why so many are looked at; a longer sequence does need more."""
+    """For this reason the planner simulates at most four nodes; a longer sequence does need larger buffers."""
     sizes = Sizes(512, 8, 8, 128)
     short = {name: attention_buffers(name, Topology(8, 2), sizes, 2, "cudnn") for name in SCHEDULES}
     monkeypatch.setattr("longctx.planner.memory.NODES_SIMULATED", 8)

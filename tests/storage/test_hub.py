@@ -1,11 +1,14 @@
-"""A model or dataset that the hub does not give: gated, unknown, no network, not in the cache; each with its remedy.
+"""The hub refuses a model or dataset, or cannot be reached: gated, unknown, no network, not in the cache.
 
-A server on loopback answers as the hub does (status and X-Error-Code), so that huggingface_hub's own errors are raised.
+Each has its own remedy, and a cached model is read without the hub. A server on loopback answers as the hub does
+(status and X-Error-Code), so that huggingface_hub's own errors are raised.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +18,11 @@ from threading import Thread
 
 import pytest
 
+from longctx.errors import UserError
+from longctx.storage import hub as hub_module
+from longctx.storage.model_files import open_source
+
+TINY = Path(hub_module.__file__).parents[1] / "assets" / "tiny"
 ANSWERS = {"gated": (403, "GatedRepo"), "unknown": (401, "RepoNotFound"), "broken": (400, "")}
 
 
@@ -51,7 +59,8 @@ CASES = [
     ("some/model", {"HF_ENDPOINT": "http://127.0.0.1:9"}, "the hub cannot be reached; run `hf download some/model`"),
 ]  # fmt: skip
 ALL = """
-import sys
+import sys, time
+time.sleep = lambda seconds: sys.exit(f"a request would be tried again after {seconds} s")
 from longctx.errors import UserError
 from longctx.data.sources import source_units
 from longctx.config.data import SourceConfig
@@ -60,7 +69,7 @@ from longctx.storage.model_files import open_source
 from pathlib import Path
 name = sys.argv[1]
 for call in (lambda: read_config(name), lambda: open_source(name, "base"),
-             lambda: source_units("books", SourceConfig(kind="hub", name=name), Path("cache")))[:int(sys.argv[2])]:
+             lambda: source_units("books", SourceConfig(kind="hub", name=name), Path("cache"))):
     try:
         call()
     except UserError as error:
@@ -68,31 +77,110 @@ for call in (lambda: read_config(name), lambda: open_source(name, "base"),
 """
 
 
+def python(code: str, name: str, folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Run code with a model's name, with an empty cache in `folder` and none of this process's HF_ variables."""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    variables = {**plain, "HF_HOME": str(folder), "HF_HUB_DOWNLOAD_TIMEOUT": "2", **environment}
+    return subprocess.run(
+        [sys.executable, "-c", code, name], capture_output=True, text=True, env=variables, cwd=folder, timeout=120
+    )
+
+
 @pytest.mark.parametrize(("name", "environment", "said"), CASES, ids=["gated", "unknown", "offline", "no network"])
 def test_what_the_hub_does_not_give_is_said_with_its_remedy(hub: str, tmp_path: Path, name, environment, said):
     """A model's config.json, a model's list of files and a dataset: each says the same reason."""
-    plain = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    variables = {**plain, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path), "HF_HUB_DOWNLOAD_TIMEOUT": "2", **environment}
-    calls = "1" if environment.get("HF_ENDPOINT") else "3"  # the others try again for half a minute and more
-    done = subprocess.run(
-        [sys.executable, "-c", ALL, name, calls],
-        capture_output=True,
-        text=True,
-        env=variables,
-        cwd=tmp_path,
-        timeout=120,
-    )
+    done = python(ALL, name, tmp_path, {"HF_ENDPOINT": hub, **environment})
     model, *others = done.stdout.splitlines() or [done.stderr]
     assert f"model.path={name} is no folder here, and not read from the hub: " in model
     assert said in model
-    assert len(others) == int(calls) - 1
-    for listing in others[:1]:
-        assert f"base={name} is no folder here" in listing
-        assert said in listing
-    for dataset in others[1:]:
-        assert f"data.sources.books.name={name} " in dataset
-        expected = (
-            said.replace("model is", "dataset is").replace("no model", "no dataset").replace("co/", "co/datasets/")
-        )
-        assert expected.replace("hf download", "hf download --repo-type dataset") in dataset
-        assert "data=text data.path=FOLDER" in dataset
+    assert len(others) == 2, done.stderr
+    listing, dataset = others
+    assert f"base={name} is no folder here" in listing
+    assert said in listing
+    assert f"data.sources.books.name={name} " in dataset
+    expected = said.replace("model is", "dataset is").replace("no model", "no dataset").replace("co/", "co/datasets/")
+    assert expected.replace("`hf download some/model`", "`longctx data` with these settings") in dataset
+    assert "data=text data.path=FOLDER" in dataset
+
+
+CACHED = """
+import os, sys
+import huggingface_hub
+requests = []
+huggingface_hub.set_client_factory(lambda: requests.append("client"))
+from longctx.config.model import ModelConfig
+from longctx.data.tokenizer import load_tokenizer
+from longctx.model.load import model_of
+from longctx.storage.model_files import open_source
+model = ModelConfig(path=sys.argv[1])
+print(len(load_tokenizer(model, vocab_size=4096)("a ring passes keys").input_ids) > 0)
+print(sum(p.numel() for p in model_of(model).parameters()) > 0)
+print("model.embed_tokens.weight" in {entry["name"] for entry in open_source(model.path, "base").header(
+    "model.safetensors", "base")})
+print(len(requests), huggingface_hub.is_offline_mode(), os.environ["HF_HUB_OFFLINE"])
+"""
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    """A Hugging Face cache that holds the tiny model as some/model."""
+    place = tmp_path / "hub" / "models--some--model"
+    shutil.copytree(TINY, place / "snapshots" / ("0" * 40))
+    (place / "refs").mkdir()
+    (place / "refs" / "main").write_text("0" * 40)
+    return tmp_path
+
+
+def test_a_cached_model_is_read_where_the_hub_cannot_be_reached(cache: Path):
+    """Config, tokenizer, weights and headers come from the cache, without a request that would be tried again."""
+    done = python(CACHED, "some/model", cache, {"HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert done.stdout.splitlines() == ["True", "True", "True", "0 True 1"], done.stderr
+
+
+def test_a_cached_model_is_read_under_hf_hub_offline(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """The tests run with HF_HUB_OFFLINE=1; reading headers needs no list of files from the hub then."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "hub"))
+    source = open_source("some/model", "base")
+    assert "model.embed_tokens.weight" in {entry["name"] for entry in source.header("model.safetensors", "base")}
+    with pytest.raises(UserError, match="base=some/other is no folder here, and not read from the hub: it is not in"):
+        open_source("some/other", "base")
+
+
+def reachable(monkeypatch: pytest.MonkeyPatch, endpoint: str, **proxies: str) -> bool:
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in proxies.items():
+        monkeypatch.setenv(name, value)
+    return hub_module._reachable(endpoint)
+
+
+def test_the_hub_can_be_reached_where_it_or_its_proxy_accepts_a_connection(hub: str, monkeypatch: pytest.MonkeyPatch):
+    closed = "http://127.0.0.1:9"
+    assert reachable(monkeypatch, hub)
+    assert not reachable(monkeypatch, closed)
+    assert reachable(monkeypatch, "https://no.such.host.invalid", https_proxy=hub)
+    assert not reachable(monkeypatch, hub, http_proxy=closed)
+    assert reachable(monkeypatch, hub, http_proxy=closed, no_proxy="127.0.0.1")
+
+
+def test_a_hub_that_answers_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch):
+    """A full queue of connections makes the kernel drop further ones, as a firewall does."""
+    monkeypatch.setattr(hub_module, "CONNECT_SECONDS", 0.2)
+    with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        for waiting in (first, second):
+            waiting.setblocking(False)
+            waiting.connect_ex(full.getsockname())
+        assert not reachable(monkeypatch, f"http://127.0.0.1:{full.getsockname()[1]}")
+
+
+def test_child_processes_inherit_that_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch):
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", hub_module._UNREACHABLE):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    hub_module.offline.cache_clear()
+    assert hub_module.offline()
+    assert (os.environ.pop("HF_HUB_OFFLINE"), os.environ.pop(hub_module._UNREACHABLE)) == ("1", "1")
+    hub_module.offline.cache_clear()

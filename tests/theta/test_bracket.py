@@ -1,4 +1,4 @@
-"""The search on log theta: finds a minimum, widens at an edge, asks nothing twice, keeps its trials."""
+"""The search on log theta finds a minimum, widens at an edge, tries no theta twice, and stores its trials."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from longctx.theta.trials import Trial, TrialFile
 
 
 def valley(best: float):
-    """A loss whose only minimum on log theta is at `best`, and the list of what was asked."""
+    """A loss whose only minimum on log theta is at `best`, and the list of thetas that were tried."""
     asked: list[int] = []
 
     def score(theta: int, phase: str) -> float:

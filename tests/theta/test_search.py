@@ -1,4 +1,4 @@
-"""A search on a tiny random model: plain losses, two ranks as one, resumed, read by a curriculum."""
+"""A search on a tiny random model: plain losses, two ranks equal one, resuming, and a curriculum with the result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`longctx theta` from the command line: what it prints, how fast, and what it refuses."""
+"""`longctx theta` from the command line: output, speed and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run as a person starts it: launcher and ranks in a process group of their own, watched from outside."""
+"""A run as a user starts it: launcher and ranks in a process group of their own, watched from outside."""
 
 from __future__ import annotations
 

@@ -87,5 +87,5 @@ def _rank(
 
 
 def said(run: Path, rank: int) -> str:
-    """What a rank wrote to standard error in the run's last life."""
+    """Standard error of a rank in the run's last life."""
     return (run / f"life{rank}.err").read_text()

@@ -98,7 +98,7 @@ def reference(case: Case, data: MadeData) -> tuple[float, dict[str, torch.Tensor
 
 
 def check(rank: int, world: int, case: Case) -> None:
-    """One step of `case` on this rank equals the reference; raises AssertionError naming the parameter."""
+    """Assert that one step of `case` on this rank equals the reference; the error names the parameter."""
     ranks = Ranks(rank, world, rank, world, device())
     dp = world // case.cp
     per_rank = case.rows * case.accumulation
@@ -156,7 +156,7 @@ def check_isolation(rank: int, world: int, case: Case) -> None:
 
 
 def check_attention_once(rank: int, world: int, case: Case) -> None:
-    """Each layer's attention runs forward once and backward once per micro-batch of a step, checkpoints on."""
+    """Assert that each layer's attention runs once forward and once backward per micro-batch, with checkpointing."""
     ranks = Ranks(rank, world, rank, world, device())
     context, _ = open_context(flat(case.cp, world), ranks, None)
     data = MadeData(SEQ, case.accumulation * world // case.cp, seed=3)

@@ -1,4 +1,4 @@
-"""A step that a signal ends between its micro-batches never happened: weights, moments and the steps after it."""
+"""A step that a signal ends between its micro-batches leaves no trace in weights, moments and later steps."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def two_steps(rank: int, world: int, case: Two) -> None:
     looks: list[int] = []
 
     def stop() -> bool:
-        """Of rank 1 alone, at the second time that ranks look."""
+        """Signal rank 1 only, when the ranks look for signals the second time."""
         looks.append(len(looks))
         return rank == 1 and len(looks) == 2
 
@@ -91,7 +91,7 @@ def test_an_abandoned_step_never_happened(tmp_path: Path, zero: int) -> None:
 
 
 def test_short_steps_are_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks look for a signal before each step; inside one only where check_seconds of work lie between two looks."""
+    """Ranks look for a signal before each step, and within a step only after check_seconds of work."""
     ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
     asked: list[float] = []
     monkeypatch.setattr(Ranks, "any", lambda ranks, flag: bool(asked.append(1.0)))

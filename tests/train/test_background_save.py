@@ -1,4 +1,4 @@
-"""Saves in the background: the same bytes as at once, one in flight at most, and nothing lost where one is cut off."""
+"""Saves in the background: the same bytes as other saves, at most one at a time, and no loss when one is cut off."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ class Large:
 
 
 def held_up(run: Path, background: bool, saves: int = 3) -> list[float]:
-    """Seconds for which each save stops the caller, the publication included."""
+    """Seconds for which each save stops the caller, publishing included."""
     kept, engine, found = Checkpoints(run, ALONE, keep=1, spare_gib=0.0, background=background), Large(), []
     for step in range(saves):
         began = time.monotonic()

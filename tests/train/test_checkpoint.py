@@ -23,7 +23,7 @@ ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
 
 class TwoTensors:
-    """As much of an engine as a checkpoint needs."""
+    """The parts of an engine that a checkpoint needs."""
 
     def __init__(self, value: float = 0.0) -> None:
         self.tensors = {"a": torch.full((3, 5), value), "b": torch.full((7,), value)}

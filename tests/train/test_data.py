@@ -1,4 +1,4 @@
-"""What training asks of its data: that every stage can be filled, that ids fit, and that its plan is written down."""
+"""Training's requirements on its data: documents fill every stage, ids fit, and the plan is stored."""
 
 from __future__ import annotations
 

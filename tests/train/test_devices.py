@@ -1,4 +1,4 @@
-"""What a rank does about its device: DeepSpeed's number for it, bfloat16 units, memory that others hold."""
+"""A rank and its device: the number given to DeepSpeed, bfloat16 units, memory that other processes hold."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_what_other_processes_hold_on_a_gpu_counts_as_gone(monkeypatch, capsys):
 
 
 def test_transfers_wait_as_long_as_the_engine_says(monkeypatch):
-    """torch does not hand the world's timeout on to new groups."""
+    """torch does not pass the world's timeout to new groups."""
     asked = {}
     monkeypatch.setattr(dist, "new_group", lambda ranks, timeout: asked.setdefault(tuple(ranks), timeout))
     monkeypatch.setattr(ContextParallel, "from_world", lambda *arguments, **options: options)

@@ -1,4 +1,4 @@
-"""A rank that hangs ends the run: the watchers of the ranks name it, whoever it is and however it hangs."""
+"""A rank that hangs ends the run: the other ranks' watchdogs name it, whichever it is and however it hangs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .made import config
 
 
 def test_the_rank_that_hangs_is_named_and_the_run_ends(tmp_path: Path, documents: Path) -> None:
-    """Rank 1 asleep in its third step, told by rank 0; rank 0's process stopped in its second, told by rank 1."""
+    """Rank 1 sleeps in its third step, which rank 0 reports; rank 0 is stopped in its second, which rank 1 reports."""
     cases = {"asleep": (1, 3, ASLEEP), "stopped": (0, 2, STOPPED)}
     made = {
         name: config(tmp_path / name, documents, launch={"nproc": 2, "threads": 1}, guards={"stall_seconds": 6})

@@ -1,6 +1,6 @@
 """Ranks as processes: signals, deaths, ctrl-C, two torchrun agents, another number of ranks.
 
-Those marked slow: `pytest -m slow tests/train/test_launch.py`. The soak with many kills: `longctx bench
+Slow tests: `pytest -m slow tests/train/test_launch.py`. The soak with many kills: `longctx bench
 faults kills=50 sigterms=10`.
 """
 

@@ -1,4 +1,4 @@
-"""Out of memory on a rank: one paragraph with what the plan says it held and what makes it less."""
+"""Out of memory on a rank: one paragraph with the memory by the plan and settings that lower it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ GIB = 2**30
 
 @contextmanager
 def address_space(more: float) -> Iterator[None]:
-    """This process may map `more` GiB beyond what it has."""
+    """Limit this process to `more` GiB of address space beyond its present size."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (mapped + int(more * GIB), hard))
@@ -71,7 +71,7 @@ def test_a_model_that_does_not_fit_is_said_while_it_is_loaded(tmp_path: Path, do
 
 
 def test_remedies_are_the_planners_and_divide(tmp_path: Path, documents: Path) -> None:
-    """On GPUs sharding, offload and more ranks are offered; what the run has already is not."""
+    """On GPUs sharding, offload and more ranks are offered, except settings that the run has already."""
     model = {"init": {**WIDE, "layers": 30}, "dtype": "bfloat16"}
     made = config(tmp_path / "run", documents, model=model, curriculum=one_stage(4096), parallel={"cp": 2})
     ranks = Ranks(1, 2, 1, 2, torch.device("cuda"))
@@ -94,7 +94,7 @@ def test_other_verbs_say_it_in_one_paragraph_too(capsys: pytest.CaptureFixture[s
 
 
 def test_a_rank_that_the_kernel_kills_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the kernel's count before and after: one more, the same, and a kernel that does not count."""
+    """The kernel's count of kills before and after: one more, the same, and a kernel without the count."""
     for before, after, words in ((4, 5, "had no memory left"), (5, 5, "if `dmesg` names it"), (None, None, "dmesg")):
         monkeypatch.setattr(launch, "killed_for_memory", lambda now=after: now)
         assert words in _who_kills(before)

@@ -1,4 +1,4 @@
-"""What a wrong command is refused for before a rank starts: the launcher raises, so that no rank was ever there."""
+"""Wrong commands are refused before a rank starts: the launcher raises the error itself."""
 
 from __future__ import annotations
 

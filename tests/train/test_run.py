@@ -1,4 +1,4 @@
-"""Whole runs in this process: what they leave behind, and that stopping and continuing changes nothing."""
+"""Whole runs in this process: their files, and the same result after stopping and continuing."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_closed_terminal_saves_too(tmp_path: Path) -> None:
 def test_stopped_and_continued_is_bit_identical(
     tmp_path: Path, documents: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    """The step in which the signal comes is finished, and no other begins."""
+    """The step in which the signal comes is finished, and no further step begins."""
     run = tmp_path / "run"
     with monkeypatch.context() as patched:
         stop_after(patched, steps)
@@ -177,7 +177,7 @@ def test_a_curriculum_changed_under_a_run_is_refused_or_meant(
 
 
 def test_a_run_belongs_to_one_process(tmp_path: Path, documents: Path) -> None:
-    """The lock of another process; it goes with that process, however it ends."""
+    """The lock of another process; it is released when that process ends in any way."""
     made = config(tmp_path / "run", documents)
     code = (
         "import sys, time; from pathlib import Path; from longctx.train.runfolder import held\n"
@@ -261,7 +261,7 @@ def test_a_nan_stops_before_the_optimizer(tmp_path: Path, documents: Path, monke
 
 
 def test_a_batch_without_a_label_is_skipped_and_a_run_without_any_is_refused(tmp_path: Path) -> None:
-    """Conversations of which few have an assistant, one a step; and then the same without any."""
+    """First a few of the conversations have an assistant's turn, one conversation a step; then none has."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZER)
@@ -292,7 +292,7 @@ def test_a_batch_without_a_label_is_skipped_and_a_run_without_any_is_refused(tmp
 
 
 def test_wandb_mirrors_metrics(tmp_path: Path, documents: Path) -> None:
-    """The keys as they stand in the offline run's own file, and one run id over two starts."""
+    """The keys in the offline run's own file, and one run id over two starts."""
     pytest.importorskip("wandb")
     logged = {"display": "none", "wandb": "offline"}
     made = config(tmp_path / "run", documents, logging=logged, curriculum=one_stage(3))

@@ -1,4 +1,4 @@
-"""What may differ when a run is continued: content decides, not spelling, and a run without a step has no identity."""
+"""Settings that may differ when a run continues: content counts, not spelling; a run without a step has no identity."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def own_memo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trained(made: TrainConfig) -> None:
-    """A run that has come to its first checkpoint."""
+    """A run with its first checkpoint."""
     run = runfolder.prepare(made)
     mark = run / "stages/s64/checkpoints/step00000002/manifest.json"
     mark.parent.mkdir(parents=True)

@@ -46,7 +46,7 @@ def test_a_stage_ends_early_and_the_next_one_is_trained_whole(alone: Path) -> No
 def test_a_run_stopped_before_a_stage_ends_early_ends_it_at_the_same_step(
     tmp_path: Path, documents: Path, alone: Path, monkeypatch: pytest.MonkeyPatch, steps: int
 ) -> None:
-    """Stopped with three losses seen of the four that are compared, and in the step that ends the stage."""
+    """Stopped after three of the four losses that are compared, and in the step that ends the stage."""
     made = config(tmp_path / "run", documents, curriculum=curriculum(advance=FLAT_AT_ONCE))
     with monkeypatch.context() as patched:
         stop_after(patched, steps)

@@ -1,4 +1,4 @@
-"""Under ZeRO-3 no rank has the whole model, neither while it is loaded or drawn nor after: only its numbers."""
+"""Under ZeRO-3 no rank ever holds the whole model, neither while loading or drawing nor later; numbers are right."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def told(failures: dict[Any, list[str]]) -> str:
 
 
 def check_numbers(rank: int, world: int, case: Case) -> None:
-    """In shares, a model has the names, ties, flags, buffers and, bit for bit, the numbers it has when made whole."""
+    """Assert that a sharded model has the names, ties, flags, buffers and, bit for bit, numbers of an unsharded one."""
     import deepspeed
 
     place = engines.placer(ZERO3, OptimConfig(), case.dtype, ranks_of(rank, world))
@@ -190,5 +190,5 @@ def test_a_run_from_a_folder_with_a_frozen_embedding(tmp_path: Path) -> None:
 
 
 def floating(line: dict[str, Any]) -> float:
-    """What a line of metrics counts as the step's FLOP, over all ranks."""
+    """The step's FLOP by a line of metrics, over all ranks."""
     return line["model_tflops"] * line["seconds"]["step"] * line["dp"] * line["cp"]

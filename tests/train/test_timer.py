@@ -1,4 +1,4 @@
-"""The seconds of a step's phases: the host's on a CPU, the device's on a GPU, which nobody waits for."""
+"""The seconds of a step's phases: the host's on a CPU; the device's on a GPU, without waiting for it."""
 
 from __future__ import annotations
 

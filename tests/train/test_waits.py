@@ -1,4 +1,4 @@
-"""A step never waits for its device but once, where it reads the loss and the gradient's norm together.
+"""A step waits for its device only once, where it reads the loss and the gradient's norm together.
 
 The steps run on the meta device, whose tensors have no values: each operator that needs one on the host (`item`,
 `nonzero`, `bool(x)`, a boolean index, a copy to the CPU) raises there, and on a GPU it waits.
@@ -101,7 +101,7 @@ def test_the_meta_device_answers_no_read(read: Any, said: str) -> None:
 
 
 def test_without_the_batchs_indices_the_loss_has_to_look_for_labels() -> None:
-    """So a batch carries them; a caller's own batch may leave them out."""
+    """For this reason a batch carries them; a caller's own batch may leave them out."""
     model = LossModel(init_from(InitConfig(layers=1, hidden=16, heads=2, kv_heads=1, ffn=24, vocab=32)), MemoryConfig())
     ids = torch.arange(16)[None]
     labels = torch.where(ids % 3 == 0, -100, ids)

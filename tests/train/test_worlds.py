@@ -41,7 +41,7 @@ def newest(run: Path) -> Path:
 
 
 def same(run: Path, undisturbed: Path) -> bool:
-    """Every step's loss within 1e-5, nothing of the data skipped or repeated, the same weights but for rounding."""
+    """Assert that losses agree within 1e-5, no data is skipped or repeated, and weights differ by rounding only."""
     found, wanted = metrics.read(run / "metrics.jsonl"), metrics.read(undisturbed / "metrics.jsonl")
     assert [line["cursor"] for line in found] == [line["cursor"] for line in wanted]
     assert [line["weight"] for line in found] == [line["weight"] for line in wanted]

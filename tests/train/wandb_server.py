@@ -1,4 +1,4 @@
-"""As much of a wandb server as `wandb sync` and an online run ask for; it keeps the rows of history that it is sent."""
+"""A minimal wandb server for `wandb sync` and an online run; it stores the rows of history that it receives."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Server(ThreadingHTTPServer):
         return kept
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """The client closes kept connections without a word."""
+        """Print nothing: the client closes kept connections without notice."""
 
 
 class _Handler(BaseHTTPRequestHandler):
