@@ -265,5 +265,5 @@ PARTS = (
          _step(131072, "longctx"), _read_step("step128k", 131072)),
     Part("million", "bench", "one layer's attention at 1,048,576 tokens", 120, 75, _million, _read_million),
     Part("longest", "long", "the longest full step of an 8B model that the machine takes (by name only, minutes=60)",
-         3600, 600, _longest, _read_longest, ("deepspeed",)),
+         3600, 600, _longest, _read_longest),
 )  # fmt: skip

@@ -28,16 +28,18 @@ NODES_SIMULATED = 4
 LAYERS_NEAR = 3  # layers whose saved tensors are on the device at once when they are offloaded
 REFERENCE_ROWS = 1024  # of longctx.attention.reference
 REFERENCE_COPIES = 4  # its backward holds scores, probabilities and the gradients of both
-BUCKET = 5e8  # gradients in DeepSpeed's bucket on the device, from which offloaded ones go to the host
+BUCKET = 5e8  # gradients in DeepSpeed's bucket on the device, before they go to where their sum is
+SUB_GROUP = 1e9  # weights that DeepSpeed's ZeRO-3 updates at once, from one flat copy of their gradients
+PIECE = 1 << 24  # weights that longctx.train.offloaded updates at once
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device.
 
-    saved: tensors that all layers save from forward to backward. working: the layer whose backward runs. ring: buffers
-    and accumulators of attention. loss: the logits of a chunk. host: offloaded bytes in the host's memory for this
-    device, which are not part of `total`.
+    saved: tensors that all layers save from forward to backward. working: the layer whose backward runs, or the weights
+    that are updated at once if they need more. ring: buffers and accumulators of attention. loss: the logits of a
+    chunk. host: offloaded bytes in the host's memory for this device, which are not part of `total`.
     """
 
     weights: float
@@ -124,7 +126,7 @@ def need(
         secondary=engine.hpz_partition_size,
         trained=trained_weights(shape, config.optim.freeze),
         ring=attention_buffers(decision.schedule, decision.topology, sizes, decision.ulysses, kernel),
-        offload_optimizer=engine.offload_optimizer and device != "cpu",
+        offloaded=engine.offload_ratio if engine.offload_optimizer and device != "cpu" else 0.0,
         offload_parameters=engine.offload_parameters and device != "cpu",
         offload_saved=config.model.memory.offload_activations and device != "cpu",
     )
@@ -159,7 +161,7 @@ def stage_memory(
     secondary: int = 1,
     device: str = "cpu",
     trained: int | None = None,
-    offload_optimizer: bool = False,
+    offloaded: float = 0.0,
     offload_parameters: bool = False,
     offload_saved: bool = False,
 ) -> Memory:
@@ -169,23 +171,32 @@ def stage_memory(
     secondary: ranks that share a second copy of the weights (hpZ, ZeRO++ 2306.10209); 1: there is none. device: cuda or
     cpu, for sizes that are auto. trained: the number of weights that have gradients and moments (None: all). fp32 and
     fp64 weights are their own masters; bfloat16 ones have fp32 masters in the optimizer. Gradients are at least fp32.
+    offloaded: the share of the optimizer states that is in host memory.
     """
     b = BYTES[dtype]
     wide = max(4, b)
     p, t = shape.parameters, shape.parameters if trained is None else trained
     optimizer = t * (2 * wide if b >= 4 else 3 * wide) / (world if zero >= 1 else 1)
     gradients = t * wide / (world if zero >= 2 else 1)
-    away = 0.0
-    if offload_optimizer:
+    away = staged = 0.0
+    if offloaded and zero:  # all of them; what DeepSpeed has on the host beside them is the gradients
         away, optimizer = t * offloaded_optimizer(b, zero) / world, 0.0
-        gradients = BUCKET * b * (1 if zero >= 3 else 2)
+        gradients = bucket_bytes(b, zero)
+    elif offloaded:
+        staged = min(PIECE, t) * 3.0 * wide
+        away, optimizer = offloaded * optimizer, (1 - offloaded) * optimizer
+    elif zero:
+        staged = min(SUB_GROUP, t / world) * wide if zero >= 3 else 0.0
+        gradients += bucket_bytes(b, zero) if device == "cuda" else 0.0  # on a CPU only used pages count
     weights = p * b / (world if zero >= 3 else 1)
     copy = p * b / secondary if zero >= 3 and secondary > 1 else 0.0
     gathered = 2 * shape.layer_weights * b if zero >= 3 else 0  # the layer at work and the one fetched ahead
     cost = shape.footprint(b)
     matmuls = cost.kept_layers(memory, tokens)
-    saved = tokens * (shape.layers * cost.kept + matmuls * cost.products)
-    near = tokens * LAYERS_NEAR * (cost.kept + (cost.products if matmuls else 0))
+    kept = cost.kept if memory.keep_attention else cost.inputs
+    saved = tokens * (shape.layers * kept + matmuls * cost.products)
+    near = tokens * LAYERS_NEAR * (kept + (cost.products if matmuls else 0))
+    at_work = cost.working + (cost.kept - kept)
     sizes = blocks_of(memory, device)
     block = min(sizes.ffn_block or tokens, tokens)
     feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
@@ -194,11 +205,16 @@ def stage_memory(
         gradients=gradients,
         optimizer=optimizer,
         saved=min(saved, near) if offload_saved else saved,
-        working=float(max(tokens * cost.working, feed_forward)),
+        working=float(max(tokens * at_work, feed_forward, staged)),
         ring=ring,
         loss=min(sizes.loss_chunk, tokens) * shape.vocab * 4.0 * 2,
         host=away + weights * offload_parameters + saved * offload_saved,
     )
+
+
+def bucket_bytes(b: int, zero: int) -> float:
+    """Bytes of DeepSpeed's gradient buckets on a GPU: ZeRO-3 has one in fp32, ZeRO-2 two in the weights' dtype."""
+    return BUCKET * 4.0 if zero >= 3 else BUCKET * 2.0 * b
 
 
 def offloaded_optimizer(b: int, zero: int) -> int:

@@ -16,11 +16,13 @@ from longctx.bench.longest_plan import Prediction, predict, training_config
 from longctx.cli import main
 from longctx.config.base import build
 from longctx.config.bench_longest import BenchLongestConfig
+from longctx.config.compose import compose
 from longctx.config.plan import PlanConfig
-from longctx.decide import Machines
+from longctx.decide import Machines, planned_kernel, with_blocks
 from longctx.errors import RunFailed
 from longctx.planner.remedies import GIB, DeviceLimits
 from longctx.planner.run import planned
+from longctx.shape import shape_of_model
 from longctx.train.runfolder import to_dict
 
 # Wide and shallow: memory grows with the length, and attention costs next to nothing.
@@ -99,6 +101,35 @@ def test_the_plan_beside_it_is_that_of_plan():
     assert not limits.holds(prediction.memory(longest_planned + 256))
 
 
+def on_an_h200(**changes: Any) -> Prediction:
+    """The command's own settings on one GPU of 139 GiB beside 128 GiB of host memory."""
+    values = compose("bench_longest", [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    made = build(BenchLongestConfig, values, origin="test")
+    made = dataclasses.replace(made, model=with_blocks(made.model, "cuda"))
+    kernel = planned_kernel("cuda", made.model, shape_of_model(made.model))
+    return Prediction(made, "cuda", DeviceLimits(Machines(1, 1), "cuda", kernel, 139 * GIB, 128 * GIB))
+
+
+def test_an_8b_model_takes_262144_tokens_on_one_h200_by_the_plan():
+    """Every weight is trained; each of the three settings is needed for it."""
+    prediction = on_an_h200()
+    memory = prediction.memory(262144)
+    assert prediction.limits.holds(memory)
+    assert memory.host > 100e9
+    assert prediction.longest is not None
+    assert prediction.longest >= 262144
+    assert prediction.config.optim.freeze == []
+    for lacking in (
+        {"model__memory__keep_attention": True},
+        {"model__memory__offload_activations": False},
+        {"engine__offload_optimizer": False, "engine__offload_ratio": 1.0},
+        {"engine__offload_ratio": 1.0},
+        {"engine__name": "deepspeed", "engine__zero": 3, "engine__offload_ratio": 1.0},
+    ):
+        other = on_an_h200(**lacking)
+        assert not other.limits.holds(other.memory(262144)), lacking
+
+
 def ended(monkeypatch: pytest.MonkeyPatch, code: str) -> Any:
     """The trial's result where its process runs `code`."""
     import sys
@@ -126,7 +157,7 @@ def test_how_a_trial_ends_without_memory(monkeypatch):
 def test_the_verb_says_that_no_length_fits(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(longest, "run_trial", lambda *_: {"fits": False, "why": "loading the model: no memory"})
     words = [f"out={tmp_path}", "format=json", "memory_gib=0.01", "model.init.layers=1", "model.dtype=float32",
-             "engine.name=ddp", "engine.zero=0", "engine.offload_optimizer=false", "model.init.vocab=512"]  # fmt: skip
+             "engine.offload_ratio=1", "engine.offload_optimizer=false", "model.init.vocab=512"]  # fmt: skip
     assert main(["bench", "longest", *words]) == 1
     document = json.loads(capsys.readouterr().out)
     assert (document["longest"], document["shortest_failed"]) == (None, 1024)

@@ -77,14 +77,44 @@ def test_offloaded_gradients_leave_the_device_with_the_optimizer():
     def planned(zero):
         return stage_memory(
             shape, MemoryConfig(), tokens=64, dtype="bfloat16", zero=zero, world=4, ring=0.0, device="cuda",
-            offload_optimizer=True,
+            offloaded=1.0,
         )  # fmt: skip
 
     two, three = planned(2), planned(3)
     assert (two.optimizer, three.optimizer) == (0.0, 0.0)
-    assert (two.gradients, three.gradients) == (2 * BUCKET * 2, BUCKET * 2)
+    assert (two.gradients, three.gradients) == (2 * BUCKET * 2, BUCKET * 4)
     assert two.host == shape.parameters * (4 + 8 + 4 + 2) / 4
     assert three.host == shape.parameters * (4 + 8 + 4 + 4) / 4
+
+
+def test_deepspeeds_buckets_are_on_a_gpu_and_zero_3_updates_from_a_second_copy():
+    """Of the gradient, at most 10^9 weights at once; it counts where it is more than the layer that runs backward."""
+    large = shape_of_init(InitConfig(layers=1, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=256))
+    p = large.parameters
+
+    def planned(zero, device):
+        return stage_memory(
+            large, MemoryConfig(), tokens=64, dtype="bfloat16", zero=zero, world=1, ring=0.0, device=device
+        )
+
+    assert [planned(zero, "cuda").gradients - 4 * p for zero in (0, 2, 3)] == [0, 2 * BUCKET * 2, BUCKET * 4]
+    assert planned(3, "cpu").gradients == 4 * p
+    assert planned(3, "cpu").working == 4 * p
+    assert planned(2, "cpu").working < 4 * p
+
+
+def test_full_recomputation_keeps_inputs_and_one_layers_attention():
+    shape = shape_of_init(INIT)
+
+    def planned(keep, **more):
+        memory = MemoryConfig(keep_attention=keep)
+        return stage_memory(shape, memory, tokens=4096, dtype="float32", zero=0, world=1, ring=0.0, **more)
+
+    selective, full = planned(True), planned(False)
+    assert full.saved == 3 * 4096 * 64 * 4
+    assert full.working - selective.working == 4096 * (64 * 4 + 4 * 4)
+    assert full.total < selective.total
+    assert planned(False, offload_saved=True).host == full.saved
 
 
 def test_checkpoints_keep_input_output_and_lse_of_every_layer():
