@@ -9,6 +9,7 @@ that size in its heap, between longer-lived blocks, and the process keeps memory
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import sys
@@ -40,6 +41,8 @@ class HostMemory:
             mapped = mmap.mmap(-1, max(1, count), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"{count:,} bytes of host memory: {error.strerror}") from error
+        with contextlib.suppress(AttributeError, OSError):  # a kernel without huge pages
+            mapped.madvise(mmap.MADV_HUGEPAGE)  # half of the time to lock the pages
         block = torch.frombuffer(mapped, dtype=torch.uint8)
         if self._pinned:
             code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.numel(), 1))  # 1: for every GPU

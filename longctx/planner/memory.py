@@ -6,11 +6,12 @@ allocator's fragments, communication libraries and the CUDA context are not coun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from longctx.config.model import MemoryConfig
 from longctx.decide import blocks_of, tokens_per_rank
@@ -37,9 +38,10 @@ PIECE = 1 << 24  # weights that longctx.train.offloaded updates at once
 class Memory:
     """Bytes on one device.
 
-    saved: tensors that all layers save from forward to backward. working: the layer whose backward runs, or the weights
-    that are updated at once if they need more. ring: buffers and accumulators of attention. loss: the logits of a
-    chunk. host: offloaded bytes in the host's memory for this device, which are not part of `total`.
+    saved: tensors that all layers save from forward to backward. working: the layer whose backward runs; where the
+    optimizer's temporaries need more than all of a step's activations, it includes the difference. ring: buffers and
+    accumulators of attention. loss: the logits of a chunk. host: offloaded bytes in the host's memory for this device,
+    which are not part of `total`.
     """
 
     weights: float
@@ -174,20 +176,8 @@ def stage_memory(
     offloaded: the share of the optimizer states that is in host memory.
     """
     b = BYTES[dtype]
-    wide = max(4, b)
-    p, t = shape.parameters, shape.parameters if trained is None else trained
-    optimizer = t * (2 * wide if b >= 4 else 3 * wide) / (world if zero >= 1 else 1)
-    gradients = t * wide / (world if zero >= 2 else 1)
-    away = staged = 0.0
-    if offloaded and zero:  # all of them; what DeepSpeed has on the host beside them is the gradients
-        away, optimizer = t * offloaded_optimizer(b, zero) / world, 0.0
-        gradients = bucket_bytes(b, zero)
-    elif offloaded:
-        staged = min(PIECE, t) * 3.0 * wide
-        away, optimizer = offloaded * optimizer, (1 - offloaded) * optimizer
-    elif zero:
-        staged = min(SUB_GROUP, t / world) * wide if zero >= 3 else 0.0
-        gradients += bucket_bytes(b, zero) if device == "cuda" else 0.0  # on a CPU only used pages count
+    p = shape.parameters
+    owned = _owned(p if trained is None else trained, b, zero, world, offloaded, device)
     weights = p * b / (world if zero >= 3 else 1)
     copy = p * b / secondary if zero >= 3 and secondary > 1 else 0.0
     gathered = 2 * shape.layer_weights * b if zero >= 3 else 0  # the layer at work and the one fetched ahead
@@ -200,16 +190,48 @@ def stage_memory(
     sizes = blocks_of(memory, device)
     block = min(sizes.ffn_block or tokens, tokens)
     feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
+    near = min(saved, near) if offload_saved else saved
+    logits = min(sizes.loss_chunk, tokens) * shape.vocab * 4.0 * 2
     return Memory(
         weights=copy + gathered if offload_parameters else weights + copy + gathered,
-        gradients=gradients,
-        optimizer=optimizer,
-        saved=min(saved, near) if offload_saved else saved,
-        working=float(max(tokens * at_work, feed_forward, staged)),
+        gradients=owned.gradients,
+        optimizer=owned.optimizer,
+        saved=near,
+        working=float(max(tokens * at_work, feed_forward, owned.staged - near - ring - logits)),
         ring=ring,
-        loss=min(sizes.loss_chunk, tokens) * shape.vocab * 4.0 * 2,
-        host=away + weights * offload_parameters + saved * offload_saved,
+        loss=logits,
+        host=owned.host + weights * offload_parameters + saved * offload_saved,
     )
+
+
+class _Owned(NamedTuple):
+    """Bytes of a rank's engine beside the weights: on the device, on the host, and temporaries of an update."""
+
+    gradients: float
+    optimizer: float
+    host: float = 0.0
+    staged: float = 0.0
+
+
+def _owned(t: int, b: int, zero: int, world: int, offloaded: float, device: str) -> _Owned:
+    """What an engine holds for t trained weights of b bytes; the other arguments as in `stage_memory`."""
+    wide = max(4, b)
+    optimizer = t * (2 * wide if b >= 4 else 3 * wide) / (world if zero >= 1 else 1)
+    gradients = float(t * wide) / (world if zero >= 2 else 1)
+    if not zero:
+        staged = min(PIECE, t) * 3.0 * wide if offloaded else 0.0
+        if device == "cpu" and wide < 8:  # a CPU forms the norm in fp64 from a copy
+            staged = 8.0 * t
+        return _Owned(gradients, (1 - offloaded) * optimizer, offloaded * optimizer, staged)
+    if offloaded:  # DeepSpeed has all states there, and the gradients
+        return _Owned(bucket_bytes(b, zero), 0.0, deepspeeds_host(t / world, b, zero))
+    bucket = bucket_bytes(b, zero) if device == "cuda" else 0.0  # on a CPU only used pages count
+    return _Owned(gradients + bucket, optimizer, staged=min(SUB_GROUP, t / world) * wide if zero >= 3 else 0.0)
+
+
+def power_of_two(size: float) -> float:
+    """What a block of `size` bytes takes in torch's pinned memory."""
+    return 2.0 ** math.ceil(math.log2(size)) if size > 1 else size
 
 
 def bucket_bytes(b: int, zero: int) -> float:
@@ -217,11 +239,15 @@ def bucket_bytes(b: int, zero: int) -> float:
     return BUCKET * 4.0 if zero >= 3 else BUCKET * 2.0 * b
 
 
-def offloaded_optimizer(b: int, zero: int) -> int:
-    """Bytes that DeepSpeed's offloaded optimizer keeps on the host for each trained weight of b bytes.
+def deepspeeds_host(share: float, b: int, zero: int, pinned: Callable[[float], float] = power_of_two) -> float:
+    """Bytes that DeepSpeed's offloaded optimizer keeps on the host for a rank's `share` of the weights, of b bytes.
 
     They are the master, two moments and the gradient. ZeRO-3 has the gradient twice, once for its own sum and once for
-    the optimizer; ZeRO-1 and 2 have a copy of the weight, from which it returns to the device.
+    the optimizer; ZeRO-1 and 2 have a copy of the weight, from which it returns to the device. What travels is in
+    torch's pinned memory. pinned: the bytes that such a block takes.
     """
     wide = max(4, b)
-    return 4 * wide + (wide if zero >= 3 else b)
+    if zero < 3:
+        return 2 * wide * share + 2 * pinned(wide * share) + pinned(b * share)
+    groups, rest = divmod(share, SUB_GROUP)
+    return 3 * wide * share + pinned(wide * share) + groups * pinned(wide * SUB_GROUP) + pinned(wide * rest)
