@@ -15,6 +15,7 @@ import mmap
 import sys
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class HostMemory:
             mapped.madvise(mmap.MADV_HUGEPAGE)  # half of the time to lock the pages
         block = torch.frombuffer(mapped, dtype=torch.uint8)
         if self._pinned:
-            code = int(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.numel(), 1))  # 1: for every GPU
+            code = int(_runtime().cudaHostRegister(block.data_ptr(), block.numel(), 1))  # 1: for every GPU
             if code:
                 raise MemoryError(f"CUDA cannot lock {count:,} bytes of host memory (error {code}; ulimit -l)")
         self._blocks[block.data_ptr()] = block
@@ -70,7 +71,12 @@ def _free(blocks: list[Tensor], pinned: bool) -> None:
     if pinned and blocks:
         torch.cuda.synchronize()
         for block in blocks:
-            torch.cuda.cudart().cudaHostUnregister(block.data_ptr())
+            _runtime().cudaHostUnregister(block.data_ptr())
+
+
+def _runtime() -> Any:
+    """CUDA's runtime library, as torch offers it."""
+    return torch.cuda.cudart()
 
 
 def return_freed_memory() -> None:
