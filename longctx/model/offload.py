@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from longctx.model.host import HostMemory
 
@@ -86,7 +87,8 @@ class HostStore:
 
     def __init__(self) -> None:
         self._order: list[_HostCopy] = []
-        self._here: dict[int, int] = {}
+        # The storages that this layer has put, and their places; weak references keep the keys of freed ones taken.
+        self._here: dict[int, tuple[StorageWeakRef, int]] = {}
         self._layer = 0
         self._spare: list[Tensor] = []
         self._memory: HostMemory | None = None
@@ -105,10 +107,11 @@ class HostStore:
 
     def put(self, tensor: Tensor) -> HostView:
         storage = tensor.untyped_storage()
-        place = self._here.get(storage.data_ptr())
-        if place is None:
+        known = self._here.get(storage._cdata)
+        place = len(self._order) if known is None else known[1]
+        if known is None:
             flat = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
-            place = self._here[storage.data_ptr()] = len(self._order)
+            self._here[storage._cdata] = (StorageWeakRef(storage), place)
             block = self._block(storage.nbytes(), tensor.device)
             self._order.append(_HostCopy(flat, block, self._stream(tensor.device), self._layer, self._spare))
         away = self._order[place]
