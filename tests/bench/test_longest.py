@@ -88,6 +88,16 @@ def test_a_limit_is_found_and_holds(tmp_path):
     assert Trials(other, predict(other, "cpu")).done == {}
 
 
+@pytest.mark.slow  # a real process
+def test_a_trial_runs_with_the_commands_own_settings():
+    memory = {"keep_attention": False, "offload_activations": True}
+    engine = {"offload_optimizer": True, "offload_ratio": 0.5}
+    made = config(model={"init": WIDE, "dtype": "bfloat16", "memory": memory}, engine=engine, optim={"freeze": []})
+    trial = run_trial(made, "cpu", 2048)
+    assert trial["fits"], trial
+    assert trial["memory_gib"]["backward"] > 0
+
+
 def test_the_plan_beside_it_is_that_of_plan():
     made = config()
     prediction = Prediction(made, "cpu", DeviceLimits(Machines(1, 1), "cpu", "torch_cpu", 1.0 * GIB))
