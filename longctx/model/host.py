@@ -54,10 +54,10 @@ class HostMemory:
 
     def zeros(self, count: int, dtype: torch.dtype) -> Tensor:
         """A block of `count` elements, all zero."""
-        return self.bytes(count * dtype.itemsize).view(dtype)[:count]
+        return self.bytes(max(1, count) * dtype.itemsize).view(dtype)[:count]
 
     def free(self, blocks: Iterable[Tensor]) -> None:
-        """Free these blocks; no copy to or from them may be under way on another stream than the current one."""
+        """Free these blocks, once all copies to and from them are complete."""
         _free([self._blocks.pop(block.data_ptr()) for block in blocks], self._pinned)
 
 
