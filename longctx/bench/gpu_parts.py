@@ -209,7 +209,7 @@ def _longest(folder: Path) -> list[str]:
 
 def _read_longest(folder: Path) -> list[Row]:
     report = json.loads((folder / "longest.json").read_text())
-    figure = "longest full step, Llama-3-8B's shape, half of the optimizer and every layer's input on the host"
+    figure = "longest full step, Llama-3-8B's shape, optimizer in part and every layer's input on the host"
     best, longest = report.get("best"), report["longest"] or 0
     rows = [Row("longest", figure, longest, "tokens", "262,144", holds=longest >= 262144)]
     if best is None:

@@ -95,11 +95,12 @@ def sizes_of(stage: Stage, shape: Shape, decision: Decision, dtype: str) -> Size
 def attention_buffers(schedule: str, topology: Topology, sizes: Sizes, ulysses: int, kernel: str) -> float:
     """Bytes of one attention call: its buffers, and the scores of a block of rows if the reference kernel runs.
 
-    At most NODES_SIMULATED nodes are counted, because buffers do not grow with more nodes.
+    At most NODES_SIMULATED nodes are counted, because buffers do not grow with more nodes. A single rank has none where
+    one call of the kernel serves all documents; that cuDNN leaves short ones to another kernel is not counted.
     """
     small = Topology(min(topology.nodes, NODES_SIMULATED), topology.ranks)
     found = 0.0
-    for rank in range(small.size):
+    for rank in range(small.size if small.size > 1 else 0):
         schedules = [build(schedule, small, rank, backward=backward, ulysses=ulysses) for backward in (False, True)]
         found = max(found, ring_buffers(schedules, sizes))
     if kernel != "reference":
