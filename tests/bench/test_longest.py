@@ -17,6 +17,7 @@ from longctx.cli import main
 from longctx.config.base import build
 from longctx.config.bench_longest import BenchLongestConfig
 from longctx.config.compose import compose
+from longctx.config.groups import config_dir, header
 from longctx.config.plan import PlanConfig
 from longctx.decide import Machines, planned_kernel, with_blocks
 from longctx.errors import RunFailed
@@ -118,6 +119,14 @@ def on_an_h200(**changes: Any) -> Prediction:
     made = dataclasses.replace(made, model=with_blocks(made.model, "cuda"))
     kernel = planned_kernel("cuda", made.model, shape_of_model(made.model))
     return Prediction(made, "cuda", DeviceLimits(Machines(1, 1), "cuda", kernel, 139 * GIB, 128 * GIB))
+
+
+def test_the_commands_of_the_header_compose():
+    lines = header(config_dir() / "bench_longest.yaml")
+    commands = [line.split("(")[0].split()[3:] for line in lines if line.startswith("  longctx bench longest")]
+    assert len(commands) == 3, lines
+    for words in commands:
+        build(BenchLongestConfig, compose("bench_longest", words), origin="test")
 
 
 def test_an_8b_model_takes_262144_tokens_on_one_h200_by_the_plan():
