@@ -101,7 +101,7 @@ def decide_all(
                 f"parallel.cp_by_stage.{name} is no stage of the curriculum; known: {', '.join(names)} ({FILE})"
             )
     decisions = [decide(stage, parallel, engine, machines, heads) for stage in stages]
-    if engine.offload_optimizer and engine.zero < 3 and dtype == "bfloat16":
+    if engine.offload_optimizer and engine.zero in (1, 2) and dtype == "bfloat16":
         for stage, decision in zip(stages, decisions, strict=True):
             check_sums(stage, decision, engine)
     return decisions
@@ -141,8 +141,19 @@ def check_engine(config: EngineConfig, dtype: str) -> None:
         raise UserError(
             f"engine.zero=0 shards nothing, which is engine=ddp; choose engine.zero=1, 2 or 3 ({where}/deepspeed.yaml)"
         )
-    if config.name == "ddp" and (config.offload_optimizer or config.offload_parameters):
-        raise UserError(f"engine.offload_* needs engine=deepspeed ({where}/ddp.yaml)")
+    if config.offload_ratio != 1 and not config.offload_optimizer:
+        raise UserError(
+            f"engine.offload_ratio={config.offload_ratio:g} is a share of what engine.offload_optimizer=true keeps in "
+            f"host memory; set that too, or leave the ratio at 1 ({where})"
+        )
+    if config.offload_ratio != 1 and config.name == "deepspeed":
+        raise UserError(
+            f"engine.offload_ratio={config.offload_ratio:g} with engine=deepspeed: DeepSpeed's own partial offload "
+            "keeps 4 more bytes of every weight on the host and leaves the learning rate of the device's part at 0; "
+            f"use engine=ddp engine.zero=0, or engine.offload_ratio=1 ({where}/deepspeed.yaml)"
+        )
+    if config.name == "ddp" and config.offload_parameters:
+        raise UserError(f"engine.offload_parameters=true needs engine=deepspeed ({where}/ddp.yaml)")
     if config.offload_parameters and config.zero != 3:
         raise UserError(
             f"engine.offload_parameters=true needs engine.zero=3, not {config.zero} ({where}/deepspeed.yaml)"

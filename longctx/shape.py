@@ -52,7 +52,7 @@ _HEAD_NORMS = {"qwen3"}  # q and k have a norm over each head
 class Footprint:
     """Bytes that one token needs on its device during training (docs/memory.md).
 
-    kept: (E + Q) b + 4 H for each layer's input, attention output and lse.
+    inputs: E b for each layer's input. attention: Q b + 4 H for each layer that keeps its attention output and lse.
     products: (Q + 2 K + E + 2 F) b for each layer that saves its matrix products (q, k, v, o, gate, up).
     working: (2 E + 3 Q + 5 K) b for the layer whose attention runs backward: the gradient of the residual, the normed
     input, q, the gradients of q and of the attention output, and k and v with their gradients.
@@ -60,17 +60,26 @@ class Footprint:
     """
 
     layers: int
-    kept: int
+    inputs: int
+    attention: int
     products: int
     working: int
     ends: int
 
-    def per_token(self, keep_matmuls: int = 0) -> int:
+    @property
+    def kept(self) -> int:
+        """What a layer saves under selective recomputation: (E + Q) b + 4 H."""
+        return self.inputs + self.attention
+
+    def per_token(self, keep_matmuls: int = 0, *, keep_attention: bool = True) -> int:
         """Bytes that one more token adds to the peak when `keep_matmuls` layers save their products.
 
         Without saved products the peak lies in the last layer's backward. With them it lies earlier, at the loss,
-        because the backward frees a layer's products before its attention runs.
+        because the backward frees a layer's products before its attention runs. Under full recomputation one layer's
+        attention output and lse exist during its backward.
         """
+        if not keep_attention:
+            return self.layers * self.inputs + self.attention + self.working
         most = self.working if keep_matmuls == 0 else keep_matmuls * self.products + self.ends
         return self.layers * self.kept + most
 
@@ -97,16 +106,19 @@ class Flops:
     pair costs 4 H D in the forward (2 for the scores, 2 for the values) and twice that in the backward. PaLM's formula
     counts the full square and would flatter long sequences. The embedding's gather, norms and biases count nothing;
     the head's product counts. HFU adds recomputation: activation checkpointing runs every layer's products forward
-    once more, and the flash backward computes the scores again (2 H D per pair). The attention forward runs once.
+    once more, and the flash backward computes the scores again (2 H D per pair). The attention forward runs once, and
+    twice under full recomputation.
 
     matmul_weights: weights in matrix products, including the head. layer_weights: the same without the head.
-    pair: heads x head size, summed over layers. recompute: whether activation checkpointing is on.
+    pair: heads x head size, summed over layers. recompute: whether activation checkpointing is on. full: whether it
+    also repeats attention.
     """
 
     matmul_weights: int
     layer_weights: int
     pair: int
     recompute: bool
+    full: bool = False
 
     def model(self, tokens: float, pairs: float) -> float:
         """FLOP that the model needs, without recomputation (for MFU)."""
@@ -114,7 +126,7 @@ class Flops:
 
     def hardware(self, tokens: float, pairs: float) -> float:
         """FLOP that the device executes, including recomputation (for HFU)."""
-        return self.products(tokens) + 14.0 * self.pair * pairs
+        return self.products(tokens) + (18.0 if self.full else 14.0) * self.pair * pairs
 
     def products(self, tokens: float) -> float:
         """FLOP that the device executes outside attention, including recomputation."""
@@ -183,16 +195,20 @@ class Shape:
         e, q, k, f = self.hidden, self.query, self.kv, self.ffn
         return Footprint(
             layers=self.layers,
-            kept=(e + q) * itemsize + self.heads * max(4, itemsize),
+            inputs=e * itemsize,
+            attention=q * itemsize + self.heads * max(4, itemsize),
             products=(q + 2 * k + e + 2 * f) * itemsize,
             working=(2 * e + 3 * q + 5 * k) * itemsize,
             ends=2 * e * itemsize,
         )
 
-    def flops(self, *, recompute: bool) -> Flops:
-        """Flop per token; with `recompute`, activation checkpointing runs every block's products forward once more."""
+    def flops(self, *, recompute: bool, full: bool = False) -> Flops:
+        """Flop per token; with `recompute`, activation checkpointing runs every block's products forward once more.
+
+        full: it also runs every block's attention forward once more.
+        """
         pair = self.layers * self.query
-        return Flops(self.matmul_weights, self.layers * self.layer_weights, pair, recompute)
+        return Flops(self.matmul_weights, self.layers * self.layer_weights, pair, recompute, full)
 
 
 def shape_of(config: Mapping[str, Any], source: str) -> Shape:

@@ -106,7 +106,7 @@ def test_the_plan_accepts_what_the_readme_advises_for_an_8b_on_eight_h100(tmp_pa
     assert document["kernel"] != "reference"
     assert document["stages"]["s1048k"]["seq_len"] == 2**20
     assert all(stage["fits"] for stage in document["stages"].values())
-    assert max(stage["memory"]["total"] for stage in document["stages"].values()) < 41 * 2**30
+    assert max(stage["memory"]["total"] for stage in document["stages"].values()) < 43 * 2**30
     assert max(stage["memory"]["host"] for stage in document["stages"].values()) * 8 < 517 * 2**30
     assert main(["plan", *words, "hardware=h100"]) == 0
     assert "!" not in capsys.readouterr().out

@@ -209,7 +209,7 @@ def _longest(folder: Path) -> list[str]:
 
 def _read_longest(folder: Path) -> list[Row]:
     report = json.loads((folder / "longest.json").read_text())
-    figure = "longest full step, Llama-3-8B's shape, optimizer and activations on the host"
+    figure = "longest full step, Llama-3-8B's shape, optimizer in part and every layer's input on the host"
     best, longest = report.get("best"), report["longest"] or 0
     rows = [Row("longest", figure, longest, "tokens", "262,144", holds=longest >= 262144)]
     if best is None:
@@ -246,6 +246,8 @@ PARTS = (
          _pytest("tests/gpu/test_kernels.py", "not flash_attn_4"), _read_pytest("kernels"), ("pytest",)),
     Part("fa4", "tests", "flash-attn 4 against fp64 (it compiles a kernel for every head dimension)", 240, 40,
          _pytest("tests/gpu/test_kernels.py", "flash_attn_4"), _read_pytest("fa4"), ("pytest", "flash_attn")),
+    Part("offload", "tests", "optimizer states and activations in host memory", 90, 20,
+         _pytest("tests/gpu/test_offload.py"), _read_pytest("offload"), ("pytest",)),
     Part("nccl", "tests", "NCCL with several ranks on one card", 200, 40,
          _pytest("tests/gpu/test_nccl.py"), _read_pytest("nccl"), ("pytest", "deepspeed")),
     Part("runs", "tests", "whole runs, a kill, refusals", 200, 40,
@@ -265,5 +267,5 @@ PARTS = (
          _step(131072, "longctx"), _read_step("step128k", 131072)),
     Part("million", "bench", "one layer's attention at 1,048,576 tokens", 120, 75, _million, _read_million),
     Part("longest", "long", "the longest full step of an 8B model that the machine takes (by name only, minutes=60)",
-         3600, 600, _longest, _read_longest, ("deepspeed",)),
+         3600, 600, _longest, _read_longest),
 )  # fmt: skip

@@ -156,6 +156,8 @@ def measure(config: BenchLongestConfig, seq_len: int, device: str, doing: list[s
     for number, tokens in enumerate((min(WARM_UP, seq_len), seq_len)):
         doing[0] = "the first, short step" if number == 0 else "the step"
         batch = micro_batch(RandomTokens(tokens, shape.vocab), [0], context, stage.layout)
+        if number and run.model.memory.offload_activations:  # maps the host memory, which a run's later steps find
+            engine.forward(**batch.to(ranks.device).inputs)
         wait(ranks.device)
         meter.start()
         began = time.perf_counter()

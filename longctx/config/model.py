@@ -25,6 +25,8 @@ class MemoryConfig:
     activation_checkpointing: bool = (
         True  #: recompute every layer from its input, its attention output and lse; false keeps all
     )
+    #: false: full recomputation, a layer keeps only its input and its attention runs forward twice a step
+    keep_attention: bool = True
     #: last layers that also keep their matrix products: faster, more memory; auto: as many as budget_gib holds
     keep_matmuls: NotNegative | Literal["auto"] = 0
     budget_gib: float | None = None  #: GiB of a device that saved tensors may take, for keep_matmuls=auto
@@ -41,10 +43,17 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         if self.keep_matmuls == "auto" and self.budget_gib is None:
             raise ValueError("keep_matmuls=auto needs budget_gib: the GiB of a device that saved tensors may take")
-        if not self.activation_checkpointing and (self.keep_matmuls or self.offload_activations):
+        if not self.activation_checkpointing and (
+            self.keep_matmuls or self.offload_activations or not self.keep_attention
+        ):
             raise ValueError(
-                "activation_checkpointing=false keeps everything on the device, so keep_matmuls and "
-                "offload_activations do not apply"
+                "activation_checkpointing=false keeps everything on the device, so keep_attention=false, keep_matmuls "
+                "and offload_activations do not apply"
+            )
+        if self.keep_matmuls and not self.keep_attention:
+            raise ValueError(
+                f"keep_attention=false recomputes whole layers, so keep_matmuls={self.keep_matmuls} does not apply; "
+                "attention is dearer to repeat than products: keep it first"
             )
 
 

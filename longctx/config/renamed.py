@@ -42,6 +42,7 @@ ELSEWHERE = {
     "lr": "curriculum.lr.peak",
     "bf16": "model.dtype=bfloat16",
     "gradient_checkpointing": "model.memory.activation_checkpointing",
+    "recompute_granularity": "model.memory.keep_attention",
     "per_device_train_batch_size": "curriculum.stages.NAME.batch",
     "max_steps": "curriculum.stages.NAME.steps",
     "max_seq_length": "curriculum.stages.NAME.seq_len",

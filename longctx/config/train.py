@@ -7,7 +7,9 @@ continued.
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from longctx.config.after_training import AfterTrainingConfig
 from longctx.config.base import Count, Length, Text, schema
@@ -47,7 +49,9 @@ class EngineConfig:
 
     name: Literal["ddp", "deepspeed"] = "ddp"  #: set by engine=ddp and engine=deepspeed
     zero: Literal[0, 1, 2, 3] = 0  #: ZeRO stage. 1: optimizer states are sharded; 2: and gradients; 3: and parameters
-    offload_optimizer: bool = False  #: keep optimizer states in host memory (deepspeed)
+    offload_optimizer: bool = False  #: keep optimizer states in host memory
+    #: the share of the optimizer states that offload_optimizer keeps there; the rest stays on the device (ddp)
+    offload_ratio: Annotated[float, Field(gt=0, le=1)] = 1.0
     offload_parameters: bool = False  #: keep parameters in host memory (zero=3)
     hpz_partition_size: int = 1  #: hpZ: ranks that keep a second copy of the parameters (zero=3, many nodes)
     device: Literal["auto", "cpu", "cuda"] = "auto"  #: where ranks compute; auto: a GPU each where there are some

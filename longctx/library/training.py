@@ -18,6 +18,7 @@ def prepare(
     model: Any,
     *,
     activation_checkpointing: bool = True,
+    keep_attention: bool = True,
     keep_matmuls: int = 0,
     ffn_block: int | Literal["auto"] = "auto",
     loss_chunk: int | Literal["auto"] = "auto",
@@ -32,11 +33,11 @@ def prepare(
     `shard_batch` makes it): a plain loop, DistributedDataParallel, accelerate, transformers' Trainer.
 
     activation_checkpointing: recompute a layer in the backward pass from its input and its attention output; False
-    keeps everything. keep_matmuls: last layers that also keep their matrix products. ffn_block: tokens that go through
-    the feed-forward at once; 0 is all. loss_chunk: tokens whose logits exist at once. "auto" takes 2048 and 512 on a
-    CPU, 8192 and 4096 on a GPU. offload_activations: keep saved tensors in host memory. z_loss: factor of lse^2 (PaLM,
-    arXiv 2204.02311). Only z_loss changes a result; docs/memory.md has the bytes. Blockwise feed-forward: arXiv
-    2310.01889.
+    keeps everything. keep_attention: False recomputes a layer from its input alone. keep_matmuls: last layers that also
+    keep their matrix products. ffn_block: tokens that go through the feed-forward at once; 0 is all. loss_chunk: tokens
+    whose logits exist at once. "auto" takes 2048 and 512 on a CPU, 8192 and 4096 on a GPU. offload_activations: keep
+    saved tensors in host memory. z_loss: factor of lse^2 (PaLM, arXiv 2204.02311). Only z_loss changes a result;
+    docs/memory.md has the bytes. Blockwise feed-forward: arXiv 2310.01889.
 
     Raises UserError for a family that longctx does not train, sliding windows, soft-capping and quantized weights, and
     for options that contradict each other.
@@ -55,6 +56,7 @@ def prepare(
     check_model(model, "prepare")
     values = {
         "activation_checkpointing": activation_checkpointing,
+        "keep_attention": keep_attention,
         "keep_matmuls": keep_matmuls,
         "ffn_block": ffn_block,
         "loss_chunk": loss_chunk,

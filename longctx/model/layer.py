@@ -6,6 +6,9 @@ input, the attention output and the lse outlive the forward pass. The backward r
 o, gate and up, and the wide activations of the feed-forward exist for one block at a time (Liu et al. 2310.01889,
 blockwise FFN).
 
+Under full recomputation (keep_attention=false) only the layer's input outlives the forward pass. A checkpoint around
+both regions repeats the first one, and with it attention and its communication, before the layer's backward.
+
 Shapes: B batch, S tokens of this rank, E hidden size, H heads, D head dim.
 """
 
@@ -24,7 +27,7 @@ from longctx.model.fused import check_installed, feed_forward
 from longctx.model.norms import TrainedNorm, train_norms
 from longctx.model.offload import HostStore
 from longctx.model.rotary import rotate
-from longctx.model.saved import SAVE_EVERYTHING, SavePolicy, selective_checkpoint
+from longctx.model.saved import SAVE_EVERYTHING, Repetition, SavePolicy, full_checkpoint, selective_checkpoint
 from longctx.shape import shape_of
 
 
@@ -48,15 +51,25 @@ class TrainedLayer:
         if layout is None or position_embeddings is None:
             own: Any = super()
             return own.forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
-        policy = self.save_policy
-        with policy.saving():
-            out = selective_checkpoint(
-                policy.attention, policy.store, _attend, self, hidden_states, position_embeddings, layout
-            )
-            block = policy.block // hidden_states.shape[0] or hidden_states.shape[1]
-            parts = zip(hidden_states.split(block, 1), out.split(block, 1), strict=True)
-            finished = [selective_checkpoint(policy.feed_forward, policy.store, _finish, self, *part) for part in parts]
-            return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
+        with self.save_policy.saving():
+            if self.save_policy.full:
+                return full_checkpoint(_regions, self, hidden_states, position_embeddings, layout)
+            return _regions(self, hidden_states, position_embeddings, layout, Repetition())
+
+
+def _regions(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, repetition: Repetition) -> Tensor:
+    """Both regions: x [B, S, E] -> the layer's output [B, S, E].
+
+    A repetition needs only what the second region's checkpoints save, which are its arguments, so it computes nothing
+    after the first.
+    """
+    policy = layer.save_policy
+    out = selective_checkpoint(policy.attention, policy.store, _attend, layer, x, turn, layout)
+    finish = _skip if repetition.running else _finish
+    block = policy.block // x.shape[0] or x.shape[1]
+    parts = zip(x.split(block, 1), out.split(block, 1), strict=True)
+    finished = [selective_checkpoint(policy.feed_forward, policy.store, finish, layer, *part) for part in parts]
+    return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
 
 
 def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any) -> Tensor:
@@ -83,6 +96,11 @@ def _finish(layer: Any, x: Tensor, out: Tensor) -> Tensor:
     """The second region: a block of the layer's input and attention output -> the layer's output [B, block, E]."""
     hidden = x + layer.self_attn.o_proj(out)
     return hidden + feed_forward(layer.fused, layer.mlp, layer.post_attention_layernorm(hidden))
+
+
+def _skip(layer: Any, x: Tensor, out: Tensor) -> Tensor:
+    """The second region in a repetition."""
+    return x
 
 
 def train_layers(model: nn.Module, fused: Fused = "auto") -> None:

@@ -1,4 +1,4 @@
-"""Save policies: activation checkpointing that saves the outputs of chosen operators.
+"""Save policies: activation checkpointing that saves the outputs of chosen operators, or only a layer's input.
 
 `selective_checkpoint` is torch's non-reentrant checkpoint with two dispatch modes. The forward pass saves the outputs
 of the chosen operators, and the recomputation replays them in the same order, so attention never runs twice. torch's
@@ -49,7 +49,8 @@ class SavePolicy:
     """What one layer saves for its backward pass: the operators of its two regions (None: everything autograd saves).
 
     block: tokens of a block of the second region. store: the host memory for saved tensors (None: they stay on the
-    device). first: whether the forward pass begins with this layer.
+    device). first: whether the forward pass begins with this layer. full: only the layer's input is saved, and both
+    regions are recomputed from it, attention included.
     """
 
     attention: Chooser | None
@@ -57,6 +58,7 @@ class SavePolicy:
     block: int
     store: HostStore | None = None
     first: bool = False
+    full: bool = False
 
     @classmethod
     def of(
@@ -65,6 +67,8 @@ class SavePolicy:
         """The policy of layer `layer` of `layers`; the last `keep_matmuls` layers also save their matrix products."""
         if not memory.activation_checkpointing:
             return cls(None, None, block)
+        if not memory.keep_attention:
+            return cls(None, _nothing, block, store, layer == 0, full=True)
         if layer >= layers - keep_matmuls:
             return cls(attention_and_products, widening_products, block, store, layer == 0)
         return cls(attention_only, _nothing, block, store, layer == 0)
@@ -99,6 +103,30 @@ def selective_checkpoint(
         return _SaveOutputs(keep, kept, store), _ReplayOutputs(keep, kept, store)
 
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+class Repetition:
+    """The context in which a checkpointed function runs again; `running` tells the function that it does."""
+
+    running = False
+
+    def __enter__(self) -> None:
+        self.running = True
+
+    def __exit__(self, *error: object) -> None:
+        self.running = False
+
+
+def full_checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """Call `function(*args, repetition)` and recompute it in the backward pass from its arguments.
+
+    The function may hold further checkpoints; the recomputation ends with the last argument that they save.
+    """
+    repetition = Repetition()
+    if not torch.is_grad_enabled():
+        return function(*args, repetition)
+    options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(function, *args, repetition, context_fn=lambda: (contextlib.nullcontext(), repetition), **options)
 
 
 class _SaveOutputs(TorchDispatchMode):

@@ -89,12 +89,12 @@ def links_of(decision: Decision, machines: Machines, hardware: HardwareConfig) -
 
 @lru_cache(maxsize=256)
 def time_attention(
-    schedule: str, topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int
+    schedule: str, topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int, forwards: int = 1
 ) -> AttentionTime:
     """Simulate the attention of one layer, forward and backward, for one causal document.
 
     At most NODES_SIMULATED nodes are simulated, with blocks of the real size and work; the exposed time is then scaled
-    by the number of hops.
+    by the number of hops. forwards: forward passes of a step, two under full recomputation.
     """
     h = ulysses if schedule == "ulysses_ring" else 1
     whole = sizes.tokens * topology.size
@@ -104,15 +104,17 @@ def time_attention(
     small = Topology(min(topology.nodes, NODES_SIMULATED), topology.ranks)
     longer = (topology.size / h - 1) / max(1.0, small.size / h - 1)
     computing = exposed = 0.0
-    for backward, work in ((False, 1.0), (True, BACKWARD_WORK)):
+    for backward, work, times in ((False, 1.0, forwards), (True, BACKWARD_WORK, 1)):
         schedules = [build(schedule, small, r, backward=backward, ulysses=h) for r in range(small.size)]
         timeline = simulate(schedules, sizes, evenly(block * work), {"inner": links[0], "outer": links[1]})
-        computing += block * work * (topology.size // h)
-        exposed += timeline.exposed() * max(1.0, longer)
+        computing += times * block * work * (topology.size // h)
+        exposed += times * timeline.exposed() * max(1.0, longer)
     return AttentionTime(schedule, h, computing, exposed)
 
 
-def quickest(topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int = 0) -> AttentionTime:
+def quickest(
+    topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int = 0, forwards: int = 1
+) -> AttentionTime:
     """The quickest schedule by simulation; of schedules within 1 % of it, the first in SCHEDULES."""
     found: list[AttentionTime] = []
     for schedule in SCHEDULES:
@@ -123,7 +125,7 @@ def quickest(topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulyss
             continue
         if schedule in ("double_ring", "allgather_ring") and topology.nodes == 1:
             continue
-        found.append(time_attention(schedule, topology, sizes, speed, links, h))
+        found.append(time_attention(schedule, topology, sizes, speed, links, h, forwards))
     best = min(item.computing + item.exposed for item in found)
     return next(item for item in found if item.computing + item.exposed <= 1.01 * best)
 
@@ -146,17 +148,19 @@ def _estimate(
     hardware, dtype = config.hardware, config.model.dtype
     sizes, links = sizes_of(stage, shape, decision, dtype), links_of(decision, machines, hardware)
     speed, rate = Speed.of(hardware, dtype, kernel), hardware.rate(dtype)
-    attention = time_attention(decision.schedule, decision.topology, sizes, speed, links, decision.ulysses)
-    best = quickest(decision.topology, sizes, speed, links, decision.ulysses)
+    recompute, full = config.model.memory.activation_checkpointing, not config.model.memory.keep_attention
+    forwards = 2 if full else 1
+    attention = time_attention(decision.schedule, decision.topology, sizes, speed, links, decision.ulysses, forwards)
+    best = quickest(decision.topology, sizes, speed, links, decision.ulysses, forwards)
     gain = 1 - (best.computing + best.exposed) / (attention.computing + attention.exposed)
     memory = need(stage, shape, config, decision, world=machines.world, kernel=kernel, device=hardware.device)
     tokens = sizes.tokens * decision.per_forward
-    products = shape.flops(recompute=config.model.memory.activation_checkpointing).products(tokens)
+    products = shape.flops(recompute=recompute).products(tokens)
     micro_steps = -(-decision.per_group // decision.per_forward)
     one = products / rate + shape.layers * attention.computing
     exposed = micro_steps * shape.layers * attention.exposed
     exposed += _weights_moved(shape, config, BYTES[dtype], micro_steps, micro_steps * one)
-    scored = 7.0 * sizes.batch * sizes.q_heads * sizes.head_dim * (stage.seq_len**2 / decision.cp)
+    scored = (5.0 + 2.0 * forwards) * sizes.batch * sizes.q_heads * sizes.head_dim * (stage.seq_len**2 / decision.cp)
     return Estimate(
         stage=stage,
         decision=decision,

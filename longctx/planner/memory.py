@@ -6,11 +6,12 @@ allocator's fragments, communication libraries and the CUDA context are not coun
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from longctx.config.model import MemoryConfig
 from longctx.decide import blocks_of, tokens_per_rank
@@ -28,16 +29,19 @@ NODES_SIMULATED = 4
 LAYERS_NEAR = 3  # layers whose saved tensors are on the device at once when they are offloaded
 REFERENCE_ROWS = 1024  # of longctx.attention.reference
 REFERENCE_COPIES = 4  # its backward holds scores, probabilities and the gradients of both
-BUCKET = 5e8  # gradients in DeepSpeed's bucket on the device, from which offloaded ones go to the host
+BUCKET = 5e8  # gradients in DeepSpeed's bucket on the device, before they go to where their sum is
+SUB_GROUP = 1e9  # weights that DeepSpeed's ZeRO-3 updates at once, from one flat copy of their gradients
+PIECE = 1 << 24  # weights that longctx.train.offloaded updates at once
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device.
 
-    saved: tensors that all layers save from forward to backward. working: the layer whose backward runs. ring: buffers
-    and accumulators of attention. loss: the logits of a chunk. host: offloaded bytes in the host's memory for this
-    device, which are not part of `total`.
+    saved: tensors that all layers save from forward to backward. working: the layer whose backward runs; where the
+    optimizer's temporaries need more than all of a step's activations, it includes the difference. ring: buffers and
+    accumulators of attention. loss: the logits of a chunk. host: offloaded bytes in the host's memory for this device,
+    which are not part of `total`.
     """
 
     weights: float
@@ -91,11 +95,12 @@ def sizes_of(stage: Stage, shape: Shape, decision: Decision, dtype: str) -> Size
 def attention_buffers(schedule: str, topology: Topology, sizes: Sizes, ulysses: int, kernel: str) -> float:
     """Bytes of one attention call: its buffers, and the scores of a block of rows if the reference kernel runs.
 
-    At most NODES_SIMULATED nodes are counted, because buffers do not grow with more nodes.
+    At most NODES_SIMULATED nodes are counted, because buffers do not grow with more nodes. A single rank has none where
+    one call of the kernel serves all documents; that cuDNN leaves short ones to another kernel is not counted.
     """
     small = Topology(min(topology.nodes, NODES_SIMULATED), topology.ranks)
     found = 0.0
-    for rank in range(small.size):
+    for rank in range(small.size if small.size > 1 else 0):
         schedules = [build(schedule, small, rank, backward=backward, ulysses=ulysses) for backward in (False, True)]
         found = max(found, ring_buffers(schedules, sizes))
     if kernel != "reference":
@@ -124,7 +129,7 @@ def need(
         secondary=engine.hpz_partition_size,
         trained=trained_weights(shape, config.optim.freeze),
         ring=attention_buffers(decision.schedule, decision.topology, sizes, decision.ulysses, kernel),
-        offload_optimizer=engine.offload_optimizer and device != "cpu",
+        offloaded=engine.offload_ratio if engine.offload_optimizer and device != "cpu" else 0.0,
         offload_parameters=engine.offload_parameters and device != "cpu",
         offload_saved=config.model.memory.offload_activations and device != "cpu",
     )
@@ -159,7 +164,7 @@ def stage_memory(
     secondary: int = 1,
     device: str = "cpu",
     trained: int | None = None,
-    offload_optimizer: bool = False,
+    offloaded: float = 0.0,
     offload_parameters: bool = False,
     offload_saved: bool = False,
 ) -> Memory:
@@ -169,43 +174,81 @@ def stage_memory(
     secondary: ranks that share a second copy of the weights (hpZ, ZeRO++ 2306.10209); 1: there is none. device: cuda or
     cpu, for sizes that are auto. trained: the number of weights that have gradients and moments (None: all). fp32 and
     fp64 weights are their own masters; bfloat16 ones have fp32 masters in the optimizer. Gradients are at least fp32.
+    offloaded: the share of the optimizer states that is in host memory.
     """
     b = BYTES[dtype]
-    wide = max(4, b)
-    p, t = shape.parameters, shape.parameters if trained is None else trained
-    optimizer = t * (2 * wide if b >= 4 else 3 * wide) / (world if zero >= 1 else 1)
-    gradients = t * wide / (world if zero >= 2 else 1)
-    away = 0.0
-    if offload_optimizer:
-        away, optimizer = t * offloaded_optimizer(b, zero) / world, 0.0
-        gradients = BUCKET * b * (1 if zero >= 3 else 2)
+    p = shape.parameters
+    owned = _owned(p if trained is None else trained, b, zero, world, offloaded, device)
     weights = p * b / (world if zero >= 3 else 1)
     copy = p * b / secondary if zero >= 3 and secondary > 1 else 0.0
     gathered = 2 * shape.layer_weights * b if zero >= 3 else 0  # the layer at work and the one fetched ahead
     cost = shape.footprint(b)
     matmuls = cost.kept_layers(memory, tokens)
-    saved = tokens * (shape.layers * cost.kept + matmuls * cost.products)
-    near = tokens * LAYERS_NEAR * (cost.kept + (cost.products if matmuls else 0))
+    kept = cost.kept if memory.keep_attention else cost.inputs
+    saved = tokens * (shape.layers * kept + matmuls * cost.products)
+    near = tokens * LAYERS_NEAR * (kept + (cost.products if matmuls else 0))
+    at_work = cost.working + (cost.kept - kept)
     sizes = blocks_of(memory, device)
     block = min(sizes.ffn_block or tokens, tokens)
     feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
+    near = min(saved, near) if offload_saved else saved
+    logits = min(sizes.loss_chunk, tokens) * shape.vocab * 4.0 * 2
     return Memory(
         weights=copy + gathered if offload_parameters else weights + copy + gathered,
-        gradients=gradients,
-        optimizer=optimizer,
-        saved=min(saved, near) if offload_saved else saved,
-        working=float(max(tokens * cost.working, feed_forward)),
+        gradients=owned.gradients,
+        optimizer=owned.optimizer,
+        saved=near,
+        working=float(max(tokens * at_work, feed_forward, owned.staged - near - ring - logits)),
         ring=ring,
-        loss=min(sizes.loss_chunk, tokens) * shape.vocab * 4.0 * 2,
-        host=away + weights * offload_parameters + saved * offload_saved,
+        loss=logits,
+        host=owned.host + weights * offload_parameters + saved * offload_saved,
     )
 
 
-def offloaded_optimizer(b: int, zero: int) -> int:
-    """Bytes that DeepSpeed's offloaded optimizer keeps on the host for each trained weight of b bytes.
+class _Owned(NamedTuple):
+    """Bytes of a rank's engine beside the weights: on the device, on the host, and temporaries of an update."""
+
+    gradients: float
+    optimizer: float
+    host: float = 0.0
+    staged: float = 0.0
+
+
+def _owned(t: int, b: int, zero: int, world: int, offloaded: float, device: str) -> _Owned:
+    """What an engine holds for t trained weights of b bytes; the other arguments as in `stage_memory`."""
+    wide = max(4, b)
+    optimizer = t * (2 * wide if b >= 4 else 3 * wide) / (world if zero >= 1 else 1)
+    gradients = float(t * wide) / (world if zero >= 2 else 1)
+    if not zero:
+        staged = min(PIECE, t) * 3.0 * wide if offloaded else 0.0
+        if device == "cpu" and wide < 8:  # a CPU forms the norm in fp64 from a copy
+            staged = 8.0 * t
+        return _Owned(gradients, (1 - offloaded) * optimizer, offloaded * optimizer, staged)
+    if offloaded:  # DeepSpeed has all states there, and the gradients
+        return _Owned(bucket_bytes(b, zero), 0.0, deepspeeds_host(t / world, b, zero))
+    bucket = bucket_bytes(b, zero) if device == "cuda" else 0.0  # on a CPU only used pages count
+    return _Owned(gradients + bucket, optimizer, staged=min(SUB_GROUP, t / world) * wide if zero >= 3 else 0.0)
+
+
+def power_of_two(size: float) -> float:
+    """What a block of `size` bytes takes in torch's pinned memory."""
+    return 2.0 ** math.ceil(math.log2(size)) if size > 1 else size
+
+
+def bucket_bytes(b: int, zero: int) -> float:
+    """Bytes of DeepSpeed's gradient buckets on a GPU: ZeRO-3 has one in fp32, ZeRO-2 two in the weights' dtype."""
+    return BUCKET * 4.0 if zero >= 3 else BUCKET * 2.0 * b
+
+
+def deepspeeds_host(share: float, b: int, zero: int, pinned: Callable[[float], float] = power_of_two) -> float:
+    """Bytes that DeepSpeed's offloaded optimizer keeps on the host for a rank's `share` of the weights, of b bytes.
 
     They are the master, two moments and the gradient. ZeRO-3 has the gradient twice, once for its own sum and once for
-    the optimizer; ZeRO-1 and 2 have a copy of the weight, from which it returns to the device.
+    the optimizer; ZeRO-1 and 2 have a copy of the weight, from which it returns to the device. What travels is in
+    torch's pinned memory. pinned: the bytes that such a block takes.
     """
     wide = max(4, b)
-    return 4 * wide + (wide if zero >= 3 else b)
+    if zero < 3:
+        return 2 * wide * share + 2 * pinned(wide * share) + pinned(b * share)
+    groups, rest = divmod(share, SUB_GROUP)
+    return 3 * wide * share + pinned(wide * share) + groups * pinned(wide * SUB_GROUP) + pinned(wide * rest)

@@ -154,6 +154,8 @@ def _dials(config: TrainConfig, limits: DeviceLimits) -> list[Changes]:
         dials.append({"parallel.cp": limits.machines.world, "parallel.cp_by_stage": {}})
     if limits.device == "cuda" and not memory.offload_activations:
         dials.append({"model.memory.offload_activations": True})
+    if memory.activation_checkpointing and memory.keep_attention:
+        dials.append({"model.memory.keep_attention": False})
     return dials
 
 
@@ -162,6 +164,8 @@ def _shards(config: TrainConfig, limits: DeviceLimits) -> list[Changes]:
     for zero in (2, 3):
         if limits.machines.world > 1 and zero > config.engine.zero and config.model.dtype != "float64":
             shards.append({"engine.name": "deepspeed", "engine.zero": zero})
+    if limits.device == "cuda" and config.engine.name == "ddp":
+        shards.append({"engine.offload_optimizer": True})
     if limits.device == "cuda" and config.model.dtype != "float64":
         whole = {"engine.name": "deepspeed", "engine.zero": 3, "engine.offload_optimizer": True}
         shards += [whole, {**whole, "engine.offload_parameters": True}]

@@ -98,7 +98,7 @@ class Checkpoints:
         self._size = 0.0
         self.seconds = 0.0  # that this rank needed to write the last one
         self._background = background
-        self._copies = HostCopies()
+        self._copies = HostCopies(ranks.device)
         self._pending: _Save | None = None
         self._pruning: Work | None = None
 

@@ -99,7 +99,7 @@ def build(config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ran
     else:
         from longctx.train.replicated import ReplicatedEngine
 
-        engine = ReplicatedEngine(optim, model, ranks)
+        engine = ReplicatedEngine(config, optim, model, ranks)
     console.say("engine: " + ", ".join(f"{key} {value}" for key, value in engine.facts.items()))
     return engine
 

@@ -40,9 +40,14 @@ def full_shape(parameter: torch.Tensor) -> torch.Size:
     return getattr(parameter, "ds_shape", parameter.shape)
 
 
+def decays(parameter: torch.Tensor) -> bool:
+    """Whether weight decay applies to a parameter: to matrices, not to vectors (norms, biases)."""
+    return len(full_shape(parameter)) >= 2
+
+
 def decay_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Optimizer groups: matrices decay, vectors (norms, biases) do not."""
-    matrices = [p for _, p in named if len(full_shape(p)) >= 2]
-    vectors = [p for _, p in named if len(full_shape(p)) < 2]
+    """Optimizer groups: parameters that decay, and those that do not."""
+    matrices = [p for _, p in named if decays(p)]
+    vectors = [p for _, p in named if not decays(p)]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

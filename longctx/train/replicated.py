@@ -2,23 +2,26 @@
 
 For small models this is faster than bucketed DDP (one collective, no hooks). Unlike DDP it adds in the same order
 before and after a restart, so that a resumed run is bit-identical on any number of ranks. One process needs no
-wrapper and no collective. bfloat16 weights get fp32 masters and fp32 gradient accumulation.
+wrapper and no collective. bfloat16 weights get fp32 masters and fp32 gradient accumulation. Masters and moments may lie
+in host memory, all or a share of them (longctx.train.offloaded); the results do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from longctx.model.host import HostMemory
 from longctx.train.fragments import Fragment, FragmentReader, Kind
-from longctx.train.parameters import decay_groups, trainable
+from longctx.train.offloaded import Offloaded, OffloadedAdamW, on_host
+from longctx.train.parameters import decay_groups, decays, trainable
 
 if TYPE_CHECKING:
-    from longctx.config.train import OptimConfig
+    from longctx.config.train import EngineConfig, OptimConfig
     from longctx.distributed.ranks import Ranks
     from longctx.model import LossModel, LossOutput
 
@@ -29,22 +32,16 @@ _PIECE = 1 << 26
 class ReplicatedEngine:
     """The engine that keeps all weights on every rank; see longctx.train.engine.Engine for its methods."""
 
-    def __init__(self, optim: OptimConfig, model: LossModel, ranks: Ranks) -> None:
+    def __init__(self, config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ranks) -> None:
         self.model, self.ranks, self.clip = model.to(ranks.device), ranks, optim.max_grad_norm
         self._named = trainable(model)
         wide = torch.float64 if self._named[0][1].dtype == torch.float64 else torch.float32
-        self._masters = [p if p.dtype == wide else nn.Parameter(p.detach().to(wide)) for _, p in self._named]
-        self._grad = torch.zeros(sum(p.numel() for p in self._masters), dtype=wide, device=ranks.device)
-        offset = 0
-        for (_, parameter), master in zip(self._named, self._masters, strict=True):
-            view = self._grad[offset : offset + master.numel()].view_as(master)
-            master.grad = view
-            if parameter is not master:
-                parameter.register_post_accumulate_grad_hook(_widen_into(view))
-            offset += master.numel()
-        names = [name for name, _ in self._named]
-        groups = decay_groups(list(zip(names, self._masters, strict=True)), optim.weight_decay)
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+        sizes = [parameter.numel() for _, parameter in self._named]
+        self._away = on_host(sizes, config.offload_ratio if config.offload_optimizer else 0.0)
+        self._memory = HostMemory(ranks.device)
+        self._masters = [self._master(p, wide, away) for (_, p), away in zip(self._named, self._away, strict=True)]
+        self._grad = torch.zeros(sum(sizes), dtype=wide, device=ranks.device)
+        self._make_optimizers(optim, self._grad.split(sizes))
         self.facts: dict[str, Any] = {
             "ddp": "replicated weights", "world": ranks.world, "ZeRO": 0, "device": str(ranks.device),
             "backend": str(dist.get_backend()) if dist.is_initialized() else "none",
@@ -52,6 +49,42 @@ class ReplicatedEngine:
             "masters": str(wide).removeprefix("torch."), "gradients": str(wide).removeprefix("torch."),
             "trainable": self._grad.numel(),
         }  # fmt: skip
+        if config.offload_optimizer:
+            count = sum(size for size, away in zip(sizes, self._away, strict=True) if away)
+            self.facts["offloaded"] = f"optimizer states of {count:,} weights"
+
+    def _master(self, parameter: nn.Parameter, wide: torch.dtype, away: bool) -> torch.Tensor:
+        """The parameter itself if it is wide, or else its wide copy, on the host if its states are."""
+        if parameter.dtype == wide:
+            return parameter
+        if not away:
+            return nn.Parameter(parameter.detach().to(wide))
+        return self._memory.zeros(parameter.numel(), wide).view_as(parameter).copy_(parameter.detach())
+
+    def _make_optimizers(self, optim: OptimConfig, gradients: Sequence[torch.Tensor]) -> None:
+        """Give every parameter its part of the flat gradient and its place in one of two optimizers."""
+        here: list[tuple[str, nn.Parameter]] = []
+        away: list[Offloaded] = []
+        for (name, parameter), master, off, flat in zip(self._named, self._masters, self._away, gradients, strict=True):
+            view = flat.view_as(parameter)
+            if parameter is master:
+                parameter.grad = view
+            else:
+                parameter.register_post_accumulate_grad_hook(_widen_into(view))
+            if off:
+                away.append(Offloaded(parameter, master, flat, optim.weight_decay if decays(parameter) else 0.0))
+            else:
+                master.grad = view
+                here.append((name, cast(nn.Parameter, master)))
+        betas = (optim.beta1, optim.beta2)
+        groups = decay_groups(here, optim.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=optim.eps, fused=True) if here else None
+        self.offloaded = OffloadedAdamW(away, self._memory, betas, optim.eps)
+
+    def _state(self, position: int) -> dict[str, torch.Tensor]:
+        """The optimizer's state of a parameter; it has no `step` before the first one."""
+        optimizer: Any = self.offloaded if self._away[position] else self.optimizer
+        return optimizer.state[self._masters[position]]
 
     def forward(self, **batch: Any) -> LossOutput:
         return self.model(**batch)
@@ -72,12 +105,14 @@ class ReplicatedEngine:
     def step(self, lr: float, norm: float) -> None:
         if self.clip > 0 and norm > self.clip:
             self._grad.mul_(self.clip / (norm + 1e-6))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        for (_, parameter), master in zip(self._named, self._masters, strict=True):
-            if parameter is not master:
+        if self.optimizer is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        for (_, parameter), master, away in zip(self._named, self._masters, self._away, strict=True):
+            if parameter is not master and not away:
                 parameter.data.copy_(master.data)
+        self.offloaded.step(lr)
         self.discard()
 
     def discard(self) -> None:
@@ -87,29 +122,32 @@ class ReplicatedEngine:
         return {name: list(parameter.shape) for name, parameter in self._named}
 
     def fragments(self) -> Iterator[Fragment]:
+        if self.ranks.device.type == "cuda":  # states may still be on their way to the host
+            torch.cuda.current_stream(self.ranks.device).synchronize()
         for position, ((name, _), master) in enumerate(zip(self._named, self._masters, strict=True)):
             if position % self.ranks.world != self.ranks.rank:
                 continue
             yield Fragment("weight", name, 0, master.detach().flatten())
-            state = self.optimizer.state[master]
-            for kind in MOMENTS:
-                if kind in state:
-                    yield Fragment(kind, name, 0, state[kind].flatten())
+            state = self._state(position)
+            for kind in MOMENTS if "step" in state else ():
+                yield Fragment(kind, name, 0, state[kind].flatten())
             steps = float(state["step"]) if "step" in state else 0.0
             yield Fragment("steps", name, 0, torch.tensor([steps], dtype=torch.float64))
 
     def restore(self, reader: FragmentReader) -> None:
-        for (name, parameter), master in zip(self._named, self._masters, strict=True):
+        for position, ((name, parameter), master) in enumerate(zip(self._named, self._masters, strict=True)):
             master.data.copy_(reader.read("weight", name, 0, master.numel()).view_as(master))
             if parameter is not master:
                 parameter.data.copy_(master.data)
             steps = float(reader.read("steps", name, 0, 1))
             if steps:
-                state: dict[str, Any] = {"step": torch.tensor(steps, dtype=torch.float32, device=master.device)}
+                state = self._state(position)
                 for kind in MOMENTS:
-                    flat = reader.read(kind, name, 0, master.numel()).to(master)
-                    state[kind] = flat.view_as(master).clone()
-                self.optimizer.state[master] = state
+                    if kind not in state:
+                        state[kind] = torch.zeros_like(master.data)
+                    state[kind].copy_(reader.read(kind, name, 0, master.numel()).view_as(state[kind]))
+                where = "cpu" if self._away[position] else master.device
+                state["step"] = torch.tensor(steps, dtype=torch.float32, device=where)
         self.discard()
 
     def state_for_export(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -117,7 +155,9 @@ class ReplicatedEngine:
             yield name, parameter.detach()
 
     def close(self) -> None:
-        self.optimizer.state.clear()
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+        self.offloaded.state.clear()
 
 
 def _widen_into(view: torch.Tensor) -> Any:

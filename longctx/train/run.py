@@ -184,7 +184,8 @@ def _context(config: TrainConfig, ranks: Ranks, stages: list[Stage], stop: StopR
         tokenizer = preflight.check_libraries(config)
         if not checked and ranks.local_rank == 0:
             prepare_data(config, stages, tokenizer)
-    flops = shape.flops(recompute=config.model.memory.activation_checkpointing)
+    memory = config.model.memory
+    flops = shape.flops(recompute=memory.activation_checkpointing, full=not memory.keep_attention)
     return RunContext(
         config=config, folder=Path(config.folder), ranks=ranks, stages=stages, tokenizer=tokenizer, flops=flops,
         stop=stop,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from longctx.model.host import HostMemory
 from longctx.train.fragments import Fragment
 from longctx.train.host_memory import free_memory
 
@@ -17,9 +18,10 @@ SHARE = 0.5  # of the host memory that is free, which the copies of a node's ran
 
 
 class HostCopies:
-    """A rank's fragments in host memory; the memory is kept from one save to the next, pinned beside a GPU."""
+    """A rank's fragments in host memory, which is kept from one save to the next and page-locked beside a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._memory = HostMemory(device)
         self._buffers: dict[tuple[str, str, int], torch.Tensor] = {}
 
     def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
@@ -29,8 +31,8 @@ class HostCopies:
             key, data = (piece.kind, piece.name, piece.start), piece.data.detach()
             buffer = self._buffers.get(key)
             if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
-                buffer = torch.empty(data.shape, dtype=data.dtype, pin_memory=data.is_cuda)
-                self._buffers[key] = buffer
+                self._memory.free([] if buffer is None else [buffer])
+                buffer = self._buffers[key] = self._memory.zeros(data.numel(), data.dtype).view(data.shape)
             buffer.copy_(data, non_blocking=data.is_cuda)
             on_device |= data.is_cuda
             copies.append(dataclasses.replace(piece, data=buffer))

@@ -16,11 +16,14 @@ from longctx.bench.longest_plan import Prediction, predict, training_config
 from longctx.cli import main
 from longctx.config.base import build
 from longctx.config.bench_longest import BenchLongestConfig
+from longctx.config.compose import compose
+from longctx.config.groups import config_dir, header
 from longctx.config.plan import PlanConfig
-from longctx.decide import Machines
+from longctx.decide import Machines, planned_kernel, with_blocks
 from longctx.errors import RunFailed
 from longctx.planner.remedies import GIB, DeviceLimits
 from longctx.planner.run import planned
+from longctx.shape import shape_of_model
 from longctx.train.runfolder import to_dict
 
 # Wide and shallow: memory grows with the length, and attention costs next to nothing.
@@ -86,6 +89,16 @@ def test_a_limit_is_found_and_holds(tmp_path):
     assert Trials(other, predict(other, "cpu")).done == {}
 
 
+@pytest.mark.slow  # a real process
+def test_a_trial_runs_with_the_commands_own_settings():
+    memory = {"keep_attention": False, "offload_activations": True}
+    engine = {"offload_optimizer": True, "offload_ratio": 0.5}
+    made = config(model={"init": WIDE, "dtype": "bfloat16", "memory": memory}, engine=engine, optim={"freeze": []})
+    trial = run_trial(made, "cpu", 2048)
+    assert trial["fits"], trial
+    assert trial["memory_gib"]["backward"] > 0
+
+
 def test_the_plan_beside_it_is_that_of_plan():
     made = config()
     prediction = Prediction(made, "cpu", DeviceLimits(Machines(1, 1), "cpu", "torch_cpu", 1.0 * GIB))
@@ -97,6 +110,43 @@ def test_the_plan_beside_it_is_that_of_plan():
     limits = prediction.limits
     assert limits.holds(prediction.memory(longest_planned))
     assert not limits.holds(prediction.memory(longest_planned + 256))
+
+
+def on_an_h200(**changes: Any) -> Prediction:
+    """The command's own settings on one GPU of 139 GiB beside 128 GiB of host memory."""
+    values = compose("bench_longest", [f"{key.replace('__', '.')}={value}" for key, value in changes.items()])
+    made = build(BenchLongestConfig, values, origin="test")
+    made = dataclasses.replace(made, model=with_blocks(made.model, "cuda"))
+    kernel = planned_kernel("cuda", made.model, shape_of_model(made.model))
+    return Prediction(made, "cuda", DeviceLimits(Machines(1, 1), "cuda", kernel, 139 * GIB, 128 * GIB))
+
+
+def test_the_commands_of_the_header_compose():
+    lines = header(config_dir() / "bench_longest.yaml")
+    commands = [line.split("(")[0].split()[3:] for line in lines if line.startswith("  longctx bench longest")]
+    assert len(commands) == 3, lines
+    for words in commands:
+        build(BenchLongestConfig, compose("bench_longest", words), origin="test")
+
+
+def test_an_8b_model_takes_262144_tokens_on_one_h200_by_the_plan():
+    """Every weight is trained; each of the three settings is needed for it."""
+    prediction = on_an_h200()
+    memory = prediction.memory(262144)
+    assert prediction.limits.holds(memory)
+    assert memory.host > 100e9
+    assert prediction.longest is not None
+    assert prediction.longest >= 262144
+    assert prediction.config.optim.freeze == []
+    for lacking in (
+        {"model__memory__keep_attention": True},
+        {"model__memory__offload_activations": False},
+        {"engine__offload_optimizer": False, "engine__offload_ratio": 1.0},
+        {"engine__offload_ratio": 1.0},
+        {"engine__name": "deepspeed", "engine__zero": 3, "engine__offload_ratio": 1.0},
+    ):
+        other = on_an_h200(**lacking)
+        assert not other.limits.holds(other.memory(262144)), lacking
 
 
 def ended(monkeypatch: pytest.MonkeyPatch, code: str) -> Any:
@@ -126,7 +176,7 @@ def test_how_a_trial_ends_without_memory(monkeypatch):
 def test_the_verb_says_that_no_length_fits(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(longest, "run_trial", lambda *_: {"fits": False, "why": "loading the model: no memory"})
     words = [f"out={tmp_path}", "format=json", "memory_gib=0.01", "model.init.layers=1", "model.dtype=float32",
-             "engine.name=ddp", "engine.zero=0", "engine.offload_optimizer=false", "model.init.vocab=512"]  # fmt: skip
+             "engine.offload_ratio=1", "engine.offload_optimizer=false", "model.init.vocab=512"]  # fmt: skip
     assert main(["bench", "longest", *words]) == 1
     document = json.loads(capsys.readouterr().out)
     assert (document["longest"], document["shortest_failed"]) == (None, 1024)

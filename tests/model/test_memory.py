@@ -48,6 +48,21 @@ def test_attention_forward_runs_once_per_layer(memory):
     assert watch.calls["longctx.context_attention_backward.default"] == 3
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_full_recomputation_repeats_attention_and_no_product_twice(offload):
+    """Attention runs twice; products run as often as under selective recomputation, in blocks too."""
+    counts = []
+    for keep in (True, False):
+        memory = MemoryConfig(keep_attention=keep, offload_activations=offload, ffn_block=64, loss_chunk=TOKENS)
+        model = LossModel(init_from(tiny(layers=3)), memory)
+        with Watch() as watch:
+            step(model)
+        counts.append(watch.calls)
+    assert counts[0]["aten.mm.default"] == counts[1]["aten.mm.default"]
+    assert counts[1]["longctx.context_attention.default"] == 2 * counts[0]["longctx.context_attention.default"] == 6
+    assert counts[1]["longctx.context_attention_backward.default"] == 3
+
+
 def test_matrix_products_are_repeated_only_where_they_are_not_kept():
     """Per layer q, k, v, o, gate, up, down: 7 forward and 14 backward; 6 are repeated (down never is)."""
     counts = []
@@ -77,17 +92,19 @@ def peak_bytes(function: Callable[[], None]) -> int:
     return max(fields.total_allocated for _, fields in events) - before
 
 
-@pytest.mark.parametrize("keep", [0, 2])
-def test_bytes_per_token_are_the_formula_within_15_percent(keep):
+@pytest.mark.parametrize(("keep", "attention"), [(0, True), (2, True), (0, False)])
+def test_bytes_per_token_are_the_formula_within_15_percent(keep, attention):
     spec = InitConfig(layers=3, hidden=64, heads=4, kv_heads=2, ffn=172, vocab=256)
-    model = LossModel(init_from(spec), MemoryConfig(ffn_block=128, loss_chunk=64, keep_matmuls=keep))
+    memory = MemoryConfig(ffn_block=128, loss_chunk=64, keep_matmuls=keep, keep_attention=attention)
+    model = LossModel(init_from(spec), memory)
     step(model, 128)
     peaks = {}
     for tokens in (1536, 3072):
         model.zero_grad(set_to_none=True)
         peaks[tokens] = peak_bytes(lambda count=tokens: step(model, count))
     measured = (peaks[3072] - peaks[1536]) / 1536
-    expected = shape_of(model.model.config.to_dict(), "model").footprint(4).per_token(keep)
+    expected = shape_of(model.model.config.to_dict(), "model").footprint(4)
+    expected = expected.per_token(keep, keep_attention=attention)
     assert measured == pytest.approx(expected, rel=0.15)
 
 

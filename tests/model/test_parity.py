@@ -22,6 +22,8 @@ DIALS = {
     "keep all products": MemoryConfig(keep_matmuls=2, **SMALL),
     "keep everything": MemoryConfig(activation_checkpointing=False, **SMALL),
     "offload": MemoryConfig(offload_activations=True, **SMALL),
+    "full recomputation": MemoryConfig(keep_attention=False, **SMALL),
+    "full recomputation, offload": MemoryConfig(keep_attention=False, offload_activations=True, **SMALL),
 }
 DOCUMENTS = [0, 37, 40, 90, 128]
 

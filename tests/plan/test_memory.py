@@ -6,7 +6,7 @@ import torch
 from longctx.attention import ContextParallel
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.distributed.transport import ThreadWorld
-from longctx.planner.memory import BUCKET, pool_bytes, stage_memory
+from longctx.planner.memory import BUCKET, deepspeeds_host, pool_bytes, stage_memory
 from longctx.schedule import Sizes, build
 from longctx.shape import shape_of_init
 from longctx.topology import Topology
@@ -77,14 +77,51 @@ def test_offloaded_gradients_leave_the_device_with_the_optimizer():
     def planned(zero):
         return stage_memory(
             shape, MemoryConfig(), tokens=64, dtype="bfloat16", zero=zero, world=4, ring=0.0, device="cuda",
-            offload_optimizer=True,
+            offloaded=1.0,
         )  # fmt: skip
 
     two, three = planned(2), planned(3)
     assert (two.optimizer, three.optimizer) == (0.0, 0.0)
-    assert (two.gradients, three.gradients) == (2 * BUCKET * 2, BUCKET * 2)
-    assert two.host == shape.parameters * (4 + 8 + 4 + 2) / 4
-    assert three.host == shape.parameters * (4 + 8 + 4 + 4) / 4
+    assert (two.gradients, three.gradients) == (2 * BUCKET * 2, BUCKET * 4)
+    share = shape.parameters / 4
+    assert deepspeeds_host(share, 2, 2, pinned=float) == share * (4 + 8 + 4 + 2)
+    assert deepspeeds_host(share, 2, 3, pinned=float) == share * (4 + 8 + 4 + 4)
+    assert 65536 < 4 * share < 131072, "what is pinned is rounded up"
+    assert two.host == 8 * share + 131072 + 131072 + 65536
+    assert three.host == 12 * share + 131072 + 131072
+
+
+def test_deepspeeds_buckets_are_on_a_gpu_and_zero_3_updates_from_a_second_copy():
+    """Of the gradient, at most 10^9 weights at once; it counts where it is more than a step's activations."""
+    large = shape_of_init(InitConfig(layers=1, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=256))
+    p = large.parameters
+
+    def planned(zero, device):
+        return stage_memory(
+            large, MemoryConfig(), tokens=64, dtype="bfloat16", zero=zero, world=1, ring=0.0, device=device
+        )
+
+    assert [planned(zero, "cuda").gradients - 4 * p for zero in (0, 2, 3)] == [0, 2 * BUCKET * 2, BUCKET * 4]
+    assert planned(3, "cpu").gradients == 4 * p
+    three, two = planned(3, "cpu"), planned(2, "cpu")
+    assert three.saved + three.working + three.loss == pytest.approx(4 * p)
+    assert two.saved + two.working + two.loss < 2 * p
+    alone = planned(0, "cpu")  # the norm in fp64 is formed from a copy
+    assert alone.saved + alone.working + alone.loss == pytest.approx(8 * p)
+
+
+def test_full_recomputation_keeps_inputs_and_one_layers_attention():
+    shape = shape_of_init(INIT)
+
+    def planned(keep, **more):
+        memory = MemoryConfig(keep_attention=keep)
+        return stage_memory(shape, memory, tokens=4096, dtype="float32", zero=0, world=1, ring=0.0, **more)
+
+    selective, full = planned(True), planned(False)
+    assert full.saved == 3 * 4096 * 64 * 4
+    assert full.working - selective.working == 4096 * (64 * 4 + 4 * 4)
+    assert full.total < selective.total
+    assert planned(False, offload_saved=True).host == full.saved
 
 
 def test_checkpoints_keep_input_output_and_lse_of_every_layer():

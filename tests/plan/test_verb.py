@@ -165,6 +165,14 @@ def test_the_planner_takes_the_hierarchy_when_the_network_is_slow():
     assert quickest(Topology(4, 8), long, speed, links(50.0)).schedule == "flat_ring"
 
 
+def test_full_recomputation_attends_twice_and_waits_for_links_twice():
+    sizes, speed = Sizes(1024, 32, 8, 128), Speed.of(HardwareConfig(), "bfloat16", "cudnn")
+    topology, slow = Topology(2, 4), links(1.0)
+    once, twice = (time_attention("double_ring", topology, sizes, speed, slow, 1, times) for times in (1, 2))
+    assert twice.computing == pytest.approx(once.computing * (2 + 2.5) / (1 + 2.5))
+    assert once.exposed < twice.exposed < 2 * once.exposed
+
+
 @pytest.mark.parametrize("schedule", ["flat_ring", "double_ring", "ulysses_ring"])
 def test_four_nodes_stand_for_more(schedule, monkeypatch):
     sizes, speed, slow = Sizes(512, 8, 8, 128), Speed(4e14), links(2.0)

@@ -48,6 +48,7 @@ class Case:
     rows: int = 1
     layout: str = "zigzag"
     length: int = SEQ
+    full: bool = False  # full recomputation
 
 
 def device() -> torch.device:
@@ -179,7 +180,7 @@ def gradients(case: Case, ranks: Ranks) -> Any:
     taken.
     """
     made = made_model(case, case.dtype, "longctx").to(ranks.device)
-    model = LossModel(made, MemoryConfig(ffn_block=16, loss_chunk=8))
+    model = LossModel(made, MemoryConfig(ffn_block=16, loss_chunk=8, keep_attention=not case.full))
     place: Any = ranks.device.type
     config = EngineConfig(name="deepspeed" if case.zero else "ddp", zero=case.zero, device=place)
     engine: Any = engines.build(config, OptimConfig(max_grad_norm=0.0), model, ranks)

@@ -110,6 +110,9 @@ def test_hardware_flops_add_the_recomputation() -> None:
     flops = Flops(matmul_weights=100, layer_weights=80, pair=10, recompute=True)
     assert flops.model(10, 55) == 6 * 100 * 10 + 12 * 10 * 55
     assert flops.hardware(10, 55) - flops.model(10, 55) == 2 * 80 * 10 + 2 * 10 * 55
+    full = Flops(matmul_weights=100, layer_weights=80, pair=10, recompute=True, full=True)
+    assert full.model(10, 55) == flops.model(10, 55)
+    assert full.hardware(10, 55) - flops.hardware(10, 55) == 4 * 10 * 55  # attention's forward once more
 
 
 def test_peak_is_known_given_or_left_out() -> None:

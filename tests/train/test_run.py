@@ -341,7 +341,8 @@ def wandb_rows(file: Path) -> list[dict[str, Any]]:
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"engine": {"name": "ddp", "zero": 2}}, "engine.zero=2 is not something engine=ddp can do"),
     ({"engine": {"name": "deepspeed"}}, "engine.zero=0 shards nothing"),
-    ({"engine": {"offload_optimizer": True}}, "needs engine=deepspeed"),
+    ({"engine": {"offload_parameters": True}}, "needs engine=deepspeed"),
+    ({"engine": {"offload_ratio": 0.5}}, "engine.offload_ratio=0.5 is a share of what engine.offload_optimizer=true"),
     ({"engine": {"name": "deepspeed", "zero": 2, "offload_parameters": True}}, "needs engine.zero=3"),
     ({"engine": {"micro_batch": 3}}, "engine.micro_batch=3 does not divide the 4 sequences"),
     ({"engine": {"device": "cuda"}}, "shows no CUDA device"),

@@ -24,10 +24,17 @@ def part(world: int, cp: int, zero: int) -> dict[str, Any]:
     return {"launch": {"nproc": world, "threads": 1}, "parallel": {"cp": cp}, "engine": {"name": name, "zero": zero}}
 
 
-def continued(run: Path, documents: Path, lives: list[tuple[int, int, int]], stops: list[int]) -> None:
-    """Train `run` to its end in `lives` (world, cp, ZeRO stage), stopped in between during steps `stops`."""
-    for (world, cp, zero), stop in itertools.zip_longest(lives, stops):
-        status = live(config(run, documents, **part(world, cp, zero)), world, stop_after=stop)
+def continued(
+    run: Path, documents: Path, lives: list[tuple[int, int, int]], stops: list[int], engines: list[dict] | None = None
+) -> None:
+    """Train `run` to its end in `lives` (world, cp, ZeRO stage), stopped in between during steps `stops`.
+
+    engines: further keys of each life's engine.
+    """
+    for (world, cp, zero), stop, engine in itertools.zip_longest(lives, stops, engines or []):
+        free = part(world, cp, zero)
+        free["engine"] |= engine or {}
+        status = live(config(run, documents, **free), world, stop_after=stop)
         assert status == (0 if stop is None else SAVED_AND_REQUEUE), (world, cp, zero)
         if stop is not None:
             state = json.loads(next(newest(run).glob("state.json")).read_text())
