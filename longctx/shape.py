@@ -57,6 +57,7 @@ class Footprint:
     working: (2 E + 3 Q + 5 K) b for the layer whose attention runs backward: the gradient of the residual, the normed
     input, q, the gradients of q and of the attention output, and k and v with their gradients.
     ends: 2 E b at the loss, for the last hidden states and their gradient.
+    everything: (4 E + 2 Q + 2 K + 4 F) b + 4 H for each layer without activation checkpointing.
     """
 
     layers: int
@@ -65,6 +66,7 @@ class Footprint:
     products: int
     working: int
     ends: int
+    everything: int
 
     @property
     def kept(self) -> int:
@@ -200,6 +202,7 @@ class Shape:
             products=(q + 2 * k + e + 2 * f) * itemsize,
             working=(2 * e + 3 * q + 5 * k) * itemsize,
             ends=2 * e * itemsize,
+            everything=(4 * e + 2 * q + 2 * k + 4 * f) * itemsize + self.heads * max(4, itemsize),
         )
 
     def flops(self, *, recompute: bool, full: bool = False) -> Flops:

@@ -23,6 +23,7 @@ from longctx.decide import (
     choose_kernel,
     decide,
     decide_all,
+    tokens_per_rank,
     with_blocks,
 )
 from longctx.errors import UserError
@@ -157,13 +158,15 @@ def test_block_sizes_follow_the_device_unless_they_are_given():
 
 
 def test_a_plan_counts_the_blocks_of_its_hardware():
-    """The logits of one chunk: 64 tokens of vocabulary, 4 bytes, as logits and as probabilities."""
+    """The logits of one chunk in fp32, the head's gradient, and the last hidden states with theirs."""
     config = with_dtype(build(TrainConfig, values(), origin="test"))
     stage, shape = resolve_stages(config)[0], shape_of_model(config.model)
     decision = decide(stage, config.parallel, config.engine, Machines(1, 1), (8, 2))
     for device, kernel in (("cpu", "torch_cpu"), ("cuda", "cudnn")):
         memory = need(stage, shape, config, decision, world=1, kernel=kernel, device=device)
-        assert memory.loss == BLOCKS[device].loss_chunk * 64 * 4 * 2
+        tokens = tokens_per_rank(stage, decision.cp) * decision.per_forward
+        ends = shape.hidden * (3 * tokens + shape.vocab) * 4
+        assert memory.loss == min(tokens, BLOCKS[device].loss_chunk) * shape.vocab * 4 + ends
     assert isinstance(BLOCKS["cpu"], Blocks)
 
 

@@ -32,16 +32,18 @@ REFERENCE_COPIES = 4  # its backward holds scores, probabilities and the gradien
 BUCKET = 5e8  # gradients in DeepSpeed's bucket on the device, before they go to where their sum is
 SUB_GROUP = 1e9  # weights that DeepSpeed's ZeRO-3 updates at once, from one flat copy of their gradients
 PIECE = 1 << 24  # weights that longctx.train.offloaded updates at once
+# The name in training of the output layer's weight, by whether it is the embedding too.
+HEAD = {False: "model.lm_head.weight", True: "model.model.embed_tokens.weight"}
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes on one device.
 
-    saved: tensors that all layers save from forward to backward. working: the layer whose backward runs; where the
-    optimizer's temporaries need more than all of a step's activations, it includes the difference. ring: buffers and
-    accumulators of attention. loss: the logits of a chunk. host: offloaded bytes in the host's memory for this device,
-    which are not part of `total`.
+    saved: tensors that all layers save from forward to backward. working: the layer whose backward runs. ring: buffers
+    and accumulators of attention. loss: a chunk's logits, the sum of the head's gradient, and the last hidden states.
+    update: temporaries of the optimizer. host: offloaded bytes in the host's memory for this device, which are not part
+    of `total`.
     """
 
     weights: float
@@ -51,11 +53,14 @@ class Memory:
     working: float
     ring: float
     loss: float
+    update: float = 0.0
     host: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.optimizer + self.saved + self.working + self.ring + self.loss
+        """The most at one time: loss, a layer's backward and the update of the weights come one after another."""
+        step = max(self.saved + max(self.loss, self.working + self.ring), self.update)
+        return self.weights + self.gradients + self.optimizer + step
 
 
 def pool_bytes(schedule: RankSchedule, sizes: Sizes) -> int:
@@ -128,6 +133,7 @@ def need(
         world=world,
         secondary=engine.hpz_partition_size,
         trained=trained_weights(shape, config.optim.freeze),
+        head_trained=not any(fnmatch(HEAD[shape.tied], pattern) for pattern in config.optim.freeze),
         ring=attention_buffers(decision.schedule, decision.topology, sizes, decision.ulysses, kernel),
         offloaded=engine.offload_ratio if engine.offload_optimizer and device != "cpu" else 0.0,
         offload_parameters=engine.offload_parameters and device != "cpu",
@@ -143,9 +149,9 @@ def trained_weights(shape: Shape, freeze: Sequence[str]) -> int:
         "mlp.gate_proj": e * shape.ffn, "mlp.up_proj": e * shape.ffn, "mlp.down_proj": e * shape.ffn,
         "input_layernorm": e, "post_attention_layernorm": e,
     }  # fmt: skip
-    counts = {"model.model.embed_tokens.weight": shape.vocab * e, "model.model.norm.weight": e}
+    counts = {HEAD[True]: shape.vocab * e, "model.model.norm.weight": e}
     if not shape.tied:
-        counts["model.lm_head.weight"] = shape.vocab * e
+        counts[HEAD[False]] = shape.vocab * e
     for layer in range(shape.layers):
         counts |= {f"model.model.layers.{layer}.{name}.weight": count for name, count in of_layer.items()}
     frozen = {name for name in counts if any(fnmatch(name, pattern) for pattern in freeze)}
@@ -164,6 +170,7 @@ def stage_memory(
     secondary: int = 1,
     device: str = "cpu",
     trained: int | None = None,
+    head_trained: bool = True,
     offloaded: float = 0.0,
     offload_parameters: bool = False,
     offload_saved: bool = False,
@@ -172,9 +179,9 @@ def stage_memory(
 
     tokens: tokens on this device in one forward. zero: 0 (replicated) to 3. ring: bytes of `attention_buffers`.
     secondary: ranks that share a second copy of the weights (hpZ, ZeRO++ 2306.10209); 1: there is none. device: cuda or
-    cpu, for sizes that are auto. trained: the number of weights that have gradients and moments (None: all). fp32 and
-    fp64 weights are their own masters; bfloat16 ones have fp32 masters in the optimizer. Gradients are at least fp32.
-    offloaded: the share of the optimizer states that is in host memory.
+    cpu, for sizes that are auto. trained: the number of weights that have gradients and moments (None: all), among them
+    the output layer's if head_trained. fp32 and fp64 weights are their own masters; bfloat16 ones have fp32 masters in
+    the optimizer. Gradients are at least fp32. offloaded: the share of the optimizer states that is in host memory.
     """
     b = BYTES[dtype]
     p = shape.parameters
@@ -186,23 +193,39 @@ def stage_memory(
     matmuls = cost.kept_layers(memory, tokens)
     kept = cost.kept if memory.keep_attention else cost.inputs
     saved = tokens * (shape.layers * kept + matmuls * cost.products)
+    if not memory.activation_checkpointing:
+        saved = tokens * shape.layers * cost.everything
     near = tokens * LAYERS_NEAR * (kept + (cost.products if matmuls else 0))
     at_work = cost.working + (cost.kept - kept)
     sizes = blocks_of(memory, device)
     block = min(sizes.ffn_block or tokens, tokens)
-    feed_forward = tokens * 3 * shape.hidden * b + block * 5 * shape.ffn * b
-    near = min(saved, near) if offload_saved else saved
-    logits = min(sizes.loss_chunk, tokens) * shape.vocab * 4.0 * 2
+    wide_block, weight = block * shape.ffn * b, shape.hidden * shape.ffn * b
+    feed_forward = 3 * tokens * shape.hidden * b + max(6 * wide_block, 3 * wide_block + 2 * weight)
+    feed_forward += 3 * weight if block < tokens else 0  # what the blocks before gave to the gradients of three weights
     return Memory(
         weights=copy + gathered if offload_parameters else weights + copy + gathered,
         gradients=owned.gradients,
         optimizer=owned.optimizer,
-        saved=near,
-        working=float(max(tokens * at_work, feed_forward, owned.staged - near - ring - logits)),
+        saved=min(saved, near) if offload_saved else saved,
+        working=float(max(tokens * at_work, feed_forward)),
         ring=ring,
-        loss=logits,
+        loss=_loss(shape, b, tokens, sizes.loss_chunk, head_trained, device),
+        update=owned.staged,
         host=owned.host + weights * offload_parameters + saved * offload_saved,
     )
+
+
+def _loss(shape: Shape, b: int, tokens: int, chunk: int, head_trained: bool, device: str) -> float:
+    """Bytes of longctx.model.loss: logits as the product gives them and wide, the head's gradient, hidden states.
+
+    The gradient's sum is wide. Its copy in b bytes comes after the logits, and on a CPU also a product before each sum.
+    """
+    wide = max(4, b)
+    narrow = b if b < wide else 0
+    logits = min(chunk, tokens) * shape.vocab * (wide + narrow)
+    head = shape.vocab * shape.hidden * head_trained
+    most = head * wide + max(logits + (head * narrow if device == "cpu" else 0), head * narrow)
+    return float(most + 3 * tokens * shape.hidden * b)
 
 
 class _Owned(NamedTuple):

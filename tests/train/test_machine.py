@@ -99,15 +99,18 @@ def test_what_is_advised_does_fit(seq_len, changes, here):
     assert tried
 
 
-def test_block_sizes_left_to_the_device_can_be_lowered():
-    """On a GPU ffn_block=auto is 8192 and loss_chunk=auto 4096: smaller ones are named."""
-    wide = {"layers": 1, "hidden": 512, "heads": 8, "kv_heads": 8, "ffn": 65536, "vocab": 2**20, "window": 64}
+@pytest.mark.parametrize(
+    ("ffn", "vocab", "smaller"),
+    [(1024, 2**20, "model.memory.loss_chunk=128"), (65536, 512, "model.memory.ffn_block=512")],
+)
+def test_block_sizes_left_to_the_device_can_be_lowered(ffn: int, vocab: int, smaller: str):
+    """On a GPU ffn_block=auto is 8192 and loss_chunk=auto 4096: a smaller one is named where it holds the most."""
+    wide = {"layers": 1, "hidden": 512, "heads": 8, "kv_heads": 8, "ffn": ffn, "vocab": vocab, "window": 64}
     model = {"init": wide, "tokenizer": "none"}
     built = with_dtype(build(TrainConfig, values(65536, model=model), origin="test"))
     stages, shape = resolve_stages(built), shape_of_model(built.model)
     named = [text for text, _ in lower(stages[-1], shape, built, room(1, "cuda", 79), limit=99)]
-    assert "model.memory.loss_chunk=128" in named
-    assert "model.memory.ffn_block=512" in named
+    assert smaller in named
 
 
 def test_host_memory_bounds_what_is_offloaded():
