@@ -20,7 +20,9 @@ from longctx.errors import UserError
 from longctx.rope import read_rope
 from longctx.run.after_training import run_after_training
 from longctx.run.lifecycle import run
-from longctx.run.side_run import check_side_runs, side_config, train_side
+from longctx.run.side_config import side_config
+from longctx.run.side_run import train_side
+from longctx.run.what_follows import check_what_follows
 from longctx.train import runfolder
 from longctx.train.preflight import check_libraries
 from tests.test_report import Page
@@ -230,20 +232,118 @@ def test_what_extending_costs_stands_beside_what_it_wins(tmp_path: Path, documen
             {"evidence": {"control": {"stage": {"seq_len": 64, "theta": 1e4, "steps": 1, "batch": 1, "mix": "nix"}}}},
             "after_training.evidence.control.stage.mix=nix is not one of data.mixes",
         ),
+        ({"evidence": {"beside": ["unread"]}}, "data.sources.unread.path=/nowhere does not exist"),
     ],
-    ids=["beside", "source", "behaviour", "mix"],
+    ids=["beside", "source", "behaviour", "mix", "file"],
 )
 def test_a_name_that_follows_training_is_checked_before_it(
     tmp_path: Path, documents: Path, changed: dict, message: str
 ):
     asked = with_sibling(AFTER, tmp_path)
+    write_model(tmp_path / "sibling", 9, theta=10000, window=512)
+    sources = {"text": {"kind": "text", "path": str(documents)}, "unread": {"kind": "text", "path": "/nowhere"}}
     made = run_config(
         tmp_path / "run", documents, model={"init": None, "path": str(tiny_model()), "tokenizer": None},
+        data={"sources": sources},
         after_training={**asked, **{name: {**asked[name], **values} for name, values in changed.items()}},
     )  # fmt: skip
     with pytest.raises(UserError, match=message):
         run(made)
     assert not (tmp_path / "run").exists()
+
+
+FULL = {"prolong": {"share": 1.0}}
+ONE_STAGE = {"stages": {"s1024": {"seq_len": 1024, "theta": 40000, "steps": 1, "batch": 1}}}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (None, r"after_training\.sibling\.path=\S+ does not exist"),
+        ({"window": 1024}, r"sibling\.path=\S+ has the rope and window of the last stage already .*, 1024"),
+        ({"num_hidden_layers": 1}, r"sibling\.path=\S+ is no fine-tune of model\.path=.*layers\.1\.\S+ is None there"),
+        ({"num_attention_heads": 8, "head_dim": 16, "num_key_value_heads": 4}, "num_attention_heads is 8 there and 4"),
+    ],
+    ids=["missing", "extended", "layers", "heads"],
+)
+def test_a_sibling_that_cannot_take_the_adapter_is_refused_before_training(
+    tmp_path: Path, documents: Path, values: dict | None, message: str
+):
+    sibling = tmp_path / "sibling"
+    if values is not None:
+        extended = values.pop("window", None)
+        write_model(
+            sibling, 9, **({"theta": 40000, "window": extended} if extended else {"theta": 10000, "window": 512})
+        )
+        path = sibling / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+        if "num_hidden_layers" in values:
+            drop_layer(sibling / "model.safetensors", "layers.1.")
+    made = run_config(
+        tmp_path / "run", documents, curriculum=ONE_STAGE,
+        model={"init": None, "path": str(tiny_model()), "tokenizer": None},
+        after_training={"lora": {"enabled": True}, "sibling": {"path": str(sibling)}},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        run(made)
+    assert not (tmp_path / "run").exists()
+
+
+def drop_layer(weights: Path, layer: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_file({name: value for name, value in load_file(weights).items() if layer not in name}, weights)
+    weights.with_name("model.safetensors.index.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("data", "changed", "message"),
+    [
+        ({"heldout": 0.0}, {}, "source=text holds out no document at data.heldout=0"),
+        (
+            {}, {"evidence": {"needle": {"lengths": [16], "per_cell": 1, "seeds": [1]}}},
+            r"after_training\.evidence\.needle: lengths: .* needs \d+ tokens, and length=16",
+        ),
+        (
+            {"mixes": {"default": {"text": 1.0}, "long": {"text": {"weight": 1.0, "length": FULL}}}},
+            {"sibling": {"path": None, "run": {"stage": {"seq_len": 4096, "theta": 2e4, "steps": 1, "batch": 1,
+                                                         "mix": "long"}}}},
+            "in stage sibling/train: prolong.share=1 asks for documents of 4,096 tokens",
+        ),
+    ],
+    ids=["held out", "needles", "sibling's documents"],
+)  # fmt: skip
+def test_documents_that_do_not_serve_what_follows_training_are_refused_before_it(
+    tmp_path: Path, documents: Path, data: dict, changed: dict, message: str
+):
+    write_model(tmp_path / "sibling", 9, theta=10000, window=512)
+    asked = with_sibling(AFTER, tmp_path)
+    made = run_config(
+        tmp_path / "run", documents, curriculum=ONE_STAGE, evaluate={"heldout_sequences": 0},
+        model={"init": None, "path": str(tiny_model()), "tokenizer": None},
+        data={"sources": {"text": {"kind": "text", "path": str(documents)}}, "heldout": 0.4, **data},
+        after_training={**asked, **{name: {**asked[name], **values} for name, values in changed.items()}},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        run(made)
+    assert not (tmp_path / "run" / "stages").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"heldout_sequences": 0}, "heldout_sequences"),
+        ({"heldout_lengths": []}, r"sibling\.behaviour is a loss on held-out text"),
+        ({"heldout_lengths": [], "beside": ["text"]}, "at least one where beside names sources"),
+        ({"unseen": {"question": "{key}?"}}, r"unseen.*question='\{key\}\?' must hold"),
+        ({"needle": {"needle": "{value}"}}, r"needle='\{value\}' must hold \{key\} once"),
+        ({"heldout_lengths": [1]}, r"heldout_lengths=\[1\] must be 2 tokens or more"),
+    ],
+)
+def test_evidence_that_cannot_be_measured_is_refused(tmp_path: Path, changed: dict, message: str):
+    asked = with_sibling(AFTER, tmp_path)
+    with pytest.raises(UserError, match=message):
+        build(AfterTrainingConfig, {**asked, "evidence": {**asked["evidence"], **changed}}, origin="test")
 
 
 def test_conversations_without_a_chat_template_are_refused_before_training(tmp_path: Path, documents: Path):
@@ -342,7 +442,7 @@ def with_side(folder: Path, documents: Path, **stage: object) -> TrainConfig:
 
 def test_a_sibling_of_short_sequences_keeps_the_window_and_the_rope_of_its_base(tmp_path: Path, documents: Path):
     made = with_side(tmp_path, documents, seq_len=128)
-    check_side_runs(made)
+    check_what_follows(made)
     side = build(SideRun, {"stage": {"seq_len": 128, "steps": 1, "batch": 2}}, origin="test")
     found, base = read_rope(train_side(made, tmp_path / "run", "sibling", side)), read_rope(tiny_model())
     assert (found.parameters, found.window) == (base.parameters, base.window)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from longctx.config.base import Length, Text, schema
+from longctx.config.base import Length, Positive, Text, schema
 from longctx.config.curriculum import StageConfig
+from longctx.config.data import check_template
 from longctx.config.eval import NeedleConfig
 
 
@@ -20,7 +21,7 @@ class AdapterSettings:
 
     enabled: bool = True  #: whether an adapter is made
     per_stage: bool = False  #: one after every stage as well
-    rank: int = 32  #: of its factors
+    rank: Positive = 32  #: of its factors
     profile: Literal["full", "serving"] = "full"  #: full carries norms too
     embeddings: bool | None = None  #: null: in profile full when they are tied to the output layer
 
@@ -52,6 +53,10 @@ class Phrasing:
     needle: str = "Remember: {key} opens vault {value}."  #: with {key} and {value}
     question: str = "Which vault does {key} open? {key} opens vault {value}."  #: with {key} and {value}
 
+    def __post_init__(self) -> None:
+        check_template("needle", self.needle)
+        check_template("question", self.question)
+
 
 @schema
 class EvidenceSettings:
@@ -62,10 +67,17 @@ class EvidenceSettings:
     control: SideRun | None = None  #: a side run that spends the same tokens at the base's window and theta
     unseen: Phrasing | None = field(default_factory=Phrasing)  #: another phrasing
     heldout_lengths: tuple[Length, ...] = (512,)  #: windows of held-out text, for the loss of base and every stage
-    heldout_sequences: int = 64  #: how many of them
+    heldout_sequences: Positive = 64  #: how many of them
     source: str = "stdlib"  #: whose held-out documents are the haystack and the text
     #: further sources whose held-out loss shows what extending costs there, such as chat
     beside: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if min(self.heldout_lengths, default=2) < 2 or (self.beside and not self.heldout_lengths):
+            raise ValueError(
+                f"heldout_lengths={list(self.heldout_lengths)} must be 2 tokens or more each, and at least one where "
+                "beside names sources"
+            )
 
 
 @schema
@@ -79,3 +91,5 @@ class AfterTrainingConfig:
     def __post_init__(self) -> None:
         if self.sibling is not None and not self.lora.enabled:
             raise ValueError("a sibling is what the adapter is merged into; set lora.enabled=true, or sibling=null")
+        if self.evidence and not self.evidence.heldout_lengths and self.sibling and self.sibling.behaviour:
+            raise ValueError("sibling.behaviour is a loss on held-out text; give evidence.heldout_lengths one length")

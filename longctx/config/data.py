@@ -59,7 +59,7 @@ class SynthTask:
         if self.depths is not None and len(self.depths) != self.inserts:
             raise ValueError(f"depths={list(self.depths)} must name {self.inserts} places for kind={self.kind}")
         for name in ("needle", "question"):
-            _check_template(name, getattr(self, name))
+            check_template(name, getattr(self, name))
 
     @property
     def inserts(self) -> int:
@@ -76,7 +76,8 @@ class SynthTask:
         return _TEMPLATES[self.kind][1] if self.question is None else self.question
 
 
-def _check_template(name: str, template: str | None) -> None:
+def check_template(name: str, template: str | None) -> None:
+    """Raise ValueError unless a needle's or question's phrasing has {key} and {value} as often as it must."""
     if template is None:
         return
     try:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from longctx.config.base import Format, Length, Positive, Text, schema
-from longctx.config.data import DataConfig
+from longctx.config.data import DataConfig, check_template
 from longctx.config.model import ModelConfig
 
 NEEDLE = "The pass key of {key} is {value}."
@@ -36,6 +36,8 @@ class NeedleConfig:
             raise ValueError("lengths, depths and seeds need at least one entry each")
         if len(set(self.lengths)) != len(self.lengths) or min(self.lengths) < 1:
             raise ValueError(f"lengths={list(self.lengths)} must be different numbers of 1 token or more")
+        check_template("needle", self.needle)
+        check_template("question", self.question)
 
 
 @schema

@@ -97,13 +97,9 @@ def _examine_sources(
     config: TrainConfig, settings: EvidenceSettings, folder: Path, results: dict[str, EvalResult]
 ) -> dict[str, dict[str, float]]:
     """Return {source: {model: loss}} of what the sibling was tuned for, and of the sources in evidence.beside."""
-    asked: dict[str, tuple[str, tuple[str, ...]]] = {}
-    for source in settings.beside:
-        asked[source] = (f"beside_{source}", ("base", "theta_only", *COMPARED))
-    if config.after_training.sibling is not None and config.after_training.sibling.behaviour is not None:
-        asked[config.after_training.sibling.behaviour] = ("behaviour", ("base", *COMPARED))
     found = {}
-    for source, (name, chosen) in asked.items():
+    for source, name in evidence.further_sources(config, settings).items():
+        chosen = ("base", *COMPARED) if name == "behaviour" else ("base", "theta_only", *COMPARED)
         targets = [results[model].target for model in chosen if model in results]
         tokenizer = results["extended"].target.path
         found[source] = evidence.source_losses(

@@ -16,7 +16,8 @@ from longctx import console
 from longctx.config.after_training import EvidenceSettings
 from longctx.config.eval import NeedleConfig
 from longctx.config.train import TrainConfig
-from longctx.eval import loss
+from longctx.errors import UserError
+from longctx.eval import loss, needle
 from longctx.eval.conversations import answer_loss, open_heldout_chat
 from longctx.eval.evaluate import EvalTarget, EvalTasks
 from longctx.eval.heldout_text import open_heldout_text
@@ -55,15 +56,7 @@ def source_losses(
     itself.
     """
     length, count = min(settings.heldout_lengths), settings.heldout_sequences
-    cache = cache_folder(config)
-    measure: Callable[[Any], float]
-    if config.data.sources[source].kind == "chat":
-        chat = open_heldout_chat(config.data, source, tokenizer, cache, longest=length, tokens=length * count)
-        ground, measure = chat.key, partial(answer_loss, conversations=chat.conversations)
-    else:
-        heldout = open_heldout_text(config.data, source, tokenizer, cache)
-        rows = loss.held_out_rows(heldout, length, count)
-        ground, measure = heldout.key, lambda model: float(loss.token_losses(model, rows).mean())
+    ground, measure = _open_source(source, config, settings, tokenizer)
     models = {target.name: [folder_fingerprint(target.path), target.rope, target.window] for target in targets}
     key = fingerprint_of({"models": models, "ground": ground, "windows": [length, count]})
     stored = load_result(out / f"{name}.json", key)
@@ -73,6 +66,39 @@ def source_losses(
         stored = {"losses": found}
         store_result(out / f"{name}.json", key, stored)
     return stored["losses"]
+
+
+def _open_source(
+    source: str, config: TrainConfig, settings: EvidenceSettings, tokenizer: Path | str
+) -> tuple[str, Callable[[Any], float]]:
+    """The fingerprint of a source's held-out documents, and the function that gives a model's loss on them."""
+    length, count, cache = min(settings.heldout_lengths), settings.heldout_sequences, cache_folder(config)
+    if config.data.sources[source].kind == "chat":
+        chat = open_heldout_chat(config.data, source, tokenizer, cache, longest=length, tokens=length * count)
+        return chat.key, partial(answer_loss, conversations=chat.conversations)
+    heldout = open_heldout_text(config.data, source, tokenizer, cache)
+    rows = loss.held_out_rows(heldout, length, count)
+    return heldout.key, lambda model: float(loss.token_losses(model, rows).mean())
+
+
+def check_evidence(config: TrainConfig, settings: EvidenceSettings, tokenizer: str) -> None:
+    """Raise UserError where the needles or losses that are asked for cannot be drawn from the held-out documents."""
+    heldout = open_heldout_text(config.data, settings.source, tokenizer, cache_folder(config))
+    for name, asked in (("needle", settings.needle), ("unseen", unseen_phrasing(settings))):
+        try:
+            if asked is not None:
+                needle.check_lengths(asked, heldout.writer, heldout.haystack)
+        except UserError as error:
+            raise UserError(f"after_training.evidence.{name}: {error} (configs/after_training)") from None
+    for source in further_sources(config, settings):
+        _open_source(source, config, settings, tokenizer)
+
+
+def further_sources(config: TrainConfig, settings: EvidenceSettings) -> dict[str, str]:
+    """The sources other than evidence.source whose held-out loss is measured, and the name of each result's file."""
+    found = {source: f"beside_{source}" for source in settings.beside}
+    sibling = config.after_training.sibling
+    return {**found, sibling.behaviour: "behaviour"} if sibling is not None and sibling.behaviour is not None else found
 
 
 def unseen_phrasing(settings: EvidenceSettings) -> NeedleConfig | None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from longctx.config.train import TrainConfig
 from longctx.curriculum.select import selected
 from longctx.distributed.launcher import launcher_environment, leave_launcher
-from longctx.run.side_run import check_side_runs
 from longctx.run.training import settled, train_run
+from longctx.run.what_follows import check_what_follows
 from longctx.signals import all_saved
 from longctx.train import runfolder
 
@@ -16,7 +16,7 @@ from longctx.train import runfolder
 def run(config: TrainConfig) -> int:
     """Train, then do what `after_training` asks for. Returns the exit status."""
     config = settled(config)
-    check_side_runs(config)
+    check_what_follows(config)
     if config.smoke:
         from longctx.run.smoke import smoke
 

@@ -76,8 +76,8 @@ def check(config: SubmitConfig) -> list[Stage]:
     """The stages, once everything is checked that training checks before its ranks start. Raises UserError."""
     from longctx.decide import Machines, planned_kernel
     from longctx.planner.remedies import GIB, DeviceLimits, check_memory
-    from longctx.run.side_run import check_side_runs
     from longctx.run.training import settled
+    from longctx.run.what_follows import check_what_follows
     from longctx.shape import shape_of_model
     from longctx.train import preflight
     from longctx.train.run import resolve_stages
@@ -88,7 +88,7 @@ def check(config: SubmitConfig) -> list[Stage]:
     if unknown:
         known = ", ".join(stage.name for stage in stages)
         raise UserError(f"launch.nodes_by_stage.{unknown[0]} is no stage of the curriculum; known: {known}")
-    check_side_runs(settled_config)
+    check_what_follows(settled_config)
     shape = shape_of_model(settled_config.model)
     device = "cuda" if launch.gpus_per_node and settled_config.engine.device != "cpu" else "cpu"
     for nodes in sorted({launch.nodes_by_stage.get(stage.name, launch.nodes) for stage in stages}):

@@ -17,6 +17,7 @@ from longctx.config.train import TrainConfig
 from longctx.decide import with_blocks
 from longctx.distributed.launcher import launcher_environment
 from longctx.run.adapter import extract_adapter, left_out
+from longctx.run.what_follows import prepare_what_follows
 from longctx.train import preflight, runfolder
 from longctx.train import run as training
 
@@ -39,8 +40,9 @@ def train_run(config: TrainConfig, *, checked: bool = False) -> int:
     if int(launcher_environment()["WORLD_SIZE"]) == 1 and config.launch.nproc > 1:
         return _start_ranks(config)
     return training.train(
-        config, not_carried=partial(left_out, config), after_stage=after_stage(config), checked=checked
-    )
+        config, not_carried=partial(left_out, config), after_stage=after_stage(config),
+        prepare_more=partial(prepare_what_follows, config), checked=checked,
+    )  # fmt: skip
 
 
 def _start_ranks(config: TrainConfig) -> int:
@@ -55,6 +57,7 @@ def _start_ranks(config: TrainConfig) -> int:
     tokenizer = preflight.check_libraries(config)
     collector.end_imports()
     training.prepare_data(config, stages, tokenizer)
+    prepare_what_follows(config, tokenizer)
     from longctx.run.launch import start_ranks
 
     return start_ranks(config.launch, folder / "config.yaml", preflight.cache_folder(config))

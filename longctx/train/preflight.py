@@ -27,6 +27,7 @@ from longctx.storage.model import check_model, expected_shapes
 from longctx.versions import check_versions
 
 if TYPE_CHECKING:
+    from longctx.config.data import Mix
     from longctx.config.train import EngineConfig, LoggingConfig, ProfileConfig, TrainConfig
     from longctx.curriculum import Stage
 
@@ -46,13 +47,14 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
     if config.launch.until not in (None, *names):
         raise UserError(f"launch.until={config.launch.until} is no stage of the curriculum; known: {', '.join(names)}")
     mixes = [choose_mix(config.data, stage.mix, stage.name) for stage in stages]
-    check_after_training(config)
+    later, sources = check_after_training(config)
     if config.model.path is not None:
         values = check_model(config.model.path)
         check_freeze(config.optim.freeze, _names(values))
     check_tokenizer_of(config.model, vocab_size=shape.vocab)
     check_folders(config)
-    size = check_sources(config.data, sources_of(config.data, mixes), cache_folder(config))
+    names = dict.fromkeys([*sources_of(config.data, [*mixes, *later]), *sources])
+    size = check_sources(config.data, names, cache_folder(config))
     check_disk(config, stages, shape, source_bytes=size)
 
 
@@ -124,22 +126,27 @@ def _wandb_knows_us() -> bool:
         return False
 
 
-def check_after_training(config: TrainConfig) -> None:
-    """Raise UserError for a source or mix that what follows training names and data lacks."""
+def check_after_training(config: TrainConfig) -> tuple[list[Mix], list[str]]:
+    """The mixes and sources that what follows training reads. Raises UserError for one that data lacks."""
     asked, where = config.after_training, "after_training"
     sides = {
         "sibling.run": asked.sibling.run if asked.sibling else None,
         "evidence.control": asked.evidence.control if asked.evidence else None,
     }
-    for name, side in sides.items():
-        if side is not None:
-            choose_mix(config.data, side.stage.mix or config.curriculum.mix, key=f"{where}.{name}.stage.mix")
+    mixes = [
+        choose_mix(config.data, side.stage.mix or config.curriculum.mix, key=f"{where}.{name}.stage.mix")
+        for name, side in sides.items()
+        if side is not None
+    ]
+    sources: dict[str, str] = {}
     if asked.sibling and asked.sibling.behaviour:
-        check_text_source(config.data, asked.sibling.behaviour, f"{where}.sibling.behaviour")
+        sources[asked.sibling.behaviour] = f"{where}.sibling.behaviour"
     if asked.evidence:
-        check_text_source(config.data, asked.evidence.source, f"{where}.evidence.source")
-        for source in asked.evidence.beside:
-            check_text_source(config.data, source, f"{where}.evidence.beside")
+        sources |= dict.fromkeys(asked.evidence.beside, f"{where}.evidence.beside")
+        sources[asked.evidence.source] = f"{where}.evidence.source"
+    for source, key in sources.items():
+        check_text_source(config.data, source, key)
+    return mixes, list(sources)
 
 
 def check_freeze(patterns: Sequence[str], names: Sequence[str]) -> None:

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # Gives the patterns of the parameters that the run's adapter will not carry.
 NotCarried = Callable[[], Sequence[str]]
+# Tokenizes, with the run's tokenizer, what is read after training, and refuses what cannot be.
+PrepareMore = Callable[[Any], None]
 
 
 def train(
@@ -48,14 +50,15 @@ def train(
     *,
     not_carried: NotCarried = list,
     after_stage: AfterStage | None = None,
+    prepare_more: PrepareMore | None = None,
     checked: bool = False,
 ) -> int:
     """Train all stages in this process. Returns 0, or the status of what ended the run.
 
     not_carried: gives the patterns of the parameters that the run's adapter will not carry; optim.freeze=auto freezes
-    them. after_stage: called on rank 0 at the end of each stage, see `longctx.train.loop.AfterStage`. checked: the
-    process that started this one has checked everything and tokenized the documents. Raises UserError for what the
-    checks refuse.
+    them. after_stage: called on rank 0 at the end of each stage, see `longctx.train.loop.AfterStage`. prepare_more:
+    called on rank 0 once the stages' documents are tokenized. checked: the process that started this one has checked
+    everything and tokenized the documents. Raises UserError for what the checks refuse.
     """
     config = settled(config, not_carried=not_carried)
     stages = None
@@ -85,7 +88,9 @@ def train(
                     runfolder.prepare(config, world=world_words(config, stages or resolve_stages(config), ranks))
             with ranks.agree("reading the curriculum"):
                 stages = stages or resolve_stages(config)
-            return _train(_context(config, ranks, stages, stop, checked=checked), not_carried, after_stage)
+            more = None if checked else prepare_more
+            context = _context(config, ranks, stages, stop, checked=checked, prepare_more=more)
+            return _train(context, not_carried, after_stage)
     finally:
         stop.close()
         worlds.stop()
@@ -166,7 +171,10 @@ def _set_threads(config: TrainConfig, ranks: Ranks) -> None:
         torch.set_num_threads(ranks.threads())
 
 
-def _context(config: TrainConfig, ranks: Ranks, stages: list[Stage], stop: StopRequest, *, checked: bool) -> RunContext:
+def _context(
+    config: TrainConfig, ranks: Ranks, stages: list[Stage], stop: StopRequest, *, checked: bool,
+    prepare_more: PrepareMore | None,
+) -> RunContext:  # fmt: skip
     """Seed this rank, load the tokenizer and, unless that is done, tokenize the documents (once per node)."""
     import torch
     from transformers.utils import logging as hf_logging
@@ -184,6 +192,8 @@ def _context(config: TrainConfig, ranks: Ranks, stages: list[Stage], stop: StopR
         tokenizer = preflight.check_libraries(config)
         if not checked and ranks.local_rank == 0:
             prepare_data(config, stages, tokenizer)
+        if prepare_more is not None and ranks.first:
+            prepare_more(tokenizer)
     memory = config.model.memory
     flops = shape.flops(recompute=memory.activation_checkpointing, full=not memory.keep_attention)
     return RunContext(

@@ -1,0 +1,93 @@
+"""Checks of what follows training, made before it: training may take days, and nothing after it should then be refused.
+
+`check_what_follows` reads settings, files and headers. `prepare_what_follows` tokenizes the documents that side runs
+and evidence read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from longctx.config.train import TrainConfig
+from longctx.decide import Machines, decide_all
+from longctx.errors import UserError
+from longctx.rope.config import describe_rope, rope_to_carry
+from longctx.run.side_config import side_config, sides_of
+from longctx.shape import config_json, model_type_of, shape_of_model
+from longctx.storage.model import check_model, expected_shapes
+from longctx.train.run import prepare_data, resolve_stages
+
+
+def check_what_follows(config: TrainConfig) -> None:
+    """Raise UserError for a side run that cannot be trained, and for a sibling that cannot take the adapter."""
+    for name, (key, side) in sides_of(config).items():
+        own = side_config(config, Path(config.folder), name, side)
+        shape, nproc = shape_of_model(own.model), own.launch.nproc
+        with _named_as_asked(name, key):
+            heads = (shape.heads, shape.kv_heads)
+            machines = Machines(nproc, nproc)
+            decide_all(resolve_stages(own), own.parallel, own.engine, machines, heads, own.model.dtype)
+    sibling = config.after_training.sibling
+    if sibling is not None and sibling.path is not None:
+        _check_sibling(config, sibling.path)
+
+
+def prepare_what_follows(config: TrainConfig, tokenizer: Any) -> None:
+    """Tokenize the documents of unfinished side runs and of the evidence; tokenizer: the run's.
+
+    Raises UserError for documents with which they cannot be made, and for a side run that needs more memory than its
+    devices have.
+    """
+    from longctx.train.machine import check_machine
+
+    for name, (key, side) in sides_of(config).items():
+        own = side_config(config, Path(config.folder), name, side)
+        with _named_as_asked(name, key):
+            stages = resolve_stages(own)
+            check_machine(own, stages, own.launch.nproc, own.launch.nproc)
+            prepare_data(own, stages, tokenizer)
+    asked = config.after_training
+    if asked.evidence is not None:
+        from longctx.run.evidence import check_evidence
+
+        check_evidence(config, asked.evidence, str(config.model.tokenizer or config.model.path))
+
+
+@contextmanager
+def _named_as_asked(name: str, key: str) -> Iterator[None]:
+    """Name a side run's stage in errors by the key that made it."""
+    try:
+        yield
+    except UserError as error:
+        said = str(error).replace(f"curriculum.stages.{name}", f"after_training.{key}.stage")
+        raise UserError(said.replace("(configs/curriculum)", "(configs/after_training)")) from None
+
+
+def _check_sibling(config: TrainConfig, path: str) -> None:
+    """Raise UserError for a sibling whose layers are not the base's, or that has the last stage's rope and window."""
+    key = "after_training.sibling.path"
+    values, base = check_model(path, key), config_json(str(config.model.path))[0]
+    ours, theirs = ({**_layers(model), "model_type": model_type_of(model)} for model in (base, values))
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    if differing:
+        name, more = differing[0], f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise UserError(
+            f"{key}={path} is no fine-tune of model.path={config.model.path}: {name} is {theirs.get(name)} there and "
+            f"{ours.get(name)} in the base{more}; name another fine-tune of the base (configs/after_training)"
+        )
+    last, (rope, window) = resolve_stages(config)[-1], rope_to_carry(values, f"{key}={path}, config.json")
+    if (rope, window) == (last.rope, last.window):
+        raise UserError(
+            f"{key}={path} has the rope and window of the last stage already ({describe_rope(rope)}, {window}), and "
+            "merging the adapter would add the extension twice; name a fine-tune that is not extended "
+            "(configs/after_training)"
+        )
+
+
+def _layers(model: dict[str, Any]) -> dict[str, Any]:
+    """The shapes of the weights inside layers, by name, and the number of heads."""
+    shapes: dict[str, Any] = {name: shape for name, shape in expected_shapes(model).items() if ".layers." in name}
+    return {"num_attention_heads": model.get("num_attention_heads"), **shapes}
