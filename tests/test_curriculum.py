@@ -293,6 +293,7 @@ GOOD = {"s64k": {"seq_len": 65536}, "s256k": {"seq_len": 262144}}
             "curriculum.stages.s256k: theta=8000000 is below the 9000000 it starts from; a theta must not fall",
         ),
         ({"s64k": {"seq_len": 65536, "theta": 10000}}, {}, "theta=10000 is below the 500000 it starts from"),
+        ({"s64k": {"seq_len": 65536, "theta": 2**63}}, {}, "theta=9.22e+18 is more than the 9.2e18"),
         (
             {"s64k": {"seq_len": 262144}, "s256k": {"seq_len": 65536}},
             {"rule": "ntk"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,15 @@ from longctx import cli
 from longctx.assets import known_config, known_models
 from longctx.config.compose import load
 from longctx.config.groups import config_dir, header
+from longctx.config.words import parse
+from longctx.curriculum.select import selected
+from longctx.data.stage_opening import choose_mix
+from longctx.errors import UserError
+from longctx.theta.inputs import starting_rope, target_stages
+from longctx.theta.search import job_of
+from longctx.train.preflight import check_after_training
 from longctx.verbs import VERBS
+from tests.test_docs import COMMANDS, PAGES, PLACEHOLDERS, mentioned
 
 FILES = {path.stem: path for path in sorted((config_dir() / "experiment").glob("*.yaml"))}
 PLANNED = [name for name, path in FILES.items() if "longctx plan" in "\n".join(header(path))]
@@ -61,3 +70,33 @@ def test_a_known_model_s_config_is_read_by_transformers(tmp_path: Path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / known_models()[0]).mkdir(parents=True)
     assert known_config(known_models()[0]) is None  # a folder of that name here goes first
+
+
+PRINTED = sorted({*COMMANDS, *(tuple(words) for page in PAGES for words in mentioned(page))})
+TRAINED = [words for words in PRINTED if words[0] == "train" and "--help" not in words]
+SEARCHES = [words for words in PRINTED if words[0] == "theta" and "search=true" in words]
+
+
+def test_a_printed_training_command_finds_its_mixes_and_sources():
+    """Each stage's, and those of what follows training."""
+    assert len(TRAINED) > 20
+    for _, *words in TRAINED:
+        line = parse(words)
+        named = any(word.startswith(("model", "experiment=")) for word in words)
+        if PLACEHOLDERS & set(words) or line.multirun or not named:
+            continue
+        config = load(VERBS["train"], line.overrides)
+        for name, stage in selected(config.curriculum, "configs/curriculum").items():
+            choose_mix(config.data, stage.mix or config.curriculum.mix, name)
+        check_after_training(config)
+
+
+@pytest.mark.parametrize("words", [words for words in SEARCHES if "model=tiny" in words], ids=" ".join)
+def test_a_printed_search_for_theta_passes_its_checks(words, tmp_path: Path):
+    config = load(VERBS["theta"], [*words[1:], f"run_dir={tmp_path}"])
+    rope = starting_rope(config)
+    assert job_of(config, rope, target_stages(config, rope)[0]).stage.seq_len == 8192
+    trained = replace(config, trials=replace(config.trials, adapt_steps=1))
+    if "default" not in config.data.mixes:
+        with pytest.raises(UserError, match=r"mix=default is not one of data\.mixes"):
+            job_of(trained, rope, target_stages(config, rope)[0])

@@ -93,3 +93,12 @@ class AfterTrainingConfig:
             raise ValueError("a sibling is what the adapter is merged into; set lora.enabled=true, or sibling=null")
         if self.evidence and not self.evidence.heldout_lengths and self.sibling and self.sibling.behaviour:
             raise ValueError("sibling.behaviour is a loss on held-out text; give evidence.heldout_lengths one length")
+
+    @property
+    def side_runs(self) -> dict[str, tuple[str, SideRun]]:
+        """The side runs that are asked for: {name: (the key below after_training, the side run)}."""
+        sides = {
+            "sibling": ("sibling.run", self.sibling.run if self.sibling else None),
+            "control": ("evidence.control", self.evidence.control if self.evidence else None),
+        }
+        return {name: (key, side) for name, (key, side) in sides.items() if side is not None}

@@ -37,6 +37,11 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
         parameters, rule = _rope(config, stage, window, original, previous, where, file, found=name in overrides)
         if name in overrides:
             parameters = _with_found(parameters, rule, overrides[name], where, config.theta_file)
+        if parameters["rope_theta"] >= 2**63:
+            raise UserError(
+                f"{where}: theta={parameters['rope_theta']:.3g} is more than the 9.2e18 with which transformers can "
+                f"compute; give a lower theta, or another rule, such as rope=dynamic-ntk ({file})"
+            )
         if parameters["rope_theta"] < previous.theta and (index or not config.scratch):
             raise UserError(
                 f"{where}: theta={parameters['rope_theta']:.0f} is below the {previous.theta:.0f} it starts from; a "

@@ -9,16 +9,6 @@ from longctx.config.after_training import AdapterSettings, AfterTrainingConfig, 
 from longctx.config.train import ParallelConfig, TrainConfig
 
 
-def sides_of(config: TrainConfig) -> dict[str, tuple[str, SideRun]]:
-    """The side runs that a config asks for: {name: (the key below after_training, the side run)}."""
-    asked = config.after_training
-    sides = {
-        "sibling": ("sibling.run", asked.sibling.run if asked.sibling else None),
-        "control": ("evidence.control", asked.evidence.control if asked.evidence else None),
-    }
-    return {name: (key, side) for name, (key, side) in sides.items() if side is not None}
-
-
 def side_config(config: TrainConfig, folder: Path, name: str, side: SideRun) -> TrainConfig:
     """The main run's config with the side run's stage in place of its curriculum.
 

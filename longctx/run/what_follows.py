@@ -15,7 +15,7 @@ from longctx.config.train import TrainConfig
 from longctx.decide import Machines, decide_all
 from longctx.errors import UserError
 from longctx.rope.config import describe_rope, rope_to_carry
-from longctx.run.side_config import side_config, sides_of
+from longctx.run.side_config import side_config
 from longctx.shape import config_json, model_type_of, shape_of_model
 from longctx.storage.model import check_model, expected_shapes
 from longctx.train.run import prepare_data, resolve_stages
@@ -23,7 +23,7 @@ from longctx.train.run import prepare_data, resolve_stages
 
 def check_what_follows(config: TrainConfig) -> None:
     """Raise UserError for a side run that cannot be trained, and for a sibling that cannot take the adapter."""
-    for name, (key, side) in sides_of(config).items():
+    for name, (key, side) in config.after_training.side_runs.items():
         own = side_config(config, Path(config.folder), name, side)
         shape, nproc = shape_of_model(own.model), own.launch.nproc
         with _named_as_asked(name, key):
@@ -43,7 +43,7 @@ def prepare_what_follows(config: TrainConfig, tokenizer: Any) -> None:
     """
     from longctx.train.machine import check_machine
 
-    for name, (key, side) in sides_of(config).items():
+    for name, (key, side) in config.after_training.side_runs.items():
         own = side_config(config, Path(config.folder), name, side)
         with _named_as_asked(name, key):
             stages = resolve_stages(own)

@@ -60,8 +60,11 @@ def job_of(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> SearchJo
     if config.nproc < 1:
         raise UserError(f"nproc={config.nproc} must be 1 or more ranks (configs/theta.yaml)")
     check_tokenizer_of(config.model, vocab_size=check_model(config.model.path).get("vocab_size"))
-    mix = choose_mix(config.data, stage.mix, stage.name)
-    check_sources(config.data, sources_of(config.data, [mix]), Path(config.folder) / "data")
+    if stage.mix in config.data.mixes or config.trials.adapt_steps:
+        mixes = [choose_mix(config.data, stage.mix, stage.name)]
+    else:  # no candidate is trained, and text is taken from all sources
+        mixes = list(config.data.mixes.values())
+    check_sources(config.data, sources_of(config.data, mixes), Path(config.folder) / "data")
     floor = stages[stage.index - 1].theta if stage.index else rope.theta
     return SearchJob(config, dtypes.resolve(config.model)[0], config.data, stage, int(floor))
 

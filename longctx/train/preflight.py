@@ -129,14 +129,9 @@ def _wandb_knows_us() -> bool:
 def check_after_training(config: TrainConfig) -> tuple[list[Mix], list[str]]:
     """The mixes and sources that what follows training reads. Raises UserError for one that data lacks."""
     asked, where = config.after_training, "after_training"
-    sides = {
-        "sibling.run": asked.sibling.run if asked.sibling else None,
-        "evidence.control": asked.evidence.control if asked.evidence else None,
-    }
     mixes = [
-        choose_mix(config.data, side.stage.mix or config.curriculum.mix, key=f"{where}.{name}.stage.mix")
-        for name, side in sides.items()
-        if side is not None
+        choose_mix(config.data, side.stage.mix or config.curriculum.mix, key=f"{where}.{key}.stage.mix")
+        for key, side in asked.side_runs.values()
     ]
     sources: dict[str, str] = {}
     if asked.sibling and asked.sibling.behaviour:
@@ -182,22 +177,31 @@ def check_folders(config: TrainConfig) -> None:
 def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, source_bytes: int) -> None:
     """Raise UserError where a disk lacks space for what the run will write, unless `accept` has `disk`.
 
-    A run writes checkpoints, the stages' models and tokenized documents.
+    A run writes checkpoints, the stages' models and tokenized documents; its side runs and the merge write as well.
     """
     if "disk" in config.accept:
         return
     run, cache = Path(config.folder), cache_folder(config)
     saved = 3 * 4.0 * shape.parameters  # weights and both moments in fp32
     left = [stage for stage in stages if not (run / "stages" / stage.name / "finished.json").exists()]
-    standing = sum(file.stat().st_size for file in run.glob("stages/*/checkpoints/*/*.safetensors"))
-    checkpoints = max(0.0, (max(1, config.checkpoint.keep) + 1) * saved - standing) if left else 0.0
-    models = len(left) * BYTES[config.model.dtype] * shape.parameters
+    kept = (max(1, config.checkpoint.keep) + 1) * saved
+    checkpoints = _to_write(run, kept) if left else 0.0
+    model = BYTES[config.model.dtype] * shape.parameters
+    sides = {name: run / "side" / name for name in config.after_training.side_runs}
+    later = sum(
+        _to_write(side, kept) + model
+        for name, side in sides.items()
+        if not (side / "stages" / name / "finished.json").exists()
+    )
+    merged = model if config.after_training.sibling and not (run / "merged").exists() else 0.0
     spare = config.checkpoint.spare_gib * GIB if left else 0.0
     # A token is about four bytes of text, and two bytes of cache, or four where the vocabulary needs them.
     tokens = 0.0 if (cache / "shards").exists() else source_bytes / (2 if shape.vocab <= 2**16 else 1)
     parts = {
         f"checkpoints (checkpoint.keep={config.checkpoint.keep} and the one being written)": (run, checkpoints),
-        f"the models of {len(left)} stages": (run, models),
+        f"the models of {len(left)} stages": (run, len(left) * model),
+        "side runs (after_training)": (run, later),
+        "the merged sibling": (run, merged),
         "tokenized documents": (cache, tokens),
         "checkpoint.spare_gib": (run, spare),
     }
@@ -215,6 +219,11 @@ def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, so
                 "name another disk with run_dir= or cache=, set checkpoint.keep=1, or start anyway with "
                 "'accept=[disk]' (configs/train.yaml)"
             )
+
+
+def _to_write(run: Path, kept: float) -> float:
+    """The bytes of checkpoints that a run has still to write, of `kept` that it will keep."""
+    return max(0.0, kept - sum(file.stat().st_size for file in run.glob("stages/*/checkpoints/*/*.safetensors")))
 
 
 def _gib(size: float) -> str:
