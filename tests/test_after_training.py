@@ -346,6 +346,23 @@ def test_evidence_that_cannot_be_measured_is_refused(tmp_path: Path, changed: di
         build(AfterTrainingConfig, {**asked, "evidence": {**asked["evidence"], **changed}}, origin="test")
 
 
+def test_a_tokenizer_that_is_not_the_base_s_is_refused_before_training(tmp_path: Path, documents: Path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model(), other)
+    path = other / "tokenizer.json"
+    table = json.loads(path.read_text())
+    vocab = table["model"]["vocab"]
+    vocab["9"], vocab["8"] = vocab["8"], vocab["9"]
+    path.write_text(json.dumps(table))
+    made = run_config(
+        tmp_path / "run", documents, curriculum=ONE_STAGE, after_training={"lora": {"enabled": True}},
+        model={"init": None, "path": str(tiny_model()), "tokenizer": str(other)},
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"its tokenizer\.json has other tokens than .*model\.tokenizer=\S+other"):
+        run(made)
+    assert not (tmp_path / "run" / "stages").exists()
+
+
 def test_conversations_without_a_chat_template_are_refused_before_training(tmp_path: Path, documents: Path):
     made = with_chat(make_run(tmp_path, documents), tmp_path)
     with pytest.raises(UserError, match=r"source chat, .* no chat template; .*evidence\.beside=\[\]"):

@@ -17,6 +17,7 @@ from longctx.lora.tensors import StoredTensors
 from longctx.rope.config import describe_rope, rope_to_carry
 from longctx.shape import head_dim_of, kv_heads_of, text_section
 from longctx.storage.model import check_shapes
+from longctx.storage.model_files import Source
 from longctx.storage.table import Entry
 
 # The usual names of input embeddings and output layers; all other two-dimensional weights are linear layers.
@@ -158,15 +159,23 @@ def _check_tensors(base: StoredTensors, tuned: StoredTensors) -> None:
 
 
 def _check_tokenizers(base: StoredTensors, tuned: StoredTensors) -> None:
+    file = differing_vocabulary(base.source, tuned.source)
+    if file is not None:
+        raise UserError(
+            f"base={base.path} and tuned={tuned.path} have different vocabularies ({file}): the rows of their "
+            "embeddings mean different tokens; extract from the model with the same tokenizer"
+        )
+
+
+def differing_vocabulary(base: Source, tuned: Source) -> str | None:
+    """The name of the first tokenizer file that gives two models different tokens or ids; None where none does."""
     for file in ("tokenizer.json", "tokenizer.model", "vocab.json"):
-        if not (base.source.exists(file) and tuned.source.exists(file)):
+        if not (base.exists(file) and tuned.exists(file)):
             continue
-        first, second = base.source.fetch(file).read_bytes(), tuned.source.fetch(file).read_bytes()
+        first, second = base.fetch(file).read_bytes(), tuned.fetch(file).read_bytes()
         if first != second and (file == "tokenizer.model" or _vocabulary(first) != _vocabulary(second)):
-            raise UserError(
-                f"base={base.path} and tuned={tuned.path} have different vocabularies ({file}): the rows of their "
-                "embeddings mean different tokens; extract from the model with the same tokenizer"
-            )
+            return file
+    return None
 
 
 def _vocabulary(content: bytes) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from longctx.config.train import TrainConfig
@@ -18,6 +19,7 @@ from longctx.rope.config import describe_rope, rope_to_carry
 from longctx.run.side_config import side_config
 from longctx.shape import config_json, model_type_of, shape_of_model
 from longctx.storage.model import check_model, expected_shapes
+from longctx.storage.model_files import Folder, open_source
 from longctx.train.run import prepare_data, resolve_stages
 
 
@@ -38,8 +40,8 @@ def check_what_follows(config: TrainConfig) -> None:
 def prepare_what_follows(config: TrainConfig, tokenizer: Any) -> None:
     """Tokenize the documents of unfinished side runs and of the evidence; tokenizer: the run's.
 
-    Raises UserError for documents with which they cannot be made, and for a side run that needs more memory than its
-    devices have.
+    Raises UserError for documents with which they cannot be made, for a side run that needs more memory than its
+    devices have, and for a tokenizer that is not the base's where an adapter is made.
     """
     from longctx.train.machine import check_machine
 
@@ -50,10 +52,28 @@ def prepare_what_follows(config: TrainConfig, tokenizer: Any) -> None:
             check_machine(own, stages, own.launch.nproc, own.launch.nproc)
             prepare_data(own, stages, tokenizer)
     asked = config.after_training
+    if asked.lora.enabled and config.model.path is not None:
+        _check_vocabulary(config, str(config.model.path), tokenizer)
     if asked.evidence is not None:
         from longctx.run.evidence import check_evidence
 
         check_evidence(config, asked.evidence, str(config.model.tokenizer or config.model.path))
+
+
+def _check_vocabulary(config: TrainConfig, base: str, tokenizer: Any) -> None:
+    """Raise UserError where the exported tokenizer has other tokens than the base's, from which no adapter is made."""
+    from longctx.lora.modules import differing_vocabulary
+
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        file = differing_vocabulary(open_source(base, "model.path"), Folder(Path(folder)))
+    if file is not None:
+        given = f"model.tokenizer={config.model.tokenizer}" if config.model.tokenizer else "as transformers loads it"
+        raise UserError(
+            f"model.path={base}: its {file} has other tokens than the tokenizer of this run ({given}), and the adapter "
+            "is a difference of models whose rows mean the same tokens; train with the model's own tokenizer, or take "
+            "after_training=none (configs/after_training)"
+        )
 
 
 @contextmanager
