@@ -112,7 +112,7 @@ def _dispatch(words: list[str], *, own: bool) -> int:
 
         print(as_yaml(config), end="")
         return 0
-    _check_outputs(config)
+    _check_outputs(verb, config)
     if (text := opening(verb.name, config)) and os.environ.get("RANK", "0") == "0":
         print(f"longctx: {text} ...", file=sys.stderr, flush=True)
     if own and (getattr(config, "format", "text") == "json" or getattr(config, "dry_run", False)):
@@ -121,11 +121,12 @@ def _dispatch(words: list[str], *, own: bool) -> int:
     return int((run(config, [*_folders(line.folders), *line.overrides]) if verb.words else run(config)) or 0)
 
 
-def _check_outputs(config: Any) -> None:
+def _check_outputs(verb: Verb, config: Any) -> None:
     """Refuse a path that cannot be written before a verb begins its work."""
     from longctx.storage.files import check_writable
 
-    for key in ("out", "png", "plots", "draw.svg", "run_dir", "cache"):
+    # plan writes to neither folder of the run, which may be on another machine
+    for key in ("out", "png", "plots", "draw.svg", *(() if verb.name == "plan" else ("run_dir", "cache"))):
         value = reduce(lambda part, name: getattr(part, name, None), key.split("."), config)
         if isinstance(value, str) and value:
             check_writable(Path(value), key)

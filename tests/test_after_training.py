@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from longctx.assets import tiny_model
 from longctx.config.after_training import AfterTrainingConfig, SideRun
@@ -17,7 +18,7 @@ from longctx.config.base import build
 from longctx.config.data import SourceConfig
 from longctx.config.train import ParallelConfig, TrainConfig
 from longctx.errors import UserError
-from longctx.rope import read_rope
+from longctx.rope import make_rule, read_rope
 from longctx.run.after_training import run_after_training
 from longctx.run.lifecycle import run
 from longctx.run.side_config import side_config
@@ -25,6 +26,7 @@ from longctx.run.side_run import train_side
 from longctx.run.what_follows import check_what_follows
 from longctx.train import runfolder
 from longctx.train.preflight import check_libraries
+from longctx.train.run import resolve_stages
 from tests.test_report import Page
 from tests.train.made import config as run_config
 from tests.train.made import write_documents
@@ -455,6 +457,30 @@ def with_side(folder: Path, documents: Path, **stage: object) -> TrainConfig:
         folder / "run", documents, model={"init": None, "path": str(tiny_model()), "tokenizer": None},
         after_training={"lora": {"enabled": True}, "sibling": sibling},
     )  # fmt: skip
+
+
+def test_a_side_run_longer_than_the_window_follows_the_curriculums_rule(tmp_path: Path, documents: Path):
+    made = with_side(tmp_path, documents, seq_len=1024)
+    made = replace(made, curriculum=replace(made.curriculum, rule=make_rule("dynamic-ntk", {})))
+    check_what_follows(made)
+    (_, side) = made.after_training.side_runs["sibling"]
+    (stage,) = resolve_stages(side_config(made, tmp_path / "run", "sibling", side))
+    assert (stage.window, stage.rule) == (1024, "dynamic-ntk")
+    assert stage.theta > 10000
+
+
+def test_a_side_run_of_an_earlier_version_goes_on(tmp_path: Path, documents: Path):
+    """Its config.yaml has the curriculum's scratch, and no keep_window."""
+    made = with_side(tmp_path, documents, seq_len=512, theta=10000)
+    own = side_config(made, tmp_path / "run", "sibling", made.after_training.side_runs["sibling"][1])
+    folder = runfolder.prepare(own)
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    del values["curriculum"]["keep_window"]
+    values["curriculum"]["scratch"] = True
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    (folder / "stages/sibling").mkdir(parents=True)
+    (folder / "stages/sibling/finished.json").write_text("{}")
+    runfolder.prepare(own)
 
 
 def test_a_sibling_of_short_sequences_keeps_the_window_and_the_rope_of_its_base(tmp_path: Path, documents: Path):

@@ -321,6 +321,12 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(words, key, tm
     )
 
 
+def test_the_plan_of_a_run_elsewhere_needs_neither_of_its_folders(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    words = ["plan", "show=schedule", f"run_dir={tmp_path}/file/run", f"cache={tmp_path}/file/x"]
+    assert cli.main(words) == 0, capsys.readouterr().err
+
+
 def test_a_library_in_rust_names_the_systems_error_in_its_text(tmp_path):
     with pytest.raises(SafetensorError) as refused:
         save_file({"x": torch.zeros(1)}, tmp_path / ("x" * 300))
@@ -351,3 +357,8 @@ def test_a_path_needs_quotes_of_the_shell_only(path, capsys):
     """Hydra's own grammar takes such text only in quotes of its own."""
     assert cli.main(["theta", f"model.path={path}", "--cfg"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["model"]["path"] == path
+
+
+def test_a_word_that_cannot_be_read_is_shown_as_it_was_typed(capsys):
+    assert cli.main(["train", "model=tiny", "a b=c"]) == 2
+    assert "'a b=c' cannot be read" in capsys.readouterr().err

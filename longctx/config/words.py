@@ -7,6 +7,7 @@ the grammar of one override, chooses groups and applies values.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -147,7 +148,8 @@ class Overrides:
             return OverridesParser.create().parse_override(word)
         except HydraException:
             if value[:1] not in {"[", "{", *_QUOTES} and not {",", '"'} & set(value):
-                return self.parsed(f'{key}="{value}"')
+                with contextlib.suppress(UserError):  # which would quote what the user has not typed
+                    return self.parsed(f'{key}="{value}"')
             raise UserError(
                 f"{word!r} cannot be read: close every bracket and quote, and write text with spaces, commas or other "
                 f"""signs in quotes inside the shell's: '{key}="{value.strip(_QUOTES)}"'"""

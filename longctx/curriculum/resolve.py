@@ -115,9 +115,11 @@ def _rope(
         if stage.theta <= 1:
             raise UserError(f"{where}.theta={stage.theta} must be above 1 ({file})")
         return apply(ExplicitTheta(theta=stage.theta), original, window, where), ExplicitTheta.name
+    if stage.rule is None and config.keep_window and window == previous.window:
+        return dict(previous.parameters), ExplicitTheta.name
     rule = stage.rule or config.rule
     if rule is None:
-        if config.scratch or (config.keep_window and window == previous.window):
+        if config.scratch:
             return dict(previous.parameters), ExplicitTheta.name
         if found:
             return apply(ExplicitTheta(theta=original.theta), original, window, where), ExplicitTheta.name

@@ -161,13 +161,15 @@ def _dials(config: TrainConfig, limits: DeviceLimits) -> list[Changes]:
 
 def _shards(config: TrainConfig, limits: DeviceLimits) -> list[Changes]:
     shards: list[Changes] = []
+    all_states: Changes = {} if config.engine.offload_ratio == 1 else {"engine.offload_ratio": 1}
+    deepspeed: Changes = {"engine.name": "deepspeed", **all_states}  # it offloads no share of the states
     for zero in (2, 3):
         if limits.machines.world > 1 and zero > config.engine.zero and config.model.dtype != "float64":
-            shards.append({"engine.name": "deepspeed", "engine.zero": zero})
+            shards.append({**deepspeed, "engine.zero": zero})
     if limits.device == "cuda" and config.engine.name == "ddp":
-        shards.append({"engine.offload_optimizer": True})
+        shards.append({"engine.offload_optimizer": True, **all_states})
     if limits.device == "cuda" and config.model.dtype != "float64":
-        whole = {"engine.name": "deepspeed", "engine.zero": 3, "engine.offload_optimizer": True}
+        whole = {**deepspeed, "engine.zero": 3, "engine.offload_optimizer": True}
         shards += [whole, {**whole, "engine.offload_parameters": True}]
     return shards
 

@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -55,20 +57,36 @@ def _reachable(endpoint: str) -> bool:
     if proxy and not proxy_bypass(address.netloc):
         address = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     port = address.port or {"https": 443, "socks5": 1080, "socks5h": 1080}.get(address.scheme, 80)
-    accepted: list[bool] = []
+    answers: SimpleQueue[bool] = SimpleQueue()
+    # In threads: looking up a name has no time limit of its own, and a network often loses the packets to the IPv6
+    # addresses of a host that answers at its IPv4 ones.
+    Thread(target=_connect_to_any, args=(address.hostname, port, answers), daemon=True).start()
+    try:
+        return answers.get(timeout=CONNECT_SECONDS)
+    except Empty:
+        return False
 
-    def connect() -> None:
+
+def _connect_to_any(host: str | None, port: int, answers: SimpleQueue[bool]) -> None:
+    """Try every address of a host at once; put True when one accepts, and False when all have refused."""
+
+    def connect(place: tuple[Any, ...]) -> None:
         try:
-            socket.create_connection((address.hostname, port), timeout=CONNECT_SECONDS).close()
-            accepted.append(True)
+            socket.create_connection(place[:2], timeout=CONNECT_SECONDS).close()
+            answers.put(True)
         except OSError:
             pass
 
-    # In a thread, because looking up a name has no time limit of its own.
-    thread = Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(CONNECT_SECONDS)
-    return bool(accepted)
+    try:
+        places = {found[4] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)}
+    except OSError:
+        places = set()
+    threads = [Thread(target=connect, args=(place,), daemon=True) for place in places]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    answers.put(False)
 
 
 def cached(name: str) -> Path:

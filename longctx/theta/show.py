@@ -32,8 +32,8 @@ def document(rope: Rope, rows: Sequence[StageRow]) -> dict[str, Any]:
         },
         "stages": [asdict(row) for row in rows],
         "paste": {
-            "transformers_5": new_keys(last.rope_parameters, last.seq_len),
-            "transformers_4": old_keys(last.rope_parameters, last.seq_len),
+            "transformers_5": new_keys(last.rope_parameters, last.window),
+            "transformers_4": old_keys(last.rope_parameters, last.window),
         },
     }
 
@@ -82,10 +82,10 @@ def _table(title: str, columns: Sequence[str]) -> Table:
 def paste_text(rows: Sequence[StageRow]) -> str:
     """Return the last stage's lines for config.json, in the styles of transformers 5 and 4."""
     last = rows[-1]
-    new = json.dumps(new_keys(last.rope_parameters, last.seq_len), indent=2)
-    old = json.dumps(old_keys(last.rope_parameters, last.seq_len), indent=2)
+    new = json.dumps(new_keys(last.rope_parameters, last.window), indent=2)
+    old = json.dumps(old_keys(last.rope_parameters, last.window), indent=2)
     return (
-        f"config.json for {last.seq_len:,} tokens, transformers 5:\n{new}\n\n"
+        f"config.json for {last.window:,} tokens, transformers 5:\n{new}\n\n"
         f"the same for transformers 4 and readers of its style:\n{old}"
     )
 
@@ -118,7 +118,7 @@ def picture(rope: Rope, rows: Sequence[StageRow], path: Path) -> None:
     axes.axhline(rope.window, color="0.35", linestyle=":", linewidth=1)
     axes.text(0.4, rope.window * 1.12, f"window {rope.window:,}", color="0.35", fontsize=9)
     for row, shade in zip(rows, shades, strict=True):
-        after = Rope(row.rope_parameters, rope.head_dim, row.seq_len)
+        after = Rope(row.rope_parameters, rope.head_dim, row.window)
         axes.plot(pairs, wavelengths(after.frequencies()), color=shade, label=f"{row.name}: {_label(after)}")
         axes.axhline(row.seq_len, color=shade, linestyle=":", linewidth=1)
         if row.seq_len != rope.window:

@@ -46,6 +46,7 @@ class StageRow:
 
     name: str
     seq_len: int
+    window: int
     start_window: int
     theta: float
     rule: str
@@ -63,17 +64,18 @@ class StageRow:
 
 def rows(stages: Sequence[Stage], rope: Rope, rules: Sequence[str]) -> list[StageRow]:
     """Make a row for each resolved stage. rope: the model's. rules: the name of each stage's rule."""
-    lengths = [stage.seq_len for stage in stages]
-    others = {name: alternatives(name, rope, lengths) for name in RULES if name != "longrope"}
+    windows = [stage.window for stage in stages]
+    others = {name: alternatives(name, rope, windows) for name in RULES if name != "longrope"}
     before, found = rope, []
     for index, (stage, rule) in enumerate(zip(stages, rules, strict=True)):
-        after = Rope(stage.rope, rope.head_dim, stage.seq_len, rope.source)
+        after = Rope(stage.rope, rope.head_dim, stage.window, rope.source)
         limit = max(2**20, stage.seq_len)
         supported = supported_length(after.frequencies(), limit)
         found.append(
             StageRow(
                 name=stage.name,
                 seq_len=stage.seq_len,
+                window=stage.window,
                 start_window=stage.start_window,
                 theta=stage.theta,
                 rule=rule,

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -184,3 +185,28 @@ def test_child_processes_inherit_that_the_hub_cannot_be_reached(monkeypatch: pyt
     assert hub_module.offline()
     assert (os.environ.pop("HF_HUB_OFFLINE"), os.environ.pop(hub_module._UNREACHABLE)) == ("1", "1")
     hub_module.offline.cache_clear()
+
+
+def test_a_hub_with_addresses_that_swallow_packets_is_reached_at_another(monkeypatch: pytest.MonkeyPatch):
+    """As where IPv6 is set up and leads nowhere: the first two addresses are listeners whose queues are full."""
+    with ExitStack() as stack:
+        names = ("127.0.0.2", "127.0.0.3", "127.0.0.1")
+        port = 0
+        for name in names:
+            listener = stack.enter_context(socket.socket())
+            listener.bind((name, port))
+            port = listener.getsockname()[1]
+            listener.listen(5 if name == names[-1] else 0)
+            for _ in range(0 if name == names[-1] else 4):
+                waiting = stack.enter_context(socket.socket())
+                waiting.setblocking(False)
+                waiting.connect_ex((name, port))
+        found = socket.getaddrinfo
+
+        def several(host: str, *words: object, **others: object) -> list:
+            asked = names if host == "hub.example" else (host,)
+            return [entry for name in asked for entry in found(name, *words, **others)]  # type: ignore[arg-type]
+
+        monkeypatch.setattr(socket, "getaddrinfo", several)
+        monkeypatch.setattr(hub_module, "getproxies", dict)
+        assert hub_module._reachable(f"http://hub.example:{port}")

@@ -66,6 +66,17 @@ def test_gradient_llama3_8b_as_json(capsys: pytest.CaptureFixture[str]):
     assert found["paste"]["transformers_4"]["rope_theta"] == 2804339835
 
 
+def test_a_stage_shorter_than_the_window_keeps_it(capsys: pytest.CaptureFixture[str]):
+    only = ("curriculum.keep_window=true", "curriculum.only=[s2048]", "curriculum.stages.s2048.seq_len=256")
+    found = document(capsys, "model=tiny", "curriculum=tiny_16x", *only)
+    assert (found["stages"][0]["seq_len"], found["stages"][0]["window"], found["stages"][0]["theta"]) == (
+        256,
+        512,
+        10000,
+    )
+    assert found["paste"]["transformers_5"]["max_position_embeddings"] == 512
+
+
 def test_a_theta_too_small_for_its_stage_is_warned_of(capsys: pytest.CaptureFixture[str]):
     assert main(["theta", "head_dim=128", "theta=500000", "from=8192", "to=65536", "rule=ntk"]) == 0
     printed = capsys.readouterr()

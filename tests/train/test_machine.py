@@ -113,6 +113,21 @@ def test_block_sizes_left_to_the_device_can_be_lowered(ffn: int, vocab: int, sma
     assert smaller in named
 
 
+def test_a_share_of_the_optimizer_on_the_host_can_become_all_of_it():
+    """DeepSpeed takes no share, so a remedy with it sets the ratio too."""
+    made = values(65536, engine={"offload_optimizer": True, "offload_ratio": 0.25})
+    built = with_dtype(build(TrainConfig, made, origin="test"))
+    stages, shape, limits = resolve_stages(built), shape_of_model(built.model), room(8, "cuda", 79)
+    named = [text for text, _ in lower(stages[-1], shape, built, limits, limit=99)]
+    assert "engine.offload_optimizer=true engine.offload_ratio=1" in named
+    assert any(text.startswith("engine=deepspeed engine.offload_ratio=1 engine.zero=3") for text in named)
+    ways = [way for way in remedies(stages, shape, built, limits) if "engine" in way]
+    assert ways
+    for way in ways:
+        fitting = with_dtype(build(TrainConfig, changed(dict(made), way), origin="test"))
+        check_memory(resolve_stages(fitting), shape, fitting, limits)
+
+
 def test_host_memory_bounds_what_is_offloaded():
     made = values(1048576, engine={"name": "deepspeed", "zero": 3}, model={"memory": {"offload_activations": True}})
     built = with_dtype(build(TrainConfig, made, origin="test"))
