@@ -28,7 +28,7 @@ stamp="$venv/.longctx-stamp"
 made_from="$(cat pyproject.toml "$pins" launch/setup.sh | cksum) $("$python" -V 2>&1)"
 ready() {
   local have from extra
-  { read -r have && read -r from; } <"$stamp" 2>/dev/null || return 1
+  { read -r have && read -r from; } 2>/dev/null <"$stamp" || return 1
   [ -x "$PYTHON" ] && [ "$from" = "$made_from" ] || return 1
   for extra in ${extras//,/ }; do case ",$have," in *",$extra,"*) ;; *) return 1 ;; esac; done
 }

@@ -125,8 +125,7 @@ def _check_outputs(verb: Verb, config: Any) -> None:
     """Refuse a path that cannot be written before a verb begins its work."""
     from longctx.storage.files import check_writable
 
-    # plan writes to neither folder of the run, which may be on another machine
-    for key in ("out", "png", "plots", "draw.svg", *(() if verb.name == "plan" else ("run_dir", "cache"))):
+    for key in verb.writes:
         value = reduce(lambda part, name: getattr(part, name, None), key.split("."), config)
         if isinstance(value, str) and value:
             check_writable(Path(value), key)

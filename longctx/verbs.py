@@ -18,6 +18,8 @@ class Verb:
     run: str
     help: str
     words: bool = False  # run takes the words of the command line too
+    # keys of the files and folders that the verb writes, where its config has them
+    writes: tuple[str, ...] = ("out", "png", "plots", "draw.svg", "run_dir", "cache")
 
     @property
     def root(self) -> str:
@@ -41,8 +43,9 @@ _ALL = [
          "do the ranks of a launcher meet; their nodes, clocks, shared folder and links, in a minute"),
     Verb("bench faults", "longctx.config.faults:FaultsConfig", "longctx.bench.faults:run",
          "a soak: kill a tiny run again and again, damage its checkpoints, compare the final weights"),
+    # The run's folders may be on another machine than its plan is made on.
     Verb("plan", "longctx.config.plan:PlanConfig", "longctx.planner.run:run",
-         "memory and time of every stage before anything starts; timelines of schedules"),
+         "memory and time of every stage before anything starts; timelines of schedules", writes=("draw.svg",)),
     Verb("bench step", "longctx.config.bench_step:BenchStepConfig", "longctx.bench.step:run",
          "one training step beside plain transformers: tokens per second and memory"),
     Verb("bench longest", "longctx.config.bench_longest:BenchLongestConfig", "longctx.bench.longest:run",

@@ -469,8 +469,8 @@ def test_a_side_run_longer_than_the_window_follows_the_curriculums_rule(tmp_path
     assert stage.theta > 10000
 
 
-def test_a_side_run_of_an_earlier_version_goes_on(tmp_path: Path, documents: Path):
-    """Its config.yaml has the curriculum's scratch, and no keep_window."""
+def test_a_side_run_of_an_earlier_version_goes_on_where_that_is_meant(tmp_path: Path, documents: Path):
+    """Its config.yaml has the curriculum's scratch, and no keep_window; the main run's `accept` holds for it too."""
     made = with_side(tmp_path, documents, seq_len=512, theta=10000)
     own = side_config(made, tmp_path / "run", "sibling", made.after_training.side_runs["sibling"][1])
     folder = runfolder.prepare(own)
@@ -480,7 +480,13 @@ def test_a_side_run_of_an_earlier_version_goes_on(tmp_path: Path, documents: Pat
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     (folder / "stages/sibling").mkdir(parents=True)
     (folder / "stages/sibling/finished.json").write_text("{}")
-    runfolder.prepare(own)
+    with pytest.raises(UserError, match=r"scratch was True, now False.*'accept=\[curriculum\]'") as refused:
+        runfolder.prepare(own)
+    assert "curriculum.keep_window was False, now True" in str(refused.value)
+    meant = replace(made, accept=["curriculum"])
+    runfolder.prepare(side_config(meant, tmp_path / "run", "sibling", made.after_training.side_runs["sibling"][1]))
+    stored = yaml.safe_load((folder / "config.yaml").read_text())["curriculum"]
+    assert (stored["keep_window"], stored["scratch"]) == (True, False)
 
 
 def test_a_sibling_of_short_sequences_keeps_the_window_and_the_rope_of_its_base(tmp_path: Path, documents: Path):

@@ -49,7 +49,7 @@ class HostMemory:
             code = int(_runtime().cudaHostRegister(block.data_ptr(), block.numel(), 1))  # 1: for every GPU
             if code:
                 raise MemoryError(f"CUDA cannot lock {count:,} bytes of host memory (error {code}; ulimit -l)")
-        self._blocks[block.data_ptr()] = block
+        self._blocks[_address(block)] = block
         return block
 
     def zeros(self, count: int, dtype: torch.dtype) -> Tensor:
@@ -58,7 +58,12 @@ class HostMemory:
 
     def free(self, blocks: Iterable[Tensor]) -> None:
         """Free these blocks, once all copies to and from them are complete."""
-        _free([self._blocks.pop(block.data_ptr()) for block in blocks], self._pinned)
+        _free([self._blocks.pop(_address(block)) for block in blocks], self._pinned)
+
+
+def _address(block: Tensor) -> int:
+    """Where a block begins; a tensor without elements has no address of its own."""
+    return block.untyped_storage().data_ptr()
 
 
 def _free_all(blocks: dict[int, Tensor], pinned: bool) -> None:

@@ -21,7 +21,6 @@ def side_config(config: TrainConfig, folder: Path, name: str, side: SideRun) -> 
         config, name=f"{config.name}-{name}", run_dir=str(folder / "side" / name),
         curriculum=replace(config.curriculum, stages={name: side.stage}, only=None, theta_file=None, scratch=False,
                            keep_window=True),
-        accept=[*config.accept, "curriculum.keep_window", "curriculum.scratch"],  # earlier versions set neither
         cache=config.cache or str(folder / "data"),
         launch=replace(config.launch, until=None),
         parallel=ParallelConfig(cp=cp, seq_len_per_rank=config.parallel.seq_len_per_rank),

@@ -101,7 +101,7 @@ def test_blocks_have_the_size_that_was_asked_for_and_go_with_their_owner() -> No
     assert 66 << 20 <= mapped() - before < 80 << 20
     assert first.dtype == torch.float32
     assert not first.any()
-    memory.free([second])
+    memory.free([second, memory.zeros(0, torch.float32)])  # which torch places at address 0
     del second
     assert mapped() - before < 50 << 20
     del memory
