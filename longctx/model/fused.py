@@ -11,10 +11,9 @@ vocabulary.
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from longctx.config.model import Fused
 from longctx.errors import UserError
+from longctx.model.products import BlockSums, project
 
-log = logging.getLogger("longctx.model")
 BACKEND = "inductor"  # of torch.compile
 
 
@@ -72,20 +71,39 @@ def norm_forward(x: Tensor, weight: Tensor, eps: float, gemma: bool, wide: torch
     return (normed * (1.0 + weight.to(wide))).to(x.dtype) if gemma else weight * normed.to(x.dtype), scale
 
 
-def norm_backward(grad: Tensor, x: Tensor, factor: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """dx [N, E] and the sum dw [E] of rows; factor: the weight (plus 1 for Gemma) in scale's dtype, as is dw."""
+def sum_norm_forward(
+    x: Tensor, addend: Tensor, weight: Tensor, eps: float, gemma: bool, wide: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + addend [N, E], its norm y, and 1 / rms [N, 1]."""
+    total = x + addend
+    return total, *norm_forward(total, weight, eps, gemma, wide)
+
+
+def norm_backward(
+    grad: Tensor, x: Tensor, factor: Tensor, scale: Tensor, passed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """dx [N, E] and the sum dw [E] of rows.
+
+    factor: the weight (plus 1 for Gemma) in scale's dtype, as is dw. passed: a gradient of x to add.
+    """
     grad = grad.to(scale.dtype)
     normed = x.to(scale.dtype) * scale
     dw = (grad * normed).sum(0)
     grad = grad * factor
-    return ((grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale).to(x.dtype), dw
+    dx = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * scale
+    return (dx if passed is None else dx + passed).to(x.dtype), dw
 
 
-def liger_norm(x: Tensor, weight: Tensor, eps: float, gemma: bool) -> Tensor:
+def liger_norm(x: Tensor, addend: Tensor | None, weight: Tensor, eps: float, gemma: bool) -> tuple[Tensor, Tensor]:
+    """x + addend (or x) and its norm; both [N, E]."""
+    from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction  # type: ignore[import-not-found]
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction  # type: ignore[import-not-found]
 
-    offset, casting = (1.0, "gemma") if gemma else (0.0, "llama")
-    return LigerRMSNormFunction.apply(x, weight, eps, offset, casting, True)
+    options = (weight, eps, *((1.0, "gemma") if gemma else (0.0, "llama")), True)
+    if addend is None:
+        return x, LigerRMSNormFunction.apply(x, *options)
+    normed, total = LigerFusedAddRMSNormFunction.apply(x, addend, *options)
+    return total, normed
 
 
 # --- rotation
@@ -101,19 +119,28 @@ def liger_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 # --- the gated activation
 
 
-def feed_forward(fused: Fused, mlp: Any, x: Tensor) -> Tensor:
-    """The feed-forward block of a decoder layer; transformers' own module where no candidate serves its activation."""
-    candidate, kind = chosen(fused, x), type(mlp.act_fn).__name__
+def feed_forward(fused: Fused, mlp: Any, x: Tensor, sums: BlockSums, *, compute: bool = True) -> Tensor:
+    """The feed-forward block of a decoder layer: down(act(gate(x)) * up(x)), x [B, S, E].
+
+    compute=False saves what the backward pass needs without the last product; the result is then of no use.
+    """
+    gate, up = project(x, mlp.gate_proj, mlp.up_proj, sums=sums)
+    (out,) = project(_activated(fused, mlp, gate, up), mlp.down_proj, sums=sums, compute=compute)
+    return out
+
+
+def _activated(fused: Fused, mlp: Any, gate: Tensor, up: Tensor) -> Tensor:
+    """act(gate) * up [B, S, F]; by torch's operators where no candidate has the activation."""
+    candidate, kind = chosen(fused, gate), type(mlp.act_fn).__name__
     gelu = kind in ("GELUTanh", "PytorchGELUTanh")
     if candidate == "off" or not (gelu or kind in ("SiLU", "SiLUActivation")):
-        return mlp(x)
-    gate, up = mlp.gate_proj(x), mlp.up_proj(x)
+        return mlp.act_fn(gate) * up
     if candidate == "compile":
-        return mlp.down_proj(_Gated.apply(gate, up, gelu))
+        return _Gated.apply(gate, up, gelu)
     from liger_kernel.ops.geglu import LigerGELUMulFunction  # type: ignore[import-not-found]
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # type: ignore[import-not-found]
 
-    return mlp.down_proj((LigerGELUMulFunction if gelu else LigerSiLUMulFunction).apply(gate, up))
+    return (LigerGELUMulFunction if gelu else LigerSiLUMulFunction).apply(gate, up)
 
 
 def gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
@@ -181,27 +208,3 @@ def _softmax_loss(logits: Tensor, label: Tensor, z_loss: float) -> tuple[Tensor,
     columns = torch.arange(logits.shape[1], device=logits.device)
     gradient = (wide - lse).exp() * (1 + 2 * z_loss * lse) - (columns == label[:, None]).float()
     return nll.squeeze(-1), lse.square().squeeze(-1), gradient.to(logits.dtype)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a @ b to total, which may be wider; the product itself adds in fp32 where torch can (on a GPU)."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif _adds_inside(total.device, a.dtype):
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += a @ b
-
-
-@lru_cache(maxsize=8)
-def _adds_inside(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch.addmm adds a product of `dtype` to an fp32 tensor on this device; tried once, on ones."""
-    if device.type != "cuda":
-        return False
-    total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=dtype)
-    try:
-        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
-    except RuntimeError as error:  # what torch raises where a device has no such product
-        log.warning("torch cannot add a product in fp32 here (%s); the head's gradient is added afterwards", error)
-        return False
-    return bool((total == 17).all())

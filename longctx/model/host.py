@@ -24,6 +24,13 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1
 _THRESHOLD = 4 << 20
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on a device; on a GPU the copy starts and the host goes on."""
+    if device.type == "cuda":  # from pageable memory the host would wait for the device's queue to drain
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class HostMemory:
     """Blocks of host memory for one device, page-locked if it is a GPU, so that copies need not wait.
 

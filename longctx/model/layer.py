@@ -26,6 +26,7 @@ from longctx.model.architectures import backbone_of, check_layers
 from longctx.model.fused import check_installed, feed_forward
 from longctx.model.norms import TrainedNorm, train_norms
 from longctx.model.offload import HostStore
+from longctx.model.products import BlockSums, project
 from longctx.model.rotary import rotate
 from longctx.model.saved import SAVE_EVERYTHING, Repetition, SavePolicy, full_checkpoint, selective_checkpoint
 from longctx.shape import shape_of
@@ -64,22 +65,26 @@ def _regions(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, re
     after the first.
     """
     policy = layer.save_policy
-    out = selective_checkpoint(policy.attention, policy.store, _attend, layer, x, turn, layout)
+    x, out = selective_checkpoint(policy.attention, policy.store, _attend, layer, x, turn, layout)
     finish = _skip if repetition.running else _finish
     block = policy.block // x.shape[0] or x.shape[1]
-    parts = zip(x.split(block, 1), out.split(block, 1), strict=True)
-    finished = [selective_checkpoint(policy.feed_forward, policy.store, finish, layer, *part) for part in parts]
+    parts = list(zip(x.split(block, 1), out.split(block, 1), strict=True))
+    sums = BlockSums(len(parts))
+    finished = [selective_checkpoint(policy.feed_forward, policy.store, finish, layer, *part, sums) for part in parts]
     return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
 
 
-def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any) -> Tensor:
-    """The first region: x [B, S, E] and turn = (cos, sin) [B, S, D] -> attention output [B, S, H * D] before o_proj."""
+def _attend(
+    layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, repetition: Repetition
+) -> tuple[Tensor, Tensor]:
+    """The first region: x [B, S, E], turn = (cos, sin) [B, S, D] -> x, attention output [B, S, H * D] before o_proj.
+
+    x goes through, so that the norm adds the residual's gradient to its own.
+    """
     module = layer.self_attn
-    normed = layer.input_layernorm(x)
-    q, k, v = (
-        projection(normed).unflatten(-1, (-1, module.head_dim))
-        for projection in (module.q_proj, module.k_proj, module.v_proj)
-    )
+    x, normed = layer.input_layernorm.of_sum(x)
+    products = project(normed, module.q_proj, module.k_proj, module.v_proj)
+    q, k, v = (product.unflatten(-1, (-1, module.head_dim)) for product in products)
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
     q, k = rotate(layer.fused, q, k, *turn)
@@ -89,16 +94,21 @@ def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any) -> 
         module, q, k, v.transpose(1, 2), scaling=module.scaling, dropout=dropout, layout=layout,
         sliding_window=window,
     )  # fmt: skip
-    return out.flatten(2)
+    return x, out.flatten(2)
 
 
-def _finish(layer: Any, x: Tensor, out: Tensor) -> Tensor:
-    """The second region: a block of the layer's input and attention output -> the layer's output [B, block, E]."""
-    hidden = x + layer.self_attn.o_proj(out)
-    return hidden + feed_forward(layer.fused, layer.mlp, layer.post_attention_layernorm(hidden))
+def _finish(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, repetition: Repetition) -> Tensor:
+    """The second region: a block of the layer's input and attention output -> the layer's output [B, block, E].
+
+    A repetition leaves out the last product, which nobody reads.
+    """
+    (projected,) = project(out, layer.self_attn.o_proj, sums=sums)
+    hidden, normed = layer.post_attention_layernorm.of_sum(x, projected)
+    made = feed_forward(layer.fused, layer.mlp, normed, sums, compute=not repetition.running)
+    return made if repetition.running else hidden + made
 
 
-def _skip(layer: Any, x: Tensor, out: Tensor) -> Tensor:
+def _skip(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, repetition: Repetition) -> Tensor:
     """The second region in a repetition."""
     return x
 

@@ -12,12 +12,15 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from longctx.config.model import Fused
-from longctx.model.fused import add_product, chosen, softmax_loss
+from longctx.model.fused import chosen, softmax_loss
+from longctx.model.host import to_device
+from longctx.model.products import add_product, main_grad
 
 IGNORED = -100
 
@@ -35,23 +38,23 @@ class TokenLosses(NamedTuple):
 
 def token_losses(
     hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor, *, chunk: int, z_loss: float = 0.0,
-    labelled: Tensor | None = None, fused: Fused = "auto",
+    labelled: np.ndarray | None = None, fused: Fused = "auto",
 ) -> TokenLosses:  # fmt: skip
     """The weighted loss of `head`'s logits at every labelled token.
 
     hidden [T, E]; labels [T], -100 for tokens without a label; weights [T]; chunk: tokens at once; labelled: the rows
-    of tokens with a label (without them the host waits for a GPU to find them). nll [T] is fp32 (fp64 for fp64
-    inputs), and 0 without a label. If no token has a label, the total is a zero that is still connected to `hidden`. A
-    plain Linear takes the fast path; any other head (a LoRA around it) is called chunk by chunk under
+    of tokens with a label, in order (without them the host waits for a GPU to find them). nll [T] is fp32 (fp64 for
+    fp64 inputs), and 0 without a label. If no token has a label, the total is a zero that is still connected to
+    `hidden`. A plain Linear takes the fast path; any other head (a LoRA around it) is called chunk by chunk under
     checkpointing, which costs one more product.
     """
     weights = weights.to(_accumulator(hidden.dtype))
     if type(head) is nn.Linear:
-        rows = (labels != IGNORED).nonzero().squeeze(-1) if labelled is None else labelled
+        rows = (labels != IGNORED).nonzero().squeeze(-1).cpu().numpy() if labelled is None else labelled
         needed = torch.is_grad_enabled()
         candidate = chosen(fused, hidden) if needed and head.bias is None else "off"
-        options = (chunk, z_loss, needed, candidate)
-        total, nll, z_total = _LinearLoss.apply(hidden, head.weight, head.bias, labels, weights, rows, *options)
+        options = (_chunks(rows, chunk, hidden.device), z_loss, needed, candidate)
+        total, nll, z_total = _LinearLoss.apply(hidden, head.weight, head.bias, labels, weights, *options)
         return TokenLosses(total, nll, z_total)
     return _called_loss(hidden, head, labels, weights, chunk, z_loss)
 
@@ -64,7 +67,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor,
-        labelled: Tensor, chunk: int, z_loss: float, needed: bool, candidate: str,
+        chunks: list[slice | Tensor], z_loss: float, needed: bool, candidate: str,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         acc = _accumulator(hidden.dtype)
         wants = [needed and flag for flag in ctx.needs_input_grad[:3]]
@@ -73,8 +76,8 @@ class _LinearLoss(torch.autograd.Function):
         d_bias = torch.zeros_like(bias, dtype=acc) if wants[2] and bias is not None else None
         nll = torch.zeros(hidden.shape[0], dtype=acc, device=hidden.device)
         lse = torch.zeros_like(nll)
-        buffer = hidden.new_empty(min(chunk, len(labels)), len(weight))
-        for rows in _chunks(labelled, len(labels), chunk):
+        buffer = hidden.new_empty(max(map(_length, chunks), default=0), len(weight))
+        for rows in chunks:
             part, label, w = hidden[rows], labels[rows], weights[rows]
             logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
             if candidate != "off":
@@ -101,9 +104,10 @@ class _LinearLoss(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += logits.sum(0)
         buffer = logits = gradient = None  # freed before the head's gradient is copied to the weight's dtype
+        ctx.main = None if d_weight is None else main_grad(weight)
         ctx.gradients = (
             d_hidden,
-            d_weight if d_weight is None else d_weight.to(weight.dtype),
+            d_weight if d_weight is None or ctx.main is not None else d_weight.to(weight.dtype),
             d_bias if d_bias is None or bias is None else d_bias.to(bias.dtype),
         )
         z_total = z_loss * (weights.double() * lse.double().square()).sum()
@@ -115,16 +119,29 @@ class _LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("the loss computes its gradients in the forward pass, and backward has used them")
-        scaled = [None if made is None else made.mul_(grads[0].to(made.dtype)) for made in ctx.gradients]
-        ctx.gradients = None
-        return *scaled, None, None, None, None, None, None, None
+        d_hidden, d_weight, d_bias = ctx.gradients
+        if ctx.main is not None:
+            ctx.main.addcmul_(d_weight, grads[0])
+            d_weight = None
+        scaled = [made if made is None else made.mul_(grads[0].to(made.dtype)) for made in (d_hidden, d_weight, d_bias)]
+        ctx.gradients = ctx.main = None
+        return *scaled, None, None, None, None, None, None
 
 
-def _chunks(rows: Tensor, tokens: int, chunk: int) -> list[slice] | list[Tensor]:
-    """The rows with a label, `chunk` at a time: as slices if all `tokens` have one, otherwise as indices."""
-    if len(rows) == tokens:
-        return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
-    return list(rows.split(chunk)) if len(rows) else []
+def _chunks(rows: np.ndarray, chunk: int, device: torch.device) -> list[slice | Tensor]:
+    """The rows with a label, `chunk` at a time: a slice, which copies nothing, of consecutive ones, or indices."""
+    found: list[slice | Tensor] = []
+    for start in range(0, len(rows), chunk):
+        part = rows[start : start + chunk]
+        if part[-1] - part[0] == len(part) - 1:
+            found.append(slice(int(part[0]), int(part[-1]) + 1))
+        else:
+            found.append(to_device(torch.from_numpy(part), device))
+    return found
+
+
+def _length(rows: slice | Tensor) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def _add_gradients(

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from longctx.config.model import Fused
-from longctx.model.fused import chosen, compiled, liger_norm, norm_backward, norm_forward
+from longctx.model.fused import chosen, compiled, liger_norm, norm_backward, norm_forward, sum_norm_forward
+from longctx.model.products import main_grad
 
 _ROWS = 1024  # of a block on a CPU, whose caches hold it
 _ELEMENTS = 1 << 26  # of a block on a GPU: few launches, and fp32 temporaries of at most 256 MiB
@@ -30,52 +31,74 @@ class TrainedNorm:
     fused: Fused = "auto"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.of_sum(hidden_states)[1]
+
+    def of_sum(self, x: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x + addend (or x), all [..., E], and its norm.
+
+        A residual stream that goes on from the first of the two has its gradient added by the norm's backward pass.
+        """
         module: Any = self
         gemma = type(self).__name__.startswith("TrainedGemma")
         eps = module.eps if gemma else module.variance_epsilon
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        flat = x.reshape(-1, x.shape[-1])
+        other = None if addend is None else addend.reshape(flat.shape)
         candidate = chosen(self.fused, flat)
         if candidate == "liger":
-            return liger_norm(flat, module.weight, eps, gemma).view(hidden_states.shape)
-        return _RmsNorm.apply(flat, module.weight, eps, gemma, candidate == "compile").view(hidden_states.shape)
+            total, normed = liger_norm(flat, other, module.weight, eps, gemma)
+        else:
+            total, normed = _RmsNorm.apply(flat, other, module.weight, eps, gemma, candidate == "compile")
+        return total.view(x.shape), normed.view(x.shape)
 
 
 class _RmsNorm(torch.autograd.Function):
-    """Computes y = x / rms(x) * w (Zhang & Sennrich 1910.07467, eq. 4); Gemma multiplies by 1 + w before rounding."""
+    """Computes s = x + addend, y = s / rms(s) * w (Zhang & Sennrich 1910.07467, eq. 4); Gemma multiplies by 1 + w."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, gemma: bool, compile: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, addend: Tensor | None, weight: Tensor, eps: float, gemma: bool, compile: bool
+    ) -> tuple[Tensor, Tensor]:
         wide = _wide(x.dtype)
-        ctx.gemma, ctx.compile = gemma, compile
-        if compile:
-            out, scale = compiled(norm_forward)(x, weight, eps, gemma, wide)
-            ctx.save_for_backward(x, weight, scale)
-            return out
-        out = torch.empty_like(x)
-        scale = torch.empty(len(x), 1, dtype=wide, device=x.device)
-        for rows in _blocks(x):
-            out[rows], scale[rows] = norm_forward(x[rows], weight, eps, gemma, wide)
-        ctx.save_for_backward(x, weight, scale)
-        return out
+        ctx.gemma, ctx.compile, ctx.main = gemma, compile, main_grad(weight)
+        ctx.set_materialize_grads(False)
+        if compile and addend is not None:
+            total, out, scale = compiled(sum_norm_forward)(x, addend, weight, eps, gemma, wide)
+        elif compile:
+            total, (out, scale) = x, compiled(norm_forward)(x, weight, eps, gemma, wide)
+        else:
+            total = x if addend is None else x + addend
+            out = torch.empty_like(total)
+            scale = torch.empty(len(x), 1, dtype=wide, device=x.device)
+            for rows in _blocks(x):
+                out[rows], scale[rows] = norm_forward(total[rows], weight, eps, gemma, wide)
+        ctx.save_for_backward(total, weight, scale)
+        return total, out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, passed: Tensor | None, out_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, scale = ctx.saved_tensors
         wide = scale.dtype
+        if out_grad is None:
+            return passed, passed if ctx.needs_input_grad[1] else None, None, None, None, None
         factor = weight.to(wide) + 1.0 if ctx.gemma else weight.to(wide)
         if ctx.compile:
-            dx, dw = compiled(norm_backward)(grads[0], x, factor, scale)
-            return dx, dw.to(weight.dtype), None, None, None
-        dx = torch.empty_like(x)
-        dw = torch.zeros_like(factor) if ctx.needs_input_grad[1] else None
-        for rows in _blocks(x):
-            grad, rms = grads[0][rows].to(wide), scale[rows]
-            normed = x[rows].to(wide) * rms
-            if dw is not None:
-                dw += (grad * normed).sum(0)
-            grad = grad * factor
-            dx[rows] = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * rms
-        return dx, None if dw is None else dw.to(weight.dtype), None, None, None
+            dx, dw = compiled(norm_backward)(out_grad, x, factor, scale, passed)
+        else:
+            dx = torch.empty_like(x)
+            dw = torch.zeros_like(factor) if ctx.needs_input_grad[2] else None
+            for rows in _blocks(x):
+                grad, rms = out_grad[rows].to(wide), scale[rows]
+                normed = x[rows].to(wide) * rms
+                if dw is not None:
+                    dw += (grad * normed).sum(0)
+                grad = grad * factor
+                grad = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * rms
+                dx[rows] = grad if passed is None else grad + passed[rows]
+        if ctx.main is not None and dw is not None:
+            ctx.main.add_(dw)
+            dw = None
+        d_addend = dx if ctx.needs_input_grad[1] else None
+        return dx, d_addend, None if dw is None else dw.to(weight.dtype), None, None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

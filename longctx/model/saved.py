@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,36 +85,40 @@ def _nothing(op: Any, args: tuple[Any, ...]) -> bool:
 SAVE_EVERYTHING = SavePolicy(None, None, 0)
 
 
-def selective_checkpoint(
-    keep: Chooser | None, store: HostStore | None, function: Callable[..., Tensor], *args: Any
-) -> Tensor:
-    """Call `function(*args)` and recompute it in the backward pass, but save the outputs of the chosen operators.
-
-    keep: chooses the operators. Only tensors given directly as arguments pass through saved-tensor hooks; tensors
-    inside tuples stay where they are. keep=None calls the function without a checkpoint.
-    """
-    if keep is None or not torch.is_grad_enabled():
-        return function(*args)
-
-    def contexts() -> tuple[Any, Any]:
-        if keep is _nothing:
-            return contextlib.nullcontext(), contextlib.nullcontext()
-        kept: deque[Any] = deque()
-        return _SaveOutputs(keep, kept, store), _ReplayOutputs(keep, kept, store)
-
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
-
-
-class Repetition:
+class Repetition(contextlib.AbstractContextManager["Repetition", None]):
     """The context in which a checkpointed function runs again; `running` tells the function that it does."""
 
     running = False
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Repetition:
         self.running = True
+        return self
 
     def __exit__(self, *error: object) -> None:
         self.running = False
+
+
+def selective_checkpoint(
+    keep: Chooser | None, store: HostStore | None, function: Callable[..., Any], *args: Any
+) -> Any:
+    """Call `function(*args, repetition)` and recompute it in the backward pass, but save what chosen operators return.
+
+    keep: chooses the operators. Only tensors given directly as arguments pass through saved-tensor hooks; tensors
+    inside tuples stay where they are. keep=None calls the function without a checkpoint. The recomputation ends with
+    the last tensor that the function saves.
+    """
+    repetition = Repetition()
+    if keep is None or not torch.is_grad_enabled():
+        return function(*args, repetition)
+
+    def contexts() -> tuple[Any, Any]:
+        if keep is _nothing:
+            return contextlib.nullcontext(), repetition
+        kept: deque[Any] = deque()
+        return _SaveOutputs(keep, kept, store), _entered(repetition, _ReplayOutputs(keep, kept, store))
+
+    options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(function, *args, repetition, context_fn=contexts, **options)
 
 
 def full_checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
@@ -122,11 +126,16 @@ def full_checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
 
     The function may hold further checkpoints; the recomputation ends with the last argument that they save.
     """
-    repetition = Repetition()
-    if not torch.is_grad_enabled():
-        return function(*args, repetition)
-    options: Any = {"use_reentrant": False, "preserve_rng_state": False}
-    return checkpoint(function, *args, repetition, context_fn=lambda: (contextlib.nullcontext(), repetition), **options)
+    return selective_checkpoint(_nothing, None, function, *args)
+
+
+@contextlib.contextmanager
+def _entered(*contexts: Any) -> Iterator[None]:
+    """Several contexts as one."""
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 class _SaveOutputs(TorchDispatchMode):

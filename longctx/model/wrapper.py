@@ -11,6 +11,7 @@ from __future__ import annotations
 from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +76,7 @@ class LossModel(nn.Module):
         weights: Tensor | None = None,
         layout: Layout | None = None,
         *,
-        labelled: Tensor | None = None,
+        labelled: np.ndarray | None = None,
         per_token: bool = False,
         logits_at: Tensor | None = None,
     ) -> LossOutput:
@@ -84,8 +85,8 @@ class LossModel(nn.Module):
         input_ids, labels and weights are [B, S], positions [B, S] or [S]. labels are shifted already (labels[i] follows
         input_ids[i]), with -100 for tokens without a label. weights=None gives every label the weight 1. layout: this
         rank's attention layout, or None for one process and one document. labelled: indices into B * S of the tokens
-        with a label, in order; without them the host waits until a GPU has come to the loss. logits_at: indices into
-        B * S whose logits [n, V] are returned, for evaluation.
+        with a label, in order, on the host, which waits without them until a GPU has come to the loss. logits_at:
+        indices into B * S whose logits [n, V] are returned, for evaluation.
         """
         head = causal_lm_of(self.model).get_output_embeddings()
         hidden = self.hidden(input_ids, positions, layout).flatten(0, 1)

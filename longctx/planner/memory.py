@@ -200,8 +200,9 @@ def stage_memory(
     sizes = blocks_of(memory, device)
     block = min(sizes.ffn_block or tokens, tokens)
     wide_block, weight = block * shape.ffn * b, shape.hidden * shape.ffn * b
-    feed_forward = 3 * tokens * shape.hidden * b + max(6 * wide_block, 3 * wide_block + 2 * weight)
-    feed_forward += 3 * weight if block < tokens else 0  # what the blocks before gave to the gradients of three weights
+    main = not zero and b < 4  # engine=ddp's fp32 accumulators of gradients
+    made, before = _block_gradients(weight, b, main, block < tokens, device)
+    feed_forward = 3 * tokens * shape.hidden * b + max(6 * wide_block, 3 * wide_block + made) + before
     return Memory(
         weights=copy + gathered if offload_parameters else weights + copy + gathered,
         gradients=owned.gradients,
@@ -209,22 +210,38 @@ def stage_memory(
         saved=min(saved, near) if offload_saved else saved,
         working=float(max(tokens * at_work, feed_forward)),
         ring=ring,
-        loss=_loss(shape, b, tokens, sizes.loss_chunk, head_trained, device),
+        loss=_loss(shape, b, tokens, sizes.loss_chunk, head_trained, device, main),
         update=owned.staged,
         host=owned.host + weights * offload_parameters + saved * offload_saved,
     )
 
 
-def _loss(shape: Shape, b: int, tokens: int, chunk: int, head_trained: bool, device: str) -> float:
+def _block_gradients(weight: int, b: int, main: bool, blocks: bool, device: str) -> tuple[float, float]:
+    """Bytes of gradients that a feed-forward block makes at one time, and of what the blocks before it gave.
+
+    weight: bytes of one of three weights, b of an element. Products add to an accumulator (main) or, in several blocks
+    of narrow weights, to fp32 sums, of which the last block makes narrow copies (longctx.model.products); only a CPU
+    makes the product first.
+    """
+    product = weight if device == "cpu" else 0
+    if main:
+        return product, 0
+    if blocks and b < 4:
+        return product, 3 * weight * 4 / b + weight
+    return 2 * weight, 3 * weight if blocks else 0
+
+
+def _loss(shape: Shape, b: int, tokens: int, chunk: int, head_trained: bool, device: str, main: bool) -> float:
     """Bytes of longctx.model.loss: logits as the product gives them and wide, the head's gradient, hidden states.
 
-    The gradient's sum is wide. Its copy in b bytes comes after the logits, and on a CPU also a product before each sum.
+    The gradient's sum is wide. Unless it is added to an accumulator (main), a copy in b bytes comes after the logits.
+    On a CPU there is also a product before each sum.
     """
     wide = max(4, b)
     narrow = b if b < wide else 0
     logits = min(chunk, tokens) * shape.vocab * (wide + narrow)
     head = shape.vocab * shape.hidden * head_trained
-    most = head * wide + max(logits + (head * narrow if device == "cpu" else 0), head * narrow)
+    most = head * wide + max(logits + (head * narrow if device == "cpu" else 0), 0 if main else head * narrow)
     return float(most + 3 * tokens * shape.hidden * b)
 
 

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from longctx.model.host import to_device
+
 IGNORED = -100
 
 
@@ -24,8 +26,8 @@ IGNORED = -100
 class MicroBatch:
     """The input of one forward and backward pass on this rank.
 
-    inputs: the arguments of LossModel.forward; labelled is among them, since the host knows which tokens have a label
-    and would wait for a device that tells.
+    inputs: the arguments of LossModel.forward; labelled is among them and stays on the host, since the host knows which
+    tokens have a label and would wait for a device that tells.
     weight: the sum of loss weights on this rank.
     tokens: this rank's tokens, without the layout's padding.
     pairs: query-key pairs of the whole rows, for the FLOP count.
@@ -46,11 +48,7 @@ class MicroBatch:
             return self
 
         def moved(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor):
-                return value
-            if device.type == "cuda":  # from pageable memory the host would wait for the device's queue to drain
-                value = value.pin_memory()
-            return value.to(device, non_blocking=True)
+            return to_device(value, device) if isinstance(value, torch.Tensor) else value
 
         return replace(self, inputs={key: moved(value) for key, value in self.inputs.items()}, tail=moved(self.tail))
 
@@ -77,7 +75,7 @@ def micro_batch(data: Any, indices: Sequence[int], context: Any, kind: str, *, t
     labels[weights == 0] = IGNORED
     arrays = {"input_ids": tokens, "labels": labels, "weights": weights}
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    labelled = torch.from_numpy(np.flatnonzero(labels != IGNORED))
+    labelled = np.flatnonzero(labels != IGNORED)
     inputs |= {"positions": layout.positions, "layout": layout, "labelled": labelled}
     late = torch.from_numpy(np.where(held % length >= length * 3 // 4, weights, np.float32(0))) if tail else None
     weight = float(weights.sum(dtype=np.float64))

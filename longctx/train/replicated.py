@@ -2,8 +2,9 @@
 
 For small models this is faster than bucketed DDP (one collective, no hooks). Unlike DDP it adds in the same order
 before and after a restart, so that a resumed run is bit-identical on any number of ranks. One process needs no
-wrapper and no collective. bfloat16 weights get fp32 masters and fp32 gradient accumulation. Masters and moments may lie
-in host memory, all or a share of them (longctx.train.offloaded); the results do not change.
+wrapper and no collective. bfloat16 weights get fp32 masters and an fp32 accumulator, `main_grad`, to which products add
+(longctx.model.products) and a hook adds what autograd has made. Masters and moments may lie in host memory, all or a
+share of them (longctx.train.offloaded); the results do not change.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class ReplicatedEngine:
             if parameter is master:
                 parameter.grad = view
             else:
+                parameter.main_grad = view  # pyright: ignore[reportAttributeAccessIssue]
                 parameter.register_post_accumulate_grad_hook(_widen_into(view))
             if off:
                 away.append(Offloaded(parameter, master, flat, optim.weight_decay if decays(parameter) else 0.0))
@@ -161,11 +163,11 @@ class ReplicatedEngine:
 
 
 def _widen_into(view: torch.Tensor) -> Any:
-    """A hook that adds a parameter's gradient to its wide accumulator and frees it."""
+    """A hook that adds the gradient that autograd has made, if any, to a parameter's wide accumulator and frees it."""
 
     def hook(parameter: torch.Tensor) -> None:
-        assert parameter.grad is not None
-        view.add_(parameter.grad)
-        parameter.grad = None
+        if parameter.grad is not None:
+            view.add_(parameter.grad)
+            parameter.grad = None
 
     return hook

@@ -114,7 +114,8 @@ CASES = {
 def test_a_step_holds_what_is_planned(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [1.0] * tensor.numel())
     monkeypatch.setattr(nn.Module, "to", lambda module, *_: module)  # it is there, and fake weights cannot be swapped
-    monkeypatch.setattr("longctx.model.loss.add_product", lambda total, a, b: None)  # a GPU adds within the product
+    for place in ("loss", "products"):  # a GPU adds within the product
+        monkeypatch.setattr(f"longctx.model.{place}.add_product", lambda total, a, b: None)
     spec, dials, seq_len = CASES[case]
     rest, peak = counted(spec, dials, seq_len)
     plan = stage_memory(

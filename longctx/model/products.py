@@ -1,0 +1,133 @@
+"""The matrix products of a decoder layer, whose gradients are added where they belong as they are computed.
+
+Several projections of one input add their gradients of that input in one tensor. Gradients of bfloat16 weights are
+summed in fp32, by the products themselves, because a sum in bfloat16 would lose digits with every block of tokens: over
+all blocks and micro-batches in a weight's `main_grad`, if its engine has given it one (Megatron-LM's name for such an
+accumulator; the weight then has no gradient of its own), or else over the blocks of one pass.
+
+Shapes: N rows (batch x tokens), E width of the input, F_i width of an output.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger("longctx.model")
+
+
+class BlockSums:
+    """The sums over `blocks` blocks of one pass of what each block gives to the gradients of narrow weights."""
+
+    def __init__(self, blocks: int) -> None:
+        self.blocks = blocks
+        self._sums: dict[int, tuple[int, Tensor]] = {}
+
+    def add(self, key: int, grad: Tensor, x: Tensor) -> Tensor | None:
+        """Add grad^T x [F, E] to the weight `key`'s sum; with the last block return it in x's dtype."""
+        seen, total = self._sums.pop(key, (0, None))
+        if total is None:
+            total = x.new_zeros(grad.shape[1], x.shape[1], dtype=torch.float32)
+        add_product(total, grad.t(), x)
+        if seen + 1 == self.blocks:
+            return total.to(x.dtype)
+        self._sums[key] = seen + 1, total
+        return None
+
+
+def project(x: Tensor, *modules: nn.Module, sums: BlockSums | None = None, compute: bool = True) -> tuple[Tensor, ...]:
+    """Apply several projections to x [..., E] -> [..., F_i] each.
+
+    Only plain nn.Linear modules are joined; any other (an adapter around one, a module with hooks) is called. sums: of
+    the blocks of which x is one. compute=False saves what the backward pass needs and leaves out the products; the
+    results are then empty.
+    """
+    if not all(map(_is_plain, modules)):
+        return tuple(module(x) for module in modules)
+    weights, biases = [module.weight for module in modules], [module.bias for module in modules]
+    outputs = _Projections.apply(x.reshape(-1, x.shape[-1]), len(modules), sums, compute, *weights, *biases)
+    return tuple(out.view(*x.shape[:-1], -1) for out in outputs) if compute else outputs
+
+
+def _is_plain(module: Any) -> bool:
+    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+class _Projections(torch.autograd.Function):
+    """Computes x W_i^T + b_i for each i."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, count: int, sums: BlockSums | None, compute: bool, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        weights: Any = parameters[:count]
+        biases = parameters[count:]
+        # A checkpoint hands back weights that are other objects, without attributes.
+        ctx.places = [(main_grad(weight), id(weight)) for weight in weights]
+        ctx.sums = sums if sums is not None and sums.blocks > 1 and x.element_size() < 4 else None
+        ctx.save_for_backward(x, *weights)
+        if not compute:
+            return tuple(x.new_empty(0) for _ in weights)
+        return tuple(
+            x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+            for weight, bias in zip(weights, biases, strict=True)
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        count = len(weights)
+        dx: Tensor | None = None
+        d_weights: list[Tensor | None] = [None] * count
+        d_biases: list[Tensor | None] = [None] * count
+        for place in reversed(range(count)):  # autograd's order, so that sums have its bits
+            grad = grads[place]
+            if ctx.needs_input_grad[0]:
+                dx = grad @ weights[place] if dx is None else add_input_gradient(dx, grad, weights[place])
+            if ctx.needs_input_grad[4 + place]:
+                main, key = ctx.places[place]
+                if main is not None:
+                    add_product(main, grad.t(), x)
+                else:
+                    d_weights[place] = grad.t() @ x if ctx.sums is None else ctx.sums.add(key, grad, x)
+            if ctx.needs_input_grad[4 + count + place]:
+                d_biases[place] = grad.sum(0)
+        return dx, None, None, None, *d_weights, *d_biases
+
+
+def main_grad(weight: Tensor) -> Tensor | None:
+    """The wide accumulator of a weight's gradient, if its engine has given it one."""
+    return getattr(weight, "main_grad", None)
+
+
+def add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
+    """Add grad @ weight to total, in place; on a GPU within the product, on a CPU with the bits of autograd's sum."""
+    return total.addmm_(grad, weight) if total.is_cuda else total.add_(grad @ weight)
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b to total, which may be wider; the product itself adds in fp32 where torch can (on a GPU)."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif _adds_inside(total.device, a.dtype):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += a @ b
+
+
+@lru_cache(maxsize=8)
+def _adds_inside(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch.addmm adds a product of `dtype` to an fp32 tensor on this device; tried once, on ones."""
+    if device.type != "cuda":
+        return False
+    total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
+    except RuntimeError as error:  # what torch raises where a device has no such product
+        log.warning("torch cannot add a product in fp32 here (%s); gradients of weights are added afterwards", error)
+        return False
+    return bool((total == 17).all())

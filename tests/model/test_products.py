@@ -1,0 +1,133 @@
+"""Products that share an input, and gradients that are added where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from longctx.config.model import MemoryConfig
+from longctx.model import LossModel, init_from
+from longctx.model.norms import TrainedNorm, train_norms
+from longctx.model.products import BlockSums, project
+from longctx.train.replicated import _widen_into
+from tests.model.conftest import sequence, tiny
+
+TOKENS = 1024
+
+
+def grads_of(outputs: tuple[Tensor, ...], x: Tensor, modules: nn.ModuleList) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    given = [torch.randn(out.shape, generator=generator).to(out.dtype) for out in outputs]
+    return list(torch.autograd.grad(outputs, [x, *modules.parameters()], given))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [False, True])
+def test_joined_projections_have_the_bits_of_separate_ones(dtype: torch.dtype, bias: bool) -> None:
+    modules = nn.ModuleList(nn.Linear(24, width, bias=bias, dtype=dtype) for width in (40, 16, 16))
+    x = torch.randn(2, 33, 24, dtype=dtype, requires_grad=True)
+    joined, separate = project(x, *modules), tuple(module(x) for module in modules)
+    assert all(map(torch.equal, joined, separate))
+    assert all(map(torch.equal, grads_of(joined, x, modules), grads_of(separate, x, modules)))
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_a_frozen_weight_gets_no_gradient_and_the_others_keep_theirs(frozen: int) -> None:
+    modules = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+    modules[frozen].requires_grad_(False)
+    x = torch.randn(5, 8, requires_grad=True)
+    for run in (project(x, *modules), tuple(module(x) for module in modules)):
+        sum(out.square().sum() for out in run).backward()  # type: ignore[union-attr]
+        found = [weight.grad for module in modules for weight in module.parameters()]
+        assert [grad is None for grad in found] == [place == frozen for place in range(3) for _ in range(2)]
+
+
+def test_a_module_that_is_more_than_its_product_is_called() -> None:
+    class Twice(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    hooked, x = nn.Linear(4, 4), torch.ones(3, 4)
+    hooked.register_forward_hook(lambda module, args, out: out + 1)
+    for module in (Twice(4, 4), hooked):
+        assert torch.equal(project(x, module)[0], module(x))
+
+
+def main_grads(model: nn.Module) -> dict[str, Tensor]:
+    """Give every weight an fp32 accumulator, as engine=ddp does."""
+    made = {}
+    for name, weight in model.named_parameters():
+        made[name] = weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
+        weight.register_post_accumulate_grad_hook(_widen_into(made[name]))
+    return made
+
+
+def step(dtype: torch.dtype, accumulated: bool, *, family: str = "llama", **memory: int | bool) -> dict[str, Tensor]:
+    """The gradients in fp64 of a model drawn in bfloat16, computed in `dtype`."""
+    hf = init_from(tiny(family, hidden=64, ffn=172, window=TOKENS), dtype="bfloat16").to(dtype)
+    model = LossModel(hf, MemoryConfig(**memory), z_loss=1e-3)  # type: ignore[arg-type]
+    made = main_grads(model) if accumulated else {}
+    ids, positions, labels = sequence(TOKENS)
+    (model(ids, positions, labels).loss_sum / TOKENS).backward()
+    assert not accumulated or all(weight.grad is None for weight in model.parameters())
+    return {name: made.get(name, weight.grad).double() for name, weight in model.named_parameters()}  # type: ignore[arg-type, union-attr]
+
+
+def errors(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """The mean relative L2 distance of feed-forward weights, of norms and of the head."""
+    groups: dict[str, Callable[[str], bool]] = {
+        "mlp": lambda name: "mlp" in name, "norm": lambda name: "post_attention" in name,
+        "head": lambda name: "lm_head" in name,
+    }  # fmt: skip
+    distance = {name: ((found[name] - exact[name]).norm() / exact[name].norm()).item() for name in exact}
+    means = {}
+    for group, holds in groups.items():
+        kept = [value for name, value in distance.items() if holds(name)]
+        means[group] = sum(kept) / len(kept)
+    return means
+
+
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_blocks_cost_bfloat16_gradients_no_digits(accumulated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = step(torch.float64, False)
+    whole, blocks = (errors(step(torch.bfloat16, accumulated, ffn_block=size), exact) for size in (0, 16))
+    assert blocks["mlp"] < (1.03 if accumulated else 1.05) * whole["mlp"]  # without, the sum is rounded too
+    monkeypatch.setattr(BlockSums, "add", lambda sums, key, grad, x: grad.t() @ x)  # autograd's sum of 64 blocks
+    narrow = errors(step(torch.bfloat16, False, ffn_block=16), exact)
+    assert narrow["mlp"] > 1.15 * blocks["mlp"]
+    if accumulated:
+        assert blocks["norm"] < 1.03 * whole["norm"] < narrow["norm"]
+        assert blocks["head"] < narrow["head"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "memory", [{"keep_matmuls": 1}, {"activation_checkpointing": False}, {"keep_attention": False}], ids=str
+)
+def test_accumulators_get_every_gradient_once(family: str, memory: dict[str, bool]) -> None:
+    """In fp32 the sum is autograd's, bit for bit where one block gives it; tied tables and biases are among them."""
+    ours = step(torch.float32, True, family=family, **memory)
+    theirs = step(torch.float32, False, family=family, **memory)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], rtol=1e-6, atol=1e-7 * float(theirs[name].abs().max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_the_norm_of_a_sum_has_the_bits_of_both_operators(family: str) -> None:
+    """Gradients of the sum, of its norm, and of both, each also without the other."""
+    model = init_from(tiny(family))
+    train_norms(model)
+    norm = next(module for module in model.modules() if isinstance(module, TrainedNorm))
+    x, y = (torch.randn(3, 7, 32, requires_grad=True) for _ in range(2))
+    joined, total = norm.of_sum(x, y), x + y
+    separate = (total, norm.forward(total))  # type: ignore[attr-defined]
+    assert all(map(torch.equal, joined, separate))
+    for first, second in ((1.0, 2.0), (1.0, 0.0), (0.0, 2.0)):
+        sums = [first * (a * a).sum() + second * (b**3).sum() for a, b in (joined, separate)]
+        ours, theirs = (torch.autograd.grad(value, [x, y], retain_graph=True) for value in sums)
+        assert all(map(torch.equal, ours, theirs))
+    (alone,) = torch.autograd.grad(norm.of_sum(x)[0].sum(), [x])
+    assert torch.equal(alone, torch.ones_like(x))
