@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from longctx.distributed.ranks import shared_card
 from tests.dist import parity
-from tests.dist.ranks import one_card, run_ranks
+from tests.dist.ranks import run_ranks
 from tests.gpu.nccl import check_bfloat16, check_lost_peer, check_many_steps, check_parity
 from tests.train.parity import Case, check
 
@@ -74,7 +75,7 @@ def lost(rank: int, world: int, case: str, store: str) -> None:
 
     import torch.distributed as dist
 
-    os.environ.update(one_card(rank))
+    os.environ.update(shared_card(rank))
     torch.cuda.set_device(0)
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=rank, world_size=world,
                             timeout=timedelta(seconds=20))  # fmt: skip
