@@ -282,7 +282,7 @@ PARTS = (
          _quickstart, _read_quickstart, ("datasets",)),
     Part("attention", "bench", "the executor beside the bare kernels, packed documents", 200, 30,
          _attention, _read_attention),
-    Part("rings", "bench", "the ring beside ring_flash_attn's zigzag on 4 NCCL ranks, same kernel", 120, 40,
+    Part("rings", "bench", "the ring beside ring_flash_attn's zigzag on 4 NCCL ranks, same kernel", 200, 60,
          _rings, _read_rings, ("ring_flash_attn",)),
     Part("step", "bench", "a step of 65,536 tokens beside transformers and liger-kernel", 120, 40,
          _step(65536), _read_step("step", 65536, judged=True)),
