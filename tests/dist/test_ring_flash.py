@@ -72,6 +72,16 @@ def test_layouts_that_hold_the_same_tokens(world: int) -> None:
             assert layouts[1].indices(rank).tolist() == whole.tolist()  # ring_flash_attn_func, llama3_flash_attn_...
 
 
+def test_the_package_calls_flash_attn_2_itself_where_that_is_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    interface = ring_flash._interface(KERNELS["reference"])
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, ring_flash.INTERFACE, interface)
+    called = {name: ring_flash.zigzag(KERNELS[name]).__globals__ for name in ("flash_attn_2", "reference")}
+    assert called["flash_attn_2"]["_flash_attn_forward"] is interface._flash_attn_forward
+    assert called["reference"]["_flash_attn_forward"] is not interface._flash_attn_forward
+    assert sys.modules[ring_flash.INTERFACE] is interface
+
+
 def test_the_package_itself_cannot_be_imported_beside_this_transformers() -> None:
     """If this fails, the package has become importable, and docs/attention.md and ring_flash.py can say so."""
     interface = ring_flash._interface(KERNELS["reference"])
