@@ -8,8 +8,8 @@
 #   bash launch/gpu_check.sh longest minutes=60    the longest full step of an 8B model; by name only
 #   bash launch/gpu_check.sh out=FOLDER minutes=10 ...
 #
-# It needs torch, transformers, pytest and longctx's own packages. What it lacks (a GPU, flash-attn, liger-kernel) is
-# skipped with the reason. FOLDER (runs/gpu_check) gets table.txt, table.json and the output of every part.
+# It needs torch, transformers, pytest and longctx's own packages. What it lacks (a GPU, flash-attn, liger-kernel,
+# ring-flash-attn) is skipped with the reason. FOLDER (runs/gpu_check) gets table.txt, table.json and the output of every part.
 # The exit status is 1 when a gate failed or a floor was missed, and 0 otherwise.
 set -u
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

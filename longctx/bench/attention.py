@@ -3,7 +3,7 @@
 On a CPU, a ring of two ranks with one thread each alternates with one process of two threads that runs torch SDPA on
 the same cores. On a GPU (attention_virtual.py), virtual ranks in one process are compared with the bare kernel. Both
 report the share of the matrix rate that is measured in the same run. Causal attention counts 2 S^2 Hq D flop forward
-and 2.5 times as much backward.
+and 2.5 times as much backward. attention_rings.py compares the ring with that of the package ring_flash_attn.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, cast
 
+from longctx.bench import attention_rings
 from longctx.bench.attention_case import AttentionCase, matrix_rate
 from longctx.bench.attention_virtual import measure
 from longctx.bench.attention_virtual import table as virtual_table
@@ -32,7 +33,9 @@ def run(config: BenchAttentionConfig) -> int:
 
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but this torch sees no CUDA device; leave device=auto or set device=cpu")
-    if config.device != "cpu" and torch.cuda.is_available():
+    if config.beside == "ring_flash_attn":
+        document = attention_rings.measure(config)
+    elif config.device != "cpu" and torch.cuda.is_available():
         document = measure(config, "cuda")
     else:
         document = measure_cpu(config)
@@ -172,6 +175,8 @@ def _cpu_name() -> str:
 def _table(document: dict[str, Any]) -> Any:
     from rich.table import Table
 
+    if document.get("beside") == "ring_flash_attn":
+        return attention_rings.table(document)
     if document["device"] != "cpu":
         return virtual_table(document)
     from rich.box import SIMPLE

@@ -143,7 +143,15 @@ def machine() -> dict[str, Any]:
     if torch.cuda.is_available():
         versions["cudnn"] = str(torch.backends.cudnn.version())
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
-    for name in ("transformers", "deepspeed", "triton", "flash-attn", "flash-attn-4", "liger-kernel"):
+    for name in (
+        "transformers",
+        "deepspeed",
+        "triton",
+        "flash-attn",
+        "flash-attn-4",
+        "liger-kernel",
+        "ring-flash-attn",
+    ):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -159,6 +159,32 @@ def _read_packed(found: list[dict[str, Any]]) -> list[Row]:
     return rows
 
 
+def _rings(folder: Path) -> list[str]:
+    return [
+        sys.executable, "-m", "longctx.cli", "bench", "attention", "beside=ring_flash_attn", "ranks=4",
+        "lengths=[16k,64k]", "heads=32", "kv_heads=8", "head_dim=128", "repeats=3", f"out={folder}", "format=json",
+    ]  # fmt: skip
+
+
+def _read_rings(folder: Path) -> list[Row]:
+    document = json.loads((folder / "attention.json").read_text())
+    rows: list[Row] = []
+    for found in document["rows"]:
+        name = f"{document['ranks']} NCCL ranks, {found['length']:,} tokens ({found['backend']})"
+        theirs, judged = found["gflops"]["ring_flash_attn"] / 1e3, found["length"] >= 65536
+        parts = found["difference"]
+        worst = max(parts, key=lambda name: parts[name]["rms"] if parts[name]["rms"] >= 0 else float("inf"))  # NaN
+        ours, package = (found["sent"][side]["bytes"] / 2**20 for side in ("longctx", "ring_flash_attn"))
+        rows += [
+            Row("rings", f"speed beside ring_flash_attn, {name}", found["ratio"], "x", "1" if judged else "",
+                f"{theirs:.4g} TFLOP/s", found["ratio"] >= 1 if judged else None,
+                note=f"a rank sends {ours:.0f} MiB, theirs {package:.0f} MiB"),
+            Row("rings", f"difference from ring_flash_attn, {name}", parts[worst]["rms"], "of the RMS", "at most 0.02",
+                holds=parts[worst]["rms"] <= 0.02, note=f"{worst}; largest {parts[worst]['largest']:.2g}"),
+        ]  # fmt: skip
+    return rows
+
+
 def _step(length: int, only: str = "", fused: str = "auto") -> Callable[[Path], list[str]]:
     def command(folder: Path) -> list[str]:
         words = [sys.executable, "-m", "longctx.cli", "bench", "step", f"seq_len={length}", "pairs=1", "format=json"]
@@ -256,6 +282,8 @@ PARTS = (
          _quickstart, _read_quickstart, ("datasets",)),
     Part("attention", "bench", "the executor beside the bare kernels, packed documents", 200, 30,
          _attention, _read_attention),
+    Part("rings", "bench", "the ring beside ring_flash_attn's zigzag on 4 NCCL ranks, same kernel", 200, 60,
+         _rings, _read_rings, ("ring_flash_attn",)),
     Part("step", "bench", "a step of 65,536 tokens beside transformers and liger-kernel", 120, 40,
          _step(65536), _read_step("step", 65536, judged=True)),
     Part("step_liger", "bench", "ours with liger-kernel's operators (memory.fused=liger)", 90, 40,

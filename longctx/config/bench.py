@@ -18,7 +18,7 @@ Few = Annotated[int, Field(ge=1, le=99)]
 
 @schema
 class BenchAttentionConfig:
-    """One ring of single-thread ranks beside SDPA (CPU), or virtual ranks beside the bare kernel (GPU)."""
+    """One ring of single-thread ranks beside SDPA (CPU), virtual ranks beside the bare kernel (GPU), or two rings."""
 
     lengths: list[Length] = field(default_factory=lambda: [8192, 16384])  #: tokens of the whole sequence
     heads: Positive = 8  #: query heads
@@ -26,13 +26,17 @@ class BenchAttentionConfig:
     head_dim: Positive = 64  #: width of a head
     batch: Positive = 1  #: sequences
     device: Literal["auto", "cpu", "cuda"] = "auto"  #: what is measured; auto: a GPU where there is one
-    #: auto: float32 on a CPU, bfloat16 on a GPU
+    #: the device's own attention, or the zigzag ring of the package ring_flash_attn on the same ranks and kernel
+    beside: Literal["device", "ring_flash_attn"] = "device"
+    #: auto: float32 on a CPU, bfloat16 on a GPU and beside ring_flash_attn
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], AsDtype] = "auto"
-    ranks: Positive = 2  #: CPU: ranks of the ring, and SDPA's threads
+    #: CPU: ranks of the ring, and SDPA's threads; beside ring_flash_attn: ranks of both rings, which may share a GPU
+    ranks: Positive = 2
     virtual_ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  #: GPU
     #: GPU: packed cases, each with so many documents of uneven lengths, for kernels that take many in one call
     documents: list[Annotated[int, Field(ge=2)]] = field(default_factory=lambda: [64, 512])
-    backends: list[Text] = field(default_factory=list)  #: GPU: kernels by name; []: all that can serve
+    #: GPU: kernels by name; []: all that can serve, beside ring_flash_attn flash_attn_2 and the first that can serve
+    backends: list[Text] = field(default_factory=list)
     repeats: Positive = 5  #: timed calls; the median counts
     out: str = ""  #: a folder for attention.json; empty: none
     format: Format = "text"  #: of what is printed

@@ -150,6 +150,14 @@ def check_shared_devices(local_world: int, devices: int) -> None:
     )
 
 
+def shared_card(rank: int) -> dict[str, str]:
+    """The environment in which NCCL takes several ranks on one card, as launch/one_gpu.sh sets it."""
+    return {
+        "NCCL_HOSTID": f"longctx-rank-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_IB_DISABLE": "1", "NCCL_NVLS_ENABLE": "0", "GLOO_SOCKET_IFNAME": "lo",
+    }  # fmt: skip
+
+
 def start(device: str = "auto", timeout_seconds: float = 1800.0, *, meeting_seconds: float = MEETING_SECONDS) -> Ranks:
     """Join the other ranks (unless joined already) and return this rank's view of the world.
 

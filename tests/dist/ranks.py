@@ -95,21 +95,17 @@ def _next(results: Any, processes: Sequence[Any], timeout: float, leaves: int) -
     raise AssertionError(f"no rank reported within {timeout} s")
 
 
-def one_card(rank: int) -> dict[str, str]:
-    """The environment in which NCCL takes several ranks on one card, as launch/one_gpu.sh sets it."""
-    return {"NCCL_HOSTID": f"longctx-rank-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo",
-            "NCCL_IB_DISABLE": "1", "NCCL_NVLS_ENABLE": "0", "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
-
-
 def _rank(
     rank: int, world: int, body: Callable, cases: list, store: str, results: Any, leaves: int, nccl: bool
 ) -> None:
     import torch
     import torch.distributed as dist
 
+    from longctx.distributed.ranks import shared_card
+
     torch.set_num_threads(1)
     if nccl:
-        os.environ.update(one_card(rank))
+        os.environ.update(shared_card(rank))
         torch.cuda.set_device(0)
     found = []
     dist.init_process_group(

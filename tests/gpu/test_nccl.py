@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from longctx.bench import ring_flash
+from longctx.distributed.ranks import shared_card
 from tests.dist import parity
-from tests.dist.ranks import one_card, run_ranks
+from tests.dist.ranks import run_ranks
+from tests.dist.ring_flash import Heads
+from tests.dist.ring_flash import check_parity as check_both_rings
 from tests.gpu.nccl import check_bfloat16, check_lost_peer, check_many_steps, check_parity
 from tests.train.parity import Case, check
 
@@ -31,6 +35,13 @@ def test_every_schedule_equals_dense_attention(tmp_path: Path, world: int) -> No
 def test_bfloat16_errs_as_one_kernel_does(tmp_path: Path, world: int) -> None:
     cases = [case._replace(kind="zigzag", seq_len=2048, documents=None) for case in schedules(world)]
     assert not run_ranks(world, check_bfloat16, cases, tmp_path / "store", timeout=150, nccl=True)
+
+
+@pytest.mark.skipif(ring_flash.missing() is not None, reason=str(ring_flash.missing()))
+@pytest.mark.parametrize("world", [2, 4])
+def test_ring_flash_attn_gives_the_same_on_the_same_ranks(tmp_path: Path, world: int) -> None:
+    cases = [Heads(8, kv, "reference", "cuda") for kv in (8, 2)]
+    assert not run_ranks(world, check_both_rings, cases, tmp_path / "store", timeout=150, nccl=True)
 
 
 ENGINES = {
@@ -74,7 +85,7 @@ def lost(rank: int, world: int, case: str, store: str) -> None:
 
     import torch.distributed as dist
 
-    os.environ.update(one_card(rank))
+    os.environ.update(shared_card(rank))
     torch.cuda.set_device(0)
     dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=rank, world_size=world,
                             timeout=timedelta(seconds=20))  # fmt: skip
