@@ -430,6 +430,8 @@ def test_options_that_contradict_each_other_are_refused():
         longctx.prepare(plain, activation_checkpointing=False, offload_activations=True)
     with pytest.raises(UserError, match="loss_chunk=0 must be 1 or more"):
         longctx.prepare(plain, loss_chunk=0)
+    with pytest.raises(UserError, match=r"fused='fast' is not one of 'auto', 'off' or 'liger'"):
+        longctx.prepare(plain, fused="fast")  # type: ignore[arg-type]
 
 
 def test_a_family_that_is_not_trained_is_named():

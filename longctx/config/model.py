@@ -14,7 +14,7 @@ Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float64"], AsDtype]
 # In order of preference; longctx.attention.kernels holds the kernels themselves.
 KernelName = Literal["flash_attn_3", "flash_attn_4", "cudnn", "flash_attn_2", "torch_flash", "torch_cpu", "reference"]
 Precision = Annotated[Literal["float32", "float64"], AsDtype]
-Fused = Literal["auto", "off", "liger", "compile"]
+Fused = Literal["auto", "off", "liger"]
 Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma"]
 
 
@@ -36,8 +36,8 @@ class MemoryConfig:
         "auto"  #: tokens whose logits exist at once; auto: 512 on a CPU, 4096 on a GPU
     )
     offload_activations: bool = False  #: keep the saved tensors in host memory
-    #: who computes norms, rotation, gated activation and softmax on a GPU: torch's operators (off), liger-kernel, or
-    #: torch.compile; auto: off, until one of them has been measured to be faster (docs/benchmarks.md)
+    #: who computes norms, rotation, gated activation and softmax on a GPU: liger-kernel, or torch's operators (off);
+    #: auto: liger-kernel where it is installed and agrees with torch's operators on the device
     fused: Fused = "auto"
 
     def __post_init__(self) -> None:

@@ -23,6 +23,7 @@ def prepare(
     ffn_block: int | Literal["auto"] = "auto",
     loss_chunk: int | Literal["auto"] = "auto",
     offload_activations: bool = False,
+    fused: Literal["auto", "off", "liger"] = "auto",
     z_loss: float = 0.0,
 ) -> LossModel:
     """Make a transformers model ready for long sequences: exact attention over ranks, and a loss in little memory.
@@ -36,8 +37,11 @@ def prepare(
     keeps everything. keep_attention: False recomputes a layer from its input alone. keep_matmuls: last layers that also
     keep their matrix products. ffn_block: tokens that go through the feed-forward at once; 0 is all. loss_chunk: tokens
     whose logits exist at once. "auto" takes 2048 and 512 on a CPU, 8192 and 4096 on a GPU. offload_activations: keep
-    saved tensors in host memory. z_loss: factor of lse^2 (PaLM, arXiv 2204.02311). Only z_loss changes a result;
-    docs/memory.md has the bytes. Blockwise feed-forward: arXiv 2310.01889.
+    saved tensors in host memory. fused: on a GPU, liger-kernel's operators where they are installed and agree with
+    torch's; "off" takes torch's. z_loss: factor of lse^2 (PaLM, arXiv 2204.02311). Only z_loss changes a result, and
+    fused its rounding; docs/memory.md has the bytes. Blockwise feed-forward: arXiv 2310.01889.
+
+    A weight with a tensor `main_grad` of its shape (Megatron-LM's fp32 accumulator) has its gradient added there.
 
     Raises UserError for a family that longctx does not train, sliding windows, soft-capping and quantized weights, and
     for options that contradict each other.
@@ -61,6 +65,7 @@ def prepare(
         "ffn_block": ffn_block,
         "loss_chunk": loss_chunk,
         "offload_activations": offload_activations,
+        "fused": fused,
     }
     return LossModel(model, build(MemoryConfig, values, origin="prepare"), z_loss=z_loss)
 

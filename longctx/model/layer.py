@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from longctx.attention.interface import attend
-from longctx.config.model import Fused, MemoryConfig
+from longctx.config.model import MemoryConfig
 from longctx.model.architectures import backbone_of, check_layers
-from longctx.model.fused import check_installed, feed_forward
+from longctx.model.feed_forward import feed_forward
+from longctx.model.fused import Operators
 from longctx.model.norms import TrainedNorm, train_norms
 from longctx.model.offload import HostStore
 from longctx.model.products import BlockSums, project
@@ -39,7 +40,7 @@ class TrainedLayer:
     """
 
     save_policy: SavePolicy = SAVE_EVERYTHING
-    fused: Fused = "auto"
+    operators: Operators = "torch"
 
     def forward(
         self,
@@ -87,7 +88,9 @@ def _attend(
     q, k, v = (product.unflatten(-1, (-1, module.head_dim)) for product in products)
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
-    q, k = rotate(layer.fused, q, k, *turn)
+    if layer.operators == "liger" and layer.save_policy.keeps_products and not hasattr(module, "q_norm"):
+        q, k = q.clone(), k.clone()  # the kept products, which the rotation would overwrite
+    q, k = rotate(layer.operators, q, k, *turn)
     dropout = module.attention_dropout if module.training else 0.0
     window = getattr(module, "sliding_window", None)
     out, _ = attend(
@@ -104,7 +107,7 @@ def _finish(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, repetition: Rep
     """
     (projected,) = project(out, layer.self_attn.o_proj, sums=sums)
     hidden, normed = layer.post_attention_layernorm.of_sum(x, projected)
-    made = feed_forward(layer.fused, layer.mlp, normed, sums, compute=not repetition.running)
+    made = feed_forward(layer.operators, layer.mlp, normed, sums, compute=not repetition.running)
     return made if repetition.running else hidden + made
 
 
@@ -113,10 +116,9 @@ def _skip(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, repetition: Repet
     return x
 
 
-def train_layers(model: nn.Module, fused: Fused = "auto") -> None:
+def train_layers(model: nn.Module) -> None:
     """Make every decoder layer of `model` a TrainedLayer and every norm a TrainedNorm, in place.
 
-    fused: the candidate for element-wise work on a GPU (longctx.model.fused).
     Only their classes change; the modules and the names of their parameters do not.
     """
     check_layers(model)
@@ -124,10 +126,13 @@ def train_layers(model: nn.Module, fused: Fused = "auto") -> None:
         if not isinstance(layer, TrainedLayer):
             layer.__class__ = _trained(type(layer))
     train_norms(model)
-    check_installed(fused)
+
+
+def set_operators(model: nn.Module, operators: Operators) -> None:
+    """Say whose operators do the element-wise work of every TrainedLayer and TrainedNorm."""
     for module in model.modules():
         if isinstance(module, TrainedLayer | TrainedNorm):
-            module.fused = fused
+            module.operators = operators
 
 
 def set_save_policies(

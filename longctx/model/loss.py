@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from longctx.config.model import Fused
-from longctx.model.fused import chosen, softmax_loss
+from longctx.model.fused import Operators, liger_loss
 from longctx.model.host import to_device
 from longctx.model.products import add_product, main_grad
 
@@ -38,7 +37,7 @@ class TokenLosses(NamedTuple):
 
 def token_losses(
     hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor, *, chunk: int, z_loss: float = 0.0,
-    labelled: np.ndarray | None = None, fused: Fused = "auto",
+    labelled: np.ndarray | None = None, operators: Operators = "torch",
 ) -> TokenLosses:  # fmt: skip
     """The weighted loss of `head`'s logits at every labelled token.
 
@@ -52,8 +51,8 @@ def token_losses(
     if type(head) is nn.Linear:
         rows = (labels != IGNORED).nonzero().squeeze(-1).cpu().numpy() if labelled is None else labelled
         needed = torch.is_grad_enabled()
-        candidate = chosen(fused, hidden) if needed and head.bias is None else "off"
-        options = (_chunks(rows, chunk, hidden.device), z_loss, needed, candidate)
+        liger = operators == "liger" and needed and head.bias is None
+        options = (_chunks(rows, chunk, hidden.device), z_loss, needed, liger)
         total, nll, z_total = _LinearLoss.apply(hidden, head.weight, head.bias, labels, weights, *options)
         return TokenLosses(total, nll, z_total)
     return _called_loss(hidden, head, labels, weights, chunk, z_loss)
@@ -67,7 +66,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor,
-        chunks: list[slice | Tensor], z_loss: float, needed: bool, candidate: str,
+        chunks: list[slice | Tensor], z_loss: float, needed: bool, liger: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         acc = _accumulator(hidden.dtype)
         wants = [needed and flag for flag in ctx.needs_input_grad[:3]]
@@ -80,10 +79,10 @@ class _LinearLoss(torch.autograd.Function):
         for rows in chunks:
             part, label, w = hidden[rows], labels[rows], weights[rows]
             logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
-            if candidate != "off":
-                nll[rows], squared, gradient = softmax_loss(candidate, logits, label, z_loss)
+            if liger:
+                nll[rows], squared = liger_loss(logits, label, z_loss)
                 lse[rows] = squared.sqrt()
-                _add_gradients(d_hidden, d_weight, rows, gradient, part, weight, w[:, None])
+                _add_gradients(d_hidden, d_weight, rows, logits, part, weight, w[:, None])
                 continue
             logits = (logits if bias is None else logits.add_(bias)).to(acc)
             top = logits.amax(-1, keepdim=True)

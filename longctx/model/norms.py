@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longctx.config.model import Fused
-from longctx.model.fused import chosen, compiled, liger_norm, norm_backward, norm_forward, sum_norm_forward
+from longctx.model.fused import LigerNorm, Operators
 from longctx.model.products import main_grad
 
 _ROWS = 1024  # of a block on a CPU, whose caches hold it
@@ -25,10 +24,20 @@ _ELEMENTS = 1 << 26  # of a block on a GPU: few launches, and fp32 temporaries o
 class TrainedNorm:
     """The forward that `train_norms` mixes into an architecture's RMSNorm; same values, fewer saved tensors.
 
-    fused: the candidate on a GPU (longctx.model.fused).
+    operators: whose code runs (longctx.model.fused).
     """
 
-    fused: Fused = "auto"
+    operators: Operators = "torch"
+
+    @property
+    def gemma(self) -> bool:
+        """Whether the weight is an offset from 1, as Gemma's is."""
+        return type(self).__name__.startswith("TrainedGemma")
+
+    @property
+    def epsilon(self) -> float:
+        module: Any = self
+        return module.eps if self.gemma else module.variance_epsilon
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return self.of_sum(hidden_states)[1]
@@ -38,39 +47,41 @@ class TrainedNorm:
 
         A residual stream that goes on from the first of the two has its gradient added by the norm's backward pass.
         """
-        module: Any = self
-        gemma = type(self).__name__.startswith("TrainedGemma")
-        eps = module.eps if gemma else module.variance_epsilon
         flat = x.reshape(-1, x.shape[-1])
         other = None if addend is None else addend.reshape(flat.shape)
-        candidate = chosen(self.fused, flat)
-        if candidate == "liger":
-            total, normed = liger_norm(flat, other, module.weight, eps, gemma)
-        else:
-            total, normed = _RmsNorm.apply(flat, other, module.weight, eps, gemma, candidate == "compile")
+        weight: Any = self.weight  # type: ignore[attr-defined]
+        total, normed = norm_of_sum(self.operators, flat, other, weight, self.epsilon, self.gemma)
         return total.view(x.shape), normed.view(x.shape)
 
 
+def norm_of_sum(
+    operators: Operators, x: Tensor, addend: Tensor | None, weight: Tensor, eps: float, gemma: bool
+) -> tuple[Tensor, Tensor]:
+    """s = x + addend (or x) [N, E] and y = s / rms(s) * w (Zhang & Sennrich 1910.07467, eq. 4).
+
+    gemma: y = s / rms(s) * (1 + w), rounded after the product.
+    """
+    return (LigerNorm if operators == "liger" else _RmsNorm).apply(x, addend, weight, eps, gemma)
+
+
 class _RmsNorm(torch.autograd.Function):
-    """Computes s = x + addend, y = s / rms(s) * w (Zhang & Sennrich 1910.07467, eq. 4); Gemma multiplies by 1 + w."""
+    """norm_of_sum by torch's operators, in blocks of rows."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, addend: Tensor | None, weight: Tensor, eps: float, gemma: bool, compile: bool
+        ctx: Any, x: Tensor, addend: Tensor | None, weight: Tensor, eps: float, gemma: bool
     ) -> tuple[Tensor, Tensor]:
         wide = _wide(x.dtype)
-        ctx.gemma, ctx.compile, ctx.main = gemma, compile, main_grad(weight)
+        ctx.gemma, ctx.main = gemma, main_grad(weight)
         ctx.set_materialize_grads(False)
-        if compile and addend is not None:
-            total, out, scale = compiled(sum_norm_forward)(x, addend, weight, eps, gemma, wide)
-        elif compile:
-            total, (out, scale) = x, compiled(norm_forward)(x, weight, eps, gemma, wide)
-        else:
-            total = x if addend is None else x + addend
-            out = torch.empty_like(total)
-            scale = torch.empty(len(x), 1, dtype=wide, device=x.device)
-            for rows in _blocks(x):
-                out[rows], scale[rows] = norm_forward(total[rows], weight, eps, gemma, wide)
+        total = x if addend is None else x + addend
+        out = torch.empty_like(total)
+        scale = torch.empty(len(x), 1, dtype=wide, device=x.device)
+        for rows in _blocks(x):
+            part = total[rows].to(wide)
+            scale[rows] = torch.rsqrt(part.square().mean(-1, keepdim=True) + eps)
+            normed = part * scale[rows]
+            out[rows] = normed * (1.0 + weight.to(wide)) if gemma else weight * normed.to(x.dtype)
         ctx.save_for_backward(total, weight, scale)
         return total, out
 
@@ -79,26 +90,22 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         wide = scale.dtype
         if out_grad is None:
-            return passed, passed if ctx.needs_input_grad[1] else None, None, None, None, None
+            return passed, passed if ctx.needs_input_grad[1] else None, None, None, None
         factor = weight.to(wide) + 1.0 if ctx.gemma else weight.to(wide)
-        if ctx.compile:
-            dx, dw = compiled(norm_backward)(out_grad, x, factor, scale, passed)
-        else:
-            dx = torch.empty_like(x)
-            dw = torch.zeros_like(factor) if ctx.needs_input_grad[2] else None
-            for rows in _blocks(x):
-                grad, rms = out_grad[rows].to(wide), scale[rows]
-                normed = x[rows].to(wide) * rms
-                if dw is not None:
-                    dw += (grad * normed).sum(0)
-                grad = grad * factor
-                grad = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * rms
-                dx[rows] = grad if passed is None else grad + passed[rows]
-        if ctx.main is not None and dw is not None:
+        dx = torch.empty_like(x)
+        dw = torch.zeros_like(factor) if ctx.needs_input_grad[2] else None
+        for rows in _blocks(x):
+            grad, rms = out_grad[rows].to(wide), scale[rows]
+            normed = x[rows].to(wide) * rms
+            if dw is not None:
+                dw += (grad * normed).sum(0)
+            grad = grad * factor
+            grad = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * rms
+            dx[rows] = grad if passed is None else grad + passed[rows]
+        if dw is not None and ctx.main is not None:
             ctx.main.add_(dw)
             dw = None
-        d_addend = dx if ctx.needs_input_grad[1] else None
-        return dx, d_addend, None if dw is None else dw.to(weight.dtype), None, None, None
+        return dx, dx if ctx.needs_input_grad[1] else None, None if dw is None else dw.to(weight.dtype), None, None
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from longctx.config.model import Fused, Precision
+from longctx.config.model import Precision
 from longctx.errors import UserError
-from longctx.model.fused import chosen, compiled, liger_rotate
+from longctx.model.fused import Operators, liger_rotate
 from longctx.rope import attention_factor, inv_freq, rope_of
 
 # transformers evaluates theta^(2i/d) in fp32, a few units in the last place from the exact value.
@@ -127,32 +127,21 @@ class Rotate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, compile: bool = False) -> Tensor:
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        ctx.turn = compiled(_turned) if compile else _turn
-        if compile:  # in x's own order, which the result shall keep
-            return ctx.turn(x, cos.unsqueeze(2), sin.unsqueeze(2)).transpose(1, 2)
         return _turn(x.transpose(1, 2), cos.unsqueeze(1), sin.unsqueeze(1))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        turned = ctx.turn(grads[0].transpose(1, 2), cos.unsqueeze(2), -sin.unsqueeze(2))
-        return turned, None, None, None
+        return _turn(grads[0].transpose(1, 2), cos.unsqueeze(2), -sin.unsqueeze(2)), None, None
 
 
-def rotate(fused: Fused, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate q and k [B, S, H, D] by cos and sin [B, S, D] -> [B, H, S, D], by the candidate `fused` on a GPU."""
-    candidate = chosen(fused, q)
-    if candidate == "liger":
+def rotate(operators: Operators, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate q and k [B, S, H, D] by cos and sin [B, S, D] -> [B, H, S, D]; liger-kernel does it in place."""
+    if operators == "liger":
         return liger_rotate(q, k, cos, sin)
-    return Rotate.apply(q, cos, sin, candidate == "compile"), Rotate.apply(k, cos, sin, candidate == "compile")
-
-
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """What `_turn` computes, as one formula for torch.compile."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

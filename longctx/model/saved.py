@@ -73,6 +73,11 @@ class SavePolicy:
             return cls(attention_and_products, widening_products, block, store, layer == 0)
         return cls(attention_only, _nothing, block, store, layer == 0)
 
+    @property
+    def keeps_products(self) -> bool:
+        """Whether q, k and v are saved as the products give them."""
+        return self.attention is attention_and_products
+
     def saving(self) -> Any:
         """The context in which the layer's forward runs."""
         return contextlib.nullcontext() if self.store is None else self.store.layer(first=self.first)

@@ -20,9 +20,11 @@ from longctx.config.model import MemoryConfig
 from longctx.decide import blocks_of
 from longctx.distributed.transport import SingleRankTransport
 from longctx.model.architectures import backbone_of, causal_lm_of
-from longctx.model.layer import set_save_policies, train_layers
+from longctx.model.fused import Operators
+from longctx.model.layer import set_operators, set_save_policies, train_layers
 from longctx.model.loss import IGNORED, token_losses
 from longctx.model.offload import HostStore
+from longctx.model.operators import check_installed, choose
 from longctx.topology import split
 
 
@@ -66,7 +68,9 @@ class LossModel(nn.Module):
         self.memory = memory
         self.z_loss = z_loss
         self._store = HostStore() if memory.offload_activations else None
-        train_layers(model, memory.fused)
+        check_installed(memory.fused)
+        train_layers(model)
+        self._chosen: tuple[torch.device, Operators] | None = None
 
     def forward(
         self,
@@ -95,7 +99,14 @@ class LossModel(nn.Module):
         given = torch.where(flat == IGNORED, 0.0, given)
         chunk = blocks_of(self.memory, flat.device.type).loss_chunk
         losses = token_losses(
-            hidden, head, flat, given, chunk=chunk, z_loss=self.z_loss, labelled=labelled, fused=self.memory.fused
+            hidden,
+            head,
+            flat,
+            given,
+            chunk=chunk,
+            z_loss=self.z_loss,
+            labelled=labelled,
+            operators=self._operators(flat.device),
         )
         return LossOutput(
             loss_sum=losses.total,
@@ -112,6 +123,7 @@ class LossModel(nn.Module):
         if positions.dim() == 1:
             positions = positions.expand(input_ids.shape[0], -1)
         base = backbone_of(self.model)
+        self._operators(input_ids.device)
         block = blocks_of(self.memory, input_ids.device.type).ffn_block
         set_save_policies(self.model, self.memory, block=block, tokens=input_ids.numel(), store=self._store)
         layout = layout or _alone().layout(input_ids.shape[1])
@@ -120,6 +132,13 @@ class LossModel(nn.Module):
         mask = input_ids.new_empty(1, 1, 0, 0, dtype=torch.bool)
         out = base(input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=False, layout=layout)
         return out.last_hidden_state
+
+    def _operators(self, device: torch.device) -> Operators:
+        """Whose operators do the element-wise work; chosen by the first pass on a device."""
+        if self._chosen is None or self._chosen[0] != device:
+            self._chosen = device, choose(self.memory.fused, backbone_of(self.model), device)
+            set_operators(self.model, self._chosen[1])
+        return self._chosen[1]
 
 
 @cache

@@ -39,7 +39,7 @@ def test_parts_are_named_alone_or_by_group():
     names = {part.name for part in PARTS if part.group != "long"}
     assert gpu_check.chosen([]) == (names, {})
     assert gpu_check.chosen(["longest", "minutes=60"]) == ({"longest"}, {"minutes": "60"})  # by name only
-    assert gpu_check.chosen(["tests"])[0] == {"kernels", "fa4", "offload", "nccl", "runs", "quickstart"}
+    assert gpu_check.chosen(["tests"])[0] == {"kernels", "fa4", "fused", "offload", "nccl", "runs", "quickstart"}
     assert gpu_check.chosen(["tests", "bench"])[0] == names
     assert gpu_check.chosen(["million", "kernels", "minutes=2"]) == ({"million", "kernels"}, {"minutes": "2"})
     assert gpu_check.chosen(["kernles"])[0] is None

@@ -1,12 +1,12 @@
-"""The candidates for element-wise work on a GPU, held against torch's operators on a CPU.
+"""liger-kernel's operators, held against torch's on a CPU under Triton's interpreter, and how they are chosen.
 
-compile runs here without a code generator (the backend "eager"), liger-kernel under Triton's interpreter where both are
-installed. The interpreter has no bf16 and no libdevice, so bf16 is left to a GPU.
+The interpreter has no bf16 and no libdevice, so bf16 is left to a GPU.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,23 +17,20 @@ from torch import Tensor
 from longctx.config.model import Fused, MemoryConfig
 from longctx.errors import UserError
 from longctx.model import LossModel, fused, init_from
+from longctx.model import operators as chosen
 from longctx.model.norms import _blocks
 from tests.model.conftest import gradients, sequence, tiny, worst
-from tests.watch import Watch
+
+CPU = torch.device("cpu")
+FAMILIES = ["llama", "gemma", "qwen3"]
 
 
 @pytest.fixture
-def _candidates_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(fused, "BACKEND", "eager")
-    fused.compiled.cache_clear()
-
-
-@pytest.fixture
-def _interpreted_liger(_candidates_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """liger-kernel under the interpreter, which lacks floats as tensors and libdevice."""
     if missing := [name for name in ("triton", "liger_kernel") if find_spec(name) is None]:
         pytest.skip(f"not installed: {', '.join(missing)}")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     language: Any = importlib.import_module("triton.language")
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     numpy, convert = importlib.import_module("numpy"), interpreter._implicit_cvt
@@ -45,15 +42,22 @@ def _interpreted_liger(_candidates_on_a_cpu: None, monkeypatch: pytest.MonkeyPat
         return language.tensor(handle, language.float32)
 
     monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
-    norm, gelu = (importlib.import_module(f"liger_kernel.ops.{name}") for name in ("rms_norm", "geglu"))
-    monkeypatch.setattr(norm, "rsqrt", lambda x: language.rsqrt(x))
+    norm, added, gelu = (
+        importlib.import_module(f"liger_kernel.ops.{name}") for name in ("rms_norm", "fused_add_rms_norm", "geglu")
+    )
+    for module in (norm, added):
+        monkeypatch.setattr(module, "rsqrt", lambda x: language.rsqrt(x))
     monkeypatch.setattr(gelu, "tanh", lambda x: 2 * language.sigmoid(2 * x) - 1)
 
 
-def step(family: str, memory: MemoryConfig) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def made(family: str = "llama", **memory: Any) -> LossModel:
+    return LossModel(init_from(tiny(family)), MemoryConfig(loss_chunk=16, ffn_block=16, **memory), z_loss=1e-3)
+
+
+def step(family: str, **memory: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Loss, z-loss and gradients of two rows with unlabelled tokens and uneven weights."""
-    model = LossModel(init_from(tiny(family)), memory, z_loss=1e-3)
-    ids, positions, labels = sequence(48, batch=2)
+    model = made(family, **memory)
+    ids, positions, labels = sequence(24, batch=2)
     labels[:, ::5] = -100
     weights = 0.5 + torch.rand(labels.shape, generator=torch.Generator().manual_seed(2))
     out = model(ids, positions, labels, weights)
@@ -61,50 +65,81 @@ def step(family: str, memory: MemoryConfig) -> tuple[Tensor, Tensor, dict[str, T
     return out.loss_sum.detach(), out.z_sum, gradients(model)
 
 
-def assert_equal_steps(family: str, candidate: Fused, **dials: Any) -> None:
-    loss, z, grads = step(family, MemoryConfig(loss_chunk=16, ffn_block=32, fused="off", **dials))
-    other, other_z, others = step(family, MemoryConfig(loss_chunk=16, ffn_block=32, fused=candidate, **dials))
-    assert not torch.equal(loss, other) or worst(others, grads) > 0, "the candidate did not run"
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("memory", [{"keep_matmuls": 1}, {"activation_checkpointing": False}], ids=str)
+def test_ligers_kernels_equal_the_operators(family: str, memory: dict[str, Any]) -> None:
+    """One layer keeps its products: kernels that overwrite their inputs must not change them."""
+    loss, z, grads = step(family, fused="off", **memory)
+    other, other_z, others = step(family, fused="liger", **memory)
+    assert not torch.equal(loss, other) or worst(others, grads) > 0, "liger-kernel did not run"
     assert other == pytest.approx(float(loss), rel=1e-6)
     assert other_z == pytest.approx(float(z), rel=1e-5)
     assert worst(others, grads) < 1e-5
 
 
-@pytest.mark.usefixtures("_candidates_on_a_cpu")
-@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3"])
-def test_compiled_formulas_equal_the_operators(family: str) -> None:
-    assert_equal_steps(family, "compile", keep_matmuls=1)
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_auto_takes_liger_where_it_agrees(family: str, caplog: pytest.LogCaptureFixture) -> None:
+    assert chosen.choose("auto", made(family).model.model, CPU) == "liger"  # type: ignore[arg-type, union-attr]
+    assert not caplog.records
 
 
-@pytest.mark.usefixtures("_interpreted_liger")
-@pytest.mark.parametrize("family", ["llama", "gemma", "qwen3"])
-def test_ligers_kernels_equal_the_operators(family: str) -> None:
-    """One layer keeps its products: kernels that overwrite their inputs must not change them."""
-    assert_equal_steps(family, "liger", keep_matmuls=1)
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [("liger_rotate", "rotation"), ("liger_gated", "activation"), ("liger_loss", "loss"), ("LigerNorm", "norm")],
+)
+def test_a_kernel_that_is_wrong_or_fails_is_not_taken(
+    kernel: str, name: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A factor of 1.001 in a gradient is more than rounding in fp32; a missing function is another version's."""
+    backbone: Any = made().model.model  # type: ignore[union-attr]
+    caplog.set_level(logging.WARNING)
+    right = fused.liger_loss if kernel == "liger_loss" else None
+
+    def failing(*args: Any) -> Any:
+        raise TypeError("rms_norm_forward() takes 4 positional arguments")
+
+    def wrong(logits: Tensor, label: Tensor, z_loss: float) -> Any:
+        found = right(logits, label, z_loss)  # type: ignore[misc]
+        logits.mul_(1.001)
+        return found
+
+    place = {"liger_loss": "loss", "liger_rotate": "rotary", "liger_gated": "feed_forward", "LigerNorm": "norms"}[
+        kernel
+    ]
+    broken = type("Broken", (), {"apply": failing}) if kernel == "LigerNorm" else wrong if right else failing
+    monkeypatch.setattr(f"longctx.model.{place}.{kernel}", broken)
+    assert chosen.choose("auto", backbone, CPU) == "torch"
+    said = caplog.records[-1].getMessage()
+    assert f"liger-kernel's {name} " in said
+    assert ("from torch's" if right else "TypeError: rms_norm_forward") in said
+    with pytest.raises(UserError, match=rf"fused=liger: liger-kernel's {name} .*model.memory.fused=off"):
+        chosen.choose("liger", backbone, CPU)
 
 
-@pytest.mark.usefixtures("_candidates_on_a_cpu")
-def test_a_formula_is_compiled_under_a_dispatch_mode(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphs: list[Any] = []
-    monkeypatch.setattr(fused, "BACKEND", lambda graph, inputs: graphs.append(graph) or graph.forward)
-    with Watch():
-        out = fused.compiled(fused.gated)(torch.ones(3, 4), torch.ones(3, 4), False)
-    assert len(graphs) == 1
-    assert torch.equal(out, torch.nn.functional.silu(torch.ones(3, 4)))
-    fused.compiled.cache_clear()
+def test_a_cpu_and_fp64_take_torchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    names: list[Fused] = ["auto", "liger", "off"]
+    backbone: Any = made().model.model  # type: ignore[union-attr]
+    assert {chosen.choose(name, backbone, CPU) for name in names} == {"torch"}
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # which makes a CPU a GPU here
+    backbone.double()
+    assert {chosen.choose(name, backbone, CPU) for name in names} == {"torch"}
 
 
-def test_on_a_cpu_and_in_fp64_every_candidate_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fused.chosen("liger", torch.ones(1)) == "off"
+def test_a_gpu_without_liger_is_told_what_it_misses(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(chosen, "find_spec", lambda name: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert fused.chosen("liger", torch.ones(1)) == "liger"
-    assert fused.chosen("liger", torch.ones(1, dtype=torch.float64)) == "off"
-    assert fused.chosen("auto", torch.ones(1)) == "off"
-
-
-def test_a_candidate_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"fused=liger needs the package liger-kernel.* take compile or off"):
+    caplog.set_level(logging.WARNING)
+    backbone: Any = made().model.model  # type: ignore[union-attr]
+    assert chosen.choose("auto", backbone, CPU) == "torch"
+    assert "liger-kernel is not installed" in caplog.records[-1].getMessage()
+    assert "install longctx[gpu]" in caplog.records[-1].getMessage()
+    with pytest.raises(UserError, match=r"fused=liger needs the package liger-kernel.* install longctx.gpu."):
         LossModel(init_from(tiny()), MemoryConfig(fused="liger"))
 
 
