@@ -32,7 +32,8 @@ def report(config: DoctorConfig) -> dict[str, Any]:
 
     machine: python, cores, memory in GiB that this process may use, devices. packages: {name: version, or None if not
     installed}. backends: of process groups. kernels: {name: reasons why it cannot serve}. kernel: the one that would
-    be chosen. tools: {name: path or None}.
+    be chosen. element_wise: whose operators would do that work, and why not liger-kernel's. tools: {name: path or
+    None}.
     """
     import torch
     import torch.distributed as dist
@@ -52,8 +53,26 @@ def report(config: DoctorConfig) -> dict[str, Any]:
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "kernels": explain(problem),
         "kernel": choose(problem).name,
+        "element_wise": _element_wise(config) if devices else "torch (a CPU)",
         "tools": {name: shutil.which(name) for name in ("ip", "tc", "srun", "nvidia-smi")},
     }
+
+
+def _element_wise(config: DoctorConfig) -> str:
+    """Who does the element-wise work of a model with these heads on the first GPU."""
+    import torch
+
+    from longctx.config.model import InitConfig, MemoryConfig
+    from longctx.model import LossModel, init_from
+    from longctx.model.operators import against_liger
+
+    width = config.heads * config.head_dim
+    shape = InitConfig(layers=1, hidden=width, heads=config.heads, kv_heads=config.kv_heads, ffn=4 * width, vocab=32000)
+    device = torch.device("cuda", 0)
+    with device:
+        model = LossModel(init_from(shape, dtype="bfloat16"), MemoryConfig())
+    reason = against_liger(model.model.get_submodule("model"), device)
+    return f"torch ({reason})" if reason else "liger-kernel"
 
 
 def declared_packages() -> dict[str, str]:
@@ -85,6 +104,7 @@ def _tables(found: dict[str, Any]) -> object:
     machine = Table(title="this machine", show_header=False)
     for name, value in found["machine"].items():
         machine.add_row(name, ", ".join(value) if isinstance(value, list) else str(value))
+    machine.add_row("element-wise work", found["element_wise"])
     for name, there in {**found["backends"], **found["tools"]}.items():
         machine.add_row(name, str(there) if there else "not found")
     packages = Table("package", "version", "for", title="packages")

@@ -36,6 +36,7 @@ def test_the_machine_is_this_one(found: dict):
     assert 0 < machine["memory_gib"] <= round(total / 2**20, 1)
     expected = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
     assert machine["devices"] == expected
+    assert found["element_wise"].split()[0] in (("liger-kernel", "torch") if torch.cuda.is_available() else ("torch",))
     assert found["backends"] == {"gloo": True, "nccl": torch.distributed.is_nccl_available()}
 
 

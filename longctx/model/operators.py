@@ -48,7 +48,7 @@ def choose(fused: Fused, model: nn.Module, device: torch.device) -> Operators:
     on_gpu = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
     if fused == "off" or not on_gpu or dtype == torch.float64:
         return "torch"
-    found = "liger-kernel is not installed" if find_spec("liger_kernel") is None else disagreement(model, device)
+    found = against_liger(model, device)
     if not found:
         return "liger"
     if fused == "liger":
@@ -57,11 +57,14 @@ def choose(fused: Fused, model: nn.Module, device: torch.device) -> Operators:
     return "torch"
 
 
-def disagreement(model: nn.Module, device: torch.device) -> str:
-    """The first kernel that fails or whose values and gradients are not torch's, or an empty text.
+def against_liger(model: nn.Module, device: torch.device) -> str:
+    """The reason why liger-kernel's kernels cannot serve `model`, a backbone, on this GPU, or an empty text.
 
-    model: a backbone of TrainedLayers; only its config and the types of its modules are used.
+    It is the first kernel that fails or whose values and gradients are not torch's. Of the model, which has
+    TrainedLayers, only its config and the types of its modules are used.
     """
+    if find_spec("liger_kernel") is None:
+        return "liger-kernel is not installed"
     dtype = next(model.parameters()).dtype
     for name, case in _cases(model, device, dtype).items():
         try:
