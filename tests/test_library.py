@@ -298,14 +298,17 @@ def test_accelerate_and_trainer_take_a_prepared_model(tmp_path: Path):
     assert loss.item() == pytest.approx(expected, abs=1e-6)
     assert model(**collate(rows[:2])).loss_sum.item() < expected
 
-    model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, logging_steps=1, save_strategy="no",
-        report_to=[], remove_unused_columns=False, use_cpu=True, train_sampling_strategy="sequential",
-        disable_tqdm=True,
-    )  # fmt: skip
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
-    assert trainer.train().training_loss == pytest.approx(expected, abs=1e-5)
+    for bf16, bar in ((False, 1e-5), (True, 1e-2)):  # bf16: fp32 weights under torch.autocast
+        model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, logging_steps=1, save_strategy="no",
+            report_to=[], remove_unused_columns=False, use_cpu=True, train_sampling_strategy="sequential",
+            disable_tqdm=True, bf16=bf16,
+        )  # fmt: skip
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
+        found = trainer.train().training_loss
+        assert found == pytest.approx(expected, abs=bar)
+        assert (abs(found - expected) > 1e-5) == bf16
 
 
 # ---- from a theta to a needle grid, in one notebook

@@ -31,7 +31,8 @@ def prepare(
     model: a causal LM of transformers (llama, mistral, qwen2, qwen3, gemma; peft's wrapper around one too). Weights,
     parameter names and plain forward stay: `generate` and `save_pretrained` work as before, on the model itself and on
     `prepared.model`. The result is an nn.Module for any training loop (`LossModel` says what its forward takes,
-    `shard_batch` makes it): a plain loop, DistributedDataParallel, accelerate, transformers' Trainer.
+    `shard_batch` makes it): a plain loop, DistributedDataParallel, accelerate, transformers' Trainer, each also under
+    torch.autocast (Trainer's bf16).
 
     activation_checkpointing: recompute a layer in the backward pass from its input and its attention output; False
     keeps everything. keep_attention: False recomputes a layer from its input alone. keep_matmuls: last layers that also

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from longctx.model.fused import Operators, liger_loss
 from longctx.model.host import to_device
-from longctx.model.products import add_product, main_grad
+from longctx.model.products import add_product, autocast, main_grad
 
 IGNORED = -100
 
@@ -53,7 +53,8 @@ def token_losses(
         needed = torch.is_grad_enabled()
         liger = operators == "liger" and needed and head.bias is None
         options = (_chunks(rows, chunk, hidden.device), z_loss, needed, liger)
-        total, nll, z_total = _LinearLoss.apply(hidden, head.weight, head.bias, labels, weights, *options)
+        operands = autocast(hidden, head.weight, head.bias)
+        total, nll, z_total = _LinearLoss.apply(*operands, labels, weights, *options, main_grad(head.weight))
         return TokenLosses(total, nll, z_total)
     return _called_loss(hidden, head, labels, weights, chunk, z_loss)
 
@@ -66,7 +67,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor,
-        chunks: list[slice | Tensor], z_loss: float, needed: bool, liger: bool,
+        chunks: list[slice | Tensor], z_loss: float, needed: bool, liger: bool, main: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         acc = _accumulator(hidden.dtype)
         wants = [needed and flag for flag in ctx.needs_input_grad[:3]]
@@ -103,7 +104,7 @@ class _LinearLoss(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += logits.sum(0)
         buffer = logits = gradient = None  # freed before the head's gradient is copied to the weight's dtype
-        ctx.main = None if d_weight is None else main_grad(weight)
+        ctx.main = None if d_weight is None else main
         ctx.gradients = (
             d_hidden,
             d_weight if d_weight is None or ctx.main is not None else d_weight.to(weight.dtype),
@@ -124,7 +125,7 @@ class _LinearLoss(torch.autograd.Function):
             d_weight = None
         scaled = [made if made is None else made.mul_(grads[0].to(made.dtype)) for made in (d_hidden, d_weight, d_bias)]
         ctx.gradients = ctx.main = None
-        return *scaled, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None
 
 
 def _chunks(rows: np.ndarray, chunk: int, device: torch.device) -> list[slice | Tensor]:

@@ -48,7 +48,7 @@ class TrainedNorm:
         A residual stream that goes on from the first of the two has its gradient added by the norm's backward pass.
         """
         flat = x.reshape(-1, x.shape[-1])
-        other = None if addend is None else addend.reshape(flat.shape)
+        other = None if addend is None else addend.reshape(flat.shape).to(flat.dtype)
         weight: Any = self.weight  # type: ignore[attr-defined]
         total, normed = norm_of_sum(self.operators, flat, other, weight, self.epsilon, self.gemma)
         return total.view(x.shape), normed.view(x.shape)

@@ -48,9 +48,19 @@ def project(x: Tensor, *modules: nn.Module, sums: BlockSums | None = None, compu
     """
     if not all(map(_is_plain, modules)):
         return tuple(module(x) for module in modules)
-    weights, biases = [module.weight for module in modules], [module.bias for module in modules]
-    outputs = _Projections.apply(x.reshape(-1, x.shape[-1]), len(modules), sums, compute, *weights, *biases)
+    targets = [(main_grad(module.weight), id(module)) for module in modules]
+    operands = [x.reshape(-1, x.shape[-1]), *(m.weight for m in modules), *(m.bias for m in modules)]
+    outputs = _Projections.apply(targets, sums, compute, *autocast(*operands))
     return tuple(out.view(*x.shape[:-1], -1) for out in outputs) if compute else outputs
+
+
+def autocast(*operands: Any) -> tuple[Any, ...]:
+    """The operands of products, each a tensor or None, in the dtype of torch.autocast where it is on."""
+    kind = operands[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return operands
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(operand if operand is None else operand.to(dtype) for operand in operands)
 
 
 def _is_plain(module: Any) -> bool:
@@ -62,12 +72,10 @@ class _Projections(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, count: int, sums: BlockSums | None, compute: bool, *parameters: Tensor | None
+        ctx: Any, targets: list[tuple[Tensor | None, int]], sums: BlockSums | None, compute: bool, x: Tensor, *rest: Any
     ) -> tuple[Tensor, ...]:
-        weights: Any = parameters[:count]
-        biases = parameters[count:]
-        # A checkpoint hands back weights that are other objects, without attributes.
-        ctx.places = [(main_grad(weight), id(weight)) for weight in weights]
+        weights, biases = rest[: len(targets)], rest[len(targets) :]
+        ctx.targets = targets  # of each weight: its accumulator, and its name among the sums
         ctx.sums = sums if sums is not None and sums.blocks > 1 and x.element_size() < 4 else None
         ctx.save_for_backward(x, *weights)
         if not compute:
@@ -86,17 +94,17 @@ class _Projections(torch.autograd.Function):
         d_biases: list[Tensor | None] = [None] * count
         for place in reversed(range(count)):  # autograd's order, so that sums have its bits
             grad = grads[place]
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[3]:
                 dx = grad @ weights[place] if dx is None else add_input_gradient(dx, grad, weights[place])
             if ctx.needs_input_grad[4 + place]:
-                main, key = ctx.places[place]
+                main, key = ctx.targets[place]
                 if main is not None:
                     add_product(main, grad.t(), x)
                 else:
                     d_weights[place] = grad.t() @ x if ctx.sums is None else ctx.sums.add(key, grad, x)
             if ctx.needs_input_grad[4 + count + place]:
                 d_biases[place] = grad.sum(0)
-        return dx, None, None, None, *d_weights, *d_biases
+        return None, None, None, dx, *d_weights, *d_biases
 
 
 def main_grad(weight: Tensor) -> Tensor | None:

@@ -139,6 +139,7 @@ class Rotate(torch.autograd.Function):
 
 def rotate(operators: Operators, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate q and k [B, S, H, D] by cos and sin [B, S, D] -> [B, H, S, D]; liger-kernel does it in place."""
+    cos, sin = cos.to(q.dtype), sin.to(q.dtype)  # under torch.autocast they have the residual stream's dtype
     if operators == "liger":
         return liger_rotate(q, k, cos, sin)
     return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)

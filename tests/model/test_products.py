@@ -131,3 +131,21 @@ def test_the_norm_of_a_sum_has_the_bits_of_both_operators(family: str) -> None:
         assert all(map(torch.equal, ours, theirs))
     (alone,) = torch.autograd.grad(norm.of_sum(x)[0].sum(), [x])
     assert torch.equal(alone, torch.ones_like(x))
+
+
+@pytest.mark.parametrize("memory", [{"ffn_block": 16}, {"activation_checkpointing": False}], ids=str)
+@pytest.mark.parametrize("family", ["llama", "gemma", "qwen2", "qwen3"])
+def test_autocast_computes_products_in_bfloat16_and_gradients_in_fp32(family: str, memory: dict[str, int]) -> None:
+    """As under accelerate's mixed_precision or Trainer's bf16, beside the same model in bfloat16 and in fp64."""
+    exact = step(torch.float64, False, family=family, **memory)
+    hf = init_from(tiny(family, hidden=64, ffn=172, window=TOKENS), dtype="bfloat16").float()
+    model = LossModel(hf, MemoryConfig(**memory), z_loss=1e-3)  # type: ignore[arg-type]
+    ids, positions, labels = sequence(TOKENS)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(ids, positions, labels).loss_sum / TOKENS
+    loss.backward()
+    found = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+    assert {gradient.dtype for gradient in found.values()} == {torch.float32}
+    narrow = step(torch.bfloat16, True, family=family, **memory)
+    for group, error in errors({name: gradient.double() for name, gradient in found.items()}, exact).items():
+        assert error < 1.1 * errors(narrow, exact)[group], group
