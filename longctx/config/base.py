@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -102,7 +103,7 @@ def build(kind: type[T], values: Mapping[str, Any], *, origin: str) -> T:
     Raises UserError with one line per mistake, at most five.
     """
     try:
-        return TypeAdapter(kind).validate_python(dict(values))
+        return _adapter(kind).validate_python(dict(values))
     except ValidationError as error:
         mistakes: dict[str, list[Any]] = {}
         for item in error.errors(include_url=False):
@@ -112,6 +113,12 @@ def build(kind: type[T], values: Mapping[str, Any], *, origin: str) -> T:
         if len(mistakes) > 5:
             lines.append(f"... and {len(mistakes) - 5} more")
         raise UserError("\n".join(lines)) from None
+
+
+@cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    """Build a schema's validator once per process."""
+    return TypeAdapter(kind)
 
 
 def step_into(kind: Any, part: str) -> Any:

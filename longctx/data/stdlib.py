@@ -12,6 +12,7 @@ import inspect
 import os
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,10 +71,20 @@ def docstrings(source: str, name: str) -> str:
     except (SyntaxError, ValueError):  # a file for another version of Python; its source still serves as text
         return ""
     parts = []
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node, clean=False)
             if text and text.strip():
                 title = name if isinstance(node, ast.Module) else node.name
                 parts.append(f"# {title}\n\n{inspect.cleandoc(text)}\n")
     return "\n".join(parts)
+
+
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """Yield a module and its statements in the order of `ast.walk`, which would visit every expression as well."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for field in ("body", "handlers", "cases", "orelse", "finalbody"):  # in the order of each node's fields
+            waiting.extend(getattr(node, field, ()))

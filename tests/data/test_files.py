@@ -1,6 +1,8 @@
+import ast
 import gzip
 import json
 import random
+import re
 import zlib
 from itertools import accumulate
 from pathlib import Path
@@ -242,6 +244,38 @@ def test_the_standard_library_is_text_without_its_tests():
     assert "# JSONDecoder\n" in page
     assert docstrings("def f(:", "x.py") == ""
     assert docstrings("x = 1", "x.py") == ""
+
+
+def test_the_docstrings_stand_in_the_order_of_the_syntax_tree():
+    """Level by level, as `ast.walk` visits them, from all statements that hold others."""
+    source = """
+try:
+    class A:
+        "a"
+        def deep(self): "deep"
+except OSError:
+    def handled(): "handled"
+else:
+    def otherwise(): "otherwise"
+finally:
+    async def last(): "last"
+match x:
+    case 1:
+        def matched(): "matched"
+for x in (lambda: "no docstring",):
+    with y:
+        while z:
+            def nested(): "nested"
+    "a string"
+else:
+    if z: pass
+    elif y:
+        class B: "b"
+"""
+    named = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    names = [node.name for node in ast.walk(ast.parse(source)) if isinstance(node, named)]
+    assert re.findall(r"^# (.*)$", docstrings(source, "x.py"), re.MULTILINE) == names
+    assert len(names) == 8
 
 
 def test_a_python_without_sources_is_told_what_to_do(tmp_path):
