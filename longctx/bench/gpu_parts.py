@@ -272,7 +272,7 @@ PARTS = (
          _pytest("tests/gpu/test_kernels.py", "not flash_attn_4"), _read_pytest("kernels"), ("pytest",)),
     Part("fa4", "tests", "flash-attn 4 against fp64 (it compiles a kernel for every head dimension)", 240, 40,
          _pytest("tests/gpu/test_kernels.py", "flash_attn_4"), _read_pytest("fa4"), ("pytest", "flash_attn")),
-    Part("fused", "tests", "liger-kernel's operators, and products that add in fp32", 90, 20,
+    Part("fused", "tests", "liger-kernel's operators, and products that add in fp32", 120, 30,
          _pytest("tests/gpu/test_fused.py"), _read_pytest("fused"), ("pytest",)),
     Part("offload", "tests", "optimizer states and activations in host memory", 90, 20,
          _pytest("tests/gpu/test_offload.py"), _read_pytest("offload"), ("pytest",)),
