@@ -54,6 +54,11 @@ class CommandLine:
 
 def parse(words: Sequence[str]) -> CommandLine:
     """Options and overrides, apart. Raises UserError for an option that does not exist."""
+    if undecoded := [word for word in words if any("\ud800" <= letter <= "\udfff" for letter in word)]:
+        raise UserError(
+            f"{undecoded[0]!r} holds bytes that are not UTF-8 (shown as \\udcNN), and the files of a run are UTF-8; "
+            "rename the file or folder, or make a link with another name (the command line)"
+        )
     line = CommandLine(help=any(word in ("-h", "--help") for word in words))
     queue = list(words)
     while queue:

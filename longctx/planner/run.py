@@ -190,7 +190,7 @@ def show_schedule(config: PlanConfig) -> int:
     )
     shown = list(range(min(draw.show_ranks, topology.size)))
     if draw.svg:
-        Path(draw.svg).write_text(as_svg(timeline, title, nodes=topology.nodes, ranks=shown))
+        Path(draw.svg).write_text(as_svg(timeline, title, nodes=topology.nodes, ranks=shown), encoding="utf-8")
         say(f"wrote {draw.svg}")
     if config.format == "json":
         spans = [asdict(span) for span in timeline.spans]

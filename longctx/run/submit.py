@@ -65,7 +65,7 @@ def run(config: SubmitConfig, words: Sequence[str]) -> int:
         path = Path(config.folder) / "submit" / f"{job.name}.sh"
         for folder in (path.parent, _logs(config)):  # sbatch makes none
             folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(script)
+        path.write_text(script, encoding="utf-8")
         before = _sbatch(path, before)
         after = " after the one before" if len(scripts) > 1 and job is not scripts[0][0] else ""
         console.say(f"job {before}: {job.name} on {job.nodes} node{'s' * (job.nodes > 1)}{after}; {path}")
@@ -177,7 +177,7 @@ def _body() -> str:
     """launch/slurm.sbatch after its options, at the top of a checkout or inside the wheel."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "launch" / "slurm.sbatch"
-    text = (inside if inside.is_file() else package.parent / "launch" / "slurm.sbatch").read_text()
+    text = (inside if inside.is_file() else package.parent / "launch" / "slurm.sbatch").read_text(encoding="utf-8")
     head, _, body = text.rpartition("\n#SBATCH ")
     return body.partition("\n")[2] if head else text
 
@@ -186,7 +186,7 @@ def _sbatch(path: Path, after: str | None) -> str:
     """Submit a script; returns the job's number. after: the job that must have ended with 0."""
     words = ["sbatch", "--parsable", *([f"--dependency=afterok:{after}"] if after else []), str(path)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     except FileNotFoundError:
         raise UserError(
             "sbatch is not on this machine, so the job is not submitted; run this on the cluster's login node, or take "
