@@ -75,6 +75,7 @@ def run(config: SubmitConfig, words: Sequence[str]) -> int:
 def check(config: SubmitConfig) -> list[Stage]:
     """The stages, once everything is checked that training checks before its ranks start. Raises UserError."""
     from longctx.decide import Machines, planned_kernel
+    from longctx.planner.evidence import check_evidence_memory, needs_of
     from longctx.planner.remedies import GIB, DeviceLimits, check_memory
     from longctx.run.training import settled
     from longctx.run.what_follows import check_what_follows
@@ -91,6 +92,10 @@ def check(config: SubmitConfig) -> list[Stage]:
     check_what_follows(settled_config)
     shape = shape_of_model(settled_config.model)
     device = "cuda" if launch.gpus_per_node and settled_config.engine.device != "cpu" else "cpu"
+    asked = settled_config.after_training.evidence
+    if asked is not None and device == "cuda" and "memory" not in config.accept:
+        needs = needs_of(asked, shape, settled_config.model.dtype, device, 1)
+        check_evidence_memory(needs, hardware.memory_gib * GIB, device)
     for nodes in sorted({launch.nodes_by_stage.get(stage.name, launch.nodes) for stage in stages}):
         own = [stage for stage in stages if launch.nodes_by_stage.get(stage.name, launch.nodes) == nodes]
         machines = Machines(nodes * launch.ranks, launch.ranks)
