@@ -64,7 +64,7 @@ def check_evidence_fits(config: TrainConfig, stages: Sequence[Stage], world: int
     times = flop_of(config, asked, shape, len(stages)) / training * (world if device == "cuda" else 1)
     if times > MUCH:
         console.remark(
-            f"after_training.evidence takes about {times:.0f} times as long as training, since one process measures it; "
+            f"after_training.evidence takes about {times:.0f} times as long as training; one process measures it, and "
             "fewer or shorter needle.lengths, a smaller needle.per_cell or fewer needle.seeds take less "
             "(configs/after_training)"
         )
