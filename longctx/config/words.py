@@ -203,7 +203,7 @@ class Overrides:
                 )
                 if not known:
                     raise UserError(f"{word}: {above} has no keys inside it; write {above}=... ({self.origin})")
-                raise UserError(unknown(".".join(path[: index + 1]), known, self.origin))
+                raise UserError(unknown(".".join(path[: index + 1]), known, self.origin, self.kind, path[index + 1 :]))
             kind = inside
         return path
 

@@ -114,12 +114,12 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
 
 
 def evidence_of(config: PlanConfig, shape: Shape, stages: int) -> tuple[EvidenceNeed, float] | None:
-    """The largest need of the evidence on the one device that measures it, and its hours; None without evidence.
+    """The largest need of the evidence on the one device that measures it, and its hours; None without any.
 
     Where ranks are cores, it has all of a node.
     """
     asked, hardware = config.after_training.evidence, config.hardware
-    if asked is None:
+    if asked is None or config.model.path is None:
         return None
     on_cpu = hardware.device == "cpu"
     rate = hardware.rate("float32") * config.ranks if on_cpu else hardware.rate(config.model.dtype)

@@ -23,14 +23,13 @@ import yaml
 from longctx import console
 from longctx import dtype as dtypes
 from longctx.config.base import build
-from longctx.config.train import TrainConfig
+from longctx.config.train import IDENTITY, TrainConfig
 from longctx.distributed.launcher import node_name, started_by
 from longctx.errors import UserError
 from longctx.fingerprint import MODEL, TOKENIZER, content_hashes
 from longctx.signals import sweep
 from longctx.storage.files import write_text
 
-IDENTITY = ("model", "data", "curriculum", "optim", "seed")
 INPUTS = "inputs.json"  # in the run's folder: per key that names files, their hashes
 WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its wandb run
 # Parts of identity groups that change how fast, not what: they may differ.
