@@ -68,7 +68,7 @@ def test_a_launched_rank_names_such_a_path_in_the_c_locale(tmp_path: Path):
     assert f"model.path={tmp_path}/é".encode() in done.stderr
 
 
-@pytest.mark.parametrize("screen", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("screen", ["ascii", "latin-1"])
 def test_a_screen_replaces_what_it_cannot_show(screen: str):
     done = run("longctx", "train", "model=tiny", "data=tiny", "curriculum=tiny_16x", "name=→ü", "--cfg",
                PYTHONIOENCODING=screen)  # fmt: skip
