@@ -10,6 +10,9 @@ def main() -> int:
     """Import the command line and run it; returns the exit status."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # and not ignored, as behind a script's `&`
         signal.signal(signal.SIGINT, _leave)
+    from longctx.utf8 import use_utf8
+
+    use_utf8()
     from longctx import cli
 
     if signal.getsignal(signal.SIGINT) is _leave:

@@ -30,6 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return command.main(words[1:] if words[0] == "train" else words)
     if owns:
+        from longctx.distributed.launcher import quiet_torch
+
+        quiet_torch()
         first = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
         signals.catch(requeue=words[:1] == ["train"], speaks=first)
         if words[:1] == ["train"]:

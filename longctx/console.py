@@ -57,7 +57,7 @@ def keep_for_the_document() -> None:
     """
     global _document
     sys.stdout.flush()
-    _document = os.fdopen(os.dup(1), "w")
+    _document = os.fdopen(os.dup(1), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
     os.dup2(2, 1)
 
 

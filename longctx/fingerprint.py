@@ -61,7 +61,7 @@ def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
     memo = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longctx" / "hashes.json"
     known: dict[str, list[Any]] = {}
     with suppress(OSError, ValueError):
-        known = json.loads(memo.read_text())
+        known = json.loads(memo.read_text(encoding="utf-8"))
     states = {path: [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths}
     places = {path: str(path.resolve()) for path in states}
     missing = [path for path, state in states.items() if known.get(places[path], [])[:2] != state]
@@ -72,7 +72,7 @@ def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
         with suppress(OSError):  # without a writable home, files are only read again next time
             memo.parent.mkdir(parents=True, exist_ok=True)
             partial = memo.with_name(f".hashes-{uuid.uuid4().hex}")
-            partial.write_text(json.dumps(known))
+            partial.write_text(json.dumps(known), encoding="utf-8")
             os.replace(partial, memo)
     return {path: known[places[path]][2] for path in states}
 

@@ -43,7 +43,7 @@ def children(pid: int | None = None) -> list[int]:
     found: list[int] = []
     for task in Path(f"/proc/{pid or os.getpid()}/task").glob("*"):
         try:
-            found += [int(child) for child in (task / "children").read_text().split()]
+            found += [int(child) for child in (task / "children").read_text(encoding="utf-8").split()]
         except OSError:  # the thread or the process has ended
             continue
     return found
@@ -60,7 +60,7 @@ def descendants() -> list[int]:
 def alive(pid: int) -> bool:
     """Whether a process exists and is not a zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
         return False
 
@@ -68,7 +68,7 @@ def alive(pid: int) -> bool:
 def handles(pid: int, number: int) -> bool:
     """Whether a process has a handler for a signal; without one, most signals end it. True where this is unknown."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
+        status = Path(f"/proc/{pid}/status").read_text("utf-8", "replace")
     except OSError:
         return sys.platform != "linux"
     masks = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")]

@@ -216,7 +216,7 @@ def note_status(status: int) -> bool:
         return False
     again = " requeue" if status == SAVED_AND_REQUEUE and _may_requeue() else ""
     try:
-        Path(path).write_text(f"{status}{again}\n")
+        Path(path).write_text(f"{status}{again}\n", encoding="utf-8")
     except OSError as error:
         _say(f"warning: LONGCTX_STATUS={path} cannot be written ({error.strerror}), so the job's status is srun's")
         return False

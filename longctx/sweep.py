@@ -117,7 +117,9 @@ def _run(verb: Verb, line: CommandLine, runs: Sequence[tuple[str, list[str], str
 def _one(command: Sequence[str], capture: bool) -> tuple[int, str]:
     """One run to its end: (status, standard output where it is captured). Requests to stop are passed on to it."""
     out = subprocess.PIPE if capture else None
-    with subprocess.Popen(command, stdout=out, text=True, preexec_fn=die_with_parent) as process:
+    with subprocess.Popen(
+        command, stdout=out, encoding="utf-8", errors="replace", preexec_fn=die_with_parent
+    ) as process:
         before = {number: signal.signal(number, lambda number, _: process.send_signal(number)) for number in asking()}
         text = ""
         try:
@@ -136,7 +138,7 @@ def _one(command: Sequence[str], capture: bool) -> tuple[int, str]:
 def _last_loss(run: Path) -> float | None:
     """The mean training loss of the last ten steps; None for what is no training."""
     try:
-        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
         return None
     losses = [step["loss"] for step in steps if isinstance(step.get("loss"), float)][-10:]

@@ -38,7 +38,7 @@ class Trace:
         self.events.append(event)
 
     def write(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps({"traceEvents": self.events}))
+        Path(path).write_text(json.dumps({"traceEvents": self.events}), encoding="utf-8")
 
 
 class TransferQueue:

@@ -45,7 +45,7 @@ def run(config: BenchAttentionConfig) -> int:
 
         folder = Path(config.out)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "attention.json").write_text(json.dumps(document, indent=2) + "\n")
+        (folder / "attention.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if config.format == "json":
         emit_json(document)
     else:
@@ -166,7 +166,7 @@ def _inputs(problem: AttentionCase, tokens: int) -> list[Any]:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.is_file() else []:
+    for line in info.read_text(encoding="utf-8").splitlines() if info.is_file() else []:
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()

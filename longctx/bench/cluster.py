@@ -46,7 +46,9 @@ def require() -> None:
 
 def set_rate(cluster: str, rate: str) -> None:
     """Limit every link of a running cluster to `rate` (in tc's notation); "none" removes the limit."""
-    done = subprocess.run([str(script()), "rate", cluster, rate], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(script()), "rate", cluster, rate], capture_output=True, encoding="utf-8", errors="replace"
+    )
     if done.returncode:
         raise RunFailed(done.stderr.strip() or f"could not set rate={rate} on {cluster}")
 
@@ -73,8 +75,9 @@ def run(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        errors="replace",
         env=environment,
+        encoding="utf-8",
     )
     lines: queue.Queue[str | None] = queue.Queue()
     errors: list[str] = []

@@ -42,7 +42,7 @@ def run(config: BenchDataConfig) -> int:
         figures[part] = parts[part](config)
     if config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(config.out).write_text(json.dumps(figures, indent=2) + "\n")
+        Path(config.out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if config.format == "json":
         emit_json(figures)
     else:

@@ -98,7 +98,7 @@ def _write_documents(folder: Path) -> None:
     ]
     for number in range(60):
         text = " ".join(rng.choice(words) for _ in range(rng.randint(40, 200)))
-        (folder / f"{number:03d}.txt").write_text(text)
+        (folder / f"{number:03d}.txt").write_text(text, encoding="utf-8")
 
 
 class RunWatcher(ABC):
@@ -110,14 +110,15 @@ class RunWatcher(ABC):
     def step(self) -> int:
         """Return the last step in metrics.jsonl."""
         path = self.run / "metrics.jsonl"
-        lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        lines = [line for line in text.splitlines() if line.endswith("}")]
         return json.loads(lines[-1])["step"] if lines else 0
 
     def saved_step(self) -> int:
         pointer = self.run / "latest.json"
         if not pointer.exists():
             return 0
-        return int(json.loads(pointer.read_text())["checkpoint"].rsplit("step", 1)[1])
+        return int(json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"].rsplit("step", 1)[1])
 
     @abstractmethod
     def wait_for(self, seconds: float) -> bool:
@@ -144,7 +145,7 @@ class StartedRun(RunWatcher):
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         self.log = run / "life.log"
-        self.log.write_text("")
+        self.log.write_text("", encoding="utf-8")
         self.ranks = [
             CONTEXT.Process(target=_rank, args=(run, rank, ranks, port, file_limit), daemon=True)
             for rank in range(ranks)
@@ -177,7 +178,7 @@ class StartedRun(RunWatcher):
         for process in self.ranks:
             process.join(PATIENCE)
         statuses = [process.exitcode for process in self.ranks]
-        return next((status for status in statuses if status != 0), 0) or 0, self.log.read_text()
+        return next((status for status in statuses if status != 0), 0) or 0, self.log.read_text(encoding="utf-8")
 
 
 def _rank(run: Path, rank: int, world: int, port: int, file_limit: int | None) -> None:

@@ -50,7 +50,7 @@ def kill_in_saves(soak: Soak) -> dict[str, int]:
             soak.begin()
             saved = 0
             continue
-        _check_continued(life.started.log.read_text(), saved)
+        _check_continued(life.started.log.read_text(encoding="utf-8"), saved)
         saved = _last_whole(soak.path)
         if life.started.saved_step() >= kill.step:
             continue  # the save had ended

@@ -99,9 +99,9 @@ def results_of(run: Path) -> dict[str, Any]:
     files = sorted((run / "stages" / LAST_STAGE / "model").glob("*.safetensors"))
     if not files:
         raise RunFailed(f"{run} has exported nothing")
-    last = run / json.loads((run / "latest.json").read_text())["checkpoint"]
-    manifest = json.loads((last / "manifest.json").read_text())
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = run / json.loads((run / "latest.json").read_text(encoding="utf-8"))["checkpoint"]
+    manifest = json.loads((last / "manifest.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return {
         "weights": [hashlib.sha256(file.read_bytes()).hexdigest() for file in files],
         "checkpoint": {name: entry["sha256"] for name, entry in manifest["files"].items()},

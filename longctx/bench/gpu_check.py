@@ -84,7 +84,7 @@ def memory_used() -> int | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "--id=0"]
-    said = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    said = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace").stdout.strip()
     return int(said) if said.isdigit() else None
 
 
@@ -118,7 +118,7 @@ def measured(part: Part, out: Path, deadline: float) -> list[Row]:
 
 def run_limited(command: Sequence[str], output: Path, seconds: float) -> tuple[int, str]:
     """Run a command in a process group of its own and kill the group at the limit; returns its status, and in words."""
-    with output.open("w") as file:
+    with output.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(
             command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )

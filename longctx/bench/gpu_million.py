@@ -55,7 +55,7 @@ def main(
         "errors": errors,
         "error": max(errors.values()),
     }
-    Path(path).write_text(json.dumps(result))
+    Path(path).write_text(json.dumps(result), encoding="utf-8")
     print(json.dumps(result))
 
 

@@ -102,9 +102,11 @@ def _quickstart(folder: Path) -> list[str]:
 
 
 def _read_quickstart(folder: Path) -> list[Row]:
-    said = [text.removeprefix("quickstart: ") for text in (folder / "gates.txt").read_text().splitlines()]
+    said = [
+        text.removeprefix("quickstart: ") for text in (folder / "gates.txt").read_text(encoding="utf-8").splitlines()
+    ]
     holds = said == ["all gates hold"]
-    summary = json.loads((folder / "run" / "summary.json").read_text())
+    summary = json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8"))
     found = summary["needle_pooled"]["extended"]
     return [
         Row("quickstart", "needles found, 512 to 8,192 tokens", 100.0 * found, "%", "95 %, and the CPU's other bars",
@@ -123,7 +125,7 @@ def _attention(folder: Path) -> list[str]:
 
 
 def _read_attention(folder: Path) -> list[Row]:
-    document = json.loads((folder / "attention.json").read_text())
+    document = json.loads((folder / "attention.json").read_text(encoding="utf-8"))
     rows = [Row("attention", "bf16 product 8192^3", document["matrix_gflops"] / 1e3, "TFLOP/s")]
     best: dict[tuple[int, int], dict[str, Any]] = {}
     for row in document["rows"]:
@@ -167,7 +169,7 @@ def _rings(folder: Path) -> list[str]:
 
 
 def _read_rings(folder: Path) -> list[Row]:
-    document = json.loads((folder / "attention.json").read_text())
+    document = json.loads((folder / "attention.json").read_text(encoding="utf-8"))
     rows: list[Row] = []
     for found in document["rows"]:
         name = f"{document['ranks']} NCCL ranks, {found['length']:,} tokens ({found['backend']})"
@@ -199,7 +201,7 @@ def _read_step(part: str, length: int, *, judged: bool = False) -> Callable[[Pat
     """judged: the figures are held against the floors."""
 
     def read(folder: Path) -> list[Row]:
-        report = json.loads((folder / "step.json").read_text())
+        report = json.loads((folder / "step.json").read_text(encoding="utf-8"))
         ours = report["longctx"]
         large = "H200" in report["device"]
         rows = [
@@ -234,7 +236,7 @@ def _longest(folder: Path) -> list[str]:
 
 
 def _read_longest(folder: Path) -> list[Row]:
-    report = json.loads((folder / "longest.json").read_text())
+    report = json.loads((folder / "longest.json").read_text(encoding="utf-8"))
     figure = "longest full step, Llama-3-8B's shape, optimizer in part and every layer's input on the host"
     best, longest = report.get("best"), report["longest"] or 0
     rows = [Row("longest", figure, longest, "tokens", "262,144", holds=longest >= 262144)]
@@ -258,7 +260,7 @@ def _million(folder: Path) -> list[str]:
 
 
 def _read_million(folder: Path) -> list[Row]:
-    found = json.loads((folder / "million.json").read_text())
+    found = json.loads((folder / "million.json").read_text(encoding="utf-8"))
     return [
         Row("million", f"forward and backward, {found['tokens']:,} tokens, 32 heads x 128", found["seconds"], "s",
             note=f"{found['tflops']:.3g} TFLOP/s, {found['peak_gib']:.3g} GiB, kernel {found['kernel']}"),

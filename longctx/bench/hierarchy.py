@@ -38,7 +38,7 @@ def run(config: BenchHierarchyConfig) -> int:
         from longctx.bench.hierarchy_picture import picture
 
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "hierarchy.json").write_text(json.dumps(document, indent=2) + "\n")
+        (folder / "hierarchy.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         picture(document, folder / "hierarchy.png")
         say(f"wrote {folder / 'hierarchy.json'} and {folder / 'hierarchy.png'}")
     if config.format == "json":
@@ -79,10 +79,10 @@ def _measure(config: BenchHierarchyConfig) -> dict[str, Any]:
     say(f"starting {config.nodes} x {config.ranks} ranks; links of {config.rate} ...")
     with tempfile.TemporaryDirectory(prefix="longctx-hierarchy-") as scratch:
         order, result = Path(scratch) / "spec.json", Path(scratch) / "result.json"
-        order.write_text(json.dumps(spec))
+        order.write_text(json.dumps(spec), encoding="utf-8")
         command = [sys.executable, "-m", "longctx.bench.hierarchy_rank", str(order), str(result)]
         cluster.run(config.nodes, config.ranks, command, timeout=config.timeout_seconds, heard=_progress)
-        return json.loads(result.read_text())
+        return json.loads(result.read_text(encoding="utf-8"))
 
 
 def _progress(line: str) -> None:

@@ -24,7 +24,7 @@ from longctx.distributed import ranks as worlds
 
 def main(spec_file: str, result_file: str) -> int:
     """Measure the cases in `spec_file`; rank 0 writes the samples, the byte counts and the links' counters."""
-    spec = json.loads(Path(spec_file).read_text())
+    spec = json.loads(Path(spec_file).read_text(encoding="utf-8"))
     rank = worlds.start("cpu").rank
     groups = {schedule: _group(spec, schedule) for schedule in spec["schedules"]}
     measured: dict[str, Any] = {"seconds": {}, "bytes": {}, "links": {}}
@@ -43,7 +43,7 @@ def main(spec_file: str, result_file: str) -> int:
                 if rank == 0:
                     _tell({"rate": rate, "schedule": schedule, "turn": turn, **sample["seconds"]})
     if rank == 0:
-        Path(result_file).write_text(json.dumps(measured))
+        Path(result_file).write_text(json.dumps(measured), encoding="utf-8")
     dist.barrier()
     for group in groups.values():
         group.close()
@@ -107,7 +107,7 @@ def _measure(spec: dict[str, Any], cp: ContextParallel) -> dict[str, Any]:
 def _sent_by_link() -> int:
     """Return the kernel's count of bytes sent over this rank's link, headers included."""
     name = os.environ["GLOO_SOCKET_IFNAME"]
-    return int(Path(f"/sys/class/net/{name}/statistics/tx_bytes").read_text())
+    return int(Path(f"/sys/class/net/{name}/statistics/tx_bytes").read_text(encoding="utf-8"))
 
 
 def _tell(line: dict[str, Any]) -> None:

@@ -98,7 +98,7 @@ class Trials:
         self.key = fingerprint_of({**settings, "device": prediction.device})
         self.done: dict[int, dict[str, Any]] = {}
         if self.file.exists():
-            before = json.loads(self.file.read_text())
+            before = json.loads(self.file.read_text(encoding="utf-8"))
             if before["key"] == self.key:
                 self.done = {trial["seq_len"]: trial for trial in before["trials"]}
                 say(f"{self.file} holds {len(self.done)} trials of these settings; they are not repeated")
@@ -138,18 +138,18 @@ def run_trial(config: BenchLongestConfig, device: str, seq_len: int) -> dict[str
     with tempfile.TemporaryDirectory(prefix="longctx-longest-") as folder:
         result, errors = Path(folder) / "result.json", Path(folder) / "errors.txt"
         request = {"config": dataclasses.asdict(config), "seq_len": seq_len, "device": device, "result": str(result)}
-        (Path(folder) / "request.json").write_text(json.dumps(request))
+        (Path(folder) / "request.json").write_text(json.dumps(request), encoding="utf-8")
         command, environment = module_command("longctx.bench.longest_trial", f"{folder}/request.json")
         killed_before = killed_for_memory()
-        with errors.open("w") as file:
+        with errors.open("w", encoding="utf-8") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, stdin=subprocess.DEVNULL)
             free = free_memory()
             ended_for, least = _follow(process, 60 * config.trial_minutes)
-        said = errors.read_text(errors="replace")
+        said = errors.read_text(errors="replace", encoding="utf-8")
         if ended_for:
             return {"fits": False, "why": ended_for}
         if process.returncode == 0:
-            return {**json.loads(result.read_text()), "host_gib": max(0.0, free - least) / GIB}
+            return {**json.loads(result.read_text(encoding="utf-8")), "host_gib": max(0.0, free - least) / GIB}
     if process.returncode == -signal.SIGKILL and (killed_before is None or (killed_for_memory() or 0) > killed_before):
         return {"fits": False, "why": "host memory: the kernel killed the trial"}
     if out_of_memory(RuntimeError(said)):  # an allocation failed where Python could not see it

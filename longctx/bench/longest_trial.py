@@ -84,18 +84,18 @@ class Meter(Timer):
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _status(name: str) -> float:
     """Bytes of this process: VmRSS is its resident set, VmHWM the largest since clear_refs was written to."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 
 
 def main(path: str) -> None:
     die_with_parent()
-    request = json.loads(Path(path).read_text())
+    request = json.loads(Path(path).read_text(encoding="utf-8"))
     config = build(BenchLongestConfig, request["config"], origin="bench longest")
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -107,7 +107,7 @@ def main(path: str) -> None:
             raise
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         result = {"fits": False, "why": f"{doing[0]}: {first[:300]}"}
-    Path(request["result"]).write_text(json.dumps(result))
+    Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
 
 
 def limit_memory(config: BenchLongestConfig, device: str) -> None:

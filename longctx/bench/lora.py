@@ -68,7 +68,7 @@ def _run_in(config: BenchLoraConfig, folder: Path) -> int:
                 str(config.layers): figures["ours"]["peak_mib"],
             }
     if config.out is not None:
-        Path(config.out).write_text(json.dumps(figures, indent=2) + "\n")
+        Path(config.out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if config.format == "json":
         emit_json(figures)
     else:

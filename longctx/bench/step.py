@@ -55,7 +55,7 @@ def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
     """Run one step in a new process; returns seconds, cpu_seconds, tokens_per_second, peak_gib, loss and device."""
     request = json.dumps({"kind": contestant, **dataclasses.asdict(config)})
     command = [sys.executable, "-m", "longctx.bench.step_worker", request]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
     if done.returncode:
         raise RunFailed(
             f"bench step's {contestant} process ended with status {done.returncode}:\n{done.stderr[-2000:]}"

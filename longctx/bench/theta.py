@@ -78,7 +78,7 @@ def run(config: BenchThetaConfig) -> int:
         supported = supported_length(Rope(last.rope, rope.head_dim, last.seq_len).frequencies())
         lines.append(RuleLine(rule, [stage.theta for stage in stages], supported, before, after))
     document = {"base": asdict(base), "rules": [asdict(line) for line in lines], "tokens": _tokens(stages)}
-    (out / "table.json").write_text(json.dumps(document, indent=1))
+    (out / "table.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
     if config.format == "json":
         console.emit_json(document)
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -171,11 +171,34 @@ def alias(field: dataclasses.Field[Any]) -> str:
     return getattr(field.default, "alias", None) or field.name
 
 
-def unknown(where: str, known: Iterable[str], origin: str) -> str:
-    """The message for a key that does not exist: its new name, or the nearest known one."""
+def keys_ending(kind: Any, tail: Sequence[str], path: tuple[str, ...] = ()) -> Iterator[str]:
+    """The keys anywhere inside schema `kind` that end with these parts; NAME stands for a name that a user chooses."""
+    if path[len(path) - len(tail) :] == tuple(tail) and len(path) > len(tail):
+        yield ".".join(path)
+    for candidate in members(kind):
+        if dataclasses.is_dataclass(candidate):
+            hints = get_type_hints(candidate, include_extras=True)
+            for field in dataclasses.fields(candidate):
+                yield from keys_ending(hints[field.name], tail, (*path, alias(field)))
+        elif get_origin(candidate) is dict:
+            yield from keys_ending(get_args(candidate)[1], tail, (*path, "NAME"))
+
+
+def unknown(where: str, known: Iterable[str], origin: str, root: Any = None, tail: Sequence[str] = ()) -> str:
+    """The message for a key that does not exist: its new name, a key elsewhere that ends alike, or the nearest one.
+
+    root: the schema in which keys elsewhere are looked for. tail: the parts that a user wrote after `where`.
+    """
     known = list(known)
     if new := renamed(where, known):
         return f"{where} {new} ({origin})"
+    written = [*where.split("."), *tail]
+    for start in range(where.count(".") + 1):
+        found = sorted(set(keys_ending(root, written[start:]))) if root else []
+        highest = min((key.count(".") for key in found), default=0)
+        places = [key for key in found if key.count(".") == highest]
+        if 0 < len(places) <= 2:
+            return f"{where} is not a known key; did you mean {' or '.join(places)}? ({origin})"
     near = nearest(where.rpartition(".")[2], known)
     hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
     return f"{where} is not a known key; {hint} ({origin})"

@@ -54,7 +54,7 @@ def read(file: Path) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(file.read_text())
+        return yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         raise UserError(broken(error, str(file))) from None
 
@@ -69,7 +69,7 @@ def broken(error: Any, file: str) -> str:
 def header(file: Path) -> list[str]:
     """The comment a config file opens with, without its marks."""
     lines = []
-    for line in file.read_text().splitlines():
+    for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("#"):
             break
         if not line.startswith("# @package"):

@@ -27,7 +27,9 @@ def as_yaml(config: Any) -> str:
     import yaml
     from pydantic import TypeAdapter
 
-    return yaml.safe_dump(TypeAdapter(type(config)).dump_python(config, mode="json", by_alias=True), sort_keys=False)
+    return yaml.safe_dump(
+        TypeAdapter(type(config)).dump_python(config, mode="json", by_alias=True), sort_keys=False, allow_unicode=True
+    )
 
 
 def verb_help(verb: Verb, line: CommandLine) -> str:

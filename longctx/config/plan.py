@@ -12,7 +12,7 @@ from pydantic import Field
 
 from longctx.config.base import Format, Length, Positive, Text, schema
 from longctx.config.hardware import HardwareConfig
-from longctx.config.train import TrainConfig
+from longctx.config.train import TrainConfig, check_accept
 
 Rate = Annotated[float, Field(gt=0)]
 
@@ -48,4 +48,5 @@ class PlanConfig(TrainConfig):
     format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:
-        """A plan shows no evidence, so that a drawn model is planned whatever comes after training."""
+        """Check accept alone: a drawn model, which has no base to compare with, is planned without its evidence."""
+        check_accept(self.accept)

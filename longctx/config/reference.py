@@ -120,7 +120,7 @@ def main() -> None:
         if file.name not in wanted:
             file.unlink()
     for name, text in wanted.items():
-        (FOLDER / name).write_text(text)
+        (FOLDER / name).write_text(text, encoding="utf-8")
     print(f"{len(wanted)} pages in {FOLDER}", file=sys.stderr)
 
 

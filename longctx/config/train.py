@@ -6,6 +6,7 @@ continued.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import field
 from typing import Annotated, Literal
 
@@ -16,7 +17,11 @@ from longctx.config.base import Count, Length, Text, schema
 from longctx.config.curriculum import CurriculumConfig
 from longctx.config.data import DataConfig
 from longctx.config.model import ModelConfig
+from longctx.errors import nearest
 from longctx.signals import REQUEUES
+
+IDENTITY = ("model", "data", "curriculum", "optim", "seed")
+ESTIMATES = ("memory", "disk")  # what a run may start with though it does not fit
 
 
 def _not_below(config: object, least: int, *names: str) -> None:
@@ -185,6 +190,7 @@ class TrainConfig:
     accept: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_accept(self.accept)
         if self.model.path is None and (self.after_training.sibling or self.after_training.evidence):
             raise ValueError(
                 "after_training.sibling and after_training.evidence compare with the base, and a model drawn with "
@@ -195,3 +201,16 @@ class TrainConfig:
     def folder(self) -> str:
         """The run's folder."""
         return self.run_dir or f"runs/{self.name}"
+
+
+def check_accept(accept: Sequence[str]) -> None:
+    """Raise ValueError for an entry that accepts nothing, such as a misspelt one."""
+    known = (*ESTIMATES, *IDENTITY)
+    for entry in accept:
+        if entry not in ESTIMATES and entry.partition(".")[0] not in IDENTITY:
+            near = nearest(entry, known)
+            hint = f"did you mean accept=[{near}]? " if near else ""
+            raise ValueError(
+                f"accept=[{entry}] accepts nothing: {hint}known: {', '.join(ESTIMATES)}, and the keys whose change a "
+                f"continued run refuses ({', '.join(IDENTITY)} and those below them)"
+            )

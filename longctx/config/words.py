@@ -54,6 +54,11 @@ class CommandLine:
 
 def parse(words: Sequence[str]) -> CommandLine:
     """Options and overrides, apart. Raises UserError for an option that does not exist."""
+    if undecoded := [word for word in words if any("\ud800" <= letter <= "\udfff" for letter in word)]:
+        raise UserError(
+            f"{undecoded[0]!r} holds bytes that are not UTF-8 (shown as \\udcNN), and the files of a run are UTF-8; "
+            "rename the file or folder, or make a link with another name (the command line)"
+        )
     line = CommandLine(help=any(word in ("-h", "--help") for word in words))
     queue = list(words)
     while queue:
@@ -198,7 +203,7 @@ class Overrides:
                 )
                 if not known:
                     raise UserError(f"{word}: {above} has no keys inside it; write {above}=... ({self.origin})")
-                raise UserError(unknown(".".join(path[: index + 1]), known, self.origin))
+                raise UserError(unknown(".".join(path[: index + 1]), known, self.origin, self.kind, path[index + 1 :]))
             kind = inside
         return path
 

@@ -47,7 +47,7 @@ def read_theta_file(config: CurriculumConfig, file: str) -> dict[str, FoundTheta
     path = Path(config.theta_file)
     where = f"curriculum.theta_file={path}"
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{where} cannot be read: {error.strerror}; `longctx theta search=true` writes it ({file})"

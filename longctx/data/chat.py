@@ -55,8 +55,9 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
-            "the tokenizer has no chat template, so conversations cannot be rendered; use the tokenizer of an instruct "
-            "model, or render the text yourself and read it as kind=text"
+            f"the tokenizer {getattr(tokenizer, 'name_or_path', '')} has no chat template, so conversations cannot be "
+            "rendered; name the tokenizer of an instruct model with model.tokenizer=FOLDER, add a chat_template to its "
+            "tokenizer_config.json, or render the text yourself and read it with data=text"
         )
     spans: list[tuple[int, int]] = []
     text = ""

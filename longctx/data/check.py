@@ -50,7 +50,8 @@ def check_text_source(data: DataConfig, name: str, key: str) -> None:
         near = nearest(name, texts)
         hint = f"did you mean {near!r}? " if near else ""
         raise UserError(
-            f"{key}={name} is not a source of text in data.sources; {hint}known: {', '.join(texts)} (configs/data)"
+            f"{key}={name} is not a source of text in data.sources; {hint}known: {', '.join(texts)}; name one of "
+            f"them as {key}=... (configs/data)"
         )
 
 

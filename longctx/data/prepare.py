@@ -125,7 +125,7 @@ def _file_hashes(paths: Sequence[str], cache: Path) -> dict[str, str]:
     memo_path = cache / "files.json"
     memo: dict[str, list[Any]] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
-        memo = json.loads(memo_path.read_text())
+        memo = json.loads(memo_path.read_text(encoding="utf-8"))
     found: dict[str, str] = {}
     fresh = False
     for path in paths:
@@ -151,6 +151,6 @@ def _only_builder(cache: Path, jobs: Sequence[ShardJob]) -> Iterator[None]:
     name = hashlib.sha256("".join(job.folder.name for job in jobs).encode()).hexdigest()[:16]
     (cache / "locks").mkdir(parents=True, exist_ok=True)
     (cache / "shards").mkdir(parents=True, exist_ok=True)
-    with (cache / "locks" / name).open("w") as lock:
+    with (cache / "locks" / name).open("w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

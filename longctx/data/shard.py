@@ -131,7 +131,7 @@ class Shard:
 
     def _read_meta(self) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / "meta.json").read_text())
+            return json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
         except ValueError:
             raise self._changed("meta.json is no JSON") from None
 

@@ -74,7 +74,7 @@ def _first_rows(source: SourceConfig, cache: Path) -> Path:
     if not path.exists():
         stream = datasets.load_dataset(str(source.name), source.subset, split=source.split, streaming=True)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as partial, partial.open("w") as out:
+        with replacing(path) as partial, partial.open("w", encoding="utf-8") as out:
             for row in stream.select_columns([source.column]).take(int(source.rows or 0)):
                 out.write(json.dumps(row, default=str) + "\n")
     return path

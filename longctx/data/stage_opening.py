@@ -37,10 +37,12 @@ def open_stage_data(
     vocab_size: int | None = None,
     workers: int | None = None,
     report: Any = None,
+    remark_repeats: bool = True,
 ) -> StageData:
     """Return a stage's packed sequences; documents whose shards are not in `cache` are tokenized first.
 
-    sequences: the number that the stage needs; shorter sources are repeated, with a warning beyond data.max_epochs.
+    sequences: the number that the stage needs; shorter sources are repeated, with a warning beyond data.max_epochs
+    unless remark_repeats is false.
     split: `heldout` reads held-out documents and draws synthetic keys reserved for evaluation. It leaves out sources
     without held-out documents, so it may have no sequence at all. vocab_size: the model's; a tokenizer with larger
     ids is refused. report(source, done, total): called with bytes. Raises UserError for an unknown mix, unusable
@@ -76,7 +78,7 @@ def open_stage_data(
         opened.check_tasks()
         opened.check_labels()
         for name, use in packing.use.items():
-            if use.epochs > data.max_epochs:
+            if remark_repeats and use.epochs > data.max_epochs:
                 remark(
                     f"stage {stage} reads source {name} {use.epochs:.1f} times, more than data.max_epochs="
                     f"{data.max_epochs:g}; add documents or lower its weight in data.mixes.{mix}"

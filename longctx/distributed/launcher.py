@@ -11,6 +11,7 @@ from longctx.errors import UserError
 
 RUN_TOKEN = "LONGCTX_RUN"  # names the job and step that a rank belongs to; empty under launchers that name none
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+TORCH_SWITCHES = ("TORCH_CPP_LOG_LEVEL", "TORCH_DISTRIBUTED_DEBUG", "TORCH_SHOW_CPP_STACKTRACES")
 _PORTS = range(12000, 32000)  # below 32768, where Linux begins to hand out ports to outgoing connections
 
 
@@ -20,6 +21,16 @@ def leave_launcher() -> None:
         del os.environ[name]
     for name in (*NAMES, "GROUP_RANK", RUN_TOKEN):
         os.environ.pop(name, None)
+
+
+def quiet_torch() -> None:
+    """Keep torch's C++ warnings off the screen, unless one of torch's own switches asks for them.
+
+    Where a rank dies, c10d and its store print the C++ frames of every other rank, above the line that explains it.
+    torch reads the variable while it is imported.
+    """
+    if not any(name in os.environ for name in TORCH_SWITCHES):
+        os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 
 
 def launcher_environment() -> dict[str, str]:

@@ -11,7 +11,7 @@ from longctx.storage.files import write_text
 
 def load_result(path: Path, key: str) -> dict[str, Any] | None:
     """Return the result in the file, or None when the file is missing or has another fingerprint."""
-    values = json.loads(path.read_text()) if path.exists() else {}
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return values if values.get("key") == key else None
 
 

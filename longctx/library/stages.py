@@ -110,7 +110,7 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     from longctx.config.groups import broken
 
     try:
-        values = yaml.safe_load(file.read_text())
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
     except yaml.MarkedYAMLError as error:
         raise UserError(broken(error, str(file))) from None
     if not isinstance(values, dict):

@@ -173,7 +173,7 @@ def write_card(folder: Path, rows: Sequence[TensorRecord], extension: Extension,
         f"{row.residual:.4f} |"
         for row in carried
     ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n")
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def command(config: ExtractConfig) -> str:

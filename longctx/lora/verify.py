@@ -102,7 +102,7 @@ def _tokens(config: ExtractConfig) -> list[int]:
     from transformers import AutoTokenizer
 
     try:
-        text = Path(str(config.text)).read_text()
+        text = Path(str(config.text)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"text={config.text} cannot be read: {error} (configs/lora_extract.yaml)") from None
     try:

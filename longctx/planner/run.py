@@ -18,6 +18,7 @@ from longctx.decide import Machines, planned_kernel
 from longctx.errors import UserError
 from longctx.planner.draw import as_svg, as_text
 from longctx.planner.estimate import Estimate, Links, estimate_all, links_of
+from longctx.planner.evidence import EvidenceNeed, flop_of, largest, needs_of
 from longctx.planner.remedies import USABLE, DeviceLimits, advice
 from longctx.planner.simulate import BACKWARD_WORK, Timeline, evenly, simulate
 from longctx.rope import rope_of_model
@@ -94,6 +95,10 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
             "link_seconds_per_step": item.exposed,
             "hours": item.hours,
         }
+    evidence = None
+    if found := evidence_of(config, shape, len(stages)):
+        need, hours = found
+        evidence = {**asdict(need), "total": need.total, "hours": hours, "fits": _holds(config, need)}
     return {
         "hardware": asdict(config.hardware),
         "nodes": config.nodes,
@@ -102,9 +107,29 @@ def document(config: PlanConfig, shape: Shape, estimates: list[Estimate]) -> dic
         "kernel": limits.kernel,
         "parameters": shape.parameters,
         "stages": stages,
+        "evidence": evidence,
         "hours": sum(item.hours for item in estimates),
         "device_hours": sum(item.hours for item in estimates) * config.nodes * config.ranks,
     }
+
+
+def evidence_of(config: PlanConfig, shape: Shape, stages: int) -> tuple[EvidenceNeed, float] | None:
+    """The largest need of the evidence on the one device that measures it, and its hours; None without any.
+
+    Where ranks are cores, it has all of a node.
+    """
+    asked, hardware = config.after_training.evidence, config.hardware
+    if asked is None or config.model.path is None:
+        return None
+    on_cpu = hardware.device == "cpu"
+    rate = hardware.rate("float32") * config.ranks if on_cpu else hardware.rate(config.model.dtype)
+    most = largest(needs_of(asked, shape, config.model.dtype, hardware.device, config.ranks))
+    return most, flop_of(config, asked, shape, stages) / rate / 3600
+
+
+def _holds(config: PlanConfig, need: EvidenceNeed) -> bool:
+    devices = config.ranks if config.hardware.device == "cpu" else 1
+    return need.total <= USABLE * config.hardware.memory_gib * GIB * devices
 
 
 def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: str) -> Any:
@@ -153,6 +178,14 @@ def _notes(config: PlanConfig, shape: Shape, estimates: list[Estimate], limits: 
     for item in estimates:
         if item.quicker:
             lines.append(f"{item.stage.name}: attention is quicker by parallel.schedule={item.quicker}")
+    if evidence := evidence_of(config, shape, len(estimates)):
+        need, hours = evidence
+        where = "one node" if config.hardware.device == "cpu" else "one device"
+        lines.append(
+            f"evidence after training, on {where}: {_gib(need.total)} GiB{'' if _holds(config, need) else '!'} for "
+            f"{need.tokens:,} tokens ({need.key}), {hours:.2g} hours"
+            + ("" if _holds(config, need) else "; ! train refuses it (docs/eval.md)")
+        )
     if not all(limits.holds(item.memory) for item in estimates):
         stages = [item.stage for item in estimates]
         lines.append(
@@ -190,7 +223,7 @@ def show_schedule(config: PlanConfig) -> int:
     )
     shown = list(range(min(draw.show_ranks, topology.size)))
     if draw.svg:
-        Path(draw.svg).write_text(as_svg(timeline, title, nodes=topology.nodes, ranks=shown))
+        Path(draw.svg).write_text(as_svg(timeline, title, nodes=topology.nodes, ranks=shown), encoding="utf-8")
         say(f"wrote {draw.svg}")
     if config.format == "json":
         spans = [asdict(span) for span in timeline.spans]

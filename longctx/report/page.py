@@ -38,7 +38,8 @@ def write_page(folder: Path) -> Path:
         raise UserError(f"run={folder} holds no config.yaml, so it is not the folder of a run; give runs/NAME")
     name, steps = folder.resolve().name, steps_of(folder)
     parts = [f"<h1>{html.escape(name)}</h1>", *_summary(folder), *_stages(folder, steps), *_curve(steps)]
-    parts.append(f"<h2>Settings</h2><pre>{html.escape((folder / 'config.yaml').read_text())}</pre>")
+    settings = (folder / "config.yaml").read_text(encoding="utf-8")
+    parts.append(f"<h2>Settings</h2><pre>{html.escape(settings)}</pre>")
     title = f"longctx: {html.escape(name)}"
     page = f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>" + "\n".join(parts)
     out = folder / "report.html"
@@ -49,7 +50,7 @@ def write_page(folder: Path) -> Path:
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """Return the lines of metrics.jsonl that hold a step's loss; an incomplete last line is left out."""
     stored = folder / "metrics.jsonl"
-    lines = stored.read_text(errors="replace").splitlines(keepends=True) if stored.exists() else []
+    lines = stored.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True) if stored.exists() else []
     whole = [json.loads(line) for line in lines if line.endswith("\n")]
     return [line for line in whole if line.get("loss") is not None and "stage" in line]
 
@@ -58,7 +59,7 @@ def _summary(folder: Path) -> Iterable[str]:
     stored = folder / "summary.json"
     if not stored.exists():
         return
-    summary = json.loads(stored.read_text())
+    summary = json.loads(stored.read_text(encoding="utf-8"))
     if summary["needle"]:
         lengths = _columns(summary["needle"])
         yield "<h2>Needles found</h2>"
@@ -127,7 +128,7 @@ def _number(loss: float | None) -> str:
 
 
 def _stages(folder: Path, steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    marks = [json.loads(path.read_text()) for path in (folder / "stages").glob("*/finished.json")]
+    marks = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "stages").glob("*/finished.json")]
     if not marks:
         return
     marks.sort(key=lambda mark: (mark["seq_len"], mark["stage"]))

@@ -13,6 +13,10 @@ signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal
 
 import sys
 
+from longctx.utf8 import use_utf8
+
+use_utf8()
+
 from longctx.run.command import main
 from longctx.run.rank import leave
 

@@ -77,7 +77,7 @@ def _up_to_date(out: Path, key: str) -> bool:
     if not out.exists():
         return False
     record = out / RECORD
-    if record.exists() and json.loads(record.read_text())["key"] == key:
+    if record.exists() and json.loads(record.read_text(encoding="utf-8"))["key"] == key:
         return True
     console.say(f"{out} was made from another model or with other settings; making it again")
     discard(out)

@@ -70,7 +70,7 @@ def run_after_training(config: TrainConfig, folder: Path) -> int:
 
 def finished_stages(folder: Path) -> list[dict[str, Any]]:
     """The finished.json of each trained stage, in the order of training."""
-    marks = [json.loads(path.read_text()) for path in (folder / "stages").glob("*/finished.json")]
+    marks = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "stages").glob("*/finished.json")]
     return sorted(marks, key=lambda mark: (mark["seq_len"], mark["stage"]))
 
 

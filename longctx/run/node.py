@@ -20,6 +20,7 @@ from longctx import console, signals
 from longctx.distributed.local import Node
 from longctx.errors import RunFailed, UserError
 from longctx.run.command import PREFLIGHT
+from longctx.utf8 import use_utf8
 
 PORT = 29500
 
@@ -104,7 +105,9 @@ def ranks_here(environment: Any) -> int:
         return count
     if shutil.which("nvidia-smi") is None:
         return 1
-    found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False).stdout
+    found = subprocess.run(
+        ["nvidia-smi", "-L"], capture_output=True, encoding="utf-8", errors="replace", check=False
+    ).stdout
     return max(1, sum(line.startswith("GPU ") for line in found.splitlines()))
 
 
@@ -116,6 +119,7 @@ def _number(environment: Any, name: str, default: int) -> int:
 
 
 if __name__ == "__main__":
+    use_utf8()
     status = main(sys.argv[1:])
     signals.done()
     sys.exit(status)

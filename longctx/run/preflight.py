@@ -87,7 +87,7 @@ def _check_folder(folder: Path, nodes: Sequence[dict[str, Any]], ranks: Ranks) -
     if ranks.first:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            mark.write_text("longctx preflight\n")
+            mark.write_text("longctx preflight\n", encoding="utf-8")
         except OSError as error:
             problem = f"folder={folder} cannot be written on {first}: {error.strerror}; choose another folder="
     if problem := ranks.broadcast(problem):

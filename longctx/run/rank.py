@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 import traceback
@@ -12,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from longctx import collector, signals
-from longctx.distributed.launcher import launcher_environment
+from longctx.distributed.launcher import launcher_environment, quiet_torch
 from longctx.errors import OutOfMemory, RunFailed, UserError
 from longctx.processes import die_with_parent
 
@@ -38,6 +39,7 @@ def rank_status(body: Callable[[int, int], int]) -> int:
     Only rank 0 writes messages, unless another rank has an error of its own. Where all ranks know that they end, they
     leave together.
     """
+    quiet_torch()
     try:
         environment = launcher_environment()
     except UserError as error:  # no rank knows its number
@@ -67,8 +69,7 @@ def rank_status(body: Callable[[int, int], int]) -> int:
         if world > 1 and _lost_peers(error):
             time.sleep(5.0)  # the rank that died speaks first, and its launcher ends this one
             if rank == 0 or (rank == 1 and _rank_0_is_gone()):
-                first = str(error).strip().partition("\n")[0]
-                tell(f"rank {rank} lost its peers and stops ({first}); {signals.saved_so_far()}", speak=True)
+                tell(f"rank {rank} lost its peers and stops ({_words(error)}); {signals.saved_so_far()}", speak=True)
             return 1
         tell(f"rank {rank} of {world} failed:\n{traceback.format_exc()}", speak=True)
         return 1
@@ -118,6 +119,11 @@ def _lost_peers(error: Exception) -> bool:
         return True
     place = str(error).partition("]")[0]
     return isinstance(error, RuntimeError) and place.startswith("[") and "gloo" in place
+
+
+def _words(error: Exception) -> str:
+    """The first sentence of an error of torch or gloo, without the place in its source."""
+    return re.sub(r"^\[\S+:\d+\] ", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
 
 
 def tell(text: str, *, speak: bool) -> None:

@@ -84,7 +84,7 @@ def smoke_config(config: TrainConfig, folder: Path, decided: list[tuple[Stage, D
 
 def _show(folder: Path) -> None:
     """One line a stage: the second step's time, and the most memory a rank had."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in {row["stage"]: row for row in rows if "loss" in row}.values():
         console.say(
             f"smoke: {row['stage']}, {row['seq_len']:,} tokens, cp {row['cp']} x dp {row['dp']}: "

@@ -65,7 +65,7 @@ def run(config: SubmitConfig, words: Sequence[str]) -> int:
         path = Path(config.folder) / "submit" / f"{job.name}.sh"
         for folder in (path.parent, _logs(config)):  # sbatch makes none
             folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(script)
+        path.write_text(script, encoding="utf-8")
         before = _sbatch(path, before)
         after = " after the one before" if len(scripts) > 1 and job is not scripts[0][0] else ""
         console.say(f"job {before}: {job.name} on {job.nodes} node{'s' * (job.nodes > 1)}{after}; {path}")
@@ -75,6 +75,7 @@ def run(config: SubmitConfig, words: Sequence[str]) -> int:
 def check(config: SubmitConfig) -> list[Stage]:
     """The stages, once everything is checked that training checks before its ranks start. Raises UserError."""
     from longctx.decide import Machines, planned_kernel
+    from longctx.planner.evidence import check_evidence_memory, needs_of
     from longctx.planner.remedies import GIB, DeviceLimits, check_memory
     from longctx.run.training import settled
     from longctx.run.what_follows import check_what_follows
@@ -91,6 +92,10 @@ def check(config: SubmitConfig) -> list[Stage]:
     check_what_follows(settled_config)
     shape = shape_of_model(settled_config.model)
     device = "cuda" if launch.gpus_per_node and settled_config.engine.device != "cpu" else "cpu"
+    asked = settled_config.after_training.evidence
+    if asked is not None and device == "cuda" and "memory" not in config.accept:
+        needs = needs_of(asked, shape, settled_config.model.dtype, device, 1)
+        check_evidence_memory(needs, hardware.memory_gib * GIB, device)
     for nodes in sorted({launch.nodes_by_stage.get(stage.name, launch.nodes) for stage in stages}):
         own = [stage for stage in stages if launch.nodes_by_stage.get(stage.name, launch.nodes) == nodes]
         machines = Machines(nodes * launch.ranks, launch.ranks)
@@ -177,7 +182,7 @@ def _body() -> str:
     """launch/slurm.sbatch after its options, at the top of a checkout or inside the wheel."""
     package = Path(__file__).resolve().parent.parent
     inside = package / "launch" / "slurm.sbatch"
-    text = (inside if inside.is_file() else package.parent / "launch" / "slurm.sbatch").read_text()
+    text = (inside if inside.is_file() else package.parent / "launch" / "slurm.sbatch").read_text(encoding="utf-8")
     head, _, body = text.rpartition("\n#SBATCH ")
     return body.partition("\n")[2] if head else text
 
@@ -186,7 +191,7 @@ def _sbatch(path: Path, after: str | None) -> str:
     """Submit a script; returns the job's number. after: the job that must have ended with 0."""
     words = ["sbatch", "--parsable", *([f"--dependency=afterok:{after}"] if after else []), str(path)]
     try:
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
     except FileNotFoundError:
         raise UserError(
             "sbatch is not on this machine, so the job is not submitted; run this on the cluster's login node, or take "

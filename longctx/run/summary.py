@@ -157,8 +157,8 @@ def _adapter(folder: Path, config: TrainConfig) -> dict[str, Any]:
     if not folder.exists():
         return {}
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    rank = json.loads((folder / "adapter_config.json").read_text())["r"]
-    share = json.loads((folder / "longctx.json").read_text())["share"]["everything"]
+    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    share = json.loads((folder / "longctx.json").read_text(encoding="utf-8"))["share"]["everything"]
     return {"rank": rank, "bytes": size, "profile": config.after_training.lora.profile, "share": share}
 
 

@@ -17,7 +17,7 @@ from longctx.config.train import TrainConfig
 from longctx.decide import with_blocks
 from longctx.distributed.launcher import launcher_environment
 from longctx.run.adapter import extract_adapter, left_out
-from longctx.run.what_follows import prepare_what_follows
+from longctx.run.what_follows import check_evidence_fits, prepare_what_follows
 from longctx.train import preflight, runfolder
 from longctx.train import run as training
 
@@ -41,14 +41,16 @@ def train_run(config: TrainConfig, *, checked: bool = False) -> int:
         return _start_ranks(config)
     return training.train(
         config, not_carried=partial(left_out, config), after_stage=after_stage(config),
-        prepare_more=partial(prepare_what_follows, config), checked=checked,
+        check_more=partial(check_evidence_fits, config), prepare_more=partial(prepare_what_follows, config),
+        checked=checked,
     )  # fmt: skip
 
 
 def _start_ranks(config: TrainConfig) -> int:
     """Check everything, write config.yaml, tokenize the documents, and only then start launch.nproc ranks."""
     nproc = config.launch.nproc
-    stages = training.checked_stages(config, world=nproc, local_world=nproc)
+    more = partial(check_evidence_fits, config)
+    stages = training.checked_stages(config, world=nproc, local_world=nproc, check_more=more)
     from longctx.train.machine import device_type  # torch, after the checks
 
     config = replace(config, model=with_blocks(config.model, device_type(config.engine)))

@@ -1,26 +1,34 @@
 """Checks of what follows training, made before it: training may take days, and nothing after it should then be refused.
 
-`check_what_follows` reads settings, files and headers. `prepare_what_follows` tokenizes the documents that side runs
-and evidence read.
+`check_what_follows` reads settings, files and headers. `check_evidence_fits` estimates the memory of the evidence.
+`prepare_what_follows` tokenizes the documents that side runs and evidence read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from longctx import console
 from longctx.config.train import TrainConfig
 from longctx.decide import Machines, decide_all
 from longctx.errors import UserError
+from longctx.planner.evidence import check_evidence_memory, flop_of, needs_of
 from longctx.rope.config import describe_rope, rope_to_carry
 from longctx.run.side_config import side_config
 from longctx.shape import config_json, model_type_of, shape_of_model
 from longctx.storage.model import check_model, expected_shapes
 from longctx.storage.model_files import Folder, open_source
 from longctx.train.run import prepare_data, resolve_stages
+
+if TYPE_CHECKING:
+    from longctx.curriculum import Stage
+
+MUCH = 3  # times as long as training: evidence that a user is told about
 
 
 def check_what_follows(config: TrainConfig) -> None:
@@ -35,6 +43,31 @@ def check_what_follows(config: TrainConfig) -> None:
     sibling = config.after_training.sibling
     if sibling is not None and sibling.path is not None:
         _check_sibling(config, sibling.path)
+
+
+def check_evidence_fits(config: TrainConfig, stages: Sequence[Stage], world: int) -> None:
+    """Raise UserError where the evidence's longest sequence does not fit this machine; world: the ranks that train.
+
+    A line is printed where the evidence computes much longer than training. config: a settled one.
+    """
+    asked = config.after_training.evidence
+    if asked is None:
+        return
+    from longctx.train.machine import device_type, room_here
+
+    device, shape = device_type(config.engine), shape_of_model(config.model)
+    if "memory" not in config.accept:
+        needs = needs_of(asked, shape, config.model.dtype, device, len(os.sched_getaffinity(0)))
+        check_evidence_memory(needs, room_here(Machines(1, 1), device, "").device_bytes, device)
+    flops = shape.flops(recompute=False)
+    training = sum(flops.model(stage.tokens, stage.tokens * stage.seq_len / 2) for stage in stages)
+    times = flop_of(config, asked, shape, len(stages)) / training * (world if device == "cuda" else 1)
+    if times > MUCH:
+        console.remark(
+            f"after_training.evidence takes about {times:.0f} times as long as training; one process measures it, and "
+            "fewer or shorter needle.lengths, a smaller needle.per_cell or fewer needle.seeds take less "
+            "(configs/after_training)"
+        )
 
 
 def prepare_what_follows(config: TrainConfig, tokenizer: Any) -> None:

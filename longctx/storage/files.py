@@ -63,7 +63,7 @@ def check_writable(path: Path, what: str) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a small text file through `replacing`."""
     with replacing(path) as partial:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, document: Any) -> None:

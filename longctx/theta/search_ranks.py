@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx import signals
+from longctx.distributed.launcher import quiet_torch
 from longctx.errors import RunFailed, UserError
 from longctx.processes import die_with_parent
 
@@ -43,6 +44,7 @@ def start(job: SearchJob, nproc: int) -> SearchResult:
 
 def main(folder: Path) -> int:
     """Run one rank; returns its exit status."""
+    quiet_torch()
     rank = os.environ["RANK"]
     signals.catch(speaks=False)
     die_with_parent()

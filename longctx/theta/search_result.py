@@ -34,7 +34,7 @@ def write_override(path: Path, result: SearchResult, rule: str) -> None:
 
     known: dict[str, Any] = {}
     if path.exists():
-        known = (yaml.safe_load(path.read_text()) or {}).get("stages", {})
+        known = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages", {})
     known[result.stage] = {"theta": result.best.theta, "rule": rule}
     lines = [
         "# Written by `longctx theta search=true`; read with curriculum.theta_file=THIS_FILE.",

@@ -63,7 +63,7 @@ class TrialFile:
 
     def add(self, trial: Trial) -> None:
         """Append a trial and sync it to the disk."""
-        with self.path.open("a") as stream:
+        with self.path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"key": self.key, **asdict(trial)}) + "\n")
             stream.flush()
             os.fsync(stream.fileno())

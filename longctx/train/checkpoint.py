@@ -232,7 +232,7 @@ class Checkpoints:
         try:
             write_text(partial / "state.json", found.state)
             if (self.run / "config.yaml").exists():
-                write_text(partial / "config.yaml", (self.run / "config.yaml").read_text())
+                write_text(partial / "config.yaml", (self.run / "config.yaml").read_text(encoding="utf-8"))
             self._size = float(sum(entry["bytes"] for entry in files.values()))
             manifest = {"format": FORMAT, "parameters": found.shapes, "files": files,
                         "state_sha256": _sha256(partial / "state.json")}  # fmt: skip
@@ -280,7 +280,7 @@ class Checkpoints:
     def _damage(self, folder: Path) -> Iterator[str]:
         """A message for each damaged file among those that this rank checks (every world-th one)."""
         try:
-            manifest = json.loads((folder / "manifest.json").read_text())
+            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
             entries = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
             entries["state.json"] = (manifest["state_sha256"], None)
             if manifest["format"] != FORMAT:
@@ -300,9 +300,9 @@ class Checkpoints:
                 yield f"{name} does not match its sha256"
 
     def _restore(self, folder: Path, engine: Engine) -> State:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         check_same_model(manifest["parameters"], engine.shapes(), folder)
-        stored = json.loads((folder / "state.json").read_text())
+        stored = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         stored.pop("wandb_id", None)  # written by earlier versions
         state = State(**stored)
         with fragments.FragmentReader(folder, manifest) as reader:

@@ -20,7 +20,7 @@ def host_memory() -> float:
 def free_memory() -> float:
     """Bytes that the kernel would give without swapping, or that the control group still allows if that is less."""
     free = _page("SC_AVPHYS_PAGES")
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("MemAvailable:"):  # counts what caches would give back
             free = 1024.0 * int(line.split()[1])
     return min([free, *(limit - used for limit, used in _limits())])
@@ -29,7 +29,7 @@ def free_memory() -> float:
 def killed_for_memory() -> int | None:
     """The number of processes that this kernel has killed for lack of memory; None where it does not count them."""
     try:
-        lines = Path("/proc/vmstat").read_text().splitlines()
+        lines = Path("/proc/vmstat").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), None)
@@ -44,7 +44,8 @@ def _limits() -> list[tuple[float, float]]:
     found = []
     for limit, used in _GROUPS:
         try:
-            found.append((float(Path(limit).read_text()), float(Path(used).read_text())))
+            most, now = (float(Path(path).read_text(encoding="utf-8")) for path in (limit, used))
+            found.append((most, now))
         except (OSError, ValueError):  # not there, or "max"
             continue
     return found

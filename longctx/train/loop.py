@@ -234,7 +234,8 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
         state.trained.append(stage.name)
     if context.ranks.broadcast(mark.exists()):
         if recorder.metrics:
-            recorder.metrics.stage_ended(state.step, state.tokens, json.loads(mark.read_text())["heldout_loss"])
+            ended = json.loads(mark.read_text(encoding="utf-8"))
+            recorder.metrics.stage_ended(state.step, state.tokens, ended["heldout_loss"])
         return
     recorder.progress.at("hand-off", state.step)
     heldout = opened.heldout_loss(training.engine, context.ranks)

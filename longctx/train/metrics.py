@@ -57,7 +57,7 @@ class Metrics:
     def __init__(self, run: Path, config: LoggingConfig, resolved: Mapping[str, Any], *, last_step: int) -> None:
         self.path = run / "metrics.jsonl"
         self._keep_until(last_step)
-        self._file: IO[str] | None = open(self.path, "a")  # noqa: SIM115
+        self._file: IO[str] | None = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         self._ended = 0
         self._wandb = _start_wandb(run, config, resolved) if config.wandb != "disabled" else None
         if self._wandb:
@@ -95,7 +95,7 @@ class Metrics:
         for _, lines in groupby(read(self.path), key=lambda line: line["stage"]):
             if last:
                 mark = run / "stages" / last["stage"] / "finished.json"
-                loss = json.loads(mark.read_text())["heldout_loss"] if mark.exists() else None
+                loss = json.loads(mark.read_text(encoding="utf-8"))["heldout_loss"] if mark.exists() else None
                 self.stage_ended(last["step"], last["tokens"], loss)
             for line in lines:
                 self._mirror(line)
@@ -115,7 +115,7 @@ class Metrics:
         """Remove the lines of steps that will be done again, and a line that a kill left half-written."""
         if not self.path.exists():
             return
-        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        lines = self.path.read_text(errors="replace", encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if _step_of(line) <= step]
         if len(kept) != len(lines):
             write_text(self.path, "".join(kept))
@@ -130,7 +130,7 @@ def _step_of(line: str) -> float:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """All lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def wandb_line(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _start_wandb(run: Path, config: LoggingConfig, resolved: Mapping[str, Any]) 
     if not stored.exists():
         write_text(stored, uuid.uuid4().hex[:8])
     started = wandb.init(
-        project=config.project, name=run.name, dir=str(run), mode=config.wandb, id=stored.read_text(),
+        project=config.project, name=run.name, dir=str(run), mode=config.wandb, id=stored.read_text(encoding="utf-8"),
         resume="allow" if config.wandb == "online" else None, config=dict(resolved),
         settings=wandb.Settings(console="off", silent=True),
     )  # fmt: skip

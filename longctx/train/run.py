@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 # Gives the patterns of the parameters that the run's adapter will not carry.
 NotCarried = Callable[[], Sequence[str]]
+# Refuses, before a document is read, what cannot follow the training of these stages on this many ranks.
+CheckMore = Callable[[Sequence["Stage"], int], None]
 # Tokenizes, with the run's tokenizer, what is read after training, and refuses what cannot be.
 PrepareMore = Callable[[Any], None]
 
@@ -50,20 +52,22 @@ def train(
     *,
     not_carried: NotCarried = list,
     after_stage: AfterStage | None = None,
+    check_more: CheckMore | None = None,
     prepare_more: PrepareMore | None = None,
     checked: bool = False,
 ) -> int:
     """Train all stages in this process. Returns 0, or the status of what ended the run.
 
     not_carried: gives the patterns of the parameters that the run's adapter will not carry; optim.freeze=auto freezes
-    them. after_stage: called on rank 0 at the end of each stage, see `longctx.train.loop.AfterStage`. prepare_more:
-    called on rank 0 once the stages' documents are tokenized. checked: the process that started this one has checked
-    everything and tokenized the documents. Raises UserError for what the checks refuse.
+    them. after_stage: called on rank 0 at the end of each stage, see `longctx.train.loop.AfterStage`. check_more:
+    called once on each node after the other checks of the machine. prepare_more: called on rank 0 once the stages'
+    documents are tokenized. checked: the process that started this one has checked everything and tokenized the
+    documents. Raises UserError for what the checks refuse.
     """
     config = settled(config, not_carried=not_carried)
     stages = None
     if not checked and launcher_environment()["WORLD_SIZE"] == "1":
-        stages = checked_stages(config, world=1, local_world=1)
+        stages = checked_stages(config, world=1, local_world=1, check_more=check_more)
     from longctx.distributed import ranks as worlds  # torch; what the checks refuse does not wait for it
 
     stop = stop_request()
@@ -82,7 +86,8 @@ def train(
         with ExitStack() as held:
             with ranks.agree("checking the command and the run's folder"):
                 if stages is None and not checked and ranks.local_rank == 0:  # each node has its own disk
-                    stages = checked_stages(config, world=ranks.world, local_world=ranks.local_world)
+                    local = ranks.local_world
+                    stages = checked_stages(config, world=ranks.world, local_world=local, check_more=check_more)
                 if ranks.first:
                     held.enter_context(runfolder.held(Path(config.folder)))
                     runfolder.prepare(config, world=world_words(config, stages or resolve_stages(config), ranks))
@@ -125,16 +130,20 @@ def settled(config: TrainConfig, *, not_carried: NotCarried = list) -> TrainConf
     return replace(config, optim=replace(config.optim, freeze=list(not_carried()) if stored is None else stored))
 
 
-def checked_stages(config: TrainConfig, *, world: int, local_world: int) -> list[Stage]:
+def checked_stages(
+    config: TrainConfig, *, world: int, local_world: int, check_more: CheckMore | None = None
+) -> list[Stage]:
     """The stages of a settled config, once everything that needs no ranks has been checked. Raises UserError.
 
-    world, local_world: the ranks that will train, and those of them on this node.
+    world, local_world: the ranks that will train, and those of them on this node. check_more: see `train`.
     """
     stages = resolve_stages(config)
     preflight.check(config, stages, world=world, local_world=local_world)
     from longctx.train.machine import check_machine
 
     check_machine(config, stages, world, local_world)
+    if check_more is not None:
+        check_more(stages, world)
     return stages
 
 

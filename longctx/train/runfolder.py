@@ -23,14 +23,13 @@ import yaml
 from longctx import console
 from longctx import dtype as dtypes
 from longctx.config.base import build
-from longctx.config.train import TrainConfig
+from longctx.config.train import IDENTITY, TrainConfig
 from longctx.distributed.launcher import node_name, started_by
 from longctx.errors import UserError
 from longctx.fingerprint import MODEL, TOKENIZER, content_hashes
 from longctx.signals import sweep
 from longctx.storage.files import write_text
 
-IDENTITY = ("model", "data", "curriculum", "optim", "seed")
 INPUTS = "inputs.json"  # in the run's folder: per key that names files, their hashes
 WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its wandb run
 # Parts of identity groups that change how fast, not what: they may differ.
@@ -49,7 +48,7 @@ def fingerprint(config: TrainConfig) -> str:
 
 def read(path: Path) -> TrainConfig:
     """The validated config of a run's config.yaml; its run_dir is that file's folder."""
-    config = build(TrainConfig, yaml.safe_load(path.read_text()), origin=str(path))
+    config = build(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")), origin=str(path))
     return dataclasses.replace(config, run_dir=str(path.parent))
 
 
@@ -71,7 +70,7 @@ def with_dtype(config: TrainConfig) -> TrainConfig:
 
 
 def _stored_dtype(stored: Path) -> Any:
-    values = yaml.safe_load(stored.read_text()) or {}
+    values = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
     return (values.get("model") or {}).get("dtype", "auto")
 
 
@@ -96,7 +95,7 @@ def prepare(config: TrainConfig, *, world: Sequence[str] = ()) -> Path:
             (folder / WANDB_ID).unlink(missing_ok=True)
     write_text(folder / INPUTS, json.dumps(inputs, indent=1))
     comments = "".join(f"# {line}\n" for line in world)
-    write_text(stored, comments + yaml.safe_dump(to_dict(config), sort_keys=False))
+    write_text(stored, comments + yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
     return folder
 
 
@@ -108,7 +107,9 @@ def has_step(folder: Path) -> bool:
 
 def frozen(folder: Path) -> list[str] | None:
     """The patterns of the parameters that the run in the folder freezes; None where it has not trained yet."""
-    return yaml.safe_load((folder / "config.yaml").read_text())["optim"]["freeze"] if has_step(folder) else None
+    if not has_step(folder):
+        return None
+    return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["optim"]["freeze"]
 
 
 def check_documents(config: TrainConfig, documents: Mapping[str, str]) -> None:
@@ -146,7 +147,7 @@ def held(folder: Path) -> Iterator[None]:
 
     Raises UserError that names the process that holds it. It is a file lock, so it ends with the process in any case.
     """
-    with open(_made(folder) / ".lock", "a+") as file:
+    with open(_made(folder) / ".lock", "a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -177,7 +178,7 @@ class IdentityChange:
 
 def _stored(path: Path) -> dict[str, Any]:
     """The values of a run's config.yaml; a key that an earlier version of longctx did not have has its default."""
-    values = yaml.safe_load(path.read_text())
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
     try:
         return to_dict(build(TrainConfig, values, origin=str(path)))
     except UserError:  # a key of an earlier version has gone
@@ -241,7 +242,7 @@ def _inputs(config: TrainConfig) -> dict[str, dict[str, str]]:
 
 def _recorded(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / INPUTS
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _other_files(
@@ -261,7 +262,7 @@ def where(folder: Path) -> str:
     pointer = folder / "latest.json"
     if not pointer.exists():
         return "no checkpoint was written yet"
-    step = json.loads(pointer.read_text())["checkpoint"].rsplit("step", 1)[-1]
+    step = json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"].rsplit("step", 1)[-1]
     return f"the checkpoint of step {int(step)} is saved, the same command continues the run"
 
 

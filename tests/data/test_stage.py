@@ -489,6 +489,8 @@ def test_what_does_not_fit_the_model_or_the_stage_is_refused(books, cache, token
     for _ in range(2):
         _open(_config(folder, max_epochs=2), tokenizer, cache, sequences=400)
     assert capsys.readouterr().err.count("more than data.max_epochs=2") == 1
+    _open(_config(folder, max_epochs=1), tokenizer, cache, sequences=400, remark_repeats=False)
+    assert capsys.readouterr().err == ""
 
 
 def test_ranks_other_than_the_first_do_not_repeat_its_warnings(books, cache, tokenizer, capsys, monkeypatch):
