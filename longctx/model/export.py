@@ -146,7 +146,7 @@ def _carry_tokenizer(tokenizer: Any, folder: Path, window: int) -> None:
     """Save the tokenizer with the new window as its model_max_length."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text())
+    settings = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**settings, "model_max_length": int(window)})
 
 

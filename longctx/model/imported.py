@@ -49,7 +49,7 @@ def import_gguf(config: ImportConfig) -> dict[str, Any]:
     with replacing(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        stored = json.loads((partial / "config.json").read_text())
+        stored = json.loads((partial / "config.json").read_text(encoding="utf-8"))
         for written in partial.iterdir():  # safetensors lets nobody else read its files
             written.chmod((partial / "config.json").stat().st_mode)
         write_json(partial / "config.json", served_config(stored, rope, window, config.dtype))

@@ -107,7 +107,7 @@ class _Projections(torch.autograd.Function):
         return None, None, None, dx, *d_weights, *d_biases
 
 
-def main_grad(weight: Tensor) -> Tensor | None:
+def main_grad(weight: Any) -> Tensor | None:
     """The wide accumulator of a weight's gradient, if its engine has given it one."""
     return getattr(weight, "main_grad", None)
 
