@@ -15,6 +15,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 import torch
@@ -180,8 +181,12 @@ def plan_calls(rects: Sequence[Rect], kernels: Sequence[Kernel], recurring: bool
             calls.append(DenseCall(kernel, rect))
         else:
             left.append(rect)
-            _say_left(kernel.name, reason, others[0].name)
+            with _saying:  # virtual ranks are threads, which may come here at one time
+                _say_left(kernel.name, reason, others[0].name)
     return calls + (plan_calls(left, others, recurring) if left else [])
+
+
+_saying = Lock()
 
 
 @lru_cache(maxsize=64)

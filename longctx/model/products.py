@@ -57,7 +57,7 @@ def project(x: Tensor, *modules: nn.Module, sums: BlockSums | None = None, compu
 def autocast(*operands: Any) -> tuple[Any, ...]:
     """The operands of products, each a tensor or None, in the dtype of torch.autocast where it is on."""
     kind = operands[0].device.type
-    if not torch.is_autocast_enabled(kind):
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
         return operands
     dtype = torch.get_autocast_dtype(kind)
     return tuple(operand if operand is None else operand.to(dtype) for operand in operands)
