@@ -10,12 +10,18 @@ vocabulary.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Operators = Literal["torch", "liger"]
+
+
+def able(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether liger-kernel's kernels take tensors of this device and dtype; Triton's interpreter makes a CPU a GPU."""
+    return dtype != torch.float64 and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class LigerNorm(torch.autograd.Function):

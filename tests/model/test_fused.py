@@ -89,6 +89,36 @@ def test_auto_takes_liger_where_it_agrees(family: str, caplog: pytest.LogCapture
 
 @pytest.mark.usefixtures("_interpreted")
 @pytest.mark.parametrize(
+    "where", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_the_trial_does_not_depend_on_where_the_first_pass_runs(where: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The first pass may be an evaluation, or run under Trainer's bf16."""
+    with where():
+        assert chosen.choose("auto", made().model.model, CPU) == "liger"  # type: ignore[arg-type, union-attr]
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("_interpreted")
+def test_another_dtype_or_device_is_another_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model trained in fp32 on a GPU generates on a CPU afterwards, or is evaluated in fp64."""
+    model: Any = made()
+    ids, positions, labels = sequence(8)
+    model(ids, positions, labels)
+    norm = model.model.model.norm
+    assert norm.operators == "liger"
+    x = torch.randn(3, 32, requires_grad=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "_RmsNorm" in str(norm(x).grad_fn.next_functions[0])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "LigerNorm" in str(norm(x).grad_fn.next_functions[0])
+    model.double()(ids, positions, labels)
+    assert norm.operators == "torch"
+
+
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize(
     ("kernel", "name"),
     [("liger_rotate", "rotation"), ("liger_gated", "activation"), ("liger_loss", "loss"), ("LigerNorm", "norm")],
 )

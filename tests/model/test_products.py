@@ -50,10 +50,42 @@ def test_a_module_that_is_more_than_its_product_is_called() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
-    hooked, x = nn.Linear(4, 4), torch.ones(3, 4)
+    hooked, own, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.ones(3, 4)
     hooked.register_forward_hook(lambda module, args, out: out + 1)
-    for module in (Twice(4, 4), hooked):
+    own.forward = lambda input: 3 * input  # type: ignore[method-assign]
+    for module in (Twice(4, 4), hooked, own):
         assert torch.equal(project(x, module)[0], module(x))
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+     "register_full_backward_pre_hook"],
+)  # fmt: skip
+def test_hooks_of_every_module_of_a_layer_run(register: str) -> None:
+    """ZeRO-3 without leaf modules and FSDP gather a module's weights in them."""
+    model = init_from(tiny("qwen3", layers=1))
+    prepared, called = LossModel(model, MemoryConfig(activation_checkpointing=False)), set()
+    parts = {name: part for name, part in model.model.layers[0].named_modules() if list(part.parameters(recurse=False))}
+    for name, part in parts.items():
+        getattr(part, register)(lambda *_, name=name: called.add(name))
+    prepared(*sequence(16)).loss_sum.backward()
+    assert called == set(parts)
+
+
+def test_an_adapter_around_a_norm_is_called() -> None:
+    from peft import LNTuningConfig, get_peft_model
+
+    plain = init_from(tiny())
+    exact = LossModel(init_from(tiny()), MemoryConfig())(*sequence(16)).loss_sum
+    names = ["input_layernorm", "post_attention_layernorm", "norm"]
+    tuned = get_peft_model(plain, LNTuningConfig(target_modules=names))
+    loss = LossModel(tuned, MemoryConfig())(*sequence(16)).loss_sum
+    loss.backward()
+    assert torch.equal(loss, exact)
+    assert {name.rsplit(".", 4)[-4] for name, weight in tuned.named_parameters() if weight.grad is not None} == set(
+        names
+    )
 
 
 def main_grads(model: nn.Module) -> dict[str, Tensor]:
