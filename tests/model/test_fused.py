@@ -18,7 +18,7 @@ from longctx.config.model import Fused, MemoryConfig
 from longctx.errors import UserError
 from longctx.model import LossModel, fused, init_from
 from longctx.model import operators as chosen
-from longctx.model.norms import _blocks
+from longctx.model.norms import _blocks, norm_of_sum
 from tests.model.conftest import gradients, sequence, tiny, worst
 
 CPU = torch.device("cpu")
@@ -78,6 +78,24 @@ def test_ligers_kernels_equal_the_operators(family: str, memory: dict[str, Any])
     assert other == pytest.approx(float(loss), rel=1e-6)
     assert other_z == pytest.approx(float(z), rel=1e-5)
     assert worst(others, grads) < 1e-5
+
+
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize("added", [False, True])
+def test_ligers_norm_adds_to_an_accumulator(added: bool) -> None:
+    """Blocks of bfloat16 add up in fp32, as with torch's operators."""
+    x, y = torch.randn(5, 32, requires_grad=True), torch.randn(5, 32) if added else None
+    weight: Any = torch.nn.Parameter(torch.randn(32))
+
+    def backward() -> None:
+        for block in (0, 1):
+            norm_of_sum("liger", x * (block + 1), y, weight, 1e-6, False)[1].square().sum().backward()
+
+    backward()
+    expected, weight.grad, weight.main_grad = weight.grad, None, torch.zeros(32)
+    backward()
+    assert weight.grad is None
+    assert torch.equal(weight.main_grad, expected)
 
 
 @pytest.mark.usefixtures("_interpreted")
