@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from longctx.config.model import MemoryConfig
 from longctx.model import LossModel, init_from
 from longctx.model.norms import TrainedNorm, train_norms
 from longctx.model.products import BlockSums, project
+from longctx.planner.memory import _block_gradients
 from longctx.train.replicated import _widen_into
 from tests.model.conftest import sequence, tiny
 
@@ -133,6 +135,21 @@ def test_blocks_cost_bfloat16_gradients_no_digits(accumulated: bool, monkeypatch
     if accumulated:
         assert blocks["norm"] < 1.03 * whole["norm"] < narrow["norm"]
         assert blocks["head"] < narrow["head"]
+
+
+def test_the_plan_holds_the_sums_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of gate, up, down and o_proj, in fp32; the last block adds one narrow copy at a time."""
+    held, add = [], BlockSums.add
+
+    def watched(sums: BlockSums, *given: Any) -> Tensor | None:
+        found = add(sums, *given)
+        held.append(sum(total.nbytes for _, total in sums._sums.values()))
+        return found
+
+    monkeypatch.setattr(BlockSums, "add", watched)
+    step(torch.bfloat16, False, ffn_block=256)
+    feed_forward, out = 2 * 64 * 172, 2 * 64 * 4 * 16
+    assert max(held) == _block_gradients(feed_forward, out, 2, False, True, "cuda")[1] - feed_forward
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen2", "qwen3"])
