@@ -10,12 +10,20 @@ vocabulary.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from longctx.model.products import main_grad
+
 Operators = Literal["torch", "liger"]
+
+
+def able(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether liger-kernel's kernels take tensors of this device and dtype; Triton's interpreter makes a CPU a GPU."""
+    return dtype != torch.float64 and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 class LigerNorm(torch.autograd.Function):
@@ -31,6 +39,7 @@ class LigerNorm(torch.autograd.Function):
         from liger_kernel.ops.rms_norm import rms_norm_forward  # type: ignore[import-not-found]
 
         ctx.offset, casting = (1.0, "gemma") if gemma else (0.0, "llama")
+        ctx.main = main_grad(weight)
         ctx.set_materialize_grads(False)
         if addend is None:
             out, _, scale, ctx.block, ctx.warps, ctx.casting = rms_norm_forward(
@@ -62,6 +71,9 @@ class LigerNorm(torch.autograd.Function):
                 dx, _, dw = fused_add_rms_norm_backward(
                     out_grad, passed.contiguous(), *settings, stages, True, ctx.needs_input_grad[2]
                 )
+        if dw is not None and ctx.main is not None:
+            ctx.main.add_(dw)
+            dw = None
         return dx, dx if ctx.needs_input_grad[1] else None, dw, None, None
 
 

@@ -25,7 +25,7 @@ from longctx.config.model import MemoryConfig
 from longctx.model.architectures import backbone_of, check_layers
 from longctx.model.feed_forward import feed_forward
 from longctx.model.fused import Operators
-from longctx.model.norms import TrainedNorm, train_norms
+from longctx.model.norms import TrainedNorm, sum_and_norm, train_norms
 from longctx.model.offload import HostStore
 from longctx.model.products import BlockSums, project
 from longctx.model.rotary import rotate
@@ -83,7 +83,7 @@ def _attend(
     x goes through, so that the norm adds the residual's gradient to its own.
     """
     module = layer.self_attn
-    x, normed = layer.input_layernorm.of_sum(x)
+    x, normed = sum_and_norm(layer.input_layernorm, x)
     products = project(normed, module.q_proj, module.k_proj, module.v_proj)
     q, k, v = (product.unflatten(-1, (-1, module.head_dim)) for product in products)
     if hasattr(module, "q_norm"):
@@ -106,7 +106,7 @@ def _finish(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, repetition: Rep
     A repetition leaves out the last product, which nobody reads.
     """
     (projected,) = project(out, layer.self_attn.o_proj, sums=sums)
-    hidden, normed = layer.post_attention_layernorm.of_sum(x, projected)
+    hidden, normed = sum_and_norm(layer.post_attention_layernorm, x, projected)
     made = feed_forward(layer.operators, layer.mlp, normed, sums, compute=not repetition.running)
     return made if repetition.running else hidden + made
 

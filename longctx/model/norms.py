@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from longctx.model.fused import LigerNorm, Operators
-from longctx.model.products import main_grad
+from longctx.model.fused import LigerNorm, Operators, able
+from longctx.model.products import is_bare, main_grad
 
 _ROWS = 1024  # of a block on a CPU, whose caches hold it
 _ELEMENTS = 1 << 26  # of a block on a GPU: few launches, and fp32 temporaries of at most 256 MiB
@@ -24,7 +24,7 @@ _ELEMENTS = 1 << 26  # of a block on a GPU: few launches, and fp32 temporaries o
 class TrainedNorm:
     """The forward that `train_norms` mixes into an architecture's RMSNorm; same values, fewer saved tensors.
 
-    operators: whose code runs (longctx.model.fused).
+    operators: whose code runs where it can (longctx.model.fused).
     """
 
     operators: Operators = "torch"
@@ -50,8 +50,17 @@ class TrainedNorm:
         flat = x.reshape(-1, x.shape[-1])
         other = None if addend is None else addend.reshape(flat.shape).to(flat.dtype)
         weight: Any = self.weight  # type: ignore[attr-defined]
-        total, normed = norm_of_sum(self.operators, flat, other, weight, self.epsilon, self.gemma)
+        operators = self.operators if able(x.device, x.dtype) else "torch"  # a plain forward may run elsewhere
+        total, normed = norm_of_sum(operators, flat, other, weight, self.epsilon, self.gemma)
         return total.view(x.shape), normed.view(x.shape)
+
+
+def sum_and_norm(norm: nn.Module, x: Tensor, addend: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """x + addend (or x), all [..., E], and its norm; anything but a bare TrainedNorm is called on the sum."""
+    if isinstance(norm, TrainedNorm) and is_bare(norm):
+        return norm.of_sum(x, addend)
+    total = x if addend is None else x + addend
+    return total, norm(total)
 
 
 def norm_of_sum(

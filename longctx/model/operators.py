@@ -7,8 +7,8 @@ and a dtype, so that the training step finds these compiled.
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from longctx.config.model import Fused
 from longctx.errors import UserError
 from longctx.model.feed_forward import activated
-from longctx.model.fused import Operators
+from longctx.model.fused import Operators, able
 from longctx.model.loss import token_losses
 from longctx.model.norms import TrainedNorm, norm_of_sum
 from longctx.model.rotary import rotate
@@ -44,9 +44,7 @@ def choose(fused: Fused, model: nn.Module, device: torch.device) -> Operators:
     auto takes liger-kernel where it is installed and its kernels agree with torch's operators, and says why not.
     Raises UserError where it was asked for and they do not agree.
     """
-    dtype = next(model.parameters()).dtype
-    on_gpu = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    if fused == "off" or not on_gpu or dtype == torch.float64:
+    if fused == "off" or not able(device, next(model.parameters()).dtype):
         return "torch"
     found = against_liger(model, device)
     if not found:
@@ -68,7 +66,8 @@ def against_liger(model: nn.Module, device: torch.device) -> str:
     dtype = next(model.parameters()).dtype
     for name, case in _cases(model, device, dtype).items():
         try:
-            ours, theirs = case("torch"), case("liger")
+            with _training(device):
+                ours, theirs = case("torch"), case("liger")
         except Exception as error:  # whatever a compiler or another version of the package raises
             return f"liger-kernel's {name} fails here ({type(error).__name__}: {str(error)[:200]})"
         distance = max(_distance(a, b) for a, b in zip(theirs, ours, strict=True))
@@ -77,13 +76,20 @@ def against_liger(model: nn.Module, device: torch.device) -> str:
     return ""
 
 
+@contextmanager
+def _training(device: torch.device) -> Iterator[None]:
+    """With gradients and without autocast, wherever the first pass runs: it may be an evaluation."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
+
+
 def _distance(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def _cases(model: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Case]:
     config, layer = model.config, model.layers[0]
-    norm: TrainedNorm = layer.input_layernorm
+    norm = next(module for module in layer.modules() if isinstance(module, TrainedNorm))
     hidden, ffn, head_dim = config.hidden_size, config.intermediate_size, layer.self_attn.head_dim
     make = partial(_drawn, device=device, dtype=dtype)
     return {
@@ -119,7 +125,7 @@ def _with_gradients(function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor
     outputs = function(*inputs)
     given = [torch.ones_like(out) + out.detach() for out in outputs]
     kept = [out.detach().clone() for out in outputs]
-    return kept + list(torch.autograd.grad(outputs, inputs, given))
+    return kept + [grad.detach() for grad in torch.autograd.grad(outputs, inputs, given)]
 
 
 def _loss(operators: Operators, vocab: int, make: Callable[..., Tensor]) -> list[Tensor]:

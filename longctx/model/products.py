@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 log = logging.getLogger("longctx.model")
 
@@ -64,7 +65,16 @@ def autocast(*operands: Any) -> tuple[Any, ...]:
 
 
 def _is_plain(module: Any) -> bool:
-    return type(module) is nn.Linear and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is nn.Linear and is_bare(module)
+
+
+def is_bare(module: Any) -> bool:
+    """Whether a call of `module` is its class's forward and nothing else: no hook, no forward of its own.
+
+    Sharding (ZeRO-3, FSDP), offloading and whoever watches a module come in by one of these.
+    """
+    hooks = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return not any(hooks) and "forward" not in vars(module) and not _has_any_global_hook()
 
 
 class _Projections(torch.autograd.Function):

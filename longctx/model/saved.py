@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,7 +120,7 @@ def selective_checkpoint(
         if keep is _nothing:
             return contextlib.nullcontext(), repetition
         kept: deque[Any] = deque()
-        return _SaveOutputs(keep, kept, store), _entered(repetition, _ReplayOutputs(keep, kept, store))
+        return _SaveOutputs(keep, kept, store), _ReplayOutputs(keep, kept, store, repetition)
 
     options: Any = {"use_reentrant": False, "preserve_rng_state": False}
     return checkpoint(function, *args, repetition, context_fn=contexts, **options)
@@ -132,15 +132,6 @@ def full_checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
     The function may hold further checkpoints; the recomputation ends with the last argument that they save.
     """
     return selective_checkpoint(_nothing, None, function, *args)
-
-
-@contextlib.contextmanager
-def _entered(*contexts: Any) -> Iterator[None]:
-    """Several contexts as one."""
-    with contextlib.ExitStack() as stack:
-        for context in contexts:
-            stack.enter_context(context)
-        yield
 
 
 class _SaveOutputs(TorchDispatchMode):
@@ -161,11 +152,19 @@ class _SaveOutputs(TorchDispatchMode):
 
 
 class _ReplayOutputs(TorchDispatchMode):
-    """Replays the saved outputs instead of computing them; each can be replayed once."""
+    """A repetition that replays the saved outputs instead of computing them; each can be replayed once."""
 
-    def __init__(self, keep: Chooser, kept: deque[Any], store: HostStore | None) -> None:
+    def __init__(self, keep: Chooser, kept: deque[Any], store: HostStore | None, repetition: Repetition) -> None:
         super().__init__()
-        self.keep, self.kept, self.store = keep, kept, store
+        self.keep, self.kept, self.store, self.repetition = keep, kept, store, repetition
+
+    def __enter__(self) -> _ReplayOutputs:
+        self.repetition.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.repetition.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not self.keep(func, args):

@@ -70,7 +70,7 @@ class LossModel(nn.Module):
         self._store = HostStore() if memory.offload_activations else None
         check_installed(memory.fused)
         train_layers(model)
-        self._chosen: tuple[torch.device, Operators] | None = None
+        self._chosen: tuple[torch.device, torch.dtype, Operators] | None = None
 
     def forward(
         self,
@@ -134,11 +134,13 @@ class LossModel(nn.Module):
         return out.last_hidden_state
 
     def _operators(self, device: torch.device) -> Operators:
-        """Whose operators do the element-wise work; chosen by the first pass on a device."""
-        if self._chosen is None or self._chosen[0] != device:
-            self._chosen = device, choose(self.memory.fused, backbone_of(self.model), device)
-            set_operators(self.model, self._chosen[1])
-        return self._chosen[1]
+        """Whose operators do the element-wise work; chosen by the first pass on a device in a dtype."""
+        base = backbone_of(self.model)
+        dtype = next(base.parameters()).dtype
+        if self._chosen is None or self._chosen[:2] != (device, dtype):
+            self._chosen = device, dtype, choose(self.memory.fused, base, device)
+            set_operators(self.model, self._chosen[2])
+        return self._chosen[2]
 
 
 @cache

@@ -199,9 +199,11 @@ def stage_memory(
     at_work = cost.working + (cost.kept - kept)
     sizes = blocks_of(memory, device)
     block = min(sizes.ffn_block or tokens, tokens)
-    wide_block, weight = block * shape.ffn * b, shape.hidden * shape.ffn * b
+    wide_block, weight, out = (
+        size * b for size in (block * shape.ffn, shape.hidden * shape.ffn, shape.hidden * shape.query)
+    )
     main = not zero and b < 4  # engine=ddp's fp32 accumulators of gradients
-    made, before = _block_gradients(weight, b, main, block < tokens, device)
+    made, before = _block_gradients(weight, out, b, main, block < tokens, device)
     feed_forward = 3 * tokens * shape.hidden * b + max(6 * wide_block, 3 * wide_block + made) + before
     return Memory(
         weights=copy + gathered if offload_parameters else weights + copy + gathered,
@@ -216,19 +218,19 @@ def stage_memory(
     )
 
 
-def _block_gradients(weight: int, b: int, main: bool, blocks: bool, device: str) -> tuple[float, float]:
+def _block_gradients(weight: int, out: int, b: int, main: bool, blocks: bool, device: str) -> tuple[float, float]:
     """Bytes of gradients that a feed-forward block makes at one time, and of what the blocks before it gave.
 
-    weight: bytes of one of three weights, b of an element. Products add to an accumulator (main) or, in several blocks
-    of narrow weights, to fp32 sums, of which the last block makes narrow copies (longctx.model.products); only a CPU
-    makes the product first.
+    weight: bytes of one of three weights, out of o_proj's, b of an element. Products add to an accumulator (main) or,
+    in several blocks of narrow weights, to fp32 sums, of which the last block makes narrow copies
+    (longctx.model.products); only a CPU makes the product first.
     """
     product = weight if device == "cpu" else 0
     if main:
         return product, 0
     if blocks and b < 4:
-        return product, 3 * weight * 4 / b + weight
-    return 2 * weight, 3 * weight if blocks else 0
+        return product, (3 * weight + out) * 4 / b + weight
+    return 2 * weight, 3 * weight + out if blocks else 0
 
 
 def _loss(shape: Shape, b: int, tokens: int, chunk: int, head_trained: bool, device: str, main: bool) -> float:

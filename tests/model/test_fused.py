@@ -18,7 +18,7 @@ from longctx.config.model import Fused, MemoryConfig
 from longctx.errors import UserError
 from longctx.model import LossModel, fused, init_from
 from longctx.model import operators as chosen
-from longctx.model.norms import _blocks
+from longctx.model.norms import _blocks, norm_of_sum
 from tests.model.conftest import gradients, sequence, tiny, worst
 
 CPU = torch.device("cpu")
@@ -81,10 +81,58 @@ def test_ligers_kernels_equal_the_operators(family: str, memory: dict[str, Any])
 
 
 @pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize("added", [False, True])
+def test_ligers_norm_adds_to_an_accumulator(added: bool) -> None:
+    """Blocks of bfloat16 add up in fp32, as with torch's operators."""
+    x, y = torch.randn(5, 32, requires_grad=True), torch.randn(5, 32) if added else None
+    weight: Any = torch.nn.Parameter(torch.randn(32))
+
+    def backward() -> None:
+        for block in (0, 1):
+            norm_of_sum("liger", x * (block + 1), y, weight, 1e-6, False)[1].square().sum().backward()
+
+    backward()
+    expected, weight.grad, weight.main_grad = weight.grad, None, torch.zeros(32)
+    backward()
+    assert weight.grad is None
+    assert torch.equal(weight.main_grad, expected)
+
+
+@pytest.mark.usefixtures("_interpreted")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_auto_takes_liger_where_it_agrees(family: str, caplog: pytest.LogCaptureFixture) -> None:
     assert chosen.choose("auto", made(family).model.model, CPU) == "liger"  # type: ignore[arg-type, union-attr]
     assert not caplog.records
+
+
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize(
+    "where", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)],
+    ids=["no_grad", "inference_mode", "autocast"],
+)  # fmt: skip
+@pytest.mark.filterwarnings("error")
+def test_the_trial_does_not_depend_on_where_the_first_pass_runs(where: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """The first pass may be an evaluation, or run under Trainer's bf16."""
+    with where():
+        assert chosen.choose("auto", made().model.model, CPU) == "liger"  # type: ignore[arg-type, union-attr]
+    assert not caplog.records
+
+
+@pytest.mark.usefixtures("_interpreted")
+def test_another_dtype_or_device_is_another_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model trained in fp32 on a GPU generates on a CPU afterwards, or is evaluated in fp64."""
+    model: Any = made()
+    ids, positions, labels = sequence(8)
+    model(ids, positions, labels)
+    norm = model.model.model.norm
+    assert norm.operators == "liger"
+    x = torch.randn(3, 32, requires_grad=True)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "_RmsNorm" in str(norm(x).grad_fn.next_functions[0])
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "LigerNorm" in str(norm(x).grad_fn.next_functions[0])
+    model.double()(ids, positions, labels)
+    assert norm.operators == "torch"
 
 
 @pytest.mark.usefixtures("_interpreted")

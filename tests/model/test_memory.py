@@ -118,3 +118,12 @@ def test_the_auto_dial_keeps_what_the_budget_allows():
     assert keeps == [False, False, True, True]
     assert cost.fitting(TOKENS, 0.0) == 0
     assert cost.fitting(TOKENS, 1e12) == 4
+
+
+def test_a_second_backward_pass_is_told_that_saved_outputs_are_used() -> None:
+    """retain_graph keeps the graph, not what the first pass has replayed."""
+    ids, positions, _ = sequence(16)
+    total = LossModel(init_from(tiny()), MemoryConfig(keep_matmuls=1)).hidden(ids, positions).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="used already; backward ran twice"):
+        total.backward()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from longctx.config.model import MemoryConfig
 from longctx.model import LossModel, init_from
 from longctx.model.norms import TrainedNorm, train_norms
 from longctx.model.products import BlockSums, project
+from longctx.planner.memory import _block_gradients
 from longctx.train.replicated import _widen_into
 from tests.model.conftest import sequence, tiny
 
@@ -50,10 +52,42 @@ def test_a_module_that_is_more_than_its_product_is_called() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return 2 * super().forward(input)
 
-    hooked, x = nn.Linear(4, 4), torch.ones(3, 4)
+    hooked, own, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.ones(3, 4)
     hooked.register_forward_hook(lambda module, args, out: out + 1)
-    for module in (Twice(4, 4), hooked):
+    own.forward = lambda input: 3 * input  # type: ignore[method-assign]
+    for module in (Twice(4, 4), hooked, own):
         assert torch.equal(project(x, module)[0], module(x))
+
+
+@pytest.mark.parametrize(
+    "register",
+    ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+     "register_full_backward_pre_hook"],
+)  # fmt: skip
+def test_hooks_of_every_module_of_a_layer_run(register: str) -> None:
+    """ZeRO-3 without leaf modules and FSDP gather a module's weights in them."""
+    model = init_from(tiny("qwen3", layers=1))
+    prepared, called = LossModel(model, MemoryConfig(activation_checkpointing=False)), set()
+    parts = {name: part for name, part in model.model.layers[0].named_modules() if list(part.parameters(recurse=False))}
+    for name, part in parts.items():
+        getattr(part, register)(lambda *_, name=name: called.add(name))
+    prepared(*sequence(16)).loss_sum.backward()
+    assert called == set(parts)
+
+
+def test_an_adapter_around_a_norm_is_called() -> None:
+    from peft import LNTuningConfig, get_peft_model
+
+    plain = init_from(tiny())
+    exact = LossModel(init_from(tiny()), MemoryConfig())(*sequence(16)).loss_sum
+    names = ["input_layernorm", "post_attention_layernorm", "norm"]
+    tuned = get_peft_model(plain, LNTuningConfig(target_modules=names))
+    loss = LossModel(tuned, MemoryConfig())(*sequence(16)).loss_sum
+    loss.backward()
+    assert torch.equal(loss, exact)
+    assert {name.rsplit(".", 4)[-4] for name, weight in tuned.named_parameters() if weight.grad is not None} == set(
+        names
+    )
 
 
 def main_grads(model: nn.Module) -> dict[str, Tensor]:
@@ -101,6 +135,21 @@ def test_blocks_cost_bfloat16_gradients_no_digits(accumulated: bool, monkeypatch
     if accumulated:
         assert blocks["norm"] < 1.03 * whole["norm"] < narrow["norm"]
         assert blocks["head"] < narrow["head"]
+
+
+def test_the_plan_holds_the_sums_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of gate, up, down and o_proj, in fp32; the last block adds one narrow copy at a time."""
+    held, add = [], BlockSums.add
+
+    def watched(sums: BlockSums, *given: Any) -> Tensor | None:
+        found = add(sums, *given)
+        held.append(sum(total.nbytes for _, total in sums._sums.values()))
+        return found
+
+    monkeypatch.setattr(BlockSums, "add", watched)
+    step(torch.bfloat16, False, ffn_block=256)
+    feed_forward, out = 2 * 64 * 172, 2 * 64 * 4 * 16
+    assert max(held) == _block_gradients(feed_forward, out, 2, False, True, "cuda")[1] - feed_forward
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma", "qwen2", "qwen3"])
