@@ -49,7 +49,7 @@ def token_losses(
     """
     weights = weights.to(_accumulator(hidden.dtype))
     if type(head) is nn.Linear:
-        rows = (labels != IGNORED).nonzero().squeeze(-1).cpu().numpy() if labelled is None else labelled
+        rows = (labels != IGNORED).nonzero().squeeze(-1).cpu().numpy() if labelled is None else np.asarray(labelled)
         needed = torch.is_grad_enabled()
         liger = operators == "liger" and needed and head.bias is None
         options = (_chunks(rows, chunk, hidden.device), z_loss, needed, liger)

@@ -40,6 +40,7 @@ class ReplicatedEngine:
         sizes = [parameter.numel() for _, parameter in self._named]
         self._away = on_host(sizes, config.offload_ratio if config.offload_optimizer else 0.0)
         self._memory = HostMemory(ranks.device)
+        self._hooks: list[Any] = []
         self._masters = [self._master(p, wide, away) for (_, p), away in zip(self._named, self._away, strict=True)]
         self._grad = torch.zeros(sum(sizes), dtype=wide, device=ranks.device)
         self._make_optimizers(optim, self._grad.split(sizes))
@@ -72,7 +73,7 @@ class ReplicatedEngine:
                 parameter.grad = view
             else:
                 parameter.main_grad = view  # pyright: ignore[reportAttributeAccessIssue]
-                parameter.register_post_accumulate_grad_hook(_widen_into(view))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(_widen_into(view)))
             if off:
                 away.append(Offloaded(parameter, master, flat, optim.weight_decay if decays(parameter) else 0.0))
             else:
@@ -160,6 +161,10 @@ class ReplicatedEngine:
         if self.optimizer is not None:
             self.optimizer.state.clear()
         self.offloaded.state.clear()
+        for hook in self._hooks:
+            hook.remove()
+        for _, parameter in self._named:
+            vars(parameter).pop("main_grad", None)
 
 
 def _widen_into(view: torch.Tensor) -> Any:

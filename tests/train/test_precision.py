@@ -98,3 +98,15 @@ def test_zero_1_with_bfloat16_is_refused() -> None:
     check_engine(config, "float32")
     with pytest.raises(UserError, match=r"engine.zero=1 with model.dtype=bfloat16: .* use engine.zero=2"):
         check_engine(config, "bfloat16")
+
+
+def test_a_closed_engine_leaves_the_model_as_it_was() -> None:
+    """An accumulator or a hook of its own would take the gradients of the model's next user."""
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    model = LossModel(init_from(SPEC, dtype="bfloat16"), MemoryConfig())
+    engine = engines.build(EngineConfig(device="cpu"), OptimConfig(freeze=[]), model, ranks)
+    engine.backward(engine.forward(**batch()).loss_sum, last=True)
+    assert all(weight.grad is None for weight in model.parameters())
+    engine.close()
+    model(**batch()).loss_sum.backward()
+    assert all(weight.grad is not None for weight in model.parameters())
