@@ -51,7 +51,7 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(family: str = "llama", **memory: Any) -> LossModel:
-    return LossModel(init_from(tiny(family)), MemoryConfig(loss_chunk=10, ffn_block=8, **memory), z_loss=1e-3)
+    return LossModel(init_from(tiny(family, layers=1)), MemoryConfig(loss_chunk=10, ffn_block=8, **memory), z_loss=1e-3)
 
 
 def step(family: str, **memory: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
