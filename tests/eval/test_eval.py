@@ -147,7 +147,7 @@ def test_an_interrupted_evaluation_goes_on_with_the_model_it_was_at(text, two, t
             time.sleep(0.002)
         while not ended.is_set():  # Python drops an exception that a signal raises inside a destructor
             os.kill(os.getpid(), signal.SIGINT)
-            ended.wait(1.0)
+            ended.wait(0.2)
 
     threading.Thread(target=interrupt, daemon=True).start()
     with pytest.raises(KeyboardInterrupt):
