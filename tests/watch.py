@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from typing import Any
 
@@ -25,3 +26,29 @@ class Watch(TorchDispatchMode):
             if isinstance(leaf, torch.Tensor):
                 self.largest = max(self.largest, leaf.untyped_storage().nbytes() // leaf.element_size())
         return out
+
+
+class Storages(TorchDispatchMode):
+    """Counts the bytes of living storages that operators made, and the most there were since `peak` was set.
+
+    They may be fake. Temporaries inside an operator are not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.now += storage.nbytes()
+                weakref.finalize(storage, self._freed, storage._cdata)
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def _freed(self, storage: int) -> None:
+        self.now -= self._sizes.pop(storage)

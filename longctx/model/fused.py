@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from longctx.model.products import main_grad
+from longctx.model.products import added, main_grad
 
 Operators = Literal["torch", "liger"]
 
@@ -71,10 +71,7 @@ class LigerNorm(torch.autograd.Function):
                 dx, _, dw = fused_add_rms_norm_backward(
                     out_grad, passed.contiguous(), *settings, stages, True, ctx.needs_input_grad[2]
                 )
-        if dw is not None and ctx.main is not None:
-            ctx.main.add_(dw)
-            dw = None
-        return dx, dx if ctx.needs_input_grad[1] else None, dw, None, None
+        return dx, dx if ctx.needs_input_grad[1] else None, added(dw, ctx.main), None, None
 
 
 def liger_rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.model.fused import LigerNorm, Operators, able
-from longctx.model.products import is_bare, main_grad
+from longctx.model.products import added, is_bare, main_grad
 
 _ROWS = 1024  # of a block on a CPU, whose caches hold it
 _ELEMENTS = 1 << 26  # of a block on a GPU: few launches, and fp32 temporaries of at most 256 MiB
@@ -111,9 +111,7 @@ class _RmsNorm(torch.autograd.Function):
             grad = grad * factor
             grad = (grad - normed * (grad * normed).mean(-1, keepdim=True)) * rms
             dx[rows] = grad if passed is None else grad + passed[rows]
-        if dw is not None and ctx.main is not None:
-            ctx.main.add_(dw)
-            dw = None
+        dw = added(dw, ctx.main)
         return dx, dx if ctx.needs_input_grad[1] else None, None if dw is None else dw.to(weight.dtype), None, None
 
 

@@ -28,6 +28,7 @@ log = logging.getLogger("longctx.model")
 
 REMEDY = "install longctx[gpu], or set model.memory.fused=off (configs/model)"
 ROWS = 16
+HEAD_ROWS = 1 << 15  # from which on liger-kernel has another kernel for norms as narrow as a head
 BARS = {torch.bfloat16: 3e-2, torch.float16: 3e-2, torch.float32: 1e-4}  # relative L2 distance
 Case = Callable[[Operators], list[Tensor]]
 
@@ -92,8 +93,21 @@ def _cases(model: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Ca
     norm = next(module for module in layer.modules() if isinstance(module, TrainedNorm))
     hidden, ffn, head_dim = config.hidden_size, config.intermediate_size, layer.self_attn.head_dim
     make = partial(_drawn, device=device, dtype=dtype)
+
+    def norm_case(rows: int, width: int) -> Case:  # of what has no residual: q, k, and the last hidden states
+        return lambda operators: _with_gradients(
+            lambda x, w: norm_of_sum(operators, x, None, w, norm.epsilon, norm.gemma)[1:],
+            make(rows, width),
+            make(width),
+        )
+
+    heads = {"norm of heads": norm_case(HEAD_ROWS, head_dim)} if hasattr(layer.self_attn, "q_norm") else {}
     return {
-        "norm": lambda operators: _with_gradients(
+        "norm": norm_case(ROWS, hidden), **heads,
+        "norm of the residual": lambda operators: _with_gradients(
+            lambda x, w: norm_of_sum(operators, x, None, w, norm.epsilon, norm.gemma), make(ROWS, hidden), make(hidden)
+        ),
+        "norm of a sum": lambda operators: _with_gradients(
             lambda x, y, w: norm_of_sum(operators, x, y, w, norm.epsilon, norm.gemma),
             make(ROWS, hidden), make(ROWS, hidden), make(hidden),
         ),

@@ -122,6 +122,14 @@ def main_grad(weight: Any) -> Tensor | None:
     return getattr(weight, "main_grad", None)
 
 
+def added(gradient: Tensor | None, main: Tensor | None) -> Tensor | None:
+    """The gradient for autograd, or None once it has been added to a weight's accumulator."""
+    if gradient is None or main is None:
+        return gradient
+    main.add_(gradient)
+    return None
+
+
 def add_input_gradient(total: Tensor, grad: Tensor, weight: Tensor) -> Tensor:
     """Add grad @ weight to total, in place; on a GPU within the product, on a CPU with the bits of autograd's sum."""
     return total.addmm_(grad, weight) if total.is_cuda else total.add_(grad @ weight)

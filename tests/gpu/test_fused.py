@@ -13,7 +13,7 @@ from longctx.config.model import Fused, InitConfig, MemoryConfig
 from longctx.model import LossModel, init_from
 from longctx.model.operators import choose
 from longctx.model.products import add_product
-from longctx.train.replicated import _widen_into
+from tests.model.conftest import main_grads
 
 CARD = torch.device("cuda")
 TOKENS = 2048
@@ -42,10 +42,7 @@ def gradients(dtype: torch.dtype, fused: Fused, accumulated: bool, **memory: Any
     small = spec("llama", 2, hidden=256, heads=4, kv_heads=2, ffn=688, vocab=512)
     hf = init_from(small, dtype="bfloat16").to(CARD, dtype)
     model = LossModel(hf, MemoryConfig(fused=fused, loss_chunk=512, **memory), z_loss=1e-3)
-    made = {}
-    for name, weight in model.named_parameters() if accumulated else ():
-        made[name] = weight.main_grad = torch.zeros(weight.shape, device=CARD)  # type: ignore[attr-defined]
-        weight.register_post_accumulate_grad_hook(_widen_into(made[name]))
+    made = main_grads(model) if accumulated else {}
     ids = torch.randint(512, (1, TOKENS), generator=torch.Generator().manual_seed(1)).to(CARD)
     labels = torch.cat([ids[:, 1:], ids.new_full((1, 1), -100)], dim=1)
     (model(ids, torch.arange(TOKENS, device=CARD), labels).loss_sum / TOKENS).backward()

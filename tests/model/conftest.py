@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from longctx.config.model import InitConfig
+from longctx.train.replicated import _widen_into
 
 VOCAB = 61
 
@@ -68,3 +69,12 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest relative L2 distance over parameters; both must hold the same ones."""
     assert ours.keys() == theirs.keys()
     return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in theirs)
+
+
+def main_grads(model: nn.Module) -> dict[str, Tensor]:
+    """Give every weight an fp32 accumulator, as engine=ddp does."""
+    made = {}
+    for name, weight in model.named_parameters():
+        made[name] = weight.main_grad = torch.zeros_like(weight, dtype=torch.float32)  # type: ignore[attr-defined]
+        weight.register_post_accumulate_grad_hook(_widen_into(made[name]))
+    return made

@@ -31,6 +31,7 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if missing := [name for name in ("triton", "liger_kernel") if find_spec(name) is None]:
         pytest.skip(f"not installed: {', '.join(missing)}")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(chosen, "HEAD_ROWS", chosen.ROWS)
     language: Any = importlib.import_module("triton.language")
     interpreter: Any = importlib.import_module("triton.runtime.interpreter")
     numpy, convert = importlib.import_module("numpy"), interpreter._implicit_cvt
@@ -167,6 +168,20 @@ def test_a_kernel_that_is_wrong_or_fails_is_not_taken(
     assert ("from torch's" if right else "TypeError: rms_norm_forward") in said
     with pytest.raises(UserError, match=rf"fused=liger: liger-kernel's {name} .*model.memory.fused=off"):
         chosen.choose("liger", backbone, CPU)
+
+
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize(("summed", "name"), [(False, "norm of the residual"), (True, "norm of a sum")])
+def test_each_way_of_the_norm_is_tried(summed: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient that passes through is 1.001 of the right one, with an addend or without."""
+
+    def apply(x: Tensor, addend: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        total, normed = fused.LigerNorm.apply(x, addend, *rest)
+        return (total + 1e-3 * (total - total.detach()) if (addend is not None) == summed else total), normed
+
+    monkeypatch.setattr("longctx.model.norms.LigerNorm", type("Wrong", (), {"apply": staticmethod(apply)}))
+    backbone: Any = made().model.model  # type: ignore[union-attr]
+    assert f"liger-kernel's {name} is " in chosen.against_liger(backbone, CPU)
 
 
 def test_a_cpu_and_fp64_take_torchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:

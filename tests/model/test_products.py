@@ -14,8 +14,7 @@ from longctx.model import LossModel, init_from
 from longctx.model.norms import TrainedNorm, train_norms
 from longctx.model.products import BlockSums, project
 from longctx.planner.memory import _block_gradients
-from longctx.train.replicated import _widen_into
-from tests.model.conftest import sequence, tiny
+from tests.model.conftest import main_grads, sequence, tiny
 
 TOKENS = 1024
 
@@ -88,15 +87,6 @@ def test_an_adapter_around_a_norm_is_called() -> None:
     assert {name.rsplit(".", 4)[-4] for name, weight in tuned.named_parameters() if weight.grad is not None} == set(
         names
     )
-
-
-def main_grads(model: nn.Module) -> dict[str, Tensor]:
-    """Give every weight an fp32 accumulator, as engine=ddp does."""
-    made = {}
-    for name, weight in model.named_parameters():
-        made[name] = weight.main_grad = torch.zeros(weight.shape)  # type: ignore[attr-defined]
-        weight.register_post_accumulate_grad_hook(_widen_into(made[name]))
-    return made
 
 
 def step(dtype: torch.dtype, accumulated: bool, *, family: str = "llama", **memory: int | bool) -> dict[str, Tensor]:

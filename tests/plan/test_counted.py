@@ -7,7 +7,6 @@ are not seen; a GPU measured 23.3 GiB where this counts 23.2 (docs/benchmarks.md
 
 from __future__ import annotations
 
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.config.train import EngineConfig, GuardsConfig, OptimConfig
@@ -33,33 +30,10 @@ from longctx.train.open_stage import open_context
 from longctx.train.step import Stepper, Timer
 from tests.train.made import MadeData
 from tests.train.parity import flat
+from tests.watch import Storages
 
 CPU = torch.device("cpu")
 GIB = 2.0**30
-
-
-class Counter(TorchDispatchMode):
-    """Counts the bytes of living fake storages, and the most there were since `peak` was set."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._living: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(made):
-            if isinstance(tensor, FakeTensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._living:
-                    self._living[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    weakref.finalize(storage, self._freed, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return made
-
-    def _freed(self, storage: int) -> None:
-        self.now -= self._living.pop(storage)
 
 
 def counted(spec: InitConfig, memory: MemoryConfig, seq_len: int) -> tuple[int, int]:
@@ -70,7 +44,7 @@ def counted(spec: InitConfig, memory: MemoryConfig, seq_len: int) -> tuple[int, 
     data.bounds_of = [np.array([0, seq_len])]
     data.weights_of = [np.ones(seq_len, np.float32)]
     batch = micro_batch(data, [0], context, "zigzag")
-    with FakeTensorMode(allow_non_fake_inputs=True), Counter() as counter:
+    with FakeTensorMode(allow_non_fake_inputs=True), Storages() as counter:
         model = init_from(spec, dtype="bfloat16")
         with unset_fake_temporarily():
             set_rope(model, {"rope_type": "default", "rope_theta": 500000.0}, seq_len)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 from longctx.cli import main
 from longctx.config.after_training import EvidenceSettings
@@ -26,32 +23,10 @@ from longctx.planner.evidence import check_evidence_memory, forward_bytes, large
 from longctx.shape import shape_of_init
 from longctx.train import machine
 from tests.train.made import TOKENIZER
+from tests.watch import Storages
 
 GIB = 2.0**30
 TOKENS = 2048
-
-
-class Held(TorchDispatchMode):
-    """Counts the bytes of storages that operators made and that are alive, and the most there were."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(made):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage._cdata not in self._sizes:
-                self._sizes[storage._cdata] = storage.nbytes()
-                self.now += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata)
-        self.peak = max(self.peak, self.now)
-        return made
-
-    def _freed(self, storage: int) -> None:
-        self.now -= self._sizes.pop(storage)
 
 
 def model_and_shape(family: str, ffn: int, dtype: str, vocab: int = 512) -> tuple[Any, Any]:
@@ -67,7 +42,7 @@ def model_and_shape(family: str, ffn: int, dtype: str, vocab: int = 512) -> tupl
 def test_a_needles_forward_holds_what_is_planned(family: str, ffn: int, dtype: str):
     """At 64 the rotation of the queries is the most, at the others the feed-forward network."""
     model, shape = model_and_shape(family, ffn, dtype)
-    with Held() as held:
+    with Storages() as held:
         one_process(model)(torch.zeros(TOKENS, dtype=torch.long), torch.arange(8))
     assert forward_bytes(shape, TOKENS, 4 if dtype == "float32" else 2) == pytest.approx(held.peak, rel=0.03)
 
@@ -77,7 +52,7 @@ def test_a_loss_holds_what_is_planned_where_the_vocabulary_is_large(dtype: str):
     """log-softmax is inside one operator of cross-entropy, whose temporaries the count does not see."""
     model, shape = model_and_shape("llama", 256, dtype, vocab=16384)
     rows = np.zeros((1, TOKENS), np.int64)
-    with Held() as held:
+    with Storages() as held:
         token_losses(model, rows)
     unseen = (TOKENS - 1) * 16384 * 4
     planned = forward_bytes(shape, TOKENS, 4 if dtype == "float32" else 2, losses=True)
