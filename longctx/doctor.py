@@ -11,7 +11,7 @@ from typing import Any
 
 from longctx import console
 from longctx.config.doctor import DoctorConfig
-from longctx.train.host_memory import host_memory
+from longctx.host_memory import host_memory
 
 _EVERYTHING = "everything"
 _UNDECLARED = {"flash-attn": "gpu", "flash-attn-3": "gpu"}  # built from source

@@ -82,6 +82,11 @@ def send(pid: int, number: int) -> None:
         return
 
 
+def how_ended(status: int) -> str:
+    """A process's end in words; status: as subprocess gives it, -N where signal N ended it."""
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"failed (status {status})"
+
+
 def kill(pids: Sequence[int]) -> None:
     """Kill these processes and wait until they are gone."""
     for pid in pids:

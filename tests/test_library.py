@@ -7,6 +7,7 @@ weights, TEXT a few thousand words, OUT an empty folder.
 from __future__ import annotations
 
 import ast
+import copy
 import doctest
 import inspect
 import json
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 import longctx
 from longctx.assets import tiny_model
 from longctx.errors import UserError
+from tests import warm
 from tests.dist.parity import oracle
 from tests.dist.ranks import run_ranks
 
@@ -309,6 +311,30 @@ def test_accelerate_and_trainer_take_a_prepared_model(tmp_path: Path):
         found = trainer.train().training_loss
         assert found == pytest.approx(expected, abs=bar)
         assert (abs(found - expected) > 1e-5) == bf16
+
+
+def test_a_prepared_model_is_pickled_copied_and_passed_over_by_torch_compile(tmp_path: Path):
+    """The file is read by a process that has prepared no model of this family."""
+    model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
+    layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
+    batch = longctx.shard_batch(batches()[0], layout)
+    expected = model(**batch).loss_sum.item()
+    torch.save(model, tmp_path / "model")
+    code = (
+        "import longctx, sys, torch; model = torch.load(sys.argv[1], weights_only=False); "
+        "batch = torch.load(sys.argv[2], weights_only=False); print(float(model(**batch).loss_sum.detach()))"
+    )
+    torch.save({name: value for name, value in batch.items() if name != "layout"}, tmp_path / "batch")
+    done = warm.python("-c", code, str(tmp_path / "model"), str(tmp_path / "batch"))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == expected
+    assert copy.deepcopy(model)(**batch).loss_sum.item() == expected
+
+    compiled = torch.compile(model)
+    loss = compiled(**batch).loss_sum
+    loss.backward()
+    assert loss.item() == expected
+    assert all(weight.grad is not None for weight in model.parameters())
 
 
 # ---- from a theta to a needle grid, in one notebook

@@ -18,7 +18,7 @@ from longctx.decide import Machines, planned_kernel
 from longctx.planner.memory import Memory
 from longctx.planner.remedies import GIB, DeviceLimits, needs
 from longctx.shape import shape_of_model
-from longctx.train.host_memory import host_memory
+from longctx.host_memory import host_memory
 from longctx.train.run import resolve_stages
 
 STAGE = "longest"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from longctx.data.tokens import ShardJob, TokenizerSpec
 from longctx.errors import RunFailed
-from longctx.processes import kill, module_command
+from longctx.processes import how_ended, kill, module_command
 from longctx.signals import sweep, swept
 
 
@@ -62,7 +63,9 @@ def _finished_job(pipe: Connection, worker: subprocess.Popen[bytes], running: di
     try:
         error = pipe.recv()
     except (EOFError, ConnectionResetError):
-        raise RunFailed(f"a tokenizing worker died with exit code {worker.wait()} (-9: out of memory)") from None
+        status = worker.wait()
+        killed = "; if memory ran out (`dmesg` says so), `longctx data workers=1` needs the least" * (status == -signal.SIGKILL)
+        raise RunFailed(f"a tokenizing worker {how_ended(status)}{killed}") from None
     if error is not None:
         raise error
     return running.pop(pipe)

@@ -132,7 +132,7 @@ def _curves(axis: Axes, curves: Sequence[Curve]) -> None:
     axis.set_ylabel("loss (nats per token)")
     axis.set_title("loss on held-out text by position; dashed: where a model's window ends", fontsize=10)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=9, loc="best")
+    axis.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)  # beside the curves
 
 
 def _plain(text: str) -> str:

@@ -45,10 +45,14 @@ def _run(config: EvalConfig) -> int:
     targets = [target_of(config, name, model) for name, model in chosen.items()]
     from longctx.distributed import ranks as worlds
 
+    from longctx.eval.memory import remark_memory
+
     ranks = worlds.start(timeout_seconds=DAY)
     try:
         if not ranks.first:
             console.silence()
+        for name, model in chosen.items():
+            remark_memory(config, name, model.path, ranks)
         results = _examine_all(config, chosen, targets, ranks)
         if ranks.first:
             _write(config, results)
@@ -127,7 +131,10 @@ def _examine_all(
     out = Path(config.out) / "models" if config.out else None
     results = []
     with console.progress() as bar:
-        total = sum(count_forwards(t, tasks, heldout_texts[t.name], out, ranks.world) for t in targets)
+        left = {t.name: count_forwards(t, tasks, heldout_texts[t.name], out, ranks.world) for t in targets}
+        if kept := [name for name, forwards in left.items() if not forwards]:
+            console.say(f"{', '.join(kept)}: measured before with the same questions and text, and kept ({out})")
+        total = sum(left.values())
         task = bar.add_task("needles", total=total, visible=total > 0)
         ranks.wait()  # rank 0 stores results only after all ranks have counted
         for target in targets:

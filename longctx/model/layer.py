@@ -14,7 +14,6 @@ Shapes: B batch, S tokens of this rank, E hidden size, H heads, D head dim.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from longctx.config.model import MemoryConfig
 from longctx.model.architectures import backbone_of, check_layers
 from longctx.model.feed_forward import feed_forward
 from longctx.model.fused import Operators
+from longctx.model.mixin import Mixin
 from longctx.model.norms import TrainedNorm, sum_and_norm, train_norms
 from longctx.model.offload import HostStore
 from longctx.model.products import BlockSums, project
@@ -33,7 +33,7 @@ from longctx.model.saved import SAVE_EVERYTHING, Repetition, SavePolicy, full_ch
 from longctx.shape import shape_of
 
 
-class TrainedLayer:
+class TrainedLayer(Mixin):
     """The forward that `train_layers` mixes into an architecture's decoder layer; it runs when a layout is passed.
 
     Without a layout, as in plain generation, transformers' own forward runs.
@@ -123,8 +123,7 @@ def train_layers(model: nn.Module) -> None:
     """
     check_layers(model)
     for layer in backbone_of(model).layers:
-        if not isinstance(layer, TrainedLayer):
-            layer.__class__ = _trained(type(layer))
+        TrainedLayer.into(layer)
     train_norms(model)
 
 
@@ -147,9 +146,3 @@ def set_save_policies(
         layer.save_policy = SavePolicy.of(
             memory, block=block, layer=index, layers=count, keep_matmuls=keep, store=store
         )
-
-
-@cache
-def _trained(family: type) -> type:
-    """The subclass for a layer class; there is one per class, so that ZeRO-3 can treat it as a leaf module."""
-    return type(f"Trained{family.__name__}", (TrainedLayer, family), {})

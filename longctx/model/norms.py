@@ -8,20 +8,20 @@ Shapes: N rows (batch x tokens, x heads for Qwen3's q and k), E the normed dimen
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from longctx.model.fused import LigerNorm, Operators, able
+from longctx.model.mixin import Mixin
 from longctx.model.products import added, is_bare, main_grad
 
 _ROWS = 1024  # of a block on a CPU, whose caches hold it
 _ELEMENTS = 1 << 26  # of a block on a GPU: few launches, and fp32 temporaries of at most 256 MiB
 
 
-class TrainedNorm:
+class TrainedNorm(Mixin):
     """The forward that `train_norms` mixes into an architecture's RMSNorm; same values, fewer saved tensors.
 
     operators: whose code runs where it can (longctx.model.fused).
@@ -127,10 +127,5 @@ def _blocks(x: Tensor) -> list[slice]:
 def train_norms(model: nn.Module) -> None:
     """Make every RMSNorm of `model` a TrainedNorm, in place; modules and parameter names do not change."""
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm") and not isinstance(module, TrainedNorm):
-            module.__class__ = _trained(type(module))
-
-
-@cache
-def _trained(norm: type) -> type:
-    return type(f"Trained{norm.__name__}", (TrainedNorm, norm), {})
+        if type(module).__name__.endswith("RMSNorm"):
+            TrainedNorm.into(module)

@@ -27,6 +27,8 @@ from longctx.model.offload import HostStore
 from longctx.model.operators import check_installed, choose
 from longctx.topology import split
 
+UNTRACED = "longctx's layers recompute and communicate, which torch.compile cannot trace"
+
 
 class LossOutput(NamedTuple):
     """The loss of this rank's tokens.
@@ -72,6 +74,7 @@ class LossModel(nn.Module):
         train_layers(model)
         self._chosen: tuple[torch.device, torch.dtype, Operators] | None = None
 
+    @torch.compiler.disable(reason=UNTRACED)
     def forward(
         self,
         input_ids: Tensor,
@@ -118,6 +121,7 @@ class LossModel(nn.Module):
             logits=None if logits_at is None else head(hidden[logits_at]),
         )
 
+    @torch.compiler.disable(reason=UNTRACED)
     def hidden(self, input_ids: Tensor, positions: Tensor, layout: Layout | None = None) -> Tensor:
         """Compute the last hidden states [B, S, E], after the final norm."""
         if positions.dim() == 1:

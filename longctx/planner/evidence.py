@@ -1,4 +1,5 @@
-"""Estimates the memory and the time of a run's evidence, which one process measures on one device after training.
+"""Estimates the memory and the time of an evaluation: of a run's evidence, which one process measures on one device
+after training, and of `longctx eval`.
 
 Every model is read by plain transformers without a cache (longctx.eval): whole sequences of needles, and of held-out
 text, whose logits are formed in pieces. On a CPU it is float32, and each core reads a haystack of its own.
@@ -7,9 +8,11 @@ Shape letters: e hidden, q and k the widths of all query and all KV heads, f fee
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longctx.config.after_training import EvidenceSettings
+from longctx.config.eval import NeedleConfig
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError
 from longctx.planner.memory import BYTES
@@ -22,7 +25,7 @@ KEYS = ("needle.lengths", "heldout_lengths")
 
 @dataclass(frozen=True)
 class EvidenceNeed:
-    """The largest reading of the evidence: its key below after_training.evidence, its length in tokens, and bytes.
+    """One reading of an evaluation: the key that asks for it, its length in tokens, and bytes.
 
     at_once: sequences of this length that are read at the same time. weights: of one model. forward: of all of them.
     """
@@ -52,41 +55,54 @@ def forward_bytes(shape: Shape, tokens: int, b: int, *, losses: bool = False) ->
 
 
 def needs_of(asked: EvidenceSettings, shape: Shape, dtype: str, device: str, cores: int) -> list[EvidenceNeed]:
-    """What each length needs. dtype: the weights', on a GPU. cores: of the machine, where device is cpu."""
+    """What each length of a run's evidence needs. dtype: the weights', on a GPU. cores: of the machine, on a CPU."""
+    return readings(asked.needle, asked.heldout_lengths, KEYS, shape, dtype, device, cores)
+
+
+def readings(
+    needle: NeedleConfig, losses: Sequence[int], keys: tuple[str, str], shape: Shape, dtype: str, device: str,
+    cores: int,
+) -> list[EvidenceNeed]:  # fmt: skip
+    """What each length of the needles and of the held-out text (`losses`) needs; keys: those of the two lengths.
+
+    dtype: the weights', on a GPU. cores: those that read at once, where device is cpu.
+    """
     b = 4 if device == "cpu" else BYTES[dtype]
-    haystacks = _haystacks(asked)
+    haystacks = _haystacks(needle)
     at_once = min(cores, haystacks) if device == "cpu" else 1
     weights = float(b * shape.parameters)
     needles = [
-        EvidenceNeed(KEYS[0], length, at_once, weights, at_once * forward_bytes(shape, length, b))
-        for length in asked.needle.lengths
+        EvidenceNeed(keys[0], length, at_once, weights, at_once * forward_bytes(shape, length, b))
+        for length in needle.lengths
     ]
-    losses = [
-        EvidenceNeed(KEYS[1], length, 1, weights, forward_bytes(shape, length, b, losses=True))
-        for length in asked.heldout_lengths
+    return needles + [
+        EvidenceNeed(keys[1], length, 1, weights, forward_bytes(shape, length, b, losses=True)) for length in losses
     ]
-    return needles + losses
 
 
 def flop_of(config: TrainConfig, asked: EvidenceSettings, shape: Shape, stages: int) -> float:
     """Floating point operations of all models that the evidence reads; stages: those of the curriculum."""
     further = 2 * (config.after_training.sibling is not None) + asked.theta_only + (asked.control is not None)
     models = 2 + further  # the base and the extended model
-    haystacks = _haystacks(asked)
+    haystacks = _haystacks(asked.needle)
     needles = sum(haystacks * _forward_flop(shape, length, head=False) for length in asked.needle.lengths)
     losses = sum(asked.heldout_sequences * _forward_flop(shape, length) for length in asked.heldout_lengths)
     return (models + (asked.unseen is not None)) * needles + (models + stages - 1) * losses
 
 
-def _haystacks(asked: EvidenceSettings) -> int:
+def _haystacks(needle: NeedleConfig) -> int:
     """The prompts of one length of a needle grid."""
-    needle = asked.needle
     return len(needle.seeds) * needle.per_cell * (len(needle.depths) if needle.single else 1)
 
 
 def _forward_flop(shape: Shape, tokens: int, *, head: bool = True) -> float:
     weights = shape.matmul_weights if head else shape.layers * shape.layer_weights
     return 2.0 * weights * tokens + 4.0 * shape.layers * shape.query * tokens * tokens / 2
+
+
+def fits(need: EvidenceNeed, device_bytes: float) -> bool:
+    """Tell whether a GPU, or the whole machine where the CPU reads, has the memory."""
+    return need.total <= USABLE * device_bytes
 
 
 def largest(needs: list[EvidenceNeed]) -> EvidenceNeed:
@@ -99,7 +115,7 @@ def check_evidence_memory(needs: list[EvidenceNeed], device_bytes: float, device
     device_bytes: memory of a GPU, or of the whole machine where device is cpu.
     """
     most = largest(needs)
-    if most.total <= USABLE * device_bytes:
+    if fits(most, device_bytes):
         return
     where = "the one GPU that measures it" if device == "cuda" else "this machine"
     together = f", {most.at_once} at once" if most.at_once > 1 else ""
@@ -118,7 +134,7 @@ def _shorter(needs: list[EvidenceNeed], device_bytes: float) -> str:
     words = []
     for key in KEYS:
         asked = [need for need in needs if need.key == key]
-        fitting = [need.tokens for need in asked if need.total <= USABLE * device_bytes]
+        fitting = [need.tokens for need in asked if fits(need, device_bytes)]
         if not fitting and asked:
             return ""
         if len(fitting) < len(asked):

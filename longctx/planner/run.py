@@ -18,7 +18,7 @@ from longctx.decide import Machines, planned_kernel
 from longctx.errors import UserError
 from longctx.planner.draw import as_svg, as_text
 from longctx.planner.estimate import Estimate, Links, estimate_all, links_of
-from longctx.planner.evidence import EvidenceNeed, flop_of, largest, needs_of
+from longctx.planner.evidence import EvidenceNeed, fits, flop_of, largest, needs_of
 from longctx.planner.remedies import USABLE, DeviceLimits, advice
 from longctx.planner.simulate import BACKWARD_WORK, Timeline, evenly, simulate
 from longctx.rope import rope_of_model
@@ -129,7 +129,7 @@ def evidence_of(config: PlanConfig, shape: Shape, stages: int) -> tuple[Evidence
 
 def _holds(config: PlanConfig, need: EvidenceNeed) -> bool:
     devices = config.ranks if config.hardware.device == "cpu" else 1
-    return need.total <= USABLE * config.hardware.memory_gib * GIB * devices
+    return fits(need, config.hardware.memory_gib * GIB * devices)
 
 
 def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: str) -> Any:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from longctx import console
 from longctx.distributed.local import Node, RankExits, run_ranks
-from longctx.processes import warn_if_crowded
+from longctx.processes import how_ended, warn_if_crowded
 from longctx.signals import SAVED_AND_REQUEUE, interrupted_words, swept
-from longctx.train.host_memory import killed_for_memory
+from longctx.host_memory import killed_for_memory
 from longctx.train.runfolder import where
 
 if TYPE_CHECKING:
@@ -54,12 +54,8 @@ def _explain(ended: RankExits, run: Path, killed_before: int | None) -> int:
         return SAVED_AND_REQUEUE
     if status == 2:
         return 2
-    if status < 0:
-        how = f"was ended by {signal.Signals(-status).name}"
-        how += _who_kills(killed_before) if status == -signal.SIGKILL else ""
-    else:
-        how = f"failed (status {status})"
-    console.say(f"longctx: rank {rank} {how}, the others were stopped; {where(run)}")
+    who = _who_kills(killed_before) if status == -signal.SIGKILL else ""
+    console.say(f"longctx: rank {rank} {how_ended(status)}{who}, the others were stopped; {where(run)}")
     return 1
 
 

@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 
 from longctx import console
 from longctx.config.submit import SubmitConfig
-from longctx.config.train import LaunchConfig
+from longctx.config.train import LaunchConfig, TrainConfig
 from longctx.errors import UserError
 
 if TYPE_CHECKING:
     from longctx.curriculum import Stage
+    from longctx.decide import Machines
 
 # What the variables do that people set for NCCL and the fabric below it, for the comment above each.
 EXPLAINED = {
@@ -75,37 +76,54 @@ def run(config: SubmitConfig, words: Sequence[str]) -> int:
 def check(config: SubmitConfig) -> list[Stage]:
     """The stages, once everything is checked that training checks before its ranks start. Raises UserError."""
     from longctx.decide import Machines, planned_kernel
-    from longctx.planner.evidence import check_evidence_memory, needs_of
-    from longctx.planner.remedies import GIB, DeviceLimits, check_memory
     from longctx.run.training import settled
     from longctx.run.what_follows import check_what_follows
     from longctx.shape import shape_of_model
     from longctx.train import preflight
     from longctx.train.run import resolve_stages
 
-    settled_config, launch, hardware = settled(config), config.launch, config.hardware
+    settled_config, launch = settled(config), config.launch
     stages = resolve_stages(settled_config)
     unknown = [name for name in launch.nodes_by_stage if name not in {stage.name for stage in stages}]
     if unknown:
         known = ", ".join(stage.name for stage in stages)
         raise UserError(f"launch.nodes_by_stage.{unknown[0]} is no stage of the curriculum; known: {known}")
     check_what_follows(settled_config)
-    shape = shape_of_model(settled_config.model)
-    device = "cuda" if launch.gpus_per_node and settled_config.engine.device != "cpu" else "cpu"
-    asked = settled_config.after_training.evidence
-    if asked is not None and device == "cuda" and "memory" not in config.accept:
-        needs = needs_of(asked, shape, settled_config.model.dtype, device, 1)
-        check_evidence_memory(needs, hardware.memory_gib * GIB, device)
+    parts: list[tuple[Machines, list[Stage]]] = []
     for nodes in sorted({launch.nodes_by_stage.get(stage.name, launch.nodes) for stage in stages}):
         own = [stage for stage in stages if launch.nodes_by_stage.get(stage.name, launch.nodes) == nodes]
-        machines = Machines(nodes * launch.ranks, launch.ranks)
-        preflight.check(settled_config, own, world=machines.world, local_world=machines.ranks_per_node)
-        if device == "cuda":
-            kernel = planned_kernel(device, settled_config.model, shape)
-            if "memory" not in config.accept:
-                limits = DeviceLimits(machines, device, kernel, hardware.memory_gib * GIB)
-                check_memory(own, shape, settled_config, limits)
+        parts.append((Machines(nodes * launch.ranks, launch.ranks), own))
+        preflight.check(settled_config, own, world=nodes * launch.ranks, local_world=launch.ranks)
+    if launch.gpus_per_node and settled_config.engine.device != "cpu":
+        kernel = planned_kernel("cuda", settled_config.model, shape_of_model(settled_config.model))
+        if "memory" not in config.accept:
+            _check_memory(settled_config, parts, kernel, config.hardware.memory_gib)
     return stages
+
+
+def _check_memory(config: TrainConfig, parts: list[tuple[Machines, list[Stage]]], kernel: str, gib: float) -> None:
+    """Raise UserError where training, a side run or the evidence does not fit GPUs of `gib` GiB; config: a settled one.
+
+    parts: the ranks of each job, and its stages.
+    """
+    from longctx.decide import Machines
+    from longctx.planner.evidence import check_evidence_memory, needs_of
+    from longctx.planner.remedies import GIB, DeviceLimits, check_memory
+    from longctx.run.side_config import side_config
+    from longctx.run.what_follows import named_as_asked
+    from longctx.shape import shape_of_model
+    from longctx.train.run import resolve_stages
+
+    shape, asked = shape_of_model(config.model), config.after_training
+    if asked.evidence is not None:
+        check_evidence_memory(needs_of(asked.evidence, shape, config.model.dtype, "cuda", 1), gib * GIB, "cuda")
+    for machines, stages in parts:
+        check_memory(stages, shape, config, DeviceLimits(machines, "cuda", kernel, gib * GIB))
+    for name, (key, side) in asked.side_runs.items():
+        own = side_config(config, Path(config.folder), name, side)
+        machines = Machines(own.launch.nproc, own.launch.nproc)
+        with named_as_asked(name, key):
+            check_memory(resolve_stages(own), shape, own, DeviceLimits(machines, "cuda", kernel, gib * GIB))
 
 
 def training_words(words: Sequence[str]) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ def check_what_follows(config: TrainConfig) -> None:
     for name, (key, side) in config.after_training.side_runs.items():
         own = side_config(config, Path(config.folder), name, side)
         shape, nproc = shape_of_model(own.model), own.launch.nproc
-        with _named_as_asked(name, key):
+        with named_as_asked(name, key):
             heads = (shape.heads, shape.kv_heads)
             machines = Machines(nproc, nproc)
             decide_all(resolve_stages(own), own.parallel, own.engine, machines, heads, own.model.dtype)
@@ -80,7 +80,7 @@ def prepare_what_follows(config: TrainConfig, tokenizer: Any) -> None:
 
     for name, (key, side) in config.after_training.side_runs.items():
         own = side_config(config, Path(config.folder), name, side)
-        with _named_as_asked(name, key):
+        with named_as_asked(name, key):
             stages = resolve_stages(own)
             check_machine(own, stages, own.launch.nproc, own.launch.nproc)
             prepare_data(own, stages, tokenizer)
@@ -110,7 +110,7 @@ def _check_vocabulary(config: TrainConfig, base: str, tokenizer: Any) -> None:
 
 
 @contextmanager
-def _named_as_asked(name: str, key: str) -> Iterator[None]:
+def named_as_asked(name: str, key: str) -> Iterator[None]:
     """Name a side run's stage in errors by the key that made it."""
     try:
         yield

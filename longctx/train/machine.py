@@ -15,7 +15,7 @@ from longctx.decide import Machines, choose_kernel
 from longctx.planner.remedies import DeviceLimits, check_memory
 from longctx.shape import Shape, shape_of_model
 from longctx.train.engine import check_bfloat16
-from longctx.train.host_memory import host_memory
+from longctx.host_memory import host_memory
 
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig

@@ -12,7 +12,7 @@ import torch
 
 from longctx.model.host import HostMemory
 from longctx.train.fragments import Fragment
-from longctx.train.host_memory import free_memory
+from longctx.host_memory import free_memory
 
 SHARE = 0.5  # of the host memory that is free, which the copies of a node's ranks may take
 

@@ -126,6 +126,29 @@ def test_a_result_is_kept_until_its_own_model_or_question_changes(text, two):
     assert kept["base"].stat().st_mtime_ns == before["base"]
     assert kept["theta_only"].stat().st_mtime_ns > before["theta_only"]
     assert "theta_only.json belongs to another model" in said
+    assert f"base: measured before with the same questions and text, and kept ({out}/models)" in said
+
+
+def test_lengths_beyond_the_machine_s_memory_are_said_before_anything_is_read(text, tmp_path, monkeypatch, capsys):
+    """A config.json of 8B parameters without weights stands for a large model; the machine has 64 GiB."""
+    from longctx.distributed import ranks as worlds
+    from longctx.eval import memory
+    from tests.launch.test_submit import make_model
+
+    make_model(tmp_path)
+    values = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+              "intermediate_size": 14336, "vocab_size": 128256, "head_dim": 128}  # fmt: skip
+    written = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**written, **values}))
+    monkeypatch.setattr(memory, "host_memory", lambda: 64.0 * 2**30)
+    asked = config(*text, f"model.path={tmp_path}", "needle.lengths=[4096,524288]", "loss_lengths=[4096,2097152]")
+    memory.remark_memory(asked, "large", str(tmp_path), worlds.alone("cpu"))
+    said = " ".join(capsys.readouterr().err.split())
+    assert "large: needle.lengths asks for 524,288 tokens, 2 at once, which need about" in said
+    assert "'needle.lengths=[4096]' 'loss_lengths=[4096]' would fit" in said
+    monkeypatch.setattr(memory, "host_memory", lambda: 4096.0 * 2**30)
+    memory.remark_memory(asked, "large", str(tmp_path), worlds.alone("cpu"))
+    assert capsys.readouterr().err == ""
 
 
 def run_until(ended: threading.Event, wanted) -> None:

@@ -109,6 +109,17 @@ def test_what_does_not_fit_the_named_hardware_is_refused(capsys, tmp_path: Path)
     assert "What would fit" in said
 
 
+def test_a_side_run_that_does_not_fit_its_one_gpu_is_refused(capsys, tmp_path: Path) -> None:
+    """The main run shares its sequences over eight GPUs; the sibling reads as long ones on one."""
+    stage = "after_training.sibling.run.stage={seq_len: 524288, batch: 1, tokens: 5242880, theta: 1e6}"
+    given = ["experiment=quickstart", f"run_dir={tmp_path}/run", "dry_run=true", "engine.device=cuda", "model.dtype=bfloat16", stage]
+    assert cli.main(["submit", *given, "hardware.memory_gib=80"]) == 0
+    capsys.readouterr()
+    assert cli.main(["submit", *given, "hardware.memory_gib=2"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert "stage sibling of 524,288 tokens needs about" in said
+
+
 def test_without_sbatch_the_script_is_left(monkeypatch, capsys, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     given = ["experiment=quickstart", f"run_dir={tmp_path}/run", "launch.gpus_per_node=0", "launch.ranks_per_node=2"]

@@ -16,7 +16,7 @@ from longctx.run.training import train_run
 from longctx.train import fragments, snapshot
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.fragments import Fragment
-from longctx.train.host_memory import free_memory, host_memory
+from longctx.host_memory import free_memory, host_memory
 
 from .made import config
 from .test_checkpoint import ALONE, TwoTensors
