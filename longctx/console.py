@@ -81,8 +81,8 @@ def emit(renderable: object) -> None:
         Console(highlight=False, soft_wrap=True).print(renderable)
 
 
-def progress(**columns: Any) -> Progress:
-    """Return a rich progress display on standard error, to be used as a context manager."""
+def progress(*, shown: bool = True) -> Progress:
+    """Return a rich progress display on standard error, to be used as a context manager; shown=False prints nothing."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -99,6 +99,5 @@ def progress(**columns: Any) -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console(),
-        disable=_quiet,
-        **columns,
+        disable=_quiet or not shown,
     )

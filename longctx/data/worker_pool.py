@@ -64,7 +64,9 @@ def _finished_job(pipe: Connection, worker: subprocess.Popen[bytes], running: di
         error = pipe.recv()
     except (EOFError, ConnectionResetError):
         status = worker.wait()
-        killed = "; if memory ran out (`dmesg` says so), `longctx data workers=1` needs the least" * (status == -signal.SIGKILL)
+        killed = "; if memory ran out (`dmesg` says so), `longctx data workers=1` needs the least" * (
+            status == -signal.SIGKILL
+        )
         raise RunFailed(f"a tokenizing worker {how_ended(status)}{killed}") from None
     if error is not None:
         raise error

@@ -130,13 +130,12 @@ def _examine_all(
     heldout_texts = _heldout_texts(config, models, tasks, ranks)
     out = Path(config.out) / "models" if config.out else None
     results = []
-    with console.progress() as bar:
-        left = {t.name: count_forwards(t, tasks, heldout_texts[t.name], out, ranks.world) for t in targets}
-        if kept := [name for name, forwards in left.items() if not forwards]:
-            console.say(f"{', '.join(kept)}: measured before with the same questions and text, and kept ({out})")
-        total = sum(left.values())
-        task = bar.add_task("needles", total=total, visible=total > 0)
-        ranks.wait()  # rank 0 stores results only after all ranks have counted
+    left = {t.name: count_forwards(t, tasks, heldout_texts[t.name], out, ranks.world) for t in targets}
+    if kept := [name for name, forwards in left.items() if not forwards]:
+        console.say(f"{', '.join(kept)}: measured before with the same questions and text, and kept ({out})")
+    ranks.wait()  # rank 0 stores results only after all ranks have counted
+    with console.progress(shown=any(left.values())) as bar:
+        task = bar.add_task("needles", total=sum(left.values()))
         for target in targets:
             bar.update(task, description=f"needles: {target.name}")
             found = evaluate(target, tasks, heldout_texts[target.name], out, ranks, lambda: bar.advance(task))

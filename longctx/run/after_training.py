@@ -83,9 +83,9 @@ def _examine_all(
     heldout = open_heldout_text(config.data, settings.source, tuned, cache_folder(config))
     _remark_short_text(heldout, max(claim.questions(settings).longest for claim in claims), settings.source)
     found = {}
-    with console.progress() as bar:
-        total = sum(count_forwards(claim.target, claim.questions(settings), heldout, out) for claim in claims)
-        task = bar.add_task("needles", total=total, visible=total > 0)
+    total = sum(count_forwards(claim.target, claim.questions(settings), heldout, out) for claim in claims)
+    with console.progress(shown=total > 0) as bar:
+        task = bar.add_task("needles", total=total)
         for claim in claims:
             bar.update(task, description=f"needles: {claim.name}")
             questions = claim.questions(settings)

@@ -112,7 +112,14 @@ def test_what_does_not_fit_the_named_hardware_is_refused(capsys, tmp_path: Path)
 def test_a_side_run_that_does_not_fit_its_one_gpu_is_refused(capsys, tmp_path: Path) -> None:
     """The main run shares its sequences over eight GPUs; the sibling reads as long ones on one."""
     stage = "after_training.sibling.run.stage={seq_len: 524288, batch: 1, tokens: 5242880, theta: 1e6}"
-    given = ["experiment=quickstart", f"run_dir={tmp_path}/run", "dry_run=true", "engine.device=cuda", "model.dtype=bfloat16", stage]
+    given = [
+        "experiment=quickstart",
+        f"run_dir={tmp_path}/run",
+        "dry_run=true",
+        "engine.device=cuda",
+        "model.dtype=bfloat16",
+        stage,
+    ]
     assert cli.main(["submit", *given, "hardware.memory_gib=80"]) == 0
     capsys.readouterr()
     assert cli.main(["submit", *given, "hardware.memory_gib=2"]) == 2
