@@ -25,10 +25,10 @@ from longctx.console import emit, emit_json, say
 from longctx.decide import with_blocks
 from longctx.errors import RunFailed, out_of_memory
 from longctx.fingerprint import fingerprint_of
+from longctx.host_memory import free_memory, host_memory, killed_for_memory
 from longctx.planner.remedies import GIB
 from longctx.processes import module_command
 from longctx.storage.files import write_json
-from longctx.host_memory import free_memory, host_memory, killed_for_memory
 
 SPARE = 0.02  # share of the host's memory at which a trial is ended before the kernel chooses a process to kill
 STEP_UP = 1.25

@@ -15,10 +15,10 @@ from longctx.config.base import build
 from longctx.config.bench_longest import BenchLongestConfig
 from longctx.config.train import TrainConfig
 from longctx.decide import Machines, planned_kernel
+from longctx.host_memory import host_memory
 from longctx.planner.memory import Memory
 from longctx.planner.remedies import GIB, DeviceLimits, needs
 from longctx.shape import shape_of_model
-from longctx.host_memory import host_memory
 from longctx.train.run import resolve_stages
 
 STAGE = "longest"

@@ -33,9 +33,9 @@ def remark_memory(config: EvalConfig, name: str, path: str, ranks: Ranks) -> Non
     most = largest(missing)
     lengths = {key: [need.tokens for need in needs if need.key == key and need not in missing] for key in KEYS}
     fitting = " ".join(f"'{key}=[{','.join(map(str, tokens))}]'" for key, tokens in lengths.items() if tokens)
-    together = f", {most.at_once} at once," if most.at_once > 1 else ""
+    together = f", {most.at_once} at once" if most.at_once > 1 else ""
     console.remark(
-        f"{name}: {most.key} asks for {most.tokens:,} tokens{together} which need about {most.total / GIB:.3g} GiB, "
+        f"{name}: {most.key} asks for {most.tokens:,} tokens{together}, which need about {most.total / GIB:.3g} GiB, "
         f"and the device has {room / GIB:.3g}: it will probably end out of memory there"
         + (f"; {fitting} would fit" if fitting else "")
     )

@@ -44,7 +44,6 @@ def _run(config: EvalConfig) -> int:
     chosen = models_of(config)
     targets = [target_of(config, name, model) for name, model in chosen.items()]
     from longctx.distributed import ranks as worlds
-
     from longctx.eval.memory import remark_memory
 
     ranks = worlds.start(timeout_seconds=DAY)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from longctx import console
 from longctx.distributed.local import Node, RankExits, run_ranks
+from longctx.host_memory import killed_for_memory
 from longctx.processes import how_ended, warn_if_crowded
 from longctx.signals import SAVED_AND_REQUEUE, interrupted_words, swept
-from longctx.host_memory import killed_for_memory
 from longctx.train.runfolder import where
 
 if TYPE_CHECKING:

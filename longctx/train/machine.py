@@ -12,10 +12,10 @@ import torch
 
 from longctx import console
 from longctx.decide import Machines, choose_kernel
+from longctx.host_memory import host_memory
 from longctx.planner.remedies import DeviceLimits, check_memory
 from longctx.shape import Shape, shape_of_model
 from longctx.train.engine import check_bfloat16
-from longctx.host_memory import host_memory
 
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from longctx.host_memory import free_memory
 from longctx.model.host import HostMemory
 from longctx.train.fragments import Fragment
-from longctx.host_memory import free_memory
 
 SHARE = 0.5  # of the host memory that is free, which the copies of a node's ranks may take
 

@@ -141,7 +141,7 @@ def test_lengths_beyond_the_machine_s_memory_are_said_before_anything_is_read(te
     written = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**written, **values}))
     monkeypatch.setattr(memory, "host_memory", lambda: 64.0 * 2**30)
-    asked = config(*text, f"model.path={tmp_path}", "needle.lengths=[4096,524288]", "loss_lengths=[4096,2097152]")
+    asked = config(*text, f"model.path={tmp_path}", "needle.lengths=[4096,524288]", "loss_lengths=[4096,524288]")
     memory.remark_memory(asked, "large", str(tmp_path), worlds.alone("cpu"))
     said = " ".join(capsys.readouterr().err.split())
     assert "large: needle.lengths asks for 524,288 tokens, 2 at once, which need about" in said

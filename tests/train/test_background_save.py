@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from longctx.host_memory import free_memory, host_memory
 from longctx.run.training import train_run
 from longctx.train import fragments, snapshot
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.fragments import Fragment
-from longctx.host_memory import free_memory, host_memory
 
 from .made import config
 from .test_checkpoint import ALONE, TwoTensors
