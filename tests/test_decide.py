@@ -94,7 +94,7 @@ ENGINE = st.fixed_dictionaries({
 })  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=250, suppress_health_check=list(HealthCheck))
 @given(
     PARALLEL, ENGINE, st.sampled_from(HEADS), st.sampled_from([1, 2, 3]), st.sampled_from([1, 2, 4, 6, 8]),
     st.sampled_from([1, 4, 6, 8, 12, 24, 48]), st.sampled_from([768, 3072, 4096]),

@@ -20,7 +20,7 @@ def stage(seq_len: int, *, batch: int = 1, layout: str = "zigzag") -> Stage:
     return Stage("s", 0, seq_len, seq_len, {}, 1e4, seq_len * batch, batch, 1, LR, "default", layout, None, 1, "theta")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     seq_len=st.integers(2, 3100), world=st.integers(1, 16), batch=st.integers(1, 6),
     cp=st.one_of(st.just("auto"), st.just("all"), st.integers(-1, 20)), layout=st.sampled_from(LAYOUT_KINDS),

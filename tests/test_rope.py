@@ -91,7 +91,7 @@ def test_supported_length_limit_is_inclusive():
     assert supported_length(frequencies, 18437) is None
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(3.0, 1e6), st.sampled_from([8, 16, 32, 64]))
 def test_supported_length_agrees_with_the_plain_sum(theta: float, dim: int):
     frequencies = inv_freq({"rope_theta": theta}, dim, window=512)

@@ -309,7 +309,7 @@ def files(draw: st.DrawFn) -> dict[str, Any]:
     return changed(config, draw(changes(TOP)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(files(), st.sampled_from(WRITTEN))
 def test_any_mixture_of_rope_keys_is_read_as_transformers_reads_it(config: dict[str, Any], rope: dict[str, Any]):
     read = compare(config)

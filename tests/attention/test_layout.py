@@ -44,7 +44,7 @@ def cover(layout: SequenceLayout, count: np.ndarray, position: int, blocks, part
 
 
 @given(layouts())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_token_lies_on_one_rank_in_ascending_order(layout):
     ranks = range(layout.count * layout.ulysses)
     everyone = [layout.indices(rank) for rank in ranks]
@@ -57,7 +57,7 @@ def test_every_token_lies_on_one_rank_in_ascending_order(layout):
 
 
 @given(layouts(), st.sampled_from([1, 2, 3]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_pairs_of_ranks_cover_the_mask_exactly_once(layout, shares):
     count = np.zeros((layout.seq_len, layout.seq_len), int)
     for p in range(layout.count):
@@ -71,7 +71,7 @@ def test_pairs_of_ranks_cover_the_mask_exactly_once(layout, shares):
 
 
 @given(layouts())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_gathered_blocks_cover_the_mask_exactly_once(layout):
     count = np.zeros((layout.seq_len, layout.seq_len), int)
     for p in range(layout.count):

@@ -122,7 +122,7 @@ SPANS = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 6)), min_size=1, m
 
 
 @given(SPANS, st.integers(1, 2))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_packing_and_unpacking_are_each_others_inverse(spans, batch):
     edges = [(first, first + size) for first, size in spans]
     runs = Runs.joining(edges)

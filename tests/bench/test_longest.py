@@ -35,7 +35,7 @@ def config(**changes: Any) -> BenchLongestConfig:
     return build(BenchLongestConfig, {**values, **changes}, origin="test")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     st.integers(0, 400),
     st.integers(1, 300),

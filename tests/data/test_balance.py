@@ -13,7 +13,7 @@ def _layout(lengths, seq_len, ranks):
     return SequenceLayout(seq_len, ranks, boundaries=bounds).imbalance()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=30), scale=st.integers(1, 8))
 def test_the_measure_is_the_layouts_own(lengths, scale):
     """Holds for sequences without padding whose length 2 x 16 chunks divide."""

@@ -77,7 +77,7 @@ def _multiset(stage, indices):
 layouts = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.integers(1, 3))
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_kills_and_other_world_sizes_lose_and_repeat_nothing(data, stages):
     """Random dp, cp, batch and prefetch, changed at every resume, over two stages: the documents consumed are

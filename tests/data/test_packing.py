@@ -18,7 +18,7 @@ def _one_by_one(lengths: list[int], capacity: int) -> tuple[int, list[int]]:
     return len(room), sorted(room)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), capacity=st.integers(1, 9000))
 def test_best_fit_is_best_fit_decreasing(data, capacity):
     top = data.draw(st.integers(1, capacity))
@@ -28,7 +28,7 @@ def test_best_fit_is_best_fit_decreasing(data, capacity):
     assert (count, sorted((capacity - fill).astype(int).tolist())) == _one_by_one(lengths, capacity)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40), capacity=st.integers(1, 400))
 def test_join_and_split_covers_every_token_once_and_in_order(lengths, capacity):
     document, start, length, bins = join_and_split(np.array(lengths, np.int32), capacity)

@@ -36,7 +36,7 @@ def _check_sequences(packing):
     assert packing.padding == pytest.approx(1 - filled.sum() / (len(packing) * packing.seq_len))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     seq_len=st.sampled_from([64, 512, 2048]),
@@ -71,7 +71,7 @@ def test_plans_hold_exactly_what_they_promise(seed, seq_len, sequences, packing,
         assert (packing.start[mine] + packing.length[mine] <= lengths[name][packing.document[mine]]).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(seed=st.integers(0, 2**31), packing=st.sampled_from(["best_fit", "concat"]), epochs=st.integers(1, 3))
 def test_whole_epochs_give_every_token_equally_often(seed, packing, epochs):
     lengths = np.array(rng_of(seed).integers(1, 900, size=30), np.int32)

@@ -60,7 +60,7 @@ def test_starting_later_shifts_the_end():
     assert timeline.finished[0] >= 5.0  # its second block comes from the late rank
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     schedule=st.sampled_from(SCHEDULES),
     grid=st.sampled_from(GRIDS),

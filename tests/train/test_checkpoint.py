@@ -47,7 +47,7 @@ def saved(run: Path, steps: int) -> Checkpoints:
     return checkpoints
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(data=st.data(), size=st.integers(1, 60))
 def test_any_range_is_read_from_any_cut(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, size: int

@@ -45,7 +45,7 @@ def test_the_share_on_the_host_is_the_ratio_but_for_one_parameter(sizes: list[in
     assert on_host(sizes, 1.0) == [True] * len(sizes)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 700), st.integers(1, 5), st.sampled_from([torch.float32, torch.float64]), st.booleans())
 def test_pieces_are_updated_as_the_whole_is(size: int, units: int, dtype: torch.dtype, narrow: bool) -> None:
     """narrow: the trained weight is bfloat16 and its master on the host."""
