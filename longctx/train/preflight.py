@@ -199,7 +199,7 @@ def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, so
     tokens = 0.0 if (cache / "shards").exists() else source_bytes / (2 if shape.vocab <= 2**16 else 1)
     parts = {
         f"checkpoints (checkpoint.keep={config.checkpoint.keep} and the one being written)": (run, checkpoints),
-        f"the models of {len(left)} stages": (run, len(left) * model),
+        f"the models of {len(left)} stage{'s' * (len(left) > 1)}": (run, len(left) * model),
         "side runs (after_training)": (run, later),
         "the merged sibling": (run, merged),
         "tokenized documents": (cache, tokens),
