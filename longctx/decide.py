@@ -6,6 +6,7 @@ planned. The module is pure arithmetic, without processes and without torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -176,18 +177,17 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
     fixed = world if fixed == "all" else fixed
     key = f"parallel.cp_by_stage.{stage.name}" if stage.name in parallel.cp_by_stage else "parallel.cp"
     if not isinstance(fixed, str):  # a number, not "auto"
-        if fixed < 1 or world % fixed:
-            near = max(c for c in range(1, world + 1) if world % c == 0 and c <= max(fixed, 1))
+        if world % fixed:
+            near = max(c for c in divisors(world) if c <= fixed)
             raise UserError(f"{key}={fixed} does not divide the {world} ranks; {near} fits ({FILE})")
         if not _long_enough(stage, fixed):
-            most = max(c for c in range(1, world + 1) if world % c == 0 and _long_enough(stage, c))
+            most = max(c for c in divisors(world) if _long_enough(stage, c))
             raise UserError(
                 f"{key}={fixed}: a rank needs 2 tokens of a sequence at least, and curriculum.stages.{stage.name}."
                 f"seq_len={stage.seq_len} has fewer than {2 * fixed}; {most} fits ({FILE})"
             )
         return fixed
-    fits = [cp for cp in range(1, world + 1) if world % cp == 0 and stage.batch % (world // cp) == 0]
-    fits = [cp for cp in fits if _long_enough(stage, cp)]
+    fits = [cp for cp in divisors(world) if stage.batch % (world // cp) == 0 and _long_enough(stage, cp)]
     if not fits:
         raise UserError(
             f"curriculum.stages.{stage.name}: batch={stage.batch} sequences of {stage.seq_len} tokens fit no split of "
@@ -196,6 +196,12 @@ def choose_cp(stage: Stage, parallel: ParallelConfig, world: int) -> int:
         )
     small = [cp for cp in fits if stage.seq_len <= parallel.seq_len_per_rank * cp]
     return small[0] if small else fits[-1]
+
+
+def divisors(number: int) -> list[int]:
+    """The divisors of a whole number, in order."""
+    low = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return low + [number // d for d in reversed(low) if d * d != number]
 
 
 def _long_enough(stage: Stage, cp: int) -> bool:
@@ -234,7 +240,7 @@ def choose_schedule(
     if isinstance(nodes, str):
         nodes = cp // local_world if cp > local_world and cp % local_world == 0 else 1
     where = f"the {cp} ranks that share a sequence in stage {stage} ({FILE})"
-    if nodes < 1 or cp % nodes:
+    if cp % nodes:
         raise UserError(f"parallel.nodes={nodes} does not divide {where}")
     wanted, schedule = parallel.ulysses, parallel.schedule
     if schedule == "auto":
@@ -248,7 +254,7 @@ def choose_schedule(
             )
         return ScheduleChoice(nodes, schedule, 1)
     h = cp // nodes if isinstance(wanted, str) else wanted
-    if h < 1 or (cp // nodes) % h:
+    if (cp // nodes) % h:
         raise UserError(f"parallel.ulysses={h} does not divide the {cp // nodes} ranks of a node among {where}")
     if heads is not None and (heads[0] % h or (heads[1] % h and h % heads[1])):
         raise UserError(
@@ -297,7 +303,7 @@ def shares(stage: Stage, engine: EngineConfig, *, world: int, cp: int, rank: int
     """
     dp = world // cp
     if stage.batch % dp:
-        fits = [c for c in range(cp, world + 1) if world % c == 0 and stage.batch % (world // c) == 0]
+        fits = [c for c in divisors(world) if c >= cp and stage.batch % (world // c) == 0]
         hint = f"parallel.cp={fits[0]} fits, or" if fits else "take"
         raise UserError(
             f"curriculum.stages.{stage.name}.batch={stage.batch} sequences cannot be shared by the {dp} data-parallel "
@@ -308,8 +314,8 @@ def shares(stage: Stage, engine: EngineConfig, *, world: int, cp: int, rank: int
         per = max(1, min(per_rank, engine.micro_batch_tokens * cp // stage.seq_len))
     else:
         per = engine.micro_batch
-        if per < 1 or per_rank % per:
-            fit = max(n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= max(per, 1))
+        if per_rank % per:
+            fit = max(n for n in divisors(per_rank) if n <= per)
             raise UserError(
                 f"engine.micro_batch={per} does not divide the {per_rank} sequences that stage {stage.name} gives each "
                 f"of the {dp} data-parallel groups; engine.micro_batch={fit} or auto fits (configs/engine)"

@@ -339,7 +339,7 @@ def test_documents_that_do_not_serve_what_follows_training_are_refused_before_it
         ({"heldout_lengths": [], "beside": ["text"]}, "at least one where beside names sources"),
         ({"unseen": {"question": "{key}?"}}, r"unseen.*question='\{key\}\?' must hold"),
         ({"needle": {"needle": "{value}"}}, r"needle='\{value\}' must hold \{key\} once"),
-        ({"heldout_lengths": [1]}, r"heldout_lengths=\[1\] must be 2 tokens or more"),
+        ({"heldout_lengths": [1]}, r"evidence\.heldout_lengths\.0=1 must be 2 or more"),
     ],
 )
 def test_evidence_that_cannot_be_measured_is_refused(tmp_path: Path, changed: dict, message: str):

@@ -145,7 +145,7 @@ def test_nearest_finds_what_was_meant():
             ["train", *TINY, "rope=yarn", "curriculum.rule.alpha=1"],
             "curriculum.rule.alpha=1 does not belong to rule 'yarn'",
         ),
-        (["train", *TINY, "curriculum.rule.factor=0.5"], "curriculum.rule.factor=0.5 is below 1"),
+        (["train", *TINY, "curriculum.rule.factor=0.5"], "curriculum.rule.factor=0.5 must be 1 or more"),
         (["train", "model.init.layers=0"], "model.init.layers=0 must be 1 or more"),
         (["train", "model.path=${nothing}"], "model.path has no value"),
         (["train"], "model.path is missing; give it as model.path=..."),

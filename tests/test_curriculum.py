@@ -293,7 +293,12 @@ GOOD = {"s64k": {"seq_len": 65536}, "s256k": {"seq_len": 262144}}
             "curriculum.stages.s256k: theta=8000000 is below the 9000000 it starts from; a theta must not fall",
         ),
         ({"s64k": {"seq_len": 65536, "theta": 10000}}, {}, "theta=10000 is below the 500000 it starts from"),
-        ({"s64k": {"seq_len": 65536, "theta": 2**63}}, {}, "theta=9.22e+18 is more than the 9.2e18"),
+        ({"s64k": {"seq_len": 65536, "theta": 2**63}}, {}, "theta=9223372036854775808 must be below"),
+        (
+            {"s64k": {"seq_len": 65536}},
+            {"rule": {"name": "dynamic-ntk", "factor": 1e15}},
+            "curriculum.stages.s64k: theta=6.25e+21 is more than the 9.2e18 with which transformers can compute",
+        ),
         (
             {"s64k": {"seq_len": 262144}, "s256k": {"seq_len": 65536}},
             {"rule": "ntk"},
@@ -342,17 +347,17 @@ GOOD = {"s64k": {"seq_len": 65536}, "s256k": {"seq_len": 262144}}
         (
             {"s64k": {"seq_len": 65536, "lr": {"peak": 0}}},
             {"rule": "ntk"},
-            "lr.peak=0.0 must be a learning rate",
+            "lr.peak=0 must be above 0",
         ),
         (
             {"s64k": {"seq_len": 65536, "lr": {"final": 1, "kind": "linear"}}},
             {"rule": "ntk"},
-            "lr.final=1.0 must lie between 0 and",
+            "lr.final=1.0 must be at most the peak",
         ),
         (
             {"s64k": {"seq_len": 65536, "lr": {"warmup_steps": 11}}},
             {"rule": "ntk"},
-            "warmup_steps=11 must lie",
+            "warmup_steps=11 must be at most the 10 steps",
         ),
         (GOOD, {"rule": "ntk", "theta_file": "/nowhere/t.yaml"}, "theta_file=/nowhere/t.yaml cannot be read"),
     ],

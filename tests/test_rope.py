@@ -200,7 +200,7 @@ def test_theta_rules_keep_llama3_scaling_and_fix_dynamic():
         ("dynamc-ntk", {}, "rule='dynamc-ntk' is not a rule; did you mean 'dynamic-ntk'?"),
         ("ntk", {"factor": 4}, "rule.factor=4 does not belong to rule 'ntk'; it takes no parameters"),
         ("yarn", {"alpha": 1}, "rule.alpha=1 does not belong to rule 'yarn'; it takes beta_fast, beta_slow"),
-        ("dynamic-ntk", {"factor": 0.5}, "rule.factor=0.5 is below 1"),
+        ("dynamic-ntk", {"factor": 0.5}, "rule.factor=0.5 must be 1 or more"),
     ],
 )
 def test_rule_mistakes(name: str, values: dict, message: str):

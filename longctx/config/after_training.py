@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from longctx.config.base import Length, Positive, Text, schema
+from longctx.config.base import Positive, Text, Window, schema
 from longctx.config.curriculum import StageConfig
 from longctx.config.data import check_template
 from longctx.config.eval import NeedleConfig
@@ -66,18 +66,15 @@ class EvidenceSettings:
     theta_only: bool = True  #: also the base with the last theta and no training
     control: SideRun | None = None  #: a side run that spends the same tokens at the base's window and theta
     unseen: Phrasing | None = field(default_factory=Phrasing)  #: another phrasing
-    heldout_lengths: tuple[Length, ...] = (512,)  #: windows of held-out text, for the loss of base and every stage
+    heldout_lengths: tuple[Window, ...] = (512,)  #: windows of held-out text, for the loss of base and every stage
     heldout_sequences: Positive = 64  #: how many of them
     source: str = "stdlib"  #: whose held-out documents are the haystack and the text
     #: further sources whose held-out loss shows what extending costs there, such as chat
     beside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if min(self.heldout_lengths, default=2) < 2 or (self.beside and not self.heldout_lengths):
-            raise ValueError(
-                f"heldout_lengths={list(self.heldout_lengths)} must be 2 tokens or more each, and at least one where "
-                "beside names sources"
-            )
+        if self.beside and not self.heldout_lengths:
+            raise ValueError("heldout_lengths=[] must name at least one where beside names sources")
 
 
 @schema

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
+from pydantic_core import PydanticKnownError
 from typing_extensions import dataclass_transform
 
 from longctx.config.renamed import INSTEAD, renamed
@@ -34,11 +35,11 @@ DTYPES |= {"fp64": "float64", "double": "float64", **{f"torch.{name}": name for 
 
 @dataclass_transform(frozen_default=True, kw_only_default=True)
 def schema(cls: type[T]) -> type[T]:
-    """A frozen keyword-only dataclass that refuses unknown keys; field aliases (`from`) are accepted."""
+    """A frozen keyword-only dataclass that refuses unknown keys, nan and inf; field aliases (`from`) are accepted."""
     made: Any = _pydantic_dataclass(
         frozen=True,
         kw_only=True,
-        config=ConfigDict(extra="forbid", populate_by_name=True, defer_build=True),
+        config=ConfigDict(extra="forbid", populate_by_name=True, defer_build=True, allow_inf_nan=False),
     )
     return made(cls)
 
@@ -77,7 +78,7 @@ def parse_count(value: Any) -> Any:
 def _whole(value: Any, what: str) -> Any:
     if isinstance(value, int):
         return value
-    if isinstance(value, float) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         return int(value)
     raise ValueError(f"is not {what}")
 
@@ -87,11 +88,45 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-Length = Annotated[int, BeforeValidator(parse_length)]
-Count = Annotated[int, BeforeValidator(parse_count)]
+def _whole_not_bool(value: Any) -> Any:
+    """Pydantic reads true as 1; where a number is expected it is a mistake."""
+    if isinstance(value, bool):
+        raise PydanticKnownError("int_type")
+    return value
+
+
+def _float_not_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticKnownError("float_type")
+    return value
+
+
+# The numbers of the schemas. A key takes one of these, or one of these with a narrower range, and never a bare int or
+# float, so that its range is checked when the config is composed. The upper bounds are those of what computes with the
+# numbers: torch's 32-bit sizes, numpy's 64-bit counts, the timers of sockets.
+MOST = 2**31 - 1
+LONGEST = 2**28  # tokens of a sequence
+Whole = Annotated[int, BeforeValidator(_whole_not_bool)]
+Number = Annotated[float, BeforeValidator(_float_not_bool)]
+Length = Annotated[int, BeforeValidator(parse_length), Field(ge=1, le=LONGEST)]
+LengthOrZero = Annotated[int, BeforeValidator(parse_length), Field(ge=0, le=LONGEST)]
+Window = Annotated[int, BeforeValidator(parse_length), Field(ge=2, le=LONGEST)]  # a token to read, one to predict
+Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=10**18)]
+Theta = Annotated[int, BeforeValidator(parse_count), Field(gt=1, lt=2**63)]
 Text = Annotated[str, BeforeValidator(_text)]
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
+Positive = Annotated[Whole, Field(ge=1, le=MOST)]
+NotNegative = Annotated[Whole, Field(ge=0, le=MOST)]
+PerMachine = Annotated[Whole, Field(ge=1, le=4096)]  # processes, ranks or threads of one machine
+MachineCount = Annotated[Whole, Field(ge=1, le=10**6)]
+HeadDim = Annotated[Whole, Field(ge=2, le=8192, multiple_of=2)]  # rotary embeddings turn pairs of dimensions
+Seed = Annotated[Whole, Field(ge=0, lt=2**63)]
+AboveZero = Annotated[Number, Field(gt=0, le=1e15)]
+ZeroOrMore = Annotated[Number, Field(ge=0, le=1e15)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+ShareAboveZero = Annotated[Number, Field(gt=0, le=1)]
+Seconds = Annotated[Number, Field(gt=0, le=1e6)]
+Minutes = Annotated[Number, Field(gt=0, le=1e4)]
+Epsilon = Annotated[Number, Field(ge=1e-30, le=1)]  # float32 holds no number much smaller
 AsDtype = BeforeValidator(lambda value: DTYPES.get(value.lower(), value) if isinstance(value, str) else value)
 AsList = BeforeValidator(lambda value: value if isinstance(value, list | tuple) else [value])
 
@@ -219,8 +254,9 @@ def _location(kind: Any, item: Mapping[str, Any]) -> list[str]:
 
 
 _ABOUT_A_KEY = ("unexpected_keyword_argument", "missing", "missing_argument", "missing_keyword_only_argument")
-_BOUNDS = {"greater_than_equal": "{ge:g} or more", "greater_than": "above {gt:g}", "less_than_equal": "at most {le:g}",
-           "less_than": "below {lt:g}", "multiple_of": "a multiple of {multiple_of:g}"}  # fmt: skip
+_BOUNDS = {"greater_than_equal": "{ge} or more", "greater_than": "above {gt}", "less_than_equal": "at most {le}",
+           "less_than": "below {lt}", "multiple_of": "a multiple of {multiple_of}",
+           "finite_number": "a finite number"}  # fmt: skip
 _WANTED = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text",
            "dict": "a mapping"}  # fmt: skip
 
@@ -260,10 +296,18 @@ def _explain(kind: Any, values: Any, where: str, items: list[Mapping[str, Any]],
         first = known_keys(kind, where.split("."))[0]
         return f"{where}={shown} stands for a whole section; give its keys, such as {where}.{first}=... ({origin})"
     if bound := _BOUNDS.get(item["type"]):
-        return f"{where}={shown} must be {bound.format(**context)} ({origin})"
+        bounds = {name: f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for name, limit in context.items()}
+        return f"{where}={_written(values, where, value)!r} must be {bound.format(**bounds)} ({origin})"
     if item["type"] in ("list_type", "tuple_type"):
         return f"{where}={shown} is not a list; write '{where}=[{value}]' ({origin})"
     return f"{where}={shown} is not {' or '.join(_wanted(each) for each in items)}{_meant(where, items)} ({origin})"
+
+
+def _written(values: Any, where: str, value: Any) -> Any:
+    """The value as a user wrote it: "0k" or 1e99, which a bound sees as a whole number."""
+    for part in where.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values if isinstance(values, str | float) else value
 
 
 def _wanted(item: Mapping[str, Any]) -> str:

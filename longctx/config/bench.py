@@ -10,10 +10,10 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from longctx.config.base import AsDtype, Format, Length, Positive, Text, schema
+from longctx.config.base import AsDtype, Format, Length, PerMachine, Positive, Seconds, Text, schema
 
 Schedule = Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]
-Few = Annotated[int, Field(ge=1, le=99)]
+Few = Annotated[Positive, Field(le=99)]
 
 
 @schema
@@ -31,10 +31,10 @@ class BenchAttentionConfig:
     #: auto: float32 on a CPU, bfloat16 on a GPU and beside ring_flash_attn
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], AsDtype] = "auto"
     #: CPU: ranks of the ring, and SDPA's threads; beside ring_flash_attn: ranks of both rings, which may share a GPU
-    ranks: Positive = 2
-    virtual_ranks: list[int] = field(default_factory=lambda: [1, 2, 4, 8])  #: GPU
+    ranks: PerMachine = 2
+    virtual_ranks: list[PerMachine] = field(default_factory=lambda: [1, 2, 4, 8])  #: GPU
     #: GPU: packed cases, each with so many documents of uneven lengths, for kernels that take many in one call
-    documents: list[Annotated[int, Field(ge=2)]] = field(default_factory=lambda: [64, 512])
+    documents: list[Annotated[Positive, Field(ge=2)]] = field(default_factory=lambda: [64, 512])
     #: GPU: kernels by name; []: all that can serve, beside ring_flash_attn flash_attn_2 and the first that can serve
     backends: list[Text] = field(default_factory=list)
     repeats: Positive = 5  #: timed calls; the median counts
@@ -66,12 +66,12 @@ class BenchHierarchyConfig:
     kv_heads: Positive = 8  #: key and value heads
     head_dim: Positive = 64  #: width of a head
     schedules: list[Schedule] = field(default_factory=lambda: list(get_args(Schedule)))  #: which are measured
-    ulysses: Positive | None = None  #: ranks that trade heads under ulysses_ring; null: all of a node
+    ulysses: PerMachine | None = None  #: ranks that trade heads under ulysses_ring; null: all of a node
     repeats: Positive = 3  #: timed calls of each; the median counts
     flat_repeats: Positive | None = None  #: the flat ring takes longest: fewer turns for it
     backward: bool = True  #: whether the backward pass is timed too
     unlimited: bool = True  #: also without limits: what the prediction starts from
-    timeout_seconds: float = 900.0  #: of one schedule
+    timeout_seconds: Seconds = 900.0  #: of one schedule
     out: str = "runs/bench-hierarchy"  #: folder for hierarchy.json and hierarchy.png
     format: Format = "text"  #: of what is printed
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from longctx.config.base import Format, Length, Positive, schema
+from longctx.config.base import AboveZero, Format, Minutes, PerMachine, Window, schema
 from longctx.config.model import ModelConfig
 from longctx.config.train import EngineConfig, OptimConfig
 
@@ -19,14 +19,14 @@ class BenchLongestConfig:
     engine: EngineConfig = EngineConfig()
     optim: OptimConfig = OptimConfig()
     #: GiB that the process (on a CPU) or its tensors on the device (on a GPU) may take; null: what there is
-    memory_gib: Annotated[float, Field(gt=0)] | None = None
-    start: Annotated[Length, Field(ge=2)] | None = None  #: the first length tried; null: the longest by the plan
-    multiple: Annotated[Length, Field(ge=2)] = 1024  #: lengths are multiples of this
-    most: Annotated[Length, Field(ge=2)] = 2**24  #: longer sequences are not tried
+    memory_gib: AboveZero | None = None
+    start: Window | None = None  #: the first length tried; null: the longest by the plan
+    multiple: Window = 1024  #: lengths are multiples of this
+    most: Window = 2**24  #: longer sequences are not tried
     #: the search ends once the shortest length that failed is within this share of the longest that ran
-    precision: Annotated[float, Field(gt=0, lt=1)] = 0.02
-    trial_minutes: Annotated[float, Field(gt=0)] = 30.0  #: a trial that takes longer ends the search
-    threads: Positive | None = None  #: CPU threads of a trial; null: torch's own choice
+    precision: Annotated[AboveZero, Field(lt=1)] = 0.02
+    trial_minutes: Minutes = 30.0  #: a trial that takes longer ends the search
+    threads: PerMachine | None = None  #: CPU threads of a trial; null: torch's own choice
     out: str = "runs/bench-longest"  #: folder for longest.json; trials that are in it are not repeated
     format: Format = "text"  #: of what is printed
 

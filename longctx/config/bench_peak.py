@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from longctx.config.base import AsDtype, Format, Positive, schema
+from longctx.config.base import AsDtype, Format, PerMachine, Positive, schema
 
 
 @schema
@@ -18,5 +18,5 @@ class BenchPeakConfig:
     #: edges of square matrices; null: 512, 1024 and 2048 on a CPU, up to 16384 on a GPU
     sizes: Annotated[list[Positive], Field(min_length=1)] | None = None
     repeats: Positive = 5  #: timed products per size, after one that is not
-    threads: int | None = None  #: CPU threads; null: torch's own choice
+    threads: PerMachine | None = None  #: CPU threads; null: torch's own choice
     format: Format = "text"  #: of what is printed

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from longctx.config.base import Format, Length, Positive, schema
+from longctx.config.base import Format, PerMachine, Positive, Window, schema
 from longctx.config.model import Dtype, InitConfig, MemoryConfig
 
 Contestant = Literal["longctx", "transformers", "liger"]
@@ -18,9 +16,9 @@ _SHAPE = InitConfig(layers=8, hidden=512, heads=8, kv_heads=2, ffn=1376, vocab=3
 class BenchStepConfig:
     """One training step beside plain transformers (on a GPU also with liger-kernel), in fresh processes."""
 
-    seq_len: Annotated[Length, Field(ge=2)] = 16384  #: one sequence; 65536 fits in 8 GiB with only=longctx
+    seq_len: Window = 16384  #: one sequence; 65536 fits in 8 GiB with only=longctx
     pairs: Positive = 3  #: alternated runs of both; the medians are compared
-    threads: Positive = 2  #: of each process
+    threads: PerMachine = 2  #: of each process
     only: Contestant | None = None  #: one side alone
     steps: Positive = 3  #: GPU: timed steps of each process, after two that are not
     model: InitConfig = _SHAPE

@@ -12,10 +12,22 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from longctx.config.base import Count, Length, Positive, schema
+from longctx.config.base import (
+    Count,
+    HeadDim,
+    NotNegative,
+    Positive,
+    Share,
+    ShareAboveZero,
+    Theta,
+    Window,
+    ZeroOrMore,
+    schema,
+)
 from longctx.rope import AnyRule
 
 LayoutName = Literal["zigzag", "contiguous"]
+Rate = ShareAboveZero
 RateCurve = Literal["constant", "cosine", "linear", "continue"]
 
 
@@ -34,9 +46,9 @@ RuleField = Annotated[AnyRule, Field(discriminator="name"), BeforeValidator(_nam
 class LearningRateConfig:
     """A stage's learning rate: linear warm-up to peak, then constant, or down to final by cosine or linear."""
 
-    peak: float | None = None  #: the rate after warm-up
-    final: float | None = None  #: the rate at the end of the decay; null: 0, or the peak when constant
-    warmup_steps: int | None = None  #: steps from 0 to the peak
+    peak: Rate | None = None  #: the rate after warm-up
+    final: ZeroOrMore | None = None  #: the rate at the end of the decay; null: 0, or the peak when constant
+    warmup_steps: NotNegative | None = None  #: steps from 0 to the peak
     kind: RateCurve | None = None  #: continue: the curve of the stage before, stretched over both; null: constant
 
 
@@ -46,10 +58,8 @@ class AdvanceConfig:
 
     enabled: bool = False  #: whether a stage may end early
     steps: Positive = 20  #: the mean loss of the last so many steps is compared with that of as many before them
-    min_drop: Annotated[float, Field(ge=0, lt=1)] = (
-        0.002  #: the stage ends when the loss drops by a smaller share than this
-    )
-    min_share: Annotated[float, Field(ge=0, le=1)] = 0.25  #: not before this share of the stage's steps is done
+    min_drop: Annotated[Share, Field(lt=1)] = 0.002  #: the stage ends when the loss drops by a smaller share than this
+    min_share: Share = 0.25  #: not before this share of the stage's steps is done
 
 
 @schema
@@ -59,12 +69,12 @@ class StageConfig:
     Where rule, lr, mix, layout or advance is null, the curriculum's value holds.
     """
 
-    seq_len: Length  #: tokens per sequence: 65536, 64k, 1M
-    theta: Count | None = None  #: rope theta, instead of a rule
+    seq_len: Window  #: tokens per sequence: 65536, 64k, 1M
+    theta: Theta | None = None  #: rope theta, instead of a rule
     rule: RuleField | None = None  #: rule for theta or frequencies, instead of theta
     tokens: Count | None = None  #: tokens of the stage, rounded up to whole batches
-    steps: int | None = None  #: optimizer steps of the stage, instead of tokens
-    batch: int | None = None  #: sequences per optimizer step
+    steps: Positive | None = None  #: optimizer steps of the stage, instead of tokens
+    batch: Positive | None = None  #: sequences per optimizer step
     batch_tokens: Count | None = None  #: the same in tokens
     lr: LearningRateConfig = LearningRateConfig()
     mix: str | None = None  #: name of a data mix (data.mixes)
@@ -76,9 +86,9 @@ class StageConfig:
 class MadeForConfig:
     """The rope a curriculum was made for; `longctx theta` begins there when no model is named."""
 
-    head_dim: int  #: head dimension of the model
-    theta: Count  #: rope theta of the model
-    window: Length  #: window of the model, in tokens
+    head_dim: HeadDim  #: head dimension of the model
+    theta: Theta  #: rope theta of the model
+    window: Window  #: window of the model, in tokens
 
 
 @schema

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from longctx.config.base import Count, Length, Positive, Text, schema
+from longctx.config.base import AboveZero, Count, Length, LengthOrZero, Positive, Share, Text, ZeroOrMore, schema
 from longctx.errors import nearest
 
 TaskKind = Literal["needle", "needles", "chained", "table", "copy", "variables"]
@@ -38,12 +38,12 @@ class SynthTask:
     questions: Positive = 1  #: how many of them are asked at the end
     links: Positive = 3  #: links of a chain
     #: where in the haystack each needle goes (0 its start, 1 its end); null: random
-    depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] | None = None
+    depths: tuple[Share, ...] | None = None
     needle: str | None = None  #: the phrasing, with {key} and {value}
     question: str | None = None  #: the question at the end, with {key} and {value}
     #: the answers' loss weight over that of all other tokens together; null: 2, and every token alike for copy
-    answer_weight: Annotated[float, Field(ge=0)] | None = None
-    other_weight: Annotated[float, Field(ge=0)] = 1.0  #: loss weight of other tokens; 0: only answers train
+    answer_weight: ZeroOrMore | None = None
+    other_weight: ZeroOrMore = 1.0  #: loss weight of other tokens; 0: only answers train
     segment: Positive | None = None  #: tokens of a copied segment; null: random, up to half of the document
     symbols: Literal["all", "digits"] = "all"  #: what a copied segment is made of; fewer symbols are learned sooner
 
@@ -110,10 +110,11 @@ class SourceConfig:
     include: list[str] = _field(default_factory=list)  #: patterns on file names below path, such as ['*.md']
     exclude: list[str] = _field(default_factory=list)  #: patterns on file names that are left out
     rows: Count | None = None  #: read only so many rows of a hub dataset
-    min_len: Length = 0  #: shorter documents are left out
+    min_len: LengthOrZero = 0  #: shorter documents are left out; 0: none
     max_len: Length | None = None  #: longer documents are left out
     loss: Literal["all", "assistant"] = "all"  #: assistant trains on the assistant's turns only (chat)
-    answer_weight: float | None = None  #: the assistant's tokens weigh this multiple of all others of a conversation
+    #: the assistant's tokens weigh this multiple of all others of a conversation
+    answer_weight: AboveZero | None = None
     task: SynthTask | None = None  #: what a synth source generates
     haystack: str | None = None  #: the source of the text in which the task is hidden
 
@@ -152,9 +153,9 @@ class LengthPolicy:
     #: one of the policies above
     kind: Literal["natural", "upsample", "prolong", "joined", "full", "fixed", "loguniform"]
     #: tokens: the shortest long document (upsample), or the shortest drawn (loguniform)
-    min_len: Annotated[Length, Field(ge=1)] | None = None
-    share: Annotated[float, Field(ge=0, le=1)] | None = None  #: share of the source's tokens in long documents
-    length: Annotated[Length, Field(ge=1)] | None = None  #: tokens of every document (fixed)
+    min_len: Length | None = None
+    share: Share | None = None  #: share of the source's tokens in long documents
+    length: Length | None = None  #: tokens of every document (fixed)
 
     def __post_init__(self) -> None:
         needs = {"upsample": ("min_len", "share"), "prolong": ("share",), "fixed": ("length",)}
@@ -181,7 +182,7 @@ def _policy(value: Any) -> Any:
 class MixEntry:
     """A source's part in a mix."""
 
-    weight: Annotated[float, Field(ge=0)]  #: the source's share of the stage's tokens
+    weight: ZeroOrMore  #: the source's share of the stage's tokens
     #: how long its documents are; null: natural, and full for synth sources
     length: Annotated[LengthPolicy | None, BeforeValidator(_policy)] = None
 
@@ -205,9 +206,9 @@ class DataConfig:
     document_mask: bool = True  #: attention stays within a document
     #: predict trains on a document's first token too, which only makes sense without document masks
     first_token: Literal["skip", "predict"] = "skip"
-    heldout: Annotated[float, Field(ge=0, lt=1)] = 0.05  #: share of documents (by hash of the file's name) not trained
-    max_epochs: float = 4.0  #: warn when a source is repeated more often
-    max_bad: Annotated[float, Field(ge=0, le=1)] = 0.01  #: share of broken lines that is skipped with a count
+    heldout: Annotated[Share, Field(lt=1)] = 0.05  #: share of documents (by hash of the file's name) not trained
+    max_epochs: AboveZero = 4.0  #: warn when a source is repeated more often
+    max_bad: Share = 0.01  #: share of broken lines that is skipped with a count
     bos: bool = True  #: put the tokenizer's mark before each document
     eos: bool = True  #: put the tokenizer's mark after each document
 

@@ -7,11 +7,9 @@ looked at by changing its verb.
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Annotated, Literal, get_args
+from typing import Literal, get_args
 
-from pydantic import Field
-
-from longctx.config.base import Count, Format, Length, Positive, Text, schema
+from longctx.config.base import Count, Format, Length, PerMachine, Positive, Seed, Text, schema
 from longctx.config.data import DataConfig, SynthTask
 from longctx.config.model import ModelConfig
 from longctx.config.train import TrainConfig
@@ -23,7 +21,7 @@ Part = Literal["tokenize", "pack", "read", "million"]
 class PrepareConfig(TrainConfig):
     """The root of configs/data.yaml: everything a training command says, and how its data is prepared."""
 
-    workers: int | None = None  #: processes that tokenize; null: one per core
+    workers: PerMachine | None = None  #: processes that tokenize; null: one per core
     cache: str = ""  #: folder of the shards; empty: RUN/data, where training looks
     format: Format = "text"  #: of what is printed
 
@@ -47,10 +45,10 @@ class SynthesizeConfig:
     data: DataConfig
     task: SynthTask = SynthTask()
     haystack: str = "stdlib"  #: the source of data whose documents hide the needles
-    length: Annotated[Length, Field(ge=1)] = 8192  #: tokens of a document, exactly
+    length: Length = 8192  #: tokens of a document, exactly
     count: Positive = 10  #: documents
     keys: Literal["train", "eval"] = "eval"  #: eval draws from the tenth that training never sees, in held-out text
-    seed: int = 0  #: of keys, values and haystacks
+    seed: Seed = 0  #: of keys, values and haystacks
     out: Text = "runs/synth.jsonl"  #: the file of documents
     cache: str = "runs/synth/data"  #: folder of tokenized text
     format: Format = "text"  #: of what is printed
@@ -69,8 +67,8 @@ class BenchDataConfig:
     documents: Count = 10_000_000  #: documents that are packed
     seq_lens: list[Length] = field(default_factory=lambda: [2**16, 2**20])  #: lengths they are packed to
     parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))  #: what is timed
-    megabytes: int = 60  #: of text to tokenize; workers take a second to start
-    workers: int | None = None  #: null: one per core
-    seed: int = 0  #: of the drawn documents
+    megabytes: Positive = 60  #: of text to tokenize; workers take a second to start
+    workers: PerMachine | None = None  #: null: one per core
+    seed: Seed = 0  #: of the drawn documents
     out: str = ""  #: a file for the figures
     format: Format = "text"  #: of what is printed

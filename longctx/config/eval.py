@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from longctx.config.base import Format, Length, Positive, Text, schema
+from longctx.config.base import AboveZero, Format, Length, Positive, Seed, Share, Text, Window, schema
 from longctx.config.data import DataConfig, check_template
 from longctx.config.model import ModelConfig
 
@@ -22,9 +22,9 @@ class NeedleConfig:
     """The needle grid: context lengths by depths."""
 
     lengths: tuple[Length, ...] = (512, 1024, 2048, 4096, 8192)  #: context lengths in tokens, question included
-    depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  #: 0: the haystack's start
+    depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  #: 0: the haystack's start
     per_cell: Positive = 10  #: needles per cell and seed
-    seeds: tuple[int, ...] = (11, 22, 33)  #: of keys, values and haystacks
+    seeds: tuple[Seed, ...] = (11, 22, 33)  #: of keys, values and haystacks
     single: bool = False  #: one needle per haystack, instead of one at every depth, all asked for
     needle: str = NEEDLE  #: the phrasing, with {key} and {value}
     question: str = QUESTION  #: the question at the end, with {key} and {value}
@@ -34,8 +34,8 @@ class NeedleConfig:
             raise ValueError(f"depths={list(self.depths)} must be different numbers")
         if not self.lengths or not self.seeds or not self.depths:
             raise ValueError("lengths, depths and seeds need at least one entry each")
-        if len(set(self.lengths)) != len(self.lengths) or min(self.lengths) < 1:
-            raise ValueError(f"lengths={list(self.lengths)} must be different numbers of 1 token or more")
+        if len(set(self.lengths)) != len(self.lengths):
+            raise ValueError(f"lengths={list(self.lengths)} must be different numbers")
         check_template("needle", self.needle)
         check_template("question", self.question)
 
@@ -50,15 +50,9 @@ class EvalModel:
 
     path: Text  #: a folder or hub id
     tokenizer: Text | None = None  #: a folder or hub id; null: found in path
-    theta: float | None = None  #: replaces rope_theta
+    theta: Annotated[AboveZero, Field(gt=1)] | None = None  #: replaces rope_theta
     rope: dict[str, Any] | None = None  #: merged over the model's rope_parameters
-    window: Length | None = None  #: tokens: replaces max_position_embeddings
-
-    def __post_init__(self) -> None:
-        if self.theta is not None and self.theta <= 0:
-            raise ValueError(f"theta={self.theta:g} must be above 0")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window} must be 1 token or more")
+    window: Window | None = None  #: tokens: replaces max_position_embeddings
 
 
 def default_name(path: str) -> str:
@@ -101,8 +95,8 @@ class EvalConfig:
     data: DataConfig
     source: Text = "stdlib"  #: which of data's sources is haystack and held-out text
     needle: NeedleConfig = NeedleConfig()
-    loss_lengths: tuple[Length, ...] = (512, 8192)  #: windows of held-out text; the longest gives the loss by position
-    loss_sequences: int = 32  #: how many of each
+    loss_lengths: tuple[Window, ...] = (512, 8192)  #: windows of held-out text; the longest gives the loss by position
+    loss_sequences: Positive = 32  #: how many of each
     out: Text | None = None  #: folder for eval.json, eval.png and models/NAME.json; null: on screen only
     cache: Text = "runs/data"  #: folder of tokenized documents
     format: Format = "text"  #: of what is printed
@@ -113,7 +107,5 @@ class EvalConfig:
         for name in self.models or {}:
             if not re.fullmatch(r"\w[\w.-]*", name):
                 raise ValueError(f"models: {name!r} names files and titles; use letters, digits, '.', '_' and '-'")
-        if self.loss_sequences < 1:
-            raise ValueError(f"loss_sequences={self.loss_sequences} must be 1 or more")
-        if len(set(self.loss_lengths)) != len(self.loss_lengths) or min(self.loss_lengths, default=2) < 2:
-            raise ValueError(f"loss_lengths={list(self.loss_lengths)} must be different numbers of 2 tokens or more")
+        if len(set(self.loss_lengths)) != len(self.loss_lengths):
+            raise ValueError(f"loss_lengths={list(self.loss_lengths)} must be different numbers")

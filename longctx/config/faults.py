@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from longctx.config.base import Format, NotNegative, Positive, Text, schema
+from longctx.config.base import Format, NotNegative, PerMachine, Positive, Seed, Text, schema
 
 
 @schema
@@ -19,8 +19,8 @@ class FaultsConfig:
     )
     sigterms: NotNegative = 10  #: SIGTERMs: the run must save and leave with status 75
     damage: bool = True  #: then: a truncated checkpoint file, a flipped byte, a disk that takes no checkpoint
-    nproc: Positive = 2  #: ranks of the run
-    steps: Annotated[int, Field(ge=10, multiple_of=2)] = 60  #: its optimizer steps
-    seed: int = 0  #: of the instants
+    nproc: PerMachine = 2  #: ranks of the run
+    steps: Annotated[Positive, Field(ge=10, multiple_of=2)] = 60  #: its optimizer steps
+    seed: Seed = 0  #: of the instants
     out: Text = ""  #: keep the runs in this folder; empty: a temporary one
     format: Format = "text"  #: of what is printed

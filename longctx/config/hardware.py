@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from longctx.config.base import Text, schema
-
-Rate = Annotated[float, Field(gt=0)]
+from longctx.config.base import AboveZero, ShareAboveZero, Text, ZeroOrMore, schema
 
 
 @schema
 class RatesConfig:
     """Dense peak TFLOP/s of matrix products in each dtype, as torch runs them by default (float32 without TF32)."""
 
-    bfloat16: Rate = 989.0  #: TFLOP/s
-    float32: Rate = 67.0  #: TFLOP/s
-    float64: Rate = 67.0  #: TFLOP/s
+    bfloat16: AboveZero = 989.0  #: TFLOP/s
+    float32: AboveZero = 67.0  #: TFLOP/s
+    float64: AboveZero = 67.0  #: TFLOP/s
 
 
 @schema
@@ -27,12 +23,12 @@ class HardwareConfig:
     name: Text = "device"  #: shown in tables
     device: Literal["cuda", "cpu"] = "cuda"  #: what ranks compute on
     tflops: RatesConfig = RatesConfig()
-    utilization: Annotated[float, Field(gt=0, le=1)] = 0.45  #: the share of `tflops` that training reaches
-    memory_gib: Rate = 79.0  #: what torch reports as the device's memory
-    memory_gbytes: Rate = 3350.0  #: GB/s of that memory
-    inner_gbytes: Rate = 450.0  #: GB/s of one device's link inside a node
-    outer_gbytes: Rate = 50.0  #: GB/s of one device's link between nodes
-    latency_us: Annotated[float, Field(ge=0)] = 10.0  #: microseconds a message needs beyond its bytes
+    utilization: ShareAboveZero = 0.45  #: the share of `tflops` that training reaches
+    memory_gib: AboveZero = 79.0  #: what torch reports as the device's memory
+    memory_gbytes: AboveZero = 3350.0  #: GB/s of that memory
+    inner_gbytes: AboveZero = 450.0  #: GB/s of one device's link inside a node
+    outer_gbytes: AboveZero = 50.0  #: GB/s of one device's link between nodes
+    latency_us: ZeroOrMore = 10.0  #: microseconds a message needs beyond its bytes
 
     def rate(self, dtype: str) -> float:
         """FLOP/s that training reaches in products of this dtype."""

@@ -7,13 +7,25 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from longctx.config.base import AsDtype, AsList, Count, Format, Length, Positive, Text, schema
+from longctx.config.base import (
+    AboveZero,
+    AsDtype,
+    AsList,
+    Count,
+    Format,
+    Number,
+    PerMachine,
+    Positive,
+    Seed,
+    ShareAboveZero,
+    Text,
+    Window,
+    schema,
+)
 from longctx.errors import nearest
 
 Texts = Annotated[list[Text], AsList]
-Numbers = Annotated[list[float], AsList]
-Share = Annotated[float, Field(gt=0, le=1)]
-Size = Annotated[float, Field(gt=0)]
+Numbers = Annotated[list[Annotated[Number, Field(ge=-1e15, le=1e15)]], AsList]
 FactorDtype = Annotated[Literal["bfloat16", "float16", "float32"], AsDtype]
 
 
@@ -25,8 +37,9 @@ class ExtractConfig:
     tuned: Text  #: the model after training
     out: Text  #: the adapter's folder
     rank: Positive = 32  #: of every factor pair
-    share: Share | None = None  #: instead: the smallest rank per module that keeps this share of its squared norm
-    size_mb: Size | None = None  #: instead: the ranks that fit this size and keep most; reads the pair twice
+    #: instead: the smallest rank per module that keeps this share of its squared norm
+    share: ShareAboveZero | None = None
+    size_mb: AboveZero | None = None  #: instead: the ranks that fit this size and keep most; reads the pair twice
     max_rank: Positive = 256  #: bound of the ranks that share and size_mb choose
     #: serving: layers only, no lm_head, embeddings or norms (what stays behind is listed)
     profile: Literal["full", "serving"] = "full"
@@ -38,18 +51,18 @@ class ExtractConfig:
     oversample: Positive = 16  #: columns of the sketch beyond the rank
     power_max: Positive = 8  #: power iterations before the exact SVD is taken
     #: estimated gain of more iterations over the squared residual; 8e-3 leaves residuals within 0.4 % of the optimum
-    tolerance: Annotated[float, Field(gt=0)] = 4e-3
-    seed: int = 0  #: of the sketches
+    tolerance: AboveZero = 4e-3
+    seed: Seed = 0  #: of the sketches
     device: Text = "auto"  #: auto: a GPU when there is one
-    workers: Positive | None = None  #: tensors in flight; null: one per core, at most 8
+    workers: PerMachine | None = None  #: tensors in flight; null: one per core, at most 8
     #: MiB of differences held at once, all workers together (on a GPU: half of what is free); larger tensors are read
     #: again on every pass
     memory_mib: Positive = 384
-    max_shard_mb: Size = 5000.0  #: PEFT reads one file; larger adapters are sharded with an index
+    max_shard_mb: AboveZero = 5000.0  #: PEFT reads one file; larger adapters are sharded with an index
     verify: Literal["modules", "loss"] = "modules"  #: loss: also that of base, tuned and base + adapter on text
     text: Text | None = None  #: a file neither model was trained on
     text_tokens: Count = 4096  #: tokens read from text
-    text_seq_len: Length = 512  #: tokens of one sequence of it
+    text_seq_len: Window = 512  #: tokens of one sequence of it
     allow_shorter: bool = False  #: a tuned model with a shorter window than the base looks like a swap and is refused
     format: Format = "text"  #: of what is printed
 
@@ -59,7 +72,7 @@ class MergeRope:
     """The rope a merged model gets."""
 
     rule: Literal["adapter", "keep"] = "adapter"  #: the adapter's, or the target's own; rope=keep for short
-    theta: Annotated[float, Field(gt=1)] | None = None  #: with window, for adapters that carry none
+    theta: Annotated[AboveZero, Field(gt=1)] | None = None  #: with window, for adapters that carry none
 
 
 def _as_rope(value: Any) -> Any:
@@ -79,7 +92,7 @@ class MergeConfig:
     out: Text  #: the merged model's folder
     scale: Numbers = field(default_factory=lambda: [1.0])  #: one for all adapters, or a list
     rope: Annotated[MergeRope, BeforeValidator(_as_rope)] = field(default_factory=MergeRope)
-    window: Length | None = None  #: tokens: with rope.theta, for adapters that carry none
+    window: Window | None = None  #: tokens: with rope.theta, for adapters that carry none
     like: Text | None = None  #: a model whose rope and window the merged model gets
     #: lm_head and embeddings whose vocabularies differ: leave them, or merge the rows both have (common)
     vocab: Literal["skip", "common"] = "skip"
@@ -114,7 +127,7 @@ class BenchLoraConfig:
     hidden: Positive = 1024  #: its width
     vocab: Positive = 32000  #: its vocabulary
     delta_rank: Positive = 32  #: directions in the made difference, besides noise
-    threads: Positive = 2  #: of each process
+    threads: PerMachine = 2  #: of each process
     repeats: Positive = 2  #: of ours; two are also compared byte by byte
     shallow: Positive | None = (
         3  #: also a pair of so few layers, to see that memory does not grow with depth; null: skip

@@ -8,7 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from longctx.config.base import AsDtype, Length, NotNegative, Positive, Text, schema
+from pydantic import Field
+
+from longctx.config.base import (
+    AboveZero,
+    AsDtype,
+    Epsilon,
+    HeadDim,
+    NotNegative,
+    Positive,
+    Seed,
+    Text,
+    Window,
+    ZeroOrMore,
+    schema,
+)
 
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float64"], AsDtype]
 # In order of preference; longctx.attention.kernels holds the kernels themselves.
@@ -29,7 +43,7 @@ class MemoryConfig:
     keep_attention: bool = True
     #: last layers that also keep their matrix products: faster, more memory; auto: as many as budget_gib holds
     keep_matmuls: NotNegative | Literal["auto"] = 0
-    budget_gib: float | None = None  #: GiB of a device that saved tensors may take, for keep_matmuls=auto
+    budget_gib: ZeroOrMore | None = None  #: GiB of a device that saved tensors may take, for keep_matmuls=auto
     #: tokens that go through o_proj and the feed-forward block at once; 0: all; auto: 2048 on a CPU, 8192 on a GPU
     ffn_block: NotNegative | Literal["auto"] = "auto"
     loss_chunk: Positive | Literal["auto"] = (
@@ -68,12 +82,12 @@ class InitConfig:
     kv_heads: Positive  #: key and value heads, which query heads share
     ffn: Positive  #: inner width of the feed-forward block
     vocab: Positive  #: rows of the embedding
-    head_dim: int | None = None  #: null divides hidden by heads
-    theta: float = 10000.0  #: base of the rotary frequencies
-    window: Length = 512  #: the length the theta was made for
+    head_dim: HeadDim | None = None  #: null divides hidden by heads
+    theta: Annotated[AboveZero, Field(gt=1)] = 10000.0  #: base of the rotary frequencies
+    window: Window = 512  #: the length the theta was made for
     tie_embeddings: bool = False  #: the output layer is the embedding
-    norm_eps: float = 1e-5  #: added to the variance in RMSNorm
-    seed: int = 0  #: random seed of the weights
+    norm_eps: Epsilon = 1e-5  #: added to the variance in RMSNorm
+    seed: Seed = 0  #: random seed of the weights
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -82,8 +96,11 @@ class InitConfig:
             raise ValueError(
                 f"hidden={self.hidden} is not a multiple of heads={self.heads}; change one of them or give head_dim"
             )
-        if (self.head_dim or self.hidden // self.heads) % 2:
-            raise ValueError("head_dim must be even: rotary embeddings turn pairs of dimensions")
+        if self.head_dim is None and self.hidden // self.heads % 2:
+            raise ValueError(
+                f"hidden={self.hidden} over heads={self.heads} is a head_dim of {self.hidden // self.heads}, which "
+                "must be even: rotary embeddings turn pairs of dimensions; change one of them or give head_dim"
+            )
 
 
 @schema

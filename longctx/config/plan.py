@@ -10,11 +10,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from longctx.config.base import Format, Length, Positive, Text, schema
+from longctx.config.base import Format, Length, MachineCount, PerMachine, Positive, Text, schema
 from longctx.config.hardware import HardwareConfig
 from longctx.config.train import TrainConfig, check_accept
-
-Rate = Annotated[float, Field(gt=0)]
 
 
 @schema
@@ -24,13 +22,13 @@ class DrawConfig:
     stage: Text | None = None  #: a stage of the curriculum, drawn as it would be trained; null: the values below
     #: of the attention that is drawn
     schedule: Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"] = "double_ring"
-    ulysses: int | None = None  #: ranks that share heads under ulysses_ring; null: all of a node
+    ulysses: PerMachine | None = None  #: ranks that share heads under ulysses_ring; null: all of a node
     direction: Literal["forward", "backward"] = "backward"  #: which pass
     seq_len: Length = 65536  #: tokens of the whole sequence
-    heads: int = 32  #: query heads
-    kv_heads: int = 8  #: key and value heads
-    head_dim: int = 128  #: width of a head
-    width: Annotated[int, Field(ge=20)] = 100  #: columns of the text
+    heads: Positive = 32  #: query heads
+    kv_heads: Positive = 8  #: key and value heads
+    head_dim: Positive = 128  #: width of a head
+    width: Annotated[Positive, Field(ge=20)] = 100  #: columns of the text
     show_ranks: Positive = 8  #: at most so many
     svg: Text = ""  #: a file for the picture
 
@@ -40,8 +38,8 @@ class PlanConfig(TrainConfig):
     """The root of configs/plan.yaml: everything a training command says, and the machines it is planned for."""
 
     name: Text = "plan"  #: a training command may name its run; a plan does not use it
-    nodes: Positive = 1  #: machines
-    ranks: Positive = 8  #: devices in each
+    nodes: MachineCount = 1  #: machines
+    ranks: PerMachine = 8  #: devices in each
     show: Literal["stages", "schedule"] = "stages"  #: memory and time of every stage, or one attention layer's timeline
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     draw: DrawConfig = field(default_factory=DrawConfig)

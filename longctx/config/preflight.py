@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
-
-from longctx.config.base import Format, Text, schema
+from longctx.config.base import AboveZero, Format, Minutes, Seconds, Text, schema
 from longctx.config.hardware import HardwareConfig
 
 
@@ -17,7 +15,7 @@ class PreflightConfig:
     folder: Text = "runs"  #: folder that every node must see, as runs do
     hardware: HardwareConfig  #: whose links are expected
     device: Literal["auto", "cpu", "cuda"] = "auto"  #: what the ranks send from
-    mbytes: Annotated[float, Field(gt=0)] = 64.0  #: MB of one message
-    meeting_minutes: Annotated[float, Field(gt=0)] = 1.0  #: minutes that the ranks wait for each other
-    clock_seconds: Annotated[float, Field(gt=0)] = 2.0  #: seconds by which the nodes' clocks may differ
+    mbytes: AboveZero = 64.0  #: MB of one message
+    meeting_minutes: Minutes = 1.0  #: minutes that the ranks wait for each other
+    clock_seconds: Seconds = 2.0  #: seconds by which the nodes' clocks may differ
     format: Format = "text"  #: of what is printed

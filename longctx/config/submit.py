@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import field
+from typing import Annotated
 
-from longctx.config.base import NotNegative, Positive, Text, schema
+from pydantic import Field
+
+from longctx.config.base import MachineCount, NotNegative, PerMachine, Positive, Text, schema
 from longctx.config.hardware import HardwareConfig
 from longctx.config.train import LaunchConfig, TrainConfig
 
@@ -13,12 +16,12 @@ from longctx.config.train import LaunchConfig, TrainConfig
 class SlurmConfig(LaunchConfig):
     """A Slurm job: its nodes, its limits, and what its script sets before the ranks start."""
 
-    nodes: Positive = 1  #: machines of the job
-    gpus_per_node: NotNegative = (
+    nodes: MachineCount = 1  #: machines of the job
+    gpus_per_node: Annotated[NotNegative, Field(le=4096)] = (
         8  #: GPUs of a machine, a rank on each; 0: none, and ranks_per_node says how many ranks
     )
-    ranks_per_node: Positive | None = None  #: null: one per GPU
-    cpus_per_task: Positive = 8  #: cores of each rank
+    ranks_per_node: PerMachine | None = None  #: null: one per GPU
+    cpus_per_task: PerMachine = 8  #: cores of each rank
     gres: Text | None = None  #: in place of --gpus-per-node, where a cluster names its GPUs: gpu:h100:8
     account: Text | None = None  #: --account
     partition: Text | None = None  #: --partition
@@ -33,10 +36,9 @@ class SlurmConfig(LaunchConfig):
     sbatch: list[Text] = field(default_factory=list)  #: further options of sbatch: ['--exclusive']
     rank_logs: bool = True  #: a log file for each rank, besides the job's
     per_stage: bool = False  #: a job for each stage, which waits for the one before
-    nodes_by_stage: dict[str, Positive] = field(default_factory=dict)  #: machines of single stages: {s1048k: 64}
+    nodes_by_stage: dict[str, MachineCount] = field(default_factory=dict)  #: machines of single stages: {s1048k: 64}
 
     def __post_init__(self) -> None:
-        LaunchConfig.__post_init__(self)
         if not self.gpus_per_node and self.ranks_per_node is None:
             raise ValueError("gpus_per_node=0 leaves the number of ranks open; give ranks_per_node")
         if self.mounts and self.container is None:

@@ -7,8 +7,21 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from longctx.config.base import Count, Format, Length, NotNegative, Positive, Text, schema
-from longctx.config.curriculum import CurriculumConfig, RuleField
+from longctx.config.base import (
+    AboveZero,
+    Format,
+    HeadDim,
+    NotNegative,
+    PerMachine,
+    Positive,
+    Seed,
+    Text,
+    Theta,
+    Window,
+    ZeroOrMore,
+    schema,
+)
+from longctx.config.curriculum import CurriculumConfig, Rate, RuleField
 from longctx.config.data import DataConfig
 from longctx.config.model import ModelConfig
 
@@ -23,16 +36,16 @@ class SearchConfig:
     """Which thetas are tried at a stage, on how much text, and when the bracket is narrow enough."""
 
     stage: str | None = None  #: the stage of the curriculum that is searched; null: the last
-    bracket: Annotated[float, Field(gt=1)] = 8.0  #: the first thetas lie between rule / bracket and rule * bracket
-    points: Annotated[int, Field(ge=3)] = 7  #: thetas of the first round, even on log theta
+    bracket: Annotated[AboveZero, Field(gt=1)] = 8.0  #: the first thetas lie between rule / bracket and rule * bracket
+    points: Annotated[Positive, Field(ge=3)] = 7  #: thetas of the first round, even on log theta
     rounds: NotNegative = 4  #: golden-section steps around the best
     attempts: NotNegative = 2  #: how often the bracket is moved when the best lies on its edge
     documents: Positive = 8  #: held-out sequences of the stage's length
     needles: NotNegative = 4  #: haystacks per trial, a needle at each of five depths
-    needle_weight: Annotated[float, Field(ge=0)] = 0.25  #: the needles' answer loss beside the text's last-quarter loss
+    needle_weight: ZeroOrMore = 0.25  #: the needles' answer loss beside the text's last-quarter loss
     adapt_steps: NotNegative = 0  #: optimizer steps per candidate, thrown away afterwards
-    adapt_lr: float = 3e-4  #: their learning rate
-    seed: int = 0  #: of documents and needles
+    adapt_lr: Rate = 3e-4  #: their learning rate
+    seed: Seed = 0  #: of documents and needles
 
 
 @schema
@@ -40,10 +53,12 @@ class ThetaConfig:
     """The root of configs/theta.yaml: where the rope starts and where it goes."""
 
     model: Annotated[ModelConfig | None, BeforeValidator(_given)] = None
-    head_dim: int | None = None  #: instead of a model: its head size, theta and window (from)
-    theta: Count | None = None  #: present theta
-    from_: Length | None = Field(default=None, alias="from")  #: window in tokens; null: the model's
-    to: Length | None = None  #: target length
+    head_dim: Annotated[HeadDim, Field(ge=4)] | None = (
+        None  #: instead of a model: its head size, theta and window (from)
+    )
+    theta: Theta | None = None  #: present theta
+    from_: Window | None = Field(default=None, alias="from")  #: window in tokens; null: the model's
+    to: Window | None = None  #: target length
     rule: RuleField | None = None  #: of `to`; null: dynamic-ntk
     curriculum: CurriculumConfig | None = None  #: a table per stage, instead of `to`
     png: Text | None = None  #: a picture of wavelengths against the window, before and after
@@ -53,7 +68,7 @@ class ThetaConfig:
     data: DataConfig | None = None  #: of a search
     name: Text = "theta"  #: results go to runs/NAME
     run_dir: str = ""  #: the folder of a search, instead of runs/NAME
-    nproc: int = 1  #: ranks that share a long sequence by ring attention while searching
+    nproc: PerMachine = 1  #: ranks that share a long sequence by ring attention while searching
 
     @property
     def folder(self) -> str:

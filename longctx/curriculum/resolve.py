@@ -15,7 +15,7 @@ from longctx.curriculum.select import FoundTheta, read_theta_file, selected
 from longctx.curriculum.stage import Advance, Stage
 from longctx.curriculum.steps import batch_size, steps_and_rates
 from longctx.errors import UserError
-from longctx.rope import THETA_ONLY, ExplicitTheta, Rope, apply
+from longctx.rope import THETA_ONLY, ExplicitTheta, Rope, apply, check_theta
 
 
 def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any], window: int, file: str) -> list[Stage]:
@@ -37,11 +37,7 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
         parameters, rule = _rope(config, stage, window, original, previous, where, file, found=name in overrides)
         if name in overrides:
             parameters = _with_found(parameters, rule, overrides[name], where, config.theta_file)
-        if parameters["rope_theta"] >= 2**63:
-            raise UserError(
-                f"{where}: theta={parameters['rope_theta']:.3g} is more than the 9.2e18 with which transformers can "
-                f"compute; give a lower theta, or another rule, such as rope=dynamic-ntk ({file})"
-            )
+        check_theta(parameters["rope_theta"], where, file)
         if parameters["rope_theta"] < previous.theta and (index or not config.scratch):
             raise UserError(
                 f"{where}: theta={parameters['rope_theta']:.0f} is below the {previous.theta:.0f} it starts from; a "
@@ -73,8 +69,6 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
 
 
 def _check_length(config: CurriculumConfig, where: str, length: int, before: int, *, first: bool, file: str) -> None:
-    if length < 2:
-        raise UserError(f"{where}.seq_len={length} is too short; a stage needs at least 2 tokens ({file})")
     if config.keep_window or (config.scratch and first):
         return
     if first and length < before:
@@ -112,8 +106,6 @@ def _rope(
             f"set the other to null ({file})"
         )
     if stage.theta is not None:
-        if stage.theta <= 1:
-            raise UserError(f"{where}.theta={stage.theta} must be above 1 ({file})")
         return apply(ExplicitTheta(theta=stage.theta), original, window, where), ExplicitTheta.name
     if stage.rule is None and config.keep_window and window == previous.window:
         return dict(previous.parameters), ExplicitTheta.name

@@ -73,8 +73,8 @@ def _found(item: dict[str, Any], where: str, path: Path) -> FoundTheta:
         theta = parse_count(item["theta"])
     except ValueError as error:
         raise UserError(f"{where}.theta={item['theta']!r} {error} ({path})") from None
-    if theta <= 1:
-        raise UserError(f"{where}.theta={theta} must be above 1 ({path})")
+    if not 1 < theta < 2**63:
+        raise UserError(f"{where}.theta={theta} must be above 1 and below 2^63 ({path})")
     rule = item.get("rule")
     return FoundTheta(theta, None if rule is None else str(rule))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,10 +49,10 @@ def _rate(
     peak = own.peak if own.peak is not None else shared.peak
     final = own.final if own.final is not None else shared.final
     warmup = own.warmup_steps if own.warmup_steps is not None else shared.warmup_steps or 0
-    if peak is None or peak <= 0:
-        raise UserError(f"{where}.peak={peak} must be a learning rate above 0, such as 2e-5 ({file})")
-    if not 0 <= warmup <= span:
-        raise UserError(f"{where}.warmup_steps={warmup} must lie between 0 and the {span} steps it is part of ({file})")
+    if peak is None:
+        raise UserError(f"{where}.peak is missing; give a learning rate, such as {where}.peak=2e-5 ({file})")
+    if warmup > span:
+        raise UserError(f"{where}.warmup_steps={warmup} must be at most the {span} steps it is part of ({file})")
     if kind == "constant":
         if own.final is not None and own.final != peak:
             raise UserError(
@@ -62,8 +61,8 @@ def _rate(
             )
         return LearningRate(peak, peak, warmup, kind, 0, span)
     final = 0.0 if final is None else final
-    if not 0 <= final <= peak:
-        raise UserError(f"{where}.final={final} must lie between 0 and the peak {peak} ({file})")
+    if final > peak:
+        raise UserError(f"{where}.final={final} must be at most the peak {peak} ({file})")
     return LearningRate(peak, final, warmup, kind, 0, span)
 
 
@@ -74,11 +73,9 @@ def batch_size(stage: StageConfig, where: str, file: str) -> int:
             f"{where} needs exactly one of batch (sequences per step) and batch_tokens (the same in tokens) ({file})"
         )
     if stage.batch is not None:
-        if stage.batch < 1:
-            raise UserError(f"{where}.batch={stage.batch} must be 1 or more ({file})")
         return stage.batch
     assert stage.batch_tokens is not None
-    if stage.batch_tokens % stage.seq_len or stage.batch_tokens == 0:
+    if stage.batch_tokens % stage.seq_len:
         near = max(1, round(stage.batch_tokens / stage.seq_len)) * stage.seq_len
         raise UserError(
             f"{where}.batch_tokens={stage.batch_tokens} is not a whole number of sequences of {stage.seq_len} tokens; "
@@ -90,12 +87,7 @@ def batch_size(stage: StageConfig, where: str, file: str) -> int:
 def _steps(stage: StageConfig, where: str, file: str) -> int:
     if (stage.tokens is None) == (stage.steps is None):
         raise UserError(f"{where} needs exactly one of tokens and steps ({file})")
-    given = stage.steps if stage.steps is not None else stage.tokens
-    assert given is not None
-    if given < 1:
-        raise UserError(
-            f"{where}.{'steps' if stage.steps is not None else 'tokens'}={given} must be 1 or more ({file})"
-        )
     if stage.steps is not None:
         return stage.steps
-    return math.ceil(given / (batch_size(stage, where, file) * stage.seq_len))  # whole batches, never fewer tokens
+    assert stage.tokens is not None
+    return -(-stage.tokens // (batch_size(stage, where, file) * stage.seq_len))  # whole batches, never fewer tokens

@@ -30,7 +30,7 @@ def rope_from(config_or_path: Any, caller: str) -> Rope:
 
 
 def length_of(window: int | str, caller: str) -> int:
-    from longctx.config.base import parse_length
+    from longctx.config.base import LONGEST, parse_length
 
     try:
         length = parse_length(window)
@@ -38,6 +38,8 @@ def length_of(window: int | str, caller: str) -> int:
         raise UserError(f"{caller}: window={window!r} {error}") from None
     if length < 2:
         raise UserError(f"{caller}: window={length} is too short; a window has at least 2 tokens")
+    if length > LONGEST:
+        raise UserError(f"{caller}: window={length} is too long; a window has at most {LONGEST:,} tokens")
     return length
 
 

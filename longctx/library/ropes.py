@@ -32,7 +32,8 @@ def rope_for(
     >>> longctx.rope_for(llama3, window="64k")
     ({'rope_type': 'default', 'rope_theta': 15296098}, 65536)
     """
-    from longctx.rope import ExplicitTheta, apply, make_rule
+    from longctx.rope import ExplicitTheta, apply, check_theta, make_rule
+    from longctx.rope.checks import is_number
 
     rope, length = rope_from(config_or_path, "rope_for"), length_of(window, "rope_for")
     if length < rope.window:
@@ -43,11 +44,13 @@ def rope_for(
     if isinstance(rule, str):
         chosen: Any = make_rule(rule.replace("_", "-"), parameters)
     else:
-        if isinstance(rule, bool) or rule <= 1 or parameters:
+        if not is_number(rule) or rule <= 1 or parameters:
             extra = f", and {', '.join(parameters)} belong to rules" if parameters else ""
             raise UserError(f"rope_for: rule={rule!r} as a number is the theta and must be above 1{extra}")
         chosen = ExplicitTheta(theta=rule)
-    return apply(chosen, rope, length), length
+    made = apply(chosen, rope, length)
+    check_theta(made["rope_theta"], "rope_for", rope.source)
+    return made, length
 
 
 def set_rope(

@@ -14,7 +14,17 @@ from longctx.rope.bound import (
 )
 from longctx.rope.config import Rope, read_rope, rope_of, rope_of_init, rope_of_model
 from longctx.rope.frequencies import attention_factor, inv_freq
-from longctx.rope.rules import RULES, THETA_ONLY, AnyRule, DynamicNtk, ExplicitTheta, Rule, apply, make_rule
+from longctx.rope.rules import (
+    RULES,
+    THETA_ONLY,
+    AnyRule,
+    DynamicNtk,
+    ExplicitTheta,
+    Rule,
+    apply,
+    check_theta,
+    make_rule,
+)
 
 __all__ = [
     "PUBLISHED_BOUNDS",
@@ -27,6 +37,7 @@ __all__ = [
     "Rule",
     "apply",
     "attention_factor",
+    "check_theta",
     "critical_dimension",
     "dims_beyond",
     "inv_freq",

@@ -55,6 +55,6 @@ def dims_beyond(frequencies: Frequencies, window: int) -> int:
 def critical_dimension(theta: float, window: int, dim: int) -> int:
     """The number of dimensions that complete a turn in the training window: 2 ceil((d/2) log_theta(L0/2pi)).
 
-    Source: Liu et al. 2310.05209; 70 of 128 for Llama-3 (theta 500000, 8192). At most `dim`.
+    Source: Liu et al. 2310.05209; 70 of 128 for Llama-3 (theta 500000, 8192). At least 0 and at most `dim`.
     """
-    return min(dim, 2 * math.ceil(dim / 2 * math.log(window / (2 * math.pi), theta)))
+    return max(0, min(dim, 2 * math.ceil(dim / 2 * math.log(window / (2 * math.pi), theta))))

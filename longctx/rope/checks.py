@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
@@ -45,10 +46,10 @@ def check_rope(parameters: Mapping[str, Any], head_dim: int, family: str, source
             f"rope_theta is missing, and what model_type={family!r} takes without it is not known here; write it "
             f"into the file ({source})"
         )
-    if not is_number(theta) or theta <= 1:
+    if not is_number(theta) or not 1 < theta < 2**63:
         raise UserError(
-            f"rope_theta={json.dumps(theta)} is not a number above 1; write it as a plain number, such as 500000.0 "
-            f"({source})"
+            f"rope_theta={json.dumps(theta)} is not a number above 1 and below 2^63; write it as a plain number, such "
+            f"as 500000.0 ({source})"
         )
     for key in _REQUIRED.get(kind, ()):
         if key not in parameters:
@@ -102,5 +103,5 @@ def _check_factors(parameters: Mapping[str, Any], head_dim: int, source: str) ->
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether a value of config.json is a number; true and false are not."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether a value of config.json is a finite number; true and false are not."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

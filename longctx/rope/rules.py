@@ -12,16 +12,21 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import numpy as np
+from pydantic import Field
 
+from longctx.config.base import AboveZero, build
 from longctx.errors import UserError, nearest
 from longctx.rope.config import Rope
 from longctx.rope.frequencies import ROPE_TYPES
 
 Parameters = dict[str, Any]
 Start = Literal["previous", "original"]
+# A factor below 1 would shrink the window.
+Factor = Annotated[AboveZero, Field(ge=1)]
+_MOST_THETA = 2**63  # transformers computes with theta as a 64-bit number
 _THETA_EXTENDS = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
 
 
@@ -29,15 +34,18 @@ _THETA_EXTENDS = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
 class Rule(ABC):
     """A rule that extends a rope to a longer window; a config holds an instance, and `name` tells the class."""
 
-    __pydantic_config__: ClassVar[Any] = {"extra": "forbid"}  # the config layer refuses another rule's parameters
+    # The config layer refuses another rule's parameters.
+    __pydantic_config__: ClassVar[Any] = {"extra": "forbid", "allow_inf_nan": False}
     name: str
     start: Start = "original"  #: where a stage's rule begins: at the `previous` stage's rope, or the `original` model's
     extends: ClassVar[frozenset[str]]  # rope types it can begin from
+    ramp: ClassVar[tuple[str, str] | None] = None  # the parameters between which it interpolates, the lower first
 
     def __post_init__(self) -> None:
-        factor = getattr(self, "factor", None)
-        if factor is not None and factor < 1:
-            raise ValueError(f"factor={factor:g} is below 1, which would shrink the window; give 1 or more")
+        if self.ramp is not None:
+            low, high = (getattr(self, name) for name in self.ramp)
+            if low >= high:
+                raise ValueError(f"{self.ramp[0]}={low:g} must be below {self.ramp[1]}={high:g}")
 
     @abstractmethod
     def to_hf(self, rope: Rope, length: int) -> Parameters:
@@ -65,7 +73,7 @@ class Linear(Rule):
 
     name: Literal["linear"] = "linear"
     extends: ClassVar[frozenset[str]] = frozenset({"default", "linear"})
-    factor: float | None = None  #: stretch of the window; null: new window over old
+    factor: Factor | None = None  #: stretch of the window; null: new window over old
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         factor = self.factor or length / rope.window * rope.parameters.get("factor", 1.0)
@@ -95,7 +103,7 @@ class DynamicNtk(Rule):
     name: Literal["dynamic-ntk"] = "dynamic-ntk"
     start: Start = "previous"  #: `previous`: each stage extends the one before it
     extends: ClassVar[frozenset[str]] = _THETA_EXTENDS
-    factor: float = 4.0  #: f of the equation
+    factor: Factor = 4.0  #: f of the equation
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         stretch = self.factor * length / rope.window - (self.factor - 1)
@@ -112,7 +120,11 @@ class ScalingLaw(Rule):
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         if length == rope.window:
             return _with_theta(rope, rope.theta)
+        if rope.window <= 2 * math.pi:
+            raise UserError(f"rule scaling-law begins at a window of 7 tokens, not {rope.window} ({rope.source})")
         power = math.log(length / (2 * math.pi)) / math.log(rope.window / (2 * math.pi))
+        if power * math.log(rope.theta) > math.log(_MOST_THETA):
+            return _with_theta(rope, _MOST_THETA)
         return _with_theta(rope, int(rope.theta**power))
 
 
@@ -143,8 +155,9 @@ class ByParts(Rule):
 
     name: Literal["by-parts"] = "by-parts"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
-    alpha: float = 1.0  #: turns within the window below which a pair is interpolated
-    beta: float = 32.0  #: turns above which it is left alone
+    ramp: ClassVar[tuple[str, str] | None] = ("alpha", "beta")
+    alpha: AboveZero = 1.0  #: turns within the window below which a pair is interpolated
+    beta: AboveZero = 32.0  #: turns above which it is left alone
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         return _paper_ramp(rope, length, self.alpha, self.beta, 1.0)
@@ -156,8 +169,9 @@ class YarnPaper(Rule):
 
     name: Literal["yarn-paper"] = "yarn-paper"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
-    alpha: float = 1.0  #: turns within the window below which a pair is interpolated
-    beta: float = 32.0  #: turns above which it is left alone
+    ramp: ClassVar[tuple[str, str] | None] = ("alpha", "beta")
+    alpha: AboveZero = 1.0  #: turns within the window below which a pair is interpolated
+    beta: AboveZero = 32.0  #: turns above which it is left alone
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         attention = 0.1 * math.log(max(length / rope.window, 1)) + 1
@@ -176,8 +190,9 @@ class Yarn(Rule):
 
     name: Literal["yarn"] = "yarn"
     extends: ClassVar[frozenset[str]] = frozenset({"default", "yarn", "llama3"})
-    beta_fast: float = 32.0  #: turns above which a pair is left alone
-    beta_slow: float = 1.0  #: turns below which it is interpolated
+    ramp: ClassVar[tuple[str, str] | None] = ("beta_slow", "beta_fast")
+    beta_fast: AboveZero = 32.0  #: turns above which a pair is left alone
+    beta_slow: AboveZero = 1.0  #: turns below which it is interpolated
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         original = rope.parameters.get("original_max_position_embeddings", rope.window)
@@ -201,9 +216,10 @@ class Llama3(Rule):
 
     name: Literal["llama3"] = "llama3"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
-    factor: float = 8.0  #: stretch of the slow pairs
-    low_freq_factor: float = 1.0  #: turns within the window below which a pair is stretched whole
-    high_freq_factor: float = 4.0  #: turns above which it is left alone
+    factor: Factor = 8.0  #: stretch of the slow pairs
+    ramp: ClassVar[tuple[str, str] | None] = ("low_freq_factor", "high_freq_factor")
+    low_freq_factor: AboveZero = 1.0  #: turns within the window below which a pair is stretched whole
+    high_freq_factor: AboveZero = 4.0  #: turns above which it is left alone
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         return _plain(
@@ -226,8 +242,8 @@ class LongRope(Rule):
 
     name: Literal["longrope"] = "longrope"
     extends: ClassVar[frozenset[str]] = frozenset({"default"})
-    long_factor: list[float] = dataclasses.field(default_factory=list)  #: stretch of each rotary pair
-    short_factor: list[float] | None = None  #: of sequences within the original window; null: long_factor
+    long_factor: list[AboveZero] = dataclasses.field(default_factory=list)  #: stretch of each rotary pair
+    short_factor: list[AboveZero] | None = None  #: of sequences within the original window; null: long_factor
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         short = self.short_factor or self.long_factor
@@ -270,7 +286,7 @@ THETA_ONLY = frozenset({Ntk.name, DynamicNtk.name, ScalingLaw.name, ExplicitThet
 def make_rule(name: str, values: Mapping[str, Any], where: str = "rule") -> Rule:
     """Make the rule `name` with the user's parameters.
 
-    Raises UserError for an unknown name, a parameter the rule does not have, or a factor below 1.
+    Raises UserError for an unknown name, a parameter the rule does not have, or a value out of its range.
     """
     if name not in RULES:
         near = nearest(name, RULES)
@@ -282,8 +298,8 @@ def make_rule(name: str, values: Mapping[str, Any], where: str = "rule") -> Rule
             takes = f"{', '.join(known)}, start" if known else "no parameters but start"
             raise UserError(f"{where}.{key}={value} does not belong to rule {name!r}; it takes {takes}")
     try:
-        return RULES[name](**values)
-    except ValueError as error:
+        return build(RULES[name], values, origin=f"rule {name}")
+    except UserError as error:
         raise UserError(f"{where}.{error}") from None
 
 
@@ -301,3 +317,13 @@ def apply(rule: Rule, rope: Rope, length: int, where: str = "rule") -> Parameter
     if rope.dim <= 2:
         raise UserError(f"{where}: a rotary dimension of {rope.dim} leaves nothing to stretch ({rope.source})")
     return rule.to_hf(rope, length)
+
+
+def check_theta(theta: float, where: str, source: str) -> None:
+    """Raise UserError for a theta with which transformers cannot compute."""
+    if not 1 < theta < _MOST_THETA:
+        bound = "is not above 1" if theta <= 1 else "is more than the 9.2e18 with which transformers can compute"
+        raise UserError(
+            f"{where}: theta={theta:.3g} {bound}; give a {'higher' if theta <= 1 else 'lower'} theta, or another rule, "
+            f"such as dynamic-ntk ({source})"
+        )

@@ -38,8 +38,6 @@ def starting_rope(config: ThetaConfig) -> Rope:
             f"there is no model to start from: give model.path=FOLDER, or {' and '.join(missing)} "
             f"(head_dim=128 theta=500000 from=8192 is Llama 3; {COMMAND})"
         )
-    if head_dim < 4 or head_dim % 2:
-        raise UserError(f"head_dim={head_dim} must be even and 4 or more ({COMMAND})")
     return Rope({"rope_type": "default", "rope_theta": theta}, head_dim, window, COMMAND)
 
 

@@ -57,8 +57,6 @@ def job_of(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> SearchJo
         )
     if config.data is None:
         raise UserError("search=true needs held-out documents: give data=stdlib (the command line)")
-    if config.nproc < 1:
-        raise UserError(f"nproc={config.nproc} must be 1 or more ranks (configs/theta.yaml)")
     check_tokenizer_of(config.model, vocab_size=check_model(config.model.path).get("vocab_size"))
     if stage.mix in config.data.mixes or config.trials.adapt_steps:
         mixes = [choose_mix(config.data, stage.mix, stage.name)]

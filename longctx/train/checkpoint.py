@@ -94,7 +94,7 @@ class Checkpoints:
         self, run: Path, ranks: Ranks, *, keep: int, spare_gib: float, background: bool | Literal["auto"] = False
     ) -> None:
         """background: what `start` does. False: it writes at once. auto: it does so where memory for copies lacks."""
-        self.run, self.ranks, self.keep, self.spare = run, ranks, max(keep, 1), spare_gib * GIB
+        self.run, self.ranks, self.keep, self.spare = run, ranks, keep, spare_gib * GIB
         self._size = 0.0
         self.seconds = 0.0  # that this rank needed to write the last one
         self._background = background

@@ -24,7 +24,7 @@ class Display:
 
     def __init__(self, mode: str, every: int, stages: Sequence[Stage], *, first: bool) -> None:
         wanted = mode if mode != "auto" else ("rich" if sys.stderr.isatty() else "plain")
-        self.mode, self.every, self.stages = wanted if first else "none", max(every, 1), stages
+        self.mode, self.every, self.stages = wanted if first else "none", every, stages
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
         self._shown = 0.0

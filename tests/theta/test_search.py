@@ -239,7 +239,7 @@ def test_mistakes(model_folder: Path, text_folder: Path, tmp_path: Path, capsys:
         (["trials.bracket=1"], "trials: bracket=1 must be above 1"),
         (["to=1M"], "too few for documents of 1048576"),
         (["data=chat", f"data.path={chats}"], "data.mixes.default holds no text"),
-        (["nproc=0"], "nproc=0 must be 1 or more ranks"),
+        (["nproc=0"], "nproc=0 must be 1 or more"),
     ):
         given = [w for w in words(model_folder, text_folder, tmp_path / "x") if not w.startswith(("data=", "+data"))]
         if "data=chat" in more:

@@ -167,7 +167,7 @@ def test_overrides_reach_the_table(capsys: pytest.CaptureFixture[str]):
             ["head_dim=128", "theta=500000", "from=8k"],
             "the length to reach is missing: give to=",
         ),
-        (["head_dim=127", "theta=500000", "from=8k", "to=64k"], "head_dim=127 must be even"),
+        (["head_dim=127", "theta=500000", "from=8k", "to=64k"], "head_dim=127 must be a multiple of 2"),
         (["head_dim=128", "theta=500000", "from=8k", "to=4k"], "is shorter than the model's window of 8192"),
         (
             ["head_dim=128", "theta=500000", "from=8k", "to=64k", "rule=yarm"],

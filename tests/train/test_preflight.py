@@ -75,7 +75,7 @@ def test_data_that_cannot_fill_a_stage_is_found_by_the_launcher(tmp_path: Path, 
 SETTINGS: dict[str, tuple[dict[str, Any], str]] = {
     "mix": ({"curriculum": {"mix": "other"}}, "mix=other is not one of data.mixes"),
     "zero": ({"engine": {"zero": 3}}, "engine.zero=3 is not something engine=ddp can do"),
-    "timeout": ({"engine": {"timeout_seconds": 0}}, "engine.timeout_seconds=0 .* must be more than 0"),
+    "timeout": ({"engine": {"timeout_seconds": 0}}, "engine.timeout_seconds=0 must be above 0"),
     "cuda": ({"engine": {"device": "cuda"}}, "engine.device=cuda, but this machine shows no CUDA device"),
     "profile": ({"profile": {"steps": [3]}}, "must be two steps"),
     "tokenizer": ({"model": {"tokenizer": "/nowhere"}}, "model.tokenizer=/nowhere is not a folder here and no hub id"),
@@ -98,8 +98,8 @@ def test_settings_that_cannot_be(tmp_path: Path, documents: Path, case: str) -> 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optim": {"beta1": 2}}, "beta1=2.0 must be 0 or more and below 1"),
-        ({"optim": {"weight_decay": -1}}, "weight_decay=-1.0 must be 0 or more"),
+        ({"optim": {"beta1": 2}}, "optim.beta1=2 must be at most 1"),
+        ({"optim": {"weight_decay": -1}}, "optim.weight_decay=-1 must be 0 or more"),
         ({"launch": {"threads": 0}}, "threads=0 must be 1 or more"),
         ({"guards": {"spike_factor": 0.5}}, "spike_factor=0.5 must be above 1"),
         ({"parallel": {"seq_len_per_rank": 0}}, "seq_len_per_rank=0 must be 1 or more"),
