@@ -318,7 +318,9 @@ def integer(config: Mapping[str, Any], key: str, source: str) -> int:
         raise UserError(f"{key} is missing; without it the decoder's size is not known; add it ({source})")
     value = config[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{key}={json.dumps(value)} is not a positive integer; write it as a plain number ({source})")
+        raise UserError(
+            f"{key}={json.dumps(value, default=repr)} is not a positive integer; write it as a plain number ({source})"
+        )
     return value
 
 

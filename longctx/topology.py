@@ -7,6 +7,7 @@ integer arithmetic tells whether two ranks share a node.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
 
 Level = Literal["inner", "outer"]
@@ -47,8 +48,13 @@ class Topology:
         return "inner" if self.node_of(a) == self.node_of(b) else "outer"
 
 
+def is_whole(value: object) -> bool:
+    """Whether an argument is a whole number; true and false are not."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def split(world_size: int, nodes: int) -> Topology:
     """Put N ranks on `nodes` nodes of equal size; raises ValueError unless `nodes` divides N."""
-    if nodes < 1 or world_size % nodes:
+    if not is_whole(nodes) or nodes < 1 or world_size % nodes:
         raise ValueError(f"nodes={nodes} does not divide the {world_size} ranks: N must be nodes * ranks per node")
     return Topology(nodes, world_size // nodes)

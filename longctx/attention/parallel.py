@@ -30,9 +30,11 @@ from longctx.attention.transfers import Trace
 from longctx.distributed.transport import DistributedTransport, SingleRankTransport, Transport
 from longctx.layout import LayoutKind, SequenceLayout
 from longctx.schedule import SCHEDULES
-from longctx.topology import Topology, split
+from longctx.topology import Topology, is_whole, split
 
 Schedule = Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]
+
+_LONGEST_WAIT = 10**6  # seconds: the timers of sockets hold little more
 
 
 class ContextParallel(AttentionGroup):
@@ -89,6 +91,8 @@ class ContextParallel(AttentionGroup):
         Ranks are numbered node by node. `timeout` (seconds) bounds each transfer; the default is the parent group's.
         Raises ValueError when `nodes` does not divide the ranks or `ulysses` does not divide the ranks of a node.
         """
+        if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout <= _LONGEST_WAIT):
+            raise ValueError(f"timeout={timeout!r} is not a number of seconds above 0 and up to {_LONGEST_WAIT:,}")
         size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
         check(size, nodes, schedule, ulysses)
         transport: Transport = SingleRankTransport()
@@ -123,6 +127,8 @@ class ContextParallel(AttentionGroup):
         one document) or documents (each long document cut into 2N pieces). `positions`: RoPE positions run through the
         sequence or restart with each document. Raises ValueError, which names the argument: see `SequenceLayout`.
         """
+        if not is_whole(seq_len) or seq_len >= 2**31:
+            raise ValueError(f"seq_len={seq_len!r} is not a number of tokens, a whole number below 2^31")
         if positions not in ("sequence", "document"):
             raise ValueError(f"positions={positions!r} is not one of sequence, document")
         if isinstance(documents, Tensor):
@@ -160,7 +166,7 @@ def check(size: int, nodes: int, schedule: str, ulysses: int | None) -> int:
             raise ValueError(f"ulysses={ulysses} with schedule={schedule!r}: only ulysses_ring exchanges heads")
         return 1
     h = local if ulysses is None else ulysses
-    if h < 1 or local % h:
+    if not is_whole(h) or h < 1 or local % h:
         raise ValueError(f"ulysses={h} does not divide the {local} ranks of a node")
     return h
 

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from numbers import Integral
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
@@ -76,8 +77,8 @@ def parse_count(value: Any) -> Any:
 
 
 def _whole(value: Any, what: str) -> Any:
-    if isinstance(value, int):
-        return value
+    if isinstance(value, Integral):
+        return int(value)
     if isinstance(value, float) and value.is_integer():
         return int(value)
     raise ValueError(f"is not {what}")
@@ -89,10 +90,10 @@ def _text(value: Any) -> Any:
 
 
 def _whole_not_bool(value: Any) -> Any:
-    """Pydantic reads true as 1; where a number is expected it is a mistake."""
+    """Pydantic reads true as 1, which is a mistake where a number is expected, and has no words for 1e99."""
     if isinstance(value, bool):
         raise PydanticKnownError("int_type")
-    return value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _float_not_bool(value: Any) -> Any:
@@ -116,6 +117,8 @@ Theta = Annotated[int, BeforeValidator(parse_count), Field(gt=1, lt=2**63)]
 Text = Annotated[str, BeforeValidator(_text)]
 Positive = Annotated[Whole, Field(ge=1, le=MOST)]
 NotNegative = Annotated[Whole, Field(ge=0, le=MOST)]
+Layers = Annotated[Whole, Field(ge=1, le=10_000)]
+Width = Annotated[Whole, Field(ge=1, le=2**24)]  # of a layer, a head or a vocabulary, and the number of heads
 PerMachine = Annotated[Whole, Field(ge=1, le=4096)]  # processes, ranks or threads of one machine
 MachineCount = Annotated[Whole, Field(ge=1, le=10**6)]
 HeadDim = Annotated[Whole, Field(ge=2, le=8192, multiple_of=2)]  # rotary embeddings turn pairs of dimensions
@@ -306,7 +309,10 @@ def _explain(kind: Any, values: Any, where: str, items: list[Mapping[str, Any]],
 def _written(values: Any, where: str, value: Any) -> Any:
     """The value as a user wrote it: "0k" or 1e99, which a bound sees as a whole number."""
     for part in where.split("."):
-        values = values.get(part) if isinstance(values, Mapping) else None
+        if isinstance(values, list | tuple) and part.isdigit():
+            values = values[int(part)]
+        else:
+            values = values.get(part) if isinstance(values, Mapping) else None
     return values if isinstance(values, str | float) else value
 
 
@@ -314,7 +320,10 @@ def _wanted(item: Mapping[str, Any]) -> str:
     """What the type that refused a value takes."""
     if item["type"] == "literal_error":
         return f"one of {item['ctx']['expected']}" if "," in item["ctx"]["expected"] else item["ctx"]["expected"]
-    if item["type"].endswith(("_type", "_parsing", "_from_float")) and item["type"].split("_")[0] in _WANTED:
+    if (
+        item["type"].endswith(("_type", "_parsing", "_parsing_size", "_from_float"))
+        and item["type"].split("_")[0] in _WANTED
+    ):
         return _WANTED[item["type"].split("_")[0]]
     return f"valid: {item['msg'][0].lower()}{item['msg'][1:]}"
 

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from longctx.config.base import AsDtype, Format, Length, PerMachine, Positive, Seconds, Text, schema
+from longctx.config.base import AsDtype, Format, Length, PerMachine, Positive, Seconds, Text, Width, schema
 
 Schedule = Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"]
 Few = Annotated[Positive, Field(le=99)]
@@ -21,9 +21,9 @@ class BenchAttentionConfig:
     """One ring of single-thread ranks beside SDPA (CPU), virtual ranks beside the bare kernel (GPU), or two rings."""
 
     lengths: list[Length] = field(default_factory=lambda: [8192, 16384])  #: tokens of the whole sequence
-    heads: Positive = 8  #: query heads
-    kv_heads: Positive = 2  #: key and value heads
-    head_dim: Positive = 64  #: width of a head
+    heads: Width = 8  #: query heads
+    kv_heads: Width = 2  #: key and value heads
+    head_dim: Width = 64  #: width of a head
     batch: Positive = 1  #: sequences
     device: Literal["auto", "cpu", "cuda"] = "auto"  #: what is measured; auto: a GPU where there is one
     #: the device's own attention, or the zigzag ring of the package ring_flash_attn on the same ranks and kernel
@@ -62,9 +62,9 @@ class BenchHierarchyConfig:
     ranks: Few = 4  #: ranks of each node
     rate: Text = "10mbit"  #: what one rank's own link carries, as tc writes it: 10mbit, 1gbit
     seq_len: Length = 4096  #: tokens of the whole sequence
-    heads: Positive = 8  #: query heads
-    kv_heads: Positive = 8  #: key and value heads
-    head_dim: Positive = 64  #: width of a head
+    heads: Width = 8  #: query heads
+    kv_heads: Width = 8  #: key and value heads
+    head_dim: Width = 64  #: width of a head
     schedules: list[Schedule] = field(default_factory=lambda: list(get_args(Schedule)))  #: which are measured
     ulysses: PerMachine | None = None  #: ranks that trade heads under ulysses_ring; null: all of a node
     repeats: Positive = 3  #: timed calls of each; the median counts

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from longctx.config.base import Format, Positive, schema
+from longctx.config.base import Format, Width, schema
 
 
 @schema
 class DoctorConfig:
     """The root of configs/doctor.yaml."""
 
-    head_dim: Positive = 128  #: width of a head
-    heads: Positive = 32  #: query heads
-    kv_heads: Positive = 8  #: key and value heads
+    head_dim: Width = 128  #: width of a head
+    heads: Width = 32  #: query heads
+    kv_heads: Width = 8  #: key and value heads
     format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:

@@ -13,12 +13,14 @@ from longctx.config.base import (
     AsList,
     Count,
     Format,
+    Layers,
     Number,
     PerMachine,
     Positive,
     Seed,
     ShareAboveZero,
     Text,
+    Width,
     Window,
     schema,
 )
@@ -123,15 +125,13 @@ class BenchLoraConfig:
 
     mergekit: Text | None = None  #: mergekit-extract-lora in its own environment; without it ours is measured alone
     rank: Positive = 32  #: of the adapter
-    layers: Positive = 12  #: of the made pair
-    hidden: Positive = 1024  #: its width
-    vocab: Positive = 32000  #: its vocabulary
+    layers: Layers = 12  #: of the made pair
+    hidden: Width = 1024  #: its width
+    vocab: Width = 32000  #: its vocabulary
     delta_rank: Positive = 32  #: directions in the made difference, besides noise
     threads: PerMachine = 2  #: of each process
     repeats: Positive = 2  #: of ours; two are also compared byte by byte
-    shallow: Positive | None = (
-        3  #: also a pair of so few layers, to see that memory does not grow with depth; null: skip
-    )
+    shallow: Layers | None = 3  #: also a pair of so few layers, to see that memory does not grow with depth; null: skip
     exact: bool = True  #: also the exact optimum's residual, with one SVD per kind of matrix
     folder: Text | None = None  #: where the pair is made and kept; null: a temporary folder
     out: Text | None = None  #: a JSON file for the figures

@@ -15,10 +15,12 @@ from longctx.config.base import (
     AsDtype,
     Epsilon,
     HeadDim,
+    Layers,
     NotNegative,
     Positive,
     Seed,
     Text,
+    Width,
     Window,
     ZeroOrMore,
     schema,
@@ -76,12 +78,12 @@ class InitConfig:
     """A model drawn at random; the shape's names are those of a paper rather than of a config.json."""
 
     family: Family = "llama"  #: the architecture, as transformers names it
-    layers: Positive  #: decoder layers
-    hidden: Positive  #: width of the residual stream
-    heads: Positive  #: query heads
-    kv_heads: Positive  #: key and value heads, which query heads share
-    ffn: Positive  #: inner width of the feed-forward block
-    vocab: Positive  #: rows of the embedding
+    layers: Layers  #: decoder layers
+    hidden: Width  #: width of the residual stream
+    heads: Width  #: query heads
+    kv_heads: Width  #: key and value heads, which query heads share
+    ffn: Width  #: inner width of the feed-forward block
+    vocab: Width  #: rows of the embedding
     head_dim: HeadDim | None = None  #: null divides hidden by heads
     theta: Annotated[AboveZero, Field(gt=1)] = 10000.0  #: base of the rotary frequencies
     window: Window = 512  #: the length the theta was made for

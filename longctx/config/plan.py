@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from longctx.config.base import Format, Length, MachineCount, PerMachine, Positive, Text, schema
+from longctx.config.base import Format, Length, MachineCount, PerMachine, Positive, Text, Width, schema
 from longctx.config.hardware import HardwareConfig
 from longctx.config.train import TrainConfig, check_accept
 
@@ -25,9 +25,9 @@ class DrawConfig:
     ulysses: PerMachine | None = None  #: ranks that share heads under ulysses_ring; null: all of a node
     direction: Literal["forward", "backward"] = "backward"  #: which pass
     seq_len: Length = 65536  #: tokens of the whole sequence
-    heads: Positive = 32  #: query heads
-    kv_heads: Positive = 8  #: key and value heads
-    head_dim: Positive = 128  #: width of a head
+    heads: Width = 32  #: query heads
+    kv_heads: Width = 8  #: key and value heads
+    head_dim: Width = 128  #: width of a head
     width: Annotated[Positive, Field(ge=20)] = 100  #: columns of the text
     show_ranks: Positive = 8  #: at most so many
     svg: Text = ""  #: a file for the picture

@@ -118,7 +118,7 @@ def needle_grid(
     from longctx.eval.evaluate import window_of
     from longctx.eval.predict import one_process
 
-    values = {"lengths": tuple(lengths), "depths": tuple(depths), "seeds": (seed,)}
+    values = {"lengths": lengths, "depths": depths, "seeds": (seed,)}
     config = build(NeedleConfig, {**values, "per_cell": per_cell, "single": single}, origin="needle_grid")
     writer = NeedleWriter(tokenizer)
     tokens = _tokens(text, writer, max(config.lengths))

@@ -37,7 +37,7 @@ def load_curriculum(
     from longctx.curriculum import resolve
 
     file = _curriculum_file(name_or_path)
-    values = {**_read_yaml(file), **({} if only is None else {"only": list(only)}), **changes}
+    values = {**_read_yaml(file), **({} if only is None else {"only": only}), **changes}
     config = build(CurriculumConfig, values, origin=str(file))
     rope = rope_from(model, "load_curriculum")
     return resolve(config, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=str(file))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from longctx.errors import UserError
@@ -57,8 +58,11 @@ def prepare(
     from longctx.config.base import build
     from longctx.config.model import MemoryConfig
     from longctx.model.wrapper import LossModel
+    from longctx.rope.checks import is_number
 
     check_model(model, "prepare")
+    if not is_number(z_loss) or not 0 <= z_loss <= 1e15:
+        raise UserError(f"prepare: z_loss={z_loss!r} is not a number from 0 to 1e15, such as 1e-4")
     values = {
         "activation_checkpointing": activation_checkpointing,
         "keep_attention": keep_attention,
@@ -107,6 +111,9 @@ def shard_batch(
             f"shard_batch: layout is a {type(layout).__name__}; pass what ContextParallel.from_world().layout(seq_len) "
             "returns"
         )
+    for name, x in (("input_ids", input_ids), ("labels", labels), ("weights", weights)):
+        if not isinstance(x, torch.Tensor) and (x is not None or name == "input_ids"):
+            raise UserError(f"shard_batch: {name} is a {type(x).__name__}; give a tensor [batch, {layout.seq_len}]")
     labels = input_ids if labels is None else labels
     given = torch.ones(input_ids.shape, dtype=torch.float64, device=input_ids.device) if weights is None else weights
     for name, x in (("input_ids", input_ids), ("labels", labels), ("weights", given)):
@@ -122,6 +129,8 @@ def shard_batch(
     shifted[:, last] = -100
     moved = moved.masked_fill(shifted == -100, 0.0)
     total = moved.sum().item()
+    if not math.isfinite(total):
+        raise UserError(f"shard_batch: the weights of the labels sum to {total}; give finite weights")
     if not total > 0:
         raise UserError(
             "shard_batch: no token of the batch has a label with a weight above 0, so there is no loss; leave such "

@@ -30,6 +30,7 @@ _NUMBERS = {
     "longrope": ("factor", ORIGINAL, "attention_factor"),
 }
 _MAY_BE_NULL = {("yarn", "factor"), ("longrope", "factor")}
+_MOST = 1e15  # of such a number
 _OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 
 
@@ -48,7 +49,7 @@ def check_rope(parameters: Mapping[str, Any], head_dim: int, family: str, source
         )
     if not is_number(theta) or not 1 < theta < 2**63:
         raise UserError(
-            f"rope_theta={json.dumps(theta)} is not a number above 1 and below 2^63; write it as a plain number, such "
+            f"rope_theta={_shown(theta)} is not a number above 1 and below 2^63; write it as a plain number, such "
             f"as 500000.0 ({source})"
         )
     for key in _REQUIRED.get(kind, ()):
@@ -58,10 +59,10 @@ def check_rope(parameters: Mapping[str, Any], head_dim: int, family: str, source
         value = parameters.get(key, 1.0)
         if value is None and (key in _OPTIONAL or (kind, key) in _MAY_BE_NULL):
             continue
-        if not is_number(value) or value < 0 or (value == 0 and key not in _OPTIONAL):
+        if not is_number(value) or not 0 <= value <= _MOST or (value == 0 and key not in _OPTIONAL):
             raise UserError(
-                f"{key}={json.dumps(value)} is not a positive number, and rope_type={kind!r} computes with it; write "
-                f"it as a plain number ({source})"
+                f"{key}={_shown(value)} is not a positive number up to {_MOST:g}, and rope_type={kind!r} computes with "
+                f"it; write it as a plain number ({source})"
             )
     _check_share(parameters, head_dim, family, source)
     if kind == "longrope":
@@ -73,7 +74,7 @@ def _check_share(parameters: Mapping[str, Any], head_dim: int, family: str, sour
     kind, share = parameters["rope_type"], parameters.get("partial_rotary_factor", 1.0)
     if not is_number(share) or not 0 < share <= 1:
         raise UserError(
-            f"partial_rotary_factor={json.dumps(share)} is not a number above 0 and at most 1; it is the share of a "
+            f"partial_rotary_factor={_shown(share)} is not a number above 0 and at most 1; it is the share of a "
             f"head that turns ({source})"
         )
     dim = rotary_dim(parameters, head_dim)
@@ -100,6 +101,11 @@ def _check_factors(parameters: Mapping[str, Any], head_dim: int, source: str) ->
                 f"{key} has {len(factors)} numbers, and rope_type='longrope' needs one per rotary pair, {pairs} for "
                 f"this model ({source})"
             )
+
+
+def _shown(value: Any) -> str:
+    """A value as config.json writes it; one that JSON has no form for as Python writes it."""
+    return json.dumps(value, default=repr)
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
