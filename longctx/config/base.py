@@ -141,7 +141,7 @@ def build(kind: type[T], values: Mapping[str, Any], *, origin: str) -> T:
     Raises UserError with one line per mistake, at most five.
     """
     try:
-        return _adapter(kind).validate_python(dict(values))
+        return adapter_of(kind).validate_python(dict(values))
     except ValidationError as error:
         mistakes: dict[str, list[Any]] = {}
         for item in error.errors(include_url=False):
@@ -154,16 +154,22 @@ def build(kind: type[T], values: Mapping[str, Any], *, origin: str) -> T:
 
 
 @cache
-def _adapter(kind: type[T]) -> TypeAdapter[T]:
+def adapter_of(kind: type[T]) -> TypeAdapter[T]:
     """Build a schema's validator once per process."""
     return TypeAdapter(kind)
+
+
+@cache
+def hints_of(section: Any) -> dict[str, Any]:
+    """The types of a schema's fields, with their ranges."""
+    return get_type_hints(section, include_extras=True)
 
 
 def step_into(kind: Any, part: str) -> Any:
     """The type of key `part` inside the type `kind`, or None when there is no such key."""
     for candidate in members(kind):
         if dataclasses.is_dataclass(candidate):
-            hints = get_type_hints(candidate, include_extras=True)
+            hints = hints_of(candidate)
             for field in dataclasses.fields(candidate):
                 if alias(field) == part:
                     return hints[field.name]
@@ -215,7 +221,7 @@ def keys_ending(kind: Any, tail: Sequence[str], path: tuple[str, ...] = ()) -> I
         yield ".".join(path)
     for candidate in members(kind):
         if dataclasses.is_dataclass(candidate):
-            hints = get_type_hints(candidate, include_extras=True)
+            hints = hints_of(candidate)
             for field in dataclasses.fields(candidate):
                 yield from keys_ending(hints[field.name], tail, (*path, alias(field)))
         elif get_origin(candidate) is dict:

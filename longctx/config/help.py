@@ -13,7 +13,17 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from longctx.config.base import alias, known_keys, members, parse_count, parse_length, step_into, unknown, variants
+from longctx.config.base import (
+    adapter_of,
+    alias,
+    known_keys,
+    members,
+    parse_count,
+    parse_length,
+    step_into,
+    unknown,
+    variants,
+)
 from longctx.config.compose import compose, resolve
 from longctx.config.groups import choice_file, config_dir, defaults_of, groups, header
 from longctx.config.words import CommandLine
@@ -25,11 +35,13 @@ Row = tuple[str, str, str, str]
 def as_yaml(config: Any) -> str:
     """A validated config as YAML that the same verb reads again."""
     import yaml
-    from pydantic import TypeAdapter
 
-    return yaml.safe_dump(
-        TypeAdapter(type(config)).dump_python(config, mode="json", by_alias=True), sort_keys=False, allow_unicode=True
-    )
+    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A validated config as plain values, every key with its value."""
+    return adapter_of(type(config)).dump_python(config, mode="json", by_alias=True)
 
 
 def verb_help(verb: Verb, line: CommandLine) -> str:
