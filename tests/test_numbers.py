@@ -155,19 +155,11 @@ def test_whole_numbers_are_whole(numbers: list[Key]):
 
 def test_zero_is_taken_only_where_it_means_something(numbers: list[Key]):
     taken = {key.field.partition(".")[2] for key in numbers if not key.refusal(0)}
-    off = {
-        "every_steps",
-        "every_minutes",
-        "max_grad_norm",
-        "stall_seconds",
-        "heldout_sequences",
-        "min_len",
-        "ffn_block",
-    }
+    off = {"every_steps", "every_minutes", "max_grad_norm", "stall_seconds", "heldout_sequences", "min_len"}
     none_of_it = {
-        "adapt_steps", "answer_weight", "attempts", "budget_gib", "ffn_block", "heldout", "keep_matmuls", "kills", "kills_in_saves",
-        "latency_us", "max_bad", "needle_weight", "needles", "other_weight", "requeues", "rounds", "scale", "sigterms",
-        "spare_gib", "warmup_steps", "weight_decay", "z_loss",
+        "adapt_steps", "answer_weight", "attempts", "budget_gib", "ffn_block", "heldout", "keep_matmuls", "kills",
+        "kills_in_saves", "latency_us", "max_bad", "needle_weight", "needles", "other_weight", "requeues", "rounds",
+        "scale", "sigterms", "spare_gib", "warmup_steps", "weight_decay", "z_loss",
     }  # fmt: skip
     a_value = {"seed", "seeds", "depths", "beta1", "beta2", "final", "min_drop", "min_share"}
     assert taken == off | none_of_it | a_value

@@ -52,7 +52,10 @@ def _rate(
     if peak is None:
         raise UserError(f"{where}.peak is missing; give a learning rate, such as {where}.peak=2e-5 ({file})")
     if warmup > span:
-        raise UserError(f"{where}.warmup_steps={warmup} must be at most the {span} steps it is part of ({file})")
+        raise UserError(
+            f"{where}.warmup_steps={warmup} must be at most the {span} steps it is part of, which follow from steps, "
+            f"or from tokens, batch and seq_len; lower it or give the stage more tokens ({file})"
+        )
     if kind == "constant":
         if own.final is not None and own.final != peak:
             raise UserError(

@@ -17,6 +17,9 @@ from longctx.config.data import DataConfig, LengthPolicy, Mix
 from longctx.data.mixing import JOIN, PACK, WHOLE, DrawnPieces, draw, rng_of, synthetic
 from longctx.data.packing import best_fit, join_and_split
 from longctx.errors import UserError
+from longctx.host_memory import free_memory
+
+_BYTES_PER_PIECE = 90.0  # at the peak, while the pieces are sorted; 98 to 143 are measured
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,10 @@ def pack_stage(
     """Draw a stage's documents, pack them into `sequences` sequences of `seq_len` tokens, and shuffle these.
 
     lengths: the documents' lengths (int32, tokens) of each source with files. Raises UserError when a length policy
-    cannot be met.
+    cannot be met, and before it begins when the host's memory cannot hold so many pieces.
     """
     names = tuple(name for name, entry in mix.items() if entry.weight > 0)
+    _check_memory(mix, lengths, seq_len, sequences, stage)
     drawn = _draw_all(data, mix, names, lengths, seq_len, sequences, seed, stage)
     pieces, bins, count = _pack(data, list(drawn.values()), seq_len, rng_of(seed, stage, "concat"))
     rng = rng_of(seed, stage, "order")
@@ -98,6 +102,23 @@ def pack_stage(
         use=_use(names, pieces, order, drawn, lengths), padding=1 - used / (sequences * seq_len),
         left_over=len(pieces.length) - len(order),
     )  # fmt: skip
+
+
+def _check_memory(mix: Mix, lengths: Mapping[str, np.ndarray], seq_len: int, sequences: int, stage: str) -> None:
+    """Raise UserError when the pieces of a stage would take more than the host's free memory."""
+    pieces = 0.0
+    for name, entry in mix.items():
+        length = float(lengths[name].mean()) if len(lengths.get(name, ())) else seq_len
+        pieces += sequences * entry.weight * max(1.0, seq_len / max(length, 1.0))
+    need, free = _BYTES_PER_PIECE * pieces, free_memory()
+    if need > free:
+        name, _, split = stage.partition("/")
+        fewer = "a lower evaluate.heldout_sequences" if split == "heldout" else "fewer tokens or steps"
+        raise UserError(
+            f"curriculum.stages.{name}: packing {sequences:,} sequences of {seq_len:,} tokens takes about "
+            f"{need / 2**30:,.1f} GiB of host memory, of which {free / 2**30:,.1f} GiB are free; give it {fewer}, or "
+            "a machine with more memory (configs/curriculum)"
+        )
 
 
 def empty_packing(seq_len: int) -> StagePacking:

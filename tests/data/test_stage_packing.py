@@ -191,3 +191,10 @@ def test_bad_configs_are_refused_with_a_remedy(change, message):
     values = {"sources": {**TEXTS, "needles": NEEDLES}, "mixes": {"m": {"a": 1.0}}, **change}
     with pytest.raises(UserError, match=message):
         build(DataConfig, values, origin="test")
+
+
+def test_more_sequences_than_the_host_holds_are_refused_before_they_are_drawn():
+    with pytest.raises(
+        UserError, match=r"curriculum\.stages\.s: packing 1,000,000,000,000 sequences of 64 tokens takes"
+    ):
+        _packing(_config({"a": 1.0}), {"a": _lengths(9, 1)}, 64, 10**12, stage="s/train")
