@@ -11,6 +11,8 @@ from typing import Literal
 
 import numpy as np
 
+from longctx.errors import UserError
+
 KeySide = Literal["train", "eval"]
 
 DIGITS = 6
@@ -25,11 +27,17 @@ def split_of(key: str) -> KeySide:
 
 
 def draw_keys(rng: np.random.Generator, count: int, split: KeySide, taken: set[str] | None = None) -> list[str]:
-    """Draw `count` different keys of one side that are not in `taken`, and add them to `taken`."""
+    """Draw `count` different keys of one side that are not in `taken`, and add them to `taken`.
+
+    Raises UserError when the side does not hold so many.
+    """
     used = set() if taken is None else taken
     available = SPACE * (1 if split == "eval" else 9) // _BUCKETS
     if count + len(used) > available * 0.9:
-        raise ValueError(f"{count} different keys of {DIGITS} digits exceed what the {split} side holds")
+        raise UserError(
+            f"a task with {count:,} keys: of {DIGITS} digits there are {available * 9 // 10:,} that the {split} side "
+            "may draw; lower its count or its links"
+        )
     found: list[str] = []
     while len(found) < count:
         block = 12 if split == "eval" else 2
