@@ -92,11 +92,18 @@ def agree_on_config(words: list[str], rank: int) -> Any:
 
 
 def meeting_minutes(words: Sequence[str]) -> float:
-    """launch.meeting_minutes for a rank that does not compose the config: the command line's, or the default."""
+    """launch.meeting_minutes for a rank that does not compose the config: the command line's, or the default.
+
+    The default holds for a value that the schema refuses as well, because rank 0 says so when the ranks have met.
+    """
+    from longctx.config.base import build
     from longctx.config.train import LaunchConfig
 
     said = _said(words, "launch.meeting_minutes")
-    return LaunchConfig().meeting_minutes if said is None else said
+    try:
+        return build(LaunchConfig, {} if said is None else {"meeting_minutes": said}, origin="").meeting_minutes
+    except UserError:
+        return LaunchConfig().meeting_minutes
 
 
 def _said(words: Sequence[str], key: str) -> float | None:
