@@ -11,9 +11,11 @@ import copy
 import doctest
 import inspect
 import json
+import math
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -451,6 +453,60 @@ def test_a_mistake_is_a_value_error_in_words(call: Any, message: str):
         call()
     assert isinstance(refusal.value, UserError)
     assert not Path("out").exists()
+
+
+NO_NUMBER = [-1, 0.5, math.nan, math.inf, 1e99, 2**63, "", "abc", True]
+
+
+@pytest.mark.parametrize(
+    ("call", "name", "values"),
+    [
+        (lambda x: longctx.rope_for(LLAMA, window=x), "window=", NO_NUMBER),
+        (lambda x: longctx.rope_for(LLAMA, window="64k", rule=x), "rule=|theta=", NO_NUMBER),
+        (lambda x: longctx.rope_for(LLAMA, window="64k", factor=x), "rule.factor=", NO_NUMBER),
+        (lambda x: longctx.rope_for({**LLAMA, "rope_theta": x}, window="64k"), "rope_theta=",
+         [*NO_NUMBER, torch.ones(1)]),
+        (lambda x: longctx.prepare(base(), z_loss=x), "prepare: z_loss=",
+         [-1, math.nan, math.inf, 1e99, "", "abc", True]),
+        (lambda x: longctx.prepare(base(), keep_matmuls=x), "keep_matmuls=", NO_NUMBER),
+        (lambda x: longctx.ContextParallel.from_world(nodes=x), "nodes=", [0, *NO_NUMBER]),
+        (lambda x: longctx.ContextParallel.from_world(schedule="ulysses_ring", ulysses=x), "ulysses=", [0, *NO_NUMBER]),
+        (lambda x: longctx.ContextParallel.from_world(timeout=x), "timeout=", [0, -1, math.nan, math.inf, 1e99, "abc"]),
+        (lambda x: longctx.ContextParallel.from_world().layout(seq_len=x), "seq_len=", [0, None, *NO_NUMBER]),
+        (lambda x: longctx.context_attention(*[torch.ones(1, 2, 8, 4)] * 3, layout_of_8(), scale=x), "scale=",
+         [-1, 0, math.nan, math.inf, 1e99]),
+        (lambda x: longctx.shard_batch(x, layout_of_8()), "shard_batch: input_ids is a", [3, None, [1, 2]]),
+        (lambda x: tiny_batch(weights=x), "weights", [3, torch.full((1, 8), math.inf), torch.full((1, 8), math.nan)]),
+        (lambda x: longctx.load_curriculum("tiny_16x", model=LLAMA, only=x), "only=", [3, "s2048"]),
+        (lambda x: longctx.plan(tiny_model(), ranks=x), "ranks=", [-1, 1e99, True]),
+        (lambda x: longctx.extract_lora("a", "b", "out", rank=x), "rank=", [0, *NO_NUMBER]),
+        (lambda x: longctx.merge_lora("a", "b", "out", scale=x), "scale.0=", [math.nan, math.inf, 1e99, "abc", True]),
+    ],
+)  # fmt: skip
+def test_a_number_with_which_nothing_computes_is_a_value_error_in_words(call: Any, name: str, values: list[Any]):
+    for value in values:
+        with pytest.raises(ValueError, match=name):
+            call(value)
+
+
+@cache
+def layout_of_8() -> longctx.Layout:
+    return longctx.ContextParallel.from_world().layout(seq_len=8)
+
+
+@cache
+def base() -> Any:
+    return AutoModelForCausalLM.from_pretrained(tiny_model())
+
+
+def test_a_rope_with_numbers_that_transformers_cannot_take_is_refused():
+    for rope in (
+        {"rope_theta": math.nan},
+        {"rope_theta": 1e30},
+        {"rope_theta": 1e4, "rope_type": "yarn", "factor": 1e99},
+    ):
+        with pytest.raises(UserError, match=r"is not a (positive )?number"):
+            longctx.set_rope(base(), {"rope_type": "default", **rope}, 1024)
 
 
 def test_options_that_contradict_each_other_are_refused():
