@@ -13,6 +13,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,8 @@ def pack(config: BenchDataConfig) -> list[dict[str, float]]:
     context = multiprocessing.get_context("spawn")
     found = []
     for seq_len in config.seq_lens:
-        results = context.SimpleQueue()
-        child = context.Process(target=_pack_once, args=(config.documents, seq_len, config.seed, results))
-        child.start()
-        found.append(results.get())
-        child.join()
+        with ProcessPoolExecutor(1, mp_context=context) as pool:  # which passes on how a process failed
+            found.append(pool.submit(_pack_once, config.documents, seq_len, config.seed).result())
     return found
 
 
@@ -117,7 +115,7 @@ def realistic_lengths(count: int, rng: np.random.Generator) -> np.ndarray:
     return np.clip(lengths, 16, 2**21).astype(np.int32)
 
 
-def _pack_once(documents: int, seq_len: int, seed: int, results: Any) -> None:
+def _pack_once(documents: int, seq_len: int, seed: int) -> dict[str, float]:
     from longctx.data.stage_packing import pack_stage
 
     rng = np.random.default_rng(seed)
@@ -135,19 +133,17 @@ def _pack_once(documents: int, seq_len: int, seed: int, results: Any) -> None:
         data, data.mixes["m"], lengths, seq_len=seq_len, sequences=total // seq_len, seed=seed, stage="bench"
     )
     seconds = time.perf_counter() - begin
-    results.put(
-        {
-            "seq_len": seq_len,
-            "documents": documents,
-            "tokens": total,
-            "sequences": len(packing),
-            "pieces": len(packing.length),
-            "seconds": seconds,
-            "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
-            "before_gib": before,
-            "padding": packing.padding,
-        }
-    )
+    return {
+        "seq_len": seq_len,
+        "documents": documents,
+        "tokens": total,
+        "sequences": len(packing),
+        "pieces": len(packing.length),
+        "seconds": seconds,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        "before_gib": before,
+        "padding": packing.padding,
+    }
 
 
 def read(config: BenchDataConfig) -> list[dict[str, float]]:

@@ -7,9 +7,11 @@ looked at by changing its verb.
 from __future__ import annotations
 
 from dataclasses import field
-from typing import Literal, get_args
+from typing import Annotated, Literal, get_args
 
-from longctx.config.base import Count, Format, Length, PerMachine, Positive, Seed, Text, schema
+from pydantic import Field
+
+from longctx.config.base import Count, Format, Length, PerMachine, Positive, Seed, Text, Window, schema
 from longctx.config.data import DataConfig, SynthTask
 from longctx.config.model import ModelConfig
 from longctx.config.train import TrainConfig
@@ -64,8 +66,8 @@ class BenchDataConfig:
     """Tokenizing, packing and reading, each timed."""
 
     model: ModelConfig
-    documents: Count = 10_000_000  #: documents that are packed
-    seq_lens: list[Length] = field(default_factory=lambda: [2**16, 2**20])  #: lengths they are packed to
+    documents: Annotated[Count, Field(ge=1000, le=10**9)] = 10_000_000  #: documents that are packed
+    seq_lens: list[Window] = field(default_factory=lambda: [2**16, 2**20])  #: lengths they are packed to
     parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))  #: what is timed
     megabytes: Positive = 60  #: of text to tokenize; workers take a second to start
     workers: PerMachine | None = None  #: null: one per core

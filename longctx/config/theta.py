@@ -37,7 +37,7 @@ class SearchConfig:
 
     stage: str | None = None  #: the stage of the curriculum that is searched; null: the last
     bracket: Annotated[AboveZero, Field(gt=1)] = 8.0  #: the first thetas lie between rule / bracket and rule * bracket
-    points: Annotated[Positive, Field(ge=3)] = 7  #: thetas of the first round, even on log theta
+    points: Annotated[Positive, Field(ge=3, le=1000)] = 7  #: thetas of the first round, even on log theta
     rounds: NotNegative = 4  #: golden-section steps around the best
     attempts: NotNegative = 2  #: how often the bracket is moved when the best lies on its edge
     documents: Positive = 8  #: held-out sequences of the stage's length
