@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from longctx.config.base import Positive, Text, Window, schema
+from longctx.config.base import Positive, Samples, Text, Window, schema
 from longctx.config.curriculum import StageConfig
 from longctx.config.data import check_template
 from longctx.config.eval import NeedleConfig
@@ -67,7 +67,7 @@ class EvidenceSettings:
     control: SideRun | None = None  #: a side run that spends the same tokens at the base's window and theta
     unseen: Phrasing | None = field(default_factory=Phrasing)  #: another phrasing
     heldout_lengths: tuple[Window, ...] = (512,)  #: windows of held-out text, for the loss of base and every stage
-    heldout_sequences: Positive = 64  #: how many of them
+    heldout_sequences: Samples = 64  #: how many of them
     source: str = "stdlib"  #: whose held-out documents are the haystack and the text
     #: further sources whose held-out loss shows what extending costs there, such as chat
     beside: tuple[str, ...] = ()

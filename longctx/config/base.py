@@ -117,6 +117,7 @@ Theta = Annotated[int, BeforeValidator(parse_count), Field(gt=1, lt=2**63)]
 Text = Annotated[str, BeforeValidator(_text)]
 Positive = Annotated[Whole, Field(ge=1, le=MOST)]
 NotNegative = Annotated[Whole, Field(ge=0, le=MOST)]
+Samples = Annotated[Whole, Field(ge=1, le=100_000)]  # sequences or questions of a measurement
 Layers = Annotated[Whole, Field(ge=1, le=10_000)]
 Width = Annotated[Whole, Field(ge=1, le=2**24)]  # of a layer, a head or a vocabulary, and the number of heads
 PerMachine = Annotated[Whole, Field(ge=1, le=4096)]  # processes, ranks or threads of one machine

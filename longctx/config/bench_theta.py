@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from longctx.config.base import Format, Positive, Text, Window, schema
+from longctx.config.base import Format, Samples, Text, Window, schema
 from longctx.config.eval import NeedleConfig
 from longctx.config.theta import SearchConfig
 from longctx.config.train import TrainConfig
@@ -22,7 +22,7 @@ class BenchThetaConfig:
     rules: list[Text] = Field(default_factory=lambda: list(BENCH_RULES))
     trials: SearchConfig = SearchConfig()
     needle: NeedleConfig = NeedleConfig(per_cell=4)
-    documents: Positive = 16  #: held-out texts at the last stage's length, for the last-quarter loss
+    documents: Samples = 16  #: held-out texts at the last stage's length, for the last-quarter loss
     base_length: Window = 512  #: where the loss on short text is measured
     source: Text = "stdlib"  #: haystack and text
     out: Text = "runs/bench_theta"  #: folder of runs and tables

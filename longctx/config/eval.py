@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from longctx.config.base import AboveZero, Format, Length, Positive, Seed, Share, Text, Window, schema
+from longctx.config.base import AboveZero, Format, Length, Samples, Seed, Share, Text, Window, schema
 from longctx.config.data import DataConfig, check_template
 from longctx.config.model import ModelConfig
 
@@ -23,7 +23,7 @@ class NeedleConfig:
 
     lengths: tuple[Length, ...] = (512, 1024, 2048, 4096, 8192)  #: context lengths in tokens, question included
     depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  #: 0: the haystack's start
-    per_cell: Positive = 10  #: needles per cell and seed
+    per_cell: Samples = 10  #: needles per cell and seed
     seeds: tuple[Seed, ...] = (11, 22, 33)  #: of keys, values and haystacks
     single: bool = False  #: one needle per haystack, instead of one at every depth, all asked for
     needle: str = NEEDLE  #: the phrasing, with {key} and {value}
@@ -96,7 +96,7 @@ class EvalConfig:
     source: Text = "stdlib"  #: which of data's sources is haystack and held-out text
     needle: NeedleConfig = NeedleConfig()
     loss_lengths: tuple[Window, ...] = (512, 8192)  #: windows of held-out text; the longest gives the loss by position
-    loss_sequences: Positive = 32  #: how many of each
+    loss_sequences: Samples = 32  #: how many of each
     out: Text | None = None  #: folder for eval.json, eval.png and models/NAME.json; null: on screen only
     cache: Text = "runs/data"  #: folder of tokenized documents
     format: Format = "text"  #: of what is printed

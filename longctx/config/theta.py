@@ -14,6 +14,7 @@ from longctx.config.base import (
     NotNegative,
     PerMachine,
     Positive,
+    Samples,
     Seed,
     Text,
     Theta,
@@ -36,12 +37,14 @@ class SearchConfig:
     """Which thetas are tried at a stage, on how much text, and when the bracket is narrow enough."""
 
     stage: str | None = None  #: the stage of the curriculum that is searched; null: the last
-    bracket: Annotated[AboveZero, Field(gt=1)] = 8.0  #: the first thetas lie between rule / bracket and rule * bracket
+    bracket: Annotated[AboveZero, Field(gt=1, le=1000)] = (
+        8.0  #: the first thetas lie between rule / bracket and rule * bracket
+    )
     points: Annotated[Positive, Field(ge=3, le=1000)] = 7  #: thetas of the first round, even on log theta
     rounds: NotNegative = 4  #: golden-section steps around the best
     attempts: NotNegative = 2  #: how often the bracket is moved when the best lies on its edge
-    documents: Positive = 8  #: held-out sequences of the stage's length
-    needles: NotNegative = 4  #: haystacks per trial, a needle at each of five depths
+    documents: Samples = 8  #: held-out sequences of the stage's length
+    needles: Annotated[NotNegative, Field(le=100_000)] = 4  #: haystacks per trial, a needle at each of five depths
     needle_weight: ZeroOrMore = 0.25  #: the needles' answer loss beside the text's last-quarter loss
     adapt_steps: NotNegative = 0  #: optimizer steps per candidate, thrown away afterwards
     adapt_lr: Rate = 3e-4  #: their learning rate

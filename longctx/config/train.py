@@ -152,7 +152,7 @@ class LaunchConfig:
 class EvaluateConfig:
     """Held-out loss at the end of each stage."""
 
-    heldout_sequences: NotNegative = 8  #: sequences of the stage's own kind; 0: none
+    heldout_sequences: Annotated[NotNegative, Field(le=100_000)] = 8  #: sequences of the stage's own kind; 0: none
 
 
 @schema
