@@ -37,9 +37,8 @@ class SearchConfig:
     """Which thetas are tried at a stage, on how much text, and when the bracket is narrow enough."""
 
     stage: str | None = None  #: the stage of the curriculum that is searched; null: the last
-    bracket: Annotated[AboveZero, Field(gt=1, le=1000)] = (
-        8.0  #: the first thetas lie between rule / bracket and rule * bracket
-    )
+    #: the first thetas lie between rule / bracket and rule * bracket
+    bracket: Annotated[AboveZero, Field(gt=1, le=1000)] = 8.0
     points: Annotated[Positive, Field(ge=3, le=1000)] = 7  #: thetas of the first round, even on log theta
     rounds: NotNegative = 4  #: golden-section steps around the best
     attempts: NotNegative = 2  #: how often the bracket is moved when the best lies on its edge

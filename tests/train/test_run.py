@@ -372,7 +372,6 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 def test_mistakes_are_refused_in_one_paragraph(
     tmp_path: Path, documents: Path, change: dict[str, Any], message: str
 ) -> None:
-    made: TrainConfig = config(tmp_path / "run", documents, **change)
     with pytest.raises(UserError, match=message) as raised:
-        train_run(made)
+        train_run(config(tmp_path / "run", documents, **change))
     assert "\n" not in str(raised.value)
