@@ -313,6 +313,42 @@ def test_accelerate_and_trainer_take_a_prepared_model(tmp_path: Path):
         assert (abs(found - expected) > 1e-5) == bf16
 
 
+def test_trainer_checkpoints_continues_and_evaluates_a_model_with_tied_embeddings(tmp_path: Path):
+    """safetensors refuses two names of one weight. The batches come from a loader's worker, layout included."""
+    from transformers import Trainer, TrainingArguments
+
+    layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
+
+    def collate(rows: list[list[int]]) -> dict[str, Any]:
+        return longctx.shard_batch(torch.tensor(rows), layout)
+
+    def trainer(steps: int) -> Any:
+        torch.manual_seed(0)
+        shape: dict[str, Any] = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        plain = Qwen2ForCausalLM(
+            Qwen2Config(**shape, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+        )
+        model = longctx.prepare(plain, activation_checkpointing=False)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, save_steps=1, per_device_train_batch_size=2, report_to=[],
+            remove_unused_columns=False, use_cpu=True, disable_tqdm=True, gradient_checkpointing=True,
+            lr_scheduler_type="constant", dataloader_num_workers=1, neftune_noise_alpha=0.1, data_seed=0,
+        )  # fmt: skip
+        rows = [row for ids in batches() for row in ids.tolist()]
+        return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
+
+    one = trainer(1)
+    one.train()
+    assert one.model.memory.activation_checkpointing
+    two = trainer(2)
+    before = two.evaluate()["eval_loss"]
+    two.train(resume_from_checkpoint=True)
+    assert two.state.global_step == 2
+    assert two.evaluate()["eval_loss"] < one.evaluate()["eval_loss"] < before
+    head, embedding = two.model.model.lm_head.weight, two.model.model.model.embed_tokens.weight
+    assert head is embedding
+
+
 def test_a_prepared_model_is_pickled_copied_and_passed_over_by_torch_compile(tmp_path: Path):
     """The file is read by a process that has prepared no model of this family."""
     model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
@@ -335,6 +371,16 @@ def test_a_prepared_model_is_pickled_copied_and_passed_over_by_torch_compile(tmp
     loss.backward()
     assert loss.item() == expected
     assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_a_prepared_model_stands_for_its_transformers_model_in_every_function():
+    model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
+    longctx.set_rope(model, *longctx.rope_for(model, window="1k"))
+    assert model.model.config.max_position_embeddings == 1024
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    assert longctx.needle_grid(model, tokenizer, lengths=[384], text=TEXT, per_cell=1).window == 1024
+    with pytest.raises(UserError, match="prepared already"):
+        longctx.prepare(model)
 
 
 # ---- from a theta to a needle grid, in one notebook

@@ -10,6 +10,7 @@ Shapes: S tokens of the sequence, n tokens of this rank (padding included).
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,11 @@ class Layout:
         self.cache, self.arithmetic, self.restart = cache, arithmetic, restart
         cache.prepare(arithmetic.boundaries, arithmetic)
         self.boundaries = torch.from_numpy(arithmetic.boundaries)
+
+    def __reduce__(self) -> Any:
+        """Pickle what `ContextParallel.layout` makes it from, because its cache belongs to a process."""
+        kind, restart = self.cache.kind, "document" if self.restart else "sequence"
+        return _made_again, (self.cp, self.seq_len, self.arithmetic.boundaries, kind, restart)
 
     @property
     def cp(self) -> AttentionGroup:
@@ -115,6 +121,10 @@ class Layout:
         """The index of each token of the sequence in the concatenation of all ranks' tokens; int64 [S]."""
         everyone = np.concatenate([self.arithmetic.indices(rank) for rank in range(self.cp.size)])
         return np.argsort(np.where(everyone < 0, self.padded_len, everyone), kind="stable")[: self.seq_len]
+
+
+def _made_again(cp: Any, *arguments: Any) -> Layout:
+    return cp.layout(*arguments)
 
 
 class _Unshard(torch.autograd.Function):

@@ -107,6 +107,11 @@ def shard_batch(
             f"shard_batch: layout is a {type(layout).__name__}; pass what ContextParallel.from_world().layout(seq_len) "
             "returns"
         )
+    if not isinstance(input_ids, torch.Tensor):
+        raise UserError(
+            f"shard_batch: input_ids is a {type(input_ids).__name__}; give a tensor [batch, {layout.seq_len}], such as "
+            "torch.tensor([ids])"
+        )
     labels = input_ids if labels is None else labels
     given = torch.ones(input_ids.shape, dtype=torch.float64, device=input_ids.device) if weights is None else weights
     for name, x in (("input_ids", input_ids), ("labels", labels), ("weights", given)):
