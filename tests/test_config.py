@@ -178,6 +178,14 @@ def test_every_verb_has_a_root_config_and_help(verb, capsys):
     assert VERBS[verb].help in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("topic", ["rope", "curriculum.rule"])
+def test_help_of_the_rules_opens_with_the_key_and_lists_every_rule(topic, capsys):
+    assert cli.main(["train", "--help", topic]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("curriculum.rule: for stages that name neither theta nor rule")
+    assert "curriculum.rule=longrope" in out
+
+
 def test_a_folder_of_the_users_own_configs_adds_choices(tmp_path):
     (tmp_path / "curriculum").mkdir()
     (tmp_path / "curriculum" / "mine.yaml").write_text("stages: {s1k: {seq_len: 1024, theta: 1e5, tokens: 1e6}}\n")

@@ -11,6 +11,7 @@ import copy
 import doctest
 import inspect
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -174,6 +175,12 @@ def check_rank(rank: int, world: int, case: tuple[str, float, str]) -> None:
         dist.all_reduce(loss)
         assert abs(loss / world - alone) < tolerance
         return
+    if kind == "dealt":
+        model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
+        layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
+        with pytest.raises(ValueError, match=r"2 ranks of this ContextParallel .* were given different batches"):
+            model(**pickle.loads(pickle.dumps(longctx.shard_batch(batches()[rank], layout))))
+        return
     losses, weight = train(getattr(torch, kind))
     alone, alone_weight = torch.load(file)
     assert len(losses) == STEPS
@@ -216,7 +223,7 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str
     """The failure of each case on two ranks, None where it passed. The ranks are started once."""
     folder = tmp_path_factory.mktemp("two_ranks")
     torch.save(run_page(str(folder), ranks=1), folder / "page")
-    cases = [("ring", 1e-10, str(DOCS / "attention.md")), ("page", 1e-6, str(folder / "page"))]
+    cases = [("ring", 1e-10, str(DOCS / "attention.md")), ("page", 1e-6, str(folder / "page")), ("dealt", 0.0, "")]
     for kind, tolerance in (("float32", 1e-6), ("float64", 1e-10)):
         losses, weight = train(getattr(torch, kind))
         assert losses[-1] < losses[0] - 0.01
@@ -233,6 +240,11 @@ def test_a_plain_loop_on_two_ranks_trains_as_one_process_does(on_two_ranks: dict
 
 def test_the_training_loop_of_the_page_runs_on_two_ranks(on_two_ranks: dict[str, Any]):
     assert on_two_ranks["page"] is None
+
+
+def test_ranks_that_share_sequences_and_read_different_ones_are_told(on_two_ranks: dict[str, Any]):
+    """As Trainer's and accelerate's loaders would deal them out."""
+    assert on_two_ranks["dealt"] is None
 
 
 def test_the_ring_of_the_attention_page_equals_dense_attention(on_two_ranks: dict[str, Any]):

@@ -139,5 +139,5 @@ def shard_batch(
         "positions": layout.positions.to(input_ids.device),
         "labels": layout.shard(shifted, dim=1),
         "weights": layout.shard(moved, dim=1),
-        "layout": layout,
+        "layout": layout.of_batch(input_ids),
     }

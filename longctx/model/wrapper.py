@@ -144,6 +144,7 @@ class LossModel(nn.Module):
         block = blocks_of(self.memory, input_ids.device.type).ffn_block
         set_save_policies(self.model, self.memory, block=block, tokens=input_ids.numel(), store=self._store)
         layout = layout or _alone().layout(input_ids.shape[1])
+        layout.check_batch(input_ids.device)
         # transformers hands a mask of four dimensions on as it is, and its layers do not see it under a layout: none of
         # S x S is made, whatever attention the model was loaded with.
         mask = input_ids.new_empty(1, 1, 0, 0, dtype=torch.bool)
