@@ -69,6 +69,6 @@ def say_resumed(state: State, stages: Sequence[Stage]) -> None:
     """Say at which step a run continues, if it has trained before."""
     if state.step:
         stage = stages[min(state.stage, len(stages) - 1)]
-        ended = state.stage >= len(stages) or (stage is stages[-1] and state.stage_step >= stage.steps)
+        ended = state.stage >= len(stages) or (stage is stages[-1] and state.ended)
         rest = "; every stage is trained" if ended else ""
         console.say(f"continuing at step {state.step} (stage {stage.name}, {state.tokens:,} tokens done{rest})")
