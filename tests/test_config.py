@@ -145,6 +145,14 @@ def test_nearest_finds_what_was_meant():
             ["train", *TINY, "rope=yarn", "curriculum.rule.alpha=1"],
             "curriculum.rule.alpha=1 does not belong to rule 'yarn'",
         ),
+        (
+            ["train", *TINY, "data=text", "data.path=docs", "data.sources.text.rows=100k"],
+            "data.sources.text.rows belongs to a dataset of the hub (kind=hub), not to files (kind=text)",
+        ),
+        (
+            ["train", *TINY, "data=text", "data.path=docs", "data.sources.text.name=OWNER/DATASET"],
+            "data.sources.text.name=OWNER/DATASET is a dataset of the hub, which needs kind=hub",
+        ),
         (["train", *TINY, "curriculum.rule.factor=0.5"], "curriculum.rule.factor=0.5 is below 1"),
         (["train", "model.init.layers=0"], "model.init.layers=0 must be 1 or more"),
         (["train", "model.path=${nothing}"], "model.path has no value"),
