@@ -22,6 +22,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import longctx
@@ -140,13 +141,20 @@ def batches() -> list[Tensor]:
     return list(ids[: STEPS * 2 * SEQ_LEN].view(STEPS, 2, SEQ_LEN))
 
 
-def train(dtype: torch.dtype) -> tuple[list[float], Tensor]:
-    """A plain loop over all ranks of the world: the mean loss of each step, and one of the trained weights."""
+def train(dtype: torch.dtype, *, sharded: bool = False) -> tuple[list[float], Tensor]:
+    """A plain loop over all ranks of the world: the mean loss of each step, and one of the trained weights.
+
+    sharded: by FSDP2 in place of DDP.
+    """
     plain = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=dtype)
     longctx.set_rope(plain, *longctx.rope_for(plain, window=2048))
     cp = longctx.ContextParallel.from_world()
     model: Any = longctx.prepare(plain)
-    if cp.size > 1:
+    if sharded:
+        for layer in plain.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    elif cp.size > 1:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     losses = []
@@ -161,7 +169,8 @@ def train(dtype: torch.dtype) -> tuple[list[float], Tensor]:
             dist.all_reduce(mean)
         losses.append(mean.item() / cp.size)
     cp.close()
-    return losses, plain.model.layers[0].self_attn.q_proj.weight.detach()
+    weight = plain.model.layers[0].self_attn.q_proj.weight.detach()
+    return losses, weight.full_tensor() if sharded else weight
 
 
 def check_rank(rank: int, world: int, case: tuple[str, float, str]) -> None:
@@ -181,7 +190,8 @@ def check_rank(rank: int, world: int, case: tuple[str, float, str]) -> None:
         with pytest.raises(ValueError, match=r"2 ranks of this ContextParallel .* were given different batches"):
             model(**pickle.loads(pickle.dumps(longctx.shard_batch(batches()[rank], layout))))
         return
-    losses, weight = train(getattr(torch, kind))
+    dtype = kind.removesuffix(" sharded")
+    losses, weight = train(getattr(torch, dtype), sharded=dtype != kind)
     alone, alone_weight = torch.load(file)
     assert len(losses) == STEPS
     for ours, theirs in zip(losses, alone, strict=True):
@@ -228,14 +238,15 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str
         losses, weight = train(getattr(torch, kind))
         assert losses[-1] < losses[0] - 0.01
         torch.save((losses, weight), folder / kind)
-        cases.append((kind, tolerance, str(folder / kind)))
+        cases += [(name, tolerance, str(folder / kind)) for name in (kind, f"{kind} sharded")]
     failures = run_ranks(2, check_rank, cases, folder / "store")
     return {case[0]: failures.get(case) for case in cases}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_plain_loop_on_two_ranks_trains_as_one_process_does(on_two_ranks: dict[str, Any], dtype: str):
-    assert on_two_ranks[dtype] is None
+@pytest.mark.parametrize("case", ["float32", "float64", "float32 sharded", "float64 sharded"])
+def test_a_plain_loop_on_two_ranks_trains_as_one_process_does(on_two_ranks: dict[str, Any], case: str):
+    """Under DDP, and under FSDP2 (fully_shard)."""
+    assert on_two_ranks[case] is None
 
 
 def test_the_training_loop_of_the_page_runs_on_two_ranks(on_two_ranks: dict[str, Any]):
