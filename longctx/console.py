@@ -74,11 +74,18 @@ def emit_text(text: str) -> None:
 
 
 def emit(renderable: object) -> None:
-    """Print a result for people, text or a rich table, on standard output."""
+    """Print a result for people, text or a rich table, on standard output; a table may be wider than the screen."""
     from rich.console import Console
+    from rich.table import Table
 
-    if not _quiet:
-        Console(highlight=False, soft_wrap=True).print(renderable)
+    if _quiet:
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    if isinstance(renderable, Table):
+        for column in renderable.columns:  # rich would cut numbers off to make a table fit
+            sizes = [console.measure(cell) for cell in (column.header, *column.cells)]
+            column.min_width = max(size.maximum if column.no_wrap else size.minimum for size in sizes)
+    console.print(renderable)
 
 
 def progress(*, shown: bool = True) -> Progress:

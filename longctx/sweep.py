@@ -34,12 +34,14 @@ def sweep(verb: Verb, line: CommandLine) -> int:
     known = Overrides(verb.root, schema_of(verb.root), line.folders)
     swept = list(known.expand(line.overrides))
     if not swept[0]:
-        raise UserError("-m has nothing to sweep: give a key several values, such as curriculum.lr.peak=1e-5,2e-5")
+        raise UserError("-m has nothing to sweep: give a key several values, such as curriculum.lr.peak=3e-4,6e-4")
     fixed = [word for word in line.overrides if known.parsed(word).get_key_element() not in swept[0]]
     runs: list[tuple[str, list[str], str]] = []
     for values in swept:
         words = [*fixed, *(f"{key}={value}" for key, value in values.items())]
         config = load(verb, words, line.folders)
+        if verb.name == "train":
+            _check_stages(config, values)
         own, where = _own_place(config, _label(values), {key.lstrip("+~") for key in values})
         runs.append((" ".join(f"{key}={value}" for key, value in values.items()), [*words, *own], where))
     places = [where for _, _, where in runs if where]
@@ -50,6 +52,16 @@ def sweep(verb: Verb, line: CommandLine) -> int:
     if line.cfg:
         raise UserError("--cfg prints one config; leave -m and the other values out")
     return _run(verb, line, runs, as_json=getattr(config, "format", "text") == "json")
+
+
+def _check_stages(config: Any, values: dict[str, str]) -> None:
+    """Raise UserError, which names the combination, for a curriculum that cannot be resolved for its model."""
+    from longctx.train.run import resolve_stages
+
+    try:
+        resolve_stages(config)
+    except UserError as error:
+        raise UserError(f"{' '.join(f'{key}={value}' for key, value in values.items())}: {error}") from None
 
 
 def _label(values: dict[str, str]) -> str:

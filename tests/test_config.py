@@ -146,6 +146,14 @@ def test_nearest_finds_what_was_meant():
             "curriculum.rule.alpha=1 does not belong to rule 'yarn'",
         ),
         (["train", *TINY, "curriculum.rule.factor=0.5"], "curriculum.rule.factor=0.5 must be 1 or more"),
+        (
+            ["train", *TINY, "data=text", "data.path=docs", "data.sources.text.rows=100k"],
+            "data.sources.text.rows belongs to a dataset of the hub (kind=hub), not to files (kind=text)",
+        ),
+        (
+            ["train", *TINY, "data=text", "data.path=docs", "data.sources.text.name=OWNER/DATASET"],
+            "data.sources.text.name=OWNER/DATASET is a dataset of the hub, which needs kind=hub",
+        ),
         (["train", "model.init.layers=0"], "model.init.layers=0 must be 1 or more"),
         (["train", "model.path=${nothing}"], "model.path has no value"),
         (["train"], "model.path is missing; give it as model.path=..."),
@@ -176,6 +184,14 @@ def test_every_verb_has_a_root_config_and_help(verb, capsys):
     assert (config_dir() / f"{VERBS[verb].root}.yaml").exists()
     assert cli.main([*verb.split(), "--help"]) == 0
     assert VERBS[verb].help in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("topic", ["rope", "curriculum.rule"])
+def test_help_of_the_rules_opens_with_the_key_and_lists_every_rule(topic, capsys):
+    assert cli.main(["train", "--help", topic]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("curriculum.rule: for stages that name neither theta nor rule")
+    assert "curriculum.rule=longrope" in out
 
 
 def test_a_folder_of_the_users_own_configs_adds_choices(tmp_path):

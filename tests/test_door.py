@@ -155,18 +155,25 @@ def test_runs_of_a_sweep_have_folders_of_their_own_and_one_tokenization(monkeypa
     started: list[list[str]] = []
     monkeypatch.setattr("longctx.sweep._one", lambda command, capture: (started.append(list(command)), (0, ""))[1])
     assert (
-        cli.main(["train", "-m", "model=tiny", "name=x", "curriculum.lr.peak=1e-5,2e-5", "engine=ddp,deepspeed"]) == 0
+        cli.main(["train", "-m", "model=tiny", "name=x", "curriculum.lr.peak=2e-5,4e-5", "engine=ddp,deepspeed"]) == 0
     )
     configs = [load(VERBS["train"], command[command.index("train") + 1 :]) for command in started]
     assert [config.folder for config in configs] == [
-        f"runs/x/peak-{peak}_engine-{engine}" for peak in ("1e-05", "2e-05") for engine in ("ddp", "deepspeed")
+        f"runs/x/peak-{peak}_engine-{engine}" for peak in ("2e-05", "4e-05") for engine in ("ddp", "deepspeed")
     ]
     assert {config.cache for config in configs} == {"runs/x/data"}
-    assert [(config.curriculum.lr.peak, config.engine.name) for config in configs][1] == (1e-5, "deepspeed")
+    assert [(config.curriculum.lr.peak, config.engine.name) for config in configs][1] == (2e-5, "deepspeed")
     table = capfd.readouterr().out
     assert all(
-        f"peak={peak} engine={engine}" in table for peak in ("1e-05", "2e-05") for engine in ("ddp", "deepspeed")
+        f"peak={peak} engine={engine}" in table for peak in ("2e-05", "4e-05") for engine in ("ddp", "deepspeed")
     )
+
+
+def test_a_combination_without_a_curriculum_is_refused_before_the_first_run(monkeypatch, capsys):
+    monkeypatch.setattr("longctx.sweep._one", lambda command, capture: pytest.fail("a run was started"))
+    assert cli.main(["train", "-m", "model=tiny", "rope=yarn", "curriculum.lr.peak=6e-4,1e-5"]) == 2
+    said = capsys.readouterr().err
+    assert "curriculum.lr.peak=1e-05: curriculum.stages.s2048.lr.final=2e-05 must lie between 0 and the peak" in said
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import doctest
 import inspect
 import json
 import math
+import pickle
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import longctx
@@ -141,13 +143,20 @@ def batches() -> list[Tensor]:
     return list(ids[: STEPS * 2 * SEQ_LEN].view(STEPS, 2, SEQ_LEN))
 
 
-def train(dtype: torch.dtype) -> tuple[list[float], Tensor]:
-    """A plain loop over all ranks of the world: the mean loss of each step, and one of the trained weights."""
+def train(dtype: torch.dtype, *, sharded: bool = False) -> tuple[list[float], Tensor]:
+    """A plain loop over all ranks of the world: the mean loss of each step, and one of the trained weights.
+
+    sharded: by FSDP2 in place of DDP.
+    """
     plain = AutoModelForCausalLM.from_pretrained(tiny_model(), dtype=dtype)
     longctx.set_rope(plain, *longctx.rope_for(plain, window=2048))
     cp = longctx.ContextParallel.from_world()
     model: Any = longctx.prepare(plain)
-    if cp.size > 1:
+    if sharded:
+        for layer in plain.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    elif cp.size > 1:
         model = nn.parallel.DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     losses = []
@@ -162,7 +171,8 @@ def train(dtype: torch.dtype) -> tuple[list[float], Tensor]:
             dist.all_reduce(mean)
         losses.append(mean.item() / cp.size)
     cp.close()
-    return losses, plain.model.layers[0].self_attn.q_proj.weight.detach()
+    weight = plain.model.layers[0].self_attn.q_proj.weight.detach()
+    return losses, weight.full_tensor() if sharded else weight
 
 
 def check_rank(rank: int, world: int, case: tuple[str, float, str]) -> None:
@@ -176,7 +186,14 @@ def check_rank(rank: int, world: int, case: tuple[str, float, str]) -> None:
         dist.all_reduce(loss)
         assert abs(loss / world - alone) < tolerance
         return
-    losses, weight = train(getattr(torch, kind))
+    if kind == "dealt":
+        model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
+        layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
+        with pytest.raises(ValueError, match=r"2 ranks of this ContextParallel .* were given different batches"):
+            model(**pickle.loads(pickle.dumps(longctx.shard_batch(batches()[rank], layout))))
+        return
+    dtype = kind.removesuffix(" sharded")
+    losses, weight = train(getattr(torch, dtype), sharded=dtype != kind)
     alone, alone_weight = torch.load(file)
     assert len(losses) == STEPS
     for ours, theirs in zip(losses, alone, strict=True):
@@ -218,23 +235,29 @@ def on_two_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str
     """The failure of each case on two ranks, None where it passed. The ranks are started once."""
     folder = tmp_path_factory.mktemp("two_ranks")
     torch.save(run_page(str(folder), ranks=1), folder / "page")
-    cases = [("ring", 1e-10, str(DOCS / "attention.md")), ("page", 1e-6, str(folder / "page"))]
+    cases = [("ring", 1e-10, str(DOCS / "attention.md")), ("page", 1e-6, str(folder / "page")), ("dealt", 0.0, "")]
     for kind, tolerance in (("float32", 1e-6), ("float64", 1e-10)):
         losses, weight = train(getattr(torch, kind))
         assert losses[-1] < losses[0] - 0.01
         torch.save((losses, weight), folder / kind)
-        cases.append((kind, tolerance, str(folder / kind)))
+        cases += [(name, tolerance, str(folder / kind)) for name in (kind, f"{kind} sharded")]
     failures = run_ranks(2, check_rank, cases, folder / "store")
     return {case[0]: failures.get(case) for case in cases}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_a_plain_loop_on_two_ranks_trains_as_one_process_does(on_two_ranks: dict[str, Any], dtype: str):
-    assert on_two_ranks[dtype] is None
+@pytest.mark.parametrize("case", ["float32", "float64", "float32 sharded", "float64 sharded"])
+def test_a_plain_loop_on_two_ranks_trains_as_one_process_does(on_two_ranks: dict[str, Any], case: str):
+    """Under DDP, and under FSDP2 (fully_shard)."""
+    assert on_two_ranks[case] is None
 
 
 def test_the_training_loop_of_the_page_runs_on_two_ranks(on_two_ranks: dict[str, Any]):
     assert on_two_ranks["page"] is None
+
+
+def test_ranks_that_share_sequences_and_read_different_ones_are_told(on_two_ranks: dict[str, Any]):
+    """As Trainer's and accelerate's loaders would deal them out."""
+    assert on_two_ranks["dealt"] is None
 
 
 def test_the_ring_of_the_attention_page_equals_dense_attention(on_two_ranks: dict[str, Any]):
@@ -315,6 +338,42 @@ def test_accelerate_and_trainer_take_a_prepared_model(tmp_path: Path):
         assert (abs(found - expected) > 1e-5) == bf16
 
 
+def test_trainer_checkpoints_continues_and_evaluates_a_model_with_tied_embeddings(tmp_path: Path):
+    """safetensors refuses two names of one weight. The batches come from a loader's worker, layout included."""
+    from transformers import Trainer, TrainingArguments
+
+    layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
+
+    def collate(rows: list[list[int]]) -> dict[str, Any]:
+        return longctx.shard_batch(torch.tensor(rows), layout)
+
+    def trainer(steps: int) -> Any:
+        torch.manual_seed(0)
+        shape: dict[str, Any] = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+        plain = Qwen2ForCausalLM(
+            Qwen2Config(**shape, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+        )
+        model = longctx.prepare(plain, activation_checkpointing=False)
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, save_steps=1, per_device_train_batch_size=2, report_to=[],
+            remove_unused_columns=False, use_cpu=True, disable_tqdm=True, gradient_checkpointing=True,
+            lr_scheduler_type="constant", dataloader_num_workers=1, neftune_noise_alpha=0.1, data_seed=0,
+        )  # fmt: skip
+        rows = [row for ids in batches() for row in ids.tolist()]
+        return Trainer(model=model, args=arguments, train_dataset=rows, eval_dataset=rows, data_collator=collate)  # type: ignore[arg-type]
+
+    one = trainer(1)
+    one.train()
+    assert one.model.memory.activation_checkpointing
+    two = trainer(2)
+    before = two.evaluate()["eval_loss"]
+    two.train(resume_from_checkpoint=True)
+    assert two.state.global_step == 2
+    assert two.evaluate()["eval_loss"] < one.evaluate()["eval_loss"] < before
+    head, embedding = two.model.model.lm_head.weight, two.model.model.model.embed_tokens.weight
+    assert head is embedding
+
+
 def test_a_prepared_model_is_pickled_copied_and_passed_over_by_torch_compile(tmp_path: Path):
     """The file is read by a process that has prepared no model of this family."""
     model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
@@ -337,6 +396,16 @@ def test_a_prepared_model_is_pickled_copied_and_passed_over_by_torch_compile(tmp
     loss.backward()
     assert loss.item() == expected
     assert all(weight.grad is not None for weight in model.parameters())
+
+
+def test_a_prepared_model_stands_for_its_transformers_model_in_every_function():
+    model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
+    longctx.set_rope(model, *longctx.rope_for(model, window="1k"))
+    assert model.model.config.max_position_embeddings == 1024
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    assert longctx.needle_grid(model, tokenizer, lengths=[384], text=TEXT, per_cell=1).window == 1024
+    with pytest.raises(UserError, match="prepared already"):
+        longctx.prepare(model)
 
 
 # ---- from a theta to a needle grid, in one notebook

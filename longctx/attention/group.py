@@ -34,6 +34,7 @@ class AttentionGroup:
     pool: BufferPool = field(default_factory=BufferPool)
     # Calls are serialised: autograd may run a backward on a thread of its own.
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    agreed: bool = False  # whether the ranks have been found to read the same batches
 
     @property
     def rank(self) -> int:

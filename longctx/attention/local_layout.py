@@ -10,6 +10,7 @@ Shapes: S tokens of the sequence, n tokens of this rank (padding included).
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,10 +36,36 @@ class Layout:
     True
     """
 
-    def __init__(self, cache: LayoutCache, arithmetic: SequenceLayout, restart: bool) -> None:
-        self.cache, self.arithmetic, self.restart = cache, arithmetic, restart
+    def __init__(self, cache: LayoutCache, arithmetic: SequenceLayout, restart: bool, batch: int | None = None) -> None:
+        self.cache, self.arithmetic, self.restart, self.batch = cache, arithmetic, restart, batch
         cache.prepare(arithmetic.boundaries, arithmetic)
         self.boundaries = torch.from_numpy(arithmetic.boundaries)
+
+    def __reduce__(self) -> Any:
+        """Pickle what `ContextParallel.layout` makes it from, because its cache belongs to a process."""
+        kind, restart = self.cache.kind, "document" if self.restart else "sequence"
+        return _made_again, (self.batch, self.cp, self.seq_len, self.arithmetic.boundaries, kind, restart)
+
+    def of_batch(self, input_ids: Tensor) -> Layout:
+        """This layout with a checksum of the whole sequences that it cuts, which `check_batch` compares over ranks."""
+        if self.cp.size == 1 or self.cp.agreed:
+            return self
+        places = torch.arange(1, input_ids.numel() + 1, device=input_ids.device)
+        return Layout(self.cache, self.arithmetic, self.restart, int((input_ids.flatten() * places).sum()))
+
+    def check_batch(self, device: torch.device) -> None:
+        """Raise ValueError unless all ranks cut the same sequences; only the group's first batch is compared."""
+        if self.batch is None or self.cp.agreed:
+            return
+        sums = self.cp.transport.all_gather(torch.tensor([self.batch], device=device))
+        if len({int(total) for total in sums}) > 1:
+            raise ValueError(
+                f"the {self.cp.size} ranks of this ContextParallel share every sequence, and they were given different "
+                "batches: give all of them the same ones. accelerate and Trainer deal a loader's batches out among "
+                "the ranks: keep the loader out of accelerator.prepare, and let a Trainer's get_train_dataloader "
+                "return a plain DataLoader (docs/api.md, prepare)"
+            )
+        self.cp.agreed = True
 
     @property
     def cp(self) -> AttentionGroup:
@@ -115,6 +142,12 @@ class Layout:
         """The index of each token of the sequence in the concatenation of all ranks' tokens; int64 [S]."""
         everyone = np.concatenate([self.arithmetic.indices(rank) for rank in range(self.cp.size)])
         return np.argsort(np.where(everyone < 0, self.padded_len, everyone), kind="stable")[: self.seq_len]
+
+
+def _made_again(batch: int | None, cp: Any, *arguments: Any) -> Layout:
+    layout = cp.layout(*arguments)
+    layout.batch = batch
+    return layout
 
 
 class _Unshard(torch.autograd.Function):

@@ -13,9 +13,11 @@ only on values that all ranks share, so all ranks raise the same errors and post
 
 from __future__ import annotations
 
+import uuid
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -27,7 +29,7 @@ from longctx.attention.group import AttentionGroup
 from longctx.attention.local_layout import Layout
 from longctx.attention.rank_attention import LayoutCache
 from longctx.attention.transfers import Trace
-from longctx.distributed.transport import DistributedTransport, SingleRankTransport, Transport
+from longctx.distributed.transport import DetachedTransport, DistributedTransport, SingleRankTransport, Transport
 from longctx.layout import LayoutKind, SequenceLayout
 from longctx.schedule import SCHEDULES
 from longctx.topology import Topology, is_whole, split
@@ -41,7 +43,8 @@ class ContextParallel(AttentionGroup):
     """A context-parallel group: the ranks that share sequences, and the schedule by which they attend.
 
     `kernel` names the kernel that must serve (default: the first that can). `grad_dtype` is the type in which dKV
-    travels (default: fp32, or fp64 for fp64). `close` frees the communicators.
+    travels (default: fp32, or fp64 for fp64). `close` frees the communicators. A copy, such as a DataLoader's worker
+    makes of a batch's layout, is the same object in this process; in another one it shards and does not attend.
 
     >>> import longctx, torch
     >>> cp = longctx.ContextParallel.from_world(schedule="flat_ring")  # after init_process_group; without it, one rank
@@ -72,6 +75,13 @@ class ContextParallel(AttentionGroup):
             trace=Trace(transport.rank) if trace else None,
         )
         self.caches: dict[tuple[int, LayoutKind], LayoutCache] = {}
+        self.name = uuid.uuid4().hex
+        _LIVE[self.name] = self
+
+    def __reduce__(self) -> Any:
+        """Pickle the group by its name, because communicators cannot travel."""
+        options = {"ulysses": self.ulysses if self.schedule == "ulysses_ring" else None, "kernel": self.kernel}
+        return _found, (self.name, self.rank, self.topology, self.schedule, {**options, "grad_dtype": self.grad_dtype})
 
     @classmethod
     def from_world(
@@ -154,6 +164,20 @@ class ContextParallel(AttentionGroup):
         self.caches.clear()
         self.pool.clear()
         self.transport.close()
+
+
+_LIVE: WeakValueDictionary[str, ContextParallel] = WeakValueDictionary()
+
+
+def _found(name: str, rank: int, topology: Topology, schedule: Schedule, options: dict[str, Any]) -> ContextParallel:
+    """The ContextParallel of this name in this process, or one without peers if there is none."""
+    if name in _LIVE:
+        return _LIVE[name]
+    transport = SingleRankTransport() if topology.size == 1 else DetachedTransport(rank, topology.size)
+    made = ContextParallel(transport, topology, schedule, **options)
+    made.name = name
+    _LIVE[name] = made
+    return made
 
 
 def check(size: int, nodes: int, schedule: str, ulysses: int | None) -> int:

@@ -102,7 +102,7 @@ def ours(config: BenchStepConfig, device: torch.device) -> tuple[nn.Module, Loss
         labels = torch.cat([ids[:, 1:], ids.new_full((1, 1), -100)], dim=1)
         positions = torch.arange(ids.shape[1], device=device)
         # As a training batch does: without the places of its labels, the loss would wait for the device to find them.
-        return trained(ids, positions, labels, labelled=np.arange(ids.shape[1] - 1)).loss_sum / (ids.shape[1] - 1)
+        return trained(ids, positions, labels, targets=np.arange(ids.shape[1] - 1)).loss_sum / (ids.shape[1] - 1)
 
     return trained, loss
 

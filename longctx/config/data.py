@@ -102,7 +102,7 @@ class SourceConfig:
     #: stdlib: the Python standard library on this machine; text: files; hub: a dataset through Hugging Face datasets;
     #: chat: conversations ({role, content} lists) from path or name; synth: generated
     kind: SourceKind
-    path: Text | None = None  #: a file or folder of .txt, .md, .jsonl or .parquet (each also .gz or .zst)
+    path: Text | None = None  #: a file or folder of .txt, .md, .jsonl (each also .gz or .zst) or .parquet
     name: Text | None = None  #: a hub dataset's name
     subset: Text | None = None  #: the hub dataset's configuration
     split: str = "train"  #: the hub dataset's split
@@ -131,6 +131,14 @@ class SourceConfig:
             raise ValueError(f"task and haystack belong to kind=synth, not to kind={self.kind}")
         if self.kind != "chat" and (self.loss != "all" or self.answer_weight is not None):
             raise ValueError(f"loss and answer_weight belong to kind=chat, not to kind={self.kind}")
+        from_hub = {"name": self.name, "subset": self.subset, "rows": self.rows, "split": self.split}
+        foreign = [key for key, value in from_hub.items() if value not in (None, "train")]
+        if foreign and not self.name:
+            raise ValueError(
+                f"{foreign[0]} belongs to a dataset of the hub (kind=hub), not to files (kind={self.kind})"
+            )
+        if self.name and self.kind not in ("hub", "chat"):
+            raise ValueError(f"name={self.name} is a dataset of the hub, which needs kind=hub, not kind={self.kind}")
         if self.max_len is not None and self.max_len < self.min_len:
             raise ValueError(f"max_len={self.max_len} is below min_len={self.min_len}")
 

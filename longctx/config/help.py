@@ -52,6 +52,8 @@ def verb_help(verb: Verb, line: CommandLine) -> str:
     names = {option.partition("@")[0]: option for option in chosen}
     own = [name for name in offered if any((folder / name).is_dir() for folder in line.folders)]
     topics = [topic.rstrip(".") for topic in line.topics]
+    if not _has(kind, ["rope"]) and _has(kind, ["curriculum", "rule"]):  # rope=yarn is curriculum.rule=yarn
+        topics = ["curriculum.rule" if topic == "rope" else topic for topic in topics]
     for topic in topics:
         if topic not in names and topic not in own and not _has(kind, topic.split(".")):
             raise _no_topic(topic, [*known_keys(kind), *names], verb)
@@ -101,8 +103,10 @@ def _topic(kind: Any, values: Any, topic: str, offered: dict[str, list[str]], li
         for part in path:
             above, kind = (kind, values, topic.rpartition(".")[0]), step_into(kind, part)
             values = values.get(part) if isinstance(values, dict) else None
-        rows = list(_keys(kind, values, topic, depth=9)) or [row for row in _keys(*above, depth=1) if row[0] == topic]
-        lines += [f"{topic}: {_about(kind)}".rstrip(": ")] * (rows[0][0] != topic) + _rows(rows)
+        own = [row for row in _keys(*above, depth=1) if row[0] == topic]
+        rows = list(_keys(kind, values, topic, depth=9)) or own
+        about = own[0][3] if variants(kind) and own else _about(kind)  # not the first variant's
+        lines += [f"{topic}: {about}".rstrip(": ")] * (rows[0][0] != topic) + _rows(rows)
     return lines
 
 

@@ -50,7 +50,7 @@ def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: s
 
 
 def _kinds() -> str:
-    return ".txt, .md, .jsonl or .parquet (each also .gz or .zst)"
+    return ".txt, .md, .jsonl (each also .gz or .zst) or .parquet"
 
 
 def _fits(name: str, pattern: str) -> bool:

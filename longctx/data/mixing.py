@@ -147,8 +147,9 @@ def _refuse_no_long(lengths: np.ndarray, wanted: int, where: str, setting: str) 
     longest = int(lengths.max()) if len(lengths) else 0
     raise UserError(
         f"{where}: {setting} asks for documents of {wanted:,} tokens and no document is that long; the longest has "
-        f"{longest:,}, {wanted - longest:,} tokens are missing: add longer documents, or let the mix use the length "
-        "policy natural or joined (data.mixes)"
+        f"{longest:,}, {wanted - longest:,} tokens are missing: add longer documents, leave the stage out "
+        "(curriculum.only), or let it take a mix with the length policy natural or joined, as "
+        "curriculum.stages.NAME.mix=default of most presets (data.mixes)"
     )
 
 

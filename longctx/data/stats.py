@@ -42,13 +42,15 @@ def run(config: StatsConfig) -> int:
     train, heldout = open_both(config, load_tokenizer(config.model, vocab_size=shape_of_model(config.model).vocab))
     lengths = {name: corpus.lengths for name, corpus in train.items()}
     seq_lens = {stage.name: stage.seq_len for stage in stages}
-    document = {
+    document: dict[str, Any] = {
         "sources": {
             name: {**summary(train[name], heldout[name]), "at_least": at_least(lengths[name], seq_lens)}
             for name in train
-        },
-        "stages": stage_use(config.data, lengths, stages, config.seed),
+        }
     }
+    if config.format == "text":  # before packing, which refuses stages that these documents cannot fill
+        emit(_documents(document, train, seq_lens))
+    document["stages"] = stage_use(config.data, lengths, stages, config.seed)
     document["epochs"] = epochs(document["stages"])
     _warn_repeats(document, config.data.max_epochs)
     png = Path(config.png or f"{config.folder}/data_stats.png")
@@ -57,8 +59,7 @@ def run(config: StatsConfig) -> int:
     if config.format == "json":
         emit_json(document)
     else:
-        for table in _tables(document, train, seq_lens):
-            emit(table)
+        emit(_stages(document))
         emit(f"picture: {png}")
     return 0
 
@@ -115,7 +116,7 @@ def _warn_repeats(document: Mapping[str, Any], most: float) -> None:
             )
 
 
-def _tables(document: Mapping[str, Any], train: Mapping[str, Corpus], seq_lens: Mapping[str, int]) -> list[Any]:
+def _documents(document: Mapping[str, Any], train: Mapping[str, Corpus], seq_lens: Mapping[str, int]) -> Any:
     from rich.table import Table
 
     first = Table(box=None, pad_edge=False, header_style="bold", title="Documents", title_justify="left")
@@ -128,6 +129,12 @@ def _tables(document: Mapping[str, Any], train: Mapping[str, Corpus], seq_lens: 
         cells = [f"{row[key]:,}" for key in ("documents", "tokens")]
         long = [f"{row['at_least'][stage]['documents']:,}" for stage in seq_lens]
         first.add_row(name, *cells, f"{median:,}", f"{row['longest']:,}", *long)
+    return first
+
+
+def _stages(document: Mapping[str, Any]) -> Any:
+    from rich.table import Table
+
     second = Table(box=None, pad_edge=False, header_style="bold", title="Stages", title_justify="left")
     for title in ("stage", "source", "tokens", "documents", "cuts", "epochs", "padding"):
         second.add_column(title, justify="left" if title in ("stage", "source") else "right")
@@ -142,4 +149,4 @@ def _tables(document: Mapping[str, Any], train: Mapping[str, Corpus], seq_lens: 
                 "-" if name not in document["sources"] else f"{use['epochs']:.2f}",
                 f"{row['padding']:.2%}",
             )
-    return [first, second]
+    return second

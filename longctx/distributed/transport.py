@@ -71,6 +71,31 @@ class SingleRankTransport:
         pass
 
 
+class DetachedTransport:
+    """The transport of a rank's copy in another process, such as a data loader's worker: it reaches no peer."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending:
+        raise self._refused()
+
+    def all_gather(self, tensor: Tensor) -> list[Tensor]:
+        raise self._refused()
+
+    def _refused(self) -> ValueError:
+        return ValueError(
+            f"this layout is a copy of one of rank {self.rank} in another process and reaches no other rank: it cuts "
+            "batches and cannot attend or gather; make a layout with this process's own ContextParallel"
+        )
+
+    def unsupported(self, device: str) -> str | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+
 class _Posted:
     def __init__(self, works: Sequence[dist.Work], peers: Sequence[str]) -> None:
         self.works, self.peers = works, peers

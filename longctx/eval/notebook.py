@@ -93,7 +93,8 @@ def needle_grid(
 ) -> NeedleGrid:
     """Hide six-digit pass keys in a text and count how many a model recalls, per depth and context length.
 
-    model: any causal language model of transformers or peft, on any device; its training mode is restored at the end.
+    model: any causal language model of transformers or peft, prepared or not, on any device; its training mode is
+    restored at the end.
     tokenizer: its fast tokenizer. lengths: tokens of a prompt, question included; 8192, "64k" and "1M" are accepted.
     depths: 0 is the text's start, 1 its end. text: one string or several in which the needles are hidden; None uses
     the Python standard library of this machine. per_cell: needles per cell. seed: selects the needles. single: put one
@@ -117,7 +118,9 @@ def needle_grid(
     from longctx.eval import needle
     from longctx.eval.evaluate import window_of
     from longctx.eval.predict import one_process
+    from longctx.model import LossModel
 
+    model = model.model if isinstance(model, LossModel) else model
     values = {"lengths": lengths, "depths": depths, "seeds": (seed,)}
     config = build(NeedleConfig, {**values, "per_cell": per_cell, "single": single}, origin="needle_grid")
     writer = NeedleWriter(tokenizer)

@@ -70,7 +70,8 @@ def _by_position(results: Sequence[EvalResult]) -> Table:
 
     columns = {result.target.name: longest_curve(result) for result in results}
     ends = sorted({end for curve in columns.values() for end in curve})
-    table = Table("positions", title=f"loss by position in {ends[-1]:,} tokens of held-out text, nats per token")
+    table = Table(title=f"loss by position in {ends[-1]:,} tokens of held-out text, nats per token")
+    table.add_column("positions", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
     for start, end in zip([0, *ends], ends, strict=False):

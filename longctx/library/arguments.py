@@ -20,13 +20,18 @@ def rope_from(config_or_path: Any, caller: str) -> Rope:
         return read_rope(config_or_path)
     if isinstance(config_or_path, Mapping):
         return rope_of(config_or_path, "the config")
-    config = getattr(config_or_path, "config", config_or_path)
+    config = getattr(plain(config_or_path), "config", config_or_path)
     if not hasattr(config, "to_dict"):
         raise UserError(
             f"{caller}: {type(config_or_path).__name__} is not a model; give a folder or hub id, the content of a "
             "config.json, a transformers configuration, or a model"
         )
     return rope_of(config.to_dict(), getattr(config, "name_or_path", "") or "the model's config")
+
+
+def plain(model: Any) -> Any:
+    """The transformers model inside a prepared one; anything else as it is. Imports nothing."""
+    return model.model if type(model).__name__ == "LossModel" else model
 
 
 def length_of(window: int | str, caller: str) -> int:
@@ -48,6 +53,8 @@ def check_model(model: Any, caller: str) -> None:
     from longctx.model.architectures import causal_lm_of, check_config
 
     inner = causal_lm_of(model)
+    if plain(model) is not model:
+        raise UserError(f"{caller}: model is prepared already; use it as it is, or give its part `model.model`")
     if not hasattr(inner, "config") or not hasattr(inner, "get_output_embeddings"):
         raise UserError(
             f"{caller}: model is a {type(model).__name__}, not a causal language model of transformers; load one with "

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from longctx.errors import UserError
-from longctx.library.arguments import check_model, length_of, rope_from
+from longctx.library.arguments import check_model, length_of, plain, rope_from
 
 
 def rope_for(
@@ -74,9 +74,8 @@ def set_rope(
     (2048, 154243)
     """
     from longctx.model.rotary import set_rope as rebuild
-    from longctx.model.wrapper import LossModel
 
-    plain = model.model if isinstance(model, LossModel) else model
+    model = plain(model)
     length = length_of(window, "set_rope")
     if precision not in ("float32", "float64"):
         raise UserError(f"set_rope: precision={precision!r} is not float32 or float64")
@@ -85,5 +84,5 @@ def set_rope(
             f"set_rope: rope={rope!r} is not a mapping with rope_theta; pass what rope_for returns, such as "
             "set_rope(model, *rope_for(model, window=65536))"
         )
-    check_model(plain, "set_rope")
-    rebuild(plain, rope, length, precision=precision)
+    check_model(model, "set_rope")
+    rebuild(model, rope, length, precision=precision)

@@ -113,7 +113,10 @@ def shard_batch(
         )
     for name, x in (("input_ids", input_ids), ("labels", labels), ("weights", weights)):
         if not isinstance(x, torch.Tensor) and (x is not None or name == "input_ids"):
-            raise UserError(f"shard_batch: {name} is a {type(x).__name__}; give a tensor [batch, {layout.seq_len}]")
+            raise UserError(
+                f"shard_batch: {name} is a {type(x).__name__}; give a tensor [batch, {layout.seq_len}], such as "
+                "torch.tensor([ids])"
+            )
     labels = input_ids if labels is None else labels
     given = torch.ones(input_ids.shape, dtype=torch.float64, device=input_ids.device) if weights is None else weights
     for name, x in (("input_ids", input_ids), ("labels", labels), ("weights", given)):
@@ -143,5 +146,5 @@ def shard_batch(
         "positions": layout.positions.to(input_ids.device),
         "labels": layout.shard(shifted, dim=1),
         "weights": layout.shard(moved, dim=1),
-        "layout": layout,
+        "layout": layout.of_batch(input_ids),
     }

@@ -100,7 +100,9 @@ def held_out_losses(config: ExtractConfig, folder: Path) -> HeldOutLosses:
 
 def _tokens(config: ExtractConfig) -> list[int]:
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     try:
         text = Path(str(config.text)).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -109,7 +111,7 @@ def _tokens(config: ExtractConfig) -> list[int]:
         tokenizer: Any = AutoTokenizer.from_pretrained(config.tuned)
     except (OSError, ValueError) as error:
         raise UserError(f"verify=loss needs the tokenizer in tuned={config.tuned}: {error}") from None
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][: config.text_tokens]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][: config.text_tokens]
     if len(ids) < 2:
         raise UserError(f"text={config.text} has {len(ids)} tokens; a loss needs at least 2")
     return ids

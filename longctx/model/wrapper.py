@@ -8,8 +8,9 @@ Shapes: B batch, S this rank's tokens, E hidden size.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -73,6 +74,17 @@ class LossModel(nn.Module):
         check_installed(memory.fused)
         train_layers(model)
         self._chosen: tuple[torch.device, torch.dtype, Operators] | None = None
+        self.register_state_dict_post_hook(_drop_aliases)
+        self.register_load_state_dict_pre_hook(_fill_aliases)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return causal_lm_of(self.model).get_input_embeddings()
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recompute layers, as `prepare` does by default; Trainer calls it under gradient_checkpointing=True."""
+        self.memory = replace(self.memory, activation_checkpointing=True)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     @torch.compiler.disable(reason=UNTRACED)
     def forward(
@@ -83,7 +95,7 @@ class LossModel(nn.Module):
         weights: Tensor | None = None,
         layout: Layout | None = None,
         *,
-        labelled: np.ndarray | None = None,
+        targets: np.ndarray | None = None,
         per_token: bool = False,
         logits_at: Tensor | None = None,
     ) -> LossOutput:
@@ -91,8 +103,9 @@ class LossModel(nn.Module):
 
         input_ids, labels and weights are [B, S], positions [B, S] or [S]. labels are shifted already (labels[i] follows
         input_ids[i]), with -100 for tokens without a label. weights=None gives every label the weight 1. layout: this
-        rank's attention layout, or None for one process and one document. labelled: indices into B * S of the tokens
-        with a label, in order, on the host, which waits without them until a GPU has come to the loss. logits_at:
+        rank's attention layout, or None for one process and one document. targets: indices into B * S of the tokens
+        with a label, in order, on the host, which waits without them until a GPU has come to the loss (transformers'
+        Trainer takes every parameter with "label" in its name for an input that an evaluation must have). logits_at:
         indices into B * S whose logits [n, V] are returned, for evaluation.
         """
         head = causal_lm_of(self.model).get_output_embeddings()
@@ -108,7 +121,7 @@ class LossModel(nn.Module):
             given,
             chunk=chunk,
             z_loss=self.z_loss,
-            labelled=labelled,
+            labelled=targets,
             operators=self._operators(flat.device),
         )
         return LossOutput(
@@ -131,6 +144,7 @@ class LossModel(nn.Module):
         block = blocks_of(self.memory, input_ids.device.type).ffn_block
         set_save_policies(self.model, self.memory, block=block, tokens=input_ids.numel(), store=self._store)
         layout = layout or _alone().layout(input_ids.shape[1])
+        layout.check_batch(input_ids.device)
         # transformers hands a mask of four dimensions on as it is, and its layers do not see it under a layout: none of
         # S x S is made, whatever attention the model was loaded with.
         mask = input_ids.new_empty(1, 1, 0, 0, dtype=torch.bool)
@@ -145,6 +159,25 @@ class LossModel(nn.Module):
             self._chosen = device, dtype, choose(self.memory.fused, base, device)
             set_operators(self.model, self._chosen[2])
         return self._chosen[2]
+
+
+def _aliases(module: nn.Module) -> dict[str, str]:
+    """The second names of shared parameters, such as a tied head's weight, and the first name of each."""
+    first = {id(weight): name for name, weight in module.named_parameters()}
+    every = module.named_parameters(remove_duplicate=False)
+    return {name: first[id(weight)] for name, weight in every if first[id(weight)] != name}
+
+
+def _drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """Leave a shared parameter's second names out of a state dict; safetensors, and so Trainer, takes only one."""
+    for name in _aliases(module):
+        state.pop(prefix + name, None)
+
+
+def _fill_aliases(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, first in _aliases(module).items():
+        if prefix + first in state:
+            state.setdefault(prefix + name, state[prefix + first])
 
 
 @cache

@@ -10,7 +10,7 @@ from pathlib import Path
 from longctx.config.theta import ThetaConfig
 from longctx.console import emit, emit_json, say, warn
 from longctx.theta.inputs import starting_rope, target_stages
-from longctx.theta.show import document, paste_text, picture, rule_table, stage_table
+from longctx.theta.show import document, paste_text, picture, rule_tables, stage_table
 from longctx.theta.table import rows
 
 
@@ -30,7 +30,8 @@ def run(config: ThetaConfig) -> int:
         if note:
             emit(note + "\n")
         emit(stage_table(table))
-        emit(rule_table(table))
+        for part in rule_tables(table):
+            emit(part)
         emit(paste_text(table))
     for row in table:
         for text in row.warnings:

@@ -59,21 +59,29 @@ def stage_table(rows: Sequence[StageRow]) -> Table:
     return table
 
 
-def rule_table(rows: Sequence[StageRow]) -> Table:
-    """Make the table of every rule over the same stages: its theta, if it changes theta, and the supported length."""
-    table = _table("The same stages by every rule", ("rule", *(row.name for row in rows)))
-    for name in RULES:
-        if name in rows[0].rules:
-            table.add_row(name, *[_alternative(name, row.rules[name], row.seq_len) for row in rows])
-    table.caption = "theta where the rule changes it, and below it the supported length (! if within the stage)"
-    return table
+def rule_tables(rows: Sequence[StageRow]) -> list[Table]:
+    """Make the tables of every rule over the same stages: its theta, if it changes theta, and the supported length.
+
+    A table has at most five stages, so that it fits into 80 columns.
+    """
+    made = []
+    for at in range(0, len(rows), 5):
+        part = rows[at : at + 5]
+        table = _table("" if at else "The same stages by every rule", ("rule", *(row.name for row in part)))
+        for name in RULES:
+            if name in rows[0].rules:
+                table.add_row(name, *[_alternative(name, row.rules[name], row.seq_len) for row in part])
+        made.append(table)
+    made[-1].caption = "theta where the rule changes it, and below it the supported length (! if within the stage)"
+    return made
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
+    style = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0), "show_edge": False}
+    table = Table(title=title or None, title_justify="left", caption_justify="left", **style)
     for name in columns:
         table.add_column(name, justify="left" if name in ("stage", "rule") else "right", no_wrap=True)
     return table

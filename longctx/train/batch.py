@@ -26,7 +26,7 @@ IGNORED = -100
 class MicroBatch:
     """The input of one forward and backward pass on this rank.
 
-    inputs: the arguments of LossModel.forward; labelled is among them and stays on the host, since the host knows which
+    inputs: the arguments of LossModel.forward; targets is among them and stays on the host, since the host knows which
     tokens have a label and would wait for a device that tells.
     weight: the sum of loss weights on this rank.
     tokens: this rank's tokens, without the layout's padding.
@@ -75,8 +75,8 @@ def micro_batch(data: Any, indices: Sequence[int], context: Any, kind: str, *, t
     labels[weights == 0] = IGNORED
     arrays = {"input_ids": tokens, "labels": labels, "weights": weights}
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    labelled = np.flatnonzero(labels != IGNORED)
-    inputs |= {"positions": layout.positions, "layout": layout, "labelled": labelled}
+    targets = np.flatnonzero(labels != IGNORED)
+    inputs |= {"positions": layout.positions, "layout": layout, "targets": targets}
     late = torch.from_numpy(np.where(held % length >= length * 3 // 4, weights, np.float32(0))) if tail else None
     weight = float(weights.sum(dtype=np.float64))
     real = len(rows) * int((held >= 0).sum())

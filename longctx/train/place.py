@@ -68,5 +68,7 @@ def saved_words(step: int) -> str:
 def say_resumed(state: State, stages: Sequence[Stage]) -> None:
     """Say at which step a run continues, if it has trained before."""
     if state.step:
-        name = stages[min(state.stage, len(stages) - 1)].name
-        console.say(f"continuing at step {state.step} (stage {name}, {state.tokens:,} tokens done)")
+        stage = stages[min(state.stage, len(stages) - 1)]
+        ended = state.stage >= len(stages) or (stage is stages[-1] and state.ended)
+        rest = "; every stage is trained" if ended else ""
+        console.say(f"continuing at step {state.step} (stage {stage.name}, {state.tokens:,} tokens done{rest})")

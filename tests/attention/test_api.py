@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import torch
 
 import longctx
 from longctx.attention import ContextParallel, context_attention
-from longctx.distributed.transport import ThreadWorld
+from longctx.distributed.transport import DetachedTransport, ThreadWorld
 from longctx.topology import Topology
 
 
@@ -183,3 +185,29 @@ def test_a_trace_shows_compute_and_transfers(tmp_path):
     assert all(event["dur"] >= 0 and event["pid"] == 3 for event in events)
     with pytest.raises(ValueError, match="trace=True"):
         ContextParallel.from_world().write_trace(tmp_path / "x.json")
+
+
+def test_a_layout_travels_to_and_from_a_data_loaders_worker(solo):
+    """It returns to the group that it came from, so that the batch is ready for attention."""
+    layout = solo.layout(64, documents=[0, 40, 64], positions="document")
+    again = pickle.loads(pickle.dumps(layout))
+    assert again.cp is solo
+    assert again.handle == layout.handle
+    assert torch.equal(again.positions, layout.positions)
+
+
+def test_a_layout_in_another_process_shards_and_says_that_it_cannot_attend():
+    """What a spawned worker of rank 1 has, which knows no ContextParallel of the training process."""
+    there = ContextParallel(DetachedTransport(1, 2), Topology(1, 2))
+    layout = there.layout(64)
+    sent, name, indices = pickle.dumps(layout), there.name, layout.indices
+    del there, layout
+    gc.collect()
+    here = pickle.loads(sent)
+    assert (here.cp.rank, here.cp.size, here.cp.name) == (1, 2, name)
+    assert torch.equal(here.shard(torch.arange(64)[None], dim=1)[0], indices)
+    q = torch.zeros(1, 2, here.local_len, 8)
+    with pytest.raises(ValueError, match="copy of one of rank 1 in another process"):
+        context_attention(q, q, q, here)
+    with pytest.raises(ValueError, match="'64k' is not a whole number of tokens"):
+        here.cp.layout("64k")

@@ -49,6 +49,16 @@ def test_data_then_stats_over_a_folder(folder, model, tmp_path, capsys):
     assert (tmp_path / "run/data_stats.png").stat().st_size > 10_000
 
 
+def test_stats_show_the_documents_before_a_stage_that_they_cannot_fill(folder, model, tmp_path, capsys):
+    words = [f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
+    status, out, err = _run(capsys, "data", "stats", *words, "curriculum=8k_to_1048k", "curriculum.only=[s64k]")
+    assert status == 2
+    assert ">= 65,536 (s64k)" in " ".join(out.split())
+    assert "no document is that long" in err
+    assert "curriculum.stages.NAME.mix=default" in err
+    assert "curriculum.only" in err
+
+
 def test_the_prolong_preset_plans_both_of_its_stages(model, tmp_path, capsys):
     web = ["fineweb_edu", "fineweb", "stackexchange", "wikipedia", "openwebmath"]
     names = ["code", "books", "textbooks", "tulu", "arxiv", *web]

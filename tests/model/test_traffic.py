@@ -146,7 +146,7 @@ def counted(traffic: Traffic, monkeypatch: pytest.MonkeyPatch, operators: str, *
         ids = torch.zeros(1, TOKENS, dtype=torch.long)
         labels = torch.cat([ids[:, 1:], ids.new_full((1, 1), -100)], dim=1)
         with traffic:
-            model(ids, torch.arange(TOKENS), labels, labelled=labelled).loss_sum.backward()
+            model(ids, torch.arange(TOKENS), labels, targets=labelled).loss_sum.backward()
     return traffic
 
 

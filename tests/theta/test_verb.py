@@ -203,3 +203,12 @@ def test_a_model_without_rotary_embeddings_is_refused(capsys: pytest.CaptureFixt
 def test_a_model_and_numbers_together_are_refused(capsys: pytest.CaptureFixture[str], tmp_path: Path):
     folder = model(tmp_path / "m", rope_theta=500000.0)
     assert "theta and a model are both given" in refused(capsys, f"model.path={folder}", "theta=1e6", "to=64k")
+
+
+def test_no_cell_is_cut_off_at_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """Eight stages up to 1,048,576 tokens and thetas of eleven digits, the widest of configs/curriculum."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["theta", "curriculum=8k_to_1048k", "rope=dynamic_ntk"]) == 0
+    out = capsys.readouterr().out
+    assert "…" not in out
+    assert {"s1048k", "1,048,576", "dynamic-ntk", "46711444102", ">1,048,576", "5.1e+08"} <= set(out.split())

@@ -124,11 +124,14 @@ def test_a_crash_without_warning_repeats_the_lost_steps(
     assert all(value.equal(weights(run)[name]) for name, value in weights(undisturbed).items())
 
 
-def test_a_finished_run_does_nothing_again(undisturbed: Path, documents: Path) -> None:
+def test_a_finished_run_says_so_and_does_nothing_again(
+    undisturbed: Path, documents: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     before = (undisturbed / "stages/s128/model/model.safetensors").stat().st_mtime_ns
     assert train_run(config(undisturbed, documents)) == 0
     assert (undisturbed / "stages/s128/model/model.safetensors").stat().st_mtime_ns == before
     assert len(losses(undisturbed)) == 9
+    assert "tokens done; every stage is trained)" in capfd.readouterr().err
 
 
 STAGES = {

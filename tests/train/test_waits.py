@@ -108,7 +108,7 @@ def test_without_the_batchs_indices_the_loss_has_to_look_for_labels() -> None:
     labels = torch.where(ids % 3 == 0, -100, ids)
     forward = partial(model, ids, torch.arange(16), labels)
     looked = forward()
-    given = forward(labelled=np.flatnonzero(labels.flatten() != -100))
+    given = forward(targets=np.flatnonzero(labels.flatten() != -100))
     assert torch.equal(looked.loss_sum, given.loss_sum)
     with pytest.raises(RuntimeError, match=r"torch.nonzero.. raises"):
         model.to(META)(ids.to(META), torch.arange(16, device=META), labels.to(META))
