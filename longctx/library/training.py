@@ -111,20 +111,9 @@ def shard_batch(
             f"shard_batch: layout is a {type(layout).__name__}; pass what ContextParallel.from_world().layout(seq_len) "
             "returns"
         )
-    for name, x in (("input_ids", input_ids), ("labels", labels), ("weights", weights)):
-        if not isinstance(x, torch.Tensor) and (x is not None or name == "input_ids"):
-            raise UserError(
-                f"shard_batch: {name} is a {type(x).__name__}; give a tensor [batch, {layout.seq_len}], such as "
-                "torch.tensor([ids])"
-            )
+    _check_batch({"input_ids": input_ids, "labels": labels, "weights": weights}, layout.seq_len)
     labels = input_ids if labels is None else labels
     given = torch.ones(input_ids.shape, dtype=torch.float64, device=input_ids.device) if weights is None else weights
-    for name, x in (("input_ids", input_ids), ("labels", labels), ("weights", given)):
-        if x.dim() != 2 or x.shape != input_ids.shape or x.shape[1] != layout.seq_len:
-            raise UserError(
-                f"shard_batch: {name} has shape {tuple(x.shape)}, and it must be [batch, {layout.seq_len}], whole "
-                "sequences of the layout's length and the same for input_ids, labels and weights"
-            )
     if reduction not in ("sum", "mean"):
         raise UserError(f"shard_batch: reduction={reduction!r} is not sum or mean")
     last = layout.boundaries[1:].to(input_ids.device) - 1  # the token after a document's last is another document's
@@ -148,3 +137,22 @@ def shard_batch(
         "weights": layout.shard(moved, dim=1),
         "layout": layout.of_batch(input_ids),
     }
+
+
+def _check_batch(batch: dict[str, Any], seq_len: int) -> None:
+    """Raise UserError unless all are tensors [batch, seq_len] of one shape; labels and weights may be None."""
+    import torch
+
+    for name, x in batch.items():
+        if x is None and name != "input_ids":
+            continue
+        if not isinstance(x, torch.Tensor):
+            raise UserError(
+                f"shard_batch: {name} is a {type(x).__name__}; give a tensor [batch, {seq_len}], such as "
+                "torch.tensor([ids])"
+            )
+        if x.dim() != 2 or x.shape != batch["input_ids"].shape or x.shape[1] != seq_len:
+            raise UserError(
+                f"shard_batch: {name} has shape {tuple(x.shape)}, and it must be [batch, {seq_len}], whole "
+                "sequences of the layout's length and the same for input_ids, labels and weights"
+            )
