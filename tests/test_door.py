@@ -173,7 +173,7 @@ def test_a_combination_without_a_curriculum_is_refused_before_the_first_run(monk
     monkeypatch.setattr("longctx.sweep._one", lambda command, capture: pytest.fail("a run was started"))
     assert cli.main(["train", "-m", "model=tiny", "rope=yarn", "curriculum.lr.peak=6e-4,1e-5"]) == 2
     said = capsys.readouterr().err
-    assert "curriculum.lr.peak=1e-05: curriculum.stages.s2048.lr.final=2e-05 must lie between 0 and the peak" in said
+    assert "curriculum.lr.peak=1e-05: curriculum.stages.s2048.lr.final=2e-05 must be at most the peak 1e-05" in said
 
 
 @pytest.mark.parametrize(
