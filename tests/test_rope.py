@@ -85,6 +85,19 @@ def test_supported_length(theta: int, expected: int | None):
     assert supported_length(frequencies, 2**20) == expected
 
 
+def test_yarn_with_equal_bounds_has_transformers_frequencies():
+    """As in Kimi K2's config.json; the ramp lies between two neighbouring pairs."""
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    made = apply(make_rule("yarn", {"beta_slow": 1, "beta_fast": 1}), LLAMA3, 131072)
+    config = LlamaConfig(
+        hidden_size=4096, num_attention_heads=32, max_position_embeddings=131072, rope_parameters=dict(made)
+    )
+    theirs, _ = ROPE_INIT_FUNCTIONS["yarn"](config, "cpu")
+    assert np.allclose(inv_freq(made, 128, window=131072), theirs.numpy(), rtol=1e-6)
+
+
 def test_supported_length_limit_is_inclusive():
     frequencies = inv_freq({"rope_theta": 500000}, 128, window=8192)
     assert supported_length(frequencies, 18438) == 18438
@@ -201,6 +214,8 @@ def test_theta_rules_keep_llama3_scaling_and_fix_dynamic():
         ("ntk", {"factor": 4}, "rule.factor=4 does not belong to rule 'ntk'; it takes no parameters"),
         ("yarn", {"alpha": 1}, "rule.alpha=1 does not belong to rule 'yarn'; it takes beta_fast, beta_slow"),
         ("dynamic-ntk", {"factor": 0.5}, "rule.factor=0.5 must be 1 or more"),
+        ("yarn", {"beta_slow": 2, "beta_fast": 1}, "beta_slow=2 must be at most beta_fast=1"),
+        ("by-parts", {"alpha": 2, "beta": 2}, "alpha=2 must be below beta=2"),
     ],
 )
 def test_rule_mistakes(name: str, values: dict, message: str):

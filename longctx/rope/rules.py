@@ -40,12 +40,14 @@ class Rule(ABC):
     start: Start = "original"  #: where a stage's rule begins: at the `previous` stage's rope, or the `original` model's
     extends: ClassVar[frozenset[str]]  # rope types it can begin from
     ramp: ClassVar[tuple[str, str] | None] = None  # the parameters between which it interpolates, the lower first
+    steps: ClassVar[bool] = False  # whether the two may be equal, so that it steps there
 
     def __post_init__(self) -> None:
         if self.ramp is not None:
             low, high = (getattr(self, name) for name in self.ramp)
-            if low >= high:
-                raise ValueError(f"{self.ramp[0]}={low:g} must be below {self.ramp[1]}={high:g}")
+            if low > high or (low == high and not self.steps):
+                rule = "must be at most" if self.steps else "must be below"
+                raise ValueError(f"{self.ramp[0]}={low:g} {rule} {self.ramp[1]}={high:g}")
 
     @abstractmethod
     def to_hf(self, rope: Rope, length: int) -> Parameters:
@@ -191,6 +193,7 @@ class Yarn(Rule):
     name: Literal["yarn"] = "yarn"
     extends: ClassVar[frozenset[str]] = frozenset({"default", "yarn", "llama3"})
     ramp: ClassVar[tuple[str, str] | None] = ("beta_slow", "beta_fast")
+    steps: ClassVar[bool] = True  # Kimi K2 has 1 and 1: the floor and the ceiling differ by a pair
     beta_fast: AboveZero = 32.0  #: turns above which a pair is left alone
     beta_slow: AboveZero = 1.0  #: turns below which it is interpolated
 
