@@ -166,6 +166,8 @@ def test_nearest_finds_what_was_meant():
         (["train", "--help", "optm"], "optm is not a known key; did you mean 'optim'?"),
         (["train", "-m", *TINY], "-m has nothing to sweep"),
         (["train", "-m", *TINY, "optim.max_grad_norm=1,big"], "optim.max_grad_norm='big' is not a number"),
+        (["bench", "longest", "model=tiny"], "model=tiny: this command has no choices of model; give its keys"),
+        (["bench", "longest", "engine=deepspeed"], "engine=deepspeed: this command has no choices of engine"),
         (["bench", "faults", "steps=11"], "steps=11 must be a multiple of 2"),
         (["train", *TINY, "data.heldout=1"], "data.heldout=1 must be below 1"),
         (["completion", "bsh"], "did you mean 'bash'?"),

@@ -213,6 +213,11 @@ class Overrides:
         kind: Any = self.kind
         for part in key.split("."):
             kind = step_into(kind, part)
+        if key in self.choices and isinstance(override.value(), str):
+            raise UserError(
+                f"{key}={value}: this command has no choices of {key}; give its keys, such as "
+                f"{key}.{known_keys(kind)[0]}=... ({self.origin})"
+            )
         if variants(kind) and isinstance(override.value(), str | dict):
             rule = f"{{name:{value}}}" if isinstance(override.value(), str) else value
             return [f"++{key}=null", f"++{key}={rule}"]
