@@ -21,11 +21,9 @@ class Mixin:
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickle by the two classes, because no module holds the class that is made of them."""
-        reduced = super().__reduce_ex__(protocol)
-        mixin, family, *_ = type(self).__bases__
-        if not isinstance(reduced, tuple) or not issubclass(mixin, Mixin) or type(self) is not _mixed(mixin, family):
-            return reduced
-        return _blank, (mixin, family), *reduced[2:]
+        reduced, bases = super().__reduce_ex__(protocol), type(self).__bases__
+        made_here = len(bases) == 2 and issubclass(bases[0], Mixin) and type(self) is _mixed(*bases)
+        return (_blank, bases, *reduced[2:]) if made_here and isinstance(reduced, tuple) else reduced
 
 
 @cache
