@@ -29,9 +29,9 @@ def run(config: ThetaConfig) -> int:
         note = rope.note()
         if note:
             emit(note + "\n")
-        emit(stage_table(table))
-        for part in rule_tables(table):
+        for part in (stage_table(table), *rule_tables(table)):
             emit(part)
+            emit("")
         emit(paste_text(table))
     for row in table:
         for text in row.warnings:

@@ -52,7 +52,7 @@ def stage_table(rows: Sequence[StageRow]) -> Table:
             f"{row.published_bound:.1e}" if row.published_bound else "",
         )
     table.caption = (
-        "supported: first distance at which this theta fails (2405.14591), ! if within the stage\n"
+        "supported: the distance at which theta fails (2405.14591), ! within the stage\n"
         f"dims: of {rows[0].dims}, those that never complete a turn within the stage, before -> after\n"
         "bound: that paper's smallest theta for the length, for context"
     )
@@ -72,7 +72,7 @@ def rule_tables(rows: Sequence[StageRow]) -> list[Table]:
             if name in rows[0].rules:
                 table.add_row(name, *[_alternative(name, row.rules[name], row.seq_len) for row in part])
         made.append(table)
-    made[-1].caption = "theta where the rule changes it, and below it the supported length (! if within the stage)"
+    made[-1].caption = "theta where a rule changes it; below it the supported length (! in the stage)"
     return made
 
 
