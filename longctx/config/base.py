@@ -107,13 +107,14 @@ def _float_not_bool(value: Any) -> Any:
 # numbers: torch's 32-bit sizes, numpy's 64-bit counts, the timers of sockets.
 MOST = 2**31 - 1
 LONGEST = 2**28  # tokens of a sequence
+MOST_THETA = 2**63  # transformers computes with theta as a 64-bit number
 Whole = Annotated[int, BeforeValidator(_whole_not_bool)]
 Number = Annotated[float, BeforeValidator(_float_not_bool)]
 Length = Annotated[int, BeforeValidator(parse_length), Field(ge=1, le=LONGEST)]
 LengthOrZero = Annotated[int, BeforeValidator(parse_length), Field(ge=0, le=LONGEST)]
 Window = Annotated[int, BeforeValidator(parse_length), Field(ge=2, le=LONGEST)]  # a token to read, one to predict
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=10**18)]
-Theta = Annotated[int, BeforeValidator(parse_count), Field(gt=1, lt=2**63)]
+Theta = Annotated[int, BeforeValidator(parse_count), Field(gt=1, lt=MOST_THETA)]
 Text = Annotated[str, BeforeValidator(_text)]
 Positive = Annotated[Whole, Field(ge=1, le=MOST)]
 NotNegative = Annotated[Whole, Field(ge=0, le=MOST)]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longctx.config.base import parse_count, parse_length
+from longctx.config.base import MOST_THETA, parse_count, parse_length
 from longctx.config.curriculum import CurriculumConfig, StageConfig
 from longctx.errors import UserError, nearest
 
@@ -73,7 +73,7 @@ def _found(item: dict[str, Any], where: str, path: Path) -> FoundTheta:
         theta = parse_count(item["theta"])
     except ValueError as error:
         raise UserError(f"{where}.theta={item['theta']!r} {error} ({path})") from None
-    if not 1 < theta < 2**63:
+    if not 1 < theta < MOST_THETA:
         raise UserError(f"{where}.theta={theta} must be above 1 and below 2^63 ({path})")
     rule = item.get("rule")
     return FoundTheta(theta, None if rule is None else str(rule))

@@ -9,7 +9,7 @@ from longctx.config.eval import EvalConfig
 from longctx.distributed.ranks import Ranks
 from longctx.dtype import stated
 from longctx.host_memory import host_memory
-from longctx.planner.evidence import fits, largest, readings
+from longctx.planner.evidence import fits, fitting_words, largest, readings
 from longctx.planner.memory import BYTES
 from longctx.planner.remedies import GIB
 from longctx.shape import shape_of
@@ -31,8 +31,7 @@ def remark_memory(config: EvalConfig, name: str, path: str, ranks: Ranks) -> Non
     if not missing:
         return
     most = largest(missing)
-    lengths = {key: [need.tokens for need in needs if need.key == key and need not in missing] for key in KEYS}
-    fitting = " ".join(f"'{key}=[{','.join(map(str, tokens))}]'" for key, tokens in lengths.items() if tokens)
+    fitting = fitting_words(needs, room)
     together = f", {most.at_once} at once" if most.at_once > 1 else ""
     console.remark(
         f"{name}: {most.key} asks for {most.tokens:,} tokens{together}, which need about {most.total / GIB:.3g} GiB, "

@@ -119,24 +119,28 @@ def check_evidence_memory(needs: list[EvidenceNeed], device_bytes: float, device
         return
     where = "the one GPU that measures it" if device == "cuda" else "this machine"
     together = f", {most.at_once} at once" if most.at_once > 1 else ""
+    shorter = fitting_words(needs, device_bytes, "after_training.evidence.")
     raise UserError(
         f"after_training.evidence.{most.key} asks for {most.tokens:,} tokens{together}, which need about "
         f"{most.total / GIB:.3g} GiB on {where} (weights {most.weights / GIB:.3g}, the forward pass "
         f"{most.forward / GIB:.3g}), and {USABLE * device_bytes / GIB:.3g} GiB can be used there: training would end "
-        f"without evidence. What would fit: {_shorter(needs, device_bytes)}after_training.evidence=null, and "
+        f"without evidence. What would fit: {shorter + '; or ' if shorter else ''}after_training.evidence=null, and "
         "`longctx eval` of the finished models on a larger device. accept=[memory] starts it all the same "
         "(configs/after_training, docs/eval.md)"
     )
 
 
-def _shorter(needs: list[EvidenceNeed], device_bytes: float) -> str:
-    """The lengths that fit, as words for the command line; empty where no needle's length does."""
+def fitting_words(needs: list[EvidenceNeed], device_bytes: float, section: str = "") -> str:
+    """The lengths that fit instead of those that do not, as words for the command line.
+
+    section: what comes before the keys, with its dot. Empty where no length of a key fits.
+    """
     words = []
-    for key in KEYS:
+    for key in dict.fromkeys(need.key for need in needs):
         asked = [need for need in needs if need.key == key]
         fitting = [need.tokens for need in asked if fits(need, device_bytes)]
-        if not fitting and asked:
+        if not fitting:
             return ""
         if len(fitting) < len(asked):
-            words.append(f"'after_training.evidence.{key}=[{','.join(map(str, fitting))}]'")
-    return " ".join(words) + "; or "
+            words.append(f"'{section}{key}=[{','.join(map(str, fitting))}]'")
+    return " ".join(words)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
+from longctx.config.base import MOST_THETA
 from longctx.errors import UserError
 from longctx.rope.frequencies import ROPE_TYPES, rotary_dim
 from longctx.shape import DEFAULTS
@@ -47,7 +48,7 @@ def check_rope(parameters: Mapping[str, Any], head_dim: int, family: str, source
             f"rope_theta is missing, and what model_type={family!r} takes without it is not known here; write it "
             f"into the file ({source})"
         )
-    if not is_number(theta) or not 1 < theta < 2**63:
+    if not is_number(theta) or not 1 < theta < MOST_THETA:
         raise UserError(
             f"rope_theta={_shown(theta)} is not a number above 1 and below 2^63; write it as a plain number, such "
             f"as 500000.0 ({source})"

@@ -17,7 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 import numpy as np
 from pydantic import Field
 
-from longctx.config.base import AboveZero, build
+from longctx.config.base import MOST_THETA, AboveZero, build
 from longctx.errors import UserError, nearest
 from longctx.rope.config import Rope
 from longctx.rope.frequencies import ROPE_TYPES
@@ -26,7 +26,6 @@ Parameters = dict[str, Any]
 Start = Literal["previous", "original"]
 # A factor below 1 would shrink the window.
 Factor = Annotated[AboveZero, Field(ge=1)]
-_MOST_THETA = 2**63  # transformers computes with theta as a 64-bit number
 _THETA_EXTENDS = frozenset({"default", "linear", "dynamic", "yarn", "llama3"})
 
 
@@ -125,8 +124,8 @@ class ScalingLaw(Rule):
         if rope.window <= 2 * math.pi:
             raise UserError(f"rule scaling-law begins at a window of 7 tokens, not {rope.window} ({rope.source})")
         power = math.log(length / (2 * math.pi)) / math.log(rope.window / (2 * math.pi))
-        if power * math.log(rope.theta) > math.log(_MOST_THETA):
-            return _with_theta(rope, _MOST_THETA)
+        if power * math.log(rope.theta) > math.log(MOST_THETA):
+            return _with_theta(rope, MOST_THETA)
         return _with_theta(rope, int(rope.theta**power))
 
 
@@ -324,7 +323,7 @@ def apply(rule: Rule, rope: Rope, length: int, where: str = "rule") -> Parameter
 
 def check_theta(theta: float, where: str, source: str) -> None:
     """Raise UserError for a theta with which transformers cannot compute."""
-    if not 1 < theta < _MOST_THETA:
+    if not 1 < theta < MOST_THETA:
         bound = "is not above 1" if theta <= 1 else "is more than the 9.2e18 with which transformers can compute"
         raise UserError(
             f"{where}: theta={theta:.3g} {bound}; give a {'higher' if theta <= 1 else 'lower'} theta, or another rule, "
