@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -64,11 +65,12 @@ def missing(part: Part) -> str:
 # --- gates
 
 
-def _pytest(place: str, chosen: str = "") -> Callable[[Path], list[str]]:
-    """The GPU tests of a file; chosen: those that pytest's -k takes."""
+def _pytest(place: str, chosen: str = "", workers: int = 1) -> Callable[[Path], list[str]]:
+    """The GPU tests of a file; chosen: by pytest's -k; workers: processes, where pytest-xdist is installed."""
 
     def command(folder: Path) -> list[str]:
-        options = ["-m", "gpu", "-q", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={folder / 'junit.xml'}"]
+        options = ["-m", "gpu", "-vv", "-p", "no:cacheprovider", "--tb=short", f"--junitxml={folder / 'junit.xml'}"]
+        options += ["-n", str(workers)] if workers > 1 and find_spec("xdist") else []
         return [sys.executable, "-m", "pytest", str(ROOT / place), *options, *(["-k", chosen] if chosen else [])]
 
     return command
@@ -76,6 +78,8 @@ def _pytest(place: str, chosen: str = "") -> Callable[[Path], list[str]]:
 
 def _read_pytest(part: str) -> Callable[[Path], list[Row]]:
     def read(folder: Path) -> list[Row]:
+        if not (folder / "junit.xml").exists():  # pytest writes it at its end
+            return [_unfinished(part, (folder / "output.txt").read_text(encoding="utf-8", errors="replace"))]
         cases = list(ElementTree.parse(folder / "junit.xml").iter("testcase"))
         bad = [case for case in cases if case.find("failure") is not None or case.find("error") is not None]
         skips = [node.get("message", "") for case in cases if (node := case.find("skipped")) is not None]
@@ -90,6 +94,22 @@ def _read_pytest(part: str) -> Callable[[Path], list[Row]]:
         ]
 
     return read
+
+
+def _unfinished(part: str, output: str) -> Row:
+    """What a pytest that was ended had said by then, in its verbose lines."""
+    ends: dict[str, list[str]] = {"PASSED": [], "FAILED": [], "ERROR": [], "SKIPPED": []}
+    for line in output.splitlines():
+        if found := _ALONE.match(line) or _WORKER.match(line):
+            ends[found["end"]].append(found["name"])
+    bad = ", ".join([*ends["FAILED"], *ends["ERROR"]][:6])
+    note = f"ended before all had run; {len(ends['SKIPPED'])} skipped" + (f"; failed: {bad}" if bad else "")
+    return Row(part, "tests passed", f"{len(ends['PASSED'])}", floor="all", holds=False, note=note)
+
+
+# pytest's lines of a test: "FILE::NAME PASSED [ 10%]", and of a worker's: "[gw0] [ 10%] PASSED FILE::NAME".
+_ALONE = re.compile(r"\S+?::(?P<name>.+) (?P<end>PASSED|FAILED|ERROR|SKIPPED)\b")
+_WORKER = re.compile(r"\[gw\d+\] \[ *\d+%\] (?P<end>PASSED|FAILED|ERROR|SKIPPED) \S+?::(?P<name>.+?) *$")
 
 
 def _quickstart(folder: Path) -> list[str]:
@@ -271,7 +291,7 @@ def _read_million(folder: Path) -> list[Row]:
 
 PARTS = (
     Part("kernels", "tests", "every kernel against fp64", 150, 20,
-         _pytest("tests/gpu/test_kernels.py", "not flash_attn_4"), _read_pytest("kernels"), ("pytest",)),
+         _pytest("tests/gpu/test_kernels.py", "not flash_attn_4", workers=2), _read_pytest("kernels"), ("pytest",)),
     Part("fa4", "tests", "flash-attn 4 against fp64 (it compiles a kernel for every head dimension)", 240, 40,
          _pytest("tests/gpu/test_kernels.py", "flash_attn_4"), _read_pytest("fa4"), ("pytest", "flash_attn")),
     Part("fused", "tests", "liger-kernel's operators, and products that add in fp32", 120, 30,
@@ -279,9 +299,9 @@ PARTS = (
     Part("offload", "tests", "optimizer states and activations in host memory", 90, 20,
          _pytest("tests/gpu/test_offload.py"), _read_pytest("offload"), ("pytest",)),
     Part("nccl", "tests", "NCCL with several ranks on one card", 200, 40,
-         _pytest("tests/gpu/test_nccl.py"), _read_pytest("nccl"), ("pytest", "deepspeed")),
+         _pytest("tests/gpu/test_nccl.py", workers=4), _read_pytest("nccl"), ("pytest", "deepspeed")),
     Part("runs", "tests", "whole runs, a kill, refusals", 200, 40,
-         _pytest("tests/gpu/test_runs.py"), _read_pytest("runs"), ("pytest", "datasets", "deepspeed")),
+         _pytest("tests/gpu/test_runs.py", workers=3), _read_pytest("runs"), ("pytest", "datasets", "deepspeed")),
     Part("quickstart", "tests", "the whole quickstart on one rank, with the needle bars of the CPU", 200, 60,
          _quickstart, _read_quickstart, ("datasets",)),
     Part("attention", "bench", "the executor beside the bare kernels, packed documents", 200, 30,

@@ -105,8 +105,12 @@ class HostStore:
             yield
         self._here = {}
 
-    def put(self, tensor: Tensor) -> HostView:
+    def put(self, tensor: Tensor) -> HostView | Tensor:
         storage = tensor.untyped_storage()
+        if (
+            storage.nbytes() == 0
+        ):  # torch.utils.checkpoint of torch 2.11 saves one, on the CPU whatever the model's device
+            return tensor.detach()
         known = self._here.get(storage._cdata)
         place = len(self._order) if known is None else known[1]
         if known is None:
@@ -118,7 +122,9 @@ class HostStore:
         away.views += 1
         return HostView(away, place, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
 
-    def get(self, saved: HostView) -> Tensor:
+    def get(self, saved: HostView | Tensor) -> Tensor:
+        if isinstance(saved, Tensor):
+            return saved
         flat = saved.copy.take()
         for away in reversed(self._order[: saved.place]):
             if away.layer < saved.copy.layer - 1:

@@ -83,6 +83,8 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
         base.rotary_emb = ExactRotary(exact, scaling).to(device)
     else:
         base.rotary_emb = _transformers_rotary(base)(config=config).to(device)
+        # With equal factors nothing changes at run time, and comparing lengths would make the host wait for the device.
+        base.rotary_emb.rope_type = "default"
     check_inv_freq(cast(Tensor, base.rotary_emb.inv_freq), exact, f"rope {dict(config.rope_parameters)}")
 
 

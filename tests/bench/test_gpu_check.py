@@ -162,3 +162,43 @@ def test_sampled_rows_of_a_long_call_are_compared_with_fp64(tmp_path):
     rows = read(tmp_path)
     assert rows[1].holds is True
     assert rows[1].value < 1e-5
+
+
+@pytest.mark.usefixtures("_with_a_card")
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "workers"])
+def test_tests_that_were_ended_are_told_by_name(tmp_path, workers):
+    """pytest writes its junit file at its end, so the figures come from what it has said."""
+    tests = tmp_path / "test_made.py"
+    tests.write_text(
+        "import pytest, time\n"
+        "def test_good(): pass\n"
+        "@pytest.mark.parametrize('case', ['a b', 'c'])\n"
+        "def test_bad(case): assert case == 'c'\n"
+        "def test_none(): pytest.skip('no card')\n"
+        "def test_hangs(): time.sleep(60)\n"
+    )
+    words = [sys.executable, "-m", "pytest", str(tests), "-vv", "-c", os.devnull, "-p", "no:cacheprovider", *workers]
+    read = next(part.read for part in PARTS if part.name == "kernels")
+    slow = Part("made", "tests", "tests", 12, 1, lambda folder: words, read)
+    (row,) = gpu_check.measured(slow, tmp_path, time.monotonic() + 60)
+    assert (row.value, row.holds) == ("2", False)
+    assert "1 skipped" in row.note
+    assert "failed: test_bad[a b]" in row.note
+
+
+@pytest.mark.usefixtures("_with_a_card")
+def test_a_part_does_not_read_what_an_earlier_one_left(tmp_path):
+    good = part("echo 2", read=lambda folder: [Row("made", "figure", float((folder / "result").read_text()), "x")])
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "result").write_text("3")
+    (row,) = gpu_check.run_part(good, tmp_path, time.monotonic() + 60)
+    assert row.holds is False
+
+
+@pytest.mark.slow
+def test_the_gpu_tests_fit_the_code_they_call(tmp_path):
+    """On the CPU in a card's place (tests/gpu/card.py): no one who changes the code has to have a card to see it."""
+    words = [sys.executable, "-m", "pytest", str(ROOT / "tests" / "gpu"), "-m", "gpu", "-p", "no:cacheprovider", "-vv"]
+    done = subprocess.run(words, env={**os.environ, "LONGCTX_CARD": "cpu"}, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.stdout.count("PASSED") > 25

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from longctx.config.model import ModelConfig
 from longctx.model import model_of
+from tests.gpu.card import CARD
 from tests.train.made import TOKENIZER
 
 DOCUMENTS = (1, 2, 7, 63, 64, 65, 4097)  # tokens of each
@@ -28,9 +29,9 @@ def hidden() -> Tensor:
 
     text = Path(argparse.__file__).read_text()
     ids = AutoTokenizer.from_pretrained(TOKENIZER)(text, return_tensors="pt").input_ids[:, : 2 * TOKENS]
-    model = model_of(ModelConfig(path=TOKENIZER, attention="sdpa", dtype="float32")).to("cuda")
+    model = model_of(ModelConfig(path=TOKENIZER, attention="sdpa", dtype="float32")).to(CARD)
     with torch.no_grad():
-        found = model.model(input_ids=ids[:, : 2 * TOKENS].to("cuda"), use_cache=False).last_hidden_state[0]
+        found = model.model(input_ids=ids[:, : 2 * TOKENS].to(CARD), use_cache=False).last_hidden_state[0]
     found = found.double()
     assert len(found) >= TOKENS, f"the text has {len(found)} tokens, {TOKENS} are needed"
     return (found - found.mean(0)) / found.std()
@@ -38,11 +39,11 @@ def hidden() -> Tensor:
 
 def qkv(batch: int, tokens: int, q_heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[Tensor]:
     """q, k, v and a gradient of out, [batch, heads, tokens, head_dim], tokens before heads in memory."""
-    make = torch.Generator(device="cuda").manual_seed(head_dim + q_heads)
+    make = torch.Generator(device=CARD).manual_seed(head_dim + q_heads)
     rows = hidden()[:tokens]
     found = []
     for heads in (q_heads, kv_heads, kv_heads, q_heads):
-        drawn = torch.randn(batch, rows.shape[1], heads * head_dim, generator=make, device="cuda", dtype=torch.float64)
+        drawn = torch.randn(batch, rows.shape[1], heads * head_dim, generator=make, device=CARD, dtype=torch.float64)
         projected = rows @ drawn / rows.shape[1] ** 0.5
         found.append(projected.unflatten(-1, (heads, head_dim)).transpose(1, 2).to(dtype))
     return found

@@ -1,4 +1,7 @@
-"""Every test of this folder needs a CUDA device: `pytest -m gpu tests/gpu`, or `launch/gpu_check.sh tests`."""
+"""Every test of this folder needs a CUDA device: `pytest -m gpu tests/gpu`, or `launch/gpu_check.sh tests`.
+
+LONGCTX_CARD=cpu runs what a CPU can run of them (tests/gpu/card.py).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.gpu.card import ON_CUDA
+
 HERE = Path(__file__).parent
 
 
@@ -14,5 +19,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in Path(item.path).parents:
             item.add_marker(pytest.mark.gpu)
-            if not torch.cuda.is_available():
+            if ON_CUDA and not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -13,13 +13,15 @@ from longctx.config.model import Fused, InitConfig, MemoryConfig
 from longctx.model import LossModel, init_from
 from longctx.model.operators import choose
 from longctx.model.products import add_product
+from tests.gpu.card import CARD, DTYPE, ON_CUDA
 from tests.model.conftest import main_grads
 
-CARD = torch.device("cuda")
 TOKENS = 2048
 # hidden, heads, kv heads, feed-forward, vocabulary of Llama-3-8B and Gemma-7B; a width takes Triton some ten seconds
 WIDTHS = {"llama": (4096, 32, 8, 14336, 128256), "gemma": (3072, 16, 16, 24576, 256000)}
-needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="not installed: liger_kernel")
+needs_liger = pytest.mark.skipif(
+    not ON_CUDA or find_spec("liger_kernel") is None, reason="needs a CUDA device and liger-kernel"
+)
 
 
 def spec(family: str, layers: int = 1, **changes: Any) -> InitConfig:
@@ -74,7 +76,7 @@ def test_blocks_cost_bfloat16_gradients_no_digits(accumulated: bool) -> None:
 
 def test_a_product_adds_in_fp32() -> None:
     """A sum rounded to bfloat16 on the way would be off by 2e-3."""
-    a, b = (torch.randn(512, 256, device=CARD, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(512, 256, device=CARD, dtype=DTYPE) for _ in range(2))
     total = torch.full((512, 512), 3.0, device=CARD)
     add_product(total, a, b.t())
     torch.testing.assert_close(total.double(), 3.0 + a.double() @ b.double().t(), rtol=1e-5, atol=1e-3)

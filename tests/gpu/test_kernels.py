@@ -12,8 +12,9 @@ from longctx.attention.kernels import KERNELS, choose, problem_of
 from longctx.distributed.transport import SingleRankTransport, ThreadWorld
 from longctx.topology import Topology
 from tests.gpu.activations import DOCUMENTS, TOKENS, qkv, relative
+from tests.gpu.card import CARD, DTYPE, ON_CUDA, needs_cuda
 
-FAST = [name for name in KERNELS if name not in ("torch_cpu", "reference")]
+FAST = [name for name in KERNELS if (name == "torch_cpu") is not ON_CUDA and name != "reference"]
 # (batch, query heads, kv heads, head dimension)
 SHAPES = [(1, 8, 8, 64), (2, 8, 2, 96), (1, 8, 1, 128), (2, 4, 4, 128), (1, 8, 8, 256), (1, 8, 2, 256)]
 BOUNDS = [0, *itertools.accumulate(DOCUMENTS)]
@@ -65,7 +66,7 @@ def check(got, want, documents):
 @pytest.mark.parametrize("name", FAST)
 def test_packed_documents_equal_fp64(name, shape):
     """Documents of 1, 2, 7, 63, 64, 65 and 4,097 tokens; the backward takes the out and lse of the forward."""
-    inputs = qkv(shape[0], TOKENS, *shape[1:], torch.bfloat16)
+    inputs = qkv(shape[0], TOKENS, *shape[1:], DTYPE)
     skip_unless_it_serves(name, inputs)
     check(alone(inputs, BOUNDS, name), exact(inputs, BOUNDS), BOUNDS)
 
@@ -73,10 +74,10 @@ def test_packed_documents_equal_fp64(name, shape):
 @pytest.mark.parametrize("length", [1, 2, 65, 1024, 4097])
 @pytest.mark.parametrize("name", FAST)
 def test_one_document_of_any_length_equals_fp64(name, length):
-    inputs = qkv(1, length, 8, 2, 64, torch.bfloat16)
+    inputs = qkv(1, length, 8, 2, 64, DTYPE)
     skip_unless_it_serves(name, inputs)
     if length == 1:  # the layout needs two tokens, as two documents of one
-        inputs = qkv(1, 2, 8, 2, 64, torch.bfloat16)
+        inputs = qkv(1, 2, 8, 2, 64, DTYPE)
     bounds = [0, 1, 2] if length == 1 else [0, length]
     check(alone(inputs, bounds, name), exact(inputs, bounds), bounds)
 
@@ -85,7 +86,7 @@ def test_one_document_of_any_length_equals_fp64(name, length):
 @pytest.mark.parametrize("name", FAST)
 def test_a_ring_errs_little_more_than_the_kernel_alone(name, ranks):
     """The backward of every block from the global out and lse; at most 1.25 of the single kernel's own error."""
-    inputs = qkv(1, 4096, 8, 2, 128, torch.bfloat16)
+    inputs = qkv(1, 4096, 8, 2, 128, DTYPE)
     skip_unless_it_serves(name, inputs)
     want, single = exact(inputs, None), alone(inputs, None, name)
 
@@ -110,8 +111,9 @@ def test_fp64_and_fp32_attend_exactly(documents):
         assert (a - b).abs().max() < 1e-9
 
 
+@needs_cuda
 def test_the_card_has_a_fast_kernel():
-    q = torch.empty(1, 8, 2, 128, dtype=torch.bfloat16, device="cuda")
+    q = torch.empty(1, 8, 2, 128, dtype=DTYPE, device=CARD)
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this card has no bfloat16 units")
     assert choose(problem_of(q, q)).name in FAST

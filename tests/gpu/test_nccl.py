@@ -14,6 +14,7 @@ from tests.dist import parity
 from tests.dist.ranks import run_ranks
 from tests.dist.ring_flash import Heads
 from tests.dist.ring_flash import check_parity as check_both_rings
+from tests.gpu.card import CARD, KIND, ON_CUDA
 from tests.gpu.nccl import check_bfloat16, check_lost_peer, check_many_steps, check_parity
 from tests.train.parity import Case, check
 
@@ -28,20 +29,20 @@ def schedules(world: int) -> list[parity.Case]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_every_schedule_equals_dense_attention(tmp_path: Path, world: int) -> None:
     assert len({case.schedule for case in schedules(world)}) == 4
-    assert not run_ranks(world, check_parity, schedules(world), tmp_path / "store", timeout=150, nccl=True)
+    assert not run_ranks(world, check_parity, schedules(world), tmp_path / "store", timeout=150, nccl=ON_CUDA)
 
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_bfloat16_errs_as_one_kernel_does(tmp_path: Path, world: int) -> None:
     cases = [case._replace(kind="zigzag", seq_len=2048, documents=None) for case in schedules(world)]
-    assert not run_ranks(world, check_bfloat16, cases, tmp_path / "store", timeout=150, nccl=True)
+    assert not run_ranks(world, check_bfloat16, cases, tmp_path / "store", timeout=150, nccl=ON_CUDA)
 
 
 @pytest.mark.skipif(ring_flash.missing() is not None, reason=str(ring_flash.missing()))
 @pytest.mark.parametrize("world", [2, 4])
 def test_ring_flash_attn_gives_the_same_on_the_same_ranks(tmp_path: Path, world: int) -> None:
-    cases = [Heads(8, kv, "reference", "cuda") for kv in (8, 2)]
-    assert not run_ranks(world, check_both_rings, cases, tmp_path / "store", timeout=150, nccl=True)
+    cases = [Heads(8, kv, "reference", KIND) for kv in (8, 2)]
+    assert not run_ranks(world, check_both_rings, cases, tmp_path / "store", timeout=150, nccl=ON_CUDA)
 
 
 ENGINES = {
@@ -54,12 +55,12 @@ ENGINES = {
 
 @pytest.mark.parametrize("cases", ENGINES.values(), ids=ENGINES.keys())
 def test_a_training_step_equals_one_process(tmp_path: Path, cases: list[Case]) -> None:
-    failures = run_ranks(2, check, cases, tmp_path / "store", timeout=150, nccl=True)
+    failures = run_ranks(2, check, cases, tmp_path / "store", timeout=150, nccl=ON_CUDA)
     assert not failures, failures
 
 
 def test_three_hundred_steps_of_packed_documents_do_not_grow(tmp_path: Path) -> None:
-    assert not run_ranks(2, check_many_steps, [300], tmp_path / "store", timeout=200, nccl=True)
+    assert not run_ranks(2, check_many_steps, [300], tmp_path / "store", timeout=200, nccl=ON_CUDA)
 
 
 @pytest.mark.parametrize("case", ["dies", "hangs"])
@@ -85,8 +86,11 @@ def lost(rank: int, world: int, case: str, store: str) -> None:
 
     import torch.distributed as dist
 
-    os.environ.update(shared_card(rank))
-    torch.cuda.set_device(0)
-    dist.init_process_group("cpu:gloo,cuda:nccl", init_method=f"file://{store}", rank=rank, world_size=world,
+    backend = "gloo"
+    if ON_CUDA:
+        os.environ.update(shared_card(rank))
+        torch.cuda.set_device(CARD)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world,
                             timeout=timedelta(seconds=20))  # fmt: skip
     check_lost_peer(rank, world, case)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -14,11 +15,17 @@ import torch
 from longctx.config.train import TrainConfig
 from longctx.run.training import settled
 from longctx.train import runfolder
-from tests.started import SHORT, longctx
+from tests.gpu.card import DTYPE_NAME, KIND, ON_CARD, needs_cuda
+from tests.started import SHORT
 from tests.train.made import config, write_documents
 
 ROOT = Path(__file__).parents[2]
-ON_CARD = ["model.dtype=bfloat16", "engine.device=cuda"]
+
+
+def longctx(*words: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
+    """A started interpreter: one that is forked from a process which has looked for a GPU cannot use it."""
+    command = [sys.executable, "-m", "longctx.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
 def complete(run: Path) -> None:
@@ -41,7 +48,7 @@ def test_the_quickstart_on_one_rank(tmp_path: Path) -> None:
 def test_the_quickstart_on_two_nccl_ranks_of_one_card(tmp_path: Path, engine: list[str]) -> None:
     run = tmp_path / "run"
     command = [str(ROOT / "launch" / "one_gpu.sh"), "2", sys.executable, "-m", "longctx.cli", "train"]
-    words = ["experiment=quickstart", f"run_dir={run}", "logging=local", "engine.device=cuda", *ON_CARD[:1], *engine]
+    words = ["experiment=quickstart", f"run_dir={run}", "logging=local", *ON_CARD, *engine]
     done = subprocess.run([*command, *words, *SHORT], capture_output=True, text=True, timeout=250, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "Traceback" not in done.stderr
@@ -49,26 +56,21 @@ def test_the_quickstart_on_two_nccl_ranks_of_one_card(tmp_path: Path, engine: li
 
 
 def life(run: TrainConfig, kill_after: int = 0) -> int:
-    """Train in a process of its own and kill it (SIGKILL) once it has logged step `kill_after`; returns its status."""
-    body = (
-        "import sys; from pathlib import Path; from tests.train.lives import _rank; port, step = map(int, sys.argv[2:])"
-    )
-    body += "; _rank(Path(sys.argv[1]), 0, 1, port, None, step or None)"
-    folder = runfolder.prepare(settled(run))
-    words = [sys.executable, "-c", body, str(folder), str(free_port()), str(kill_after)]
-    return subprocess.run(words, cwd=ROOT, timeout=200).returncode
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Train in a process of its own, killed (SIGKILL) once it has logged step `kill_after`; returns its status."""
+    file = runfolder.prepare(settled(run)) / "config.yaml"
+    body = "import sys; from tests.train.lives import one; sys.exit(one(sys.argv[1], 0, None, int(sys.argv[2]), None))"
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "localhost"}
+    words = [sys.executable, "-c", body, str(file), str(kill_after)]
+    return subprocess.run(words, cwd=ROOT, env={**os.environ, **rank, "MASTER_PORT": port}, timeout=200).returncode
 
 
 def test_a_killed_run_goes_on(tmp_path: Path) -> None:
     """The same steps and nearly the same losses: flash attention's backward adds in any order on a GPU."""
     documents = write_documents(tmp_path / "documents")
-    place = {"model": {"dtype": "bfloat16"}, "engine": {"device": "cuda"}}
+    place = {"model": {"dtype": DTYPE_NAME}, "engine": {"device": KIND}}
     losses = {}
     for name, kill in (("whole", 0), ("killed", 5)):
         run = config(tmp_path / name, documents, **place)
@@ -88,6 +90,7 @@ def test_two_ranks_on_one_card_are_refused_in_one_paragraph(tmp_path: Path) -> N
     assert "Traceback" not in done.stderr
 
 
+@needs_cuda
 def test_what_no_fast_kernel_serves_is_refused_in_one_paragraph(tmp_path: Path) -> None:
     words = ["train", "experiment=quickstart", f"run_dir={tmp_path / 'run'}", "launch.nproc=1", "engine.device=cuda"]
     done = longctx(*words, "model.dtype=float32", *SHORT)

@@ -33,9 +33,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torc
     writer.add_vocab_size(vocab)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
-    tokens = ["<s>", "</s>", "t", "1", *(f"t{i}" for i in range(vocab - 4))]
+    tokens = ["<s>", "</s>", "t", "0", "1", *(f"t{i}" for i in range(vocab - 5))]
     writer.add_token_list(tokens)
-    writer.add_token_merges(["t 1"])
+    writer.add_token_merges(["t 1", "t 0"])  # a list of one would be read as text
     writer.add_token_types([3, 3] + [1] * (vocab - 2))
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)

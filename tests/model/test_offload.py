@@ -40,6 +40,21 @@ def test_a_step_takes_over_the_memory_of_the_one_before(attention: bool) -> None
     assert all(0 <= size - least < least for size, least in zip(sorted(held[4].values()), longer, strict=True))
 
 
+def test_a_tensor_without_elements_takes_no_memory() -> None:
+    """Nor does the store take its device, a CPU beside a model on a GPU, for that of the tensors to come."""
+    store = HostStore()
+    with store.layer(first=True):
+        empty = torch.empty(0, requires_grad=True) ** 2
+        assert store._memory is None
+        full = torch.ones(4, requires_grad=True)
+        (full**2).sum().backward()
+    assert len(store._order) == 1
+    (grad,) = torch.autograd.grad(empty.sum(), [empty])
+    assert grad.numel() == 0
+    assert full.grad is not None
+    assert full.grad.tolist() == [2.0] * 4
+
+
 def test_a_forward_pass_leaves_alone_what_another_backward_needs() -> None:
     """Two forward passes, then one backward through both."""
     found = []

@@ -36,7 +36,7 @@ def live(
         port = str(free.getsockname()[1])
     ranks = [
         forked(
-            _rank, str(run / "config.yaml"), rank, stop_after, kill_after, hangs, log=run / f"life{rank}",
+            one, str(run / "config.yaml"), rank, stop_after, kill_after, hangs, log=run / f"life{rank}",
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
             MASTER_ADDR="localhost", MASTER_PORT=port,
         )
@@ -58,9 +58,10 @@ def failed(ranks: list[Any]) -> list[int]:
     return [status for process in ranks if (status := process.exitcode) not in (None, 0, SAVED_AND_REQUEUE)]
 
 
-def _rank(
+def one(
     file: str, rank: int, stop_after: int | None, kill_after: int | None, hangs: tuple[int, int, str] | None
 ) -> int:
+    """One rank's life in this process, whose environment is torchrun's; the arguments are those of `live`."""
     from longctx.run.rank import main
     from longctx.train import loop
 
