@@ -86,7 +86,20 @@ def liger_gated(gate: Tensor, up: Tensor, gelu: bool) -> Tensor:
     from liger_kernel.ops.geglu import LigerGELUMulFunction  # type: ignore[import-not-found]
     from liger_kernel.ops.swiglu import LigerSiLUMulFunction  # type: ignore[import-not-found]
 
-    return (LigerGELUMulFunction if gelu else LigerSiLUMulFunction).apply(gate, up)
+    out = (LigerGELUMulFunction if gelu else LigerSiLUMulFunction).apply(gate, up)
+    if out.grad_fn is not None:
+        out.grad_fn.register_hook(_overwritten)
+    return out
+
+
+def _overwritten(gradients: tuple[Tensor | None, ...], _: Any) -> None:
+    """Tell autograd that these gradients lie where saved tensors lay, which it does not see of a Triton kernel.
+
+    A second backward pass through the same graph then raises, instead of taking gradients for gate and up.
+    """
+    for gradient in gradients:
+        if gradient is not None:
+            torch.autograd.graph.increment_version(gradient)
 
 
 def liger_loss(logits: Tensor, label: Tensor, z_loss: float) -> tuple[Tensor, Tensor]:

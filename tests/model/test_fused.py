@@ -186,6 +186,17 @@ def test_each_way_of_the_norm_is_tried(summed: bool, name: str, monkeypatch: pyt
     assert f"liger-kernel's {name} is " in chosen.against_liger(backbone, CPU)
 
 
+@pytest.mark.usefixtures("_interpreted")
+@pytest.mark.parametrize("gelu", [False, True])
+def test_a_second_backward_pass_through_the_activation_is_refused(gelu: bool) -> None:
+    """Its gradient would be one of gradients: the first pass has written them over gate and up."""
+    gate, up = (torch.randn(1, 4, 32, requires_grad=True) for _ in range(2))
+    total = fused.liger_gated(gate * 1.0, up * 1.0, gelu).sum()
+    total.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"modified.* inplace"):
+        total.backward()
+
+
 def test_a_cpu_and_fp64_take_torchs_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     names: list[Fused] = ["auto", "liger", "off"]
