@@ -16,6 +16,8 @@ from tests.gpu.card import CARD, DTYPE, DTYPE_NAME, KIND, ON_CUDA, needs_cuda, w
 
 SPEC = InitConfig(layers=12, hidden=1024, heads=16, kv_heads=4, ffn=2048, vocab=4096, window=8192)
 TOKENS = 16384
+if not ON_CUDA:
+    SPEC, TOKENS = InitConfig(layers=2, hidden=64, heads=4, kv_heads=2, ffn=96, vocab=512, window=64), 512
 
 
 @needs_cuda
