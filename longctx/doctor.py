@@ -31,9 +31,9 @@ def report(config: DoctorConfig) -> dict[str, Any]:
     """Return the report as plain values.
 
     machine: python, cores, memory in GiB that this process may use, devices. packages: {name: version, or None if not
-    installed}. backends: of process groups. kernels: {name: reasons why it cannot serve}. kernel: the one that would
-    be chosen. element_wise: whose operators would do that work, and why not liger-kernel's. tools: {name: path or
-    None}.
+    installed}. backends: of process groups. kernels: {name: reasons why it cannot serve}, where a GPU has tried each.
+    kernel: the one that would be chosen. element_wise: whose operators would do that work, and why not liger-kernel's.
+    tools: {name: path or None}.
     """
     import torch
     import torch.distributed as dist
@@ -51,7 +51,7 @@ def report(config: DoctorConfig) -> dict[str, Any]:
         },
         "packages": {name: _version(name) for name in declared_packages()},
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
-        "kernels": explain(problem),
+        "kernels": explain(problem, tried=True),
         "kernel": choose(problem).name,
         "element_wise": _element_wise(config) if devices else "torch (a CPU)",
         "tools": {name: shutil.which(name) for name in ("ip", "tc", "srun", "nvidia-smi")},

@@ -82,9 +82,10 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
         scaling = attention_factor(read.parameters, window=window)
         base.rotary_emb = ExactRotary(exact, scaling).to(device)
     else:
-        base.rotary_emb = _transformers_rotary(base)(config=config).to(device)
+        rotary: Any = _transformers_rotary(base)(config=config).to(device)
         # With equal factors nothing changes at run time, and comparing lengths would make the host wait for the device.
-        base.rotary_emb.rope_type = "default"
+        rotary.rope_type = "default"
+        base.rotary_emb = rotary
     check_inv_freq(cast(Tensor, base.rotary_emb.inv_freq), exact, f"rope {dict(config.rope_parameters)}")
 
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from longctx.attention import ContextParallel, context_attention
+from longctx.attention import ContextParallel, context_attention, trial
 from longctx.attention.kernels import KERNELS, choose, problem_of
 from longctx.distributed.transport import SingleRankTransport, ThreadWorld
 from longctx.topology import Topology
@@ -109,6 +109,15 @@ def test_fp64_and_fp32_attend_exactly(documents):
 
     for a, b in zip(ThreadWorld(4, serial=True).run(work)[0], want, strict=True):
         assert (a - b).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2), (8, 1)], ids=str)
+@pytest.mark.parametrize("name", FAST)
+def test_the_trial_before_a_run_holds(name, heads):
+    """A kernel that errs as it must is not passed over."""
+    inputs = qkv(1, 65, *heads, 128, DTYPE)
+    skip_unless_it_serves(name, inputs)
+    assert trial.tried(KERNELS[name], problem_of(inputs[0], inputs[1])) == ""
 
 
 @needs_cuda
