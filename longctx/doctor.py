@@ -6,12 +6,13 @@ import os
 import platform
 import re
 import shutil
-from importlib.metadata import PackageNotFoundError, requires, version
+from importlib.metadata import PackageNotFoundError, requires
 from typing import Any
 
 from longctx import console
 from longctx.config.doctor import DoctorConfig
 from longctx.host_memory import host_memory
+from longctx.versions import installed
 
 _EVERYTHING = "everything"
 _UNDECLARED = {"flash-attn": "gpu", "flash-attn-3": "gpu"}  # built from source
@@ -49,7 +50,7 @@ def report(config: DoctorConfig) -> dict[str, Any]:
             "memory_gib": round(host_memory() / 2**30, 1),
             "devices": devices or ["cpu"],
         },
-        "packages": {name: _version(name) for name in declared_packages()},
+        "packages": {name: installed(name) for name in declared_packages()},
         "backends": {"gloo": dist.is_gloo_available(), "nccl": dist.is_nccl_available()},
         "kernels": explain(problem, tried=True),
         "kernel": choose(problem).name,
@@ -90,13 +91,6 @@ def declared_packages() -> dict[str, str]:
     return found | _UNDECLARED
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _tables(found: dict[str, Any]) -> object:
     from rich.console import Group
     from rich.table import Table
@@ -109,8 +103,8 @@ def _tables(found: dict[str, Any]) -> object:
         machine.add_row(name, str(there) if there else "not found")
     packages = Table("package", "version", "for", title="packages")
     purpose = declared_packages()
-    for name, installed in found["packages"].items():
-        packages.add_row(name, installed or "not installed", purpose[name])
+    for name, release in found["packages"].items():
+        packages.add_row(name, release or "not installed", purpose[name])
     kernels = Table("kernel", "", title=f"attention kernels in order of preference; chosen: {found['kernel']}")
     for name, reasons in found["kernels"].items():
         kernels.add_row(name, "; ".join(reasons) or "can serve")

@@ -1,9 +1,10 @@
-"""The oldest releases that longctx runs on; this module imports nothing heavy, so that every command can check them."""
+"""The installed releases, and the oldest that longctx runs on; importing it is cheap, so that any command can check."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from longctx.errors import UserError
@@ -27,14 +28,22 @@ def check_versions(names: Sequence[str] = EVERY_VERB) -> None:
     """Raise UserError, in one line, when an installed package is older than longctx needs."""
     for name in names:
         try:
-            installed = version(name)
+            found = version(name)
         except PackageNotFoundError:  # importing it says more
             continue
-        if _numbers(installed) < _numbers(MINIMUM[name]):
+        if _numbers(found) < _numbers(MINIMUM[name]):
             raise UserError(
-                f"{name} {installed} is older than longctx needs: pip install '{name}>={MINIMUM[name]}' "
-                "(pyproject.toml)"
+                f"{name} {found} is older than longctx needs: pip install '{name}>={MINIMUM[name]}' (pyproject.toml)"
             )
+
+
+def installed(name: str) -> str | None:
+    """The version of an installed package; torch's with its build (2.15.0+cu132), which its metadata may leave out."""
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return None
+    return str(import_module("torch").__version__) if name == "torch" else found
 
 
 def _numbers(release: str) -> tuple[int, ...]:

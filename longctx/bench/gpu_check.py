@@ -22,6 +22,7 @@ from typing import Any
 
 from longctx.bench.gpu_parts import PARTS, Part, Row, missing
 from longctx.storage.files import write_text
+from longctx.versions import installed
 
 MINUTES = 6.0
 COLUMNS = ("part", "figure", "value", "floor", "peer", "holds")
@@ -137,11 +138,9 @@ def run_limited(command: Sequence[str], output: Path, seconds: float) -> tuple[i
 
 def machine() -> dict[str, Any]:
     """The device and the versions on which the figures were measured."""
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "python": sys.version.split()[0]}
+    versions = {"torch": str(torch.__version__), "cuda": torch.version.cuda, "python": sys.version.split()[0]}
     if torch.cuda.is_available():
         versions["cudnn"] = str(torch.backends.cudnn.version())
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
@@ -154,10 +153,7 @@ def machine() -> dict[str, Any]:
         "liger-kernel",
         "ring-flash-attn",
     ):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = "not installed"
+        versions[name] = installed(name) or "not installed"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
     return {"device": device, "versions": versions}
 

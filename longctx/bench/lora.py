@@ -23,6 +23,7 @@ from longctx.bench.lora_pair import make_pair
 from longctx.config.lora import BenchLoraConfig
 from longctx.console import emit_json, say
 from longctx.errors import RunFailed, UserError
+from longctx.versions import installed
 
 
 @dataclass(frozen=True)
@@ -189,9 +190,7 @@ def _same_bytes(first: Path, second: Path) -> bool:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {"python": platform.python_version(), "torch": version("torch"), "numpy": version("numpy")}
+    return {"python": platform.python_version(), **{name: installed(name) or "" for name in ("torch", "numpy")}}
 
 
 def _print(figures: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from longctx.config.train import TrainConfig
 from longctx.eval.evaluate import EvalResult
 from longctx.eval.tables import longest_curve
 from longctx.storage.files import write_text
+from longctx.versions import installed
 
 LIBRARIES = (
     "longctx",
@@ -66,7 +66,7 @@ def write_summary(
         },
         "adapter": _adapter(folder / "adapter", config),
         "frozen": config.optim.freeze,
-        "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        "versions": {name: found for name in LIBRARIES if (found := installed(name))},
     }
     if config.after_training.sibling is not None and config.after_training.sibling.behaviour is not None:
         summary["behaviour"] = elsewhere[config.after_training.sibling.behaviour]
@@ -160,10 +160,3 @@ def _adapter(folder: Path, config: TrainConfig) -> dict[str, Any]:
     rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
     share = json.loads((folder / "longctx.json").read_text(encoding="utf-8"))["share"]["everything"]
     return {"rank": rank, "bytes": size, "profile": config.after_training.lora.profile, "share": share}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
