@@ -20,6 +20,7 @@ from longctx.attention.flash_attn import FLASH_ATTN_2, FLASH_ATTN_3, FLASH_ATTN_
 from longctx.attention.kernel import Kernel, Problem
 from longctx.attention.torch_kernels import CUDNN, TORCH_CPU, TORCH_FLASH
 from longctx.attention.trial import failure
+from longctx.errors import UserError
 
 log = logging.getLogger("longctx.attention")
 
@@ -57,14 +58,19 @@ def explain(problem: Problem, *, tried: bool = False) -> dict[str, list[str]]:
 def choose(problem: Problem, name: str | None = None) -> Kernel:
     """The named kernel, or without a name the first that can serve; one that fails its trial is passed over.
 
-    Raises ValueError for an unknown name, and with its reasons for a named kernel that cannot serve.
+    Raises ValueError for an unknown name, and with its reasons for a named kernel that cannot serve; UserError for one
+    that fails its trial.
     """
     if name is not None:
         if name not in KERNELS:
             raise ValueError(f"kernel={name!r} is not one of {', '.join(KERNELS)}")
-        reasons = KERNELS[name].unsupported_reasons(problem) or [*filter(None, [failure(KERNELS[name], problem)])]
-        if reasons:
+        if reasons := KERNELS[name].unsupported_reasons(problem):
             raise ValueError(f"kernel={name!r} cannot serve: {'; '.join(reasons)}")
+        if why := failure(KERNELS[name], problem):
+            raise UserError(
+                f"the attention kernel {name} was asked for and cannot be relied on here: {why}; `longctx doctor` says "
+                "which can, and model.attention_kernel=auto takes the first of them (configs/model)"
+            )
         return KERNELS[name]
     chosen = next(kernel for kernel in KERNELS.values() if _serves(kernel, problem))
     slow = chosen.name == "reference" and problem.device == "cuda"

@@ -14,6 +14,7 @@ import torch
 from longctx.attention import kernels, trial
 from longctx.attention.kernel import Kernel, Problem, Varlen
 from longctx.attention.kernels import KERNELS, choose, explain, serving
+from longctx.errors import UserError
 from tests.attention.packed_kernel import PackedKernel
 
 HERE = Problem("cpu", torch.float32, 16, 8, 2)
@@ -101,7 +102,9 @@ def test_a_kernel_that_fails_is_passed_over_and_said_once(fails: set[str], caplo
     assert [choose(H100).name, choose(H100).name] == ["flash_attn_4"] * 2
     (said,) = [record.getMessage() for record in caplog.records]
     assert said.startswith("attention kernel flash_attn_3 is passed over: it fails here; `longctx doctor`")
-    with pytest.raises(ValueError, match="kernel='flash_attn_3' cannot serve: it fails here"):
+    with pytest.raises(
+        UserError, match=r"flash_attn_3 was asked for and cannot be relied on here: it fails here; .*=auto"
+    ):
         choose(H100, "flash_attn_3")
     found = explain(H100, tried=True)
     assert (found["flash_attn_3"], found["cudnn"], found["torch_flash"]) == (["it fails here"], ["it fails here"], [])
