@@ -170,17 +170,19 @@ def test_tests_that_were_ended_are_told_by_name(tmp_path, workers):
     """pytest writes its junit file at its end, so the figures come from what it has said."""
     tests = tmp_path / "test_made.py"
     tests.write_text(
-        "import pytest, time\n"
+        "import os, pytest, signal, time\n"
         "def test_good(): pass\n"
         "@pytest.mark.parametrize('case', ['a b', 'c'])\n"
         "def test_bad(case): assert case == 'c'\n"
         "def test_none(): pytest.skip('no card')\n"
-        "def test_hangs(): time.sleep(60)\n"
+        "def test_ends_pytest():\n"
+        "    time.sleep(1.0)\n"  # the other worker has reported by then
+        "    os.kill(os.getppid() if 'PYTEST_XDIST_WORKER' in os.environ else os.getpid(), signal.SIGKILL)\n"
     )
     words = [sys.executable, "-m", "pytest", str(tests), "-vv", "-c", os.devnull, "-p", "no:cacheprovider", *workers]
     read = next(part.read for part in PARTS if part.name == "kernels")
-    slow = Part("made", "tests", "tests", 12, 1, lambda folder: words, read)
-    (row,) = gpu_check.measured(slow, tmp_path, time.monotonic() + 60)
+    ended = Part("made", "tests", "tests", 60, 1, lambda folder: words, read)
+    (row,) = gpu_check.measured(ended, tmp_path, time.monotonic() + 60)
     assert (row.value, row.holds) == ("2", False)
     assert "1 skipped" in row.note
     assert "failed: test_bad[a b]" in row.note
