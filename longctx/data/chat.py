@@ -7,7 +7,6 @@ Conversations are never cut after a system or user message: many templates refus
 
 from __future__ import annotations
 
-from os.path import commonprefix
 from typing import Any
 
 import numpy as np
@@ -91,7 +90,8 @@ def _start_of_reply(messages: list[dict[str, str]], text: str, tokenizer: Any) -
     else:
         other = "b" if last["content"].lstrip().startswith("a") else "a"
         prompt = _render([{**last, "content": other}], tokenizer, prompt=False)
-    return len(commonprefix([prompt, text]))
+    differing = (index for index, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1])
+    return next(differing, min(len(prompt), len(text)))
 
 
 def _render(messages: list[dict[str, str]], tokenizer: Any, *, prompt: bool) -> str:
