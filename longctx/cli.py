@@ -19,6 +19,8 @@ from longctx.opening import opening
 from longctx.verbs import VERBS, Verb
 from longctx.versions import check_versions
 
+_FAMILIES = {name.split()[0] for name in VERBS} - set(VERBS)  # first words that are no verbs by themselves
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the `longctx` command; returns the exit status."""
@@ -93,6 +95,9 @@ def _dispatch(words: list[str], *, own: bool) -> int:
 
         print(script(words[1:]), end="")
         return 0
+    if words[0] in _FAMILIES and not [word for word in words[1:] if word not in ("-h", "--help")]:
+        print(_family(words[0]))
+        return 0
     verb, rest = _find(words)
     check_versions()
     from longctx.config.words import parse
@@ -126,12 +131,14 @@ def _dispatch(words: list[str], *, own: bool) -> int:
 
 def _check_outputs(verb: Verb, config: Any) -> None:
     """Refuse a path that cannot be written before a verb begins its work."""
-    from longctx.storage.files import check_writable
+    from longctx.storage.files import check_picture, check_writable
 
-    for key in verb.writes:
+    for key in (*verb.files, *verb.folders):
         value = reduce(lambda part, name: getattr(part, name, None), key.split("."), config)
         if isinstance(value, str) and value:
-            check_writable(Path(value), key)
+            check_writable(Path(value).expanduser(), key, folder=key in verb.folders)
+            if key == "png":
+                check_picture(Path(value), key)
 
 
 def _folders(folders: Sequence[Path]) -> list[str]:
@@ -144,15 +151,23 @@ def _find(words: list[str]) -> tuple[Verb, list[str]]:
         return VERBS[two], words[2:]
     if (spaced := words[0].replace("-", " ")) in VERBS:
         return VERBS[spaced], words[1:]
-    family = sorted(name for name in VERBS if name.startswith(words[0] + " "))
-    if family:
-        subverbs = [name.split()[1] for name in family]
-        near = nearest(words[1], subverbs) if len(words) > 1 else None
+    if words[0] in _FAMILIES:
+        subverbs = sorted(name.split()[1] for name in VERBS if name.startswith(words[0] + " "))
+        near = nearest(words[1], subverbs)
         hint = f"; did you mean {near!r}?" if near else ""
         raise UserError(f"{two!r} is not a verb; {words[0]} has {', '.join(subverbs)}{hint}")
     near = nearest(words[0], {"completion", *(name.split()[0] for name in VERBS)})
     hint = f"did you mean {near!r}? " if near else ""
     raise UserError(f"{words[0]!r} is not a verb; {hint}`longctx --help` lists them")
+
+
+def _family(first: str) -> str:
+    """The subverbs of a word that is no verb by itself, such as `lora`."""
+    names = [name for name in VERBS if name.startswith(first + " ")]
+    width = max(map(len, names))
+    lines = [f"usage: longctx {first} SUBVERB [group=choice] [key=value] ... [OPTION] ...", ""]
+    lines += [f"  {name:<{width}}  {VERBS[name].help}" for name in names]
+    return "\n".join([*lines, "", f"`longctx {names[0]} --help` shows what can be set."])
 
 
 def _help() -> str:

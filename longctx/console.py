@@ -38,6 +38,13 @@ def say(*words: object) -> None:
         console().print(*words)
 
 
+def escape(text: str) -> str:
+    """Return a text that `say` prints as it is, brackets included."""
+    from rich.markup import escape as escaped
+
+    return escaped(text)
+
+
 def warn(text: str) -> None:
     """Print a warning on standard error, even on a silenced rank."""
     print(f"longctx: warning: {text}", file=sys.stderr, flush=True)

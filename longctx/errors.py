@@ -47,6 +47,8 @@ _BY_SYSTEM = {
     errno.EPERM: "mend its permissions, or name another path",
     errno.ENOSPC: "free some space, or name a folder on another disk",
     errno.EDQUOT: "free some of your quota, or name a folder on another disk",
+    errno.ENOTDIR: "a part of its path is a file; name another path",
+    errno.EISDIR: "name a file, not a folder",
     errno.ENAMETOOLONG: "give a shorter name",
 }
 

@@ -16,9 +16,9 @@ def opening(verb: str, config: Any) -> str | None:
         case "eval":
             return "loading the model and its text"
         case "data" | "data stats":
-            return f"tokenizing {', '.join(config.data.sources)} into {config.shards}"
+            return f"looking for the shards of {', '.join(config.data.sources)} in {config.shards}"
         case "data synth":
-            return f"tokenizing {config.haystack} into {config.cache}"
+            return f"looking for the shards of {config.haystack} in {config.cache}"
         case "lora extract":
             return f"comparing {config.tuned} with {config.base}"
         case "lora merge":

@@ -18,8 +18,9 @@ class Verb:
     run: str
     help: str
     words: bool = False  # run takes the words of the command line too
-    # keys of the files and folders that the verb writes, where its config has them
-    writes: tuple[str, ...] = ("out", "png", "plots", "draw.svg", "run_dir", "cache")
+    # keys of the files and of the folders that the verb writes, where its config has them
+    files: tuple[str, ...] = ("png", "draw.svg")
+    folders: tuple[str, ...] = ("out", "plots", "run_dir", "cache", "folder")
 
     @property
     def root(self) -> str:
@@ -45,7 +46,7 @@ _ALL = [
          "a soak: kill a tiny run again and again, damage its checkpoints, compare the final weights"),
     # The run's folders may be on another machine than its plan is made on.
     Verb("plan", "longctx.config.plan:PlanConfig", "longctx.planner.run:run",
-         "memory and time of every stage before anything starts; timelines of schedules", writes=("draw.svg",)),
+         "memory and time of every stage before anything starts; timelines of schedules", folders=()),
     Verb("bench step", "longctx.config.bench_step:BenchStepConfig", "longctx.bench.step:run",
          "one training step beside plain transformers: tokens per second and memory"),
     Verb("bench longest", "longctx.config.bench_longest:BenchLongestConfig", "longctx.bench.longest:run",
@@ -67,15 +68,16 @@ _ALL = [
     Verb("lora info", "longctx.config.lora:InfoConfig", "longctx.lora.info:run",
          "an adapter's ranks, size and spectra; the size of one not yet made"),
     Verb("bench lora", "longctx.config.lora:BenchLoraConfig", "longctx.bench.lora:run",
-         "extraction as a whole process beside mergekit's"),
+         "extraction as a whole process beside mergekit's", files=("out",), folders=("folder",)),
     Verb("data", "longctx.config.data_verbs:PrepareConfig", "longctx.data.run:run",
          "tokenize every source once, into shards that training reads"),
     Verb("data stats", "longctx.config.data_verbs:StatsConfig", "longctx.data.stats:run",
          "how long the documents are, and how often a curriculum sees them"),
     Verb("data synth", "longctx.config.data_verbs:SynthesizeConfig", "longctx.data.generate:run",
-         "long documents with known answers: needles, chains, tables, copying, variables"),
+         "long documents with known answers: needles, chains, tables, copying, variables",
+         files=("out",), folders=("cache",)),
     Verb("bench data", "longctx.config.data_verbs:BenchDataConfig", "longctx.bench.data:run",
-         "tokenizing, packing and reading beside what the machine can do"),
+         "tokenizing, packing and reading beside what the machine can do", files=("out",), folders=()),
 ]  # fmt: skip
 
 VERBS: dict[str, Verb] = {verb.name: verb for verb in _ALL}

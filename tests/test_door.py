@@ -60,6 +60,18 @@ def test_cfg_prints_the_whole_config_and_the_verb_reads_it_again(verb, capsys):
     assert build(schema, printed, origin="--cfg") == config
 
 
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_no_help_begins_in_the_middle_of_a_sentence(verb, capsys):
+    assert not _help(capsys, *verb.split()).splitlines()[2][:1].islower()
+
+
+@pytest.mark.parametrize("words", [["lora"], ["lora", "--help"], ["bench", "-h"]])
+def test_a_word_that_only_begins_verbs_lists_them(words, capsys):
+    assert cli.main(words) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {name} " in told and VERBS[name].help in told for name in VERBS if name.startswith(words[0] + " "))
+
+
 def test_cfg_shows_overrides_defaults_and_resolved_values(capsys):
     assert cli.main(["train", "experiment=quickstart", "rope=yarn", "data=text", "data.path=books", "--cfg"]) == 0
     printed = yaml.safe_load(capsys.readouterr().out)
@@ -326,6 +338,123 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(words, key, tm
     assert (
         f"{key}=file/result cannot be made: {tmp_path}/file is a file; choose another {key}=" in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["train", "model=tiny"], "run_dir"),
+        (["eval", "model.path=base"], "out"),
+        (["eval", "model.path=base"], "cache"),
+        (["data", "model=tiny"], "cache"),
+        (["data", "synth"], "cache"),
+        (["lora", "info", "adapter=a"], "plots"),
+        (["import", "gguf=g"], "out"),
+        (["preflight"], "folder"),
+        (["bench", "lora"], "folder"),
+        (["bench", "attention"], "out"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
+)
+def test_a_file_where_a_folder_is_made_is_refused_before_any_work(words, key, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main([*words, f"{key}={tmp_path}/file"]) == 2
+    said = capsys.readouterr().err
+    assert said == f"longctx: {key}={tmp_path}/file cannot be made: {tmp_path}/file is a file; choose another {key}=\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["data", "stats", "model=tiny"], "png"),
+        (["data", "synth"], "out"),
+        (["bench", "data"], "out"),
+        (["bench", "lora"], "out"),
+        (["plan", "show=schedule"], "draw.svg"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
+)
+def test_a_folder_where_a_file_is_written_is_refused_before_any_work(words, key, tmp_path, capsys):
+    assert cli.main([*words, f"{key}={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"longctx: {key}={tmp_path} is a folder, and a file is written; name a file in it")
+
+
+def test_a_picture_in_no_format_of_pictures_is_refused_before_any_work(tmp_path, capsys):
+    assert cli.main(["data", "stats", "model=tiny", f"png={tmp_path}/lengths.docx"]) == 2
+    assert "lengths.docx ends with no format of pictures; known: .png, .svg" in capsys.readouterr().err
+
+
+def test_the_formats_of_pictures_are_those_that_can_be_written(tmp_path):
+    from matplotlib.figure import Figure
+
+    from longctx.storage.files import PICTURES, save_figure
+
+    for suffix in PICTURES:
+        save_figure(Figure(figsize=(1, 1)), tmp_path / f"picture{suffix}", dpi=10)
+        assert (tmp_path / f"picture{suffix}").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["lora", "extract", "tuned=t", "out=o"], "base"),
+        (["lora", "extract", "tuned=t", "base=b"], "out"),
+        (["lora", "merge", "target=t", "out=o"], "adapter"),
+        (["lora", "info"], "plan"),
+        (["import", "out=o"], "gguf"),
+        (["report"], "run"),
+        (["train"], "model.path"),
+        (["train", "model=tiny"], "name"),
+        (["eval", "model.path=m"], "cache"),
+        (["data", "synth"], "out"),
+        (["data", "synth"], "cache"),
+        (["preflight"], "folder"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:2]),
+)
+def test_no_path_is_empty(words, key, capsys):
+    """An empty path would be the current folder."""
+    assert cli.main([*words, f"{key}="]) == 2
+    assert re.match(rf"longctx: {key}(\.0)?='' is empty; give it a value \(", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("lora merge target=t out=o adapter=[]", "adapter=[] is empty; give it a value"),
+        ("lora merge target=t out=o adapter=a scale=[]", "scale=[] is empty; give it a value"),
+        ("lora merge target=t out=o adapter=[a,a]", "adapter names a twice; name it once, scale=2"),
+        ("lora merge target=t out=o adapter=a like=m window=4k", "like=m gives rope and window, and so do"),
+        ("lora merge target=t out=o adapter=a like=m rope.theta=1e6", "like=m gives rope and window, and so do"),
+        ("lora extract base=b tuned=t out=o device=tpu", "device='tpu' is not a device; write auto, cpu, cuda"),
+        ("lora extract base=b tuned=t out=o text=x", "text=x is read with verify=loss only"),
+        ("lora extract base=b tuned=t out=o verify=loss text=x text_tokens=1", "text_tokens=1 must be 2 or more"),
+        ("bench data parts=[]", "parts=[] is empty; give it a value"),
+        ("bench data seq_lens=[]", "seq_lens=[] is empty; give it a value"),
+        ("bench attention lengths=[1026]", "lengths: 1026 is not divisible by 2 x ranks=4; take 1024"),
+        ("bench attention virtual_ranks=[]", "virtual_ranks=[] is empty; give it a value"),
+        ("preflight mbytes=1e15", "mbytes=1000000000000000.0 must be at most 100000"),
+        ("bench lora mergekit=.", "mergekit=. is not an executable"),
+    ],
+    ids=lambda value: value.partition("=")[0] if " " in value else value,
+)  # fmt: skip
+def test_what_means_nothing_is_refused_in_one_line(words, said, capsys):
+    assert cli.main(words.split()) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_a_device_that_is_not_here_is_refused_by_the_verbs_own_key(capsys):
+    assert cli.main(["preflight", "device=cuda"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "longctx: device=cuda, but this machine shows no CUDA device; use device="
+    )
+    for word in ("only=liger", "device=cuda"):
+        assert cli.main(["bench", "step" if "only" in word else "attention", word]) == 2
+        assert word in capsys.readouterr().err
 
 
 def test_the_plan_of_a_run_elsewhere_needs_neither_of_its_folders(tmp_path, capsys):

@@ -178,6 +178,30 @@ def test_what_large_runs_need_is_taken():
     assert config.curriculum.stages["s2048"].seq_len == 2**22
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["optim.weight_decay=1667"], "curriculum.lr.peak=0.0006: each step multiplies the matrices by 1 - rate x"),
+        (["optim.weight_decay=101", "curriculum.stages.s8192.lr.peak=0.01"], "curriculum.stages.s8192.lr.peak=0.01: "),
+        (
+            ["optim.weight_decay=1001", "experiment=quickstart", "after_training.sibling.run.stage.lr.peak=0.001"],
+            "after_training.sibling.run.stage.lr.peak=0.001: ",
+        ),
+    ],
+)
+def test_a_decay_that_would_turn_the_weights_signs_is_refused(words: list[str], said: str):
+    with pytest.raises(UserError, match=re.escape(said)) as refused:
+        load(VERBS["train"], ["model=tiny", *words])
+    assert str(refused.value).startswith(f"{words[0]} is too much for ")
+    assert "or less (0.1 is customary)" in str(refused.value)
+
+
+def test_a_decay_up_to_all_of_a_weight_is_taken():
+    assert load(VERBS["train"], ["model=tiny", "optim.weight_decay=1666"]).optim.weight_decay == 1666
+    unused = ["curriculum.stages.s8192.lr.peak=0.01", "curriculum.only=[s2048]"]
+    assert load(VERBS["train"], ["model=tiny", "optim.weight_decay=101", *unused])
+
+
 @pytest.mark.parametrize("verb", ["train", "plan", "submit", "data"])
 def test_every_verb_with_stages_says_it_in_the_same_words(verb: str, capsys: pytest.CaptureFixture[str]):
     for word, said in (

@@ -37,6 +37,11 @@ def run(config: BenchAttentionConfig) -> int:
         document = attention_rings.measure(config)
     elif config.device != "cpu" and torch.cuda.is_available():
         document = measure(config, "cuda")
+    elif config.backends:
+        raise UserError(
+            f"backends={config.backends} chooses among a GPU's kernels, and the ring on a CPU has one; leave backends "
+            "out, or add beside=ring_flash_attn (configs/bench_attention.yaml)"
+        )
     else:
         document = measure_cpu(config)
     document = {"host": host(), **document}

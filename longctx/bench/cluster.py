@@ -93,7 +93,7 @@ def run(
             heard(line)
         status = process.wait(timeout=30)
     except queue.Empty:
-        raise RunFailed(f"the ranks did not finish within {timeout:.0f} s; raise timeout_seconds") from None
+        raise RunFailed(f"the ranks did not finish within {timeout:g} s; raise timeout_seconds") from None
     finally:
         _end(process)
     readers[1].join(timeout=5)

@@ -46,7 +46,7 @@ class ProcessFigures:
 
 def run(config: BenchLoraConfig) -> int:
     """Measure and print; writes the figures to config.out when given."""
-    if config.mergekit is not None and not os.access(config.mergekit, os.X_OK):
+    if config.mergekit is not None and not (os.path.isfile(config.mergekit) and os.access(config.mergekit, os.X_OK)):
         raise UserError(
             f"mergekit={config.mergekit} is not an executable; give the path of mergekit-extract-lora in the "
             "environment it is installed in, or leave it out to measure longctx alone (configs/bench_lora.yaml)"
@@ -69,6 +69,7 @@ def _run_in(config: BenchLoraConfig, folder: Path) -> int:
                 str(config.layers): figures["ours"]["peak_mib"],
             }
     if config.out is not None:
+        Path(config.out).parent.mkdir(parents=True, exist_ok=True)
         Path(config.out).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     if config.format == "json":
         emit_json(figures)
@@ -168,6 +169,8 @@ def _excess(base: Path, tuned: Path, adapters: dict[str, Path], rank: int) -> di
         for module in opened["ours"].pairs:
             name = f"{module}.weight"
             difference = second.read(name).float() - first.read(name).float()
+            if rank >= min(difference.shape):  # the optimum is the difference itself, of which nothing is left over
+                continue
             wide = (difference if difference.shape[0] >= difference.shape[1] else difference.T).double()
             squares = torch.linalg.eigvalsh(wide.T @ wide)
             best = float((squares.sum() - squares[-rank:].sum()).clamp_min(0).sqrt())

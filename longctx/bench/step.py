@@ -18,7 +18,7 @@ from typing import Any
 
 from longctx.config.bench_step import BenchStepConfig, Contestant
 from longctx.console import emit, emit_json, say
-from longctx.errors import RunFailed
+from longctx.errors import RunFailed, UserError
 
 _OPTIONAL = ("model_tflops", "mfu", "share_in_products_and_attention", "seconds_by_kind", "idle_seconds", "slowest")
 
@@ -45,9 +45,15 @@ def contestants(config: BenchStepConfig) -> list[Contestant]:
     """The sides that take part; liger-kernel's operators run on a GPU only."""
     import torch
 
+    with_liger = torch.cuda.is_available() and find_spec("liger_kernel") is not None
+    if config.only == "liger" and not with_liger:
+        raise UserError(
+            "only=liger needs a GPU and the package liger-kernel, which are not both here; pip install liger-kernel on "
+            "a machine with a GPU, or take only=longctx or only=transformers (configs/bench_step.yaml)"
+        )
     if config.only:
         return [config.only]
-    liger: list[Contestant] = ["liger"] if torch.cuda.is_available() and find_spec("liger_kernel") else []
+    liger: list[Contestant] = ["liger"] if with_liger else []
     return ["transformers", *liger, "longctx"]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import field
 from typing import Literal
 
-from longctx.config.base import Positive, Samples, Text, Window, schema
+from longctx.config.base import Given, Positive, Samples, Window, schema
 from longctx.config.curriculum import StageConfig
 from longctx.config.data import check_template
 from longctx.config.eval import NeedleConfig
@@ -37,7 +37,7 @@ class SideRun:
 class SiblingSettings:
     """A different fine-tune of the same base, into which the adapter is merged: a folder, or made by a run."""
 
-    path: Text | None = None  #: the folder of a fine-tune that exists
+    path: Given | None = None  #: the folder of a fine-tune that exists
     run: SideRun | None = None
     behaviour: str | None = None  #: the source whose held-out loss shows what the sibling was tuned for
 

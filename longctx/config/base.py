@@ -116,6 +116,7 @@ Window = Annotated[int, BeforeValidator(parse_length), Field(ge=2, le=LONGEST)] 
 Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=10**18)]
 Theta = Annotated[int, BeforeValidator(parse_count), Field(gt=1, lt=MOST_THETA)]
 Text = Annotated[str, BeforeValidator(_text)]
+Given = Annotated[Text, Field(min_length=1)]  # such as a path, where the empty text would be the current folder
 Positive = Annotated[Whole, Field(ge=1, le=MOST)]
 NotNegative = Annotated[Whole, Field(ge=0, le=MOST)]
 Samples = Annotated[Whole, Field(ge=1, le=100_000)]  # sequences or questions of a measurement
@@ -306,6 +307,8 @@ def _explain(kind: Any, values: Any, where: str, items: list[Mapping[str, Any]],
     if item["type"] == "dataclass_type":
         first = known_keys(kind, where.split("."))[0]
         return f"{where}={shown} stands for a whole section; give its keys, such as {where}.{first}=... ({origin})"
+    if item["type"] in ("string_too_short", "too_short"):
+        return f"{where}={shown} is empty; give it a value ({origin})"
     if bound := _BOUNDS.get(item["type"]):
         bounds = {name: f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for name, limit in context.items()}
         return f"{where}={_written(values, where, value)!r} must be {bound.format(**bounds)} ({origin})"

@@ -32,7 +32,8 @@ class BenchAttentionConfig:
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], AsDtype] = "auto"
     #: CPU: ranks of the ring, and SDPA's threads; beside ring_flash_attn: ranks of both rings, which may share a GPU
     ranks: PerMachine = 2
-    virtual_ranks: list[PerMachine] = field(default_factory=lambda: [1, 2, 4, 8])  #: GPU
+    #: GPU
+    virtual_ranks: Annotated[list[PerMachine], Field(min_length=1)] = field(default_factory=lambda: [1, 2, 4, 8])
     #: GPU: packed cases, each with so many documents of uneven lengths, for kernels that take many in one call
     documents: list[Annotated[Positive, Field(ge=2)]] = field(default_factory=lambda: [64, 512])
     #: GPU: kernels by name; []: all that can serve, beside ring_flash_attn flash_attn_2 and the first that can serve
@@ -51,6 +52,11 @@ class BenchAttentionConfig:
             if length < 2 * self.ranks:
                 raise ValueError(
                     f"lengths: {length} is shorter than 2 x ranks={2 * self.ranks}; zigzag needs that much"
+                )
+            if length % (2 * self.ranks):
+                raise ValueError(
+                    f"lengths: {length} is not divisible by 2 x ranks={2 * self.ranks}; take "
+                    f"{length - length % (2 * self.ranks)}, or another number of ranks"
                 )
 
 

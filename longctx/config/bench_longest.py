@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from longctx.config.base import AboveZero, Format, Minutes, PerMachine, Window, schema
+from longctx.config.base import AboveZero, Format, Given, Minutes, PerMachine, Window, schema
 from longctx.config.model import ModelConfig
 from longctx.config.train import EngineConfig, OptimConfig
 
@@ -18,8 +18,9 @@ class BenchLongestConfig:
     model: ModelConfig
     engine: EngineConfig = EngineConfig()
     optim: OptimConfig = OptimConfig()
-    #: GiB that the process (on a CPU) or its tensors on the device (on a GPU) may take; null: what there is
-    memory_gib: AboveZero | None = None
+    #: GiB that the process (on a CPU) or its tensors on the device (on a GPU) may take; null: what there is. The
+    #: libraries alone take 0.3 on a CPU
+    memory_gib: Annotated[AboveZero, Field(ge=0.5)] | None = None
     start: Window | None = None  #: the first length tried; null: the longest by the plan
     multiple: Window = 1024  #: lengths are multiples of this
     most: Window = 2**24  #: longer sequences are not tried
@@ -27,7 +28,7 @@ class BenchLongestConfig:
     precision: Annotated[AboveZero, Field(lt=1)] = 0.02
     trial_minutes: Minutes = 30.0  #: a trial that takes longer ends the search
     threads: PerMachine | None = None  #: CPU threads of a trial; null: torch's own choice
-    out: str = "runs/bench-longest"  #: folder for longest.json; trials that are in it are not repeated
+    out: Given = "runs/bench-longest"  #: folder for longest.json; trials that are in it are not repeated
     format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:

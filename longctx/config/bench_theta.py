@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from longctx.config.base import Format, Samples, Text, Window, schema
+from longctx.config.base import Format, Given, Samples, Text, Window, schema
 from longctx.config.eval import NeedleConfig
 from longctx.config.theta import SearchConfig
 from longctx.config.train import TrainConfig
@@ -25,7 +25,7 @@ class BenchThetaConfig:
     documents: Samples = 16  #: held-out texts at the last stage's length, for the last-quarter loss
     base_length: Window = 512  #: where the loss on short text is measured
     source: Text = "stdlib"  #: haystack and text
-    out: Text = "runs/bench_theta"  #: folder of runs and tables
+    out: Given = "runs/bench_theta"  #: folder of runs and tables
     format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:

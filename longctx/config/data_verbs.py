@@ -11,7 +11,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from longctx.config.base import Count, Format, Length, PerMachine, Positive, Seed, Text, Window, schema
+from longctx.config.base import Count, Format, Given, Length, PerMachine, Positive, Seed, Window, schema
 from longctx.config.data import DataConfig, SynthTask
 from longctx.config.model import ModelConfig
 from longctx.config.train import TrainConfig
@@ -51,8 +51,8 @@ class SynthesizeConfig:
     count: Positive = 10  #: documents
     keys: Literal["train", "eval"] = "eval"  #: eval draws from the tenth that training never sees, in held-out text
     seed: Seed = 0  #: of keys, values and haystacks
-    out: Text = "runs/synth.jsonl"  #: the file of documents
-    cache: str = "runs/synth/data"  #: folder of tokenized text
+    out: Given = "runs/synth.jsonl"  #: the file of documents
+    cache: Given = "runs/synth/data"  #: folder of tokenized text
     format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:
@@ -67,8 +67,12 @@ class BenchDataConfig:
 
     model: ModelConfig
     documents: Annotated[Count, Field(ge=1000, le=10**9)] = 10_000_000  #: documents that are packed
-    seq_lens: list[Window] = field(default_factory=lambda: [2**16, 2**20])  #: lengths they are packed to
-    parts: list[Part] = field(default_factory=lambda: list(get_args(Part)))  #: what is timed
+    seq_lens: Annotated[list[Window], Field(min_length=1)] = field(
+        default_factory=lambda: [2**16, 2**20]
+    )  #: lengths they are packed to
+    parts: Annotated[list[Part], Field(min_length=1)] = field(
+        default_factory=lambda: list(get_args(Part))
+    )  #: what is timed
     megabytes: Positive = 60  #: of text to tokenize; workers take a second to start
     workers: PerMachine | None = None  #: null: one per core
     seed: Seed = 0  #: of the drawn documents

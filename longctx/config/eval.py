@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
-from longctx.config.base import AboveZero, Format, Length, Samples, Seed, Share, Text, Window, schema
+from longctx.config.base import AboveZero, Format, Given, Length, Samples, Seed, Share, Text, Window, schema
 from longctx.config.data import DataConfig, check_template
 from longctx.config.model import ModelConfig
 
@@ -48,8 +48,8 @@ class EvalModel:
     replaces rope_theta; rope is merged over the model's rope_parameters; window replaces max_position_embeddings.
     """
 
-    path: Text  #: a folder or hub id
-    tokenizer: Text | None = None  #: a folder or hub id; null: found in path
+    path: Given  #: a folder or hub id
+    tokenizer: Given | None = None  #: a folder or hub id; null: found in path
     theta: Annotated[AboveZero, Field(gt=1)] | None = None  #: replaces rope_theta
     rope: dict[str, Any] | None = None  #: merged over the model's rope_parameters
     window: Window | None = None  #: tokens: replaces max_position_embeddings
@@ -97,8 +97,8 @@ class EvalConfig:
     needle: NeedleConfig = NeedleConfig()
     loss_lengths: tuple[Window, ...] = (512, 8192)  #: windows of held-out text; the longest gives the loss by position
     loss_sequences: Samples = 32  #: how many of each
-    out: Text | None = None  #: folder for eval.json, eval.png and models/NAME.json; null: on screen only
-    cache: Text = "runs/data"  #: folder of tokenized documents
+    out: Given | None = None  #: folder for eval.json, eval.png and models/NAME.json; null: on screen only
+    cache: Given = "runs/data"  #: folder of tokenized documents
     format: Format = "text"  #: of what is printed
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ def verb_help(verb: Verb, line: CommandLine) -> str:
             raise _no_topic(topic, [*known_keys(kind), *names], verb)
     if topics:
         return "\n\n".join("\n".join(_topic(kind, values, topic, offered, line)) for topic in topics)
-    lines = [f"longctx {verb.name}: {verb.help}", "", *header(config_dir() / f"{verb.root}.yaml")[1:]]
+    lines = [f"longctx {verb.name}: {verb.help}", "", *_more_about(verb)]
     shown = {option: offered[name] for name, option in names.items()} | {name: offered[name] for name in own}
     if shown:
         lines += ["", "Groups (group=choice; the choice in brackets is taken when none is named):"]
@@ -75,6 +75,15 @@ def verb_help(verb: Verb, line: CommandLine) -> str:
         "'~section.key' drops a key. Lists need quotes: 'key=[a,b]'. Lengths: 64k is 65,536; counts: 100M is 1e8.",
     ]
     return "\n".join(lines)
+
+
+def _more_about(verb: Verb) -> list[str]:
+    """The header of a verb's file, without its first line where that is a whole sentence: verb.help replaces it."""
+    first, *rest = header(config_dir() / f"{verb.root}.yaml") or [""]
+    if not rest or not rest[0][:1].islower():
+        return rest
+    first = first.removeprefix(f"longctx {verb.name}: ")
+    return [first[:1].upper() + first[1:], *rest]
 
 
 def keys(verb: Verb) -> list[Row]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from longctx.config.base import AsDtype, Format, Text, schema
+from longctx.config.base import AsDtype, Format, Given, schema
 
 
 @schema
 class ImportConfig:
     """The root of configs/import.yaml: a model in a GGUF file becomes a folder that everything else reads."""
 
-    gguf: Text  #: the file; transformers reads its weights, quantized or not, and its tokenizer
-    out: Text  #: the folder in Hugging Face format
+    gguf: Given  #: the file; transformers reads its weights, quantized or not, and its tokenizer
+    out: Given  #: the folder in Hugging Face format
     dtype: Annotated[Literal["bfloat16", "float32"], AsDtype] = "bfloat16"  #: of the weights written
     format: Format = "text"  #: of what is printed

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import field
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from longctx.config.base import (
     AboveZero,
@@ -13,6 +14,7 @@ from longctx.config.base import (
     AsList,
     Count,
     Format,
+    Given,
     Layers,
     Number,
     PerMachine,
@@ -26,18 +28,24 @@ from longctx.config.base import (
 )
 from longctx.errors import nearest
 
-Texts = Annotated[list[Text], AsList]
-Numbers = Annotated[list[Annotated[Number, Field(ge=-1e15, le=1e15)]], AsList]
+Adapters = Annotated[list[Given], AsList, Field(min_length=1)]
+Scales = Annotated[list[Annotated[Number, Field(ge=-1e15, le=1e15)]], AsList, Field(min_length=1)]
 FactorDtype = Annotated[Literal["bfloat16", "float16", "float32"], AsDtype]
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", value):
+        raise ValueError("is not a device; write auto, cpu, cuda or cuda:1")
+    return value
 
 
 @schema
 class ExtractConfig:
     """The root of configs/lora_extract.yaml. Models are folders in Hugging Face format, or hub ids."""
 
-    base: Text  #: the model before training
-    tuned: Text  #: the model after training
-    out: Text  #: the adapter's folder
+    base: Given  #: the model before training
+    tuned: Given  #: the model after training
+    out: Given  #: the adapter's folder
     rank: Positive = 32  #: of every factor pair
     #: instead: the smallest rank per module that keeps this share of its squared norm
     share: ShareAboveZero | None = None
@@ -55,18 +63,22 @@ class ExtractConfig:
     #: estimated gain of more iterations over the squared residual; 8e-3 leaves residuals within 0.4 % of the optimum
     tolerance: AboveZero = 4e-3
     seed: Seed = 0  #: of the sketches
-    device: Text = "auto"  #: auto: a GPU when there is one
+    device: Annotated[Text, AfterValidator(_device)] = "auto"  #: cpu, cuda or cuda:1; auto: a GPU when there is one
     workers: PerMachine | None = None  #: tensors in flight; null: one per core, at most 8
     #: MiB of differences held at once, all workers together (on a GPU: half of what is free); larger tensors are read
     #: again on every pass
     memory_mib: Positive = 384
     max_shard_mb: AboveZero = 5000.0  #: PEFT reads one file; larger adapters are sharded with an index
     verify: Literal["modules", "loss"] = "modules"  #: loss: also that of base, tuned and base + adapter on text
-    text: Text | None = None  #: a file neither model was trained on
-    text_tokens: Count = 4096  #: tokens read from text
+    text: Given | None = None  #: a file neither model was trained on
+    text_tokens: Annotated[Count, Field(ge=2)] = 4096  #: tokens read from text
     text_seq_len: Window = 512  #: tokens of one sequence of it
     allow_shorter: bool = False  #: a tuned model with a shorter window than the base looks like a swap and is refused
     format: Format = "text"  #: of what is printed
+
+    def __post_init__(self) -> None:
+        if self.text is not None and self.verify != "loss":
+            raise ValueError(f"text={self.text} is read with verify=loss only; add that, or leave text out")
 
 
 @schema
@@ -89,13 +101,13 @@ def _as_rope(value: Any) -> Any:
 class MergeConfig:
     """The root of configs/lora_merge.yaml."""
 
-    target: Text  #: the fine-tune of the adapter's base
-    adapter: Texts  #: a folder or hub id, or a list of them
-    out: Text  #: the merged model's folder
-    scale: Numbers = field(default_factory=lambda: [1.0])  #: one for all adapters, or a list
+    target: Given  #: the fine-tune of the adapter's base
+    adapter: Adapters  #: a folder or hub id, or a list of them
+    out: Given  #: the merged model's folder
+    scale: Scales = field(default_factory=lambda: [1.0])  #: one for all adapters, or a list
     rope: Annotated[MergeRope, BeforeValidator(_as_rope)] = field(default_factory=MergeRope)
     window: Window | None = None  #: tokens: with rope.theta, for adapters that carry none
-    like: Text | None = None  #: a model whose rope and window the merged model gets
+    like: Given | None = None  #: a model whose rope and window the merged model gets
     #: lm_head and embeddings whose vocabularies differ: leave them, or merge the rows both have (common)
     vocab: Literal["skip", "common"] = "skip"
     #: asked for where an adapter holds other embeddings of its base than the target has
@@ -103,18 +115,27 @@ class MergeConfig:
     allow_partial: bool = False  #: merge what fits where layers are missing or unexpected
     format: Format = "text"  #: of what is printed
 
+    def __post_init__(self) -> None:
+        twice = [name for name in self.adapter if self.adapter.count(name) > 1]
+        if twice and len(self.scale) == 1:
+            raise ValueError(f"adapter names {twice[0]} twice; name it once, scale=2 adds twice its change")
+        if self.like is not None and (self.rope.theta is not None or self.window is not None):
+            raise ValueError(
+                f"like={self.like} gives rope and window, and so do rope.theta and window; leave out one of them"
+            )
+
 
 @schema
 class InfoConfig:
     """The root of configs/lora_info.yaml: an adapter to describe, or a plan of one."""
 
-    adapter: Text | None = None  #: a folder or hub id
-    plan: Text | None = None  #: instead: a model's folder, or a model known by name: llama3_8b, qwen3_8b, ...
+    adapter: Given | None = None  #: a folder or hub id
+    plan: Given | None = None  #: instead: a model's folder, or a model known by name: llama3_8b, qwen3_8b, ...
     rank: Positive = 32  #: of the plan, and the next three
     embeddings: bool = False  #: whether the plan includes the embeddings
     lm_head: bool = True  #: whether it includes the output layer
     dtype: FactorDtype = "bfloat16"  #: of its factors
-    plots: Text | None = None  #: a folder for PNGs: spectra, and share kept per layer and projection
+    plots: Given | None = None  #: a folder for PNGs: spectra, and share kept per layer and projection
     measure: bool = True  #: time a small extraction here and extrapolate
     format: Format = "text"  #: of what is printed
 
@@ -123,7 +144,7 @@ class InfoConfig:
 class BenchLoraConfig:
     """The root of configs/bench_lora.yaml."""
 
-    mergekit: Text | None = None  #: mergekit-extract-lora in its own environment; without it ours is measured alone
+    mergekit: Given | None = None  #: mergekit-extract-lora in its own environment; without it ours is measured alone
     rank: Positive = 32  #: of the adapter
     layers: Layers = 12  #: of the made pair
     hidden: Width = 1024  #: its width
@@ -133,6 +154,6 @@ class BenchLoraConfig:
     repeats: Positive = 2  #: of ours; two are also compared byte by byte
     shallow: Layers | None = 3  #: also a pair of so few layers, to see that memory does not grow with depth; null: skip
     exact: bool = True  #: also the exact optimum's residual, with one SVD per kind of matrix
-    folder: Text | None = None  #: where the pair is made and kept; null: a temporary folder
-    out: Text | None = None  #: a JSON file for the figures
+    folder: Given | None = None  #: where the pair is made and kept; null: a temporary folder
+    out: Given | None = None  #: a JSON file for the figures
     format: Format = "text"  #: of what is printed

@@ -14,12 +14,12 @@ from longctx.config.base import (
     AboveZero,
     AsDtype,
     Epsilon,
+    Given,
     HeadDim,
     Layers,
     NotNegative,
     Positive,
     Seed,
-    Text,
     Width,
     Window,
     ZeroOrMore,
@@ -109,9 +109,9 @@ class InitConfig:
 class ModelConfig:
     """The model of a run: loaded (path) or drawn at random (init)."""
 
-    path: Text | None = None  #: a folder or hub id in Hugging Face format
+    path: Given | None = None  #: a folder or hub id in Hugging Face format
     init: InitConfig | None = None
-    tokenizer: Text | None = None  #: a folder or hub id; null: the model's own
+    tokenizer: Given | None = None  #: a folder or hub id; null: the model's own
     dtype: Dtype = "auto"  #: dtype of the weights; auto: that of config.json; bfloat16 has float32 masters
     attention: Literal["longctx", "sdpa", "eager"] = "longctx"  #: sdpa and eager: transformers' own, one rank only
     #: which of longctx's kernels attends; auto: the first that serves, on a GPU never `reference`. What a kernel

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from longctx.config.base import AboveZero, Format, Minutes, Seconds, Text, schema
+from pydantic import Field
+
+from longctx.config.base import AboveZero, Format, Given, Minutes, Seconds, schema
 from longctx.config.hardware import HardwareConfig
 
 
@@ -12,10 +14,10 @@ from longctx.config.hardware import HardwareConfig
 class PreflightConfig:
     """The root of configs/preflight.yaml."""
 
-    folder: Text = "runs"  #: folder that every node must see, as runs do
+    folder: Given = "runs"  #: folder that every node must see, as runs do
     hardware: HardwareConfig  #: whose links are expected
     device: Literal["auto", "cpu", "cuda"] = "auto"  #: what the ranks send from
-    mbytes: AboveZero = 64.0  #: MB of one message
+    mbytes: Annotated[AboveZero, Field(ge=1e-3, le=1e5)] = 64.0  #: MB of one message
     meeting_minutes: Minutes = 1.0  #: minutes that the ranks wait for each other
     clock_seconds: Seconds = 2.0  #: seconds by which the nodes' clocks may differ
     format: Format = "text"  #: of what is printed

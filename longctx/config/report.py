@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from longctx.config.base import Text, schema
+from longctx.config.base import Given, schema
 
 
 @schema
 class ReportConfig:
     """The root of configs/report.yaml."""
 
-    run: Text  #: a run's folder; the page is written into it as report.html
+    run: Given  #: a run's folder; the page is written into it as report.html

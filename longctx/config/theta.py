@@ -10,13 +10,13 @@ from pydantic import BeforeValidator, Field
 from longctx.config.base import (
     AboveZero,
     Format,
+    Given,
     HeadDim,
     NotNegative,
     PerMachine,
     Positive,
     Samples,
     Seed,
-    Text,
     Theta,
     Window,
     ZeroOrMore,
@@ -63,12 +63,12 @@ class ThetaConfig:
     to: Window | None = None  #: target length
     rule: RuleField | None = None  #: of `to`; null: dynamic-ntk
     curriculum: CurriculumConfig | None = None  #: a table per stage, instead of `to`
-    png: Text | None = None  #: a picture of wavelengths against the window, before and after
+    png: Given | None = None  #: a picture of wavelengths against the window, before and after
     format: Format = "text"  #: of what is printed
     search: bool = False  #: try thetas around the rule's on held-out documents (needs the model's weights)
     trials: SearchConfig = SearchConfig()
     data: DataConfig | None = None  #: of a search
-    name: Text = "theta"  #: results go to runs/NAME
+    name: Given = "theta"  #: results go to runs/NAME
     run_dir: str = ""  #: the folder of a search, instead of runs/NAME
     nproc: PerMachine = 1  #: ranks that share a long sequence by ring attention while searching
 

@@ -17,6 +17,7 @@ from longctx.config.base import (
     AboveZero,
     Count,
     Epsilon,
+    Given,
     Length,
     MachineCount,
     Minutes,
@@ -27,7 +28,6 @@ from longctx.config.base import (
     Seed,
     Share,
     ShareAboveZero,
-    Text,
     ZeroOrMore,
     schema,
 )
@@ -83,7 +83,9 @@ class OptimConfig:
     beta1: Decay = 0.9  #: decay of the first moment
     beta2: Decay = 0.95  #: decay of the second moment
     eps: Epsilon = 1e-8  #: added to the root of the second moment
-    weight_decay: ZeroOrMore = 0.0  #: of matrices, per unit of learning rate
+    #: of matrices, per unit of learning rate: a step multiplies them by 1 - rate x weight_decay, which no rate of the
+    #: curriculum may take below 0
+    weight_decay: ZeroOrMore = 0.0
     max_grad_norm: ZeroOrMore = 1.0  #: largest global gradient norm; 0 switches clipping off
     z_loss: ZeroOrMore = 0.0  #: factor of lse^2 that is added to the loss
     #: patterns of parameters not trained: ['*embed_tokens*','*norm*']. auto: what the run's adapter does not carry (the
@@ -159,7 +161,7 @@ class EvaluateConfig:
 class TrainConfig:
     """The root of configs/train.yaml."""
 
-    name: Text  #: the run's folder is runs/NAME
+    name: Given  #: the run's folder is runs/NAME
     seed: Seed = 0  #: random seed of documents, their order, and new weights
     run_dir: str = ""  #: the run's folder, instead of runs/NAME
     cache: str = ""  #: folder of tokenized documents; empty: RUN/data
@@ -183,11 +185,29 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_accept(self.accept)
+        self._check_decay()
         if self.model.path is None and (self.after_training.sibling or self.after_training.evidence):
             raise ValueError(
                 "after_training.sibling and after_training.evidence compare with the base, and a model drawn with "
                 "model.init has none; use after_training=none"
             )
+
+    def _check_decay(self) -> None:
+        """Raise ValueError where the decay of a step at a stage's peak would turn the weights' signs."""
+        only = self.curriculum.only or self.curriculum.stages
+        stages = {f"curriculum.stages.{name}": stage for name, stage in self.curriculum.stages.items() if name in only}
+        for key, side in self.after_training.side_runs.values():
+            stages[f"after_training.{key}.stage"] = side.stage
+        for where, stage in stages.items():
+            own = stage.lr.peak is not None
+            peak = stage.lr.peak if own else self.curriculum.lr.peak
+            if peak is not None and peak * self.optim.weight_decay > 1:
+                raise ValueError(
+                    f"optim.weight_decay={self.optim.weight_decay:g} is too much for "
+                    f"{where if own else 'curriculum'}.lr.peak={peak:g}: each step multiplies the matrices by 1 - rate "
+                    f"x weight_decay, which must not fall below 0; take weight_decay={int(1 / peak)} or less (0.1 is "
+                    "customary)"
+                )
 
     @property
     def folder(self) -> str:

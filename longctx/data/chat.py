@@ -65,7 +65,6 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[
         assistant = message["role"] == "assistant"
         if not assistant and count < len(messages):
             continue
-        start = len(_render(messages[: count - 1], tokenizer, prompt=True)) if assistant and count > 1 else len(text)
         longer = _render(messages[:count], tokenizer, prompt=False)
         if not longer.startswith(text):
             raise UserError(
@@ -73,9 +72,26 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[
                 "cannot be marked; use another template, or loss=all with kind=text on rendered conversations"
             )
         if assistant:
-            spans.append((min(start, len(longer)), len(longer)))
+            spans.append((_start_of_reply(messages[:count], longer, tokenizer), len(longer)))
         text = longer
     return text, spans
+
+
+def _start_of_reply(messages: list[dict[str, str]], text: str, tokenizer: Any) -> int:
+    """Return where the last message's content begins in `text`, the rendering of all messages.
+
+    The text is compared with the prompt that a model answers. Some templates end the prompt with more than a finished
+    turn shows, such as <think>, so only what both share counts. A conversation's first message has no prompt; it is
+    compared with itself with another content, since a template may put a system prompt of its own before it.
+    """
+    *before, last = messages
+    if before:
+        prompt = _render(before, tokenizer, prompt=True)
+    else:
+        other = "b" if last["content"].lstrip().startswith("a") else "a"
+        prompt = _render([{**last, "content": other}], tokenizer, prompt=False)
+    differing = (index for index, pair in enumerate(zip(prompt, text, strict=False)) if pair[0] != pair[1])
+    return next(differing, min(len(prompt), len(text)))
 
 
 def _render(messages: list[dict[str, str]], tokenizer: Any, *, prompt: bool) -> str:

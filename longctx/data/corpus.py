@@ -27,7 +27,8 @@ Whole = Literal["all"]
 class Corpus:
     """The documents of a source that belong to one split, or all of them.
 
-    lengths: int32 [D], tokens of each document. tally: counts of the records read, over both splits.
+    lengths: int32 [D], tokens of each document. tally: counts of the records read, over both splits. Raises UserError
+    when min_len and max_len leave out every document.
     """
 
     def __init__(
@@ -42,10 +43,17 @@ class Corpus:
         lengths = np.concatenate([np.diff(shard.starts) for shard in self.shards]).astype(np.int32)
         buckets = np.concatenate([shard.buckets for shard in self.shards])
         keep = lengths >= source.min_len
-        if split != "all":
-            keep &= held_out(buckets, heldout) == (split == "heldout")
         if source.max_len is not None:
             keep &= lengths <= source.max_len
+        if len(keep) and not keep.any():
+            raise UserError(
+                f"data.sources.{name}: all {len(keep):,} documents are left out: they have {lengths.min():,} to "
+                f"{lengths.max():,} tokens, and min_len={source.min_len:,}"
+                + ("" if source.max_len is None else f" with max_len={source.max_len:,}")
+                + " keeps none of them (configs/data)"
+            )
+        if split != "all":
+            keep &= held_out(buckets, heldout) == (split == "heldout")
         chosen = np.flatnonzero(keep)
         counts = np.array([len(shard.buckets) for shard in self.shards])
         firsts = np.concatenate([[0], np.cumsum(counts)])

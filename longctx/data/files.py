@@ -41,10 +41,14 @@ def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: s
         and not any(_fits(name, pattern) for pattern in exclude)
     ]
     if not kept:
-        other = f"; {len(named)} are left out by include and exclude" if named else ""
+        if named:
+            raise UserError(
+                f"{key}={path} holds {len(named)} files of {_kinds()}, the first {named[0][1]}, and include="
+                f"{list(include)} exclude={list(exclude)} leave out all of them; change the patterns"
+            )
         raise UserError(
-            f"{key}={path} holds no usable file: {len(found)} files, none of them {_kinds()}{other}; point it at "
-            "text, or convert yours"
+            f"{key}={path} holds no usable file: {len(found)} files, none of them {_kinds()}; point it at text, or "
+            "convert yours"
         )
     return kept
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.data import DataConfig, SourceConfig
+from longctx.console import escape, say
 from longctx.data.documents import Unit
 from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
@@ -59,8 +60,8 @@ def build_source(
 ) -> tuple[list[Path], bool]:
     """Tokenize a source's missing shards; returns the folders of all shards in order, and whether any was missing.
 
-    report(done, total) is called with bytes when a shard is finished. Raises UserError for a source that cannot be
-    read.
+    It says how many of the shards it tokenizes, and with `report` also that it found all of them. report(done, total)
+    is called with bytes when a shard is finished. Raises UserError for a source that cannot be read.
     """
     source = data.sources[name]
     cache = Path(cache).expanduser()
@@ -68,17 +69,22 @@ def build_source(
     jobs = shard_jobs(source_units(name, source, cache), spec, cache)
     total = sum(job.size for job in jobs)
     fresh = any(not _complete(job) for job in jobs)
+    if not fresh and report is not None:
+        say(escape(f"{name}: found stored, {len(jobs)} of {len(jobs)} shards"))
     if fresh:
         with _only_builder(cache, jobs):
             sweep(cache / "shards", names={job.folder.name for job in jobs})  # left by a killed process
             missing = [job for job in jobs if not _complete(job)]
-            done = total - sum(job.size for job in missing)
+            size = sum(job.size for job in missing)
+            if missing:
+                say(
+                    escape(f"{name}: tokenizing {len(missing)} of {len(jobs)} shards, {size / 2**20:,.1f} MiB of input")
+                )
+            done = total - size
             for job in _run(missing, spec, workers):
                 done += job.size
                 if report is not None:
                     report(done, total)
-    if report is not None:
-        report(total, total)
     return [job.folder for job in jobs], fresh
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,14 @@ def open_both(config: PrepareConfig, tokenizer: Any) -> tuple[dict[str, Corpus],
     texts = text_sources(config.data)
     train: dict[str, Corpus] = {}
     heldout: dict[str, Corpus] = {}
-    with progress() as bar:
-        tasks = {name: bar.add_task(f"{name}, KiB", total=None) for name in texts}
+    with ExitStack() as shown:
+        bar, tasks = progress(), {}
 
         def report(name: str, done: int, total: int) -> None:
+            if not tasks:
+                shown.enter_context(bar)
+            if name not in tasks:
+                tasks[name] = bar.add_task(f"{name}, KiB", total=None)
             bar.update(tasks[name], completed=done >> 10, total=total >> 10)
 
         for name in texts:

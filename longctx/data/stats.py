@@ -38,6 +38,8 @@ def run(config: StatsConfig) -> int:
         window=rope.window,
         file="configs/curriculum",
     )
+    for stage in stages:
+        choose_mix(config.data, stage.mix, stage.name)
     check_sources(config.data, text_sources(config.data), Path(config.shards))
     train, heldout = open_both(config, load_tokenizer(config.model, vocab_size=shape_of_model(config.model).vocab))
     lengths = {name: corpus.lengths for name, corpus in train.items()}

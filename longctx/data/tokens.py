@@ -25,6 +25,7 @@ from longctx.signals import beside, temporary
 from longctx.storage.files import sync
 
 _BATCH_CHARACTERS = 1 << 20
+_MARKS = 2  # raise when another choice of tokens is marked as the assistant's
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class TokenizerSpec:
 
     def fingerprint(self) -> str:
         template = getattr(self.chat, "chat_template", None)
-        text = f"{self.json}|{self.bos}|{self.eos}|{template}"
+        marks = "" if self.chat is None else f"|{_MARKS}"
+        text = f"{self.json}|{self.bos}|{self.eos}|{template}{marks}"
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -112,6 +114,8 @@ def _tokenizer(json: str) -> Any:
     backend = Tokenizer.from_str(json)
     backend.no_truncation()
     backend.no_padding()
+    # Without special tokens all it could do is to trim spaces off the offsets, which mark the assistant's tokens.
+    backend.post_processor = None
     return backend
 
 

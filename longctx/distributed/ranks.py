@@ -123,10 +123,10 @@ class Ranks:
             raise RunFailed(f"{what} failed on rank {rank}: {text}") from error
 
 
-def choose_device(wanted: str, local_rank: int) -> torch.device:
-    """The device of this rank; raises UserError when CUDA is asked for and there is none."""
+def choose_device(wanted: str, local_rank: int, key: str = "engine.device") -> torch.device:
+    """The device of this rank; raises UserError, which names `key`, when CUDA is asked for and there is none."""
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("engine.device=cuda, but this machine shows no CUDA device; use engine.device=cpu or auto")
+        raise UserError(f"{key}=cuda, but this machine shows no CUDA device; use {key}=cpu or auto")
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -158,16 +158,23 @@ def shared_card(rank: int) -> dict[str, str]:
     }  # fmt: skip
 
 
-def start(device: str = "auto", timeout_seconds: float = 1800.0, *, meeting_seconds: float = MEETING_SECONDS) -> Ranks:
+def start(
+    device: str = "auto",
+    timeout_seconds: float = 1800.0,
+    *,
+    meeting_seconds: float = MEETING_SECONDS,
+    key: str = "engine.device",
+) -> Ranks:
     """Join the other ranks (unless joined already) and return this rank's view of the world.
 
     device: auto, cuda or cpu. timeout_seconds: how long a collective waits for a late rank. meeting_seconds: how long
-    the ranks wait for each other at the start. Raises UserError when device=cuda and there is none, when more ranks
-    than devices are on this node (unless launch/one_gpu.sh started them), and when a package is too old.
+    the ranks wait for each other at the start. key: the config's key that names the device. Raises UserError when
+    device=cuda and there is none, when more ranks than devices are on this node (unless launch/one_gpu.sh started
+    them), and when a package is too old.
     """
     check_versions()
     env = launcher_environment()
-    chosen = choose_device(device, int(env["LOCAL_RANK"]))
+    chosen = choose_device(device, int(env["LOCAL_RANK"]), key)
     if chosen.type == "cuda" and int(env["WORLD_SIZE"]) > 1:
         check_shared_devices(int(env["LOCAL_WORLD_SIZE"]), torch.cuda.device_count())
     join(int(env["RANK"]), int(env["WORLD_SIZE"]), timeout_seconds, meeting_seconds=meeting_seconds)

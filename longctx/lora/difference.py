@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longctx.errors import UserError
-from longctx.lora.tensors import Scratch, StoredTensors
+from longctx.lora.tensors import Scratch, StoredTensors, squared_norm
 from longctx.storage.writer import DTYPES, bytes_of
 
 _BLOCK_ELEMENTS = 2**20
@@ -67,7 +67,7 @@ class Difference:
 
     def norm_squared(self) -> float:
         """Compute ||tuned - base||_F^2."""
-        return sum(float(torch.linalg.vector_norm(block).double() ** 2) for _, block in self.blocks())
+        return sum(squared_norm(block) for _, block in self.blocks())
 
     def residual_squared(self, left: Tensor, right: Tensor, scale: float) -> float:
         """Compute ||tuned - base - scale * left @ right||_F^2 with left [rows, r] and right [r, columns].
@@ -78,7 +78,7 @@ class Difference:
         left, right = left.to(self.device, self.dtype), right.to(self.device, self.dtype)
         for start, block in self.blocks():
             block.addmm_(left[start : start + block.shape[0]], right, alpha=-scale)
-            total += float(torch.linalg.vector_norm(block).double() ** 2)
+            total += squared_norm(block)
         self._kept = None
         return total
 

@@ -327,6 +327,8 @@ def _device(asked: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if asked.startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"device={asked}: torch sees no GPU here; use device=cpu (configs/lora_extract.yaml)")
+    if asked.startswith("cuda") and int(asked[5:] or 0) >= torch.cuda.device_count():
+        raise UserError(f"device={asked}: torch sees {torch.cuda.device_count()} GPUs here (configs/lora_extract.yaml)")
     return asked
 
 

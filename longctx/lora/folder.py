@@ -178,7 +178,7 @@ def write_card(folder: Path, rows: Sequence[TensorRecord], extension: Extension,
 
 def command(config: ExtractConfig) -> str:
     """The command that makes this adapter again, without settings that have their defaults."""
-    default = type(config)(base="", tuned="", out="")
+    default = type(config)(base="BASE", tuned="TUNED", out="ADAPTER")
     words = [
         "longctx",
         "lora extract",

@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from longctx.lora.tensors import squared_norm
+
 
 class BlockMatrix(Protocol):
     """A matrix X that is read as row blocks in order; blocks() may be called many times."""
@@ -126,7 +128,7 @@ def _still_to_gain(gain: float, values: Tensor, rank: int) -> float:
 def _exact(matrix: BlockMatrix, rank: int) -> Factors:
     dense = matrix.dense()
     assert dense is not None
-    total = float(torch.linalg.vector_norm(dense).double() ** 2)
+    total = squared_norm(dense)
     if total == 0.0 or not isfinite(total):
         return _nothing(matrix, total)
     left, values, right = torch.linalg.svd(dense, full_matrices=False)
@@ -145,7 +147,7 @@ def _first_pass(matrix: BlockMatrix, draw: Tensor) -> tuple[Tensor, float]:
     z, total = torch.zeros_like(draw), 0.0
     for _, block in matrix.blocks():
         z.addmm_(block.T, block @ draw)
-        total += float(torch.linalg.vector_norm(block).double() ** 2)
+        total += squared_norm(block)
     return z, total
 
 

@@ -117,3 +117,13 @@ def row_blocks(entry: Entry, width: int = 4) -> Iterator[tuple[int, int]]:
 def _first_bytes(path: Path) -> bytes:
     with open(path, "rb") as file:
         return file.read(8)
+
+
+def squared_norm(block: torch.Tensor) -> float:
+    """Compute the squared norm of a matrix of float32 or float64: each row in its dtype, their sum in float64.
+
+    A CPU adds a whole block up in float32. Differences of bfloat16 weights have few distinct values, so those roundings
+    do not cancel: over 28 million numbers the sum was 1.5 % off.
+    """
+    rows = torch.linalg.vector_norm(block, dim=-1).double()
+    return float(rows.square().sum())

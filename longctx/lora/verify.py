@@ -17,7 +17,7 @@ from longctx.lora.adapter import Adapter
 from longctx.lora.changes import TensorChange
 from longctx.lora.difference import Difference
 from longctx.lora.folder import TensorRecord
-from longctx.lora.tensors import Scratch, StoredTensors
+from longctx.lora.tensors import Scratch, StoredTensors, squared_norm
 from longctx.signals import beside, temporary
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _relative_residual(
     left_over = 0.0
     for start, block in negative.blocks():
         apply(block.view(-1) if len(entry.shape) == 1 else block, start)
-        left_over += float(torch.linalg.vector_norm(block).double() ** 2)
+        left_over += squared_norm(block)
     return left_over**0.5 / row.norm
 
 

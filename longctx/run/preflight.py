@@ -29,7 +29,7 @@ def run(config: PreflightConfig) -> int:
     """Print what was found; returns 0, or 1 where something would keep a run from working."""
     from longctx.distributed import ranks as worlds
 
-    ranks = worlds.start(config.device, 300.0, meeting_seconds=60 * config.meeting_minutes)
+    ranks = worlds.start(config.device, 300.0, meeting_seconds=60 * config.meeting_minutes, key="device")
     if not ranks.first:
         console.silence()
     check_even(ranks.places)

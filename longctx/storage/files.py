@@ -47,17 +47,29 @@ def nearest_existing(path: Path) -> Path:
     return next(above for above in (whole, *whole.parents) if above.exists())
 
 
-def check_writable(path: Path, what: str) -> None:
-    """Raise UserError unless this user may make or replace the file or folder `path`.
+# The formats that save_figure writes, by the name's suffix; known here so that matplotlib need not be imported.
+PICTURES = ("", ".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
+
+
+def check_writable(path: Path, what: str, *, folder: bool) -> None:
+    """Raise UserError unless this user may make or replace `path`, a folder or a file.
 
     what: the config key that names it, for the message.
     """
     above = nearest_existing(path)
-    if not above.is_dir() and above != path.absolute():
+    if not above.is_dir() and (folder or above != path.absolute()):
         raise UserError(f"{what}={path} cannot be made: {above} is a file; choose another {what}=")
-    folder = above if above.is_dir() else above.parent
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{what}={path} cannot be written: this user may not write to {folder}; choose another {what}=")
+    if not folder and path.is_dir():
+        raise UserError(f"{what}={path} is a folder, and a file is written; name a file in it, {what}={path}/NAME")
+    place = above if above.is_dir() else above.parent
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{what}={path} cannot be written: this user may not write to {place}; choose another {what}=")
+
+
+def check_picture(path: Path, what: str) -> None:
+    """Raise UserError where the name of a picture ends with a suffix that is no format of pictures."""
+    if path.suffix.lower() not in PICTURES:
+        raise UserError(f"{what}={path} ends with no format of pictures; known: {', '.join(PICTURES[1:])}")
 
 
 def write_text(path: Path, text: str) -> None:

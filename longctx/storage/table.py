@@ -91,6 +91,9 @@ class Table:
             )
         shards = [name for name in self.source.names() if name.endswith(".safetensors")]
         hint = f"; it has {shards[0]}, whose index {index} is missing: fetch it too" if shards else ""
+        for other, what in (("model.safetensors", "a model"), ("adapter_model.safetensors", "an adapter")):
+            if other in shards and other != single:
+                hint = f"; it has {other}, so it is {what}: name the folder of the {self.what}"
         raise UserError(
             f"{self.what}={self.path} has no {single} and no index of shards{hint or ': is it the right folder?'}"
         )

@@ -153,9 +153,7 @@ def cache_folder(config: TrainConfig) -> Path:
 def check_folders(config: TrainConfig) -> None:
     """Raise UserError where the run's folder or the cache cannot be written to."""
     for folder, key in ((Path(config.folder), "run_dir"), (cache_folder(config), "cache")):
-        if folder.is_file():
-            raise UserError(f"{key}={folder} cannot be made: {folder} is a file; choose another {key}=")
-        check_writable(folder, key)
+        check_writable(folder, key, folder=True)
 
 
 def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, source_bytes: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
@@ -226,7 +227,7 @@ def _backend(ranks: Ranks) -> str:
 
 
 def _prepare_deepspeed(ranks: Ranks) -> None:
-    """Set the environment variables that DeepSpeed reads, and quieten its log."""
+    """Set the environment variables that DeepSpeed reads, and quieten its log and the warnings about its calls."""
     if ranks.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's only switch
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
@@ -239,6 +240,9 @@ def _prepare_deepspeed(ranks: Ranks) -> None:
     # An all-reduce for inference that every CPU start would compile or load; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls two collectives by names that torch 2.13 renames; nobody who trains can change that.
+    renamed = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", renamed, FutureWarning, r"torch\.distributed\.c10d_logger")
 
 
 def _accelerator(config: EngineConfig, optim: OptimConfig, dtype: torch.dtype, ranks: Ranks) -> Any:

@@ -119,6 +119,47 @@ def test_a_system_prompt_that_may_not_stand_alone_is_no_mistake(tokenizer):
     assert [text[a:b].split("\n")[-2] for a, b in spans] == ["answer 1 " * 6, "the end"]
 
 
+WITH_OWN_SYSTEM = (
+    "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}<|system|>\nYou are helpful\n{% endif %}"
+    "<|{{ m['role'] }}|>\n{{ m['content'] }}<end>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+@pytest.mark.parametrize("content", ["Hello", "a", "", "  spaced "])
+def test_a_conversation_that_the_assistant_begins_marks_its_words_alone(content):
+    """The template's own system prompt is no reply."""
+    other = make_tokenizer()
+    other.chat_template = WITH_OWN_SYSTEM
+    talk = [{"role": "assistant", "content": content}, *_conversation(1)]
+    text, spans = rendered(talk, other)
+    assert [text[a:b] for a, b in spans] == [f"{content}<end>\n", f"{'answer 1 ' * 6}<end>\n", "the end<end>\n"]
+
+
+def test_a_prompt_that_ends_with_more_than_a_finished_turn_shows_takes_nothing_off_the_reply():
+    """Reasoning models' templates begin a reply with <think> and leave it out of the turns that are done."""
+    thinks = make_tokenizer()
+    thinks.chat_template = WITH_OWN_SYSTEM.replace("<|assistant|>\n{% endif %}", "<|assistant|>\n<think>\n{% endif %}")
+    text, spans = rendered(_conversation(1), thinks)
+    assert [text[a:b] for a, b in spans] == [f"{'answer 1 ' * 6}<end>\n", "the end<end>\n"]
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_every_token_of_a_reply_is_marked_its_indentation_too(tmp_path, trimmed):
+    """Some tokenizers trim spaces off the offsets of their tokens, which leaves a token of spaces empty."""
+    from tokenizers import processors
+
+    indents = make_tokenizer()
+    indents.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trimmed)
+    reply = "def f():\n        return  1\n"
+    rows = [{"messages": [{"role": "user", "content": "write it"}, {"role": "assistant", "content": reply}]}] * 9
+    path = tmp_path / "chat"
+    path.mkdir()
+    (path / "x.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    sequence = _open(path, indents, tmp_path, length="natural", loss="assistant").sequence(0)
+    assert indents.decode(sequence.tokens[sequence.weights == 1]).startswith(f"<|assistant|>\n{reply}")
+
+
 def test_answers_weigh_a_multiple_of_the_rest(folder, tokenizer, tmp_path):
     stage = _open(folder, tokenizer, tmp_path, length="natural", answer_weight=3.0)
     sequence = stage.sequence(0)

@@ -230,7 +230,9 @@ def test_folders_without_a_usable_file_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"holds no usable file: 1 files"):
         find_files(str(tmp_path), [], [], "data.path")
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(UserError, match="1 are left out by include and exclude"):
+    with pytest.raises(
+        UserError, match=r"holds 1 files of .*, the first a\.txt, and include=\['\*\.md'\] .* leave out all"
+    ):
         find_files(str(tmp_path), ["*.md"], [], "data.path")
 
 

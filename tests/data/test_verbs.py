@@ -49,6 +49,33 @@ def test_data_then_stats_over_a_folder(folder, model, tmp_path, capsys):
     assert (tmp_path / "run/data_stats.png").stat().st_size > 10_000
 
 
+def test_data_says_what_it_tokenizes_and_what_it_finds_stored(folder, model, tmp_path, capsys):
+    words = ["data", f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
+    said = []
+    for number in range(3):
+        if number == 2:
+            (folder / "z.txt").write_text("one more document " * 80000)
+        status, _, err = _run(capsys, *words)
+        assert status == 0
+        said.append([line for line in err.splitlines() if line.startswith("text: ")])
+    assert said[0] == ["text: tokenizing 1 of 1 shards, 0.1 MiB of input"]
+    assert said[1] == ["text: found stored, 1 of 1 shards"]
+    assert said[2] == ["text: tokenizing 1 of 2 shards, 1.4 MiB of input"]
+
+
+def test_documents_that_are_all_too_short_or_a_mix_that_is_none_are_refused(folder, model, tmp_path, capsys):
+    words = [f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
+    status, _, err = _run(capsys, "data", "stats", *words, "curriculum.mix=nope")
+    assert status == 2
+    assert "curriculum.stages.s2048.mix=nope is not one of data.mixes" in err
+    assert not (tmp_path / "run").exists()  # before anything is tokenized
+    for word, rule in (("min_len=1M", "min_len=1,048,576"), ("max_len=1", "min_len=0 with max_len=1")):
+        status, _, err = _run(capsys, "data", *words, f"data.sources.text.{word}")
+        assert status == 2
+        assert "data.sources.text: all 30 documents are left out: they have" in err
+        assert f"{rule} keeps none of them" in err
+
+
 def test_stats_show_the_documents_before_a_stage_that_they_cannot_fill(folder, model, tmp_path, capsys):
     words = [f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
     status, out, err = _run(capsys, "data", "stats", *words, "curriculum=8k_to_1048k", "curriculum.only=[s64k]")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import metrics
 
-from .lives import live
+from .lives import live, said
 from .made import config
 
 
@@ -36,11 +37,20 @@ def continued(
         free["engine"] |= engine or {}
         status = live(config(run, documents, **free), world, stop_after=stop)
         assert status == (0 if stop is None else SAVED_AND_REQUEUE), (world, cp, zero)
+        assert foreign(run, world) == [], (world, cp, zero)
         if stop is not None:
             state = json.loads(next(newest(run).glob("state.json")).read_text())
             assert state["step"] == stop
             assert state["written_by"]["world"] == world
             assert state["written_by"]["ZeRO"] == zero
+
+
+def foreign(run: Path, world: int) -> list[str]:
+    """The lines of the run's last life that a library wrote: all of a silent rank's, and those of the first by form."""
+    silent = [line for rank in range(1, world) for line in said(run, rank).splitlines()]
+    library = re.compile(r"site-packages|Warning|^\s+return |^\[|^\w\d{4} |\.py:\d+")
+    first = [line for line in said(run, 0).splitlines() if library.search(line)]
+    return first + [line for line in silent if not line.startswith("longctx: ")]
 
 
 def newest(run: Path) -> Path:
@@ -62,9 +72,12 @@ def same(run: Path, undisturbed: Path) -> bool:
 
 
 def test_other_ranks_stages_and_engines(tmp_path: Path, documents: Path, undisturbed: Path) -> None:
-    """One run: ring of two under ddp, ZeRO-2 on dp 2, ZeRO-3 on dp 2 x cp 2, one process; across a hand-off."""
+    """One run: ring of two under ddp, ZeRO-2 and 1 on dp 2, ZeRO-3 on dp 2 x cp 2, one process; across a hand-off.
+
+    Each life prints the run's own lines only, while it trains, saves and continues.
+    """
     run = tmp_path / "run"
-    continued(run, documents, [(2, 2, 0), (2, 1, 2), (4, 2, 3), (1, 1, 0)], [1, 3, 6])
+    continued(run, documents, [(2, 2, 0), (2, 1, 2), (2, 1, 1), (4, 2, 3), (1, 1, 0)], [1, 3, 4, 6])
     assert same(run, undisturbed)
 
 
