@@ -62,8 +62,8 @@ def refused_by_system(error: Exception) -> str | None:
     if isinstance(error, OSError):
         number, path = error.errno, error.filename2 or error.filename or path
     else:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        number = int(found[1]) if found else None
+        found = re.search(r"\(os error (\d+)\)|Os \{ code: (\d+)", str(error))
+        number = int(found[1] or found[2]) if found else None
     if number not in _BY_SYSTEM:
         return None
     return f"{path} cannot be read or written: {os.strerror(number)}; {_BY_SYSTEM[number]}"

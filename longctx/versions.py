@@ -18,7 +18,7 @@ MINIMUM = {
     "numpy": "1.26",
     "safetensors": "0.5",
     "accelerate": "1.10",
-    "deepspeed": "0.18",
+    "deepspeed": "0.19.8",
     "wandb": "0.20",
 }
 EVERY_VERB = ("torch", "transformers", "hydra-core", "pydantic", "numpy", "safetensors")

@@ -119,6 +119,7 @@ def _expected(config: Any) -> dict[str, int]:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.tie_weights()  # transformers 5.0 leaves a model on the meta device untied
     config.architectures = [type(model).__name__]
     return {name: weight.numel() * 4 for name, weight in model.named_parameters()}
 

@@ -104,6 +104,7 @@ def _rank(
     from longctx.distributed.ranks import shared_card
 
     torch.set_num_threads(1)
+    os.environ.setdefault("MASTER_ADDR", "localhost")  # as every launcher does; older accelerate looks for it
     if nccl:
         os.environ.update(shared_card(rank))
         torch.cuda.set_device(0)
