@@ -153,7 +153,8 @@ def run_trial(config: BenchLongestConfig, device: str, seq_len: int) -> dict[str
     if process.returncode == -signal.SIGKILL and (killed_before is None or (killed_for_memory() or 0) > killed_before):
         return {"fits": False, "why": "host memory: the kernel killed the trial"}
     if out_of_memory(RuntimeError(said)):  # an allocation failed where Python could not see it
-        return {"fits": False, "why": "host memory: " + said.strip().splitlines()[-1][:200]}
+        line = next(line for line in reversed(said.splitlines()) if out_of_memory(RuntimeError(line)))
+        return {"fits": False, "why": "host memory: " + line.strip()[:200]}
     raise RunFailed(
         f"bench longest: the trial of {seq_len:,} tokens ended with status {process.returncode}:\n{said[-2000:]}"
     )

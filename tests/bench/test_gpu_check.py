@@ -175,9 +175,9 @@ def test_tests_that_were_ended_are_told_by_name(tmp_path, workers):
         "@pytest.mark.parametrize('case', ['a b', 'c'])\n"
         "def test_bad(case): assert case == 'c'\n"
         "def test_none(): pytest.skip('no card')\n"
-        "def test_ends_pytest():\n"
+        "def test_ends_pytest(request):\n"
         "    time.sleep(1.0)\n"  # the other worker has reported by then
-        "    os.kill(os.getppid() if 'PYTEST_XDIST_WORKER' in os.environ else os.getpid(), signal.SIGKILL)\n"
+        "    os.kill(os.getppid() if hasattr(request.config, 'workerinput') else os.getpid(), signal.SIGKILL)\n"
     )
     words = [sys.executable, "-m", "pytest", str(tests), "-vv", "-c", os.devnull, "-p", "no:cacheprovider", *workers]
     read = next(part.read for part in PARTS if part.name == "kernels")
