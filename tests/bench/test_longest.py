@@ -175,7 +175,7 @@ def test_how_a_trial_ends_without_memory(monkeypatch):
 
 def test_the_verb_says_that_no_length_fits(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(longest, "run_trial", lambda *_: {"fits": False, "why": "loading the model: no memory"})
-    words = [f"out={tmp_path}", "format=json", "memory_gib=0.01", "model.init.layers=1", "model.dtype=float32",
+    words = [f"out={tmp_path}", "format=json", "memory_gib=0.5", "model.init.layers=1", "model.dtype=float32",
              "engine.offload_ratio=1", "engine.offload_optimizer=false", "model.init.vocab=512"]  # fmt: skip
     assert main(["bench", "longest", *words]) == 1
     document = json.loads(capsys.readouterr().out)
