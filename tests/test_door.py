@@ -432,7 +432,7 @@ def test_no_path_is_empty(words, key, capsys):
         ("lora extract base=b tuned=t out=o verify=loss text=x text_tokens=1", "text_tokens=1 must be 2 or more"),
         ("bench data parts=[]", "parts=[] is empty; give it a value"),
         ("bench data seq_lens=[]", "seq_lens=[] is empty; give it a value"),
-        ("bench attention lengths=[1026]", "lengths: 1026 is not divisible by 2 x ranks=4; take 1024"),
+        ("bench attention lengths=[1026]", "lengths: 1026 is not divisible by 2 x ranks = 4; take 1024"),
         ("bench attention virtual_ranks=[]", "virtual_ranks=[] is empty; give it a value"),
         ("preflight mbytes=1e15", "mbytes=1000000000000000.0 must be at most 100000"),
         ("bench lora mergekit=.", "mergekit=. is not an executable"),

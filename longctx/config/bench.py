@@ -55,7 +55,7 @@ class BenchAttentionConfig:
                 )
             if length % (2 * self.ranks):
                 raise ValueError(
-                    f"lengths: {length} is not divisible by 2 x ranks={2 * self.ranks}; take "
+                    f"lengths: {length} is not divisible by 2 x ranks = {2 * self.ranks}; take "
                     f"{length - length % (2 * self.ranks)}, or another number of ranks"
                 )
 
