@@ -39,7 +39,7 @@ def say(*words: object) -> None:
 
 
 def escape(text: str) -> str:
-    """Return a text that `say` prints as it is, brackets included."""
+    """Return a text that `say` and `emit` print as it is, brackets included."""
     from rich.markup import escape as escaped
 
     return escaped(text)

@@ -107,9 +107,7 @@ class HostStore:
 
     def put(self, tensor: Tensor) -> HostView | Tensor:
         storage = tensor.untyped_storage()
-        if (
-            storage.nbytes() == 0
-        ):  # torch.utils.checkpoint of torch 2.11 saves one, on the CPU whatever the model's device
+        if storage.nbytes() == 0:  # torch 2.11's checkpoint saves one, on the CPU whatever the model's device
             return tensor.detach()
         known = self._here.get(storage._cdata)
         place = len(self._order) if known is None else known[1]

@@ -12,7 +12,7 @@ from typing import Any
 from longctx import dtype as dtypes
 from longctx.assets import known_config
 from longctx.config.plan import PlanConfig
-from longctx.console import emit, emit_json, say
+from longctx.console import emit, emit_json, escape, say
 from longctx.curriculum import Stage, resolve
 from longctx.decide import Machines, planned_kernel
 from longctx.errors import UserError
@@ -134,7 +134,6 @@ def _holds(config: PlanConfig, need: EvidenceNeed) -> bool:
 
 def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: str) -> Any:
     """A table of at most 80 columns with a row per stage; source: where the dtype was found, in words."""
-    from rich.markup import escape
     from rich.table import Table
 
     hardware, limits = config.hardware, limits_of(config, shape)

@@ -50,7 +50,7 @@ def _run(job: SearchJob, ranks: Any) -> SearchResult:
         model = model_of(job.model).to(ranks.device)
         data, adapt = _search_data(job)
     wanted = job.model.attention_kernel
-    kernel = kernel_of(job.model, shape_of_model(job.model), ranks.device.type)
+    kernel = kernel_of(job.model, shape_of_model(job.model), ranks.device.type, tried=True)
     console.say(f"{job.model.dtype} weights, attention kernel {kernel} on {ranks.device.type}")
     context = ContextParallel.from_world(kernel=None if wanted == "auto" else wanted)
     objective = Objective(model, job.model.memory, context, ranks, precision=job.model.rotary)

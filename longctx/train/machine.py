@@ -28,14 +28,24 @@ def device_type(engine: EngineConfig) -> str:
     return "cpu" if engine.device == "cpu" or not torch.cuda.is_available() else "cuda"
 
 
-def kernel_of(model: ModelConfig, shape: Shape, device: str) -> str:
-    """The attention kernel for the model on this machine. Raises UserError where none fits, or only a slow one."""
-    from longctx.attention.kernels import Problem, explain
+def kernel_of(model: ModelConfig, shape: Shape, device: str, *, tried: bool = False) -> str:
+    """The attention kernel for the model on this machine. Raises UserError where none fits, or only a slow one.
+
+    tried: whether a GPU tries it first, as a rank does that is about to attend.
+    """
+    from longctx.attention.kernels import KERNELS, Problem, explain
+    from longctx.attention.trial import failure
 
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     dtype = getattr(torch, model.dtype)
     problem = Problem(device, dtype, shape.head_dim, shape.heads, shape.kv_heads, capability)
-    return choose_kernel(device, model.dtype, explain(problem), model.attention_kernel)
+    reasons = explain(problem)
+    able = [name for name, why in reasons.items() if not why and model.attention_kernel in ("auto", name)]
+    for name in able if tried else ():
+        if not (why := failure(KERNELS[name], problem)):
+            break
+        reasons[name] = [why]
+    return choose_kernel(device, model.dtype, reasons, model.attention_kernel)
 
 
 def check_machine(config: TrainConfig, stages: Sequence[Stage], world: int, local_world: int) -> None:
@@ -70,5 +80,5 @@ def describe(model: ModelConfig, shape: Shape, device: str) -> str:
     """The first line of a run: the dtypes of weights, masters and optimizer, and the attention kernel."""
     wide = "float64" if model.dtype == "float64" else "float32"
     masters = f"{model.dtype} weights" + (f" with {wide} masters" if model.dtype != wide else "")
-    kernel = kernel_of(model, shape, device)
+    kernel = kernel_of(model, shape, device, tried=True)
     return f"{masters}, gradients and optimizer in {wide}, attention kernel {kernel} on {device}"

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from longctx.attention import ContextParallel
+from longctx.attention import ContextParallel, kernels, trial
+from longctx.config.model import ModelConfig
 from longctx.decide import Decision, Machines
 from longctx.distributed.ranks import Ranks
 from longctx.errors import UserError
+from longctx.shape import shape_of_model
 from longctx.train.engine import check_bfloat16
-from longctx.train.machine import room_here
+from longctx.train.machine import describe, kernel_of, room_here
 from longctx.train.open_stage import open_context
 from longctx.train.zero import _prepare_deepspeed
+
+from .parity import SHAPE
 
 
 @pytest.mark.parametrize(("device", "wanted"), [(torch.device("cuda", 0), "0"), (torch.device("cpu"), "1")])
@@ -47,6 +52,29 @@ def test_what_other_processes_hold_on_a_gpu_counts_as_gone(monkeypatch, capsys):
     capsys.readouterr()
     assert room_here(Machines(8, 8), "cuda", "cudnn").device_bytes == pytest.approx(79 * gib / 8)
     assert "other processes" not in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("failing", [(), ("flash_attn_4",), ("flash_attn_4", "torch_flash")])
+def test_a_rank_names_a_kernel_that_holds_and_never_takes_the_reference_by_itself(monkeypatch, failing):
+    """flash-attn 4 and torch's flash attention are there, and some of them fail their trial."""
+    serving = ("flash_attn_4", "torch_flash", "reference")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(
+        kernels, "explain", lambda _: {name: [] if name in serving else ["is not here"] for name in kernels.KERNELS}
+    )
+    monkeypatch.setattr(trial, "failure", lambda kernel, _: "it fails here" if kernel.name in failing else "")
+    model = ModelConfig(init=SHAPE, dtype="bfloat16")
+    shape = shape_of_model(model)
+    assert kernel_of(model, shape, "cuda") == "flash_attn_4"  # a launcher does not try
+    if len(failing) == 2:
+        with pytest.raises(UserError, match=r"no fast attention kernel .*it fails here"):
+            describe(model, shape, "cuda")
+    else:
+        wanted = "torch_flash" if failing else "flash_attn_4"
+        assert f"attention kernel {wanted} on cuda" in describe(model, shape, "cuda")
+    if failing:
+        with pytest.raises(UserError, match=r"attention_kernel=flash_attn_4 cannot serve .*it fails here"):
+            kernel_of(replace(model, attention_kernel="flash_attn_4"), shape, "cuda", tried=True)
 
 
 def test_transfers_wait_as_long_as_the_engine_says(monkeypatch):
