@@ -16,7 +16,7 @@ from longctx.curriculum import Stage
 from longctx.decide import Decision, Machines, decide_all, planned_kernel
 from longctx.planner.memory import BYTES, NODES_SIMULATED, Memory, need, sizes_of
 from longctx.planner.simulate import BACKWARD_WORK, evenly, simulate
-from longctx.schedule import SCHEDULES, Sizes, build
+from longctx.schedule import SCHEDULES, Sizes, build_all
 from longctx.shape import Shape
 from longctx.topology import Link, Topology
 
@@ -105,7 +105,7 @@ def time_attention(
     longer = (topology.size / h - 1) / max(1.0, small.size / h - 1)
     computing = exposed = 0.0
     for backward, work, times in ((False, 1.0, forwards), (True, BACKWARD_WORK, 1)):
-        schedules = [build(schedule, small, r, backward=backward, ulysses=h) for r in range(small.size)]
+        schedules = build_all(schedule, small, backward=backward, ulysses=h)
         timeline = simulate(schedules, sizes, evenly(block * work), {"inner": links[0], "outer": links[1]})
         computing += times * block * work * (topology.size // h)
         exposed += times * timeline.exposed() * max(1.0, longer)

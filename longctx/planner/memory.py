@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from longctx.config.model import MemoryConfig
 from longctx.decide import blocks_of, tokens_per_rank
-from longctx.schedule import RankSchedule, Sizes, build
+from longctx.schedule import RankSchedule, Sizes, build_all
 from longctx.shape import Shape
 from longctx.topology import Topology
 
@@ -105,9 +105,9 @@ def attention_buffers(schedule: str, topology: Topology, sizes: Sizes, ulysses: 
     """
     small = Topology(min(topology.nodes, NODES_SIMULATED), topology.ranks)
     found = 0.0
-    for rank in range(small.size if small.size > 1 else 0):
-        schedules = [build(schedule, small, rank, backward=backward, ulysses=ulysses) for backward in (False, True)]
-        found = max(found, ring_buffers(schedules, sizes))
+    if small.size > 1:
+        passes = [build_all(schedule, small, backward=backward, ulysses=ulysses) for backward in (False, True)]
+        found = max(ring_buffers(both, sizes) for both in zip(*passes, strict=True))
     if kernel != "reference":
         return found
     rows = min(REFERENCE_ROWS, sizes.tokens)

@@ -22,7 +22,7 @@ from longctx.planner.evidence import EvidenceNeed, fits, flop_of, largest, needs
 from longctx.planner.remedies import USABLE, DeviceLimits, advice
 from longctx.planner.simulate import BACKWARD_WORK, Timeline, evenly, simulate
 from longctx.rope import rope_of_model
-from longctx.schedule import Sizes, build
+from longctx.schedule import Sizes, build_all
 from longctx.shape import Shape, shape_of_model
 from longctx.topology import Link, Topology
 
@@ -259,7 +259,7 @@ def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int, Links]:
 
 def _time(config: PlanConfig, schedule: str, topology: Topology, sizes: Sizes, h: int, links: Links) -> Timeline:
     backward = config.draw.direction == "backward"
-    schedules = [build(schedule, topology, r, backward=backward, ulysses=h) for r in range(topology.size)]
+    schedules = build_all(schedule, topology, backward=backward, ulysses=h)
     rate = config.hardware.rate("bfloat16")
     blocks = topology.size // schedules[0].ulysses
     flop = 2.0 * sizes.q_heads * sizes.head_dim * float(sizes.tokens * topology.size) ** 2

@@ -55,7 +55,10 @@ class Timeline:
 
     def exposed(self) -> float:
         """Seconds by which links lengthen the schedule beyond the longest rank's computation."""
-        return self.seconds - max(self.busy(rank, "compute") for rank in range(self.ranks))
+        computing = [0.0] * self.ranks
+        for span in self.spans:
+            computing[span.rank] += span.end - span.start if span.kind == "compute" else 0.0
+        return self.seconds - max(computing)
 
 
 def blocks_of(compute: Compute) -> float:

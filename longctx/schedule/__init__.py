@@ -1,6 +1,6 @@
-"""Schedules of context-parallel attention: their data (`hops`) and the one function that makes them (`build`)."""
+"""Schedules of context-parallel attention: their data (`hops`) and the functions that make them (`build`)."""
 
-from longctx.schedule.build import build
+from longctx.schedule.build import build, build_all
 from longctx.schedule.hops import (
     OWN,
     SCHEDULES,
@@ -27,5 +27,6 @@ __all__ = [
     "Sizes",
     "Transfer",
     "build",
+    "build_all",
     "payload_bytes",
 ]

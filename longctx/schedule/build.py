@@ -11,6 +11,7 @@ three foreign blocks are live instead of four.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Literal
 
 import numpy as np
@@ -49,6 +50,14 @@ def build(
         gather=_heads(topology, rank, h, backward, True),
         scatter=_heads(topology, rank, h, backward, False),
     )
+
+
+@lru_cache(maxsize=64)
+def build_all(
+    schedule: str, topology: Topology, *, backward: bool = False, ulysses: int | None = None
+) -> tuple[RankSchedule, ...]:
+    """Build the schedules of all ranks, rank r's at index r; those of a topology are built once in a process."""
+    return tuple(build(schedule, topology, rank, backward=backward, ulysses=ulysses) for rank in range(topology.size))
 
 
 def _heads(topology: Topology, rank: int, h: int, backward: bool, gather: bool) -> tuple[Hop, ...]:
