@@ -131,6 +131,11 @@ class SourceConfig:
             raise ValueError(f"task and haystack belong to kind=synth, not to kind={self.kind}")
         if self.kind != "chat" and (self.loss != "all" or self.answer_weight is not None):
             raise ValueError(f"loss and answer_weight belong to kind=chat, not to kind={self.kind}")
+        if self.loss == "assistant" and self.answer_weight is not None:
+            raise ValueError(
+                f"answer_weight={self.answer_weight:g} weighs the assistant's tokens against the others, which carry "
+                "no loss under loss=assistant; leave one of the two out"
+            )
         from_hub = {"name": self.name, "subset": self.subset, "rows": self.rows, "split": self.split}
         foreign = [key for key, value in from_hub.items() if value not in (None, "train")]
         if foreign and not self.name:

@@ -40,6 +40,9 @@ def conversation(
         tally.broken += 1
         tally.note(document.location, error)
         return None
+    if not encoding.ids:
+        tally.empty += 1
+        return None
     mask = np.zeros(len(encoding.ids), np.uint8)
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     for low, high in spans:

@@ -35,11 +35,11 @@ class NeedleWriter:
                 "located; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
             )
         self.tokenizer = tokenizer
-        self._backend = backend
+        self._backend = _plain(backend)
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         size = len(tokenizer)
-        texts = backend.decode_batch([[token] for token in range(size)])
+        texts = self._backend.decode_batch([[token] for token in range(size)])
         self.newline_after = np.array([text.endswith("\n") for text in texts], bool)
         longest = max((len(text) for text in texts if text.isascii() and text.isdigit()), default=0)
         whole = [token for token, text in enumerate(texts) if text.isdigit() and len(text) == longest]
@@ -58,6 +58,16 @@ class NeedleWriter:
         low, high = len(before), len(before) + len(marked)
         inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < high and b > low]
         return np.array(encoding.ids, np.int32), inside[0], inside[-1] + 1
+
+
+def _plain(backend: Any) -> Any:
+    """Copy a tokenizer without the truncation and padding that its file or another caller may have set."""
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer.from_str(backend.to_str())
+    plain.no_truncation()
+    plain.no_padding()
+    return plain
 
 
 def token_haystack(tokens: np.ndarray, line_end: np.ndarray | None = None) -> Haystack:

@@ -72,8 +72,9 @@ def build_source(
     if not fresh and report is not None:
         say(escape(f"{name}: found stored, {len(jobs)} of {len(jobs)} shards"))
     if fresh:
-        with _only_builder(cache, jobs):
-            sweep(cache / "shards", names={job.folder.name for job in jobs})  # left by a killed process
+        with _only_builder(cache) as alone:
+            if alone:
+                sweep(cache / "shards", names={job.folder.name for job in jobs})  # left by a killed process
             missing = [job for job in jobs if not _complete(job)]
             size = sum(job.size for job in missing)
             if missing:
@@ -152,11 +153,21 @@ def _file_hashes(paths: Sequence[str], cache: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _only_builder(cache: Path, jobs: Sequence[ShardJob]) -> Iterator[None]:
-    """Hold the lock of these shards; waits while another process writes them."""
-    name = hashlib.sha256("".join(job.folder.name for job in jobs).encode()).hexdigest()[:16]
+def _only_builder(cache: Path) -> Iterator[bool]:
+    """Hold the lock of the folder of shards, and wait while another process writes shards there.
+
+    All sources share one lock, since two of them may share shards: a folder, and the same folder with one file more.
+    Yields whether the lock is held; some file systems have none.
+    """
     (cache / "locks").mkdir(parents=True, exist_ok=True)
     (cache / "shards").mkdir(parents=True, exist_ok=True)
-    with (cache / "locks" / name).open("w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+    with (cache / "locks" / "shards").open("w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(f"waiting for another process that tokenizes into {escape(str(cache))}")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True

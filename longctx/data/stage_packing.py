@@ -41,7 +41,7 @@ class SourceUse:
 class StagePacking:
     """The pieces of all sequences of a stage, in order.
 
-    first: int64 [N+1], sequence i is made of pieces first[i]:first[i+1]. source: int8 [P], an index into `names`.
+    first: int64 [N+1], sequence i is made of pieces first[i]:first[i+1]. source: int16 [P], an index into `names`.
     document, start, length: int32 [P], in tokens. joined: bool [P], attention crosses from the piece before into this
     one. padding: the share of positions without a token. left_over: pieces that were drawn but not used, because they
     were packed into sequences beyond N.
@@ -125,7 +125,7 @@ def _check_memory(mix: Mix, lengths: Mapping[str, np.ndarray], seq_len: int, seq
 def empty_packing(seq_len: int) -> StagePacking:
     """Return a packing without sequences."""
     none = np.zeros(0, np.int32)
-    first, source, joined = np.zeros(1, np.int64), none.astype(np.int8), none.astype(bool)
+    first, source, joined = np.zeros(1, np.int64), none.astype(np.int16), none.astype(bool)
     return StagePacking(seq_len, (), first, source, none, none, none, joined, use={}, padding=0.0, left_over=0)
 
 
@@ -220,7 +220,7 @@ def _pack(
 
 def _select(source: int, drawn: DrawnPieces, placements: Collection[int | None]) -> _StagePieces:
     keep = np.isin(drawn.placement, [placement for placement in placements if placement is not None])
-    number = np.full(int(keep.sum()), source, np.int8)
+    number = np.full(int(keep.sum()), source, np.int16)
     return _StagePieces(number, drawn.document[keep], drawn.start[keep], drawn.length[keep], drawn.placement[keep])
 
 

@@ -46,7 +46,8 @@ class TokenizerSpec:
 
     def fingerprint(self) -> str:
         template = getattr(self.chat, "chat_template", None)
-        marks = "" if self.chat is None else f"|{_MARKS}"
+        # A template may write bos_token and its like, which stand outside of `json`.
+        marks = "" if self.chat is None else f"|{_MARKS}|{self.chat.special_tokens_map}"
         text = f"{self.json}|{self.bos}|{self.eos}|{template}{marks}"
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -149,7 +150,10 @@ def _text_encoder(spec: TokenizerSpec, tally: Tally) -> Any:
         kept = [document for document in batch if usable(document)]
         encodings = backend.encode_batch_fast([d.content for d in kept], add_special_tokens=False)
         for document, encoding in zip(kept, encodings, strict=True):
-            yield document, np.array(head + encoding.ids + tail, np.uint32), None
+            if encoding.ids:
+                yield document, np.array(head + encoding.ids + tail, np.uint32), None
+            else:  # characters that the tokenizer drops
+                tally.empty += 1
 
     return encode
 

@@ -144,6 +144,19 @@ def test_a_prompt_that_ends_with_more_than_a_finished_turn_shows_takes_nothing_o
     assert [text[a:b] for a, b in spans] == [f"{'answer 1 ' * 6}<end>\n", "the end<end>\n"]
 
 
+def test_other_special_tokens_of_a_template_are_tokenized_anew(folder, tmp_path):
+    """A template writes eos_token; the tokenizer.json is the same whatever its name stands for."""
+    counts = []
+    for mark in ("</s>", "<pad>"):
+        other = make_tokenizer()
+        other.chat_template = "{% for m in messages %}{{ m['role'] }} {{ m['content'] }}{{ eos_token }}{% endfor %}"
+        other.eos_token = mark
+        tokens = _open(folder, other, tmp_path).sequence(0).tokens
+        counts.append([int((tokens == id).sum()) for id in other.convert_tokens_to_ids(["</s>", "<pad>"])])
+    assert counts[0][0] == counts[1][1] > 0
+    assert counts[0][1] == counts[1][0] == 0
+
+
 @pytest.mark.parametrize("trimmed", [False, True])
 def test_every_token_of_a_reply_is_marked_its_indentation_too(tmp_path, trimmed):
     """Some tokenizers trim spaces off the offsets of their tokens, which leaves a token of spaces empty."""

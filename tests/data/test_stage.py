@@ -3,7 +3,9 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +234,39 @@ def test_two_processes_that_start_together_build_once(tmp_path):
     assert {path.name for path in (tmp_path / "c/shards").iterdir()} == {Path(p).name for p in found[0][0]}
 
 
+def test_a_build_waits_for_one_of_other_files_that_shares_a_shard(tmp_path, tokenizer, monkeypatch):
+    """The second folder has a file more, so its list of shards is another and the first shard the same."""
+    from longctx.data import prepare
+    from longctx.signals import beside, temporary
+
+    folder, cache, waits = tmp_path / "d", tmp_path / "c", threading.Event()
+    folder.mkdir()
+    _write_books(folder, 2)
+    monkeypatch.setattr(prepare, "SMALLEST_SHARD", 1)
+    monkeypatch.setattr(prepare, "say", lambda text: waits.set() if "waiting" in text else None)
+    real, seen, others = prepare.tokenize_shard, [], []
+
+    def start_another_build(job, spec):
+        monkeypatch.setattr(prepare, "tokenize_shard", real)
+        with temporary(beside(job.folder)) as partial:
+            partial.mkdir()
+            (folder / "more.txt").write_text("one more text\n" * 9)
+            others.append(pool.submit(build_source, "books", _config(folder), tokenizer, cache))
+            while not others[0].done() and not waits.wait(0.05):
+                pass
+            seen.append(partial.exists())
+        real(job, spec)
+
+    with ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(prepare, "tokenize_shard", start_another_build)
+        first, _ = build_source("books", _config(folder), tokenizer, cache)
+        more, fresh = others[0].result(timeout=60)
+    assert seen == [True]
+    assert fresh
+    assert len({*first} & {*more}) == 2
+    assert len(more) == 3
+
+
 def _tokenize_pipes(pipes, out):
     """Two shards, each of a file that never ends, by two workers."""
     from longctx.data import prepare
@@ -435,6 +470,22 @@ def test_useless_documents_are_skipped_and_an_empty_source_refused(tmp_path, tok
         (folder / name).unlink()
     with pytest.raises(UserError, match=r"no usable document: of 3 records 1 are empty, 1 are only special"):
         _open(_config(folder), tokenizer, tmp_path / "c")
+
+
+def test_a_document_of_which_the_tokenizer_keeps_nothing_is_empty(tmp_path, capsys):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))  # without <unk>, other characters are dropped
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    letters = PreTrainedTokenizerFast(tokenizer_object=backend)
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.txt").write_text("abba " * 40)
+    (tmp_path / "d/b.txt").write_text("日本語")
+    stage = _open(_config(tmp_path / "d", heldout=0.0), letters, tmp_path / "c", seq_len=64, sequences=2)
+    assert "1 empty" in capsys.readouterr().err
+    assert stage.stats()["sources"]["books"]["documents"] == 1
+    assert stage.sequence(0).tokens.tolist() == [0, 1, 1, 0] * 16
 
 
 def test_broken_lines_beyond_the_allowed_share_are_an_error(tmp_path, tokenizer):

@@ -99,6 +99,13 @@ def test_mix_weights_are_shares_of_tokens():
     assert packing.padding < 0.01
 
 
+def test_a_mix_may_have_hundreds_of_sources():
+    names = [f"s{number}" for number in range(200)]
+    values = {"sources": dict.fromkeys(names, TEXTS["a"]), "mixes": {"m": dict.fromkeys(names, 1 / 200)}}
+    packing = _packing(build(DataConfig, values, origin="test"), dict.fromkeys(names, _lengths(5, 1)), 64, 400)
+    assert {packing.names[number] for number in packing.source} == {*names}
+
+
 def test_upsample_changes_lengths_and_leaves_shares():
     lengths = {"a": _lengths(5000, 1), "b": _lengths(5000, 2)}
     mix = {"a": {"weight": 0.6, "length": {"upsample": {"min_len": 1000, "share": 0.8}}}, "b": 0.4}
@@ -183,6 +190,7 @@ def test_policies_that_cannot_be_met_say_how_many_tokens_are_missing():
         ({"first_token": "predict"}, "document_mask=false"),
         ({"sources": {"a": {"kind": "text"}}}, "path is missing"),
         ({"sources": {"a": {"kind": "text", "path": "x", "loss": "assistant"}}}, "belong to kind=chat"),
+        ({"sources": {"a": {"kind": "chat", "path": "x", "loss": "assistant", "answer_weight": 2}}}, "carry no loss"),
         ({"sources": {**TEXTS, "n": {**NEEDLES, "haystack": "zz"}}}, "not a source of text"),
         ({"sources": {"a": {"kind": "text", "path": "x", "feild": "y"}}}, "did you mean 'field'"),
     ],

@@ -29,6 +29,20 @@ def _make(task, length, seed, straw, writer, keys="train"):
     return make_task(task, length, np.random.default_rng(seed), straw, keys=keys, tokenizer=writer)
 
 
+def test_a_tokenizer_that_pads_and_truncates_writes_the_same_needles(writer):
+    """Tokenizers that were saved after a fine-tune often do, and calling one sets both."""
+    saved = make_tokenizer()
+    saved.backend_tokenizer.enable_padding(length=32, pad_id=2, pad_token="<pad>")
+    saved.backend_tokenizer.enable_truncation(8)
+    padded = NeedleWriter(saved)
+    assert padded.newline.tolist() == writer.newline.tolist()
+    question = ("\nWhat is the pass key of 123456? The pass key of 123456 is ", "654321", ".")
+    tokens, *span = padded.marked(*question)
+    expected, *place = writer.marked(*question)
+    assert tokens.tolist() == expected.tolist()
+    assert span == place
+
+
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
 def test_length_is_exact_and_answers_are_where_they_say(task, straw, writer, tokenizer):
     for length in (300, 301, 512, 1777):
