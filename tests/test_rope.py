@@ -162,6 +162,24 @@ def test_yarn_on_a_yarn_model_raises_the_factor_from_its_original_length():
     assert (again["factor"], again["original_max_position_embeddings"]) == (16.0, 8192)
 
 
+@pytest.mark.parametrize(
+    ("own", "kept"),
+    [
+        ({"beta_fast": 16.0, "beta_slow": 2.0}, {"beta_fast": 16.0, "beta_slow": 2.0}),
+        ({"truncate": False}, {"truncate": False, "beta_fast": 32.0, "beta_slow": 1.0}),
+        ({"mscale": 1.0, "mscale_all_dim": 1.0}, {"mscale": 1.0, "mscale_all_dim": 1.0}),
+        ({"attention_factor": 1.0}, {"attention_factor": 1.0}),
+        ({"attention_factor": 0.1 * math.log(4) + 1}, {"attention_factor": None}),  # the formula's, for the old factor
+    ],
+)
+def test_yarn_on_a_yarn_model_keeps_its_own_ramp_and_scale(own: dict, kept: dict):
+    scaled = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0, "original_max_position_embeddings": 8192, **own}
+    again = make_rule("yarn", {}).to_hf(Rope(scaled, 128, 32768), 131072)
+    assert {key: again.get(key) for key in kept} == kept
+    assert again["factor"] == 16.0
+    assert make_rule("yarn", {"beta_fast": 64}).to_hf(Rope(scaled, 128, 32768), 131072)["beta_fast"] == 64
+
+
 def test_longrope_wants_one_factor_per_pair():
     rule = make_rule("longrope", {"long_factor": [2.0] * 64})
     assert rule.to_hf(LLAMA3, 65536)["short_factor"] == [2.0] * 64

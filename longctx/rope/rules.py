@@ -20,7 +20,7 @@ from pydantic import Field
 from longctx.config.base import MOST_THETA, AboveZero, build
 from longctx.errors import UserError, nearest
 from longctx.rope.config import Rope
-from longctx.rope.frequencies import ROPE_TYPES
+from longctx.rope.frequencies import ROPE_TYPES, attention_factor
 
 Parameters = dict[str, Any]
 Start = Literal["previous", "original"]
@@ -44,6 +44,8 @@ class Rule(ABC):
     def __post_init__(self) -> None:
         if self.ramp is not None:
             low, high = (getattr(self, name) for name in self.ramp)
+            if low is None or high is None:
+                return
             if low > high or (low == high and not self.steps):
                 rule = "must be at most" if self.steps else "must be below"
                 raise ValueError(f"{self.ramp[0]}={low:g} {rule} {self.ramp[1]}={high:g}")
@@ -186,26 +188,47 @@ class Yarn(Rule):
     The ramp lies between the floor and the ceiling of i(rot) = d ln(L0/(2 pi rot)) / (2 ln theta) for rot = beta_fast
     and beta_slow. A model that is yarn or llama3 already keeps its original length and gets the factor L / original:
     Llama 3.1, trained at 8,192 tokens before its own extension, gets 128 for 1,048,576 tokens, as in Nemotron UltraLong
-    (2504.06214, with alpha = beta_slow = 1 and beta = beta_fast = 4).
+    (2504.06214, with alpha = beta_slow = 1 and beta = beta_fast = 4). A yarn model also keeps its own ramp (beta_fast,
+    beta_slow, truncate), mscale and mscale_all_dim, and an attention_factor other than that of its own factor.
     """
 
     name: Literal["yarn"] = "yarn"
     extends: ClassVar[frozenset[str]] = frozenset({"default", "yarn", "llama3"})
     ramp: ClassVar[tuple[str, str] | None] = ("beta_slow", "beta_fast")
     steps: ClassVar[bool] = True  # Kimi K2 has 1 and 1: the floor and the ceiling differ by a pair
-    beta_fast: AboveZero = 32.0  #: turns above which a pair is left alone
-    beta_slow: AboveZero = 1.0  #: turns below which it is interpolated
+    beta_fast: AboveZero | None = None  #: turns above which a pair is left alone; null: a yarn model's own, or 32
+    beta_slow: AboveZero | None = None  #: turns below which it is interpolated; null: a yarn model's own, or 1
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         original = rope.parameters.get("original_max_position_embeddings", rope.window)
+        own = _own_yarn(rope)
+        fast, slow = self.beta_fast or own.pop("beta_fast", 32.0), self.beta_slow or own.pop("beta_slow", 1.0)
+        if slow > fast:
+            raise UserError(
+                f"rule yarn: beta_slow={slow:g} must be at most beta_fast={fast:g}, and one of them is the model's "
+                f"own; give both ({rope.source})"
+            )
         return _plain(
             rope,
             rope_type="yarn",
             factor=float(length / original),
             original_max_position_embeddings=int(original),
-            beta_fast=self.beta_fast,
-            beta_slow=self.beta_slow,
+            **{**own, "beta_fast": fast, "beta_slow": slow},
         )
+
+
+def _own_yarn(rope: Rope) -> Parameters:
+    """The numbers of a yarn model that stay when its factor is raised; empty for other models."""
+    if rope.kind != "yarn":
+        return {}
+    given = {
+        key: rope.parameters.get(key) for key in ("beta_fast", "beta_slow", "truncate", "mscale", "mscale_all_dim")
+    }
+    stated = rope.parameters.get("attention_factor")
+    derived = attention_factor({**rope.parameters, "attention_factor": None}, window=rope.window)
+    if stated is not None and not math.isclose(stated, derived, rel_tol=1e-3):
+        given["attention_factor"] = stated
+    return {key: value for key, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
