@@ -157,9 +157,10 @@ def _estimate(
     tokens = sizes.tokens * decision.per_forward
     products = shape.flops(recompute=recompute).products(tokens)
     micro_steps = -(-decision.per_group // decision.per_forward)
-    one = products / rate + shape.layers * attention.computing
-    exposed = micro_steps * shape.layers * attention.exposed
-    exposed += _weights_moved(shape, config, BYTES[dtype], micro_steps, micro_steps * one)
+    passes = decision.per_group / decision.per_forward  # the last of them may hold fewer sequences
+    computing = passes * (products / rate + shape.layers * attention.computing)
+    exposed = passes * shape.layers * attention.exposed
+    exposed += _weights_moved(shape, config, BYTES[dtype], micro_steps, computing)
     scored = (5.0 + 2.0 * forwards) * sizes.batch * sizes.q_heads * sizes.head_dim * (stage.seq_len**2 / decision.cp)
     return Estimate(
         stage=stage,
@@ -167,8 +168,8 @@ def _estimate(
         tokens_per_rank=sizes.tokens,
         attention=attention,
         memory=memory,
-        flop=micro_steps * (products + shape.layers * scored) * machines.world,
-        seconds=micro_steps * one + exposed,
+        flop=passes * (products + shape.layers * scored) * machines.world,
+        seconds=computing + exposed,
         exposed=exposed,
         quicker=best.schedule if gain > 0.05 else None,
     )

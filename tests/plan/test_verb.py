@@ -69,6 +69,19 @@ def test_every_stage_of_a_curriculum_is_estimated(capsys, model):
     assert max(len(line) for line in out.splitlines()) <= 80
 
 
+def test_a_last_micro_batch_with_fewer_sequences_is_counted_as_it_is(capsys, model):
+    """Three sequences in forward passes of two: the work of three, and of two passes where weights are gathered."""
+    words = ("curriculum=8k_to_1048k", "curriculum.only=[s8k]", "curriculum.stages.s8k.batch_tokens=24576", "ranks=1")
+    found = {}
+    for tokens in (8192, 16384):
+        status, out, _ = plan(capsys, model, *words, f"engine.micro_batch_tokens={tokens}", "format=json")
+        assert status == 0
+        found[tokens] = json.loads(out)["stages"]["s8k"]
+    assert [found[tokens]["micro_steps"] for tokens in (8192, 16384)] == [3, 2]
+    for key in ("flop_per_step", "seconds_per_step"):
+        assert found[16384][key] == pytest.approx(found[8192][key])
+
+
 def test_weights_over_a_slow_link_are_counted_once(capsys, model):
     words = ("curriculum=8k_to_1048k", "curriculum.only=[s8k]", "engine=deepspeed", "engine.zero=3", "ranks=2")
     status, out, _ = plan(capsys, model, *words, "model.dtype=bfloat16", "hardware.inner_gbytes=1", "format=json")
