@@ -1,8 +1,9 @@
 """Fingerprints. A cached result is reused only while its fingerprint matches.
 
 A folder's fingerprint depends on its content, not on its path, so a folder can be moved. Small files are included as
-they are. Weights are included by SHA-256: from the folder's hashes.json or made_from.json if longctx wrote one,
-otherwise from hashing the files, which is remembered for each path, size and modification time.
+they are. Weights are included by SHA-256: from the folder's hashes.json or made_from.json if longctx wrote one and no
+weights were written after it, otherwise from hashing the files, which is remembered for each path, size and
+modification time.
 """
 
 from __future__ import annotations
@@ -35,9 +36,15 @@ def folder_fingerprint(path: str | Path) -> str:
     if not folder.is_dir():
         return str(path)
     small = {f.name: f.read_bytes().hex() for f in sorted(folder.glob("*.json"))}
-    if "hashes.json" in small or RECORD in small:
+    if any(_covers(folder / name, folder) for name in ("hashes.json", RECORD) if name in small):
         return fingerprint_of(small)
     return fingerprint_of({"small": small, "weights": content_hashes(folder, WEIGHTS)})
+
+
+def _covers(record: Path, folder: Path) -> bool:
+    """Whether a folder's record of its weights is as new as they are; another program may have replaced them."""
+    written = record.stat().st_mtime_ns
+    return all(file.stat().st_mtime_ns <= written for pattern in WEIGHTS for file in folder.glob(pattern))
 
 
 def content_hashes(path: str | Path | None, patterns: Iterable[str] = ()) -> dict[str, str]:

@@ -36,6 +36,8 @@ class NeedleConfig:
             raise ValueError("lengths, depths and seeds need at least one entry each")
         if len(set(self.lengths)) != len(self.lengths):
             raise ValueError(f"lengths={list(self.lengths)} must be different numbers")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} must be different numbers")
         check_template("needle", self.needle)
         check_template("question", self.question)
 

@@ -204,6 +204,22 @@ def test_a_theta_file_is_known_by_its_content(tmp_path: Path) -> None:
         runfolder.prepare(run("c.yaml"))
 
 
+def test_weights_that_are_newer_than_their_folders_record_are_read(tmp_path: Path) -> None:
+    from longctx.fingerprint import folder_fingerprint
+
+    weights, record = tmp_path / "model.safetensors", tmp_path / "hashes.json"
+    weights.write_bytes(b"abc")
+    record.write_text("{}")
+    first = folder_fingerprint(tmp_path)
+    assert folder_fingerprint(shutil.copytree(tmp_path, tmp_path.with_name("copy"))) == first
+    for later, content in enumerate((b"abd", b"abe"), 1):
+        weights.write_bytes(content)
+        os.utime(weights, ns=(0, record.stat().st_mtime_ns + later))
+        changed = folder_fingerprint(tmp_path)
+        assert changed != first
+        first = changed
+
+
 def test_a_file_is_read_again_only_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from longctx import fingerprint
 
