@@ -6,12 +6,14 @@ lengths are checked later, when the documents are tokenized (longctx.data.stage_
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from longctx.config.data import DataConfig, Mix, SourceConfig
+from longctx.console import remark
 from longctx.data.files import PACKED, Tally, Unit, read
 from longctx.data.sources import source_units
 from longctx.errors import UserError, nearest
@@ -32,15 +34,31 @@ def check_sources(data: DataConfig, names: Iterable[str], cache: Path) -> int:
     Hub datasets are checked when they are downloaded. Raises UserError for a source without a readable document.
     """
     size = 0
+    known: dict[str, tuple[str, str]] = {}  # of each file, the first source that reads it, and its name there
     for name in names:
         source = data.sources[name]
         if source.kind == "hub" or (source.kind == "chat" and not source.path):
             continue
         units = source_units(name, source, cache)
         size += sum(unit.size for unit in units)
+        if data.heldout > 0:
+            _warn_of_two_names(name, units, known)
         if source.kind != "stdlib":
             _look_into(name, source, units)
     return size
+
+
+def _warn_of_two_names(name: str, units: Sequence[Unit], known: dict[str, tuple[str, str]]) -> None:
+    """Warn once of a file that another source reads under another name; names decide what is held out."""
+    for unit in units:
+        other, there = known.setdefault(os.path.abspath(unit.path), (name, unit.name))
+        if there != unit.name:
+            remark(
+                f"data.sources.{other} and data.sources.{name} both read {unit.path}, as {there} and as {unit.name}; a "
+                "document is held out by its name, so one may train on what the other holds out: give both the same "
+                "path and tell them apart by include and exclude (configs/data)"
+            )
+            return
 
 
 def check_text_source(data: DataConfig, name: str, key: str) -> None:

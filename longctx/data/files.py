@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: s
     root = Path(path).expanduser()
     if not root.exists():
         raise UserError(f"{key}={path} does not exist; give a file or folder of {_kinds()}")
-    found = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    found = [root] if root.is_file() else sorted(_files_below(root))
     base = root.parent if root.is_file() else root
     named = [(p, p.relative_to(base).as_posix()) for p in found if _suffix(p) in TEXT + ROWS]
     kept = [
@@ -51,6 +52,19 @@ def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: s
             "convert yours"
         )
     return kept
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Yield the files below a folder, and then those of folders that are linked there, each folder once."""
+    waiting, seen = [root], set()
+    while waiting:
+        for at, folders, files in os.walk(waiting.pop(0)):
+            if os.path.realpath(at) in seen:
+                folders.clear()
+                continue
+            seen.add(os.path.realpath(at))
+            waiting += sorted(path for path in (Path(at, name) for name in folders) if path.is_symlink())
+            yield from (path for path in (Path(at, name) for name in files) if path.is_file())
 
 
 def _kinds() -> str:

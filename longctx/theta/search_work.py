@@ -6,9 +6,10 @@ search goes on. With several ranks, ring attention shares each sequence.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from longctx import console
 from longctx.curriculum import Stage
@@ -18,6 +19,10 @@ from longctx.theta.curve import draw_curve
 from longctx.theta.search_job import SearchJob
 from longctx.theta.search_result import SearchResult, write_override
 from longctx.theta.trials import Trial, TrialFile
+
+if TYPE_CHECKING:
+    from longctx.theta.objective import Adaptation
+    from longctx.theta.search_data import SearchData
 
 
 def run_search(job: SearchJob) -> SearchResult:
@@ -54,7 +59,9 @@ def _run(job: SearchJob, ranks: Any) -> SearchResult:
     console.say(f"{job.model.dtype} weights, attention kernel {kernel} on {ranks.device.type}")
     context = ContextParallel.from_world(kernel=None if wanted == "auto" else wanted)
     objective = Objective(model, job.model.memory, context, ranks, precision=job.model.rotary)
-    file = TrialFile(job.folder / f"trials-{stage.name}.jsonl", _key(job)) if ranks.first else None
+    file = (
+        TrialFile(job.folder / f"trials-{stage.name}.jsonl", _key(job, _contents(data, adapt))) if ranks.first else None
+    )
     done: dict[int, Trial] = ranks.broadcast(file.done if file else {})
     trials: dict[int, Trial] = {}
 
@@ -128,7 +135,15 @@ def _search_data(job: SearchJob) -> tuple[Any, Any]:
     )
 
 
-def _key(job: SearchJob) -> str:
+def _contents(data: SearchData, adapt: Adaptation | None) -> str:
+    """Return the SHA-256 of all tokens and loss weights that a trial reads."""
+    digest = hashlib.sha256()
+    for sequence in (*data.texts, *data.needles, *(adapt.sequences if adapt else ())):
+        digest.update(sequence.tokens.tobytes() + sequence.weights.tobytes())
+    return digest.hexdigest()
+
+
+def _key(job: SearchJob, contents: str) -> str:
     """Fingerprint everything that a trial's losses depend on; the bracket and needle_weight do not change them."""
     model, stage = job.model, job.stage
     free = ("stage", "bracket", "points", "rounds", "attempts", "needle_weight")
@@ -143,7 +158,7 @@ def _key(job: SearchJob) -> str:
             "length": stage.seq_len,
             "rope": rope,
             "mix": stage.mix,
-            "data": asdict(job.data),
+            "data": contents,
             "trials": settings,
         }
     )

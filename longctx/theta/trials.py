@@ -59,7 +59,7 @@ class TrialFile:
             with self.path.open("r+b") as stream:
                 stream.truncate(len(whole))
         if others:
-            say(f"{self.path}: {others} trials of another model, stage or setting are ignored")
+            say(f"{self.path}: {others} trials of another model, text, stage or setting are ignored")
 
     def add(self, trial: Trial) -> None:
         """Append a trial and sync it to the disk."""

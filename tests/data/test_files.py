@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from longctx.config.base import build
+from longctx.config.data import DataConfig
 from longctx.data import files
+from longctx.data.check import check_sources
 from longctx.data.documents import Tally
 from longctx.data.files import find_files, read, units_of
 from longctx.data.stdlib import docstrings, stdlib_files
@@ -20,6 +23,30 @@ def _read_all(path, name, column="text"):
     tally = Tally()
     documents = [d for unit in units_of(path, name, column) for d in read(unit, tally)]
     return documents, tally
+
+
+def test_folders_that_are_linked_are_read_once(tmp_path):
+    for folder in ("corpus/v2", "elsewhere/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "x.txt").write_text(folder)
+    corpus = tmp_path / "corpus"
+    for name, target in (("wiki", "elsewhere"), ("again", "elsewhere/deep"), ("latest", "corpus/v2"), ("up", "corpus")):
+        (corpus / name).symlink_to(tmp_path / target)
+    found = {path.read_text(): name for path, name in find_files(str(corpus), [], [], "k")}
+    assert len(find_files(str(corpus), [], [], "k")) == 2
+    assert found == {"corpus/v2": "v2/x.txt", "elsewhere/deep": "again/x.txt"}
+
+
+def test_a_file_that_two_sources_read_under_two_names_is_named(tmp_path, capsys):
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/x.txt").write_text("apple river stone")
+    sources = {name: {"kind": "text", "path": str(path)} for name, path in
+               {"all": tmp_path, "same": tmp_path, "books": tmp_path / "books"}.items()}  # fmt: skip
+    for heldout, names in ((0.1, ["all", "same"]), (0.0, ["all", "books"]), (0.1, ["all", "books"])):
+        values = {"sources": sources, "mixes": {"m": {"all": 1.0}}, "heldout": heldout}
+        check_sources(build(DataConfig, values, origin="test"), names, tmp_path / "c")
+        said = capsys.readouterr().err
+        assert ("as books/x.txt and as x.txt" in said) == (names == ["all", "books"] and heldout > 0)
 
 
 def test_text_folders_with_every_kind_of_file(tmp_path):

@@ -80,7 +80,7 @@ def test_trials_are_kept_and_others_keys_passed_over(tmp_path: Path, capsys: pyt
     again = TrialFile(tmp_path / "t.jsonl", "a")
     assert again.done == {10: trial(10), 20: trial(20), 30: trial(30)}
     assert TrialFile(tmp_path / "t.jsonl", "b").done == {}
-    assert "3 trials of another model, stage or setting" in capsys.readouterr().err
+    assert "3 trials of another model, text, stage or setting" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("cut", [1, 7, 40])

@@ -127,9 +127,33 @@ def test_trials_of_other_weights_of_the_same_size_are_not_used(
     assert (other / "model.safetensors").stat().st_size == size
     assert main(words(other, text_folder, tmp_path / "again")) == 0
     before, after = trials_of(searched), trials_of(tmp_path / "again")
-    assert f"{len(before)} trials of another model, stage or setting are ignored" in capsys.readouterr().err
+    assert f"{len(before)} trials of another model, text, stage or setting are ignored" in capsys.readouterr().err
     assert after[0]["theta"] == after[len(before)]["theta"]
     assert after[0]["last_quarter_loss"] != after[len(before)]["last_quarter_loss"]
+
+
+def test_other_texts_under_the_same_path_belong_to_other_trials(text_folder: Path, model_folder: Path, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    from longctx.config.data import DataConfig
+    from longctx.config.theta import SearchConfig
+    from longctx.theta.search_data import load_search_data
+    from longctx.theta.search_work import _contents
+
+    folder = tmp_path / "texts"
+    values = {"sources": {"s": {"kind": "text", "path": str(folder)}}, "mixes": {"m": {"s": 1.0}}, "heldout": 0.4}
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    found = []
+    for change in ("", "", "other words\n"):
+        shutil.copytree(text_folder, folder, dirs_exist_ok=True)
+        for file in folder.glob("*.txt"):
+            file.write_text(change + file.read_text())
+        data = load_search_data(
+            build(DataConfig, values, origin="test"), "m", tokenizer,
+            length=512, trials=SearchConfig(documents=2, needles=1), cache=tmp_path / "tokens",
+        )  # fmt: skip
+        found.append(_contents(data, None))
+    assert found[0] == found[1] != found[2]
 
 
 @pytest.mark.parametrize("change", [{"dtype": "float64"}, {"rotary": "float64"}, {"tokenizer": str(ASSET)}])
@@ -147,7 +171,7 @@ def test_tokenizer_and_precision_belong_to_a_trial(model_folder: Path, tmp_path:
         )
         config = ThetaConfig(model=ModelConfig(path=str(model_folder), **values), to=512, search=True, data=data)
         rope = starting_rope(config)
-        return _key(job_of(config, rope, target_stages(config, rope)[0]))
+        return _key(job_of(config, rope, target_stages(config, rope)[0]), "the texts")
 
     assert key() == key()
     assert key(**change) != key()
