@@ -2,8 +2,8 @@
 
 A folder's fingerprint depends on its content, not on its path, so a folder can be moved. Small files are included as
 they are. Weights are included by SHA-256: from the folder's hashes.json or made_from.json if longctx wrote one and no
-weights were written after it, otherwise from hashing the files, which is remembered for each path, size and
-modification time.
+weights were written after it, otherwise from hashing the files, which is remembered for each path, size and times (of
+modification and of change).
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def content_hashes(path: str | Path | None, patterns: Iterable[str] = ()) -> dic
 
 
 def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return the SHA-256 of each file; a file that was read before with the same size and time is not read again."""
-    memo = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longctx" / "hashes.json"
+    """Return the SHA-256 of each file; a file that was read before with the same size and times is not read again."""
+    memo = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longctx" / "file_hashes.json"
     known: dict[str, list[Any]] = {}
     with suppress(OSError, ValueError):
         known = json.loads(memo.read_text(encoding="utf-8"))
-    states = {path: [(stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths}
+    states = {path: [(stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path in paths}
     places = {path: str(path.resolve()) for path in states}
-    missing = [path for path, state in states.items() if known.get(places[path], [])[:2] != state]
+    missing = [path for path, state in states.items() if known.get(places[path], [])[:3] != state]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, digest in zip(missing, pool.map(_sha256, missing), strict=True):
             known[places[path]] = [*states[path], digest]
@@ -81,7 +81,7 @@ def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
             partial = memo.with_name(f".hashes-{uuid.uuid4().hex}")
             partial.write_text(json.dumps(known), encoding="utf-8")
             os.replace(partial, memo)
-    return {path: known[places[path]][2] for path in states}
+    return {path: known[places[path]][3] for path in states}
 
 
 def _sha256(path: Path) -> str:

@@ -128,8 +128,11 @@ def shard_jobs(units: Sequence[Unit], spec: TokenizerSpec, cache: Path) -> list[
 
 
 def _file_hashes(paths: Sequence[str], cache: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file; a file whose size and time are unchanged is not read again."""
-    memo_path = cache / "files.json"
+    """Return the SHA-256 of each file; a file whose size and times are unchanged is not read again.
+
+    The time of the last change (ctime) also differs when a file is replaced by one with the same modification time.
+    """
+    memo_path = cache / "file_hashes.json"
     memo: dict[str, list[Any]] = {}
     with contextlib.suppress(FileNotFoundError, ValueError):
         memo = json.loads(memo_path.read_text(encoding="utf-8"))
@@ -137,10 +140,10 @@ def _file_hashes(paths: Sequence[str], cache: Path) -> dict[str, str]:
     fresh = False
     for path in paths:
         stat = os.stat(path)
-        state = [stat.st_size, stat.st_mtime_ns]
+        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
         known = memo.get(path)
-        if known is not None and known[:2] == state:
-            found[path] = known[2]
+        if known is not None and known[:3] == state:
+            found[path] = known[3]
             continue
         with open(path, "rb") as stream:
             found[path] = hashlib.file_digest(stream, "sha256").hexdigest()
