@@ -50,23 +50,33 @@ _BY_SYSTEM = {
     errno.ENOTDIR: "a part of its path is a file; name another path",
     errno.EISDIR: "name a file, not a folder",
     errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "a link in its path points to itself; name another path",
+    errno.EFBIG: "its file system takes no file of this size; name a folder on another disk",
+    errno.EIO: "its disk fails; name a folder on another disk",
+    errno.ESTALE: "its network file system has lost it; mount it again, or name a folder on another disk",
+    errno.EMFILE: "this process may open no more files; raise the limit with `ulimit -n`",
+    errno.ENFILE: "this machine can open no more files; end other programs",
 }
 
 
-def refused_by_system(error: Exception) -> str | None:
-    """Say in a sentence which file the system refuses to read or write, why, and what to do; None for other errors.
+def system_number(error: BaseException) -> int | None:
+    """The system's number of an error (errno), if it has one.
 
-    Libraries in Rust, such as safetensors, have errors of their own, which name the system's number in their text.
+    Libraries in Rust, such as safetensors, have errors of their own, which name the number in their text.
     """
-    path = "a file"
     if isinstance(error, OSError):
-        number, path = error.errno, error.filename2 or error.filename or path
-    else:
-        found = re.search(r"\(os error (\d+)\)|Os \{ code: (\d+)", str(error))
-        number = int(found[1] or found[2]) if found else None
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)|Os \{ code: (\d+)", str(error))
+    return int(found[1] or found[2]) if found else None
+
+
+def refused_by_system(error: Exception) -> str | None:
+    """Say in a sentence which file the system refuses to read or write, why, and what to do; None for other errors."""
+    number = system_number(error)
     if number not in _BY_SYSTEM:
         return None
-    return f"{path} cannot be read or written: {os.strerror(number)}; {_BY_SYSTEM[number]}"
+    path = (error.filename2 or error.filename) if isinstance(error, OSError) else None
+    return f"{path or 'a file'} cannot be read or written: {os.strerror(number)}; {_BY_SYSTEM[number]}"
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

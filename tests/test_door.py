@@ -10,6 +10,9 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +23,7 @@ from safetensors.torch import save_file
 from longctx import cli
 from longctx.completion import complete
 from longctx.config.base import build, known_keys, step_into, variants
-from longctx.config.compose import load, resolve
+from longctx.config.compose import compose, load, resolve
 from longctx.config.groups import defaults_of, groups
 from longctx.config.help import as_yaml, field_docs
 from longctx.config.words import Overrides
@@ -340,6 +343,73 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(words, key, tm
     )
 
 
+WRITES = [
+    ("train model=tiny", "run_dir"), ("train model=tiny", "cache"), ("submit model=tiny dry_run=true", "run_dir"),
+    ("eval model.path=base", "out"), ("eval model.path=base", "cache"), ("import gguf=g", "out"),
+    ("preflight", "folder"), ("plan show=schedule", "draw.svg"), ("theta model=tiny", "png"),
+    ("theta model=tiny search=true", "run_dir"), ("lora extract base=a tuned=b", "out"),
+    ("lora merge target=a adapter=b", "out"), ("lora info adapter=a", "plots"), ("data model=tiny", "cache"),
+    ("data stats model=tiny", "png"), ("data synth", "out"), ("data synth", "cache"), ("bench faults", "out"),
+    ("bench longest model.path=base", "out"), ("bench attention", "out"), ("bench hierarchy", "out"),
+    ("bench theta", "out"), ("bench lora", "out"), ("bench lora", "folder"), ("bench data", "out"),
+]  # fmt: skip
+
+
+HARD = ["/proc/x/y", "/proc/sys/x", "N" * 250, "deep/" + "N" * 250]
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "place"),
+    [*((*one, "/proc/x") for one in WRITES), *(("lora info adapter=a", "plots", place) for place in HARD)],
+)
+def test_a_path_that_the_system_refuses_is_refused_before_any_work(words, key, place, tmp_path, monkeypatch, capsys):
+    """Root, whom permissions do not stop, included."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*words.split(), f"{key}={place}"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(rf"longctx: {key}={place} cannot be (made|written): [^\n]+; choose another {key}=\n", said), (
+        said
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], capture_output=True)
+    if made.returncode:
+        pytest.skip("only root may mount a file system")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_disk_that_gets_full_ends_a_verb_with_one_paragraph(small_disk, tmp_path, capsys):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text/a.txt").write_text("the words of a page, " * 20_000)
+    words = ["data", "model=tiny", "data=text", f"data.path={tmp_path}/text", "format=json"]
+    assert cli.main([*words, f"cache={small_disk}/cache"]) == 1
+    assert "cannot be read or written: No space left on device; free some space" in capsys.readouterr().err
+    assert cli.main([*words, f"cache={tmp_path}/cache"]) == 0
+    capsys.readouterr()
+    task = ["data", "synth", "count=8", "length=8k", "data=text", "haystack=text", f"data.path={tmp_path}/text"]
+    assert cli.main([*task, f"cache={tmp_path}/cache", f"out={small_disk}/x.jsonl", "data.heldout=0.5"]) in (1, 2)
+    assert not list(small_disk.glob("**/.*.partial-*"))
+
+
+def test_empty_braces_empty_a_section_and_other_braces_add_to_it():
+    def of(*words: str) -> dict[str, Any]:
+        return compose("train", ["experiment=quickstart", *words])
+
+    assert of("data.sources={}")["data"]["sources"] == {}
+    added = ["data.sources={}", "data.sources.a={kind: text, path: A}", "data.sources={b: {kind: text, path: B}}"]
+    assert list(of(*added)["data"]["sources"]) == ["a", "b"]
+    assert of("model.memory={}")["model"]["memory"] == {}
+    assert of("after_training.evidence={}")["after_training"]["evidence"] == {}
+    assert cli.main(["train", "experiment=quickstart", "data.sources={}"]) == 2
+
+
 @pytest.mark.parametrize(
     ("words", "key"),
     [
@@ -474,7 +544,7 @@ def test_a_library_in_rust_names_the_systems_error_in_its_text(tmp_path):
 
 def test_a_file_that_the_system_refuses_is_one_paragraph(tmp_path, capsys):
     name = tmp_path / ("x" * 300)
-    assert cli.main(["plan", "show=schedule", "nodes=1", "ranks=2", f"draw.svg={name}"]) == 1
+    assert cli.main(["theta", f"model.path={name}"]) == 1
     assert (
         f"longctx: {name} cannot be read or written: File name too long; give a shorter name" in capsys.readouterr().err
     )

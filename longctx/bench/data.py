@@ -39,7 +39,6 @@ def run(config: BenchDataConfig) -> int:
         "million": million,
     }
     for part in config.parts:
-        say(f"measuring {part}")
         figures[part] = parts[part](config)
     if config.out:
         Path(config.out).parent.mkdir(parents=True, exist_ok=True)
@@ -81,6 +80,7 @@ def tokenize(config: BenchDataConfig) -> dict[str, float]:
         alone, piped = [], []
         tokens = 0
         for attempt in range(2):
+            say(f"tokenize: {config.megabytes} MB of text alone and by the pipeline, turn {attempt + 1} of 2 ...")
             begin = time.perf_counter()
             encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
             alone.append(time.perf_counter() - begin)
@@ -102,6 +102,7 @@ def pack(config: BenchDataConfig) -> list[dict[str, float]]:
     context = multiprocessing.get_context("spawn")
     found = []
     for seq_len in config.seq_lens:
+        say(f"pack: drawing and packing {config.documents:,} documents to {seq_len:,} tokens ...")
         with ProcessPoolExecutor(1, mp_context=context) as pool:  # which passes on how a process failed
             found.append(pool.submit(_pack_once, config.documents, seq_len, config.seed).result())
     return found
@@ -151,7 +152,9 @@ def read(config: BenchDataConfig) -> list[dict[str, float]]:
     found = []
     with tempfile.TemporaryDirectory() as work:
         for seq_len in config.seq_lens:
-            stage = random_stage(Path(work), seq_len, max(8, 2**25 // seq_len), config.seed)
+            sequences = max(8, 2**25 // seq_len)
+            say(f"read: writing shards of {sequences:,} x {seq_len:,} random tokens in {work}, read twice ...")
+            stage = random_stage(Path(work), seq_len, sequences, config.seed)
             for index in range(len(stage)):  # into the page cache
                 stage.sequence(index)
             begin = time.perf_counter()
@@ -168,6 +171,7 @@ def million(config: BenchDataConfig) -> dict[str, float]:
     """Read a sequence of 2^20 tokens for 8 zigzag ranks; returns the peak allocation of a rank and of the whole."""
     seq_len, ranks = 2**20, 8
     with tempfile.TemporaryDirectory() as work:
+        say(f"million: writing shards of 8 x {seq_len:,} random tokens in {work}, read by 8 ranks ...")
         stage = random_stage(Path(work), seq_len, 8, config.seed)
         whole = _peak(lambda: stage.sequence(0))
         chunk = seq_len // (2 * ranks)

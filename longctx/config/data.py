@@ -255,6 +255,8 @@ class DataConfig:
             if kind and synth != (kind in ("full", "fixed", "loguniform")):
                 fits = "full, fixed or loguniform" if synth else "natural, upsample, prolong or joined"
                 raise ValueError(f"{where}.length={kind} does not fit a {self.sources[source].kind} source; use {fits}")
+        if not mix:
+            raise ValueError(f"mixes.{name} names no source; give each of its sources a weight, such as text: 1.0")
         total = sum(entry.weight for entry in mix.values())
         if abs(total - 1) > 1e-3:
             parts = ", ".join(f"{key} {entry.weight:g}" for key, entry in mix.items())

@@ -208,7 +208,10 @@ class Overrides:
         return path
 
     def _values(self, key: str, override: Any) -> list[str]:
-        """`++key=value`: that the key exists is known. A rule replaces the rule before it, parameters and all."""
+        """`++key=value`: that the key exists is known.
+
+        A rule replaces the rule before it, parameters and all, and `{}` replaces a section; other braces add to it.
+        """
         value = override.get_value_element_as_str()
         kind: Any = self.kind
         for part in key.split("."):
@@ -221,6 +224,8 @@ class Overrides:
         if variants(kind) and isinstance(override.value(), str | dict):
             rule = f"{{name:{value}}}" if isinstance(override.value(), str) else value
             return [f"++{key}=null", f"++{key}={rule}"]
+        if override.value() == {}:  # Hydra would add nothing to what is there
+            return [f"++{key}=null", f"++{key}={{}}"]
         return [f"++{key}={value}"]
 
 

@@ -22,7 +22,7 @@ from longctx.data.documents import Document, Tally, Unit
 from longctx.data.files import read
 from longctx.data.shard import TokenizedDocument, write_shard
 from longctx.signals import beside, temporary
-from longctx.storage.files import sync
+from longctx.storage.files import naming, sync
 
 _BATCH_CHARACTERS = 1 << 20
 _MARKS = 2  # raise when another choice of tokens is marked as the assistant's
@@ -68,7 +68,7 @@ def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
     """Read a shard's units, tokenize them, and write the shard, unless it exists."""
     if (job.folder / "meta.json").exists():
         return
-    with temporary(beside(job.folder)) as partial:
+    with temporary(beside(job.folder)) as partial, naming(job.folder):
         tally = Tally()
         dtype = np.uint16 if spec.size <= 2**16 else np.uint32
         write_shard(partial, _rows(job, spec, tally), dtype, masked=spec.chat is not None, tally=tally)

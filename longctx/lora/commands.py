@@ -11,6 +11,7 @@ from typing import Any
 from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.console import emit_json, say, warn
 from longctx.lora.extract import ExtractResult, extract
+from longctx.lora.folder import ONE_WEIGHT
 from longctx.lora.merge import MergeResult, merge
 from longctx.rope.config import describe_rope
 
@@ -64,6 +65,8 @@ def _print_extract(result: ExtractResult, seconds: float) -> None:
         f"  {exact} norms and biases carried exactly; sign and residual checked from the file: "
         f"{len(result.checked)} tensors"
     )
+    if result.one_weight:
+        print(f"  {ONE_WEIGHT}")
     if result.extension.changed:
         print(f"  window {result.extension.base_window} -> {result.extension.window}, "
               f"{describe_rope(result.extension.base_rope_parameters)} -> "

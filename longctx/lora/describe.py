@@ -37,6 +37,7 @@ class AdapterInfo:
 
     exact: number of exact differences of norms and biases. replaced: tensors saved whole. share: the kept share of the
     squared norm of all factors. extends: whether the adapter carries another rope or window than the base's.
+    one_weight: the factors of the embedding are those of the output layer too (see folder.ONE_WEIGHT).
     """
 
     path: str
@@ -49,6 +50,7 @@ class AdapterInfo:
     rope: str | None
     share: float | None
     extends: bool
+    one_weight: bool
 
 
 def describe(path: str) -> AdapterInfo:
@@ -75,6 +77,7 @@ def describe(path: str) -> AdapterInfo:
             rope=describe_rope(rope) if rope else None,
             share=side.get("share", {}).get("factors"),
             extends=bool(side.get("extends")),
+            one_weight=bool(adapter.config.get("ensure_weight_tying")),
         )
 
 

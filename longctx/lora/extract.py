@@ -46,7 +46,8 @@ class ExtractResult:
     """The result of an extraction.
 
     out: the adapter's folder. rows: one record per tensor. bytes: size of the factors. share: see folder.totals.
-    checked: tensors that were read back. losses: with verify=loss.
+    checked: tensors that were read back. losses: with verify=loss. one_weight: the factors of the embedding are those
+    of the output layer too (see folder.ONE_WEIGHT).
     """
 
     out: str
@@ -57,6 +58,7 @@ class ExtractResult:
     share: dict[str, float]
     checked: list[str]
     losses: HeldOutLosses | None
+    one_weight: bool
 
     @property
     def not_carried(self) -> list[TensorRecord]:
@@ -98,11 +100,14 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
             described = files.adapter_config(rows, config.base, rslora=config.rslora, tied_head=tied_head)
             write_json(partial / "adapter_config.json", described)
             files.write_side_file(partial, rows, extension, layout(base.config()), config)
-            files.write_card(partial, rows, extension, config)
+            one_weight = described["ensure_weight_tying"]
+            files.write_card(partial, rows, extension, config, one_weight=one_weight)
             checked = read_back(partial, base, tuned, rows)
             losses = held_out_losses(config, partial) if config.verify == "loss" else None
             size = sum(path.stat().st_size for path in partial.glob("adapter_model*.safetensors"))
-    return ExtractResult(config.out, described["r"], rows, extension, size, files.totals(rows), checked, losses)
+    return ExtractResult(
+        config.out, described["r"], rows, extension, size, files.totals(rows), checked, losses, one_weight
+    )
 
 
 class _Extraction:

@@ -56,6 +56,13 @@ class Extension:
         return (self.rope_parameters, self.window) != (self.base_rope_parameters, self.base_window)
 
 
+# For people, where the adapter has factors for an embedding that is the output layer too (ensure_weight_tying).
+ONE_WEIGHT = (
+    "embedding and output layer are one weight: to load this adapter take peft 0.21 and transformers 5.17 or later, "
+    "since older ones compute something else, without a warning; `longctx lora merge` needs no peft"
+)
+
+
 def adapter_config(rows: Sequence[TensorRecord], base: str, *, rslora: bool, tied_head: str | None) -> dict[str, Any]:
     """The content of PEFT's adapter_config.json; alpha equals the rank of each module.
 
@@ -117,7 +124,10 @@ def write_side_file(folder: Path, rows: Sequence[TensorRecord], extension: Exten
     write_json(folder / SIDE_FILE, document)
 
 
-def write_card(folder: Path, rows: Sequence[TensorRecord], extension: Extension, config: ExtractConfig) -> None:
+def write_card(
+    folder: Path, rows: Sequence[TensorRecord], extension: Extension, config: ExtractConfig, *, one_weight: bool
+) -> None:
+    """Write the adapter's README.md. one_weight: its embedding is the output layer too."""
     carried = [row for row in rows if row.carried == "factors"]
     exact = [row for row in rows if row.carried == "exact"]
     lost = [row for row in rows if row.carried == "no" and row.norm > 0]
@@ -154,6 +164,8 @@ def write_card(folder: Path, rows: Sequence[TensorRecord], extension: Extension,
         "",
     ]
     lines += ["```", "longctx lora merge target=FINE_TUNE adapter=THIS_FOLDER out=MERGED", "```", ""]
+    if one_weight:
+        lines += [f"{ONE_WEIGHT[0].upper()}{ONE_WEIGHT[1:]}.", ""]
     if exact:
         lines += [
             f"{len(exact)} norms and biases are carried exactly, as differences, in `norm_deltas.safetensors`: "

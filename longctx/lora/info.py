@@ -9,6 +9,7 @@ from longctx.config.lora import InfoConfig
 from longctx.console import emit_json
 from longctx.errors import UserError
 from longctx.lora.describe import AdapterInfo, describe
+from longctx.lora.folder import ONE_WEIGHT
 from longctx.lora.sizes import adapter_size, measure_throughput
 
 
@@ -63,6 +64,8 @@ def _print(info: AdapterInfo, pictures: list[str]) -> None:
     if info.share is not None:
         print(f"  keeps {info.share:.4f} of the squared norm of these matrices' difference")
     print(f"  {info.exact} norms and biases as exact differences, {len(info.replaced)} tensors saved whole")
+    if info.one_weight:
+        print(f"  {ONE_WEIGHT}")
     print(f"  {'module':<44} {'rank':>4} {'share':>7}  singular values: 1st, 2nd, 4th, ..., last")
     for item in info.modules:
         picks = sorted({0, 1, 3, 7, 15, 31, 63, len(item.spectrum) - 1} & set(range(len(item.spectrum))))

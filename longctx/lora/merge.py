@@ -224,7 +224,9 @@ def _notes(tables: EmbeddingTables, adapters: list[Adapter], *, unties: bool) ->
         )
     exact = sum(len(adapter.deltas) for adapter in adapters)
     if exact:
-        notes.append(f"{exact} exact differences of norms and biases are added; peft, which has no place for them, not")
+        notes.append(
+            f"{exact} exact differences of norms and biases are added; peft has no place for them and leaves them out"
+        )
     return notes
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from longctx import collector, signals
 from longctx.distributed.launcher import launcher_environment, quiet_torch
-from longctx.errors import OutOfMemory, RunFailed, UserError
+from longctx.errors import OutOfMemory, RunFailed, UserError, refused_by_system
 from longctx.processes import die_with_parent
 
 
@@ -70,6 +70,9 @@ def rank_status(body: Callable[[int, int], int]) -> int:
             time.sleep(5.0)  # the rank that died speaks first, and its launcher ends this one
             if rank == 0 or (rank == 1 and _rank_0_is_gone()):
                 tell(f"rank {rank} lost its peers and stops ({_words(error)}); {signals.saved_so_far()}", speak=True)
+            return 1
+        if text := refused_by_system(error):
+            tell(f"rank {rank} of {world} ends: {text}; {signals.saved_so_far()}", speak=True)
             return 1
         tell(f"rank {rank} of {world} failed:\n{traceback.format_exc()}", speak=True)
         return 1

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from longctx.errors import UserError
+from longctx.errors import UserError, system_number
 from longctx.signals import beside, temporary
 
 
@@ -28,11 +29,23 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one. A folder can replace only an empty folder.
     """
-    with temporary(beside(path)) as partial:
+    with temporary(beside(path)) as partial, naming(path):
         yield partial
         sync(partial)
         os.replace(partial, path)
         sync(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Raise an error of a full disk, which names no file, as an OSError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        number = system_number(error)
+        if number not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def discard(path: Path) -> None:
@@ -52,18 +65,39 @@ PICTURES = ("", ".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff
 
 
 def check_writable(path: Path, what: str, *, folder: bool) -> None:
-    """Raise UserError unless this user may make or replace `path`, a folder or a file.
+    """Raise UserError unless this user can make or replace `path`, a folder or a file.
 
-    what: the config key that names it, for the message.
+    A folder is made and removed for it, since permissions do not tell all: root may write everywhere, but not below
+    /proc, on a read-only disk or under a name of 300 letters. what: the config key that names the path.
     """
-    above = nearest_existing(path)
-    if not above.is_dir() and (folder or above != path.absolute()):
-        raise UserError(f"{what}={path} cannot be made: {above} is a file; choose another {what}=")
-    if not folder and path.is_dir():
-        raise UserError(f"{what}={path} is a folder, and a file is written; name a file in it, {what}={path}/NAME")
-    place = above if above.is_dir() else above.parent
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{what}={path} cannot be written: this user may not write to {place}; choose another {what}=")
+    try:
+        above = nearest_existing(path)
+        if not above.is_dir() and (folder or above != path.absolute()):
+            raise UserError(f"{what}={path} cannot be made: {above} is a file; choose another {what}=")
+        if not folder and path.is_dir():
+            raise UserError(f"{what}={path} is a folder, and a file is written; name a file in it, {what}={path}/NAME")
+        place = above if above.is_dir() else above.parent
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(
+                f"{what}={path} cannot be written: this user may not write to {place}; choose another {what}="
+            )
+        _try_names(place, path)
+    except OSError as error:
+        # A file system such as /proc answers that the new folder does not exist.
+        why = error.strerror if error.errno != errno.ENOENT else "new files cannot be made there"
+        raise UserError(f"{what}={path} cannot be made: {why}; choose another {what}=") from None
+
+
+def _try_names(place: Path, path: Path) -> None:
+    """Make and remove a folder in `place`, and check the length of the names below it; raises an OSError."""
+    longest = os.pathconf(place, "PC_NAME_MAX")
+    for name in path.absolute().relative_to(place).parts:
+        if len(os.fsencode(beside(Path(name)).name)) > longest:
+            raise OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG))
+    trial = beside(place / "longctx")
+    trial.mkdir(exist_ok=True)  # another thread of this process may be trying as well
+    with suppress(FileNotFoundError):
+        trial.rmdir()
 
 
 def check_picture(path: Path, what: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from longctx import cli
+from longctx.config.submit import seconds_of
 from longctx.run.submit import EXPLAINED, training_words
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "slurm.sbatch"
@@ -18,6 +19,22 @@ def dry(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert cli.main(["submit", "launch=slurm", "dry_run=true", *words]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     return said[said.index("#!/usr/bin/env bash") :]  # DeepSpeed logs to standard output when it is imported first
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("1-2", 93600), ("1-2:03", 93780), ("1-2:03:04", 93784),
+     ("0", None), ("UNLIMITED", None), ("infinite", None)],
+)  # fmt: skip
+def test_a_time_limit_is_read_as_slurm_reads_it(time: str, seconds: int | None) -> None:
+    """The formats of sbatch's manual, option --time."""
+    assert seconds_of(time) == seconds
+
+
+@pytest.mark.parametrize("time", ["", "-5", "1d", "1-", "1:2:3:4", "2h", "1-2-3", "1.5", "2:00:00 "])
+def test_a_time_limit_that_slurm_does_not_take_is_refused(time: str) -> None:
+    with pytest.raises(ValueError, match="is not a time limit of Slurm"):
+        seconds_of(time)
 
 
 def test_the_script_has_options_settings_and_the_training_command(capsys, tmp_path: Path) -> None:
@@ -86,6 +103,14 @@ def test_a_job_for_each_stage_ends_after_it(capsys, tmp_path: Path) -> None:
         (["launch.mounts=[a:b]"], "mounts belong to a container; give its image as container=IMAGE"),
         (["launch.nodes_by_stage={s8192: 2}"], "nodes_by_stage needs a job for each stage; set per_stage=true"),
         (["launch.per_stage=true", "launch.nodes_by_stage={s9: 2}"], "launch.nodes_by_stage.s9 is no stage"),
+        (["launch.per_stage=true", "launch.until=s2048"], "per_stage=true makes a job that ends after each stage"),
+        (["launch.time=10"], "time=10 is 600 s, and lead_seconds=600 before its end the run is asked to save"),
+        (["launch.time=soon"], "time=soon is not a time limit of Slurm; write minutes, HH:MM:SS"),
+        (["launch.lead_seconds=70000"], "launch.lead_seconds=70000 must be at most 65,535"),
+        (["launch.sbatch=[exclusive]"], "'exclusive' is not an option of sbatch; they begin with --"),
+        (["launch.sbatch=['--time=1:00']"], "--time=1:00 is given by launch.time; set that key instead"),
+        (["launch.sbatch=['-N 3']"], "-N 3 is given by launch.nodes"),
+        (["launch.environment={1A: x}"], "environment: '1A' is not the name of a variable"),
         (["parallel.cp=3"], "parallel.cp=3 does not divide the 8 ranks; 2 fits"),
         (["launch.until=s9"], "launch.until=s9 is no stage of the curriculum; known: s2048, s8192"),
         (["data=text", "data.path=nowhere", "curriculum.mix=default", "after_training.sibling=null",

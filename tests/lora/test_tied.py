@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from longctx.config.lora import ExtractConfig, MergeConfig, MergeRope
 from longctx.errors import UserError
+from longctx.lora.describe import describe
 from longctx.lora.extract import extract
 from longctx.lora.merge import merge
 
@@ -104,6 +105,8 @@ def test_our_adapter_of_a_tied_model_is_whole_in_peft(store: Store, tmp_path: Pa
     base, tuned = store(True, 0), store(True, 1)
     adapter = full_rank(base, tuned, tmp_path / "a", **settings)
     assert json.loads((tmp_path / "a/adapter_config.json").read_text())["ensure_weight_tying"] is True
+    assert "one weight: to load this adapter take peft 0.21" in (tmp_path / "a/README.md").read_text()
+    assert describe(str(tmp_path / "a")).one_weight
     model = merged(base, adapter, tmp_path / "m")
     assert near(peft(base, adapter), logits(model))
     assert near(logits(model), logits(load(tuned))) == ("rank" not in settings)  # a rank of 24 loses something
