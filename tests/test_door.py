@@ -350,7 +350,7 @@ WRITES = [
     ("theta model=tiny search=true", "run_dir"), ("lora extract base=a tuned=b", "out"),
     ("lora merge target=a adapter=b", "out"), ("lora info adapter=a", "plots"), ("data model=tiny", "cache"),
     ("data stats model=tiny", "png"), ("data synth", "out"), ("data synth", "cache"), ("bench faults", "out"),
-    ("bench longest model.path=base", "out"), ("bench attention", "out"), ("bench hierarchy", "out"),
+    ("bench longest", "out"), ("bench attention", "out"), ("bench hierarchy", "out"),
     ("bench theta", "out"), ("bench lora", "out"), ("bench lora", "folder"), ("bench data", "out"),
 ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import RunFailed
 from longctx.model.shards import ShardWriter, verify
 from longctx.rope.config import with_rope
-from longctx.storage.files import sync, write_json
+from longctx.storage.files import size_words, sync, write_json
 
 SHARD_BYTES = 4 << 30
 
@@ -138,8 +138,8 @@ def _check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunFailed(
-            f"export: {folder.parent} has {free / 2**30:.2f} GiB free and the model may need {needed / 2**30:.2f} "
-            "GiB; free some space and continue the run (folder=)"
+            f"{folder.parent} has {size_words(free)} free and the model may need {size_words(needed)}; free some space "
+            "and start the same command again"
         )
 
 

@@ -60,6 +60,11 @@ def nearest_existing(path: Path) -> Path:
     return next(above for above in (whole, *whole.parents) if above.exists())
 
 
+def size_words(size: float) -> str:
+    """A number of bytes in words, in GiB, or in MiB where GiB would begin with zeros."""
+    return f"{size / 2**30:,.2f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:,.2f} MiB"
+
+
 # The formats that save_figure writes, by the name's suffix; known here so that matplotlib need not be imported.
 PICTURES = ("", ".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps", ".ps")
 

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from longctx import console
 from longctx.errors import RunFailed, UserError
 from longctx.signals import beside, temporary
-from longctx.storage.files import discard, sync, write_text
+from longctx.storage.files import discard, size_words, sync, write_text
 from longctx.train import fragments
 from longctx.train.snapshot import HostCopies, Work, copies_fit
 
@@ -212,8 +212,8 @@ class Checkpoints:
         except OSError as error:
             return f"{partial}: {error.strerror}"
         if free < self._size + self.spare:
-            needed = (self._size + self.spare) / GIB
-            return (f"{free / GIB:.2f} GiB free under {self.run}, {needed:.2f} GiB needed "
+            needed = self._size + self.spare
+            return (f"{size_words(free)} free under {self.run}, {size_words(needed)} needed "
                     "(checkpoint.spare_gib is part of it)")  # fmt: skip
         return None
 

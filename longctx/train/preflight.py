@@ -22,7 +22,7 @@ from longctx.decide import Machines, decide_all
 from longctx.errors import UserError
 from longctx.planner.memory import BYTES
 from longctx.shape import Shape, shape_of_model
-from longctx.storage.files import check_writable, nearest_existing
+from longctx.storage.files import check_writable, nearest_existing, size_words
 from longctx.storage.model import check_model, expected_shapes
 from longctx.versions import check_versions
 
@@ -195,10 +195,10 @@ def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, so
         above = nearest_existing(folder)
         free, want = shutil.disk_usage(above).free, needed[above.stat().st_dev]
         if want > free:
-            listed = ", ".join(f"{name} {_gib(size)}" for name, (_, size) in parts.items() if size > 0.01 * want)
+            listed = ", ".join(f"{name} {size_words(size)}" for name, (_, size) in parts.items() if size > 0.01 * want)
             raise UserError(
-                f"{folder} needs about {_gib(want)} and its disk has {_gib(free)} free: {listed}. Free some space, "
-                "name another disk with run_dir= or cache=, set checkpoint.keep=1, or start anyway with "
+                f"{folder} needs about {size_words(want)} and its disk has {size_words(free)} free: {listed}. Free "
+                "some space, name another disk with run_dir= or cache=, set checkpoint.keep=1, or start anyway with "
                 "'accept=[disk]' (configs/train.yaml)"
             )
 
@@ -206,10 +206,6 @@ def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, so
 def _to_write(run: Path, kept: float) -> float:
     """The bytes of checkpoints that a run has still to write, of `kept` that it will keep."""
     return max(0.0, kept - sum(file.stat().st_size for file in run.glob("stages/*/checkpoints/*/*.safetensors")))
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB"
 
 
 def check_libraries(config: TrainConfig) -> Any:
