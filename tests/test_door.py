@@ -398,6 +398,11 @@ def test_a_disk_that_gets_full_ends_a_verb_with_one_paragraph(small_disk, tmp_pa
     assert not list(small_disk.glob("**/.*.partial-*"))
 
 
+def test_a_key_of_the_same_section_is_named_before_one_elsewhere(capsys):
+    assert cli.main(["train", "model=tiny", "checkpoint.steps=1"]) == 2
+    assert "did you mean checkpoint.every_steps or profile.steps?" in capsys.readouterr().err
+
+
 def test_empty_braces_empty_a_section_and_other_braces_add_to_it():
     def of(*words: str) -> dict[str, Any]:
         return compose("train", ["experiment=quickstart", *words])

@@ -234,19 +234,23 @@ def keys_ending(kind: Any, tail: Sequence[str], path: tuple[str, ...] = ()) -> I
 def unknown(where: str, known: Iterable[str], origin: str, root: Any = None, tail: Sequence[str] = ()) -> str:
     """The message for a key that does not exist: its new name, a key elsewhere that ends alike, or the nearest one.
 
+    A key of the same section that holds the name as a word comes before those elsewhere.
+
     root: the schema in which keys elsewhere are looked for. tail: the parts that a user wrote after `where`.
     """
     known = list(known)
     if new := renamed(where, known):
         return f"{where} {new} ({origin})"
     written = [*where.split("."), *tail]
+    section, _, last = where.rpartition(".")
+    beside = [f"{section}.{key}" for key in known if section and not tail and last in key.split("_")]
     for start in range(where.count(".") + 1):
         found = sorted(set(keys_ending(root, written[start:]))) if root else []
         highest = min((key.count(".") for key in found), default=0)
         places = [key for key in found if key.count(".") == highest]
         if 0 < len(places) <= 2:
-            return f"{where} is not a known key; did you mean {' or '.join(places)}? ({origin})"
-    near = nearest(where.rpartition(".")[2], known)
+            return f"{where} is not a known key; did you mean {' or '.join([*beside, *places])}? ({origin})"
+    near = nearest(last, known)
     hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
     return f"{where} is not a known key; {hint} ({origin})"
 
