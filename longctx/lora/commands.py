@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -77,9 +77,7 @@ def _print_extract(result: ExtractResult, seconds: float) -> None:
             f"adapter {held.merged:.4f}"
         )
     if result.not_carried:
-        names = ", ".join(row.tensor for row in result.not_carried[:8])
-        more = f" and {len(result.not_carried) - 8} more" if len(result.not_carried) > 8 else ""
-        print(f"  changed and not carried: {names}{more}")
+        print(f"  changed and not carried: {_first([row.tensor for row in result.not_carried], 8)}")
     unsure = [row.tensor for row in result.rows if not row.converged]
     if unsure:
         warn(f"not converged, raise power_max or memory_mib: {', '.join(unsure[:8])}")
@@ -93,17 +91,18 @@ def _print_merge(result: MergeResult, seconds: float) -> None:
         how = item.rsplit("(", 1)[1].rstrip(")")
         hows[how] = hows.get(how, 0) + 1
     print("  applied: " + ", ".join(f"{count} {how}" for how, count in hows.items()))
-    for title, names in (
-        ("untouched", result.untouched),
-        ("skipped", result.skipped),
-        ("note", result.notes),
-    ):
-        for name in names[:20]:
-            print(f"  {title}: {name}")
-        if len(names) > 20:
-            print(f"  {title}: ... {len(names) - 20} more (format=json lists all)")
+    if result.untouched:
+        print(f"  untouched: {_first(result.untouched, 3)}")
+    for note in result.notes:
+        print(f"  note: {note}")
     for item in result.skipped:
         warn(f"skipped {item}")
+
+
+def _first(names: Sequence[str], count: int) -> str:
+    """The first names, and the number of the others."""
+    more = f" and {len(names) - count} more (format=json lists all)" if len(names) > count else ""
+    return f"{', '.join(names[:count])}{more}"
 
 
 def _span(values: list[Any], form: str) -> str:
