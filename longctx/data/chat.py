@@ -1,7 +1,8 @@
 """Render conversations with the tokenizer's chat template and mark the assistant's tokens.
 
 The template is rendered up to the end of each assistant turn; the text that a turn adds is that turn. So the template
-needs no `{% generation %}` marks. A template that changes earlier turns is refused, because the marks would be wrong.
+needs no `{% generation %}` marks. Some templates show a turn otherwise once others follow it, as Qwen3's, which drops
+what the assistant thought. Such a turn is context and is not marked: the model did not give it in this form.
 Conversations are never cut after a system or user message: many templates refuse a system prompt by itself.
 """
 
@@ -43,6 +44,7 @@ def conversation(
     if not encoding.ids:
         tally.empty += 1
         return None
+    tally.rewritten += sum(message["role"] == "assistant" for message in messages) - len(spans)
     mask = np.zeros(len(encoding.ids), np.uint8)
     offsets = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     for low, high in spans:
@@ -51,10 +53,10 @@ def conversation(
 
 
 def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
-    """Render a conversation; returns its text and the character range of each assistant turn.
+    """Render a conversation; returns its text and the character range of each assistant turn that it shows unchanged.
 
-    Raises UserError when the tokenizer has no chat template or its template changes earlier turns. Raises jinja2's
-    TemplateError when the template refuses the conversation.
+    Raises UserError when the tokenizer has no chat template, and jinja2's TemplateError when the template refuses the
+    conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -62,21 +64,14 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[
             "rendered; name the tokenizer of an instruct model with model.tokenizer=FOLDER, add a chat_template to its "
             "tokenizer_config.json, or render the text yourself and read it with data=text"
         )
+    text = _render(messages, tokenizer, prompt=False)
     spans: list[tuple[int, int]] = []
-    text = ""
     for count, message in enumerate(messages, 1):
-        assistant = message["role"] == "assistant"
-        if not assistant and count < len(messages):
+        if message["role"] != "assistant":
             continue
-        longer = _render(messages[:count], tokenizer, prompt=False)
-        if not longer.startswith(text):
-            raise UserError(
-                f"the tokenizer's chat template rewrites earlier turns at message {count}, so the assistant's tokens "
-                "cannot be marked; use another template, or loss=all with kind=text on rendered conversations"
-            )
-        if assistant:
-            spans.append((_start_of_reply(messages[:count], longer, tokenizer), len(longer)))
-        text = longer
+        given = _render(messages[:count], tokenizer, prompt=False)
+        if text.startswith(given):
+            spans.append((_start_of_reply(messages[:count], given, tokenizer), len(given)))
     return text, spans
 
 

@@ -125,7 +125,7 @@ def check_tally(name: str, tally: Tally, max_bad: float, *, documents: int) -> N
 
 
 def describe_tally(name: str, tally: Tally) -> str | None:
-    """Return one sentence about the skipped records, or None when no record was skipped."""
+    """Return a sentence about the skipped records and the replies without marks, or None when there are none."""
     parts = [
         (tally.empty, "empty"),
         (tally.special, "only special tokens"),
@@ -133,7 +133,11 @@ def describe_tally(name: str, tally: Tally) -> str | None:
         (tally.broken, "broken"),
     ]
     said = [f"{count} {what}" for count, what in parts if count]
-    if not said:
-        return None
     first = f" ({'; '.join(tally.where)})" if tally.where else ""
-    return f"{name}: of {tally.seen} records {', '.join(said)}, skipped{first}"
+    words = [f"of {tally.seen} records {', '.join(said)}, skipped{first}"] if said else []
+    if tally.rewritten:
+        words.append(
+            f"{tally.rewritten} replies are context only, because the chat template shows them otherwise once other "
+            "turns follow"
+        )
+    return f"{name}: {'; '.join(words)}" if words else None

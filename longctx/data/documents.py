@@ -71,7 +71,8 @@ class Document:
 class Tally:
     """Counts of the records that were read and of those that were skipped.
 
-    seen: documents and broken records. mistakes: location and problem of the first few broken records.
+    seen: documents and broken records. rewritten: replies in conversations that the chat template shows otherwise once
+    others follow. mistakes: location and problem of the first few broken records.
     """
 
     seen: int = 0
@@ -79,6 +80,7 @@ class Tally:
     special: int = 0
     broken: int = 0
     not_utf8: int = 0
+    rewritten: int = 0
     mistakes: list[tuple[Location, str]] = field(default_factory=list)
 
     @classmethod
@@ -93,7 +95,7 @@ class Tally:
             self.mistakes.append((location, str(problem)))
 
     def add(self, other: Tally) -> None:
-        for name in ("seen", "empty", "special", "broken", "not_utf8"):
+        for name in ("seen", "empty", "special", "broken", "not_utf8", "rewritten"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.mistakes = (self.mistakes + other.mistakes)[:_SHOWN]
 

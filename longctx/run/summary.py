@@ -79,10 +79,10 @@ def tell(summary: Mapping[str, Any], picture: Path) -> None:
     pooled, needle = summary["needle_pooled"], summary["needle"]
     words = _grid_words(needle["base"], needle["extended"], pooled["extended"])
     if "merged" in pooled:
-        size = summary["adapter"]["bytes"] / 1e6
+        size, window = summary["adapter"]["bytes"] / 1e6, summary["window"]["sibling"]
         words.append(
             f"The difference, kept as a rank-{summary['adapter']['rank']} adapter of {size:.1f} MB and merged into a "
-            f"sibling that never saw a long text, takes it from {_percent(pooled['sibling'])} to "
+            f"sibling with a window of {window:,} tokens, takes it from {_percent(pooled['sibling'])} to "
             f"{_percent(pooled['merged'])}."
         )
     controls = [

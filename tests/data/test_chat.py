@@ -188,7 +188,30 @@ def test_tokenizers_that_cannot_render_are_refused(folder, tokenizer, tmp_path):
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         _open(folder, bare, tmp_path)
-    forgetful = make_tokenizer()
-    forgetful.chat_template = "{% for m in messages[-2:] %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-    with pytest.raises(UserError, match="rewrites earlier turns"):
-        _open(folder, forgetful, tmp_path)
+
+
+THINKING = """{%- for m in messages %}
+{%- set words = m['content'] %}
+{%- if m['role'] == 'assistant' and not loop.last %}{% set words = words.split('</think>')[-1] %}{% endif %}
+{%- if m['role'] == 'assistant' and loop.last and '</think>' not in words %}
+{%- set words = '<think></think>' + words %}{% endif %}
+{{- '<' + m['role'] + '>' + words + '\n' }}
+{%- endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+
+
+@pytest.mark.parametrize("thought", ["", "<think>hm</think>"])
+def test_a_reply_that_the_template_shows_otherwise_later_is_context(folder, tokenizer, tmp_path, capsys, thought):
+    """As Qwen3's template: it shows thoughts, and their absence, in the last turn only."""
+    thinking = make_tokenizer()
+    thinking.chat_template = THINKING
+    messages = _conversation(3)
+    messages[1]["content"] = thought + messages[1]["content"]
+    text, spans = rendered(messages, thinking)
+    assert text == thinking.apply_chat_template(messages, tokenize=False)
+    assert "hm" not in text
+    assert [text[a:b] for a, b in spans] == ["<think></think>the end\n"]
+    sequence = _open(folder, thinking, tmp_path, length="natural", loss="assistant").sequence(0)
+    assert "40 replies are context only" in capsys.readouterr().err
+    said = thinking.decode(sequence.tokens[sequence.weights == 1])
+    assert "the end" in said
+    assert "answer" not in said
