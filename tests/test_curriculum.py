@@ -47,6 +47,22 @@ def lengths(stages: list[Stage]) -> list[int]:
     return [stage.seq_len for stage in stages]
 
 
+@pytest.mark.parametrize("stage", [{"seq_len": 4096}, {"seq_len": 8192}])
+def test_a_stage_that_would_keep_a_rope_of_moving_frequencies_is_refused_before_anything_starts(stage: dict[str, Any]):
+    """Both kinds: dynamic, and longrope with other factors for short sequences, kept from the model or by a rule."""
+    curriculum = config({"short": stage}, keep_window=True)
+    with pytest.raises(
+        UserError, match=r"stages\.short: rope_type='dynamic'.*one fixed set.*give it a theta or a rule"
+    ):
+        stages_of(curriculum, rope_type="dynamic", factor=2.0)
+    assert stages_of(config({"short": {**stage, "theta": 5e5}}, keep_window=True), rope_type="dynamic", factor=2.0)
+    two = {"short_factor": [1.0] * 64, "long_factor": [4.0] * 64}
+    with pytest.raises(UserError, match=r"stages\.short: rope_type='longrope'.*equal factors"):
+        stages_of(curriculum, rope_type="longrope", **two)
+    with pytest.raises(UserError, match=r"stages\.long: rope_type='longrope'.*equal factors"):
+        stages_of(config({"long": {"seq_len": 16384, "rule": {"name": "longrope", **two}}}))
+
+
 def test_a_fine_tune_keeps_the_window_and_the_rope_of_its_model():
     """A short stage changes neither; a longer one after it extends as usual."""
     short, long = stages_of(

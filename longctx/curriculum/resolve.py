@@ -15,7 +15,7 @@ from longctx.curriculum.select import FoundTheta, read_theta_file, selected
 from longctx.curriculum.stage import Advance, Stage
 from longctx.curriculum.steps import batch_size, steps_and_rates
 from longctx.errors import UserError
-from longctx.rope import THETA_ONLY, ExplicitTheta, Rope, apply, check_theta
+from longctx.rope import THETA_ONLY, ExplicitTheta, Rope, apply, check_fixed, check_theta
 
 
 def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any], window: int, file: str) -> list[Stage]:
@@ -38,6 +38,7 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
         if name in overrides:
             parameters = _with_found(parameters, rule, overrides[name], where, config.theta_file)
         check_theta(parameters["rope_theta"], where, file)
+        check_fixed(parameters, where, file)
         if parameters["rope_theta"] < previous.theta and (index or not config.scratch):
             raise UserError(
                 f"{where}: theta={parameters['rope_theta']:.0f} is below the {previous.theta:.0f} it starts from; a "

@@ -68,7 +68,7 @@ def _regions(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, re
     policy = layer.save_policy
     x, out = selective_checkpoint(policy.attention, policy.store, _attend, layer, x, turn, layout)
     finish = _skip if repetition.running else _finish
-    block = policy.block // x.shape[0] or x.shape[1]
+    block = max(1, policy.block // x.shape[0]) if policy.block else x.shape[1]
     parts = list(zip(x.split(block, 1), out.split(block, 1), strict=True))
     sums = BlockSums(len(parts))
     finished = [selective_checkpoint(policy.feed_forward, policy.store, finish, layer, *part, sums) for part in parts]

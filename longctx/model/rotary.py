@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from longctx.config.model import Precision
-from longctx.errors import UserError
 from longctx.model.fused import Operators, liger_rotate
-from longctx.rope import attention_factor, inv_freq, rope_of
+from longctx.rope import attention_factor, check_fixed, inv_freq, rope_of
 
 # transformers evaluates theta^(2i/d) in fp32, a few units in the last place from the exact value.
 _TOLERANCE = 2e-6
@@ -66,14 +65,8 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
 
     base = backbone_of(model)
     config = causal_lm_of(model).config
-    kind = rope.get("rope_type", "default")
-    if kind == "dynamic" or (kind == "longrope" and rope["short_factor"] != rope["long_factor"]):
-        raise UserError(
-            f"rope_type={kind!r} changes inv_freq with the length of the sequence at run time, and a training stage "
-            "needs one fixed set of frequencies; give the stage a theta, another rule, or equal factors "
-            "(curriculum.stages.*.rule)"
-        )
-    give_rope(config, {"rope_type": kind, **rope}, window)
+    check_fixed(rope, "set_rope", "rope_for makes a fixed one")
+    give_rope(config, {"rope_type": "default", **rope}, window)
     read = rope_of(config.to_dict(), "the model's config")
     exact = inv_freq(read.parameters, read.head_dim, window=window)
     old = base.rotary_emb

@@ -12,6 +12,7 @@ from longctx.rope.bound import (
     supported_length,
     wavelengths,
 )
+from longctx.rope.checks import check_fixed
 from longctx.rope.config import Rope, read_rope, rope_of, rope_of_init, rope_of_model
 from longctx.rope.frequencies import attention_factor, inv_freq
 from longctx.rope.rules import (
@@ -37,6 +38,7 @@ __all__ = [
     "Rule",
     "apply",
     "attention_factor",
+    "check_fixed",
     "check_theta",
     "critical_dimension",
     "dims_beyond",

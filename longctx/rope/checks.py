@@ -70,6 +70,20 @@ def check_rope(parameters: Mapping[str, Any], head_dim: int, family: str, source
         _check_factors(parameters, head_dim, source)
 
 
+def check_fixed(parameters: Mapping[str, Any], where: str, source: str) -> None:
+    """Raise UserError for a rope whose frequencies change with the length of a sequence, which no stage can train.
+
+    where: the stage or the argument that has the rope, for the message.
+    """
+    kind = parameters.get("rope_type", "default")
+    if kind == "dynamic" or (kind == "longrope" and parameters.get("short_factor") != parameters.get("long_factor")):
+        remedy = "a theta or a rule" if kind == "dynamic" else "equal factors (short_factor left out)"
+        raise UserError(
+            f"{where}: rope_type={kind!r} changes inv_freq with the length of the sequence at run time, and a training "
+            f"stage needs one fixed set of frequencies; give it {remedy} ({source})"
+        )
+
+
 def _check_share(parameters: Mapping[str, Any], head_dim: int, family: str, source: str) -> None:
     """Refuse a partial rotation in an architecture that rotates whole heads, and an odd number of dimensions."""
     kind, share = parameters["rope_type"], parameters.get("partial_rotary_factor", 1.0)

@@ -37,6 +37,15 @@ def test_no_tensor_of_tokens_by_vocabulary_or_by_tokens():
     assert watch.largest >= TOKENS * 700  # the guard does see logits where they exist
 
 
+def test_a_block_smaller_than_the_batch_has_rows_takes_one_token_of_each():
+    model = LossModel(init_from(tiny(layers=1)), MemoryConfig(ffn_block=4))
+    seen: list[int] = []
+    act: torch.nn.Module = model.model.model.layers[0].mlp.act_fn
+    act.register_forward_hook(lambda _module, inputs, _output: seen.append(inputs[0].shape[:2].numel()))
+    model(*sequence(10, batch=6))
+    assert seen == [6] * 10
+
+
 @pytest.mark.parametrize(
     "memory", [MemoryConfig(), MemoryConfig(keep_matmuls=1), MemoryConfig(offload_activations=True)]
 )
