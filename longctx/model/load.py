@@ -66,11 +66,16 @@ def read_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
     except Exception as error:  # transformers raises many types of errors for a damaged config.json
-        first = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
-            f"model.path={path}: transformers cannot read its config.json ({type(error).__name__}: {first}); mend the "
-            f"value it names, or fetch the folder again ({file})"
+            f"model.path={path}: transformers cannot read its config.json ({_reason(error)}); mend the value it names, "
+            f"or fetch the folder again ({file})"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """An error of transformers in one line; the last line of a validator's error has its reason."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [""]
+    return f"{type(error).__name__}: {lines[0]}" if len(lines) == 1 else f"{lines[0].rstrip(':')}: {lines[-1]}"
 
 
 def init_from(spec: InitConfig, *, dtype: str = "auto", attention: str = "longctx", place: Place | None = None) -> Any:
@@ -112,7 +117,13 @@ def config_of(spec: InitConfig) -> Any:
     }
     if spec.family == "mistral":
         shape["sliding_window"] = None
-    config = CONFIG_MAPPING[spec.family](**shape)
+    try:
+        config = CONFIG_MAPPING[spec.family](**shape)
+    except Exception as error:  # a validator's, of which some releases have more than others
+        raise UserError(
+            f"model.init: transformers makes no {spec.family} model of this shape ({_reason(error)}); change the value "
+            "it names, or take another family (configs/model)"
+        ) from None
     check_config(config, f"init.family={spec.family}")
     return config
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,17 @@ def test_settings_that_cannot_be(tmp_path: Path, documents: Path, case: str) -> 
 def test_numbers_that_torch_would_refuse_in_a_rank(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         config(tmp_path / "run", tmp_path, **changes)
+
+
+def test_a_shape_of_which_transformers_makes_no_model(tmp_path: Path, documents: Path) -> None:
+    """Its own validator names the two sizes; nothing has been tokenized by then."""
+    run = tmp_path / "run"
+    made = config(run, documents)
+    assert made.model.init is not None
+    odd = replace(made.model.init, hidden=36, heads=8, kv_heads=2, head_dim=8)
+    with pytest.raises(UserError, match=r"makes no llama model.*\(36\) is not a multiple.*\(8\).*; change the value"):
+        train_run(replace(made, model=replace(made.model, init=odd)))
+    assert not list((run / "data").glob("shards/*"))
 
 
 def test_a_disk_that_is_too_small_can_be_accepted(tmp_path: Path, documents: Path) -> None:
