@@ -83,6 +83,7 @@ def load_plain(
 
     logging.disable_progress_bar()
     config = AutoConfig.from_pretrained(folder)
+    config.return_dict, config.output_hidden_states, config.output_attentions = True, False, False
     if rope is not None:
         give_rope(config, rope, window or config.max_position_embeddings)
     elif window is not None:

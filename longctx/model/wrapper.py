@@ -148,8 +148,10 @@ class LossModel(nn.Module):
         # transformers hands a mask of four dimensions on as it is, and its layers do not see it under a layout: none of
         # S x S is made, whatever attention the model was loaded with.
         mask = input_ids.new_empty(1, 1, 0, 0, dtype=torch.bool)
-        out = base(input_ids=input_ids, position_ids=positions, attention_mask=mask, use_cache=False, layout=layout)
-        return out.last_hidden_state
+        # Stated, because a config.json may ask for a tuple, or for every layer's hidden states, which would stay alive.
+        outputs = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
+        positional = {"position_ids": positions, "attention_mask": mask, "layout": layout}
+        return base(input_ids=input_ids, use_cache=False, **positional, **outputs).last_hidden_state
 
     def _operators(self, device: torch.device) -> Operators:
         """Whose operators do the element-wise work; chosen by the first pass on a device in a dtype."""

@@ -90,7 +90,6 @@ class Objective:
         before = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(parameters, lr=adapt.lr, betas=(0.9, 0.95), weight_decay=0.0)
         try:
-            self.model.train()
             for sequence in adapt.sequences:
                 optimizer.zero_grad(set_to_none=True)
                 out = self._forward(sequence)

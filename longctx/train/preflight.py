@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longctx.console import remark
 from longctx.curriculum.select import selected
 from longctx.data.check import check_sources, check_text_source, sources_of
 from longctx.data.stage_opening import choose_mix
@@ -51,6 +52,11 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
     if config.model.path is not None:
         values = check_model(config.model.path)
         check_freeze(config.optim.freeze, _names(values))
+        if dropout := values.get("attention_dropout"):
+            remark(
+                f"model.path={config.model.path}: config.json has attention_dropout={dropout}, and longctx trains "
+                "without dropout, since its attention has none"
+            )
     check_tokenizer_of(config.model, vocab_size=shape.vocab)
     check_folders(config)
     names = dict.fromkeys([*sources_of(config.data, [*mixes, *later]), *sources])

@@ -5,12 +5,16 @@ dials.
 from __future__ import annotations
 
 import copy
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from longctx import ContextParallel
 from longctx.config.model import MemoryConfig
+from longctx.eval.loss import token_losses
+from longctx.eval.predict import load_plain, one_process
 from longctx.model import LossModel, init_from
 from longctx.model.architectures import ARCHITECTURES
 from tests.model.conftest import dense_mask, gradients, plain_token_losses, sequence, tiny, worst
@@ -173,6 +177,23 @@ def test_evaluation_takes_only_the_logits_it_asks_for():
         out = LossModel(ours, DIALS["recompute"])(ids, positions, labels, logits_at=at)
         expected = theirs(input_ids=ids, use_cache=False).logits[0, at]
     torch.testing.assert_close(out.logits, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_outputs_that_a_config_json_asks_for_change_nothing(tmp_path: Path):
+    """return_dict=false makes transformers return tuples, output_hidden_states keeps every layer's states alive."""
+    ours, theirs = pair("llama", "float32")
+    ids, positions, labels = sequence(70)
+    where, rows = torch.tensor([3, 40]), ids.numpy()
+    model = LossModel(ours, DIALS["recompute"])
+    before = [model(ids, positions, labels).loss_sum, token_losses(theirs, rows), one_process(theirs)(ids[0], where)]
+    theirs.save_pretrained(tmp_path)
+    asked = {"return_dict": False, "output_hidden_states": True}
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, **asked}))
+    ours.config.update(asked)
+    plain = load_plain(tmp_path)
+    after = [model(ids, positions, labels).loss_sum, token_losses(plain, rows), one_process(plain)(ids[0], where)]
+    assert all((a == b).all() for a, b in zip(before, after, strict=True))
 
 
 def test_a_copy_of_the_model_trains_by_itself():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,10 @@ import pytest
 
 from longctx.distributed import ranks as worlds
 from longctx.errors import UserError
-from longctx.run.training import train_run
+from longctx.run.training import settled, train_run
+from longctx.train.run import checked_stages
 
-from .made import config
+from .made import TOKENIZER, config
 
 TWO = {"nproc": 2}
 
@@ -120,6 +122,19 @@ def test_a_shape_of_which_transformers_makes_no_model(tmp_path: Path, documents:
     with pytest.raises(UserError, match=r"makes no llama model.*\(36\) is not a multiple.*\(8\).*; change the value"):
         train_run(replace(made, model=replace(made.model, init=odd)))
     assert not list((run / "data").glob("shards/*"))
+
+
+def test_a_models_dropout_is_left_out_and_training_says_so(
+    tmp_path: Path, documents: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(TOKENIZER, base)
+    values = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**values, "attention_dropout": 0.125}))
+    made = config(tmp_path / "run", documents, model={"init": None, "path": str(base)}, optim={"freeze": []})
+    checked_stages(settled(made), world=1, local_world=1)
+    said = " ".join(capsys.readouterr().err.split())
+    assert "has attention_dropout=0.125, and longctx trains without dropout" in said
 
 
 def test_a_disk_that_is_too_small_can_be_accepted(tmp_path: Path, documents: Path) -> None:
