@@ -78,12 +78,13 @@ def target_of(config: EvalConfig, name: str, model: EvalModel) -> EvalTarget:
     """Return the target of one model. Raises UserError when the folder holds no model that longctx supports."""
     from longctx.eval.evaluate import EvalTarget
     from longctx.model.architectures import check_config
-    from longctx.model.load import read_config
+    from longctx.model.load import check_builds, read_config
 
     try:
         _check_files(config, model)
         hf = read_config(model.path)
         check_config(hf, model.path)
+        check_builds(hf, model.path)
         own = read_rope(model.path)
     except UserError as error:
         if config.models is None:

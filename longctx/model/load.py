@@ -5,6 +5,7 @@ Models that longctx cannot train exactly are refused before any weight is read.
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -69,6 +70,24 @@ def read_config(path: str) -> Any:
         raise UserError(
             f"model.path={path}: transformers cannot read its config.json ({_reason(error)}); mend the value it names, "
             f"or fetch the folder again ({file})"
+        ) from None
+
+
+def check_builds(config: Any, path: str) -> None:
+    """Raise UserError for values from which transformers' model class cannot be made, such as an unknown activation.
+
+    The model is made without memory (on torch's meta device), and the global random state does not change.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
+    except Exception as error:
+        raise UserError(
+            f"model.path={path}: transformers makes no model from its config.json ({_reason(error)}); mend the value it "
+            f"names, or fetch the folder again ({path}/config.json)"
         ) from None
 
 

@@ -219,12 +219,13 @@ def check_libraries(config: TrainConfig) -> Any:
     from longctx.data.tokenizer import load_tokenizer
     from longctx.distributed.ranks import choose_device
     from longctx.model.architectures import check_config
-    from longctx.model.load import config_of, read_config
+    from longctx.model.load import check_builds, config_of, read_config
 
     choose_device(config.engine.device, 0)
     if config.model.path is not None:
         hf = read_config(config.model.path)
         check_config(hf, config.model.path)
+        check_builds(hf, config.model.path)
     else:
         assert config.model.init is not None
         hf = config_of(config.model.init)

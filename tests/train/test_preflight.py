@@ -124,14 +124,33 @@ def test_a_shape_of_which_transformers_makes_no_model(tmp_path: Path, documents:
     assert not list((run / "data").glob("shards/*"))
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [({"hidden_act": "sillu"}, "KeyError: 'sillu'"), ({"pad_token_id": 9999}, "Padding_idx must be")],
+)
+def test_a_config_json_of_which_transformers_makes_no_model(
+    tmp_path: Path, documents: Path, values: dict[str, Any], words: str
+) -> None:
+    made = config(tmp_path / "run", documents, model=changed_base(tmp_path, **values), optim={"freeze": []})
+    with pytest.raises(UserError, match=f"transformers makes no model from its config.json .*{words}"):
+        train_run(made)
+    assert not list((tmp_path / "run" / "data").glob("shards/*"))
+
+
+def changed_base(folder: Path, **values: Any) -> dict[str, Any]:
+    """A model to load whose config.json has other values; the key `model` of a run's config."""
+    base = folder / "base"
+    shutil.copytree(TOKENIZER, base)
+    given = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**given, **values}))
+    return {"init": None, "path": str(base)}
+
+
 def test_a_models_dropout_is_left_out_and_training_says_so(
     tmp_path: Path, documents: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = tmp_path / "base"
-    shutil.copytree(TOKENIZER, base)
-    values = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps({**values, "attention_dropout": 0.125}))
-    made = config(tmp_path / "run", documents, model={"init": None, "path": str(base)}, optim={"freeze": []})
+    model = changed_base(tmp_path, attention_dropout=0.125)
+    made = config(tmp_path / "run", documents, model=model, optim={"freeze": []})
     checked_stages(settled(made), world=1, local_world=1)
     said = " ".join(capsys.readouterr().err.split())
     assert "has attention_dropout=0.125, and longctx trains without dropout" in said
