@@ -86,8 +86,8 @@ def check_builds(config: Any, path: str) -> None:
             AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     except Exception as error:
         raise UserError(
-            f"model.path={path}: transformers makes no model from its config.json ({_reason(error)}); mend the value it "
-            f"names, or fetch the folder again ({path}/config.json)"
+            f"model.path={path}: transformers makes no model from its config.json ({_reason(error)}); mend the value "
+            f"it names, or fetch the folder again ({path}/config.json)"
         ) from None
 
 
