@@ -39,7 +39,7 @@ def drawn(rng: random.Random) -> tuple[dict[str, Any], list[tuple[int, dict[str,
         "tie_embeddings": rng.random() < 0.5,
     }  # fmt: skip
     stages = {
-        f"part{number}": {"seq_len": rng.choice(lengths), "theta": theta, "steps": 3, "batch": rng.choice([2, 4])}
+        f"part{number}": {"seq_len": rng.choice(lengths), "theta": theta, "steps": 3, "batch": 4}
         for number, (lengths, theta) in enumerate([((33, 47, 64), 10_000), ((65, 97, 128), 40_000)])
     }
     memory = rng.choice(
@@ -54,14 +54,15 @@ def drawn(rng: random.Random) -> tuple[dict[str, Any], list[tuple[int, dict[str,
     for _ in range(2):
         world = rng.choice([1, 2, 4])
         schedule = rng.choice(["flat_ring", "double_ring", "allgather_ring"])
-        lives.append((world, {"cp": world, "schedule": schedule, "nodes": rng.choice([1, world])}))
+        cp = rng.choice([c for c in (1, 2, 4) if world % c == 0])
+        lives.append((world, {"cp": cp, "schedule": schedule, "nodes": rng.choice([1, cp])}))
     changes = {
         "model": {"init": shape, "dtype": "float64",
                   "memory": {**memory, "ffn_block": rng.choice([0, 3, 50]), "loss_chunk": rng.choice([1, 7, 50])}},
         "curriculum": {"lr": {"peak": LR}, "stages": stages, "layout": rng.choice(["zigzag", "contiguous"])},
-        "optim": {"beta1": rng.choice([0.0, 0.9]), "weight_decay": rng.choice([0.0, 1.0]), "eps": 1e-6,
+        "optim": {"beta1": rng.choice([0.0, 0.9]), "weight_decay": rng.choice([0.1, 1.0]), "eps": 1e-6,
                   "max_grad_norm": rng.choice([0.0, 0.05]), "z_loss": rng.choice([0.0, 0.1]),
-                  "freeze": rng.choice([[], ["*norm*"], ["*layers.0*"]])},
+                  "freeze": rng.choice([[], [], ["*norm*"], ["*layers.0*"]])},
     }  # fmt: skip
     return changes, lives
 
@@ -80,7 +81,8 @@ def oracle(run: Path, made: TrainConfig) -> Iterator[tuple[float, float, dict[st
         model.model.rotary_emb = type(model.model.rotary_emb)(
             config=AutoConfig.from_pretrained(run / "stages" / name / "model")
         )
-        assert stage.steps is not None and stage.batch is not None
+        assert stage.steps is not None
+        assert stage.batch is not None
         data = open_stage_data(
             made.data, mix="default", seq_len=stage.seq_len, sequences=stage.steps * stage.batch, seed=made.seed,
             tokenizer=AutoTokenizer.from_pretrained(TOKENIZER), split="train", cache=run / "data", stage=name,
@@ -114,17 +116,17 @@ def summed(model: Any, sequence: Any, z_loss: float) -> tuple[torch.Tensor, floa
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(10))
 def test_a_random_run_equals_a_plain_loop(tmp_path: Path, documents: Path, seed: int) -> None:
-    changes, (first, second) = drawn(random.Random(seed))
+    changes, (first, second) = drawn(random.Random(f"run {seed}"))
     run = tmp_path / "run"
     made = config(run, documents, **changes)
     assert live(config(run, documents, **changes, parallel=first[1]), first[0], stop_after=2) == 75
     assert live(config(run, documents, **changes, parallel=second[1]), second[0]) == 0
     lines = metrics.read(run / "metrics.jsonl")
-    weights: dict[str, torch.Tensor] = {}
-    for line, (loss, norm, weights) in zip(lines, oracle(run, made), strict=True):
+    wanted = list(oracle(run, made))
+    for line, (loss, norm, _) in zip(lines, wanted, strict=True):
         where = f"{line['stage']} {line['stage_step']} of {changes}"
         assert line["loss"] == pytest.approx(loss, rel=1e-9), where
         assert line["grad_norm"] == pytest.approx(norm, rel=1e-7), where
     exported = load_file(run / "stages" / "part1" / "model" / "model.safetensors")
-    for name, weight in weights.items():
+    for name, weight in wanted[-1][2].items():
         assert float((exported[name] - weight).norm()) <= 1e-7 * float(weight.norm()), name
