@@ -1,9 +1,9 @@
 """Fingerprints. A cached result is reused only while its fingerprint matches.
 
 A folder's fingerprint depends on its content, not on its path, so a folder can be moved. Small files are included as
-they are. Weights are included by SHA-256: from the folder's hashes.json or made_from.json if longctx wrote one and no
-weights were written after it, otherwise from hashing the files, which is remembered for each path, size and times (of
-modification and of change).
+they are. Weights are included by SHA-256: from the folder's hashes.json or made_from.json if longctx wrote one and it
+still holds, otherwise from hashing the files, which is remembered for each path, size and times (of modification and
+of change).
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-RECORD = "made_from.json"  # in a folder of computed weights: the fingerprint of their inputs
+RECORD = "made_from.json"  # in a folder of computed weights: the fingerprint of their inputs, and their hashes
+_PIECE = 1 << 24
 WEIGHTS = ("*.safetensors", "*.bin")
 MODEL = ("config.json", *WEIGHTS)
 TOKENIZER = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*")
@@ -36,15 +37,31 @@ def folder_fingerprint(path: str | Path) -> str:
     if not folder.is_dir():
         return str(path)
     small = {f.name: f.read_bytes().hex() for f in sorted(folder.glob("*.json"))}
-    if any(_covers(folder / name, folder) for name in ("hashes.json", RECORD) if name in small):
+    if any(_holds(folder / name, folder) for name in ("hashes.json", RECORD) if name in small):
         return fingerprint_of(small)
     return fingerprint_of({"small": small, "weights": content_hashes(folder, WEIGHTS)})
 
 
-def _covers(record: Path, folder: Path) -> bool:
-    """Whether a folder's record of its weights is as new as they are; another program may have replaced them."""
+def _holds(record: Path, folder: Path) -> bool:
+    """Whether a folder's record still tells its weights, which another program may have replaced.
+
+    Weights that are newer than the record are read: a copy without its times has the same ones.
+    """
     written = record.stat().st_mtime_ns
-    return all(file.stat().st_mtime_ns <= written for pattern in WEIGHTS for file in folder.glob(pattern))
+    weights = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
+    if all(file.stat().st_mtime_ns <= written for file in weights):
+        return True
+    recorded, found = json.loads(record.read_text(encoding="utf-8")), {}
+    if record.name == RECORD:
+        recorded, found = recorded.get("weights"), content_hashes(folder, WEIGHTS)
+    else:
+        with suppress(ValueError, KeyError, RuntimeError):  # of a damaged file, which is refused where it is loaded
+            for file in folder.glob("*.safetensors"):
+                found.update(tensor_hashes(file))
+    if found == recorded:
+        with suppress(OSError):
+            os.utime(record)  # so that they are read once
+    return found == recorded
 
 
 def content_hashes(path: str | Path | None, patterns: Iterable[str] = ()) -> dict[str, str]:
@@ -82,6 +99,27 @@ def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
             partial.write_text(json.dumps(known), encoding="utf-8")
             os.replace(partial, memo)
     return {path: known[places[path]][3] for path in states}
+
+
+def tensor_hashes(path: Path) -> dict[str, str]:
+    """Return the SHA-256 of each tensor's bytes in one safetensors file, which is read in pieces."""
+    found: dict[str, str] = {}
+    with path.open("rb") as file:
+        room = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(room))
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            start, end = entry["data_offsets"]
+            file.seek(8 + room + start)
+            digest, left = hashlib.sha256(), end - start
+            while left:
+                piece = file.read(min(left, _PIECE))
+                if not piece:
+                    raise RuntimeError(f"{path} ends inside tensor {name}")
+                digest.update(piece)
+                left -= len(piece)
+            found[name] = digest.hexdigest()
+    return found
 
 
 def _sha256(path: Path) -> str:

@@ -62,8 +62,7 @@ def write(folder: Path, rope: dict[str, Any]) -> Path:
 def configs() -> dict[str, Any]:
     """The composed config of each verb; a test puts its model in."""
     words = ("model.path=somewhere", "curriculum=tiny_16x")
-    extra = {"train": ("data.sources={}",)}
-    return {verb: configure(VERBS[verb], (*words, *extra.get(verb, ()))) for verb in ("theta", "plan", "train")}
+    return {verb: configure(VERBS[verb], words) for verb in ("theta", "plan", "train")}
 
 
 def stages_of_each_verb(folder: Path, configs: dict[str, Any]) -> dict[str, list[Stage]]:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from longctx.fingerprint import tensor_hashes
 from longctx.storage.files import write_json
 from longctx.storage.writer import SafetensorsWriter, bytes_of
-
-_PIECE = 1 << 24
 
 
 class ShardWriter:
@@ -67,31 +65,10 @@ def verify(folder: Path, hashes: Mapping[str, str]) -> None:
     """Read back every header and every tensor; raises RuntimeError, which names the first tensor that differs."""
     found: dict[str, str] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        for name, digest in hashes_of(path).items():
+        for name, digest in tensor_hashes(path).items():
             found[name] = digest
     if missing := sorted(hashes.keys() - found.keys()) or sorted(found.keys() - hashes.keys()):
         raise RuntimeError(f"{folder}: {len(missing)} tensors differ from what was exported, the first {missing[0]}")
     for name, digest in hashes.items():
         if found[name] != digest:
             raise RuntimeError(f"{folder}: {name} reads back differently from what was written; is the disk sound?")
-
-
-def hashes_of(path: Path) -> dict[str, str]:
-    """The sha256 of each tensor's bytes in one safetensors file, which is read in pieces."""
-    found: dict[str, str] = {}
-    with path.open("rb") as file:
-        room = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(room))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            file.seek(8 + room + start)
-            digest, left = hashlib.sha256(), end - start
-            while left:
-                piece = file.read(min(left, _PIECE))
-                if not piece:
-                    raise RuntimeError(f"{path} ends inside tensor {name}")
-                digest.update(piece)
-                left -= len(piece)
-            found[name] = digest.hexdigest()
-    return found

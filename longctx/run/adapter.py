@@ -12,7 +12,7 @@ from pathlib import Path
 from longctx import console
 from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.config.train import TrainConfig
-from longctx.fingerprint import RECORD, fingerprint_of, folder_fingerprint
+from longctx.fingerprint import RECORD, WEIGHTS, content_hashes, fingerprint_of, folder_fingerprint
 from longctx.shape import config_json, model_type_of, tied_of
 from longctx.storage.files import discard, write_text
 
@@ -85,4 +85,4 @@ def _up_to_date(out: Path, key: str) -> bool:
 
 
 def _record(out: Path, key: str) -> None:
-    write_text(out / RECORD, json.dumps({"key": key}))
+    write_text(out / RECORD, json.dumps({"key": key, "weights": content_hashes(out, WEIGHTS)}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -204,18 +206,28 @@ def test_a_theta_file_is_known_by_its_content(tmp_path: Path) -> None:
         runfolder.prepare(run("c.yaml"))
 
 
-def test_weights_that_are_newer_than_their_folders_record_are_read(tmp_path: Path) -> None:
-    from longctx.fingerprint import folder_fingerprint
+@pytest.mark.parametrize("record", ["hashes.json", "made_from.json"])
+def test_weights_that_are_newer_than_their_folders_record_are_read(tmp_path: Path, record: str) -> None:
+    """Another program may have replaced them; a copy without its times has the same ones, and its record holds."""
+    from longctx.fingerprint import WEIGHTS, content_hashes, folder_fingerprint, tensor_hashes
 
-    weights, record = tmp_path / "model.safetensors", tmp_path / "hashes.json"
-    weights.write_bytes(b"abc")
-    record.write_text("{}")
-    first = folder_fingerprint(tmp_path)
-    assert folder_fingerprint(shutil.copytree(tmp_path, tmp_path.with_name("copy"))) == first
-    for later, content in enumerate((b"abd", b"abe"), 1):
-        weights.write_bytes(content)
-        os.utime(weights, ns=(0, record.stat().st_mtime_ns + later))
-        changed = folder_fingerprint(tmp_path)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    weights, noted = folder / "model.safetensors", folder / record
+    save_file({"weight": torch.zeros(4)}, weights)
+    hashes = {"key": "x", "weights": content_hashes(folder, WEIGHTS)}
+    noted.write_text(json.dumps(hashes if record == "made_from.json" else tensor_hashes(weights)))
+    first = folder_fingerprint(folder)
+
+    copy = shutil.copytree(folder, tmp_path / "copy", copy_function=shutil.copyfile)
+    os.utime(copy / record, ns=(0, 0))
+    assert folder_fingerprint(copy) == first
+    assert (copy / record).stat().st_mtime_ns > 0, "the copy's weights would be read each time"
+
+    for later, value in enumerate((1.0, 2.0), 1):
+        save_file({"weight": torch.full((4,), value)}, weights)
+        os.utime(weights, ns=(0, noted.stat().st_mtime_ns + later))
+        changed = folder_fingerprint(folder)
         assert changed != first
         first = changed
 
