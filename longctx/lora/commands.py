@@ -84,7 +84,8 @@ def _print_extract(result: ExtractResult, seconds: float) -> None:
 
 
 def _print_merge(result: MergeResult, seconds: float) -> None:
-    print(f"{result.out}: {len(result.applied)} changes, {len(result.untouched)} tensors untouched, {seconds:.1f} s")
+    left = len(result.untouched)
+    print(f"{result.out}: {len(result.applied)} changes, {left} tensor{'s' * (left != 1)} untouched, {seconds:.1f} s")
     print(f"  reads {result.window} tokens, {describe_rope(result.rope)}")
     hows: dict[str, int] = {}
     for item in result.applied:
