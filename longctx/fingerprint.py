@@ -11,12 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import uuid
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from longctx.storage.files import write_text
 
 RECORD = "made_from.json"  # in a folder of computed weights: the fingerprint of their inputs, and their hashes
 _PIECE = 1 << 24
@@ -80,9 +81,14 @@ def content_hashes(path: str | Path | None, patterns: Iterable[str] = ()) -> dic
     return {file.name: digest for file, digest in file_hashes(files).items()}
 
 
-def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return the SHA-256 of each file; a file that was read before with the same size and times is not read again."""
-    memo = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longctx" / "file_hashes.json"
+def file_hashes(paths: Iterable[Path], memo: Path | None = None) -> dict[Path, str]:
+    """Return the SHA-256 of each file; a file that was read before with the same size and times is not read again.
+
+    The time of the last change (ctime) also differs when a file is replaced by one with the same modification time.
+    memo: the file that remembers the hashes; None: one in the user's cache.
+    """
+    if memo is None:
+        memo = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longctx" / "file_hashes.json"
     known: dict[str, list[Any]] = {}
     with suppress(OSError, ValueError):
         known = json.loads(memo.read_text(encoding="utf-8"))
@@ -93,11 +99,9 @@ def file_hashes(paths: Iterable[Path]) -> dict[Path, str]:
         for path, digest in zip(missing, pool.map(_sha256, missing), strict=True):
             known[places[path]] = [*states[path], digest]
     if missing:
-        with suppress(OSError):  # without a writable home, files are only read again next time
+        with suppress(OSError):  # without a writable place, files are only read again next time
             memo.parent.mkdir(parents=True, exist_ok=True)
-            partial = memo.with_name(f".hashes-{uuid.uuid4().hex}")
-            partial.write_text(json.dumps(known), encoding="utf-8")
-            os.replace(partial, memo)
+            write_text(memo, json.dumps(known))
     return {path: known[places[path]][3] for path in states}
 
 

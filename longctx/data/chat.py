@@ -55,8 +55,8 @@ def conversation(
 def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
     """Render a conversation; returns its text and the character range of each assistant turn that it shows unchanged.
 
-    Raises UserError when the tokenizer has no chat template, and jinja2's TemplateError when the template refuses the
-    conversation.
+    Raises UserError when the tokenizer has no chat template or its template leaves out what the user said once others
+    follow. Raises jinja2's TemplateError when the template refuses the conversation.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -69,10 +69,23 @@ def rendered(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, list[
     for count, message in enumerate(messages, 1):
         if message["role"] != "assistant":
             continue
-        given = _render(messages[:count], tokenizer, prompt=False)
+        given = text if count == len(messages) else _render(messages[:count], tokenizer, prompt=False)
         if text.startswith(given):
             spans.append((_start_of_reply(messages[:count], given, tokenizer), len(given)))
+        else:
+            _check_whole(messages, text)
     return text, spans
+
+
+def _check_whole(messages: list[dict[str, str]], text: str) -> None:
+    """Raise UserError where the template shows a reply otherwise because it leaves out part of the conversation."""
+    for number, message in enumerate(messages, 1):
+        if message["role"] == "user" and message["content"].strip() not in text:
+            raise UserError(
+                f"the tokenizer's chat template leaves out message {number} of {len(messages)} once others follow, so "
+                "conversations cannot be rendered as they were; use another template, or loss=all with kind=text on "
+                "rendered conversations"
+            )
 
 
 def _start_of_reply(messages: list[dict[str, str]], text: str, tokenizer: Any) -> int:

@@ -124,8 +124,8 @@ def check_tally(name: str, tally: Tally, max_bad: float, *, documents: int) -> N
         )
 
 
-def describe_tally(name: str, tally: Tally) -> str | None:
-    """Return a sentence about the skipped records and the replies without marks, or None when there are none."""
+def describe_tally(name: str, tally: Tally, source: SourceConfig) -> str | None:
+    """Return a sentence about the skipped records and the replies that count as context, or None without them."""
     parts = [
         (tally.empty, "empty"),
         (tally.special, "only special tokens"),
@@ -135,9 +135,9 @@ def describe_tally(name: str, tally: Tally) -> str | None:
     said = [f"{count} {what}" for count, what in parts if count]
     first = f" ({'; '.join(tally.where)})" if tally.where else ""
     words = [f"of {tally.seen} records {', '.join(said)}, skipped{first}"] if said else []
-    if tally.rewritten:
+    if tally.rewritten and (source.loss == "assistant" or source.answer_weight is not None):
         words.append(
-            f"{tally.rewritten} replies are context only, because the chat template shows them otherwise once other "
+            f"{tally.rewritten} replies count as context, because the chat template shows them otherwise once other "
             "turns follow"
         )
     return f"{name}: {'; '.join(words)}" if words else None

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from longctx.data.tokenizer import plain_tokenizer
 from longctx.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class NeedleWriter:
                 "located; load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
             )
         self.tokenizer = tokenizer
-        self._backend = _plain(backend)
+        self._backend = plain_tokenizer(backend.to_str())  # a caller may have set padding, too
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         size = len(tokenizer)
@@ -58,16 +59,6 @@ class NeedleWriter:
         low, high = len(before), len(before) + len(marked)
         inside = [i for i, (a, b) in enumerate(encoding.offsets) if a < high and b > low]
         return np.array(encoding.ids, np.int32), inside[0], inside[-1] + 1
-
-
-def _plain(backend: Any) -> Any:
-    """Copy a tokenizer without the truncation and padding that its file or another caller may have set."""
-    from tokenizers import Tokenizer
-
-    plain = Tokenizer.from_str(backend.to_str())
-    plain.no_truncation()
-    plain.no_padding()
-    return plain
 
 
 def token_haystack(tokens: np.ndarray, line_end: np.ndarray | None = None) -> Haystack:

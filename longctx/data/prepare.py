@@ -22,9 +22,9 @@ from longctx.data.sources import source_units
 from longctx.data.tokens import ShardJob, TokenizerSpec, tokenize_shard
 from longctx.data.worker_pool import tokenize_by
 from longctx.errors import UserError
+from longctx.fingerprint import file_hashes
 from longctx.processes import warn_if_crowded
 from longctx.signals import sweep
-from longctx.storage.files import write_text
 
 SMALLEST_SHARD = 2**20  # bytes of input
 LARGEST_SHARD = 2**26
@@ -109,7 +109,7 @@ def shard_jobs(units: Sequence[Unit], spec: TokenizerSpec, cache: Path) -> list[
     """Group units into shards, in order; the grouping depends on the units alone."""
     total = sum(unit.size for unit in units)
     step = min(max(total // 16, SMALLEST_SHARD), LARGEST_SHARD)
-    hashes = _file_hashes(sorted({unit.path for unit in units}), cache)
+    hashes = file_hashes(sorted({Path(unit.path) for unit in units}), cache / "file_hashes.json")
     tokenizer = spec.fingerprint()
     groups: list[list[Unit]] = [[]]
     size = 0
@@ -121,38 +121,10 @@ def shard_jobs(units: Sequence[Unit], spec: TokenizerSpec, cache: Path) -> list[
         size += unit.size
     jobs = []
     for group in groups:
-        what = [[u.name, u.kind, u.column, u.start, u.end, hashes[u.path]] for u in group]
+        what = [[u.name, u.kind, u.column, u.start, u.end, hashes[Path(u.path)]] for u in group]
         key = hashlib.sha256(json.dumps([FORMAT, tokenizer, what]).encode()).hexdigest()[:32]
         jobs.append(ShardJob(tuple(group), cache / "shards" / key))
     return jobs
-
-
-def _file_hashes(paths: Sequence[str], cache: Path) -> dict[str, str]:
-    """Return the SHA-256 of each file; a file whose size and times are unchanged is not read again.
-
-    The time of the last change (ctime) also differs when a file is replaced by one with the same modification time.
-    """
-    memo_path = cache / "file_hashes.json"
-    memo: dict[str, list[Any]] = {}
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        memo = json.loads(memo_path.read_text(encoding="utf-8"))
-    found: dict[str, str] = {}
-    fresh = False
-    for path in paths:
-        stat = os.stat(path)
-        state = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
-        known = memo.get(path)
-        if known is not None and known[:3] == state:
-            found[path] = known[3]
-            continue
-        with open(path, "rb") as stream:
-            found[path] = hashlib.file_digest(stream, "sha256").hexdigest()
-        memo[path] = [*state, found[path]]
-        fresh = True
-    if fresh:
-        cache.mkdir(parents=True, exist_ok=True)
-        write_text(memo_path, json.dumps(memo))
-    return found
 
 
 @contextlib.contextmanager

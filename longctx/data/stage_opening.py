@@ -193,9 +193,9 @@ def open_source(
     corpus = Corpus(name, data.sources[name], folders, split=split, heldout=data.heldout)
     everything = sum(shard.meta["documents"] for shard in corpus.shards)
     check_tally(name, corpus.tally, data.max_bad, documents=everything)
-    skipped = describe_tally(name, corpus.tally) if fresh else None  # once, not at every start and by every rank
-    if skipped:
-        warn(skipped)
+    told = describe_tally(name, corpus.tally, corpus.source) if fresh else None  # once, not at every start by all ranks
+    if told:
+        warn(told)
     return corpus
 
 

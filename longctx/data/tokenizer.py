@@ -25,6 +25,16 @@ def load_tokenizer(model: ModelConfig, *, vocab_size: int | None = None) -> Any:
     return tokenizer_at(source, "model.tokenizer" if model.tokenizer else "model.path", vocab_size=vocab_size)
 
 
+def plain_tokenizer(json: str) -> Any:
+    """Make the tokenizer of a tokenizer.json without the truncation and padding that the file may have."""
+    from tokenizers import Tokenizer
+
+    made = Tokenizer.from_str(json)
+    made.no_truncation()
+    made.no_padding()
+    return made
+
+
 def tokenizer_at(source: str | Path, what: str, *, vocab_size: int | None = None) -> Any:
     """Load the tokenizer of a folder or hub id; `what` is the config key that names it.
 

@@ -21,6 +21,7 @@ import numpy as np
 from longctx.data.documents import Document, Tally, Unit
 from longctx.data.files import read
 from longctx.data.shard import TokenizedDocument, write_shard
+from longctx.data.tokenizer import plain_tokenizer
 from longctx.signals import beside, temporary
 from longctx.storage.files import naming, sync
 
@@ -110,11 +111,7 @@ def _backend(spec: TokenizerSpec) -> Any:
 @lru_cache(maxsize=2)
 def _tokenizer(json: str) -> Any:
     """Build a tokenizer once for all shards: its cache of words makes it a third faster."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(json)
-    backend.no_truncation()
-    backend.no_padding()
+    backend = plain_tokenizer(json)
     # Without special tokens all it could do is to trim spaces off the offsets, which mark the assistant's tokens.
     backend.post_processor = None
     return backend

@@ -149,9 +149,9 @@ class LossModel(nn.Module):
         # S x S is made, whatever attention the model was loaded with.
         mask = input_ids.new_empty(1, 1, 0, 0, dtype=torch.bool)
         # Stated, because a config.json may ask for a tuple, or for every layer's hidden states, which would stay alive.
-        outputs = {"return_dict": True, "output_hidden_states": False, "output_attentions": False}
-        positional = {"position_ids": positions, "attention_mask": mask, "layout": layout}
-        return base(input_ids=input_ids, use_cache=False, **positional, **outputs).last_hidden_state
+        stated = {"use_cache": False, "return_dict": True, "output_hidden_states": False, "output_attentions": False}
+        out = base(input_ids=input_ids, position_ids=positions, attention_mask=mask, layout=layout, **stated)
+        return out.last_hidden_state
 
     def _operators(self, device: torch.device) -> Operators:
         """Whose operators do the element-wise work; chosen by the first pass on a device in a dtype."""

@@ -201,19 +201,7 @@ def test_a_part_does_not_read_what_an_earlier_one_left(tmp_path):
 @pytest.mark.timeout(1500)
 def test_the_gpu_tests_fit_the_code_they_call(tmp_path):
     """On the CPU in a card's place (tests/gpu/card.py): no one who changes the code has to have a card to see it."""
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(ROOT / "tests" / "gpu"),
-        "-m",
-        "gpu",
-        "-vv",
-        "-n",
-        "2",
-        "--dist",
-        "load",
-    ]
+    words = [sys.executable, *["-m", "pytest", "tests/gpu", "-m", "gpu", "-vv", "-n", "2", "--dist", "load"]]
     done = subprocess.run(words, env={**os.environ, "LONGCTX_CARD": "cpu"}, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-4000:]
     assert done.stdout.count("PASSED") > 25

@@ -188,6 +188,10 @@ def test_tokenizers_that_cannot_render_are_refused(folder, tokenizer, tmp_path):
     bare.chat_template = None
     with pytest.raises(UserError, match="no chat template"):
         _open(folder, bare, tmp_path)
+    forgetful = make_tokenizer()
+    forgetful.chat_template = "{% for m in messages[-2:] %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    with pytest.raises(UserError, match="leaves out message 1 of 4 once others follow"):
+        _open(folder, forgetful, tmp_path)
 
 
 THINKING = """{%- for m in messages %}
@@ -211,7 +215,9 @@ def test_a_reply_that_the_template_shows_otherwise_later_is_context(folder, toke
     assert "hm" not in text
     assert [text[a:b] for a, b in spans] == ["<think></think>the end\n"]
     sequence = _open(folder, thinking, tmp_path, length="natural", loss="assistant").sequence(0)
-    assert "40 replies are context only" in capsys.readouterr().err
+    assert "40 replies count as context" in capsys.readouterr().err
+    _open(folder, thinking, tmp_path / "all", loss="all")
+    assert "count as context" not in capsys.readouterr().err
     said = thinking.decode(sequence.tokens[sequence.weights == 1])
     assert "the end" in said
     assert "answer" not in said
