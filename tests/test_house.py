@@ -6,6 +6,7 @@ import ast
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import longctx
@@ -15,8 +16,13 @@ FILES = {
     ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in sorted(ROOT.rglob("*.py"))
 }
-TREES = {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 SENTENCE_END = (".", "!", "?", ":", "::", '"', ")")
+
+
+@cache
+def trees() -> dict[str, ast.Module]:
+    """Every module's syntax tree; read by the one worker that runs this file."""
+    return {module: ast.parse(path.read_text()) for module, path in FILES.items()}
 
 
 def definitions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
@@ -27,7 +33,7 @@ def definitions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDe
 
 def test_every_class_name_exists_once():
     found = defaultdict(list)
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in definitions(tree):
             if isinstance(node, ast.ClassDef):
                 found[node.name].append(module)
@@ -36,7 +42,7 @@ def test_every_class_name_exists_once():
 
 def test_no_file_is_past_400_lines_and_no_function_past_70():
     long = [f"{module}: {n}" for module, path in FILES.items() if (n := path.read_text().count("\n")) > 400]
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in definitions(tree):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             if not isinstance(node, ast.ClassDef) and lines > 70:
@@ -47,7 +53,7 @@ def test_no_file_is_past_400_lines_and_no_function_past_70():
 def test_docstrings_begin_with_a_whole_sentence():
     """The first line of a function's or class's docstring and the first paragraph of a module's end a sentence."""
     broken = []
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         text = ast.get_docstring(tree)
         if text is not None and not text.split("\n\n")[0].rstrip().endswith(SENTENCE_END):
             broken.append(module)
@@ -72,7 +78,7 @@ def test_every_public_name_has_a_docstring_with_units_and_an_example():
 def handed_on(package: str) -> dict[str, str]:
     """What a package's __init__ imports at its top: name -> the module that defines it."""
     found = {}
-    for node in TREES[package].body:
+    for node in trees()[package].body:
         if isinstance(node, ast.ImportFrom) and node.module in FILES:
             found.update({alias.asname or alias.name: node.module for alias in node.names})
     return found
@@ -143,5 +149,5 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
 def test_no_import_forms_a_circle():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     # `import longctx` itself loads nothing: the package's names are resolved when they are used.
-    graph = {module: imports(tree) - {module} for module, tree in TREES.items() if module != "longctx"}
+    graph = {module: imports(tree) - {module} for module, tree in trees().items() if module != "longctx"}
     assert circles(graph) == []

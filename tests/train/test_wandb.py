@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from .lives import live
 from .made import config
 from .wandb_server import Server, serving
 
-pytest.importorskip("wandb")
-
-
-pytestmark = pytest.mark.slow  # a server, real processes and wandb's own start: a minute
+pytestmark = [
+    pytest.mark.slow,  # a server, real processes and wandb's own start: a minute
+    pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is not installed"),
+]
 
 
 def sync(server: Server, run: Path) -> None:
