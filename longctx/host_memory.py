@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
-# The files of a group's limit and of its use, in version 2 and version 1 of control groups.
-_GROUPS = [
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-]
+_OWN = Path("/proc/self/cgroup")  # the control groups of this process, a line each: number:controllers:path
+_ROOT = Path("/sys/fs/cgroup")
+
+
+class _Names(NamedTuple):
+    """The files of a group's limit and of its use, and its caches' line of memory.stat, which it would give back."""
+
+    limit: str
+    used: str
+    caches: str
+
+
+_VERSION_1 = _Names("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_VERSION_2 = _Names("memory.max", "memory.current", "inactive_file")
 
 
 def host_memory() -> float:
@@ -40,12 +51,32 @@ def _page(name: str) -> float:
 
 
 def _limits() -> list[tuple[float, float]]:
-    """The limit and the use of each control group that has a limit."""
+    """The limit and the use, without caches, of each control group that this process is in and that has a limit."""
     found = []
-    for limit, used in _GROUPS:
+    for folder, names in _groups():
         try:
-            most, now = (float(Path(path).read_text(encoding="utf-8")) for path in (limit, used))
-            found.append((most, now))
+            most, now = (float((folder / name).read_text(encoding="utf-8")) for name in names[:2])
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
+            found.append((most, now - float(stat.get(names.caches, 0))))
         except (OSError, ValueError):  # not there, or "max"
             continue
     return found
+
+
+def _groups() -> Iterator[tuple[Path, _Names]]:
+    """The folders of this process's control groups of memory, and of the groups above them, whose limits hold too.
+
+    In a container the path may be that of the host, where only the topmost folder is there.
+    """
+    try:
+        lines = _OWN.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root, names = (_ROOT / "memory", _VERSION_1) if controllers else (_ROOT, _VERSION_2)
+        group = PurePosixPath(path)
+        for one in (group, *group.parents):
+            yield root / one.relative_to("/"), names

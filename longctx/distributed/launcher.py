@@ -104,8 +104,5 @@ def _check(given: Mapping[str, str]) -> None:
 
 
 def _first_host(nodes: str) -> str:
-    """The first host of Slurm's list: `node[03-05,9]` -> `node03`; `a,b` -> `a`."""
-    head, bracket, rest = nodes.partition("[")
-    if not bracket or "," in head:
-        return head.split(",")[0]
-    return head + rest.split("]")[0].split(",")[0].split("-")[0]
+    """The first host of Slurm's list: `node[03-05,9]-ib` -> `node03-ib`; `r[1-2]n[3-4]` -> `r1n3`; `a,b` -> `a`."""
+    return re.sub(r"\[([^],-]*)[^]]*\]", r"\1", nodes).split(",")[0]

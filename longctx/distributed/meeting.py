@@ -132,16 +132,13 @@ def leave_together(status: int, note: Callable[[int], bool]) -> int:
     came = (lambda other: True) if _met.ranks else (lambda other: store.check([f"here/{other}"]))
     with suppress(RuntimeError, OSError):  # the store is gone with rank 0
         store.set_timeout(timedelta(seconds=LEAVE_SECONDS))
-        if rank and not status:
-            store.add("gone", 1)
-            return 0
         store.set(f"status/{rank}", str(status))
         if rank:
-            final = int(store.get("leave"))
+            final = int(store.get("leave")) if status else 0
             store.add("gone", 1)
             return final if final == 0 else status
         others = [other for other in range(1, world) if came(other)]
-        _await(lambda: not status or all(store.check([f"status/{other}"]) for other in others))
+        _await(lambda: all(store.check([f"status/{other}"]) for other in others))
         known = [int(store.get(f"status/{other}")) for other in range(world) if store.check([f"status/{other}"])]
         status = next((one for one in SEVERITY if one in known), status)
         status = 0 if note(status) else status

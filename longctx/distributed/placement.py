@@ -38,7 +38,7 @@ class Introduction:
 
 
 def place(ranks: Sequence[Introduction]) -> list[Introduction]:
-    """Order the ranks node by node, in the order of each node's first rank; rank 0 stays the first.
+    """Order the ranks node by node, in the order of each node's first rank, and within a node by local rank.
 
     Raises UserError where versions or command lines differ, or where a launcher contradicts what the ranks say.
     """

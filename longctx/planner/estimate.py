@@ -87,6 +87,14 @@ def links_of(decision: Decision, machines: Machines, hardware: HardwareConfig) -
     return inner, outer
 
 
+def block_seconds(topology: Topology, sizes: Sizes, speed: Speed, h: int) -> float:
+    """Seconds of one layer's forward on one KV block, for one causal document; h: the Ulysses ranks of a position."""
+    whole = sizes.tokens * topology.size
+    flop = 2.0 * sizes.batch * sizes.q_heads * sizes.head_dim * whole**2
+    scores = sizes.batch * sizes.q_heads * whole**2 / 2
+    return (flop / speed.rate + scores * speed.per_score) / topology.size / (topology.size // h)
+
+
 @lru_cache(maxsize=256)
 def time_attention(
     schedule: str, topology: Topology, sizes: Sizes, speed: Speed, links: Links, ulysses: int, forwards: int = 1
@@ -97,10 +105,7 @@ def time_attention(
     by the number of hops. forwards: forward passes of a step, two under full recomputation.
     """
     h = ulysses if schedule == "ulysses_ring" else 1
-    whole = sizes.tokens * topology.size
-    flop = 2.0 * sizes.batch * sizes.q_heads * sizes.head_dim * whole**2
-    scores = sizes.batch * sizes.q_heads * whole**2 / 2
-    block = (flop / speed.rate + scores * speed.per_score) / topology.size / (topology.size // h)
+    block = block_seconds(topology, sizes, speed, h)
     small = Topology(min(topology.nodes, NODES_SIMULATED), topology.ranks)
     longer = (topology.size / h - 1) / max(1.0, small.size / h - 1)
     computing = exposed = 0.0

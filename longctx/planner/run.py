@@ -17,10 +17,11 @@ from longctx.curriculum import Stage, resolve
 from longctx.decide import Machines, planned_kernel
 from longctx.errors import UserError
 from longctx.planner.draw import as_svg, as_text
-from longctx.planner.estimate import Estimate, Links, estimate_all, links_of
+from longctx.planner.estimate import Estimate, Links, Speed, block_seconds, estimate_all, links_of
 from longctx.planner.evidence import EvidenceNeed, fits, flop_of, largest, needs_of
+from longctx.planner.memory import sizes_of
 from longctx.planner.remedies import USABLE, DeviceLimits, advice
-from longctx.planner.simulate import BACKWARD_WORK, Timeline, evenly, simulate
+from longctx.planner.simulate import BACKWARD_WORK, evenly, simulate
 from longctx.rope import rope_of_model
 from longctx.schedule import Sizes, build_all
 from longctx.shape import Shape, shape_of_model
@@ -205,7 +206,7 @@ def _gib(count: float) -> str:
 def show_schedule(config: PlanConfig) -> int:
     """Draw one pass of an attention layer as text, and as SVG if a file is named."""
     draw = config.draw
-    schedule, topology, sizes, h, links = _drawn(config)
+    schedule, topology, sizes, h, links, speed = _drawn(config)
     if schedule == "ulysses_ring" and (topology.ranks % h or sizes.q_heads % h):
         raise UserError(
             f"draw.ulysses={h} must divide ranks={topology.ranks} and heads={sizes.q_heads} (configs/plan.yaml)"
@@ -215,7 +216,10 @@ def show_schedule(config: PlanConfig) -> int:
             f"draw.seq_len={draw.seq_len} is not divisible by 2 x nodes x ranks = {2 * topology.size} "
             "(configs/plan.yaml)"
         )
-    timeline = _time(config, schedule, topology, sizes, h, links)
+    backward = draw.direction == "backward"
+    schedules = build_all(schedule, topology, backward=backward, ulysses=h)
+    block = block_seconds(topology, sizes, speed, schedules[0].ulysses) * (BACKWARD_WORK if backward else 1.0)
+    timeline = simulate(schedules, sizes, evenly(block), {"inner": links[0], "outer": links[1]})
     title = (
         f"{schedule}, {draw.direction}, {topology.nodes} nodes x {topology.ranks} ranks, {sizes.tokens} tokens per "
         f"rank on {config.hardware.name}"
@@ -234,15 +238,22 @@ def show_schedule(config: PlanConfig) -> int:
     return 0
 
 
-def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int, Links]:
-    """The schedule, topology, sizes, Ulysses ranks and links to draw."""
+def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int, Links, Speed]:
+    """The schedule, topology, sizes, Ulysses ranks, links and speed to draw; without a stage those of a bf16 model."""
     draw, hardware = config.draw, config.hardware
     if draw.stage is None:
         topology = Topology(config.nodes, config.ranks)
         sizes = Sizes(draw.seq_len // topology.size, draw.heads, draw.kv_heads, draw.head_dim)
         latency = hardware.latency_us * 1e-6
         inner, outer = (Link(gbytes * 1e9, latency) for gbytes in (hardware.inner_gbytes, hardware.outer_gbytes))
-        return draw.schedule, topology, sizes, draw.ulysses or config.ranks, (inner, outer)
+        return (
+            draw.schedule,
+            topology,
+            sizes,
+            draw.ulysses or config.ranks,
+            (inner, outer),
+            Speed(hardware.rate("bfloat16")),
+        )
     config, _ = with_dtype(config)
     shape, stages = _stages(config)
     names = [item.name for item in stages]
@@ -250,18 +261,9 @@ def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int, Links]:
         raise UserError(
             f"draw.stage={draw.stage} is no stage of the curriculum; known: {', '.join(names)} (configs/plan.yaml)"
         )
-    planned = estimate_all(stages, shape, config)[names.index(draw.stage)]
-    sizes = Sizes(planned.tokens_per_rank, shape.heads, shape.kv_heads, shape.head_dim)
-    decision = planned.decision
+    item = estimate_all(stages, shape, config)[names.index(draw.stage)]
+    decision, dtype = item.decision, config.model.dtype
+    sizes = sizes_of(item.stage, shape, decision, dtype)
     links = links_of(decision, Machines(config.nodes * config.ranks, config.ranks), hardware)
-    return decision.schedule, decision.topology, sizes, decision.ulysses, links
-
-
-def _time(config: PlanConfig, schedule: str, topology: Topology, sizes: Sizes, h: int, links: Links) -> Timeline:
-    backward = config.draw.direction == "backward"
-    schedules = build_all(schedule, topology, backward=backward, ulysses=h)
-    rate = config.hardware.rate("bfloat16")
-    blocks = topology.size // schedules[0].ulysses
-    flop = 2.0 * sizes.q_heads * sizes.head_dim * float(sizes.tokens * topology.size) ** 2
-    block = flop / topology.size / blocks / rate * (BACKWARD_WORK if backward else 1.0)
-    return simulate(schedules, sizes, evenly(block), {"inner": links[0], "outer": links[1]})
+    speed = Speed.of(hardware, dtype, planned_kernel(hardware.device, config.model, shape))
+    return decision.schedule, decision.topology, sizes, decision.ulysses, links, speed

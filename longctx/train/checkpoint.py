@@ -51,6 +51,7 @@ class State:
     batch, steps) identify it.
     trained: names of the stages that were trained to their end.
     ended: the current stage is trained to its end (perhaps early), and its export may still be due.
+    recent_losses, spikes, mute: what the guards remember of the stage's last steps.
     """
 
     step: int = 0
@@ -66,6 +67,8 @@ class State:
     stage_seconds: float = 0.0
     skipped: int = 0
     recent_losses: list[float] = field(default_factory=list)
+    spikes: int = 0
+    mute: int = 0
     tail_losses: list[float] = field(default_factory=list)
     written_by: dict[str, Any] = field(default_factory=dict)
 

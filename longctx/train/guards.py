@@ -27,13 +27,16 @@ MINIMUM_HISTORY = 10
 class Guards:
     """The guards of one stage.
 
-    recent: losses of the last steps taken. They are part of the checkpoint, so that a resumed run decides the same.
+    recent: losses of the last steps taken. spikes, mute: steps in a row that were skipped, up to the last step, for a
+    loss that was too high and for a batch without a label. The three are part of the checkpoint, so that a resumed run
+    decides the same.
     """
 
-    def __init__(self, config: GuardsConfig, run: Path, ranks: Ranks, recent: list[float]) -> None:
+    def __init__(
+        self, config: GuardsConfig, run: Path, ranks: Ranks, recent: list[float], *, spikes: int = 0, mute: int = 0
+    ) -> None:
         self.config, self.run, self.ranks, self.recent = config, run, ranks, recent
-        self.in_a_row = 0
-        self.mute = 0
+        self.spikes, self.mute = spikes, mute
 
     def check_finite(self, loss: float, norm: float, own: float, batches: Sequence[MicroBatch], step: int) -> None:
         """Raise RunFailed where loss or norm is not finite; own: this rank's share of the loss."""
@@ -76,16 +79,16 @@ class Guards:
         """
         limit = self.config.spike_factor
         if limit is not None and len(self.recent) >= MINIMUM_HISTORY and loss > limit * median(self.recent):
-            self.in_a_row += 1
-            if self.in_a_row >= self.config.max_skipped_steps:
+            self.spikes += 1
+            if self.spikes >= self.config.max_skipped_steps:
                 raise RunFailed(
                     f"the loss ({loss:.4f}) has been above guards.spike_factor={limit:g} times the recent median "
-                    f"({median(self.recent):.4f}) for {self.in_a_row} steps: this is no spike. The last checkpoint "
+                    f"({median(self.recent):.4f}) for {self.spikes} steps: this is no spike. The last checkpoint "
                     "stands; lower curriculum.lr.peak, look at the data from here on, or raise guards.spike_factor "
                     "(configs/train.yaml)"
                 )
             return True
-        self.in_a_row = 0
+        self.spikes = 0
         self.recent.append(loss)
         del self.recent[: -self.config.spike_median_steps]
         return False

@@ -107,7 +107,9 @@ def _stopping(training: Training) -> bool:
 def _train(training: Training, stage: Stage, opened: OpenStage) -> int:
     """Train the steps of a stage that are left; 75 when a signal asked to stop."""
     context, state, recorder = training.context, training.state, training.recorder
-    guards = Guards(context.config.guards, context.folder, context.ranks, state.recent_losses)
+    guards = Guards(
+        context.config.guards, context.folder, context.ranks, state.recent_losses, spikes=state.spikes, mute=state.mute
+    )
     stop = context.stop
     stepper = Stepper(training.engine, context.ranks, guards, recorder.progress, opened.cp_size, lambda: stop.asked)
     recorder.display.stage(stage, state.stage_step, opened.words)
@@ -131,6 +133,7 @@ def _train(training: Training, stage: Stage, opened: OpenStage) -> int:
                 return SAVED_AND_REQUEUE
             seconds = time.perf_counter() - began
             _advance(state, stage, report, seconds)
+            state.spikes, state.mute = guards.spikes, guards.mute
             recorder.profile.after(state.step)
             _log(training, stage, opened, report, lr, seconds)
             due, writing = report.votes

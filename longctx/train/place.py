@@ -26,7 +26,8 @@ def enter(state: State, stage: Stage) -> None:
     state.stage, state.stage_step, state.cursor, state.ended = stage.index, 0, 0, False
     state.stage_name, state.planned = stage.name, planned(stage)
     state.stage_seconds = 0.0
-    state.recent_losses, state.tail_losses = [], []
+    state.recent_losses, state.spikes, state.mute = [], 0, 0
+    state.tail_losses = []
 
 
 def find_place(state: State, stages: Sequence[Stage]) -> None:

@@ -92,7 +92,7 @@ class ZeroEngine:
         self.engine.step()
 
     def discard(self) -> None:
-        """Clear the gradient the way DeepSpeed does when a step overflows."""
+        """Clear the gradient the way DeepSpeed does when a step overflows, and begin a new sum of micro-batches."""
         self.zero.zero_grad(set_to_none=True)
         if self.stage == 3:
             self.zero._pre_step()
@@ -102,6 +102,10 @@ class ZeroEngine:
             else:
                 self.zero.averaged_gradients = {}
         elif self.zero.cpu_offload:
+            from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+            self.zero.micro_step_id = INITIAL_MICRO_STEP_ID  # or the next one is added to the sum on the host
+            self.zero._offload_accumulated_param_ids = set()
             self.zero.reset_cpu_buffers()
         else:
             for key in self.zero.averaged_gradients:

@@ -92,8 +92,11 @@ def test_a_step_of_one_task_is_one_process(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("node7", "node7"), ("a,b", "a"), ("gpu[003,007]", "gpu003"), ("gpu[3-5,9]", "gpu3"), ("a[1-2],b3", "a1")],
-)
+    [
+        ("node7", "node7"), ("a,b", "a"), ("gpu[003,007]", "gpu003"), ("gpu[3-5,9]", "gpu3"), ("a[1-2],b3", "a1"),
+        ("a,b[1-2]", "a"), ("n[1-2]-ib", "n1-ib"), ("r[1-2]n[03,05-07].cluster,x", "r1n03.cluster"), ("a-b-1", "a-b-1"),
+    ],
+)  # fmt: skip
 def test_the_first_host_of_the_list_is_the_master(monkeypatch: pytest.MonkeyPatch, nodes: str, first: str) -> None:
     given(monkeypatch, **{**STEP, "SLURM_STEP_NODELIST": nodes})
     assert os.environ["MASTER_ADDR"] == first

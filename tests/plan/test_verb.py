@@ -127,6 +127,24 @@ def test_the_schedule_of_a_stage(capsys, model):
     assert json.loads(out)["spans"]
 
 
+@pytest.mark.parametrize(("dtype", "size", "rate"), [("bfloat16", 2, 50e12), ("float32", 4, 5e12)])
+def test_a_stage_is_drawn_as_it_is_trained(capsys, model, dtype, size, rate):
+    """In the rate and the bytes of its dtype, and with all sequences of a forward pass."""
+    status, out, _ = plan(
+        capsys, model, "curriculum=8k_to_1048k", "ranks=4", "parallel.cp=4", "engine.micro_batch=2",
+        f"model.dtype={dtype}", "hardware.device=cpu", "hardware.latency_us=0", "hardware.inner_gbytes=100",
+        "hardware.utilization=0.5", "hardware.tflops.bfloat16=100", "hardware.tflops.float32=10", "show=schedule",
+        "draw.stage=s64k", "format=json",
+    )  # fmt: skip
+    assert status == 0
+    spans, tokens = json.loads(out)["spans"], 2**16
+    computing = sum(span["end"] - span["start"] for span in spans if (span["kind"], span["rank"]) == ("compute", 0))
+    flop = 2.5 * 4 * 2 * 32 * 128 * tokens**2 / 2  # five products instead of two, of two sequences, half masked
+    assert computing == pytest.approx(flop / 4 / rate)
+    kv = next(span for span in spans if span["payload"] == "kv")
+    assert kv["end"] - kv["start"] == pytest.approx(2 * 2 * tokens / 4 * 8 * 128 * size / 100e9)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,11 +30,18 @@ MICRO_BATCHES = 3
 
 @dataclass(frozen=True)
 class Two:
-    """Two steps under a ZeRO stage (0: ddp); abandoned: between them a third, left after its first micro-batch."""
+    """Two steps under a ZeRO stage (0: ddp); abandoned: between them a third, left after its first micro-batch.
+
+    offload: the optimizer's states, and the sums of gradients, are in host memory.
+    """
 
     zero: int
+    offload: bool
     abandoned: bool
     out: Path
+
+    def file(self, rank: int) -> Path:
+        return self.out / f"{self.zero} {self.abandoned} {rank}"
 
 
 def held(engine: engines.Engine) -> dict[str, torch.Tensor]:
@@ -46,7 +54,8 @@ def two_steps(rank: int, world: int, case: Two) -> None:
     share = Shares(world, rank, MICRO_BATCHES, 1)
     context, _ = open_context(flat(1, ranks.world), ranks, None)
     model = LossModel(made_model(Case(cp=1), "float32", "longctx"), MemoryConfig())
-    config = EngineConfig(name="deepspeed" if case.zero else "ddp", zero=case.zero, device="cpu")
+    engine_of: dict[str, Any] = {"name": "deepspeed" if case.zero else "ddp", "zero": case.zero}
+    config = EngineConfig(**engine_of, device="cpu", offload_optimizer=case.offload)
     engine = engines.build(config, OptimConfig(), model, ranks)
     looks: list[int] = []
 
@@ -73,19 +82,25 @@ def two_steps(rank: int, world: int, case: Two) -> None:
         assert all(torch.equal(before[name], after[name]) for name in before)
         assert torch.equal(random, torch.get_rng_state())
     assert take(1)
-    torch.save(held(engine), case.out / f"{case.zero} {case.abandoned} {rank}")
+    torch.save(held(engine), case.file(rank))
     engine.close()
     context.close()
 
 
-@pytest.mark.parametrize("zero", [0, pytest.param(1, marks=pytest.mark.slow), 2, 3])
-def test_an_abandoned_step_never_happened(tmp_path: Path, zero: int) -> None:
-    for abandoned in (False, True):  # a process each: DeepSpeed's state is the process's
-        case = Two(zero, abandoned, tmp_path)
-        failures = run_ranks(2, two_steps, [case], tmp_path / f"store{abandoned}")
+@pytest.mark.parametrize(
+    ("zero", "offload"),
+    [
+        (0, False), pytest.param(1, False, marks=pytest.mark.slow), (2, False), (2, True), (3, False),
+        pytest.param(3, True, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_an_abandoned_step_never_happened(tmp_path: Path, zero: int, offload: bool) -> None:
+    cases = [Two(zero, offload, abandoned, tmp_path) for abandoned in (False, True)]
+    for case in cases:  # a process each: DeepSpeed's state is the process's
+        failures = run_ranks(2, two_steps, [case], tmp_path / f"store{case.abandoned}")
         assert not failures, failures[case][0]
     for rank in range(2):
-        plain, disturbed = (torch.load(tmp_path / f"{zero} {abandoned} {rank}") for abandoned in (False, True))
+        plain, disturbed = (torch.load(case.file(rank)) for case in cases)
         assert plain.keys() == disturbed.keys()
         assert all(torch.equal(plain[name], disturbed[name]) for name in plain), f"rank {rank}"
 

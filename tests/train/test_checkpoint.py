@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import resource
 from collections.abc import Iterator
@@ -98,6 +99,21 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     said = " ".join(capsys.readouterr().err.split())
     assert "step00000003" in said
     assert file.name in said
+
+
+def test_a_checkpoint_from_before_the_guards_counts_is_read(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path, ALONE, keep=2, spare_gib=0.0).save(TwoTensors(), State(step=3, spikes=2), "s64")  # type: ignore[arg-type]
+    assert folder is not None
+    state = json.loads((folder / "state.json").read_text())
+    assert state.pop("spikes") == 2
+    del state["mute"]
+    (folder / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["state_sha256"] = hashlib.sha256((folder / "state.json").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    read = Checkpoints(tmp_path, ALONE, keep=2, spare_gib=0.0).load(TwoTensors())  # type: ignore[arg-type]
+    assert read is not None
+    assert (read.step, read.spikes, read.mute) == (3, 0, 0)
 
 
 def test_nothing_intact_is_an_error_that_says_so(tmp_path: Path) -> None:

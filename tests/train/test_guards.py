@@ -61,6 +61,14 @@ def test_batches_without_a_label_are_skipped_and_many_in_a_row_end_the_run() -> 
         guards.is_mute(0.0, 6)
 
 
+def test_the_counts_of_an_earlier_process_go_on() -> None:
+    config = GuardsConfig(spike_factor=2.0, max_skipped_steps=3)
+    with pytest.raises(RunFailed, match="for 3 steps: this is no spike"):
+        Guards(config, Path("."), ALONE, [1.0] * 20, spikes=2).is_spike(5.0)
+    with pytest.raises(RunFailed, match="no token carried loss in 3 steps in a row"):
+        Guards(config, Path("."), ALONE, [], mute=2).is_mute(0.0, 9)
+
+
 def test_without_the_guard_nothing_is_skipped() -> None:
     guards = Guards(GuardsConfig(), Path("."), ALONE, [])
     assert not any(guards.is_spike(loss) for loss in [1.0] * 20 + [100.0])

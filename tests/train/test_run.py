@@ -263,6 +263,23 @@ def test_a_nan_stops_before_the_optimizer(tmp_path: Path, documents: Path, monke
     assert written["ranks"][0]["documents"][0].startswith("text:")
 
 
+def test_skipped_steps_are_counted_over_a_stop(
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step is a spike; the fourth in a row ends the run, also where the third is another process's first."""
+    from longctx.train import guards
+
+    monkeypatch.setattr(guards, "MINIMUM_HISTORY", 0)
+    monkeypatch.setattr(guards, "median", lambda losses: 0.0)
+    asked = config(tmp_path / "run", documents, guards={"spike_factor": 2.0, "max_skipped_steps": 4})
+    with monkeypatch.context() as patched:
+        stop_after(patched, 2)
+        assert train_run(asked) == SAVED_AND_REQUEUE
+    with pytest.raises(RunFailed, match="for 4 steps: this is no spike"):
+        train_run(asked)
+    assert len(losses(tmp_path / "run")) == 3
+
+
 def test_a_batch_without_a_label_is_skipped_and_a_run_without_any_is_refused(tmp_path: Path) -> None:
     """First a few of the conversations have an assistant's turn, one conversation a step; then none has."""
     from transformers import AutoTokenizer
