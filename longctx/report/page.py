@@ -55,6 +55,12 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [line for line in whole if line.get("loss") is not None and "stage" in line]
 
 
+def finished_stages(folder: Path) -> list[dict[str, Any]]:
+    """Return the finished.json of each trained stage, in the order of training."""
+    marks = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "stages").glob("*/finished.json")]
+    return sorted(marks, key=lambda mark: (mark.get("index", 0), mark["seq_len"]))
+
+
 def _summary(folder: Path) -> Iterable[str]:
     stored = folder / "summary.json"
     if not stored.exists():
@@ -128,10 +134,9 @@ def _number(loss: float | None) -> str:
 
 
 def _stages(folder: Path, steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    marks = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "stages").glob("*/finished.json")]
+    marks = finished_stages(folder)
     if not marks:
         return
-    marks.sort(key=lambda mark: (mark["seq_len"], mark["stage"]))
     last = {line["stage"]: line for line in steps}
     yield "<h2>Stages</h2>"
     rows = [
