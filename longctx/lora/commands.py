@@ -13,6 +13,7 @@ from longctx.console import emit_json, say, warn
 from longctx.lora.extract import ExtractResult, extract
 from longctx.lora.folder import ONE_WEIGHT
 from longctx.lora.merge import MergeResult, merge
+from longctx.lora.sizes import megabytes
 from longctx.rope.config import describe_rope
 
 
@@ -44,7 +45,7 @@ def run_merge(config: MergeConfig) -> int:
 
 def _print_extract(result: ExtractResult, seconds: float) -> None:
     factors = [row for row in result.rows if row.carried == "factors" and row.norm > 0]
-    print(f"{result.out}: rank {result.rank}, {len(factors)} modules, {result.bytes / 1e6:.1f} MB, {seconds:.1f} s")
+    print(f"{result.out}: rank {result.rank}, {len(factors)} modules, {megabytes(result.bytes)}, {seconds:.1f} s")
     print(f"  {'projection':<14} {'modules':>7} {'rank':>9} {'share kept':>16} {'relative residual':>19}")
     leaves: dict[str, list[Any]] = {}
     for row in sorted(factors, key=lambda row: row.tensor):

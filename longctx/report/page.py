@@ -16,6 +16,7 @@ from typing import Any
 from longctx import console
 from longctx.config.report import ReportConfig
 from longctx.errors import UserError
+from longctx.lora.sizes import megabytes
 from longctx.storage.files import write_text
 
 STYLE = (
@@ -85,10 +86,10 @@ def _summary(folder: Path) -> Iterable[str]:
     yield from _changes(summary)
     yield from _by_position(summary.get("loss_by_position", {}))
     if summary.get("adapter"):
-        size = summary["adapter"]["bytes"] / 1e6
+        size = megabytes(summary["adapter"]["bytes"])
         rank, profile = summary["adapter"]["rank"], summary["adapter"]["profile"]
         share = f", {summary['adapter']['share']:.1%} of the change" if "share" in summary["adapter"] else ""
-        yield f"<p>Adapter: rank {rank}, {size:.2f} MB, profile {html.escape(profile)}{share}.</p>"
+        yield f"<p>Adapter: rank {rank}, {size}, profile {html.escape(profile)}{share}.</p>"
 
 
 def _changes(summary: Mapping[str, Any]) -> Iterable[str]:
