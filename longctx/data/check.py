@@ -14,7 +14,8 @@ from pathlib import Path
 
 from longctx.config.data import DataConfig, Mix, SourceConfig
 from longctx.console import remark
-from longctx.data.files import PACKED, Tally, Unit, read
+from longctx.data.documents import Tally, Unit
+from longctx.data.files import PACKED, read
 from longctx.data.sources import source_units
 from longctx.errors import UserError, nearest
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,8 +19,7 @@ from longctx.rope.config import describe_rope
 def run_extract(config: ExtractConfig) -> int:
     """Run `longctx lora extract`; returns the exit status."""
     began = time.perf_counter()
-    with _bar("extracting") as tick:
-        result = extract(config, tick)
+    result = extract(config, _ticker("extracting"))
     seconds = time.perf_counter() - began
     if config.format == "json":
         emit_json({**asdict(result), "seconds": round(seconds, 3)})
@@ -33,8 +31,7 @@ def run_extract(config: ExtractConfig) -> int:
 def run_merge(config: MergeConfig) -> int:
     """Run `longctx lora merge`; returns the exit status."""
     began = time.perf_counter()
-    with _bar("merging") as tick:
-        result = merge(config, tick)
+    result = merge(config, _ticker("merging"))
     seconds = time.perf_counter() - began
     if config.format == "json":
         emit_json({**asdict(result), "seconds": round(seconds, 3)})
@@ -112,9 +109,8 @@ def _span(values: list[Any], form: str) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-@contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a progress function that prints a line to standard error every two seconds."""
+def _ticker(title: str) -> Callable[[int, int, str], None]:
+    """Make a progress function that prints a line to standard error every two seconds."""
     last = time.monotonic()
 
     def tick(done: int, total: int, name: str) -> None:
@@ -123,4 +119,4 @@ def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
             last = time.monotonic()
             say(f"{title} {done}/{total}  {name}")
 
-    yield tick
+    return tick
