@@ -46,11 +46,12 @@ def folder_fingerprint(path: str | Path) -> str:
 def _holds(record: Path, folder: Path) -> bool:
     """Whether a folder's record still tells its weights, which another program may have replaced.
 
-    Weights that are newer than the record are read: a copy without its times has the same ones.
+    Weights that were modified or put in place after the record are read: a copy without its times has the same ones,
+    and a file that is moved here keeps its time of modification.
     """
-    written = record.stat().st_mtime_ns
-    weights = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
-    if all(file.stat().st_mtime_ns <= written for file in weights):
+    noted = record.stat()
+    weights = [file.stat() for pattern in WEIGHTS for file in folder.glob(pattern)]
+    if all(one.st_mtime_ns <= noted.st_mtime_ns and one.st_ctime_ns <= noted.st_ctime_ns for one in weights):
         return True
     recorded, found = json.loads(record.read_text(encoding="utf-8")), {}
     if record.name == RECORD:

@@ -154,6 +154,10 @@ def test_nearest_finds_what_was_meant():
             ["train", *TINY, "data=text", "data.path=docs", "data.sources.text.name=OWNER/DATASET"],
             "data.sources.text.name=OWNER/DATASET is a dataset of the hub, which needs kind=hub",
         ),
+        (
+            ["train", *TINY, "data=pg19", "data.sources.books.split='train[:10%]'"],
+            "split=train[:10%] is a part of a split, and a dataset's files are read whole",
+        ),
         (["train", "model.init.layers=0"], "model.init.layers=0 must be 1 or more"),
         (["train", "model.path=${nothing}"], "model.path has no value"),
         (["train"], "model.path is missing; give it as model.path=..."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from longctx.config.report import ReportConfig
 from longctx.errors import UserError
-from longctx.report.page import run, write_page
+from longctx.report.page import finished_stages, run, write_page
 
 
 class Page(HTMLParser):
@@ -102,6 +103,19 @@ def test_a_run_without_evidence_shows_its_stages_and_its_loss(tmp_path: Path):
     assert list(page.tables) == ["Stages"]
     assert page.tables["Stages"][1] == ["s64", "64", "10,000", "512", "2", "5.5000", "", "1", "", ""]
     assert list(page.images) == ["training loss"]
+
+
+def test_stages_of_one_length_stand_in_the_order_of_training(tmp_path: Path):
+    """A model trained from scratch may repeat a length; the last stage trained is the run's result."""
+    folder = made_run(tmp_path / "run")
+    mark = json.loads((folder / "stages" / "one" / "finished.json").read_text())
+    for index, (name, seq_len) in enumerate([("warm", 64), ("again", 64), ("long", 128)]):
+        (folder / "stages" / name).mkdir()
+        values = {**mark, "stage": name, "seq_len": seq_len, "index": index}
+        (folder / "stages" / name / "finished.json").write_text(json.dumps(values))
+    shutil.rmtree(folder / "stages" / "one")
+    assert [stage["stage"] for stage in finished_stages(folder)] == ["warm", "again", "long"]
+    assert [row[0] for row in Page(write_page(folder)).tables["Stages"][1:]] == ["warm", "again", "long"]
 
 
 def test_a_run_that_has_not_begun_shows_its_settings(tmp_path: Path):

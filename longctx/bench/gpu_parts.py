@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -118,7 +119,12 @@ def _quickstart(folder: Path) -> list[str]:
              "model.dtype=bfloat16"]  # fmt: skip
     train = [sys.executable, "-m", "longctx.cli", "train", *words]
     check = [sys.executable, str(ROOT / "tests" / "check_quickstart.py"), str(run)]
-    return ["bash", "-c", f"rm -rf {run}; {' '.join(train)}; {' '.join(check)} | tee {folder / 'gates.txt'}"]
+    gates = shlex.quote(str(folder / "gates.txt"))
+    return [
+        "bash",
+        "-c",
+        f"{shlex.join(['rm', '-rf', str(run)])}; {shlex.join(train)}; {shlex.join(check)} | tee {gates}",
+    ]
 
 
 def _read_quickstart(folder: Path) -> list[Row]:
@@ -211,8 +217,11 @@ def _step(length: int, only: str = "", fused: str = "auto") -> Callable[[Path], 
     def command(folder: Path) -> list[str]:
         words = [sys.executable, "-m", "longctx.cli", "bench", "step", f"seq_len={length}", "pairs=1", "format=json"]
         words += [*EIGHT_B, f"memory.fused={fused}", *([f"only={only}"] if only else [])]
-        quoted = " ".join(words)
-        return ["bash", "-c", f"set -o pipefail; {quoted} 2>&1 >{folder / 'step.json'} | cat"]
+        return [
+            "bash",
+            "-c",
+            f"set -o pipefail; {shlex.join(words)} 2>&1 >{shlex.quote(str(folder / 'step.json'))} | cat",
+        ]
 
     return command
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -111,6 +112,7 @@ def _pair(config: BenchLoraConfig, folder: Path, layers: int) -> tuple[Path, Pat
     if not place.exists():
         say(f"making a pair of {layers} layers x {config.hidden} in {place}")
         making = place.with_name(place.name + ".partial")
+        shutil.rmtree(making, ignore_errors=True)  # left by a killed process
         make_pair(making, layers=layers, hidden=config.hidden, vocab=config.vocab, delta_rank=config.delta_rank)
         making.rename(place)
     return place / "base", place / "tuned"

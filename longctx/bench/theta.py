@@ -23,6 +23,7 @@ from longctx.data.check import check_sources, check_text_source
 from longctx.errors import RunFailed
 from longctx.fingerprint import fingerprint_of, folder_fingerprint
 from longctx.rope import Rope, make_rule, read_rope, supported_length
+from longctx.storage.files import write_text
 from longctx.storage.model import check_model
 
 SEARCHED = "searched"
@@ -103,13 +104,20 @@ def under(config: BenchThetaConfig, rule: str, out: Path, rope: Rope) -> TrainCo
 
 
 def search_all(config: BenchThetaConfig, out: Path, rope: Rope) -> Path:
-    """Search every stage's theta on the base, each at least the one before; returns the stage override file."""
+    """Search every stage's theta on the base, each at least the one before; returns the stage override file.
+
+    A finished search is kept while its fingerprint matches. An interrupted one begins again without its override file,
+    which would move the brackets, and finds its trials.
+    """
     from longctx.theta.search import job_of
     from longctx.theta.search_work import run_search
 
     file, done = out / "search" / "theta.yaml", out / "search" / "finished"
-    if done.exists():
+    train, asked = config.train, (config.train.curriculum, config.train.data, config.trials)
+    key = fingerprint_of({"model": folder_fingerprint(str(train.model.path)), "asked": [asdict(one) for one in asked]})
+    if done.exists() and done.read_text(encoding="utf-8") == key:
         return file
+    file.unlink(missing_ok=True)
     names = [stage.name for stage in stages_of(config.train, rope)]
     for index, name in enumerate(names):
         known = str(file) if index else None
@@ -123,7 +131,7 @@ def search_all(config: BenchThetaConfig, out: Path, rope: Rope) -> Path:
             run_dir=str(file.parent),
         )
         run_search(job_of(job, rope, stages_of(replace(config.train, curriculum=curriculum), rope)))
-    done.touch()
+    write_text(done, key)
     return file
 
 

@@ -144,6 +144,11 @@ class SourceConfig:
             )
         if self.name and self.kind not in ("hub", "chat"):
             raise ValueError(f"name={self.name} is a dataset of the hub, which needs kind=hub, not kind={self.kind}")
+        if "[" in self.split:
+            raise ValueError(
+                f"split={self.split} is a part of a split, and a dataset's files are read whole; name a split (train, "
+                "train+test), and for its first rows give rows=N"
+            )
         if self.max_len is not None and self.max_len < self.min_len:
             raise ValueError(f"max_len={self.max_len} is below min_len={self.min_len}")
 

@@ -12,9 +12,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
+
 from longctx.config.data import DataConfig, Mix, SourceConfig
 from longctx.console import remark
-from longctx.data.files import PACKED, Tally, Unit, read
+from longctx.data.corpus import held_out
+from longctx.data.documents import Tally, Unit
+from longctx.data.files import PACKED, read
+from longctx.data.shard import bucket_of
 from longctx.data.sources import source_units
 from longctx.errors import UserError, nearest
 
@@ -35,6 +40,7 @@ def check_sources(data: DataConfig, names: Iterable[str], cache: Path) -> int:
     """
     size = 0
     known: dict[str, tuple[str, str]] = {}  # of each file, the first source that reads it, and its name there
+    read_by: dict[str, list[Unit]] = {}
     for name in names:
         source = data.sources[name]
         if source.kind == "hub" or (source.kind == "chat" and not source.path):
@@ -43,6 +49,7 @@ def check_sources(data: DataConfig, names: Iterable[str], cache: Path) -> int:
         size += sum(unit.size for unit in units)
         if data.heldout > 0:
             _warn_of_two_names(name, units, known)
+            _warn_of_two_splits(name, units, read_by, data.heldout)
         if source.kind != "stdlib":
             _look_into(name, source, units)
     return size
@@ -59,6 +66,36 @@ def _warn_of_two_names(name: str, units: Sequence[Unit], known: dict[str, tuple[
                 "path and tell them apart by include and exclude (configs/data)"
             )
             return
+
+
+def _warn_of_two_splits(name: str, units: Sequence[Unit], read_by: dict[str, list[Unit]], share: float) -> None:
+    """Warn once of a file that one source holds out and another trains on.
+
+    That happens where data.heldout holds out less than one document of a source, which then holds out the one with the
+    lowest hash: a source of some of another's files may find another lowest. Of files with many documents the hashes
+    are not known yet.
+    """
+    held = _held_files(units, share)
+    for other, theirs in read_by.items():
+        if held.keys().isdisjoint((unit.path, unit.name) for unit in theirs):
+            continue
+        before = _held_files(theirs, share)
+        apart = [path for (path, file), out in held.items() if before.get((path, file), out) != out]
+        if apart:
+            remark(
+                f"data.sources.{other} and data.sources.{name} both read {apart[0]}, and one of them holds it out and "
+                f"the other trains on it: of so few documents data.heldout={share:g} holds out only the one with the "
+                "lowest hash in each source; raise data.heldout, or give both sources the same files (configs/data)"
+            )
+            break
+    read_by[name] = list(units)
+
+
+def _held_files(units: Sequence[Unit], share: float) -> dict[tuple[str, str], bool]:
+    """Return whether each file of one group of documents, by path and name, is held out."""
+    whole = [unit for unit in units if unit.kind in ("text", "python")]
+    buckets = np.array([bucket_of(unit.name) for unit in whole], np.uint32)
+    return dict(zip(((unit.path, unit.name) for unit in whole), held_out(buckets, share).tolist(), strict=True))
 
 
 def check_text_source(data: DataConfig, name: str, key: str) -> None:

@@ -115,7 +115,7 @@ def _table_units(path: Path, name: str, kind: str, column: str, size: int) -> li
 
 
 def _table_shape(path: Path, kind: str) -> tuple[int, list[str]]:
-    """TokenizedDocument groups (or record batches) and column names."""
+    """Return the number of row groups (or record batches) and the names of the columns."""
     if kind == "parquet":
         import pyarrow.parquet as pq
 

@@ -25,7 +25,7 @@ class NeedleWriter:
     """A fast Hugging Face tokenizer with the tables that writing needles needs; building it reads the vocabulary.
 
     bos, eos: ids or None. newline_after: bool [vocabulary], whether a token ends a line. ordinary: ids that are
-    neither special nor added. digits: ids of the tokens with the most digits. newline: the tokens of a line end.
+    neither special nor added. digits: ids of the tokens with the most digits 0 to 9. newline: the tokens of a line end.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -42,8 +42,9 @@ class NeedleWriter:
         size = len(tokenizer)
         texts = self._backend.decode_batch([[token] for token in range(size)])
         self.newline_after = np.array([text.endswith("\n") for text in texts], bool)
-        longest = max((len(text) for text in texts if text.isascii() and text.isdigit()), default=0)
-        whole = [token for token, text in enumerate(texts) if text.isdigit() and len(text) == longest]
+        numbers = {token: len(text) for token, text in enumerate(texts) if text.isascii() and text.isdigit()}
+        longest = max(numbers.values(), default=0)
+        whole = [token for token, length in numbers.items() if length == longest]
         self.digits = np.array(whole, np.int32)
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
         self.ordinary = np.array([token for token in range(size) if token not in special], np.int32)

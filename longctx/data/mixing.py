@@ -25,7 +25,8 @@ class DrawnPieces:
     """The pieces that a stage draws from one source.
 
     document, start, length: int32 [P], in tokens. placement: int8 [P], PACK, WHOLE or JOIN. epochs: how often, on
-    average, a document of the most repeated group (long or short) is drawn.
+    average, a document of the most repeated group (long or short) is drawn; the pieces that the packing leaves over
+    count too.
     """
 
     document: np.ndarray

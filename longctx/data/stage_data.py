@@ -181,10 +181,10 @@ class StageData:
         return tuple(self._name(piece) for piece in self._pieces_of(index).numbers)
 
     def stats(self) -> dict[str, Any]:
-        """Return figures of the packing, for metrics and the report.
+        """Return figures of the packing of the whole stage, whatever part of it has been trained or resumed.
 
         padding: the share of positions without a token. cut: the share of documents that are split at least once.
-        epochs: by source. sources: a SourceUse for each source.
+        epochs: by source, see DrawnPieces. left_over: see StagePacking. sources: a SourceUse for each source.
         """
         return self._stats
 

@@ -198,11 +198,13 @@ def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: Needle
     most = (length - head) // 2
     if most < 1 or (task.segment or 1) > most:
         raise UserError(f"segment={task.segment} does not fit twice into length={length}; at most {most} fits")
+    symbols = writer.digits if task.symbols == "digits" else writer.ordinary
+    if not len(symbols):
+        raise UserError("symbols=digits copies tokens made of digits, and the tokenizer has none; take symbols=all")
     size = task.segment or int(rng.integers(min(8, most), most + 1))
     tokens = np.empty(length, np.int32)
     if writer.bos is not None:
         tokens[0] = writer.bos
-    symbols = writer.digits if task.symbols == "digits" else writer.ordinary
     tokens[head:] = np.resize(symbols[rng.integers(0, len(symbols), size=size)], length - head)
     answer = Answer(head + size, length, "", "", 0.0)
     weights = _weights(length, [answer], task.answer_weight, task.other_weight)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from longctx.errors import UserError
+from longctx.fingerprint import fingerprint_of
 
 if TYPE_CHECKING:
     from longctx.config.data import DataConfig
@@ -61,7 +62,9 @@ def open_heldout_chat(
             f"data.sources.{source} holds out no conversation of at most {longest:,} tokens with an assistant; raise "
             "data.heldout, or add conversations"
         )
-    return HeldoutChat(f"{corpus.key} {split} {data.heldout} {longest} {tokens}", tuple(chosen))
+    limits = [corpus.source.min_len, corpus.source.max_len, longest, tokens]
+    key = fingerprint_of({"shards": corpus.key, "split": split, "heldout": data.heldout, "tokens": limits})
+    return HeldoutChat(key, tuple(chosen))
 
 
 def answer_loss(model: Any, conversations: Sequence[Conversation]) -> float:

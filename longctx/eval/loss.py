@@ -31,10 +31,14 @@ def token_losses(
 ) -> np.ndarray:
     """Compute the negative log likelihood of each token given those before it, float32 [count, length - 1].
 
-    rows: int64 [count, length]. Logits are computed for `chunk` tokens at a time, to save memory.
+    rows: int64 [count, length]. Logits are computed for `chunk` tokens at a time, to save memory. Raises UserError for
+    a family that longctx does not train: its forward may scale or cap the logits after the output layer.
     """
     import torch
 
+    from longctx.model.architectures import check_config
+
+    check_config(model.config, getattr(model.config, "name_or_path", "") or type(model).__name__)
     found = np.empty((len(rows), rows.shape[1] - 1), np.float32)
     device = next(model.parameters()).device
     head = model.get_output_embeddings()

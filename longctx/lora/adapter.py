@@ -75,6 +75,11 @@ class Adapter:
         self._sort_tensors()
 
     @property
+    def bytes(self) -> int:
+        """The size of an adapter wherever one is told: of the factors' files on the disk, headers included."""
+        return sum(self.weights.source.fetch(file).stat().st_size for file in self.weights.files)
+
+    @property
     def deltas(self) -> list[str]:
         return list(self.side.entries) if self.side is not None else []
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -13,14 +12,14 @@ from longctx.console import emit_json, say, warn
 from longctx.lora.extract import ExtractResult, extract
 from longctx.lora.folder import ONE_WEIGHT
 from longctx.lora.merge import MergeResult, merge
+from longctx.lora.sizes import megabytes
 from longctx.rope.config import describe_rope
 
 
 def run_extract(config: ExtractConfig) -> int:
     """Run `longctx lora extract`; returns the exit status."""
     began = time.perf_counter()
-    with _bar("extracting") as tick:
-        result = extract(config, tick)
+    result = extract(config, _ticker("extracting"))
     seconds = time.perf_counter() - began
     if config.format == "json":
         emit_json({**asdict(result), "seconds": round(seconds, 3)})
@@ -32,8 +31,7 @@ def run_extract(config: ExtractConfig) -> int:
 def run_merge(config: MergeConfig) -> int:
     """Run `longctx lora merge`; returns the exit status."""
     began = time.perf_counter()
-    with _bar("merging") as tick:
-        result = merge(config, tick)
+    result = merge(config, _ticker("merging"))
     seconds = time.perf_counter() - began
     if config.format == "json":
         emit_json({**asdict(result), "seconds": round(seconds, 3)})
@@ -44,7 +42,7 @@ def run_merge(config: MergeConfig) -> int:
 
 def _print_extract(result: ExtractResult, seconds: float) -> None:
     factors = [row for row in result.rows if row.carried == "factors" and row.norm > 0]
-    print(f"{result.out}: rank {result.rank}, {len(factors)} modules, {result.bytes / 1e6:.1f} MB, {seconds:.1f} s")
+    print(f"{result.out}: rank {result.rank}, {len(factors)} modules, {megabytes(result.bytes)}, {seconds:.1f} s")
     print(f"  {'projection':<14} {'modules':>7} {'rank':>9} {'share kept':>16} {'relative residual':>19}")
     leaves: dict[str, list[Any]] = {}
     for row in sorted(factors, key=lambda row: row.tensor):
@@ -111,9 +109,8 @@ def _span(values: list[Any], form: str) -> str:
     return low if low == high else f"{low}-{high}"
 
 
-@contextmanager
-def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Yield a progress function that prints a line to standard error every two seconds."""
+def _ticker(title: str) -> Callable[[int, int, str], None]:
+    """Make a progress function that prints a line to standard error every two seconds."""
     last = time.monotonic()
 
     def tick(done: int, total: int, name: str) -> None:
@@ -122,4 +119,4 @@ def _bar(title: str) -> Iterator[Callable[[int, int, str], None]]:
             last = time.monotonic()
             say(f"{title} {done}/{total}  {name}")
 
-    yield tick
+    return tick

@@ -35,9 +35,10 @@ class ModuleInfo:
 class AdapterInfo:
     """The description of an adapter.
 
-    exact: number of exact differences of norms and biases. replaced: tensors saved whole. share: the kept share of the
-    squared norm of all factors. extends: whether the adapter carries another rope or window than the base's.
-    one_weight: the factors of the embedding are those of the output layer too (see folder.ONE_WEIGHT).
+    bytes: see Adapter.bytes. exact: number of exact differences of norms and biases. replaced: tensors saved whole.
+    share: the kept share of the squared norm of all factors. extends: whether the adapter carries another rope or
+    window than the base's. one_weight: the factors of the embedding are those of the output layer too (see
+    folder.ONE_WEIGHT).
     """
 
     path: str
@@ -69,7 +70,7 @@ def describe(path: str) -> AdapterInfo:
         return AdapterInfo(
             path=path,
             base=adapter.config.get("base_model_name_or_path"),
-            bytes=sum(entry.nbytes for entry in adapter.weights.entries.values()),
+            bytes=adapter.bytes,
             modules=sorted(modules, key=lambda item: _place(item.module)),
             exact=len(adapter.deltas),
             replaced=[*adapter.whole, *adapter.inner, *(f"{module} (rows)" for module in adapter.rows)],

@@ -23,7 +23,7 @@ from torch import Tensor
 from longctx.config.lora import ExtractConfig
 from longctx.errors import UserError
 from longctx.lora import folder as files
-from longctx.lora.adapter import NORM_STEM
+from longctx.lora.adapter import NORM_STEM, Adapter
 from longctx.lora.difference import Difference, require_finite
 from longctx.lora.folder import Extension, TensorRecord
 from longctx.lora.lowrank import Factors, Sketch, decompose, start_linalg
@@ -45,8 +45,8 @@ Progress = Callable[[int, int, str], None]
 class ExtractResult:
     """The result of an extraction.
 
-    out: the adapter's folder. rows: one record per tensor. bytes: size of the factors. share: see folder.totals.
-    checked: tensors that were read back. losses: with verify=loss. one_weight: the factors of the embedding are those
+    out: the adapter's folder. rows: one record per tensor. bytes: see Adapter.bytes. share: see folder.totals. checked:
+    tensors that were read back. losses: with verify=loss. one_weight: the factors of the embedding are those
     of the output layer too (see folder.ONE_WEIGHT).
     """
 
@@ -104,7 +104,8 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
             files.write_card(partial, rows, extension, config, one_weight=one_weight)
             checked = read_back(partial, base, tuned, rows)
             losses = held_out_losses(config, partial) if config.verify == "loss" else None
-            size = sum(path.stat().st_size for path in partial.glob("adapter_model*.safetensors"))
+            with Adapter(str(partial)) as adapter:
+                size = adapter.bytes
     return ExtractResult(
         config.out, described["r"], rows, extension, size, files.totals(rows), checked, losses, one_weight
     )

@@ -193,7 +193,8 @@ def command(config: ExtractConfig) -> str:
     default = type(config)(base="BASE", tuned="TUNED", out="ADAPTER")
     words = [
         "longctx",
-        "lora extract",
+        "lora",
+        "extract",
         f"base={config.base}",
         f"tuned={config.tuned}",
         "out=ADAPTER",

@@ -10,7 +10,7 @@ from longctx.console import emit_json
 from longctx.errors import UserError
 from longctx.lora.describe import AdapterInfo, describe
 from longctx.lora.folder import ONE_WEIGHT
-from longctx.lora.sizes import adapter_size, measure_throughput
+from longctx.lora.sizes import adapter_size, measure_throughput, megabytes
 
 
 def run(config: InfoConfig) -> int:
@@ -41,7 +41,7 @@ def _run_size(config: InfoConfig, plan: str) -> int:
     if config.format == "json":
         emit_json(asdict(size))
         return 0
-    print(f"{size.model}, rank {size.rank}: {size.bytes / 1e6:.1f} MB in {config.dtype}")
+    print(f"{size.model}, rank {size.rank}: {megabytes(size.bytes)} in {config.dtype}")
     per_rank = size.bytes_per_rank / 1e6
     print(f"  {size.matrices} matrices, {size.elements / 1e9:.2f} B numbers, {per_rank:.3f} MB per rank")
     if size.seconds is not None and size.throughput is not None:
@@ -54,7 +54,7 @@ def _run_size(config: InfoConfig, plan: str) -> int:
 
 def _print(info: AdapterInfo, pictures: list[str]) -> None:
     ranks = sorted({item.rank for item in info.modules})
-    print(f"{info.path}: LoRA of {info.base}, {len(info.modules)} modules, {info.bytes / 1e6:.1f} MB")
+    print(f"{info.path}: LoRA of {info.base}, {len(info.modules)} modules, {megabytes(info.bytes)}")
     print(f"  rank {ranks[0] if len(ranks) == 1 else f'{ranks[0]}-{ranks[-1]}'}" if ranks else "  no factors")
     if info.window is not None:
         told = "extends the window to" if info.extends else "window"

@@ -130,6 +130,8 @@ def _refuse_misfits(
         problems = found.problems
         if config.allow_partial:
             found.skipped += [f"{name}: not in the target" for name in found.unexpected]
+            found.skipped += [f"{name}: adapter_config.json does not ask for it" for name in found.ignored]
+            found.skipped += [f"{name}: adapter_config.json asks for it, the file lacks it" for name in found.missing]
             problems = [problem for problem in problems if problem.startswith("of another shape")]
         differing = layout_differences(adapter.extension, target_layout)
         if differing:

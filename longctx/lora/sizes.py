@@ -1,7 +1,7 @@
 """Predicts the size of an adapter and the time of its extraction from the shapes of a model's matrices.
 
-Bytes = itemsize * rank * (rows + columns), summed over the matrices. This gives the 837 MB of published rank-32
-adapters of Llama-3-70B with lm_head.
+Bytes = itemsize * rank * (rows + columns), summed over the matrices; the files' headers, some hundred bytes a matrix,
+come on top. This gives the 837 MB of published rank-32 adapters of Llama-3-70B with lm_head.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ _PRESETS = {
 ITEMSIZE = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
+def megabytes(size: float) -> str:
+    """A size in bytes as every verb and page writes it: in MB of 10^6 bytes."""
+    return f"{size / 1e6:.2f} MB" if size < 1e7 else f"{size / 1e6:.1f} MB"
+
+
 @dataclass(frozen=True)
 class AdapterSize:
     """The predicted size of an adapter.
 
-    bytes: size of the factors. elements: numbers in the matrices to decompose. seconds: time of the decomposition,
-    extrapolated from `throughput` (elements per second); None unless it was measured.
+    bytes: of the factors' numbers, without headers. elements: numbers in the matrices to decompose. seconds: time of
+    the decomposition, extrapolated from `throughput` (elements per second); None unless it was measured.
     """
 
     model: str

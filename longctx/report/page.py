@@ -16,6 +16,7 @@ from typing import Any
 from longctx import console
 from longctx.config.report import ReportConfig
 from longctx.errors import UserError
+from longctx.lora.sizes import megabytes
 from longctx.storage.files import write_text
 
 STYLE = (
@@ -55,6 +56,12 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
     return [line for line in whole if line.get("loss") is not None and "stage" in line]
 
 
+def finished_stages(folder: Path) -> list[dict[str, Any]]:
+    """Return the finished.json of each trained stage, in the order of training."""
+    marks = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "stages").glob("*/finished.json")]
+    return sorted(marks, key=lambda mark: (mark.get("index", 0), mark["seq_len"]))
+
+
 def _summary(folder: Path) -> Iterable[str]:
     stored = folder / "summary.json"
     if not stored.exists():
@@ -79,10 +86,10 @@ def _summary(folder: Path) -> Iterable[str]:
     yield from _changes(summary)
     yield from _by_position(summary.get("loss_by_position", {}))
     if summary.get("adapter"):
-        size = summary["adapter"]["bytes"] / 1e6
+        size = megabytes(summary["adapter"]["bytes"])
         rank, profile = summary["adapter"]["rank"], summary["adapter"]["profile"]
         share = f", {summary['adapter']['share']:.1%} of the change" if "share" in summary["adapter"] else ""
-        yield f"<p>Adapter: rank {rank}, {size:.2f} MB, profile {html.escape(profile)}{share}.</p>"
+        yield f"<p>Adapter: rank {rank}, {size}, profile {html.escape(profile)}{share}.</p>"
 
 
 def _changes(summary: Mapping[str, Any]) -> Iterable[str]:
@@ -128,10 +135,9 @@ def _number(loss: float | None) -> str:
 
 
 def _stages(folder: Path, steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
-    marks = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "stages").glob("*/finished.json")]
+    marks = finished_stages(folder)
     if not marks:
         return
-    marks.sort(key=lambda mark: (mark["seq_len"], mark["stage"]))
     last = {line["stage"]: line for line in steps}
     yield "<h2>Stages</h2>"
     rows = [

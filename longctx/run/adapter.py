@@ -13,6 +13,7 @@ from longctx import console
 from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.config.train import TrainConfig
 from longctx.fingerprint import RECORD, WEIGHTS, content_hashes, fingerprint_of, folder_fingerprint
+from longctx.lora.sizes import megabytes
 from longctx.shape import config_json, model_type_of, tied_of
 from longctx.storage.files import discard, write_text
 
@@ -56,7 +57,7 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
     names = [row.tensor for row in made.not_carried]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     console.say(
-        f"the adapter: rank {made.rank}, {made.bytes / 1e6:.2f} MB, {made.share['everything']:.1%} of the squared norm "
+        f"the adapter: rank {made.rank}, {megabytes(made.bytes)}, {made.share['everything']:.1%} of the squared norm "
         "of what training changed" + (f"; not carried: {', '.join(names[:3])}{more}" if names else "")
     )
 

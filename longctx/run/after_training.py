@@ -6,7 +6,6 @@ and name the picture.
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from longctx.config.after_training import EvidenceSettings
 from longctx.config.train import TrainConfig
 from longctx.eval.evaluate import EvalResult, EvalTarget, count_forwards, evaluate
 from longctx.eval.heldout_text import HeldoutText, open_heldout_text
-from longctx.report.page import write_page
+from longctx.report.page import finished_stages, write_page
 from longctx.rope import read_rope
 from longctx.run import evidence
 from longctx.run.adapter import extract_adapter, merge_sibling
@@ -66,12 +65,6 @@ def run_after_training(config: TrainConfig, folder: Path) -> int:
     write_page(folder)
     tell(summary, picture)
     return 0
-
-
-def finished_stages(folder: Path) -> list[dict[str, Any]]:
-    """The finished.json of each trained stage, in the order of training."""
-    marks = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "stages").glob("*/finished.json")]
-    return sorted(marks, key=lambda mark: (mark["seq_len"], mark["stage"]))
 
 
 def _examine_all(

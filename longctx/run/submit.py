@@ -168,8 +168,9 @@ def render(config: SubmitConfig, job: Job) -> str:
         f"--ntasks-per-node={launch.ranks}", f"--cpus-per-task={launch.cpus_per_task}", f"--time={launch.time}",
         *(f"--{name}={value}" for name, value in named.items() if value),
         f"--signal=B:USR1@{launch.lead_seconds}", "--requeue", f"--output={_logs(config)}/%x-%j.log",
-        "--open-mode=append", *launch.sbatch,
+        "--open-mode=append",
     ]  # fmt: skip
+    options = [*map(shlex.quote, options), *launch.sbatch]  # sbatch reads quotes there as a shell does
     steps = [f"--output={_logs(config)}/%x-%j-rank%t.log", "--open-mode=append"] if launch.rank_logs else []
     if launch.container:
         steps += [f"--container-image={launch.container}"]

@@ -11,6 +11,8 @@ from longctx import console
 from longctx.config.train import TrainConfig
 from longctx.eval.evaluate import EvalResult
 from longctx.eval.tables import longest_curve
+from longctx.lora.adapter import Adapter
+from longctx.lora.sizes import megabytes
 from longctx.storage.files import write_text
 from longctx.versions import installed
 
@@ -79,9 +81,9 @@ def tell(summary: Mapping[str, Any], picture: Path) -> None:
     pooled, needle = summary["needle_pooled"], summary["needle"]
     words = _grid_words(needle["base"], needle["extended"], pooled["extended"])
     if "merged" in pooled:
-        size, window = summary["adapter"]["bytes"] / 1e6, summary["window"]["sibling"]
+        size, window = megabytes(summary["adapter"]["bytes"]), summary["window"]["sibling"]
         words.append(
-            f"The difference, kept as a rank-{summary['adapter']['rank']} adapter of {size:.1f} MB and merged into a "
+            f"The difference, kept as a rank-{summary['adapter']['rank']} adapter of {size} and merged into a "
             f"sibling with a window of {window:,} tokens, takes it from {_percent(pooled['sibling'])} to "
             f"{_percent(pooled['merged'])}."
         )
@@ -156,7 +158,8 @@ def _by_stage(results: Mapping[str, EvalResult], stages: list[dict[str, Any]]) -
 def _adapter(folder: Path, config: TrainConfig) -> dict[str, Any]:
     if not folder.exists():
         return {}
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-    share = json.loads((folder / "longctx.json").read_text(encoding="utf-8"))["share"]["everything"]
-    return {"rank": rank, "bytes": size, "profile": config.after_training.lora.profile, "share": share}
+    with Adapter(str(folder)) as adapter:
+        size, rank, extension = adapter.bytes, adapter.config["r"], adapter.extension
+    assert extension is not None, "longctx's own adapters have a side file"
+    profile, share = config.after_training.lora.profile, extension["share"]["everything"]
+    return {"rank": rank, "bytes": size, "profile": profile, "share": share}

@@ -10,6 +10,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from longctx.errors import RunFailed
+
 _GOLDEN = (3 - math.sqrt(5)) / 2  # 0.382
 _CLOSE = 1.02  # thetas that differ by less than 2 % count as equal
 
@@ -40,16 +42,18 @@ def narrow(
 ) -> BestTheta:
     """Find the theta with the lowest score.
 
-    score(theta, phase): phase is "grid", "widen" or "golden". The grid has `points` thetas from center / bracket to
-    center * bracket, but none below `lowest`, and center itself. While the best theta lies on the edge, the grid is
-    extended in that direction, at most `attempts` times. Then `rounds` golden-section steps follow around the best.
+    score(theta, phase): phase is "grid", "widen" or "golden"; NaN and infinity are worse than every number. The grid
+    has `points` thetas from center / bracket to center * bracket, but none below `lowest`, and center itself. While
+    the best theta lies on the edge, the grid is extended in that direction, at most `attempts` times. Then `rounds`
+    golden-section steps follow around the best. Raises RunFailed when no score is finite.
     """
     tried: dict[int, float] = {}
 
     def ask(theta: float, phase: str) -> None:
         whole = max(lowest, round(theta))
         if whole not in tried:
-            tried[whole] = score(whole, phase)
+            found = score(whole, phase)
+            tried[whole] = found if math.isfinite(found) else math.inf  # NaN is neither above nor below another loss
 
     spread = [bracket ** (2 * i / (points - 1) - 1) for i in range(points)]
     for factor in sorted({*spread, 1.0}):
@@ -69,6 +73,11 @@ def narrow(
             break
         ask(asked, "golden")
     best = _best(tried)
+    if tried[best] == math.inf:
+        raise RunFailed(
+            f"no theta from {min(tried):,} to {max(tried):,} has a finite loss: the candidates diverge; lower "
+            "trials.adapt_lr, or check the model's weights"
+        )
     return BestTheta(best, tried[best], dict(sorted(tried.items())), _edge(tried, lowest))
 
 

@@ -46,6 +46,19 @@ def test_parts_are_named_alone_or_by_group():
     assert gpu_check.main(["--help"]) == 2
 
 
+@pytest.mark.parametrize("name", ["quickstart", "step"])
+def test_the_commands_of_bash_take_folders_with_spaces(tmp_path, name):
+    """rm -rf of a folder below "my runs" must not remove "my"."""
+    folder = tmp_path / "my runs" / name
+    folder.mkdir(parents=True)
+    (tmp_path / "my").mkdir()
+    bash, option, script = next(part for part in PARTS if part.name == name).command(folder)
+    harmless = script.replace(sys.executable, "echo")
+    subprocess.run([bash, option, harmless], check=True, capture_output=True, timeout=20)
+    assert (tmp_path / "my").is_dir()
+    assert [path.name for path in folder.iterdir()] == [{"quickstart": "gates.txt", "step": "step.json"}[name]]
+
+
 def part(command: str, **changes) -> Part:
     made = Part("made", "bench", "a part", 20, 1, lambda folder: ["bash", "-c", command],
                 lambda folder: [Row("made", "figure", float((folder / "output.txt").read_text()), "x")])  # fmt: skip

@@ -89,6 +89,19 @@ def test_a_limit_is_found_and_holds(tmp_path):
     assert Trials(other, predict(other, "cpu")).done == {}
 
 
+def test_trials_of_another_card_are_not_taken_for_this_ones(tmp_path):
+    made = config(out=str(tmp_path))
+    small, large = (
+        Prediction(made, "cuda", DeviceLimits(Machines(1, 1), "cuda", "cudnn", size * GIB, 128 * GIB))
+        for size in (79, 139)
+    )
+    trials = Trials(made, small)
+    trials.done[1024] = {"seq_len": 1024, "fits": False, "why": "made"}
+    trials.write(None, None)
+    assert list(Trials(made, small).done) == [1024]
+    assert Trials(made, large).done == {}
+
+
 @pytest.mark.slow  # a real process
 def test_a_trial_runs_with_the_commands_own_settings():
     memory = {"keep_attention": False, "offload_activations": True}

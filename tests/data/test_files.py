@@ -15,6 +15,7 @@ from longctx.data import files
 from longctx.data.check import check_sources
 from longctx.data.documents import Tally
 from longctx.data.files import find_files, read, units_of
+from longctx.data.shard import bucket_of
 from longctx.data.stdlib import docstrings, stdlib_files
 from longctx.errors import UserError
 
@@ -310,3 +311,22 @@ else:
 def test_a_python_without_sources_is_told_what_to_do(tmp_path):
     with pytest.raises(UserError, match=r"data=text data\.path=FOLDER"):
         stdlib_files(tmp_path)
+
+
+def test_a_file_that_one_source_holds_out_and_another_trains_on_is_told(tmp_path, capsys):
+    """Of few documents each source holds out the one with the lowest hash, and a part of them has another lowest."""
+    names = [f"book{number}.txt" for number in range(6)]
+    for name in names:
+        (tmp_path / name).write_text(f"the text of {name}\n")
+    first, second, *_ = sorted(names, key=bucket_of)
+    for heldout, told in ((0.001, True), (0.9, False)):
+        source = {"kind": "text", "path": str(tmp_path)}
+        values = {"sources": {"all": source, "some": {**source, "exclude": [first]}}, "heldout": heldout,
+                  "mixes": {"m": {"all": 1.0}}}  # fmt: skip
+        data = build(DataConfig, values, origin="test")
+        for names_of in (["all", "some"], ["some", "all"]):
+            check_sources(data, names_of, tmp_path / "cache")
+            said = " ".join(capsys.readouterr().err.split())
+            assert (f"both read {tmp_path / second}, and one of them holds it out" in said) == told
+    check_sources(data, ["all", "all"], tmp_path / "cache")
+    assert capsys.readouterr().err == ""

@@ -191,6 +191,21 @@ def test_own_phrasing_and_a_tokenizer_that_joins_space_and_digits(straw):
     assert writer.bos is None
 
 
+def test_digits_are_those_from_0_to_9(straw):
+    """A power of two counts as a digit in Unicode, and a tokenizer without any digit has nothing to copy."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    def writer_of(*words: str) -> NeedleWriter:
+        backend = Tokenizer(models.WordLevel({word: number for number, word in enumerate(("\n", *words))}))
+        return NeedleWriter(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+    assert writer_of("7", "\u00b2", "a", "0").digits.tolist() == [1, 4]
+    task = SynthTask(kind="copy", symbols="digits")
+    with pytest.raises(UserError, match="symbols=digits copies tokens made of digits, and the tokenizer has none"):
+        make_task(task, 40, np.random.default_rng(0), straw, keys="train", tokenizer=writer_of("\u00b2", "a"))
+
+
 def test_what_cannot_be_made_is_refused(straw, writer):
     with pytest.raises(UserError, match=r"needs .* tokens, and length=20"):
         _make(SynthTask(), 20, 0, straw, writer)

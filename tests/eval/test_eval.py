@@ -19,7 +19,7 @@ from longctx.config.compose import load
 from longctx.config.eval import EvalConfig
 from longctx.errors import UserError
 from longctx.eval.evaluate import window_of
-from longctx.eval.loss import by_position
+from longctx.eval.loss import by_position, token_losses
 from longctx.eval.predict import load_plain
 from longctx.eval.run import run, target_of
 from longctx.verbs import VERBS
@@ -64,6 +64,42 @@ def _spoken(settings: EvalConfig) -> tuple[str, str]:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         assert run(settings) == 0
     return out.getvalue(), err.getvalue()
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere"])
+def test_a_family_that_scales_its_logits_is_refused(family: str):
+    """Granite divides the output layer's logits and Cohere multiplies them, which token_losses does not."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= {"intermediate_size": 16, "vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **shape))
+    with pytest.raises(UserError, match=f"is a '{family}' model, and longctx trains llama"):
+        token_losses(model, np.zeros((1, 4), np.int64))
+
+
+def test_a_stored_loss_of_conversations_depends_on_which_of_them_are_read(tmp_path: Path):
+    """Lengths that leave conversations out change what is measured, not the shards."""
+    from transformers import AutoTokenizer
+
+    from longctx.config.base import build
+    from longctx.config.data import DataConfig
+    from longctx.eval.conversations import open_heldout_chat
+
+    talks = [[("user", "how many?"), ("assistant", "one " * count)] for count in (4, 40, 80)]
+    rows = [{"messages": [{"role": role, "content": text} for role, text in talk]} for talk in talks]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    found = {}
+    for limits in ({}, {"min_len": 40}, {"max_len": 150}):
+        source = {"kind": "chat", "path": str(tmp_path / "chat.jsonl"), **limits}
+        values = {"sources": {"chat": source, "text": {"kind": "stdlib"}}, "mixes": {"m": {"text": 1.0}}}
+        data = build(DataConfig, values, origin="test")
+        opened = open_heldout_chat(data, "chat", tmp_path / "tokenizer", tmp_path / "cache", longest=512, tokens=4096)
+        found[opened.key] = len(opened.conversations)
+    assert sorted(found.values()) == [2, 2, 3]
 
 
 def test_models_are_named_in_a_list_a_mapping_or_one_by_one():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,19 @@ def test_the_script_has_options_settings_and_the_training_command(capsys, tmp_pa
     assert not [word for word in ("dry_run", "launch.nodes", "launch=slurm", "launch.setup") if word in command]
     assert script.endswith(SCRIPT.read_text().rpartition("\n#SBATCH ")[2].partition("\n")[2])
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+
+
+def test_a_name_and_a_folder_with_spaces_stay_one_option_each(capsys, tmp_path: Path) -> None:
+    """Slurm refuses the script otherwise: Invalid directive found in batch script."""
+    folder = tmp_path / "my runs"
+    script = dry(
+        capsys, "experiment=quickstart", "name=my run", f"run_dir={folder}", "launch.gpus_per_node=0",
+        "launch.ranks_per_node=2", "launch.sbatch=['--comment=\"two words\"']",
+    )  # fmt: skip
+    options = [shlex.split(line)[1:] for line in script.splitlines() if line.startswith("#SBATCH ")]
+    assert all(len(words) == 1 for words in options)
+    given = [words[0] for words in options]
+    assert {"--job-name=my run", f"--output={folder}/logs/%x-%j.log", "--comment=two words"} <= set(given)
 
 
 def make_model(folder: Path) -> None:

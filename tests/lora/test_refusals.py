@@ -214,6 +214,19 @@ def test_adapter_for_fewer_layers(trio: Make, tmp_path: Path, adapter: str) -> N
     merge(MergeConfig(target=shallow, adapter=[adapter], out=str(tmp_path / "fits"), allow_partial=True))
 
 
+def test_what_a_partial_merge_leaves_out_is_listed(trio: Make, tmp_path: Path, adapter: str) -> None:
+    """Parts that adapter_config.json does not ask for, and those that it asks for and the file lacks."""
+    some = edit(copy(adapter, tmp_path / "some"), "adapter_config.json", target_modules=["q_proj"])
+    settings = {"target": trio("llama").sibling, "allow_partial": True}
+    made = merge(MergeConfig(adapter=[str(some)], out=str(tmp_path / "a"), **settings))
+    assert "model.layers.0.mlp.up_proj: adapter_config.json does not ask for it" in made.skipped
+    weights = load_file(Path(adapter, "adapter_model.safetensors"))
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.1.self_attn.q_proj." not in name}
+    save_file(kept, Path(copy(adapter, tmp_path / "lacks"), "adapter_model.safetensors"))
+    made = merge(MergeConfig(adapter=[str(tmp_path / "lacks")], out=str(tmp_path / "b"), **settings))
+    assert made.skipped == ["model.layers.1.self_attn.q_proj: adapter_config.json asks for it, the file lacks it"]
+
+
 def test_adapter_for_other_heads(trio: Make, tmp_path: Path, adapter: str) -> None:
     other = edit(copy(trio("llama").sibling, tmp_path / "t"), num_attention_heads=8, num_key_value_heads=4, head_dim=8)
     assert re.search("laid out differently: num_attention_heads 4 / 8", merge_refusal(tmp_path, other, adapter))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longctx.errors import RunFailed
 from longctx.fingerprint import fingerprint_of
 from longctx.theta.bracket import narrow
 from longctx.theta.trials import Trial, TrialFile
@@ -67,6 +68,18 @@ def test_nothing_under_the_lowest_is_asked_and_that_is_no_edge():
     found = narrow(score, 1_000_000, bracket=64, points=7, rounds=3, attempts=3, lowest=500_000)
     assert min(asked) == 500_000 == found.theta
     assert found.edge is None
+
+
+def test_a_candidate_that_diverged_is_never_the_best():
+    score, _ = valley(2_000_000)
+    found = narrow(
+        lambda theta, phase: math.nan if theta < 500_000 else score(theta, phase),
+        1_000_000, bracket=8, points=7, rounds=3, attempts=2,
+    )  # fmt: skip
+    assert 500_000 < found.theta < 8_000_000
+    assert math.isfinite(found.score)
+    with pytest.raises(RunFailed, match=r"no theta from [\d,]+ to [\d,]+ has a finite loss"):
+        narrow(lambda theta, phase: math.nan, 1_000_000, bracket=8, points=3, rounds=1, attempts=1)
 
 
 def trial(theta: int) -> Trial:

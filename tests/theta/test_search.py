@@ -275,3 +275,31 @@ def test_mistakes(model_folder: Path, text_folder: Path, tmp_path: Path, capsys:
         err = capsys.readouterr().err
         assert message.split("trials: ")[-1] in err
         assert "Traceback" not in err
+
+
+def test_the_bench_searches_again_when_the_search_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And begins without the override file of a search that was interrupted: its thetas would move the brackets."""
+    from longctx.bench.theta import search_all
+    from longctx.config.bench_theta import BenchThetaConfig
+    from longctx.rope import read_rope
+
+    began: list[str] = []
+    file = tmp_path / "search" / "theta.yaml"
+
+    def run_search(job) -> None:
+        began.append(f"{job.trials.stage} after {file.read_text().split() if file.exists() else []}")
+        file.parent.mkdir(exist_ok=True)
+        with file.open("a") as stream:
+            stream.write("" if stream.tell() else "stages:\n")
+            stream.write(f"  {job.trials.stage}: {{theta: 1000000, rule: dynamic-ntk}}\n")
+
+    monkeypatch.setattr("longctx.theta.search.job_of", lambda job, rope, stages: job)
+    monkeypatch.setattr("longctx.theta.search_work.run_search", run_search)
+    config = build(BenchThetaConfig, compose("bench_theta", []), origin="test")
+    rope = read_rope(str(ASSET))
+    for _ in range(2):
+        assert search_all(config, tmp_path, rope) == file
+    assert [line.partition(" ")[0] for line in began] == ["s2048", "s8192"]
+    search_all(replace(config, trials=replace(config.trials, documents=9)), tmp_path, rope)
+    assert began[2:] == began[:2]
+    assert began[0] == "s2048 after []"

@@ -231,6 +231,12 @@ def test_weights_that_are_newer_than_their_folders_record_are_read(tmp_path: Pat
         assert changed != first
         first = changed
 
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    save_file({"weight": torch.full((4,), 3.0)}, elsewhere)
+    os.utime(elsewhere, ns=(0, 0))
+    elsewhere.replace(weights)  # mv, cp -p and tar keep the time of a file that is older than the record
+    assert folder_fingerprint(folder) != first
+
 
 def test_a_file_is_read_again_only_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from longctx import fingerprint
