@@ -47,12 +47,24 @@ def _holds(record: Path, folder: Path) -> bool:
     """Whether a folder's record still tells its weights, which another program may have replaced.
 
     Weights that were modified or put in place after the record are read: a copy without its times has the same ones,
-    and a file that is moved here keeps its time of modification.
+    and a file that is moved here keeps its time of modification. The answer is remembered like a file's hash, so that
+    they are read once, also where the folder is read-only.
     """
     noted = record.stat()
-    weights = [file.stat() for pattern in WEIGHTS for file in folder.glob(pattern)]
-    if all(one.st_mtime_ns <= noted.st_mtime_ns and one.st_ctime_ns <= noted.st_ctime_ns for one in weights):
+    weights = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
+    if all(_state(file)[1] <= noted.st_mtime_ns and _state(file)[2] <= noted.st_ctime_ns for file in weights):
         return True
+    memo, place = _memo(), f"{record.resolve()} holds"
+    answers, now = _read_memo(memo), fingerprint_of({file.name: _state(file) for file in (record, *weights)})
+    if answers.get(place, [])[:1] != [now]:
+        found = _is_record_of(record, folder)  # which may note the hashes of files
+        answers = {**_read_memo(memo), place: [now, found]}
+        _write_memo(memo, answers)
+    return answers[place][1]
+
+
+def _is_record_of(record: Path, folder: Path) -> bool:
+    """Read a folder's weights, and return whether the record tells the same of them."""
     recorded, found = json.loads(record.read_text(encoding="utf-8")), {}
     if record.name == RECORD:
         recorded, found = recorded.get("weights"), content_hashes(folder, WEIGHTS)
@@ -60,9 +72,6 @@ def _holds(record: Path, folder: Path) -> bool:
         with suppress(ValueError, KeyError, RuntimeError):  # of a damaged file, which is refused where it is loaded
             for file in folder.glob("*.safetensors"):
                 found.update(tensor_hashes(file))
-    if found == recorded:
-        with suppress(OSError):
-            os.utime(record)  # so that they are read once
     return found == recorded
 
 
@@ -88,22 +97,40 @@ def file_hashes(paths: Iterable[Path], memo: Path | None = None) -> dict[Path, s
     The time of the last change (ctime) also differs when a file is replaced by one with the same modification time.
     memo: the file that remembers the hashes; None: one in the user's cache.
     """
-    if memo is None:
-        memo = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longctx" / "file_hashes.json"
-    known: dict[str, list[Any]] = {}
-    with suppress(OSError, ValueError):
-        known = json.loads(memo.read_text(encoding="utf-8"))
-    states = {path: [(stat := path.stat()).st_size, stat.st_mtime_ns, stat.st_ctime_ns] for path in paths}
+    memo = memo or _memo()
+    known = _read_memo(memo)
+    states = {path: _state(path) for path in paths}
     places = {path: str(path.resolve()) for path in states}
     missing = [path for path, state in states.items() if known.get(places[path], [])[:3] != state]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         for path, digest in zip(missing, pool.map(_sha256, missing), strict=True):
             known[places[path]] = [*states[path], digest]
     if missing:
-        with suppress(OSError):  # without a writable place, files are only read again next time
-            memo.parent.mkdir(parents=True, exist_ok=True)
-            write_text(memo, json.dumps(known))
+        _write_memo(memo, known)
     return {path: known[places[path]][3] for path in states}
+
+
+def _state(file: Path) -> list[int]:
+    """Size, time of modification and time of change of a file, by which one that was read before is known."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _memo() -> Path:
+    """The file in the user's cache that remembers what was read."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longctx" / "file_hashes.json"
+
+
+def _read_memo(memo: Path) -> dict[str, list[Any]]:
+    with suppress(OSError, ValueError):
+        return json.loads(memo.read_text(encoding="utf-8"))
+    return {}
+
+
+def _write_memo(memo: Path, known: dict[str, list[Any]]) -> None:
+    with suppress(OSError):  # without a writable place, files are only read again next time
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        write_text(memo, json.dumps(known))
 
 
 def tensor_hashes(path: Path) -> dict[str, str]:
