@@ -27,10 +27,20 @@ from longctx.schedule import OWN, Compute, RankSchedule
 
 @dataclass
 class BufferPool:
-    """A pool of buffers by shape and type; each call returns its buffers, so the layers of a model share one set."""
+    """A pool of buffers by shape and type; each call returns its buffers, so the layers of a model share one set.
+
+    It holds the buffers of one shape of K: batches of changing lengths would otherwise keep a set for every length.
+    """
 
     free: dict[tuple, list[Tensor]] = field(default_factory=lambda: defaultdict(list))
-    total: int = 0  # bytes allocated so far: the communication buffers of the executor
+    total: int = 0  # bytes allocated so far for calls of this shape: the communication buffers of the executor
+    shape: tuple[int, ...] = ()
+
+    def begin(self, shape: tuple[int, ...]) -> None:
+        """Begin a call on K of this shape; the buffers of another shape are dropped."""
+        if shape != self.shape:
+            self.clear()
+            self.shape = shape
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         stack = self.free[shape, dtype, device]
@@ -76,6 +86,7 @@ class ScheduleExecutor:
         """The buffers of the KV slots. The own block is packed once, for sending; a single rank packs nothing."""
         if not self.schedule.kv_slots:
             return {}
+        self.pool.begin(tuple(k.shape))
         shape = (2, *k.shape)
         blocks = {slot: self._take(shape, k.dtype, k.device) for slot in (OWN, *range(self.schedule.kv_slots))}
         blocks[OWN][0].copy_(k)

@@ -165,7 +165,7 @@ def _verify_rope(folder: Path, rope: Mapping[str, Any], window: int) -> None:
 
 
 def _publish(beside: Path, out: Path) -> None:
-    """Sync the folder and rename it to `out`; a reader sees the old folder or the new one."""
+    """Sync the folder and rename it to `out`; a reader sees the old folder, for an instant none, then the new one."""
     for path in (*beside.iterdir(), beside):
         sync(path)
     with signals.temporary(signals.beside(out.with_name(f"{out.stem}-old{out.suffix}"))) as old:

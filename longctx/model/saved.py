@@ -40,7 +40,10 @@ def attention_and_products(op: Any, args: tuple[Any, ...]) -> bool:
 
 
 def widening_products(op: Any, args: tuple[Any, ...]) -> bool:
-    """Choose gate and up, whose outputs are wider than their inputs; o_proj is cheap and down is not needed again."""
+    """Choose the products whose outputs are wider than their inputs: gate and up.
+
+    o_proj is cheap, and down is not needed again. Where all heads are narrower than the hidden size, o_proj is chosen.
+    """
     return op in _PRODUCTS and args[-1].shape[-1] > args[-1].shape[-2]
 
 

@@ -53,7 +53,6 @@ class LossModel(nn.Module):
 
     z_loss: factor of lse^2, which is added to each token's nll (PaLM 2204.02311, section 5).
 
-
     `longctx.prepare` makes it from plain arguments, `longctx.shard_batch` makes what its forward takes.
 
     >>> import longctx, torch

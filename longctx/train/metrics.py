@@ -50,8 +50,8 @@ class Metrics:
 
     last_step: the step of the checkpoint that the run continues from.
 
-    A row's number in wandb is its step plus the number of stages that ended before it, so
-    that the held-out loss at a stage's end has a number of its own.
+    A row's number in wandb is its step plus the number of stages that ended before it, so that the held-out loss at a
+    stage's end has a number of its own.
     """
 
     def __init__(self, run: Path, config: LoggingConfig, resolved: Mapping[str, Any], *, last_step: int) -> None:

@@ -7,7 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from longctx.attention import ContextParallel
+from longctx.attention import ContextParallel, context_attention
 from longctx.distributed.transport import ThreadTransport, ThreadWorld
 from longctx.topology import Topology
 
@@ -126,3 +126,24 @@ def test_memory_is_the_formula(schedule, m, w):
     blocks = w - 1 if schedule == "allgather_ring" else 1
     assert forward_rest == pytest.approx(2 * Q + 4 * ROW, rel=0.05)
     assert backward_rest == pytest.approx(Q + KV + max(Q + blocks * KV / 2, Q / 2 + blocks * KV), rel=0.05)
+
+
+def test_batches_of_changing_lengths_keep_the_buffers_of_one() -> None:
+    """A set of buffers for every length would grow with every new one, until the group is closed."""
+
+    def work(transport: ThreadTransport) -> list[int]:
+        cp = ContextParallel(transport, Topology(1, 2))
+        held = []
+        for seq_len in (96, 64, 80, 48, 96):
+            layout = cp.layout(seq_len)
+            q, k = (torch.randn(1, heads, layout.local_len, 16, requires_grad=True) for heads in (4, 2))
+            for _ in range(2):  # layers
+                out = context_attention(q, k, k, layout)
+                assert isinstance(out, torch.Tensor)
+                out.sum().backward()
+            assert cp.pool.total == sum(x.nbytes for buffers in cp.pool.free.values() for x in buffers)
+            held.append(cp.pool.total // layout.local_len)
+        return held
+
+    for held in ThreadWorld(2).run(work):
+        assert len(set(held)) == 1
