@@ -12,6 +12,7 @@ from longctx.console import emit_json, say, warn
 from longctx.lora.extract import ExtractResult, extract
 from longctx.lora.folder import ONE_WEIGHT
 from longctx.lora.merge import MergeResult, merge
+from longctx.lora.modules import leaf_of
 from longctx.lora.sizes import megabytes
 from longctx.rope.config import describe_rope
 
@@ -46,7 +47,7 @@ def _print_extract(result: ExtractResult, seconds: float) -> None:
     print(f"  {'projection':<14} {'modules':>7} {'rank':>9} {'share kept':>16} {'relative residual':>19}")
     leaves: dict[str, list[Any]] = {}
     for row in sorted(factors, key=lambda row: row.tensor):
-        leaves.setdefault(row.tensor.removesuffix(".weight").rsplit(".", 1)[-1], []).append(row)
+        leaves.setdefault(leaf_of(row.tensor), []).append(row)
     for leaf, rows in sorted(leaves.items()):
         ranks, shares = [row.rank for row in rows], [row.share for row in rows]
         residuals = [row.residual for row in rows]

@@ -27,7 +27,16 @@ from longctx.lora.adapter import NORM_STEM, Adapter
 from longctx.lora.difference import Difference, require_finite
 from longctx.lora.folder import Extension, TensorRecord
 from longctx.lora.lowrank import Factors, Sketch, decompose, start_linalg
-from longctx.lora.modules import Module, WeightKind, carried_rope, check_pair, check_weights, layout, modules_of
+from longctx.lora.modules import (
+    Module,
+    WeightKind,
+    carried_rope,
+    check_pair,
+    check_weights,
+    layout,
+    leaf_of,
+    modules_of,
+)
 from longctx.lora.rank_choice import fit_size, rank_for_share
 from longctx.lora.shards import FactorWriter
 from longctx.lora.tensors import Scratch, StoredTensors
@@ -194,7 +203,7 @@ def _write_tensors(
             if part.row.norm == 0:
                 unchanged.append(part)
             else:
-                changed_leaves.add(_leaf(part.row.tensor))
+                changed_leaves.add(leaf_of(part.row.tensor))
                 writer.add(part.row.tensor, part.row.kind, part.a, part.b)
                 if part.row.kind == WeightKind.EMBEDDING.value and job.tied_head is not None:
                     writer.add(job.tied_head, WeightKind.HEAD.value, part.b.T.contiguous(), part.a.T.contiguous())
@@ -206,7 +215,7 @@ def _write_tensors(
             progress(done, len(modules), part.row.tensor)
     for part in unchanged:
         # PEFT selects modules by the last part of their names, so an unchanged module of that name needs zero factors.
-        needed = _leaf(part.row.tensor) in changed_leaves
+        needed = leaf_of(part.row.tensor) in changed_leaves
         if needed and part.a is not None and part.b is not None:
             writer.add(part.row.tensor, part.row.kind, part.a, part.b)
         row = replace(part.row, carried="factors" if needed else "no", rank=1 if needed else 0)
@@ -336,7 +345,3 @@ def _device(asked: str) -> str:
     if asked.startswith("cuda") and int(asked[5:] or 0) >= torch.cuda.device_count():
         raise UserError(f"device={asked}: torch sees {torch.cuda.device_count()} GPUs here (configs/lora_extract.yaml)")
     return asked
-
-
-def _leaf(tensor: str) -> str:
-    return tensor.removesuffix(".weight").rsplit(".", 1)[-1]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import longctx
 from longctx.lora.adapter import SIDE_FILE
-from longctx.lora.modules import WeightKind
+from longctx.lora.modules import WeightKind, leaf_of
 from longctx.rope.config import describe_rope
 from longctx.storage.files import write_json
 
@@ -84,7 +84,7 @@ def adapter_config(rows: Sequence[TensorRecord], base: str, *, rslora: bool, tie
         "lora_alpha": rank,
         "rank_pattern": different,
         "alpha_pattern": different,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in module}),
+        "target_modules": sorted({leaf_of(name) for name in module}),
         "ensure_weight_tying": tied,
         "use_rslora": rslora,
         "lora_dropout": 0.0,

@@ -48,7 +48,7 @@ class WeightKind(Enum):
 
 @dataclass(frozen=True)
 class Module:
-    """One tensor and its kind; `name` is PEFT's name of its module, and `leaf` the last part of the name."""
+    """One tensor and its kind; `name` is PEFT's name of its module."""
 
     entry: Entry
     kind: WeightKind
@@ -57,14 +57,15 @@ class Module:
     def name(self) -> str:
         return self.entry.name.removesuffix(".weight")
 
-    @property
-    def leaf(self) -> str:
-        return self.name.rsplit(".", 1)[-1]
+
+def leaf_of(tensor: str) -> str:
+    """The last part of a module's name, by which PEFT selects modules: up_proj of model.layers.0.mlp.up_proj.weight."""
+    return tensor.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
 def classify(entry: Entry) -> WeightKind:
     """The kind of a tensor, from its name and shape."""
-    leaf = entry.name.removesuffix(".weight").rsplit(".", 1)[-1]
+    leaf = leaf_of(entry.name)
     if len(entry.shape) == 1:
         return WeightKind.VECTOR
     if len(entry.shape) != 2 or not entry.name.endswith(".weight"):

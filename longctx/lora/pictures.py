@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.lora.describe import AdapterInfo, ModuleInfo, layer_of
+from longctx.lora.modules import leaf_of
 from longctx.storage.files import save_figure
 
 _INK, _GRID = "#23262b", "#d9dce1"
@@ -24,7 +25,7 @@ def draw(info: AdapterInfo, folder: Path) -> list[str]:
     folder.mkdir(parents=True, exist_ok=True)
     by_leaf: dict[str, list[ModuleInfo]] = {}
     for item in info.modules:
-        by_leaf.setdefault(item.module.rsplit(".", 1)[-1], []).append(item)
+        by_leaf.setdefault(leaf_of(item.module), []).append(item)
     style: Any = {
         "font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": _INK,
         "axes.grid": True, "grid.color": _GRID, "grid.linewidth": 0.6, "axes.axisbelow": True,

@@ -17,6 +17,7 @@ from longctx.lora.adapter import Adapter
 from longctx.lora.changes import TensorChange
 from longctx.lora.difference import Difference
 from longctx.lora.folder import TensorRecord
+from longctx.lora.modules import leaf_of
 from longctx.lora.tensors import Scratch, StoredTensors, squared_norm
 from longctx.signals import beside, temporary
 
@@ -45,7 +46,7 @@ def read_back(folder: Path, base: StoredTensors, tuned: StoredTensors, rows: lis
     sample: dict[str, TensorRecord] = {}
     for row in sorted(rows, key=lambda row: (len(row.shape), torch.Size(row.shape).numel())):
         if row.carried != "no" and row.norm > 0:
-            sample.setdefault(row.tensor.removesuffix(".weight").rsplit(".", 1)[-1], row)
+            sample.setdefault(leaf_of(row.tensor), row)
     scratch = Scratch()
     with Adapter(str(folder)) as adapter:
         for row in sample.values():

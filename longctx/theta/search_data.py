@@ -18,6 +18,7 @@ from longctx.config.data import DataConfig
 from longctx.config.eval import NeedleConfig
 from longctx.config.theta import SearchConfig
 from longctx.console import say
+from longctx.data.check import sources_of
 from longctx.data.haystack import NeedleWriter, corpus_haystack
 from longctx.data.stage_opening import open_source
 from longctx.errors import UserError
@@ -44,12 +45,11 @@ def load_search_data(
 ) -> SearchData:
     """Load held-out texts and needle prompts of `length` tokens, the same for every theta.
 
-    They come from the mix's largest text source, or from the largest of all sources when the mix is unknown. Raises
+    They come from the mix's largest text source, or from the largest of all mixes when the mix is unknown. Raises
     UserError when there is no text source or it holds out too little text.
     """
-    chosen = list(data.mixes[mix]) if mix in data.mixes else list(data.sources)
-    names = [str(data.sources[name].haystack or name) for name in chosen]
-    texts = [name for name in dict.fromkeys(names) if data.sources[name].kind not in ("synth", "chat")]
+    mixes = [data.mixes[mix]] if mix in data.mixes else data.mixes.values()
+    texts = [name for name in sources_of(data, mixes) if data.sources[name].kind != "chat"]
     if not texts:
         raise UserError(
             f"data.mixes.{mix} holds no text, and a search needs long held-out documents; choose data=stdlib or "
