@@ -87,7 +87,7 @@ def evaluate(
     """Return the target's result: from out/NAME.json when its fingerprint matches, otherwise measured and stored there.
 
     out: None stores nothing. ranks: each rank answers a share of the prompts and sequences, and all return the whole
-    result. tick: called after each haystack of this rank, for a progress bar.
+    result. tick: called after each haystack and held-out sequence of this rank, for a progress bar.
     """
     ranks = ranks or alone()
     key = fingerprint(target, tasks, heldout)
@@ -113,7 +113,10 @@ def count_forwards(target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText, o
     matches = stored is not None and load_result(stored, fingerprint(target, tasks, heldout)) is not None
     if stored is not None and stored.exists() and not matches:
         console.say(f"{stored} belongs to another model, other needles or other text; measuring it again")
-    return 0 if matches or tasks.needle is None else -(-needle.haystacks(tasks.needle) // world)
+    if matches:
+        return 0
+    haystacks = needle.haystacks(tasks.needle) if tasks.needle else 0
+    return -(-haystacks // world) + len(tasks.loss_lengths) * -(-tasks.loss_sequences // world)
 
 
 def fingerprint(target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText) -> str:
@@ -140,7 +143,10 @@ def check_text(heldout: HeldoutText, tasks: EvalTasks, source: str) -> None:
             "and loss_lengths (configs/eval.yaml)"
         )
     if tasks.needle is not None:
-        needle.check_lengths(tasks.needle, heldout.writer, heldout.haystack)
+        try:
+            needle.check_lengths(tasks.needle, heldout.writer, heldout.haystack)
+        except UserError as error:
+            raise UserError(f"needle.{error} (configs/eval.yaml)") from None
 
 
 def window_of(model: Any) -> int | None:
@@ -165,20 +171,20 @@ def _measure(
         part = grid_of(model, tasks.needle, heldout, label=target.name, rank=ranks.rank, world=ranks.world, tick=tick)
         values["grid"] = needle.combine(part, ranks).to_json()
     for length in tasks.loss_lengths:
-        losses = _losses(model, loss.held_out_rows(heldout, length, tasks.loss_sequences), ranks)
+        losses = _losses(model, loss.held_out_rows(heldout, length, tasks.loss_sequences), ranks, tick)
         values["losses"][length] = float(losses.mean())
         values["loss_by_position"][length] = loss.by_position(losses)
     return values
 
 
-def _losses(model: Any, rows: np.ndarray, ranks: Ranks) -> np.ndarray:
+def _losses(model: Any, rows: np.ndarray, ranks: Ranks, tick: Tick) -> np.ndarray:
     """Return the token losses of all rows; each rank computes a share of the rows."""
     if ranks.world == 1:
-        return loss.token_losses(model, rows)
+        return loss.token_losses(model, rows, tick=tick)
     import torch
     import torch.distributed as dist
 
     found = np.zeros((len(rows), rows.shape[1] - 1), np.float32)
-    found[ranks.rank :: ranks.world] = loss.token_losses(model, rows[ranks.rank :: ranks.world])
+    found[ranks.rank :: ranks.world] = loss.token_losses(model, rows[ranks.rank :: ranks.world], tick=tick)
     dist.all_reduce(torch.from_numpy(found), group=ranks.control)
     return found

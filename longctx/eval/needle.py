@@ -67,7 +67,7 @@ def check_lengths(config: NeedleConfig, writer: NeedleWriter, haystack: Haystack
         for _ in prompts(shortest, writer, haystack):
             pass
     except UserError as error:
-        raise UserError(f"lengths: {error}, or ask for one needle a prompt (single)") from None
+        raise UserError(f"lengths: {error}, or single=true, which asks for one needle a prompt") from None
 
 
 def _shares(config: NeedleConfig) -> list[tuple[int, ...]]:

@@ -135,9 +135,9 @@ def _examine_all(
         console.say(f"{', '.join(kept)}: measured before with the same questions and text, and kept ({out})")
     ranks.wait()  # rank 0 stores results only after all ranks have counted
     with console.progress(shown=any(left.values())) as bar:
-        task = bar.add_task("needles", total=sum(left.values()))
+        task = bar.add_task("", total=sum(left.values()))
         for target in targets:
-            bar.update(task, description=f"needles: {target.name}")
+            bar.update(task, description=f"needles and loss: {target.name}")
             found = evaluate(target, tasks, heldout_texts[target.name], out, ranks, lambda: bar.advance(task))
             results.append(found)
     for result in results:

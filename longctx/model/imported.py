@@ -94,7 +94,10 @@ def _read(file: Path, dtype: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
     except Exception as error:  # transformers raises many types of errors for what it does not know or cannot read
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"gguf={file}: transformers cannot read it ({first})") from None
+        raise UserError(
+            f"gguf={file}: transformers cannot read it ({first}); where its source lists more than "
+            f"{file.stat().st_size:,} bytes, the file was cut short: fetch it again"
+        ) from None
     # The weights are plain now, and transformers would refuse to save what it takes for a quantized model.
     model.hf_quantizer, model.is_quantized = None, False
     if hasattr(model.config, "quantization_config"):

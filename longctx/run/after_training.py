@@ -78,9 +78,9 @@ def _examine_all(
     found = {}
     total = sum(count_forwards(claim.target, claim.questions(settings), heldout, out) for claim in claims)
     with console.progress(shown=total > 0) as bar:
-        task = bar.add_task("needles", total=total)
+        task = bar.add_task("", total=total)
         for claim in claims:
-            bar.update(task, description=f"needles: {claim.name}")
+            bar.update(task, description=f"needles and loss: {claim.name}")
             questions = claim.questions(settings)
             found[claim.name] = evaluate(claim.target, questions, heldout, out, tick=lambda: bar.advance(task))
     return found

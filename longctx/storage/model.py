@@ -53,7 +53,8 @@ def model_folder(path: str | None, what: str = "model.path") -> Path:
     if not looks_local(path):
         return _snapshot(path, what)
     if folder.is_file():
-        raise UserError(f"{what}={path} is a file; name the folder that holds config.json and the weights")
+        gguf = "; of a GGUF file `longctx import` makes one" if folder.suffix == ".gguf" else ""
+        raise UserError(f"{what}={path} is a file; name the folder that holds config.json and the weights{gguf}")
     if not folder.is_dir():
         raise UserError(
             f"{what}={path} does not exist; name a folder with config.json and safetensors, or a hub id such as "
@@ -61,10 +62,18 @@ def model_folder(path: str | None, what: str = "model.path") -> Path:
         )
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"{what}={path} has no config.json, so it is not a model in Hugging Face format; name the folder that "
-            "holds it (a run's are under stages/NAME/model)"
+            f"{what}={path} has no config.json, so it is not a model in Hugging Face format; {_remedy(folder)}"
         )
     return folder
+
+
+def _remedy(folder: Path) -> str:
+    """What to do with a folder that holds no config.json: what else it holds often says which model is meant."""
+    if (folder / "adapter_config.json").is_file():
+        return f"it is an adapter: merge it first (longctx lora merge target=MODEL adapter={folder} out=FOLDER)"
+    if file := next(iter(sorted(folder.glob("*.gguf"))), None):
+        return f"import its GGUF file first (longctx import gguf={file} out=FOLDER)"
+    return "name the folder that holds it (a run's are under stages/NAME/model)"
 
 
 def _snapshot(path: str, what: str) -> Path:

@@ -16,9 +16,10 @@ import pytest
 from longctx.assets import tiny_model
 from longctx.cli import main
 from longctx.config.compose import load
-from longctx.config.eval import EvalConfig
+from longctx.config.eval import EvalConfig, EvalModel
 from longctx.errors import UserError
-from longctx.eval.evaluate import window_of
+from longctx.eval.evaluate import EvalTasks, count_forwards, evaluate, window_of
+from longctx.eval.heldout_text import open_heldout_text
 from longctx.eval.loss import by_position, token_losses
 from longctx.eval.predict import load_plain
 from longctx.eval.run import run, target_of
@@ -187,6 +188,17 @@ def test_lengths_beyond_the_machine_s_memory_are_said_before_anything_is_read(te
     assert capsys.readouterr().err == ""
 
 
+def test_the_bar_counts_prompts_and_held_out_sequences_of_every_rank(text):
+    """The loss of long sequences takes as long as the needles, and a full bar would stand through all of it."""
+    asked = config(*text, f"model.path={TINY}")
+    tasks, target = EvalTasks(asked.needle, asked.loss_lengths, 3), target_of(asked, "base", EvalModel(path=TINY))
+    heldout = open_heldout_text(asked.data, asked.source, TINY, Path(asked.cache))
+    ticks: list[int] = []
+    evaluate(target, tasks, heldout, None, tick=lambda: ticks.append(1))
+    assert len(ticks) == count_forwards(target, tasks, heldout, None) == 4 + 2 * 3
+    assert count_forwards(target, tasks, heldout, None, world=2) == 2 + 2 * 2
+
+
 def run_until(ended: threading.Event, wanted) -> None:
     """Evaluate, and set the event at the end."""
     try:
@@ -292,7 +304,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
         [f"model.path={TINY}", "needle.lengths=[1M]"],
         r"lengths reach 1,048,576 tokens and source=text",
     ),
-    "too short for needles": ([f"model.path={TINY}", "needle.lengths=[100]"], r"lengths: a needles task with 5 lines"),
+    "too short for needles": (
+        [f"model.path={TINY}", "needle.lengths=[100]"],
+        r"^needle\.lengths: a needles task with 5 lines",
+    ),
     "a length twice": ([f"model.path={TINY}", "needle.lengths=[512,512]"], r"must be different numbers"),
 }
 

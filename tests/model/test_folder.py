@@ -201,3 +201,15 @@ def test_a_refusal_waits_for_neither_torch_nor_transformers(folder: Path, tmp_pa
     assert done.returncode == 2, done.stderr
     assert done.stdout.strip() == "[]"
     assert "git-lfs pointer" in done.stderr
+
+
+def test_a_folder_of_another_kind_is_refused_with_the_command_that_makes_a_model_of_it(tmp_path):
+    for file, message in (
+        ("some.Q4_1.gguf", r"longctx import gguf=.*some\.Q4_1\.gguf out=FOLDER"),
+        ("adapter_config.json", r"it is an adapter: .*longctx lora merge target=MODEL adapter="),
+    ):
+        (tmp_path / file).write_bytes(b"GGUF")
+        with pytest.raises(UserError, match=message):
+            read_config(str(tmp_path))
+    with pytest.raises(UserError, match=r"is a file; .*`longctx import` makes one"):
+        read_config(str(tmp_path / "some.Q4_1.gguf"))

@@ -91,11 +91,13 @@ def test_a_gguf_file_becomes_a_folder(file, tmp_path):
 def test_what_cannot_be_imported_is_explained(file, tmp_path, monkeypatch):
     path, _ = file
     (tmp_path / "text.gguf").write_text("no model")
+    (tmp_path / "half.gguf").write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     for changes, words in (
         ({"gguf": str(tmp_path / "nothing.gguf")}, "is no file"),
         ({"gguf": str(tmp_path / "text.gguf")}, "is not a GGUF file"),
+        ({"gguf": str(tmp_path / "half.gguf")}, r"cannot read it .*more than [0-9,]+ bytes, the file was cut short"),
         ({"out": str(tmp_path / "full")}, "exists; remove it"),
     ):
         with pytest.raises(UserError, match=words):
