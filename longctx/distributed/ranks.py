@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from longctx.distributed import meeting
-from longctx.distributed.launcher import NAMES, launcher_environment
+from longctx.distributed.launcher import NAMES, launcher_environment, node_name
 from longctx.distributed.local import STORE_FD
 from longctx.distributed.placement import Introduction, by_node, cores
 from longctx.errors import RunFailed, UserError
@@ -134,19 +135,31 @@ def choose_device(wanted: str, local_rank: int, key: str = "engine.device") -> t
     return device
 
 
-def check_shared_devices(local_world: int, devices: int) -> None:
-    """Raise UserError where several ranks would share a device and NCCL is not told to allow it.
+def may_share_devices() -> bool:
+    """Whether NCCL is told to take several ranks on one device, as launch/one_gpu.sh does.
 
-    NCCL itself ends such a run at its first transfer with "Duplicate GPU detected". It compares hosts by NCCL_HOSTID,
-    and from 2.30 on NCCL_MULTI_RANK_GPU_ENABLE=1 allows several ranks on a device.
+    It compares hosts by NCCL_HOSTID, and from 2.30 on NCCL_MULTI_RANK_GPU_ENABLE=1 allows it.
     """
-    if local_world <= devices or "NCCL_HOSTID" in os.environ or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1":
+    return "NCCL_HOSTID" in os.environ or os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE") == "1"
+
+
+def check_shared_devices(devices: Sequence[tuple[str, str]]) -> None:
+    """Raise UserError where ranks share a device and NCCL is not told to allow it.
+
+    devices: the node and the UUID of each rank's device. A launcher may show each rank only its own (`srun
+    --gpus-per-task=1`), so neither numbers nor counts of devices tell. NCCL itself would end the run at its first
+    transfer with "Duplicate GPU detected".
+    """
+    if len(set(devices)) == len(devices) or may_share_devices():
         return
+    shared = next(node for (node, _), count in Counter(devices).items() if count > 1)
+    ranks = [device for node, device in devices if node == shared]
+    count = len(set(ranks))
     raise UserError(
-        f"{local_world} ranks on this node and {devices} CUDA device{'s' * (devices != 1)}: NCCL refuses two ranks on "
+        f"{len(ranks)} ranks on {shared} and {count} CUDA device{'s' * (count != 1)}: NCCL refuses two ranks on "
         "one device (Duplicate GPU detected); take as many ranks as devices (launch.nproc, or torchrun's "
         "--nproc-per-node), engine.device=cpu, or, to try several ranks on one card, start the command with "
-        f"`launch/one_gpu.sh {local_world} COMMAND` (docs/training.md)"
+        f"`launch/one_gpu.sh {len(ranks)} COMMAND` (docs/training.md)"
     )
 
 
@@ -169,14 +182,12 @@ def start(
 
     device: auto, cuda or cpu. timeout_seconds: how long a collective waits for a late rank. meeting_seconds: how long
     the ranks wait for each other at the start. key: the config's key that names the device. Raises UserError when
-    device=cuda and there is none, when more ranks than devices are on this node (unless launch/one_gpu.sh started
-    them), and when a package is too old.
+    device=cuda and there is none, when ranks share a device (unless launch/one_gpu.sh started them), and when a
+    package is too old.
     """
     check_versions()
     env = launcher_environment()
     chosen = choose_device(device, int(env["LOCAL_RANK"]), key)
-    if chosen.type == "cuda" and int(env["WORLD_SIZE"]) > 1:
-        check_shared_devices(int(env["LOCAL_WORLD_SIZE"]), torch.cuda.device_count())
     join(int(env["RANK"]), int(env["WORLD_SIZE"]), timeout_seconds, meeting_seconds=meeting_seconds)
     env = launcher_environment()  # the meeting may have numbered the ranks anew
     rank, world, local_rank, local_world = (int(env[name]) for name in NAMES)
@@ -186,7 +197,11 @@ def start(
     control: Any = dist.new_group(backend="gloo", timeout=timeout) if chosen.type == "cuda" and world > 1 else None
     found = meeting.met()
     places = found.ranks if found is not None and world > 1 else ()
-    return Ranks(rank, world, local_rank, local_world, chosen, control, places)
+    ranks = Ranks(rank, world, local_rank, local_world, chosen, control, places)
+    if chosen.type == "cuda" and world > 1:
+        uuid = str(torch.cuda.get_device_properties(chosen).uuid)
+        check_shared_devices(ranks.gather((places[rank].node if places else node_name(), uuid)))
+    return ranks
 
 
 def alone(device: str = "auto") -> Ranks:

@@ -12,6 +12,7 @@ import torch
 
 from longctx import console
 from longctx.decide import Machines, choose_kernel
+from longctx.distributed.ranks import may_share_devices
 from longctx.host_memory import host_memory
 from longctx.planner.remedies import DeviceLimits, check_memory
 from longctx.shape import Shape, shape_of_model
@@ -71,7 +72,7 @@ def room_here(machines: Machines, device: str, kernel: str) -> DeviceLimits:
                 f"other processes hold {taken / 2**30:.1f} of the GPU's {total / 2**30:.1f} GiB (nvidia-smi names "
                 "them); this run counts on the rest"
             )
-        sharing = -(-machines.ranks_per_node // torch.cuda.device_count())
+        sharing = -(-machines.ranks_per_node // torch.cuda.device_count()) if may_share_devices() else 1
         return DeviceLimits(machines, device, kernel, (total - taken) / sharing, host_memory())
     return DeviceLimits(machines, device, kernel, host_memory() / machines.ranks_per_node)
 

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from longctx.distributed import ranks as ranks_module
 from longctx.distributed import transport
 from longctx.distributed.ranks import check_shared_devices, shared_card
 from longctx.errors import UserError
+from tests.dist.ranks import run_ranks
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "one_gpu.sh"
 
@@ -76,14 +80,33 @@ def test_training_becomes_the_rank_entry_of_a_launcher(module):
 def test_two_ranks_on_a_card_are_refused_before_nccl_does(monkeypatch):
     for name in ("NCCL_HOSTID", "NCCL_MULTI_RANK_GPU_ENABLE"):
         monkeypatch.delenv(name, raising=False)
-    check_shared_devices(4, 8)
-    with pytest.raises(UserError, match=r"2 ranks on this node and 1 CUDA device: .*launch/one_gpu.sh 2 COMMAND"):
-        check_shared_devices(2, 1)
+    check_shared_devices([("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-1"), ("b", "GPU-3")])
+    shared = [("a", "GPU-1"), ("a", "GPU-2"), ("b", "GPU-3"), ("b", "GPU-3")]
+    with pytest.raises(UserError, match=r"2 ranks on b and 1 CUDA device: .*launch/one_gpu.sh 2 COMMAND"):
+        check_shared_devices(shared)
     monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
-    check_shared_devices(2, 1)
+    check_shared_devices(shared)
     monkeypatch.delenv("NCCL_MULTI_RANK_GPU_ENABLE")
     monkeypatch.setenv("NCCL_HOSTID", "node0")
-    check_shared_devices(2, 1)
+    check_shared_devices(shared)
+
+
+def with_cards(rank, world, cards):
+    """start() on a rank to which its launcher shows one card, cards[rank]."""
+    made = SimpleNamespace(uuid=cards[rank])
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ranks_module, "choose_device", lambda *_: torch.device("cuda", 0))
+        patched.setattr(torch.cuda, "get_device_properties", lambda device: made)
+        ranks_module.start()
+
+
+def test_ranks_that_each_see_only_their_own_card_are_not_refused(tmp_path):
+    """As under `srun --gpus-per-task=1`, where every task counts one device."""
+    own, shared = ("GPU-1", "GPU-2"), ("GPU-1", "GPU-1")
+    failures = run_ranks(2, with_cards, [own, shared], tmp_path / "store")
+    assert own not in failures
+    assert [text.count("2 ranks on ") for text in failures[shared]] == [1, 1]
 
 
 def test_groups_are_made_on_a_torch_without_sort_ranks(monkeypatch):
