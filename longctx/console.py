@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress
 
+_NO_STYLE = re.compile(r"\[(?!(?:bold|yellow|/|/bold|/yellow)\])")
 _quiet = False
 _remarked: set[str] = set()
 _document: TextIO | None = None  # standard output, where it is kept for the document
@@ -32,14 +34,22 @@ def silence() -> None:
     _quiet = True
 
 
-def say(*words: object) -> None:
-    """Print one line on standard error; rich markup such as [bold] is applied."""
+def styled(text: str) -> str:
+    """Return a text of which rich takes [bold], [yellow] and their ends for markup, and prints every other bracket.
+
+    Paths and the words of errors have brackets too, which rich would leave out or fail on.
+    """
+    return _NO_STYLE.sub(r"\\[", text)
+
+
+def say(text: str = "") -> None:
+    """Print one line on standard error, in which [bold] and [yellow] are applied, see `styled`."""
     if not _quiet:
-        console().print(*words)
+        console().print(styled(text))
 
 
 def escape(text: str) -> str:
-    """Return a text that `say` and `emit` print as it is, brackets included."""
+    """Return a text that `emit` prints as it is, brackets included."""
     from rich.markup import escape as escaped
 
     return escaped(text)

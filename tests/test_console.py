@@ -43,3 +43,11 @@ def test_long_text_in_a_cell_is_still_wrapped(monkeypatch: pytest.MonkeyPatch, c
     table.add_row("flash_attn_3", "needs CUDA tensors, " * 20)
     console.emit(table)
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 60
+
+
+@pytest.mark.parametrize("text", ["runs/x[lr]/model", "problem in [/data/a] and [/]", r"a\b[0]", "['a', 'b'] [red]"])
+def test_brackets_of_paths_and_errors_are_printed(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    """[bold] and [yellow] are markup; everything else is what somebody named a folder, or an error's words."""
+    text = text.replace("[/]", "")
+    console.say(f"[bold]stage[/] done: [yellow]{text}[/]")
+    assert capsys.readouterr().err == f"stage done: {text}\n"

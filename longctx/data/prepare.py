@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.data import DataConfig, SourceConfig
-from longctx.console import escape, say
+from longctx.console import say
 from longctx.data.documents import Unit
 from longctx.data.shard import FORMAT
 from longctx.data.sources import source_units
@@ -70,7 +70,7 @@ def build_source(
     total = sum(job.size for job in jobs)
     fresh = any(not _complete(job) for job in jobs)
     if not fresh and report is not None:
-        say(escape(f"{name}: found stored, {len(jobs)} of {len(jobs)} shards"))
+        say(f"{name}: found stored, {len(jobs)} of {len(jobs)} shards")
     if fresh:
         with _only_builder(cache) as alone:
             if alone:
@@ -78,9 +78,7 @@ def build_source(
             missing = [job for job in jobs if not _complete(job)]
             size = sum(job.size for job in missing)
             if missing:
-                say(
-                    escape(f"{name}: tokenizing {len(missing)} of {len(jobs)} shards, {size / 2**20:,.1f} MiB of input")
-                )
+                say(f"{name}: tokenizing {len(missing)} of {len(jobs)} shards, {size / 2**20:,.1f} MiB of input")
             done = total - size
             for job in _run(missing, spec, workers):
                 done += job.size
@@ -140,7 +138,7 @@ def _only_builder(cache: Path) -> Iterator[bool]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            say(f"waiting for another process that tokenizes into {escape(str(cache))}")
+            say(f"waiting for another process that tokenizes into {cache}")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             yield False

@@ -74,7 +74,7 @@ class Display:
 
     def say(self, text: str) -> None:
         if self._bars:
-            self._bars.console.print(text)
+            self._bars.console.print(console.styled(text))
         elif self.mode != "none":
             console.say(text)
 
