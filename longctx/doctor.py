@@ -15,7 +15,8 @@ from longctx.host_memory import host_memory
 from longctx.versions import installed
 
 _EVERYTHING = "everything"
-_UNDECLARED = {"flash-attn": "gpu", "flash-attn-3": "gpu"}  # built from source
+# The first two are built from source; `longctx import` alone needs the third.
+_UNDECLARED = {"flash-attn": "gpu", "flash-attn-3": "gpu", "gguf": "import"}
 
 
 def run(config: DoctorConfig) -> int:
@@ -77,7 +78,7 @@ def _element_wise(config: DoctorConfig) -> str:
 
 
 def declared_packages() -> dict[str, str]:
-    """Return {package: use} as declared in pyproject.toml; the use is `everything` or the extra `train` or `gpu`."""
+    """Return {package: use} as declared in pyproject.toml; the use: `everything`, the extra, or the verb."""
     found = {"longctx": _EVERYTHING}
     try:
         declared = requires("longctx") or []

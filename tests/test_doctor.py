@@ -50,6 +50,7 @@ def test_every_declared_package_has_its_version_and_its_purpose(found: dict):
     assert found["packages"]["pydantic"] == version("pydantic")
     purpose = doctor.declared_packages()
     assert (purpose["torch"], purpose["wandb"], purpose["flash-attn"]) == ("everything", "train", "gpu")
+    assert purpose["gguf"] == "import"  # declared for tests only
 
 
 def test_the_chosen_kernel_is_the_first_without_a_reason_against_it(found: dict):

@@ -188,7 +188,7 @@ def _context(
     import torch
     from transformers.utils import logging as hf_logging
 
-    from longctx.train.machine import describe
+    from longctx.train.machine import describe, remark_slow_dtype
     from longctx.train.run_context import RunContext
 
     hf_logging.disable_progress_bar()  # the run has a display of its own
@@ -197,6 +197,7 @@ def _context(
     if ranks.world > 1:
         console.say("; ".join(world_words(config, stages, ranks)))
     console.say(describe(config.model, shape, ranks.device.type))
+    remark_slow_dtype(config.model, ranks.device.type)
     with ranks.agree("preparing the tokenizer and the data"):
         tokenizer = preflight.check_libraries(config)
         if not checked and ranks.local_rank == 0:

@@ -17,7 +17,7 @@ from longctx.distributed.ranks import Ranks
 from longctx.errors import UserError
 from longctx.shape import shape_of_model
 from longctx.train.engine import check_bfloat16
-from longctx.train.machine import describe, kernel_of, room_here
+from longctx.train.machine import describe, kernel_of, remark_slow_dtype, room_here
 from longctx.train.open_stage import open_context
 from longctx.train.zero import _prepare_deepspeed
 
@@ -77,6 +77,16 @@ def test_a_rank_names_a_kernel_that_holds_and_never_takes_the_reference_by_itsel
     if failing:
         with pytest.raises(UserError, match=r"attention_kernel=flash_attn_4 cannot serve .*it fails here"):
             kernel_of(replace(model, attention_kernel="flash_attn_4"), shape, "cuda", tried=True)
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [("AVX2", "bfloat16"), ("AVX2", "float32"), ("AVX512", "bfloat16")])
+def test_a_cpu_without_units_for_bfloat16_says_that_float32_is_faster(monkeypatch, capsys, capability, dtype):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("longctx.console._remarked", set())
+    remark_slow_dtype(ModelConfig(init=SHAPE, dtype=dtype), "cpu")
+    remark_slow_dtype(ModelConfig(init=SHAPE, dtype=dtype), "cuda")
+    slow = (capability, dtype) == ("AVX2", "bfloat16")
+    assert capsys.readouterr().err.count("model.dtype=float32 is faster here") == slow
 
 
 def test_transfers_wait_as_long_as_the_engine_says(monkeypatch):
