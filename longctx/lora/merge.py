@@ -90,6 +90,8 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
             rope, window, notes = _rope(config, adapters, before)
             outputs, unties = _outputs(target, tables, matches)
             after = _config(before, rope, window, unties=unties)
+            if (had := rope_to_carry(before, config.target)[1]) and window is not None and window < had:
+                notes.append(f"the target read {had} tokens before: the window that is written is shorter")
             notes += _notes(tables, adapters, unties=unties)
             needed = sum(output.source.nbytes for output in outputs) + 2**20
             with output_folder(config.out, needed=needed) as partial:

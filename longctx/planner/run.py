@@ -159,10 +159,10 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: s
             _gib(owned),
             _gib(memory.saved),
             _gib(memory.total) + ("" if limits.holds(memory) else "!"),
-            f"{item.seconds:.3g}",
+            _figures(item.seconds, 3),
             f"{item.exposed / item.seconds:.0%}",
             f"{item.stage.steps}",
-            f"{item.hours:.2g}",
+            _figures(item.hours, 2),
         )
     made.caption, made.caption_justify = escape("\n".join(_notes(config, shape, estimates, limits))), "left"
     return made
@@ -171,7 +171,7 @@ def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: s
 def _notes(config: PlanConfig, shape: Shape, estimates: list[Estimate], limits: DeviceLimits) -> list[str]:
     """The lines under the table."""
     hours = sum(item.hours for item in estimates)
-    devices = f"{hours:.3g} hours, {hours * limits.machines.world:.3g} device-hours"
+    devices = f"{_figures(hours, 3)} hours, {_figures(hours * limits.machines.world, 3)} device-hours"
     lines = ["", f"{devices}; tokens and GiB per device (docs/plan.md)"]
     if host := max(item.memory.host for item in estimates) * config.ranks:
         lines.append(f"offloaded: up to {_gib(host)} GiB in the memory of each node")
@@ -183,7 +183,7 @@ def _notes(config: PlanConfig, shape: Shape, estimates: list[Estimate], limits: 
         where = "one node" if config.hardware.device == "cpu" else "one device"
         lines.append(
             f"evidence after training, on {where}: {_gib(need.total)} GiB{'' if _holds(config, need) else '!'} for "
-            f"{need.tokens:,} tokens ({need.key}), {hours:.2g} hours"
+            f"{need.tokens:,} tokens ({need.key}), {_figures(hours, 2)} hours"
             + ("" if _holds(config, need) else "; ! train refuses it (docs/eval.md)")
         )
     if not all(limits.holds(item.memory) for item in estimates):
@@ -193,6 +193,11 @@ def _notes(config: PlanConfig, shape: Shape, estimates: list[Estimate], limits: 
             + advice(stages, shape, config, limits)
         )
     return lines
+
+
+def _figures(value: float, digits: int) -> str:
+    """A figure to so many digits, and from 100 on to whole ones: 1,120 and not 1.12e+03."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.{digits}g}"
 
 
 def _count(number: int) -> str:

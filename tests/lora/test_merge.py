@@ -5,6 +5,7 @@ config.json follows.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,11 @@ def test_window_and_rope_are_written_in_both_styles(trio: Make, tmp_path: Path) 
     model = load(str(tmp_path / "m"))
     want = ROPE["rope_theta"] ** (-torch.arange(0, 16, 2) / 16)
     assert torch.allclose(model.model.rotary_emb.inv_freq, want, rtol=1e-6)
+    assert not any("shorter" in note for note in result.notes)
+    file = shutil.copytree(pair.sibling, tmp_path / "longer") / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "max_position_embeddings": 4 * WINDOW}))
+    long = merge(MergeConfig(target=str(file.parent), adapter=[adapter], out=str(tmp_path / "long")))
+    assert f"the target read {4 * WINDOW} tokens before: the window that is written is shorter" in long.notes
 
 
 @pytest.mark.parametrize(

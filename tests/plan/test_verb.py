@@ -8,6 +8,7 @@ from longctx.cli import main
 from longctx.config.hardware import HardwareConfig
 from longctx.planner.estimate import Links, Speed, quickest, time_attention
 from longctx.planner.memory import attention_buffers
+from longctx.planner.run import _figures
 from longctx.schedule import SCHEDULES, Sizes
 from longctx.topology import Link, Topology
 
@@ -215,3 +216,7 @@ def test_four_nodes_stand_for_more(schedule, monkeypatch):
     time_attention.cache_clear()
     assert short.computing == pytest.approx(whole.computing)
     assert short.exposed == pytest.approx(whole.exposed, rel=0.15)
+
+
+def test_long_steps_and_hours_are_written_out():
+    assert [_figures(value, 3) for value in (0.0577, 42.4, 1117.6, 3704)] == ["0.0577", "42.4", "1,118", "3,704"]
