@@ -328,7 +328,8 @@ GOOD = {"s64k": {"seq_len": 65536}, "s256k": {"seq_len": 262144}}
         (
             {"s4k": {"seq_len": 4096}},
             {"rule": "ntk"},
-            "curriculum.stages.s4k.seq_len=4096 is shorter than the model's window of 8192",
+            "curriculum.stages.s4k.seq_len=4096 is shorter than the model's window of 8192; start at 8192 or longer, "
+            "drop the stage ('~curriculum.stages.s4k'), take another curriculum=...",
         ),
         ({"s64k": {"seq_len": 65536}}, {}, "curriculum.stages.s64k names neither theta nor rule"),
         (

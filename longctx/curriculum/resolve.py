@@ -75,7 +75,8 @@ def _check_length(config: CurriculumConfig, where: str, length: int, before: int
     if first and length < before:
         raise UserError(
             f"{where}.seq_len={length} is shorter than the model's window of {before}; start at {before} or longer, "
-            f"drop the stage ('~{where}'), or set curriculum.keep_window=true for a fine-tune that extends nothing, or "
+            f"drop the stage ('~{where}'), take another curriculum=..., or set "
+            "curriculum.keep_window=true for a fine-tune that extends nothing, or "
             f"curriculum.scratch=true for a model that is trained from scratch ({file})"
         )
     if not first and (length < before or (length == before and not config.scratch)):

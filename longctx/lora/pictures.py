@@ -60,6 +60,8 @@ def _spectra(pyplot: Any, by_leaf: dict[str, list[ModuleInfo]], path: Path) -> s
         axis.set_title(leaf, fontsize=9, color=_INK)
     for axis in list(axes.flat)[len(by_leaf) :]:
         axis.set_visible(False)
+    for axis in list(axes.flat)[len(by_leaf) - columns : len(by_leaf)]:  # the last of each column
+        axis.tick_params(labelbottom=True)
     figure.supxlabel("component", fontsize=9)
     figure.supylabel("singular value of the difference", fontsize=9)
     if last:

@@ -15,6 +15,7 @@ import torch
 
 from longctx.cli import main
 from longctx.config.lora import ExtractConfig
+from longctx.lora import pictures
 from longctx.lora.adapter import Adapter
 from longctx.lora.describe import describe
 from longctx.lora.extract import extract
@@ -181,3 +182,18 @@ def test_bench_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert figures["ours"]["residual_excess"] < 0.005
     assert main(["bench", "lora", "mergekit=/absent/mergekit-extract-lora"]) == 2
     assert "is not an executable" in capsys.readouterr().err
+
+
+def test_the_last_panel_of_every_column_numbers_its_components(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five panels: the last row has one, and the columns beside it end in the row above."""
+    from matplotlib import pyplot
+
+    numbered: list[bool] = []
+    monkeypatch.setattr(
+        pictures, "save_figure",
+        lambda figure, *_, **__: numbered.extend(
+            axis.xaxis.get_tick_params()["labelbottom"] for axis in figure.axes[:5]
+        ),
+    )  # fmt: skip
+    pictures._spectra(pyplot, {name: [] for name in "abcde"}, tmp_path / "spectra.png")
+    assert numbered == [False, True, True, True, True]
