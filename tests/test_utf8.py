@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_house import FILES, TREES
+from tests.test_house import FILES, trees
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
 
@@ -44,7 +44,7 @@ def test_every_file_and_every_pipe_of_text_names_its_encoding():
     bare = "path.read_text(); path.write_text(a); open(path); path.open('a'); os.fdopen(1, 'w'); run(a, text=True)"
     assert len(list(text_calls(ast.parse(bare)))) == 6
     assert not list(text_calls(ast.parse("open(path, 'rb'); path.read_text('utf-8'); path.open('wb')")))
-    found = [f"{FILES[module]}:{call.lineno}" for module, tree in TREES.items() for call in text_calls(tree)]
+    found = [f"{FILES[module]}:{call.lineno}" for module, tree in trees().items() for call in text_calls(tree)]
     assert found == []
 
 
