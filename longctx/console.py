@@ -42,7 +42,7 @@ def styled(text: str) -> str:
     return _NO_STYLE.sub(r"\\[", text)
 
 
-def say(text: str = "") -> None:
+def say(text: str) -> None:
     """Print one line on standard error, in which [bold] and [yellow] are applied, see `styled`."""
     if not _quiet:
         console().print(styled(text))

@@ -56,11 +56,19 @@ def _limits() -> list[tuple[float, float]]:
     for folder, names in _groups():
         try:
             most, now = (float((folder / name).read_text(encoding="utf-8")) for name in names[:2])
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="utf-8").splitlines())
-            found.append((most, now - float(stat.get(names.caches, 0))))
         except (OSError, ValueError):  # not there, or "max"
             continue
+        found.append((most, now - _caches(folder / "memory.stat", names.caches)))
     return found
+
+
+def _caches(file: Path, name: str) -> float:
+    """The bytes of a group's caches, 0 where its memory.stat does not tell."""
+    try:
+        told = dict(line.split() for line in file.read_text(encoding="utf-8").splitlines())
+        return float(told.get(name, 0))
+    except (OSError, ValueError):
+        return 0.0
 
 
 def _groups() -> Iterator[tuple[Path, _Names]]:

@@ -52,3 +52,11 @@ def test_caches_of_files_count_as_free(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_without_a_limit_it_is_the_machines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, lines: str) -> None:
     own(monkeypatch, tmp_path, lines)
     assert 64 * MIB < free_memory() < host_memory.host_memory()
+
+
+def test_a_limit_holds_where_nothing_is_told_of_caches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    own(monkeypatch, tmp_path, "0::/\n")
+    group(tmp_path, str(8 * MIB), 5 * MIB, 2 * MIB)
+    (tmp_path / "memory.stat").unlink()
+    assert host_memory.host_memory() == 8 * MIB
+    assert free_memory() == 3 * MIB

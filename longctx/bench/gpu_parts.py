@@ -119,12 +119,8 @@ def _quickstart(folder: Path) -> list[str]:
              "model.dtype=bfloat16"]  # fmt: skip
     train = [sys.executable, "-m", "longctx.cli", "train", *words]
     check = [sys.executable, str(ROOT / "tests" / "check_quickstart.py"), str(run)]
-    gates = shlex.quote(str(folder / "gates.txt"))
-    return [
-        "bash",
-        "-c",
-        f"{shlex.join(['rm', '-rf', str(run)])}; {shlex.join(train)}; {shlex.join(check)} | tee {gates}",
-    ]
+    remove, gates = shlex.join(["rm", "-rf", str(run)]), shlex.quote(str(folder / "gates.txt"))
+    return ["bash", "-c", f"{remove}; {shlex.join(train)}; {shlex.join(check)} | tee {gates}"]
 
 
 def _read_quickstart(folder: Path) -> list[Row]:
@@ -217,11 +213,8 @@ def _step(length: int, only: str = "", fused: str = "auto") -> Callable[[Path], 
     def command(folder: Path) -> list[str]:
         words = [sys.executable, "-m", "longctx.cli", "bench", "step", f"seq_len={length}", "pairs=1", "format=json"]
         words += [*EIGHT_B, f"memory.fused={fused}", *([f"only={only}"] if only else [])]
-        return [
-            "bash",
-            "-c",
-            f"set -o pipefail; {shlex.join(words)} 2>&1 >{shlex.quote(str(folder / 'step.json'))} | cat",
-        ]
+        figures = shlex.quote(str(folder / "step.json"))
+        return ["bash", "-c", f"set -o pipefail; {shlex.join(words)} 2>&1 >{figures} | cat"]
 
     return command
 

@@ -113,8 +113,9 @@ def search_all(config: BenchThetaConfig, out: Path, rope: Rope) -> Path:
     from longctx.theta.search_work import run_search
 
     file, done = out / "search" / "theta.yaml", out / "search" / "finished"
-    train, asked = config.train, (config.train.curriculum, config.train.data, config.trials)
-    key = fingerprint_of({"model": folder_fingerprint(str(train.model.path)), "asked": [asdict(one) for one in asked]})
+    train = config.train
+    asked = {"curriculum": asdict(train.curriculum), "data": asdict(train.data), "trials": asdict(config.trials)}
+    key = fingerprint_of({"model": folder_fingerprint(str(train.model.path)), **asked})
     if done.exists() and done.read_text(encoding="utf-8") == key:
         return file
     file.unlink(missing_ok=True)

@@ -87,11 +87,12 @@ def merge(config: MergeConfig, progress: Progress | None = None) -> MergeResult:
                 for adapter, scale in zip(adapters, scales, strict=True)
             ]
             _refuse_misfits(config, matches, adapters, layout(before))
-            rope, window, notes = _rope(config, adapters, before)
+            own_rope, own_window = rope_to_carry(before, f"target={config.target}, config.json")
+            rope, window, notes = _rope(config, adapters, own_rope, own_window)
             outputs, unties = _outputs(target, tables, matches)
             after = _config(before, rope, window, unties=unties)
-            if (had := rope_to_carry(before, config.target)[1]) and window is not None and window < had:
-                notes.append(f"the target read {had} tokens before: the window that is written is shorter")
+            if own_window and window and window < own_window:
+                notes.append(f"the target read {own_window} tokens before: the window that is written is shorter")
             notes += _notes(tables, adapters, unties=unties)
             needed = sum(output.source.nbytes for output in outputs) + 2**20
             with output_folder(config.out, needed=needed) as partial:
@@ -150,10 +151,9 @@ def _refuse_misfits(
 
 
 def _rope(
-    config: MergeConfig, adapters: list[Adapter], before: Mapping[str, Any]
+    config: MergeConfig, adapters: list[Adapter], own_rope: dict[str, Any], own_window: int | None
 ) -> tuple[dict[str, Any] | None, int | None, list[str]]:
-    """The rope of the merged model (None: the target's), its window, and notes."""
-    own_rope, own_window = rope_to_carry(before, f"target={config.target}, config.json")
+    """The rope of the merged model (None: the target's, own_rope), its window, and notes."""
     if config.rope.rule == "keep":
         if config.like is not None or config.rope.theta is not None or config.window is not None:
             raise UserError(

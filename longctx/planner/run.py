@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from longctx import dtype as dtypes
 from longctx.assets import known_config
@@ -212,15 +212,6 @@ def show_schedule(config: PlanConfig) -> int:
     """Draw one pass of an attention layer as text, and as SVG if a file is named."""
     draw = config.draw
     schedule, topology, sizes, h, links, speed = _drawn(config)
-    if schedule == "ulysses_ring" and (topology.ranks % h or sizes.q_heads % h):
-        raise UserError(
-            f"draw.ulysses={h} must divide ranks={topology.ranks} and heads={sizes.q_heads} (configs/plan.yaml)"
-        )
-    if draw.seq_len % (2 * topology.size):
-        raise UserError(
-            f"draw.seq_len={draw.seq_len} is not divisible by 2 x nodes x ranks = {2 * topology.size} "
-            "(configs/plan.yaml)"
-        )
     backward = draw.direction == "backward"
     schedules = build_all(schedule, topology, backward=backward, ulysses=h)
     block = block_seconds(topology, sizes, speed, schedules[0].ulysses) * (BACKWARD_WORK if backward else 1.0)
@@ -243,22 +234,37 @@ def show_schedule(config: PlanConfig) -> int:
     return 0
 
 
-def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int, Links, Speed]:
-    """The schedule, topology, sizes, Ulysses ranks, links and speed to draw; without a stage those of a bf16 model."""
+class _Drawn(NamedTuple):
+    """What a drawing shows; ulysses: the ranks that share a position."""
+
+    schedule: str
+    topology: Topology
+    sizes: Sizes
+    ulysses: int
+    links: Links
+    speed: Speed
+
+
+def _drawn(config: PlanConfig) -> _Drawn:
+    """What to draw: a stage as it is trained, or without one the lengths and heads of `draw`, in bfloat16."""
     draw, hardware = config.draw, config.hardware
     if draw.stage is None:
         topology = Topology(config.nodes, config.ranks)
+        h = draw.ulysses or config.ranks
+        if draw.schedule == "ulysses_ring" and (topology.ranks % h or draw.heads % h):
+            raise UserError(
+                f"draw.ulysses={h} must divide ranks={topology.ranks} and heads={draw.heads} (configs/plan.yaml)"
+            )
+        if draw.seq_len % (2 * topology.size):
+            raise UserError(
+                f"draw.seq_len={draw.seq_len} is not divisible by 2 x nodes x ranks = {2 * topology.size} "
+                "(configs/plan.yaml)"
+            )
         sizes = Sizes(draw.seq_len // topology.size, draw.heads, draw.kv_heads, draw.head_dim)
         latency = hardware.latency_us * 1e-6
         inner, outer = (Link(gbytes * 1e9, latency) for gbytes in (hardware.inner_gbytes, hardware.outer_gbytes))
-        return (
-            draw.schedule,
-            topology,
-            sizes,
-            draw.ulysses or config.ranks,
-            (inner, outer),
-            Speed(hardware.rate("bfloat16")),
-        )
+        speed = Speed(hardware.rate("bfloat16"))
+        return _Drawn(draw.schedule, topology, sizes, h, (inner, outer), speed)
     config, _ = with_dtype(config)
     shape, stages = _stages(config)
     names = [item.name for item in stages]
@@ -271,4 +277,4 @@ def _drawn(config: PlanConfig) -> tuple[str, Topology, Sizes, int, Links, Speed]
     sizes = sizes_of(item.stage, shape, decision, dtype)
     links = links_of(decision, Machines(config.nodes * config.ranks, config.ranks), hardware)
     speed = Speed.of(hardware, dtype, planned_kernel(hardware.device, config.model, shape))
-    return decision.schedule, decision.topology, sizes, decision.ulysses, links, speed
+    return _Drawn(decision.schedule, decision.topology, sizes, decision.ulysses, links, speed)

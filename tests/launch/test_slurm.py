@@ -130,20 +130,21 @@ def test_a_cancelled_job_saves_and_stays_cancelled(three: list[SlurmJob]) -> Non
 
 
 def test_a_wrong_key_ends_with_status_2_and_its_message(refused: list[SlurmJob]) -> None:
-    assert all(refused_for_the_key(job) for job in refused[1:])
+    for job in refused[1:]:
+        assert_refused_for_the_key(job)
 
 
 @pytest.mark.slow
 def test_a_wrong_key_is_told_every_time_in_ten(slurm: VirtualSlurm, tmp_path: Path) -> None:
     """srun kills the other ranks as soon as one has left with a status, which may be the one that speaks."""
-    assert all(refused_for_the_key(job) for job in wrong_key(slurm, tmp_path, 10))
+    for job in wrong_key(slurm, tmp_path, 10):
+        assert_refused_for_the_key(job)
 
 
-def refused_for_the_key(job: SlurmJob) -> bool:
+def assert_refused_for_the_key(job: SlurmJob) -> None:
     assert job.ended() == 2, job.said
     assert job.said.count("longctx: trane is not a known key") == 1
     assert "Terminating" not in job.said
-    return True
 
 
 def test_nodes_of_different_sizes_are_refused(slurm: VirtualSlurm, refused: list[SlurmJob]) -> None:

@@ -128,6 +128,14 @@ def test_the_schedule_of_a_stage(capsys, model):
     assert json.loads(out)["spans"]
 
 
+def test_the_length_to_draw_without_a_stage_does_not_refuse_a_stage(capsys, model):
+    """draw.seq_len, 65,536 where nothing is said, cannot be shared by six ranks; the stage's 49,152 tokens can."""
+    words = (model, "curriculum=8k_to_1048k", "ranks=6", "parallel.cp=6", "curriculum.only=[s64k]")
+    length = [f"curriculum.stages.s64k.{word}" for word in ("seq_len=49152", "batch=6", "batch_tokens=null")]
+    status, _, err = plan(capsys, *words, *length, "show=schedule", "draw.stage=s64k", "format=json")
+    assert status == 0, err
+
+
 @pytest.mark.parametrize(("dtype", "size", "rate"), [("bfloat16", 2, 50e12), ("float32", 4, 5e12)])
 def test_a_stage_is_drawn_as_it_is_trained(capsys, model, dtype, size, rate):
     """In the rate and the bytes of its dtype, and with all sequences of a forward pass."""
