@@ -6,6 +6,7 @@ These optional packages are imported here and nowhere else. All three take token
 
 from __future__ import annotations
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -50,6 +51,9 @@ def _named(at: Lengths | None) -> dict[str, Any]:
 
 
 # --- flash-attn 4 (PyPI flash-attn-4; Hopper and Blackwell)
+
+# Its compiler says this of every kernel it makes, in half a screen.
+warnings.filterwarnings("ignore", message="Argument aux_data", category=UserWarning)
 
 
 def _fa4_reasons(problem: Problem) -> list[str]:

@@ -13,6 +13,10 @@ from longctx.attention.kernel import CallShape, Kernel, Lengths, Problem, Varlen
 
 aten = torch.ops.aten
 CUDNN_BLOCK = 1024  # the fewest queries and keys of a block for cuDNN, which refuses blocks of one token
+# Tensors of as many elements and more take several backward calls. At 2^32, 1,048,576 tokens x 32 heads x 128, cuDNN
+# 9.19 gave a dq that was 5 % off in sampled rows, with out, dk and dv right (docs/log.md); its helper kernels for the
+# sum of out * dout and for dq take 32-bit sizes.
+CUDNN_SPAN = 2**31
 CUDNN_STEP = 256  # lengths of packed documents for cuDNN are multiples of this, so that plans are few
 
 
@@ -76,6 +80,36 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: floa
 
 
 def _cudnn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv; of large tensors for one KV head and its query heads at a time."""
+    if max(map(_span, (dout, q, out))) < CUDNN_SPAN:
+        return _cudnn_backward_once(dout, q, k, v, out, lse, causal=causal, scale=scale)
+    group = q.shape[1] // k.shape[1]
+    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    for head in range(k.shape[1]):
+        queries, own = slice(head * group, (head + 1) * group), slice(head, head + 1)
+        dout_part, q_part, out_part = (_compact(x[:, queries]) for x in (dout, q, out))
+        k_part, v_part = (_compact(x[:, own]) for x in (k, v))
+        found = _cudnn_backward_once(
+            dout_part, q_part, k_part, v_part, out_part, lse[:, queries], causal=causal, scale=scale
+        )
+        for whole, part, heads in zip((dq, dk, dv), found, (queries, own, own), strict=True):
+            whole[:, heads] = part
+    return dq, dk, dv
+
+
+def _span(x: Tensor) -> int:
+    """The elements from the first to the last of x in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _compact(x: Tensor) -> Tensor:
+    """x [B, H, S, D] in memory of its own, tokens before heads."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _cudnn_backward_once(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     seed, offset = _no_dropout(q)

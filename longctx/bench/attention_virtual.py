@@ -14,6 +14,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from longctx.bench.attention_case import AttentionCase, matrix_rate
+from longctx.bench.device_time import profiled
 from longctx.config.bench import BenchAttentionConfig
 from longctx.console import say
 from longctx.errors import UserError
@@ -48,8 +49,10 @@ def measure(config: BenchAttentionConfig, device_name: str) -> dict[str, Any]:
             alone = _median(_single(problem, kernel, device), config.repeats, device)
             rows.append(_row(problem, kernel.name, 0, alone, alone, rate))
             for ranks in config.virtual_ranks:
-                seconds = _median(_virtual(problem, kernel, device, ranks), config.repeats, device)
-                rows.append(_row(problem, kernel.name, ranks, seconds, alone, rate))
+                work = _virtual(problem, kernel, device, ranks)
+                seconds = _median(work, config.repeats, device)
+                busy = _busy(work) if on_gpu else None
+                rows.append(_row(problem, kernel.name, ranks, seconds, alone, rate, busy))
             if kernel.varlen is not None:
                 packed += [_packed(problem, kernel, device, count, config.repeats) for count in config.documents]
     return {
@@ -88,7 +91,11 @@ def backends(
     return [kernels.KERNELS[name] for name in names], {name: why for name, why in reasons.items() if why}
 
 
-def _row(problem: AttentionCase, kernel: str, ranks: int, seconds: float, alone: float, rate: float) -> dict[str, Any]:
+def _row(
+    problem: AttentionCase, kernel: str, ranks: int, seconds: float, alone: float, rate: float,
+    busy: float | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """busy: the seconds for which the device computes; the rest of `seconds` it waits for the host."""
     return {
         "backend": kernel,
         "length": problem.length,
@@ -97,7 +104,13 @@ def _row(problem: AttentionCase, kernel: str, ranks: int, seconds: float, alone:
         "gflops": round(problem.flop / seconds / 1e9, 1),
         "share_of_matrix_rate": round(problem.flop / seconds / rate, 3),
         "of_kernel": round(alone / seconds, 3),
+        "busy_seconds": busy,
     }
+
+
+def _busy(work: Callable[[], None]) -> float:
+    """The seconds that the device computes in one run of `work`."""
+    return sum(microseconds for _, microseconds in profiled(work)) / 1e6
 
 
 def _median(work: Callable[[], None], repeats: int, device: torch.device, warm_up: int = 2) -> float:

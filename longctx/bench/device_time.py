@@ -30,11 +30,8 @@ def by_kind(kernels: Iterable[tuple[str, float]]) -> dict[str, float]:
     return found
 
 
-def measure(work: Callable[[], Any], wall_seconds: float) -> dict[str, Any]:
-    """Run `work` once under the profiler; returns seconds by kind, the idle rest of `wall_seconds`, and the slowest.
-
-    wall_seconds: the time of the same work without the profiler, which slows the host.
-    """
+def profiled(work: Callable[[], Any]) -> list[tuple[str, float]]:
+    """Run `work` once under the profiler; returns the kernels that the device ran: (name, microseconds)."""
     import torch
 
     activities = [torch.profiler.ProfilerActivity.CUDA]
@@ -42,17 +39,25 @@ def measure(work: Callable[[], Any], wall_seconds: float) -> dict[str, Any]:
         work()
         torch.cuda.synchronize()
     cuda = torch.autograd.DeviceType.CUDA
-    kernels = [
+    return [
         (event.name, event.time_range.elapsed_us())
         for event in profile.events() or []
         if event.device_type == cuda and not getattr(event, "is_user_annotation", False)  # it spans kernels
     ]
+
+
+def measure(work: Callable[[], Any], wall_seconds: float) -> dict[str, Any]:
+    """Run `work` once under the profiler; returns seconds by kind, the idle rest of `wall_seconds`, and the slowest.
+
+    wall_seconds: the time of the same work without the profiler, which slows the host.
+    """
+    kernels = profiled(work)
     seconds = by_kind(kernels)
     busy = sum(seconds.values())
     slowest: dict[str, float] = {}
     for name, microseconds in kernels:
         slowest[name] = slowest.get(name, 0.0) + microseconds / 1e6
-    top = sorted(slowest.items(), key=lambda entry: -entry[1])[:12]
+    top = sorted(slowest.items(), key=lambda entry: -entry[1])[:24]
     return {
         "seconds_by_kind": {name: round(value, 4) for name, value in seconds.items()},
         "idle_seconds": round(max(0.0, wall_seconds - busy), 4),
@@ -60,5 +65,5 @@ def measure(work: Callable[[], Any], wall_seconds: float) -> dict[str, Any]:
             (seconds["products"] + seconds["attention"]) / max(wall_seconds, busy), 3
         ),
         "kernels": len(kernels),
-        "slowest": [{"kernel": name[:90], "seconds": round(value, 4)} for name, value in top],
+        "slowest": [{"kernel": name[:200], "seconds": round(value, 4)} for name, value in top],
     }

@@ -45,7 +45,7 @@ def main(
     seconds = time.perf_counter() - began
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     with torch.no_grad():
-        errors = sampled_errors(out, lse, q, k, v, dout)
+        errors, by_row = sampled_errors(out, lse, q, k, v, dout)
     result = {
         "tokens": tokens,
         "seconds": seconds,
@@ -54,6 +54,7 @@ def main(
         "kernel": choose(problem_of(q, k)).name,
         "errors": errors,
         "error": max(errors.values()),
+        "dq_by_row": by_row,
     }
     Path(path).write_text(json.dumps(result), encoding="utf-8")
     print(json.dumps(result))
@@ -64,8 +65,12 @@ def wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def sampled_errors(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> dict[str, float]:
+def sampled_errors(
+    out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, dout: Tensor
+) -> tuple[dict[str, float], dict[int, tuple[float, float]]]:
     """RMS errors, divided by the RMS, of out, lse and dq at sampled queries and of dk and dv at sampled keys.
+
+    Also the RMS of dq's error and of dq itself by query, because dq of the first queries is hundreds of times larger.
 
     The query heads of one kv head are compared in fp64. Queries and keys are sampled at the same places; what a key
     receives from all queries is formed from the measured lse, which is compared itself at the sampled queries.
@@ -93,7 +98,9 @@ def sampled_errors(out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, do
     for name, pairs in found.items():
         got, want = (torch.cat([pair[i].double() for pair in pairs]) for i in (0, 1))
         errors[name] = float((got - want).square().mean().sqrt() / want.square().mean().sqrt())
-    return errors
+    got, want = (torch.stack([pair[i].double() for pair in found["dq"]]) for i in (0, 1))  # [heads, R, D]
+    off, size = ((x.square().mean((0, 2)).sqrt()).tolist() for x in (got - want, want))
+    return errors, dict(zip(rows.tolist(), zip(off, size, strict=True), strict=True))
 
 
 def _grad(x: Tensor) -> Tensor:

@@ -162,7 +162,9 @@ def _read_attention(folder: Path) -> list[Row]:
             floor = 0.93 if length >= 65536 else 0.85
             name = f"{ranks} virtual ranks, {length:,} tokens ({row['backend']})"
             share = row["of_kernel"]
-            rows.append(Row("attention", name, share, "of the bare kernel", f"{floor}", holds=share >= floor))
+            idle = 1 - row["busy_seconds"] / row["seconds"]
+            rows.append(Row("attention", name, share, "of the bare kernel", f"{floor}", holds=share >= floor,
+                            note=f"{idle:.0%} of it the card waits for the host"))  # fmt: skip
     return rows + _read_packed(document["packed"])
 
 
@@ -225,6 +227,8 @@ def _read_step(part: str, length: int, *, judged: bool = False) -> Callable[[Pat
     def read(folder: Path) -> list[Row]:
         report = json.loads((folder / "step.json").read_text(encoding="utf-8"))
         ours = report["longctx"]
+        if "out_of_memory" in ours:
+            return [Row(part, f"8B shape x 4 layers, {length:,} tokens", holds=False, note=ours["out_of_memory"])]
         large = "H200" in report["device"]
         rows = [
             Row(part, f"model flop, 8B shape x 4 layers, {length:,} tokens", ours["model_tflops"], "TFLOP/s",
@@ -240,6 +244,11 @@ def _read_step(part: str, length: int, *, judged: bool = False) -> Callable[[Pat
         for other, suffix in (("liger", "_liger"), ("transformers", "")):
             if other in report:
                 theirs = report[other]
+                if "out_of_memory" in theirs:
+                    rows.append(
+                        Row(part, f"speed beside {other}", "it runs out of memory", note=theirs["out_of_memory"])
+                    )
+                    continue
                 peer = f"{theirs['model_tflops']:.4g} TFLOP/s, {theirs['peak_gib']:.4g} GiB"
                 speed, memory = report[f"speed_ratio{suffix}"], report[f"memory_ratio{suffix}"]
                 bar = judged and other == "liger"

@@ -29,10 +29,11 @@ def run(config: BenchStepConfig) -> int:
     for pair in range(config.pairs):
         for contestant, runs in results.items():
             runs.append(result := measure(contestant, config))
-            say(
-                f"pair {pair + 1}/{config.pairs} {contestant}: {result['tokens_per_second']:.1f} tokens/s, "
-                f"{result['model_tflops']:.3g} TFLOP/s, peak {result['peak_gib']:.2f} GiB"
+            figures = result.get("out_of_memory") or (
+                f"{result['tokens_per_second']:.1f} tokens/s, {result['model_tflops']:.3g} TFLOP/s, "
+                f"peak {result['peak_gib']:.2f} GiB"
             )
+            say(f"pair {pair + 1}/{config.pairs} {contestant}: {figures}")
     report = summary(results, config)
     if config.format == "json":
         emit_json(report)
@@ -58,7 +59,10 @@ def contestants(config: BenchStepConfig) -> list[Contestant]:
 
 
 def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
-    """Run one step in a new process; returns seconds, cpu_seconds, tokens_per_second, peak_gib, loss and device."""
+    """Run one step in a new process; returns seconds, cpu_seconds, tokens_per_second, peak_gib, loss and device.
+
+    A side that does not fit the device gives out_of_memory (torch's words) and device instead.
+    """
     request = json.dumps({"kind": contestant, **dataclasses.asdict(config)})
     command = [sys.executable, "-m", "longctx.bench.step_worker", request]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
@@ -74,6 +78,9 @@ def summary(results: Mapping[Contestant, list[dict[str, Any]]], config: BenchSte
     report: dict[str, Any] = {"seq_len": config.seq_len, "pairs": config.pairs, "threads": config.threads}
     for contestant, runs in results.items():
         report["device"] = runs[0]["device"]
+        if words := next((run["out_of_memory"] for run in runs if "out_of_memory" in run), ""):
+            report[contestant] = {"out_of_memory": words}
+            continue
         report[contestant] = {
             "tokens_per_second": median(run["tokens_per_second"] for run in runs),
             "peak_gib": median(run["peak_gib"] for run in runs),
@@ -82,13 +89,13 @@ def summary(results: Mapping[Contestant, list[dict[str, Any]]], config: BenchSte
             "loss": runs[0]["loss"],
             **{name: runs[0][name] for name in _OPTIONAL if runs[0].get(name) is not None},
         }
-    if "longctx" not in results:
+    ours = report.get("longctx", {"out_of_memory": ""})
+    if "out_of_memory" in ours:
         return report
-    ours = report["longctx"]
     others: list[tuple[Contestant, str]] = [("transformers", ""), ("liger", "_liger")]
     for other, suffix in others:
-        if other in results:
-            theirs = report[other]
+        theirs = report.get(other, {"out_of_memory": ""})
+        if "out_of_memory" not in theirs:
             report[f"speed_ratio{suffix}"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
             report[f"cpu_time_ratio{suffix}"] = min(theirs["cpu_seconds"]) / min(ours["cpu_seconds"])
             report[f"memory_ratio{suffix}"] = ours["peak_gib"] / theirs["peak_gib"]
@@ -100,6 +107,9 @@ def _table(report: dict[str, Any]) -> str:
     for contestant in ("transformers", "liger", "longctx"):
         if contestant in report:
             side = report[contestant]
+            if "out_of_memory" in side:
+                lines.append(f"{contestant:13} out of memory")
+                continue
             share = side.get("share_in_products_and_attention")
             lines.append(
                 f"{contestant:13} {side['tokens_per_second']:9.1f} tokens/s {side['peak_gib']:7.2f} GiB "

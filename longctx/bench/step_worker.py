@@ -40,11 +40,18 @@ def main(request: str) -> None:
     torch.set_num_threads(config.threads)
     return_freed_memory()  # on both sides
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        result = measured(kind, config, device)
+    except torch.OutOfMemoryError as error:  # an answer: a side that keeps more may not fit where another does
+        result = {"out_of_memory": str(error).splitlines()[0]}
+    print(json.dumps({**result, "device": device_name(device)}))
+
+
+def measured(kind: str, config: BenchStepConfig, device: torch.device) -> dict[str, Any]:
     model, loss = ours(config, device) if kind == "longctx" else theirs(config, device, liger=kind == "liger")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     taken = on_gpu if device.type == "cuda" else on_cpu
-    result = taken(config, device, lambda ids: step(model, optimizer, loss, ids))
-    print(json.dumps({**result, "device": device_name(device)}))
+    return taken(config, device, lambda ids: step(model, optimizer, loss, ids))
 
 
 def on_cpu(config: BenchStepConfig, device: torch.device, take: Callable[[Tensor], float]) -> dict[str, Any]:

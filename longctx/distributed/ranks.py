@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from longctx.distributed import meeting
 from longctx.distributed.launcher import NAMES, launcher_environment, node_name
-from longctx.distributed.local import STORE_FD
+from longctx.distributed.local import ONE_CARD, STORE_FD
 from longctx.distributed.placement import Introduction, by_node, cores
 from longctx.errors import RunFailed, UserError
 from longctx.versions import check_versions
@@ -166,7 +166,7 @@ def check_shared_devices(devices: Sequence[tuple[str, str]]) -> None:
 def shared_card(rank: int) -> dict[str, str]:
     """The environment in which NCCL takes several ranks on one card, as launch/one_gpu.sh sets it."""
     return {
-        "NCCL_HOSTID": f"longctx-rank-{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_HOSTID": f"{ONE_CARD}{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo",
         "NCCL_IB_DISABLE": "1", "NCCL_NVLS_ENABLE": "0", "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
 

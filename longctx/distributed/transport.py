@@ -235,7 +235,9 @@ class ThreadWorld:
         """Call work(transport) on every virtual rank; returns the results by rank, or raises the first rank's error."""
 
         def body(rank: int) -> object:
-            with self.turn or nullcontext():
+            # On a GPU autograd runs every backward pass of a process in one thread of its own. That thread would wait
+            # for a peer's block, which only the peer's backward pass sends.
+            with self.turn or nullcontext(), torch.autograd.set_multithreading_enabled(False):
                 return work(ThreadTransport(self, rank))
 
         futures = [thread.submit(body, rank) for rank, thread in enumerate(self.threads)]

@@ -37,22 +37,22 @@ class TokenLosses(NamedTuple):
 
 def token_losses(
     hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor, *, chunk: int, z_loss: float = 0.0,
-    labelled: np.ndarray | None = None, operators: Operators = "torch",
+    labelled: np.ndarray | None = None, operators: Operators = "torch", even: bool = False,
 ) -> TokenLosses:  # fmt: skip
     """The weighted loss of `head`'s logits at every labelled token.
 
     hidden [T, E]; labels [T], -100 for tokens without a label; weights [T]; chunk: tokens at once; labelled: the rows
-    of tokens with a label, in order (without them the host waits for a GPU to find them). nll [T] is fp32 (fp64 for
-    fp64 inputs), and 0 without a label. If no token has a label, the total is a zero that is still connected to
-    `hidden`. A plain Linear takes the fast path; any other head (a LoRA around it) is called chunk by chunk under
-    checkpointing, which costs one more product.
+    of tokens with a label, in order (without them the host waits for a GPU to find them). even: every label has the
+    weight 1, so gradients need not be multiplied by it. nll [T] is fp32 (fp64 for fp64 inputs), and 0 without a label.
+    If no token has a label, the total is a zero that is still connected to `hidden`. A plain Linear takes the fast
+    path; any other head (a LoRA around it) is called chunk by chunk under checkpointing, which costs one more product.
     """
     weights = weights.to(_accumulator(hidden.dtype))
     if type(head) is nn.Linear:
         rows = (labels != IGNORED).nonzero().squeeze(-1).cpu().numpy() if labelled is None else np.asarray(labelled)
         needed = torch.is_grad_enabled()
         liger = operators == "liger" and needed and head.bias is None
-        options = (_chunks(rows, chunk, hidden.device), z_loss, needed, liger)
+        options = (_chunks(rows, chunk, hidden.device), z_loss, needed, liger, even)
         operands = autocast(hidden, head.weight, head.bias)
         total, nll, z_total = _LinearLoss.apply(*operands, labels, weights, *options, main_grad(head.weight))
         return TokenLosses(total, nll, z_total)
@@ -67,7 +67,7 @@ class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor,
-        chunks: list[slice | Tensor], z_loss: float, needed: bool, liger: bool, main: Tensor | None,
+        chunks: list[slice | Tensor], z_loss: float, needed: bool, liger: bool, even: bool, main: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         acc = _accumulator(hidden.dtype)
         wants = [needed and flag for flag in ctx.needs_input_grad[:3]]
@@ -83,7 +83,7 @@ class _LinearLoss(torch.autograd.Function):
             if liger:
                 nll[rows], squared = liger_loss(logits, label, z_loss)
                 lse[rows] = squared.sqrt()
-                _add_gradients(d_hidden, d_weight, rows, logits, part, weight, w[:, None])
+                _add_gradients(d_hidden, d_weight, rows, logits, part, weight, None if even else w[:, None])
                 continue
             logits = (logits if bias is None else logits.add_(bias)).to(acc)
             top = logits.amax(-1, keepdim=True)
@@ -98,7 +98,7 @@ class _LinearLoss(torch.autograd.Function):
             logits.scatter_add_(-1, label[:, None], -w[:, None])
             gradient = logits if logits.dtype == hidden.dtype else buffer[: len(part)].copy_(logits)
             if d_hidden is not None:
-                d_hidden[rows] = gradient @ weight
+                _set_product(d_hidden, rows, gradient, weight)
             if d_weight is not None:
                 add_product(d_weight, gradient.t(), part)
             if d_bias is not None:
@@ -125,7 +125,7 @@ class _LinearLoss(torch.autograd.Function):
             d_weight = None
         scaled = [made if made is None else made.mul_(grads[0].to(made.dtype)) for made in (d_hidden, d_weight, d_bias)]
         ctx.gradients = ctx.main = None
-        return *scaled, None, None, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None, None, None
 
 
 def _chunks(rows: np.ndarray, chunk: int, device: torch.device) -> list[slice | Tensor]:
@@ -146,13 +146,23 @@ def _length(rows: slice | Tensor) -> int:
 
 def _add_gradients(
     d_hidden: Tensor | None, d_weight: Tensor | None, rows: slice | Tensor, gradient: Tensor, part: Tensor,
-    weight: Tensor, w: Tensor,
+    weight: Tensor, w: Tensor | None,
 ) -> None:  # fmt: skip
     """Add what a chunk's unweighted gradient [C, V] gives; w [C, 1] scales the narrow side of each product."""
     if d_hidden is not None:
-        d_hidden[rows] = (gradient @ weight) * w.to(weight.dtype)
+        _set_product(d_hidden, rows, gradient, weight, None if w is None else w.to(weight.dtype))
     if d_weight is not None:
-        add_product(d_weight, gradient.t(), part * w.to(part.dtype))
+        add_product(d_weight, gradient.t(), part if w is None else part * w.to(part.dtype))
+
+
+def _set_product(total: Tensor, rows: slice | Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None) -> None:
+    """total[rows] = (a @ b) * scale; the product itself writes there if the rows are consecutive."""
+    consecutive = isinstance(rows, slice)
+    made = torch.mm(a, b, out=total[rows]) if consecutive else a @ b
+    if scale is not None:
+        made.mul_(scale)
+    if not consecutive:
+        total[rows] = made
 
 
 def _called_loss(

@@ -4,11 +4,17 @@ Autograd saves a layer's input and its attention output several times, whole and
 copied once, and the views are recreated when the backward asks for them. On a GPU copies run on their own stream
 through page-locked memory, which is kept from one forward pass to the next. On a CPU the "host memory" is a second
 copy, which only tests use.
+
+The host queues work long before the GPU does it, so device memory is handed over in the order of the queue: a storage
+that leaves is kept until two layers later, when the computation waits for its copy, and one that returns is allocated
+by the computation's own stream. `Tensor.record_stream` would keep both until the GPU has really come so far, and
+every layer's memory would be in use at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,24 +30,32 @@ class _HostCopy:
     """The copy of one storage in host memory; `views` counts its saved tensors that backward has not used yet.
 
     layer: the number of the layer that saved it, in the order of the forward pass. block: host memory of at least the
-    storage's size, which goes to `spare` once nothing refers to this copy any more.
+    storage's size, which goes to `spare` once nothing refers to this copy any more. leaving: on a GPU the storage
+    itself, which must stay until the copy has been waited for (`left`).
     """
 
     def __init__(self, flat: Tensor, block: Tensor, stream: Any, layer: int, spare: list[Tensor]) -> None:
         self.device, self.block, self.stream, self.layer, self.spare = flat.device, block, stream, layer, spare
         self.views = 0
         self.back: Tensor | None = None
+        self.leaving: Tensor | None = None
         self.host = block[: flat.numel() * flat.element_size()].view(flat.dtype)
         if stream is None:
             self.host.copy_(flat)
             return
-        stream.wait_stream(torch.cuda.current_stream(flat.device))
-        with torch.cuda.stream(stream):
-            self.host.copy_(flat, non_blocking=True)
-        flat.record_stream(stream)
+        self.leaving = flat
+        self._copied = _beside(stream, lambda: self.host.copy_(flat, non_blocking=True))
 
     def __del__(self) -> None:
+        if self.stream is not None and self.back is not None:  # fetched and never used: the copy may be under way
+            torch.cuda.current_stream(self.device).wait_event(self._returned)
         self.spare.append(self.block)
+
+    def left(self) -> None:
+        """Let the computation wait for the copy, and give up the storage."""
+        if self.leaving is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._copied)
+            self.leaving = None
 
     def start(self) -> None:
         """Start copying the storage back to its device, unless that has started."""
@@ -50,8 +64,8 @@ class _HostCopy:
         if self.stream is None:
             self.back = self.host.clone()
             return
-        with torch.cuda.stream(self.stream):
-            self.back = torch.empty_like(self.host, device=self.device).copy_(self.host, non_blocking=True)
+        back = self.back = torch.empty_like(self.host, device=self.device)
+        self._returned = _beside(self.stream, lambda: back.copy_(self.host, non_blocking=True))
 
     def take(self) -> Tensor:
         """Return the storage on its device for one view; after the last view the device copy is dropped."""
@@ -59,13 +73,19 @@ class _HostCopy:
         assert self.back is not None
         back = self.back
         if self.stream is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self.stream)
-            back.record_stream(current)
+            torch.cuda.current_stream(self.device).wait_event(self._returned)
         self.views -= 1
         if self.views == 0:
             self.back = None
         return back
+
+
+def _beside(stream: Any, copy: Callable[[], object]) -> Any:
+    """Queue `copy` on `stream`, after what the computation has queued so far; returns the event of its end."""
+    stream.wait_stream(torch.cuda.current_stream(stream.device))
+    with torch.cuda.stream(stream):
+        copy()
+        return stream.record_event()
 
 
 @dataclass(frozen=True)
@@ -87,6 +107,7 @@ class HostStore:
 
     def __init__(self) -> None:
         self._order: list[_HostCopy] = []
+        self._leaving: deque[_HostCopy] = deque()  # whose storages may still be on the device
         # The storages that this layer has put, and their places; weak references keep the keys of freed ones taken.
         self._here: dict[int, tuple[StorageWeakRef, int]] = {}
         self._layer = 0
@@ -98,9 +119,11 @@ class HostStore:
     def layer(self, *, first: bool) -> Iterator[None]:
         """Move the tensors that autograd saves inside this context to the host; a shared storage is copied once."""
         if first:
+            self._leave(self._layer)
             self._order, self._layer = [], 0
         self._here = {}
         self._layer += 1
+        self._leave(self._layer - 2)
         with torch.autograd.graph.saved_tensors_hooks(self.put, self.get):
             yield
         self._here = {}
@@ -115,7 +138,9 @@ class HostStore:
             flat = tensor.detach().as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
             self._here[storage._cdata] = (StorageWeakRef(storage), place)
             block = self._block(storage.nbytes(), tensor.device)
-            self._order.append(_HostCopy(flat, block, self._stream(tensor.device), self._layer, self._spare))
+            away = _HostCopy(flat, block, self._stream(tensor.device), self._layer, self._spare)
+            self._order.append(away)
+            self._leaving.append(away)
         away = self._order[place]
         away.views += 1
         return HostView(away, place, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
@@ -123,6 +148,7 @@ class HostStore:
     def get(self, saved: HostView | Tensor) -> Tensor:
         if isinstance(saved, Tensor):
             return saved
+        self._leave(self._layer)
         flat = saved.copy.take()
         for away in reversed(self._order[: saved.place]):
             if away.layer < saved.copy.layer - 1:
@@ -130,6 +156,11 @@ class HostStore:
             if away.views:
                 away.start()
         return flat.as_strided(saved.size, saved.stride, saved.offset)
+
+    def _leave(self, layer: int) -> None:
+        """Give up the storages that layers up to `layer` have put."""
+        while self._leaving and self._leaving[0].layer <= layer:
+            self._leaving.popleft().left()
 
     def _block(self, size: int, device: torch.device) -> Tensor:
         """A spare block of at least `size` bytes, the smallest; without one, the spare blocks give way to a new one."""

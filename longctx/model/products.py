@@ -32,8 +32,9 @@ class BlockSums:
         """Add grad^T x [F, E] to the weight `key`'s sum; with the last block return it in x's dtype."""
         seen, total = self._sums.pop(key, (0, None))
         if total is None:
-            total = x.new_zeros(grad.shape[1], x.shape[1], dtype=torch.float32)
-        add_product(total, grad.t(), x)
+            total = wide_product(grad.t(), x)
+        else:
+            add_product(total, grad.t(), x)
         if seen + 1 == self.blocks:
             return total.to(x.dtype)
         self._sums[key] = seen + 1, total
@@ -143,6 +144,13 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total += a @ b
+
+
+def wide_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in fp32, which the product itself gives where torch can (on a GPU)."""
+    if _adds_inside(a.device, a.dtype):
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return (a @ b).float()
 
 
 @lru_cache(maxsize=8)

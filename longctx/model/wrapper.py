@@ -122,6 +122,7 @@ class LossModel(nn.Module):
             z_loss=self.z_loss,
             labelled=targets,
             operators=self._operators(flat.device),
+            even=weights is None,
         )
         return LossOutput(
             loss_sum=losses.total,

@@ -73,7 +73,9 @@ def micro_batch(data: Any, indices: Sequence[int], context: Any, kind: str, *, t
     parts = [_row(data, row, held, length) for row in rows]
     tokens, labels, weights = (np.stack(arrays) for arrays in zip(*parts, strict=True))
     labels[weights == 0] = IGNORED
-    arrays = {"input_ids": tokens, "labels": labels, "weights": weights}
+    arrays = {"input_ids": tokens, "labels": labels}
+    if (weights[weights != 0] != 1).any():  # LossModel gives every label the weight 1 by itself, and spares products
+        arrays["weights"] = weights
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     targets = np.flatnonzero(labels != IGNORED)
     inputs |= {"positions": layout.positions, "layout": layout, "targets": targets}

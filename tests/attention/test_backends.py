@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longctx.attention import kernel as kernel_types
-from longctx.attention import kernels, reference
+from longctx.attention import kernels, reference, torch_kernels
 from longctx.attention.kernel import Lengths, Problem, missing_package
 from longctx.attention.kernels import KERNELS
 from tests.attention.packed_kernel import PackedKernel
@@ -221,3 +221,27 @@ def test_heads_wider_than_a_card_can_differentiate_are_refused():
         reasons = KERNELS[name].unsupported_reasons(Problem("cuda", torch.bfloat16, dim, 8, 8, capability))
         assert any(words in reason for reason in reasons), reasons
     assert kernels.explain(Problem("cuda", torch.bfloat16, 256, 8, 8, (9, 0)))["torch_flash"] == []
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_cudnns_backward_of_large_tensors_is_that_of_each_kv_head(monkeypatch, kv_heads):
+    """Tensors beyond its 32-bit sizes; torch's CPU kernel stands in for it."""
+    make = torch.Generator().manual_seed(3)
+    q, out, dout = (torch.randn(2, 40, 4, 16, generator=make).transpose(1, 2) for _ in range(3))
+    k, v = (torch.randn(2, 40, kv_heads, 16, generator=make).transpose(1, 2) for _ in range(2))
+    out, lse = KERNELS["torch_cpu"].forward(q, k, v, causal=True, scale=0.25)
+    calls = []
+
+    def once(dout, q, k, *rest, **options):
+        calls.append((q.shape[1], k.shape[1], q.stride()))
+        return KERNELS["torch_cpu"].backward(dout, q, k, *rest, **options)
+
+    monkeypatch.setattr(torch_kernels, "_cudnn_backward_once", once)
+    whole = KERNELS["cudnn"].backward(dout, q, k, v, out, lse, causal=True, scale=0.25)
+    monkeypatch.setattr(torch_kernels, "CUDNN_SPAN", torch_kernels._span(q))
+    parts = KERNELS["cudnn"].backward(dout, q, k, v, out, lse, causal=True, scale=0.25)
+    group = 4 // kv_heads
+    assert calls == [(4, kv_heads, q.stride()), *[(group, 1, (40 * group * 16, 16, group * 16, 1))] * kv_heads]
+    for a, b, x in zip(parts, whole, (q, k, v), strict=True):
+        assert a.stride() == x.stride()
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)

@@ -99,7 +99,15 @@ def test_a_part_that_fails_is_a_failed_row(tmp_path):
 
 def attention(share: float, packed: float, first: float) -> dict:
     rows = [
-        {"backend": "cudnn", "length": 65536, "virtual_ranks": ranks, "seconds": 1.0, "gflops": 5e5, "of_kernel": of}
+        {
+            "backend": "cudnn",
+            "length": 65536,
+            "virtual_ranks": ranks,
+            "seconds": 1.0,
+            "gflops": 5e5,
+            "of_kernel": of,
+            "busy_seconds": 0.75,
+        }
         for ranks, of in ((0, 1.0), (4, share), (8, share))
     ]
     documents = [
@@ -127,7 +135,8 @@ def test_a_step_is_held_against_liger_and_the_limit(tmp_path):
     report = {"device": "NVIDIA H200", "longctx": side, "liger": {**side, "model_tflops": 450.0},
               "speed_ratio_liger": 1.2, "memory_ratio_liger": 0.95}  # fmt: skip
     (tmp_path / "step.json").write_text(json.dumps(report))
-    rows = {row.figure: row for row in next(part.read for part in PARTS if part.name == "step")(tmp_path)}
+    read = next(part.read for part in PARTS if part.name == "step")
+    rows = {row.figure: row for row in read(tmp_path)}
     assert rows["speed beside liger"].holds is True
     assert rows["memory beside liger"].holds is False
     assert rows["time in products and attention"].holds is False

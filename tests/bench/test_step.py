@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from longctx.bench import step_worker
 from longctx.bench.device_time import by_kind, kind_of
@@ -47,6 +48,20 @@ def test_ratios_are_to_each_of_the_others():
     assert (report["speed_ratio_liger"], report["memory_ratio_liger"]) == (1.25, 0.5)
     assert "longctx / liger" in _table(report)
     assert "90% of it in products and attention" in _table(report)
+    full = {"out_of_memory": "CUDA out of memory.", "device": "card"}
+    report = summary({"transformers": [full], "liger": [side(120, 4)], "longctx": [side(150, 2)]}, config)
+    assert "speed_ratio" not in report
+    assert report["speed_ratio_liger"] == 1.25
+    assert "transformers  out of memory" in _table(report)
+    assert "speed_ratio_liger" not in summary({"liger": [side(120, 4)], "longctx": [full]}, config)
+
+
+def test_a_side_that_does_not_fit_is_an_answer(monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nmore")
+
+    monkeypatch.setattr(step_worker, "measured", full)
+    assert measured(capsys, "transformers")["out_of_memory"] == "CUDA out of memory. Tried to allocate 20 GiB."
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from longctx.distributed import local, transport
 from longctx.distributed import ranks as ranks_module
-from longctx.distributed import transport
 from longctx.distributed.ranks import check_shared_devices, shared_card
 from longctx.errors import UserError
 from tests.dist.ranks import run_ranks
@@ -44,6 +44,19 @@ def test_every_rank_is_a_host_of_its_own_to_nccl():
     ]
     inside = set(shared_card(0)) - {"GLOO_SOCKET_IFNAME"}  # tests and benchmarks set what the script sets
     assert inside <= set(names.split())
+
+
+@pytest.mark.parametrize(
+    ("own", "hosts"),
+    [("longctx-rank-0", ["longctx-rank-0", "longctx-rank-1"]), ("rack7", ["rack7", "rack7"]), (None, ["", ""])],
+)
+def test_a_side_run_that_a_rank_of_one_card_starts_has_hosts_of_its_own(tmp_path, monkeypatch, own, hosts):
+    """Its ranks inherit that rank's environment; a host that a user names stays, or its ranks would leave NVLink."""
+    monkeypatch.delenv("NCCL_HOSTID", raising=False)
+    if own is not None:
+        monkeypatch.setenv("NCCL_HOSTID", own)
+    assert local.run_ranks(2, 1, "tests.dist.nccl_host", str(tmp_path)).statuses == [0, 0]
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == hosts
 
 
 def test_the_first_failing_rank_gives_the_status_and_the_others_end():

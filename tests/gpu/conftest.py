@@ -21,3 +21,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if ON_CUDA and not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print a failure at once: launch/gpu_check.sh may end pytest before its summary."""
+    if report.failed and HERE.name in Path(report.fspath).parts:
+        print(f"\n{report.nodeid}\n{report.longreprtext}", flush=True)

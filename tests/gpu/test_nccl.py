@@ -89,7 +89,8 @@ def lost(rank: int, world: int, case: str, store: str) -> None:
 
     backend = "gloo"
     if ON_CUDA:
-        os.environ.update(shared_card(rank))
+        # After a timeout torch waits four times this long for dumps of a flight recorder: by default for a minute.
+        os.environ.update(shared_card(rank), TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC="1000")
         torch.cuda.set_device(CARD)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world,

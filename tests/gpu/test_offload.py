@@ -75,8 +75,9 @@ def test_what_is_offloaded_and_recomputed_gives_the_same_gradients_in_less_memor
             model(ids, torch.arange(TOKENS, device=CARD), ids.roll(-1, 1)).loss_sum.backward()
         wait()
         peaks.append(torch.cuda.max_memory_allocated() if ON_CUDA else 0)
-        found.append([parameter.grad.float().clone() for parameter in base.parameters() if parameter.grad is not None])
-    assert not ON_CUDA or max(peaks[1:]) < peaks[0]
+        # To the host: on the device they would count in the next one's peak.
+        found.append([parameter.grad.float().cpu() for parameter in base.parameters() if parameter.grad is not None])
+    assert not ON_CUDA or max(peaks[1:]) < 0.75 * peaks[0]
     for other in found[1:]:
         for ours, theirs in zip(other, found[0], strict=True):
             assert float((ours - theirs).norm() / theirs.norm()) < 0.02  # a card adds up in an order of its own

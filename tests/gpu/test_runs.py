@@ -84,7 +84,8 @@ def test_a_killed_run_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.device_count() != 1, reason="needs a machine with one CUDA device")
 def test_two_ranks_on_one_card_are_refused_in_one_paragraph(tmp_path: Path) -> None:
-    done = longctx("train", "experiment=quickstart", f"run_dir={tmp_path / 'run'}", "launch.nproc=2", *ON_CARD, *SHORT)
+    done = longctx("train", "experiment=quickstart", f"run_dir={tmp_path / 'run'}", "launch.nproc=2", "logging=local",
+                   *ON_CARD, *SHORT)  # fmt: skip
     assert done.returncode == 2, done.stderr[-2000:]
     assert "launch/one_gpu.sh 2" in done.stderr
     assert "Traceback" not in done.stderr
@@ -92,7 +93,8 @@ def test_two_ranks_on_one_card_are_refused_in_one_paragraph(tmp_path: Path) -> N
 
 @needs_cuda
 def test_what_no_fast_kernel_serves_is_refused_in_one_paragraph(tmp_path: Path) -> None:
-    words = ["train", "experiment=quickstart", f"run_dir={tmp_path / 'run'}", "launch.nproc=1", "engine.device=cuda"]
+    words = ["train", "experiment=quickstart", f"run_dir={tmp_path / 'run'}", "launch.nproc=1", "logging=local",
+             "engine.device=cuda"]  # fmt: skip
     done = longctx(*words, "model.dtype=float32", *SHORT)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "no fast attention kernel serves it on a GPU" in done.stderr

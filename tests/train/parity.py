@@ -80,12 +80,13 @@ def made_model(case: Case, dtype: str, attention: str) -> Any:
 
 
 def reference(case: Case, data: MadeData) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradients in one process and fp64."""
-    model = made_model(case, "float64", "sdpa")  # eager would take its softmax in fp32
-    total, weight = torch.zeros((), dtype=torch.float64), 0.0
+    """Loss and gradients in one process and fp64, on the device of the ranks, whose fp32 cosines differ by device."""
+    place = device()
+    model = made_model(case, "float64", "sdpa").to(place)  # eager would take its softmax in fp32
+    total, weight = torch.zeros((), dtype=torch.float64, device=place), 0.0
     for index in range(len(data)):
-        tokens = torch.from_numpy(data.tokens_of[index])
-        weights = torch.from_numpy(data.weights_of[index]).double()
+        tokens = torch.from_numpy(data.tokens_of[index]).to(place)
+        weights = torch.from_numpy(data.weights_of[index]).double().to(place)
         bounds = data.bounds_of[index]
         for low, high in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             if high - low < 2:
@@ -95,7 +96,8 @@ def reference(case: Case, data: MadeData) -> tuple[float, dict[str, torch.Tensor
             total = total + (nll * weights[low + 1 : high]).sum()
             weight += float(weights[low + 1 : high].sum())
     (total / weight).backward()
-    return float(total.detach() / weight), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    grads = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
+    return float(total.detach() / weight), grads
 
 
 def check(rank: int, world: int, case: Case) -> None:
