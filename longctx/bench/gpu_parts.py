@@ -295,7 +295,7 @@ def _read_million(folder: Path) -> list[Row]:
     return [
         Row("million", f"forward and backward, {found['tokens']:,} tokens, 32 heads x 128", found["seconds"], "s",
             note=f"{found['tflops']:.3g} TFLOP/s, {found['peak_gib']:.3g} GiB, kernel {found['kernel']}"),
-        Row("million", "largest error of sampled rows", found["error"], "of their RMS", "at most 0.02",
+        Row("million", "largest error of a sampled row", found["error"], "of its RMS", "at most 0.02",
             holds=found["error"] <= 0.02, note=", ".join(f"{k} {v:.2g}" for k, v in found["errors"].items())),
     ]  # fmt: skip
 
