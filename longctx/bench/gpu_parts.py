@@ -312,7 +312,7 @@ PARTS = (
     Part("nccl", "tests", "NCCL with several ranks on one card", 200, 40,
          _pytest("tests/gpu/test_nccl.py", workers=4), _read_pytest("nccl"), ("pytest", "deepspeed")),
     Part("runs", "tests", "whole runs, a kill, refusals", 200, 40,
-         _pytest("tests/gpu/test_runs.py", workers=3), _read_pytest("runs"), ("pytest", "datasets", "deepspeed")),
+         _pytest("tests/gpu/test_runs.py", workers=4), _read_pytest("runs"), ("pytest", "datasets", "deepspeed")),
     Part("quickstart", "tests", "the whole quickstart on one rank, with the needle bars of the CPU", 200, 60,
          _quickstart, _read_quickstart, ("datasets",)),
     Part("attention", "bench", "the executor beside the bare kernels, packed documents", 200, 30,
