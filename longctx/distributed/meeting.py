@@ -5,6 +5,18 @@ publishes a verdict: the ranks in their final order, or the reason why they cann
 that comes to the same port is turned away and disturbs nobody. Ranks that are missing are named after a minute, by
 those that are there. At the end the ranks leave together, rank 0 last, because a launcher ends all others as soon as
 one leaves with a status.
+
+The store's keys, R a rank's number:
+
+| key | written by | holds |
+|---|---|---|
+| run | the first rank 0 | token, world and node of the run; a second rank 0 sees from it that it is one |
+| claim/R | each process with number R | how many there are; the second refuses the run |
+| here/R, here | rank R | its Introduction; how many have introduced themselves |
+| verdict | rank 0, or who refuses first | the ranks in their final order, or the refusal with its status |
+| status/R | rank R, leaving | its exit status |
+| leave | rank 0, leaving | the run's status, which ranks that failed wait for |
+| gone | the others, leaving | how many have left; rank 0 waits for all |
 """
 
 from __future__ import annotations

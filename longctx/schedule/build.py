@@ -6,13 +6,23 @@ of each; positions are numbered group by group. The backward departs from public
 to its own block is never sent, and a block's gradient travels only between the ranks that add to it. dKV so makes N-1
 hops (flat), or M(W-1) inner and M-1 outer hops (double), instead of N or MW. Outer KV comes directly from its owner, so
 three foreign blocks are live instead of four.
+
+The backward pass of a flat ring of four ranks, on every rank (own: its own block; slots of foreign KV and of dKV):
+
+| hop | sends and receives | computes | afterwards |
+|---|---|---|---|
+| 0 | KV: own -> slot 0 | the first share of the own block | |
+| 1 | KV: slot 0 -> slot 1 | slot 0, dKV into slot 0, fresh | |
+| 2 | KV: slot 1 -> slot 0; dKV: slot 0 -> slot 1 | slot 1, dKV added to what came into slot 1 | |
+| 3 | dKV: slot 1 -> slot 0 | slot 0, dKV added to what came into slot 0 | |
+| 4 | dKV: slot 0 -> slot 1 | the second share of the own block | slot 1 is added to the own dKV |
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -81,14 +91,49 @@ def _heads(topology: Topology, rank: int, h: int, backward: bool, gather: bool) 
     return tuple(hops)
 
 
+# The name of a buffer while hops are drafted: OWN, or what it holds, with the offsets of its block, a groups and b
+# members. KV: ("outer", a) from the block's owner, ("inner", a, b) from within the group. dKV: ("travel", a, b) on
+# its way through the inner ring, ("close", ...) at its end, ("sum", a) of a group's visit, ("relay", a) another
+# group's sum, ("home",) the sum of all foreign groups back at the owner.
+Buffer = int | tuple[str | int, ...]
+
+
+class _End(NamedTuple):
+    """One direction of a drafted transfer: the peer's ring position, the block, and the buffer that holds it."""
+
+    position: int
+    block: int
+    buffer: Buffer
+
+
+class _Move(NamedTuple):
+    """A drafted Transfer."""
+
+    number: int
+    payload: Payload
+    channel: Channel
+    send: _End
+    recv: _End
+
+
+class _Work(NamedTuple):
+    """A drafted Compute: blocks in KV buffers, and the dKV buffers into which their gradients go."""
+
+    blocks: tuple[int, ...]
+    buffers: tuple[Buffer, ...]
+    into: tuple[Buffer, ...]
+    fresh: bool
+    part: tuple[int, int] = (0, 1)
+
+
 @dataclass
 class _Draft:
-    """A hop under construction, whose slots are still names."""
+    """A hop under construction, whose slots are still named buffers."""
 
-    post: list = field(default_factory=list)
-    compute: tuple | None = None  # (blocks, names, part, into names, fresh)
+    post: list[_Move] = field(default_factory=list)
+    compute: _Work | None = None
     wait: list[int] = field(default_factory=list)
-    adds: list[tuple] = field(default_factory=list)
+    adds: list[tuple[Buffer, Buffer]] = field(default_factory=list)
 
 
 class _Builder:
@@ -106,11 +151,11 @@ class _Builder:
         """The ring position `a` groups and `b` members behind this one (negative: ahead)."""
         return (self.m - a) % self.grid[0] * self.grid[1] + (self.w - b) % self.grid[1]
 
-    def exchange(self, hop: int, payload: Payload, channel: Channel, send: tuple, recv: tuple) -> int:
-        """Post a transfer at `hop`: send = (to position, block, buffer), recv = (from position, block, buffer)."""
+    def exchange(self, hop: int, payload: Payload, channel: Channel, send: _End, recv: _End) -> int:
+        """Post a transfer at `hop`; returns its number."""
         self._until(hop)
         self.count += 1
-        self.hops[hop].post.append((self.count, payload, channel, send, recv))
+        self.hops[hop].post.append(_Move(self.count, payload, channel, send, recv))
         return self.count
 
     def build(self, backward: bool) -> RankSchedule:
@@ -118,7 +163,8 @@ class _Builder:
         if backward:
             self._backward()
         kv = _numbers(self.hops, "kv")
-        dkv = _numbers(self.hops, "dkv") if backward else {OWN: OWN}
+        own: dict[Buffer, int] = {OWN: OWN}
+        dkv = _numbers(self.hops, "dkv") if backward else own
         ring = tuple(self._freeze(hop, kv, dkv, backward) for hop in self.hops)
         return RankSchedule("", self.rank, backward, self.h, _size(kv), _size(dkv), ring)
 
@@ -129,12 +175,12 @@ class _Builder:
             self.starts.append(first)
             held = OWN if a == 0 else ("outer", a)
             block = self.position(a, 0)
-            self.hops.append(_Draft(compute=((block,), (held,), (0, 1), (("sum", a) if a else OWN,), a > 0)))
+            self.hops.append(_Draft(compute=_Work((block,), (held,), (("sum", a) if a else OWN,), fresh=a > 0)))
             outer = None
             if k + 1 < len(self.visits):
                 after = self.visits[k + 1][0]
-                send = (self.position(-after, 0), self.position(0, 0), OWN)
-                recv = (self.position(after, 0), self.position(after, 0), ("outer", after))
+                send = _End(self.position(-after, 0), self.position(0, 0), OWN)
+                recv = _End(self.position(after, 0), self.position(after, 0), ("outer", after))
                 outer = self.exchange(first, "kv", "outer", send, recv)
             self._gather(a, members, held) if self.gathered else self._circle(a, members, held)
             if outer is not None:
@@ -145,13 +191,12 @@ class _Builder:
         before = 0
         for b in members:
             now, distance = len(self.hops) - 1, b - before
-            send = (self.position(0, -distance), self.position(a, before), held)
+            send = _End(self.position(0, -distance), self.position(a, before), held)
             held = ("inner", a, b)
-            recv = (self.position(0, distance), self.position(a, b), held)
+            recv = _End(self.position(0, distance), self.position(a, b), held)
             self.hops[now].wait.append(self.exchange(now, "kv", "inner", send, recv))
-            self.hops.append(
-                _Draft(compute=((self.position(a, b),), (held,), (0, 1), (("travel", a, b),), before == 0))
-            )
+            work = _Work((self.position(a, b),), (held,), (("travel", a, b),), fresh=before == 0)
+            self.hops.append(_Draft(compute=work))
             before = b
 
     def _gather(self, a: int, members: list[int], held) -> None:
@@ -160,12 +205,12 @@ class _Builder:
             return
         now = len(self.hops) - 1
         for b in members:
-            send = (self.position(0, -b), self.position(a, 0), held)
-            recv = (self.position(0, b), self.position(a, b), ("inner", a, b))
+            send = _End(self.position(0, -b), self.position(a, 0), held)
+            recv = _End(self.position(0, b), self.position(a, b), ("inner", a, b))
             self.hops[now].wait.append(self.exchange(now, "kv", "inner", send, recv))
         blocks = tuple(self.position(a, b) for b in members)
         names = tuple(("inner", a, b) for b in members)
-        self.hops.append(_Draft(compute=(blocks, names, (0, 1), tuple(("travel", a, b) for b in members), True)))
+        self.hops.append(_Draft(compute=_Work(blocks, names, tuple(("travel", a, b) for b in members), fresh=True)))
 
     def _backward(self) -> None:
         """Draft the hops of dKV, which follow the KV.
@@ -183,8 +228,8 @@ class _Builder:
                 continue
             if previous is not None:
                 post, distance = ready + 1, a - previous
-                send = (self.position(-distance, 0), self.position(previous, 0), ("sum", previous))
-                recv = (self.position(distance, 0), self.position(a, 0), ("relay", a))
+                send = _End(self.position(-distance, 0), self.position(previous, 0), ("sum", previous))
+                recv = _End(self.position(distance, 0), self.position(a, 0), ("relay", a))
                 number = self.exchange(post, "dkv", "outer", send, recv)
                 wait = max(post, last)
                 self.hops[wait].wait.append(number)
@@ -192,8 +237,8 @@ class _Builder:
                 done = max(done, wait)
             ready, previous = done, a
         if previous is not None:
-            send = (self.position(previous, 0), self.position(previous, 0), ("sum", previous))
-            recv = (self.position(-previous, 0), self.position(0, 0), ("home",))
+            send = _End(self.position(previous, 0), self.position(previous, 0), ("sum", previous))
+            recv = _End(self.position(-previous, 0), self.position(0, 0), ("home",))
             number = self.exchange(ready + 1, "dkv", "outer", send, recv)
             self.hops[ready + 1].wait.append(number)
             self.hops[ready + 1].adds.append((("home",), OWN))
@@ -206,20 +251,20 @@ class _Builder:
             return start
         if self.gathered:
             for b in members:
-                send = (self.position(0, b), self.position(a, b), ("travel", a, b))
-                recv = (self.position(0, -b), self.position(a, 0), ("close", a, b))
+                send = _End(self.position(0, b), self.position(a, b), ("travel", a, b))
+                recv = _End(self.position(0, -b), self.position(a, 0), ("close", a, b))
                 number = self.exchange(last + 1, "dkv", "inner", send, recv)
                 self.hops[last + 1].wait.append(number)
                 self.hops[last + 1].adds.append((("close", a, b), target))
             return last + 1
         for i, b in enumerate(members[1:], start=1):
             before, hop = members[i - 1], start + 1 + i
-            send = (self.position(0, before - b), self.position(a, before), ("travel", a, before))
-            recv = (self.position(0, b - before), self.position(a, b), ("travel", a, b))
+            send = _End(self.position(0, before - b), self.position(a, before), ("travel", a, before))
+            recv = _End(self.position(0, b - before), self.position(a, b), ("travel", a, b))
             self.hops[hop].wait.append(self.exchange(hop, "dkv", "inner", send, recv))
         b = members[-1]
-        send = (self.position(0, b), self.position(a, b), ("travel", a, b))
-        recv = (self.position(0, -b), self.position(a, 0), ("close", a))
+        send = _End(self.position(0, b), self.position(a, b), ("travel", a, b))
+        recv = _End(self.position(0, -b), self.position(a, 0), ("close", a))
         number = self.exchange(last + 1, "dkv", "inner", send, recv)
         self.hops[last + 1].wait.append(number)
         self.hops[last + 1].adds.append((("close", a), target))
@@ -233,24 +278,24 @@ class _Builder:
         """Give each of the last two hops a share of the diagonal block, so that its transfers overlap with work."""
         tail = list(range(computed, len(self.hops)))[-2:]
         shares = len(tail) + 1
-        blocks, names, _, into, fresh = self.hops[0].compute  # type: ignore[misc]
+        diagonal = self.hops[0].compute
+        assert diagonal is not None
         for i, hop in enumerate([0, *tail]):
-            self.hops[hop].compute = (blocks, names, (i, shares), into, fresh)
+            self.hops[hop].compute = diagonal._replace(part=(i, shares))
 
-    def _freeze(self, hop: _Draft, kv: dict, dkv: dict, backward: bool) -> Hop:
+    def _freeze(self, hop: _Draft, kv: dict[Buffer, int], dkv: dict[Buffer, int], backward: bool) -> Hop:
         post = []
-        for number, payload, channel, send, recv in hop.post:
-            names = kv if payload == "kv" else dkv
+        for move in hop.post:
+            slots = kv if move.payload == "kv" else dkv
             messages = []
-            for position, block, name in (send, recv):
-                peer = position * self.h + self.rank % self.h
-                messages.append(Message(peer, block, names[name], self.topology.level(self.rank, peer)))
-            post.append(Transfer(number, payload, channel, *messages))
+            for end in (move.send, move.recv):
+                peer = end.position * self.h + self.rank % self.h
+                messages.append(Message(peer, end.block, slots[end.buffer], self.topology.level(self.rank, peer)))
+            post.append(Transfer(move.number, move.payload, move.channel, *messages))
         compute = None
-        if hop.compute is not None:
-            blocks, names, part, into, fresh = hop.compute
-            targets = tuple(dkv[name] for name in into) if backward else ()
-            compute = Compute(blocks, tuple(kv[name] for name in names), part, targets, fresh)
+        if (work := hop.compute) is not None:
+            targets = tuple(dkv[name] for name in work.into) if backward else ()
+            compute = Compute(work.blocks, tuple(kv[name] for name in work.buffers), work.part, targets, work.fresh)
         adds = tuple((dkv[a], dkv[b]) for a, b in hop.adds)
         return Hop(tuple(post), compute, tuple(hop.wait), adds)
 
@@ -273,23 +318,23 @@ def _visits(grid: tuple[int, int], work: np.ndarray | None) -> list[tuple[int, l
     return visits
 
 
-def _numbers(hops: list[_Draft], kind: Literal["kv", "dkv"]) -> dict:
+def _numbers(hops: list[_Draft], kind: Literal["kv", "dkv"]) -> dict[Buffer, int]:
     """Assign the named buffers to slots: buffers whose lifetimes (in hops) overlap never share a slot."""
     mine = {
-        number: (send[2], recv[2]) for hop in hops for number, payload, _, send, recv in hop.post if payload == kind
+        move.number: (move.send.buffer, move.recv.buffer) for hop in hops for move in hop.post if move.payload == kind
     }
-    life: dict = {}
+    life: dict[Buffer, tuple[int, int]] = {}
     for index, hop in enumerate(hops):
-        moved = [transfer[0] for transfer in hop.post] + hop.wait
+        moved = [move.number for move in hop.post] + hop.wait
         used = [name for number in moved if number in mine for name in mine[number]]
         if hop.compute is not None:
-            used += list(hop.compute[1 if kind == "kv" else 3])
+            used += hop.compute.buffers if kind == "kv" else hop.compute.into
         if kind == "dkv":
             used += [name for pair in hop.adds for name in pair]
         for name in used:
             start, _ = life.get(name, (index, index))
             life[name] = (start, index)
-    numbers: dict = {OWN: OWN}
+    numbers: dict[Buffer, int] = {OWN: OWN}
     free_at: list[int] = []  # per slot: the last hop of its present buffer
     for name, (start, end) in sorted(life.items(), key=lambda item: item[1][0]):
         if name == OWN:
@@ -302,5 +347,5 @@ def _numbers(hops: list[_Draft], kind: Literal["kv", "dkv"]) -> dict:
     return numbers
 
 
-def _size(numbers: dict) -> int:
+def _size(numbers: dict[Buffer, int]) -> int:
     return max(numbers.values()) + 1

@@ -92,13 +92,18 @@ class ZeroEngine:
         self.engine.step()
 
     def discard(self) -> None:
-        """Clear the gradient the way DeepSpeed does when a step overflows, and begin a new sum of micro-batches."""
+        """Leave the engine as DeepSpeed leaves it after a step, but without one, as it does itself on an overflow.
+
+        A sum of micro-batches has three parts: the gradients on the parameters, DeepSpeed's own sums of them (by stage,
+        and elsewhere if the optimizer is offloaded), and its count of micro-batches, by which the first of a step
+        replaces the sums and a later one adds to them. All three begin anew.
+        """
         self.zero.zero_grad(set_to_none=True)
         if self.stage == 3:
-            self.zero._pre_step()
-            self.zero._partition_all_parameters()
+            self.zero._pre_step()  # the count
+            self.zero._partition_all_parameters()  # what the backward pass has left gathered
             if self.zero.offload_optimizer:
-                self.zero.reset_cpu_buffers()
+                self.zero.reset_cpu_buffers()  # the norms of what lies on the host, which the next first one replaces
             else:
                 self.zero.averaged_gradients = {}
         elif self.zero.cpu_offload:
@@ -111,7 +116,7 @@ class ZeroEngine:
             for key in self.zero.averaged_gradients:
                 self.zero.averaged_gradients[key] = None
                 self.zero.all_grad_tensors[key] = None
-        self.engine.micro_steps += 1
+        self.engine.micro_steps += 1  # as DeepSpeed's step does
 
     def shapes(self) -> dict[str, list[int]]:
         return dict(self._shapes)
