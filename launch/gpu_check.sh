@@ -5,6 +5,7 @@
 #   bash launch/gpu_check.sh tests              gates only: kernels against fp64, NCCL with several ranks on the card, runs
 #   bash launch/gpu_check.sh bench              benchmarks only
 #   bash launch/gpu_check.sh kernels attention  parts by name; `gpu_check.sh help` lists them
+#   bash launch/gpu_check.sh smollm2 minutes=8     a real model from 8,192 to 65,536 tokens; by name only
 #   bash launch/gpu_check.sh longest minutes=60    the longest full step of an 8B model; by name only
 #   bash launch/gpu_check.sh out=FOLDER minutes=10 ...
 #

