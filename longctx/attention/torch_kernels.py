@@ -6,6 +6,8 @@ thread, measured at 50 to 100 ms, so it takes only large blocks whose shape come
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -13,9 +15,9 @@ from longctx.attention.kernel import CallShape, Kernel, Lengths, Problem, Varlen
 
 aten = torch.ops.aten
 CUDNN_BLOCK = 1024  # the fewest queries and keys of a block for cuDNN, which refuses blocks of one token
-# Tensors of as many elements and more take several backward calls. At 2^32, 1,048,576 tokens x 32 heads x 128, cuDNN
-# 9.19 gave a dq that was 5 % off in sampled rows, with out, dk and dv right (docs/log.md); its helper kernels for the
-# sum of out * dout and for dq take 32-bit sizes.
+# Tensors of as many elements and more take several backward calls: cuDNN's helper kernels take 32-bit sizes, and with
+# 2^32 elements (1,048,576 tokens x 32 heads x 128, cuDNN 9.19) dq of six sampled rows was 5 % off, pooled. Neither
+# the cause nor the cure has been verified on a card (docs/log.md).
 CUDNN_SPAN = 2**31
 CUDNN_STEP = 256  # lengths of packed documents for cuDNN are multiples of this, so that plans are few
 
@@ -82,21 +84,28 @@ def _cudnn_forward(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: floa
 def _cudnn_backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv; of large tensors for one KV head and its query heads at a time."""
-    if max(map(_span, (dout, q, out))) < CUDNN_SPAN:
+    """dq, dk, dv; of large tensors for one KV head of one sequence and some of its query heads at a time."""
+    if max(map(_span, (dout, q, k, v, out))) < CUDNN_SPAN:
         return _cudnn_backward_once(dout, q, k, v, out, lse, causal=causal, scale=scale)
-    group = q.shape[1] // k.shape[1]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    for head in range(k.shape[1]):
-        queries, own = slice(head * group, (head + 1) * group), slice(head, head + 1)
-        dout_part, q_part, out_part = (_compact(x[:, queries]) for x in (dout, q, out))
-        k_part, v_part = (_compact(x[:, own]) for x in (k, v))
-        found = _cudnn_backward_once(
-            dout_part, q_part, k_part, v_part, out_part, lse[:, queries], causal=causal, scale=scale
-        )
-        for whole, part, heads in zip((dq, dk, dv), found, (queries, own, own), strict=True):
-            whole[:, heads] = part
+    group = q.shape[1] // k.shape[1]
+    heads = max(1, min(group, (CUDNN_SPAN - 1) // (q.shape[2] * q.shape[3])))
+    for one, own in itertools.product(_singles(q.shape[0]), _singles(k.shape[1])):
+        k_part, v_part = (_compact(x[one, own]) for x in (k, v))
+        sums: list[Tensor] = []
+        for first in range(own.start * group, own.stop * group, heads):
+            queries = slice(first, min(first + heads, own.stop * group))
+            dout_part, q_part, out_part = (_compact(x[one, queries]) for x in (dout, q, out))
+            dq[one, queries], *found = _cudnn_backward_once(
+                dout_part, q_part, k_part, v_part, out_part, lse[one, queries], causal=causal, scale=scale
+            )
+            sums = [total.float() + part for total, part in zip(sums, found, strict=True)] if sums else found
+        dk[one, own], dv[one, own] = sums
     return dq, dk, dv
+
+
+def _singles(count: int) -> list[slice]:
+    return [slice(index, index + 1) for index in range(count)]
 
 
 def _span(x: Tensor) -> int:
@@ -105,7 +114,7 @@ def _span(x: Tensor) -> int:
 
 
 def _compact(x: Tensor) -> Tensor:
-    """x [B, H, S, D] in memory of its own, tokens before heads."""
+    """x [B, H, S, D] without gaps in memory, tokens before heads."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 

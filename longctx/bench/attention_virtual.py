@@ -95,7 +95,7 @@ def _row(
     problem: AttentionCase, kernel: str, ranks: int, seconds: float, alone: float, rate: float,
     busy: float | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """busy: the seconds for which the device computes; the rest of `seconds` it waits for the host."""
+    """busy: the seconds for which the device computes in another run; the rest of `seconds` it waits for the host."""
     return {
         "backend": kernel,
         "length": problem.length,

@@ -72,7 +72,8 @@ def sampled_errors(
     """Errors of out, lse and dq at sampled queries and of dk and dv at sampled keys, by name and row.
 
     The RMS error of a row is divided by its own RMS: the first rows' gradients are hundreds of times larger than the
-    last ones'. A row far below the others (dq of the first query is zero) counts as one of the median size.
+    last ones'. dq of the first query is zero, so its error is divided by the largest row's RMS, and an lse near zero
+    counts as 1.
     The query heads of one kv head are compared in fp64. Queries and keys are sampled at the same places; what a key
     receives from all queries is formed from the measured lse, which is compared itself at the sampled queries.
     """
@@ -96,17 +97,20 @@ def sampled_errors(
     found["dk"].append((_grad(k)[0, 0, rows], dk))
     found["dv"].append((_grad(v)[0, 0, rows], dv))
     return {
-        name: dict(zip(rows.tolist(), _by_row(*map(torch.stack, zip(*pairs, strict=True))), strict=True))
+        name: dict(zip(rows.tolist(), _by_row(name, *map(torch.stack, zip(*pairs, strict=True))), strict=True))
         for name, pairs in found.items()
     }
 
 
-def _by_row(got: Tensor, want: Tensor) -> list[float]:
+def _by_row(name: str, got: Tensor, want: Tensor) -> list[float]:
     """The relative error of each row; [heads, R] or [heads, R, D]."""
-    error, size = (
-        x.double().flatten(2).square().mean((0, 2)).sqrt() for x in (got[..., None] - want[..., None], want[..., None])
-    )
-    return (error / size.clamp_min(size.median())).tolist()
+    got, want = (x.double().unsqueeze(-1).flatten(2) for x in (got, want))
+    error, size = (x.square().mean((0, 2)).sqrt() for x in (got - want, want))
+    if name == "lse":
+        size = size.clamp_min(1.0)
+    if name == "dq":
+        size[0] = size.max()
+    return (error / size).tolist()
 
 
 def _grad(x: Tensor) -> Tensor:

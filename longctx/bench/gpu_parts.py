@@ -131,9 +131,9 @@ def _read_attention(folder: Path) -> list[Row]:
             floor = 0.93 if length >= 65536 else 0.85
             name = f"{ranks} virtual ranks, {length:,} tokens ({row['backend']})"
             share = row["of_kernel"]
-            idle = 1 - row["busy_seconds"] / row["seconds"]
+            idle = max(0.0, 1 - row["busy_seconds"] / row["seconds"])
             rows.append(Row("attention", name, share, "of the bare kernel", f"{floor}", holds=share >= floor,
-                            note=f"{idle:.0%} of it the card waits for the host"))  # fmt: skip
+                            note=f"the card waits for the host {idle:.0%} of the time"))  # fmt: skip
     return rows + _read_packed(document["packed"])
 
 

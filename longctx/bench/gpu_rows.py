@@ -43,4 +43,4 @@ class Part(NamedTuple):
     command: Callable[[Path], list[str]]
     read: Callable[[Path], list[Row]]
     needs: tuple[str, ...] = ()
-    lacks: Callable[[], str] = str
+    lacks: Callable[[], str] = lambda: ""

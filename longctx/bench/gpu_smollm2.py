@@ -29,7 +29,8 @@ def lacks() -> str:
 def command(folder: Path) -> list[str]:
     cli = [sys.executable, "-m", "longctx.cli"]
     words = ["experiment=smollm2_64k", f"model.path={SMOLLM2}", f"run_dir={folder / 'run'}", "logging=local"]
-    steps = [] if (SMOLLM2 / "config.json").exists() else [
+    steps = [shlex.join(["rm", "-rf", str(folder / "run"), str(folder / "seconds.txt")])]
+    steps += [] if (SMOLLM2 / "config.json").exists() else [
         shlex.join([*cli, "import", f"gguf={packaged()}", f"out={SMOLLM2}"])
     ]  # fmt: skip
     steps += ["began=$SECONDS", shlex.join([*cli, "train", *words])]

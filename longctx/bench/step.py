@@ -24,7 +24,7 @@ _OPTIONAL = ("model_tflops", "mfu", "share_in_products_and_attention", "seconds_
 
 
 def run(config: BenchStepConfig) -> int:
-    """Measure every side in turn and print the table or the JSON document."""
+    """Measure every side in turn and print the table or the JSON document; returns 1 if none fits the device."""
     results: dict[Contestant, list[dict[str, Any]]] = {name: [] for name in contestants(config)}
     for pair in range(config.pairs):
         for contestant, runs in results.items():
@@ -39,7 +39,7 @@ def run(config: BenchStepConfig) -> int:
         emit_json(report)
     else:
         emit(_table(report))
-    return 0
+    return int(all("out_of_memory" in report[contestant] for contestant in results))
 
 
 def contestants(config: BenchStepConfig) -> list[Contestant]:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from longctx.bench.device_time import measure
 from longctx.config.base import build
 from longctx.config.bench_step import BenchStepConfig
+from longctx.errors import out_of_memory
 from longctx.model import LossModel, init_from
 from longctx.model.host import return_freed_memory
 from longctx.shape import shape_of_init
@@ -42,8 +43,11 @@ def main(request: str) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         result = measured(kind, config, device)
-    except torch.OutOfMemoryError as error:  # an answer: a side that keeps more may not fit where another does
-        result = {"out_of_memory": str(error).splitlines()[0]}
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        # An answer: a side that keeps more may not fit where another does.
+        result = {"out_of_memory": next(iter(str(error).splitlines()), type(error).__name__)}
     print(json.dumps({**result, "device": device_name(device)}))
 
 

@@ -43,9 +43,10 @@ def token_losses(
 
     hidden [T, E]; labels [T], -100 for tokens without a label; weights [T]; chunk: tokens at once; labelled: the rows
     of tokens with a label, in order (without them the host waits for a GPU to find them). even: every label has the
-    weight 1, so gradients need not be multiplied by it. nll [T] is fp32 (fp64 for fp64 inputs), and 0 without a label.
-    If no token has a label, the total is a zero that is still connected to `hidden`. A plain Linear takes the fast
-    path; any other head (a LoRA around it) is called chunk by chunk under checkpointing, which costs one more product.
+    weight 1, which spares liger-kernel's path two multiplications. nll [T] is fp32 (fp64 for fp64 inputs), and 0
+    without a label. If no token has a label, the total is a zero that is still connected to `hidden`. A plain Linear
+    takes the fast path; any other head (a LoRA around it) is called chunk by chunk under checkpointing, which costs one
+    more product.
     """
     weights = weights.to(_accumulator(hidden.dtype))
     if type(head) is nn.Linear:

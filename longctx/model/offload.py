@@ -39,22 +39,24 @@ class _HostCopy:
         self.views = 0
         self.back: Tensor | None = None
         self.leaving: Tensor | None = None
+        self._computing: Any = None  # the computation's stream, on which this copy's device memory is allocated
+        self._returned: Any = None
         self.host = block[: flat.numel() * flat.element_size()].view(flat.dtype)
         if stream is None:
             self.host.copy_(flat)
             return
-        self.leaving = flat
+        self.leaving, self._computing = flat, torch.cuda.current_stream(flat.device)
         self._copied = _beside(stream, lambda: self.host.copy_(flat, non_blocking=True))
 
     def __del__(self) -> None:
-        if self.stream is not None and self.back is not None:  # fetched and never used: the copy may be under way
-            torch.cuda.current_stream(self.device).wait_event(self._returned)
         self.spare.append(self.block)
+        if self.back is not None and self._returned is not None:  # fetched and never used: the copy may be under way
+            self._computing.wait_event(self._returned)
 
     def left(self) -> None:
         """Let the computation wait for the copy, and give up the storage."""
         if self.leaving is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._copied)
+            self._computing.wait_event(self._copied)
             self.leaving = None
 
     def start(self) -> None:
@@ -64,6 +66,7 @@ class _HostCopy:
         if self.stream is None:
             self.back = self.host.clone()
             return
+        self._computing = torch.cuda.current_stream(self.device)
         back = self.back = torch.empty_like(self.host, device=self.device)
         self._returned = _beside(self.stream, lambda: back.copy_(self.host, non_blocking=True))
 
@@ -124,8 +127,12 @@ class HostStore:
         self._here = {}
         self._layer += 1
         self._leave(self._layer - 2)
-        with torch.autograd.graph.saved_tensors_hooks(self.put, self.get):
-            yield
+        try:
+            with torch.autograd.graph.saved_tensors_hooks(self.put, self.get):
+                yield
+        except BaseException:  # out of memory, perhaps: nobody comes for what this pass has put
+            self._leave(self._layer)
+            raise
         self._here = {}
 
     def put(self, tensor: Tensor) -> HostView | Tensor:

@@ -92,11 +92,11 @@ class ZeroEngine:
         self.engine.step()
 
     def discard(self) -> None:
-        """Leave the engine as DeepSpeed leaves it after a step, but without one, as it does itself on an overflow.
+        """Forget the gradients of this step's micro-batches, as DeepSpeed does when a step overflows.
 
         A sum of micro-batches has three parts: the gradients on the parameters, DeepSpeed's own sums of them (by stage,
-        and elsewhere if the optimizer is offloaded), and its count of micro-batches, by which the first of a step
-        replaces the sums and a later one adds to them. All three begin anew.
+        and elsewhere if the optimizer is offloaded), and its count of micro-batches. Where the count decides whether a
+        micro-batch replaces the sums or adds to them, it begins anew, too.
         """
         self.zero.zero_grad(set_to_none=True)
         if self.stage == 3:

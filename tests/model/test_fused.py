@@ -57,13 +57,13 @@ def made(family: str = "llama", **memory: Any) -> LossModel:
     return LossModel(init_from(tiny(family, layers=1)), MemoryConfig(loss_chunk=10, ffn_block=8, **memory), z_loss=1e-3)
 
 
-def step(family: str, **memory: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Loss, z-loss and gradients of two rows with unlabelled tokens and uneven weights."""
+def step(family: str, even: bool = False, **memory: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Loss, z-loss and gradients of two rows with unlabelled tokens and uneven weights, or weights of 1."""
     model = made(family, **memory)
     ids, positions, labels = sequence(12, batch=2)
     labels[:, ::5] = -100
     weights = 0.5 + torch.rand(labels.shape, generator=torch.Generator().manual_seed(2))
-    out = model(ids, positions, labels, weights)
+    out = model(ids, positions, labels, None if even else weights)
     out.loss_sum.backward()
     return out.loss_sum.detach(), out.z_sum, gradients(model)
 
@@ -71,7 +71,12 @@ def step(family: str, **memory: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]
 @pytest.mark.usefixtures("_interpreted")
 @pytest.mark.parametrize(
     ("family", "memory"),
-    [("llama", {"keep_matmuls": 1}), ("qwen3", {}), ("gemma", {"activation_checkpointing": False})],
+    [
+        ("llama", {"keep_matmuls": 1}),
+        ("llama", {"even": True}),
+        ("qwen3", {}),
+        ("gemma", {"activation_checkpointing": False}),
+    ],
 )
 def test_ligers_kernels_equal_the_operators(family: str, memory: dict[str, Any]) -> None:
     """One layer keeps its products: kernels that overwrite their inputs must not change them."""

@@ -77,7 +77,7 @@ def test_a_pass_without_a_backward_gives_its_memory_back() -> None:
 
 
 def test_a_freed_tensor_and_one_at_its_address_are_two() -> None:
-    """As kept products are within a layer: each is freed once its copy is on the host."""
+    """As kept products are within a layer: on a CPU each is freed as soon as it has been copied."""
     store, room = HostStore(), bytearray(4000)
     with store.layer(first=True):
         first = torch.frombuffer(room, dtype=torch.float32).fill_(1.0)

@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from longctx.attention import ContextParallel
+from longctx.distributed.transport import SingleRankTransport
 from longctx.errors import UserError
+from longctx.topology import split
 from longctx.train import metrics
+from longctx.train.batch import micro_batch
 from longctx.train.run import train
 
-from .made import VOCAB, config, write_documents
+from .made import VOCAB, MadeData, config, write_documents
 from .test_run import one_stage, wandb_rows
 
 
@@ -68,3 +73,17 @@ def test_the_plan_of_a_stage_stands_in_its_metrics(tmp_path: Path, documents: Pa
     row = wandb_rows(file)[0]
     assert row["data/padding"] == pytest.approx(plan["padding"])
     assert row["data/cut"] == pytest.approx(plan["cut"])
+
+
+@pytest.mark.parametrize(("most", "named"), [(1.0, False), (2.5, True)])
+def test_weights_that_are_all_1_are_left_to_the_model(most: float, named: bool) -> None:
+    """A token of weight 0 has no label either way, and the batch's weight is the same."""
+    data = MadeData(48, 2, seed=1)
+    data.weights_of = [np.minimum(weights, np.float32(most)) for weights in data.weights_of]
+    batch = micro_batch(data, [0, 1], ContextParallel(SingleRankTransport(), split(1, 1)), "zigzag")
+    assert ("weights" in batch.inputs) is named
+    labels = batch.inputs["labels"]
+    given = batch.inputs["weights"] if named else (labels != -100).float()
+    assert float(given.sum()) == batch.weight > 0
+    assert (labels == -100).any()
+    assert bool((given[labels == -100] == 0).all())
