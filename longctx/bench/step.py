@@ -89,13 +89,14 @@ def summary(results: Mapping[Contestant, list[dict[str, Any]]], config: BenchSte
             "loss": runs[0]["loss"],
             **{name: runs[0][name] for name in _OPTIONAL if runs[0].get(name) is not None},
         }
-    ours = report.get("longctx", {"out_of_memory": ""})
-    if "out_of_memory" in ours:
+    fitting = [contestant for contestant in results if "out_of_memory" not in report[contestant]]
+    if "longctx" not in fitting:
         return report
+    ours = report["longctx"]
     others: list[tuple[Contestant, str]] = [("transformers", ""), ("liger", "_liger")]
     for other, suffix in others:
-        theirs = report.get(other, {"out_of_memory": ""})
-        if "out_of_memory" not in theirs:
+        if other in fitting:
+            theirs = report[other]
             report[f"speed_ratio{suffix}"] = ours["tokens_per_second"] / theirs["tokens_per_second"]
             report[f"cpu_time_ratio{suffix}"] = min(theirs["cpu_seconds"]) / min(ours["cpu_seconds"])
             report[f"memory_ratio{suffix}"] = ours["peak_gib"] / theirs["peak_gib"]

@@ -155,13 +155,14 @@ def wide_product(a: Tensor, b: Tensor) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _adds_inside(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch.addmm adds a product of `dtype` to an fp32 tensor on this device; tried once, on ones."""
+    """Whether torch's products of `dtype` give fp32 and add to it on this device; tried once, on ones."""
     if device.type != "cuda":
         return False
-    total, ones = torch.ones(16, 16, device=device), torch.ones(16, 16, device=device, dtype=dtype)
+    ones = torch.ones(16, 16, device=device, dtype=dtype)
     try:
+        total = torch.mm(ones, ones, out_dtype=torch.float32)
         torch.addmm(total, ones, ones, out_dtype=torch.float32, out=total)
     except RuntimeError as error:  # what torch raises where a device has no such product
         log.warning("torch cannot add a product in fp32 here (%s); gradients of weights are added afterwards", error)
         return False
-    return bool((total == 17).all())
+    return bool((total == 32).all())
