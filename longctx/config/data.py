@@ -164,19 +164,20 @@ class LengthPolicy:
     natural: as they come. upsample: documents of min_len tokens and more make up `share` of the source's
     tokens. prolong: `share` of the source's tokens are full sequences made of single long documents, the
     rest is packed from shorter ones (0.75 is Qwen2.5-1M's). joined: documents joined without boundaries to
-    full sequences. For synth sources: full (the stage's length), fixed (length), loguniform (min_len to the
+    full sequences. cut: documents in consecutive pieces of at most `length` tokens, since attention within short
+    pieces costs little. For synth sources: full (the stage's length), fixed (length), loguniform (min_len to the
     stage's length).
     """
 
     #: one of the policies above
-    kind: Literal["natural", "upsample", "prolong", "joined", "full", "fixed", "loguniform"]
+    kind: Literal["natural", "upsample", "prolong", "joined", "cut", "full", "fixed", "loguniform"]
     #: tokens: the shortest long document (upsample), or the shortest drawn (loguniform)
     min_len: Length | None = None
     share: Share | None = None  #: share of the source's tokens in long documents
-    length: Length | None = None  #: tokens of every document (fixed)
+    length: Length | None = None  #: tokens of every document (fixed), or of the longest piece (cut)
 
     def __post_init__(self) -> None:
-        needs = {"upsample": ("min_len", "share"), "prolong": ("share",), "fixed": ("length",)}
+        needs = {"upsample": ("min_len", "share"), "prolong": ("share",), "fixed": ("length",), "cut": ("length",)}
         needs["loguniform"] = ("min_len",)
         for name in ("min_len", "share", "length"):
             given, wanted = getattr(self, name) is not None, name in needs.get(self.kind, ())
@@ -258,7 +259,7 @@ class DataConfig:
             synth = self.sources[source].kind == "synth"
             kind = "" if entry.length is None else entry.length.kind
             if kind and synth != (kind in ("full", "fixed", "loguniform")):
-                fits = "full, fixed or loguniform" if synth else "natural, upsample, prolong or joined"
+                fits = "full, fixed or loguniform" if synth else "natural, upsample, prolong, joined or cut"
                 raise ValueError(f"{where}.length={kind} does not fit a {self.sources[source].kind} source; use {fits}")
         if not mix:
             raise ValueError(f"mixes.{name} names no source; give each of its sources a weight, such as text: 1.0")

@@ -58,12 +58,16 @@ def draw(
     """Draw `target` tokens from documents of these lengths (int32 [D], tokens) by a length policy.
 
     words: stage and source, for the seed and for messages. split: cut documents longer than a sequence and draw the
-    pieces (best-fit packing); otherwise draw whole documents, which are joined later. Raises UserError when the
+    pieces (best-fit packing); otherwise draw whole documents, which are joined later. The policy `cut` cuts them at its
+    own length under both. Raises UserError when the
     policy asks for long documents and the source has none.
     """
     where = f"source {words[-1]} in stage {words[0]}"
     joined = policy.kind == "joined"
-    pieces = cut(lengths, seq_len if (split or policy.kind == "prolong") and not joined else 0)
+    longest = seq_len if (split or policy.kind == "prolong") and not joined else 0
+    if policy.kind == "cut":
+        longest = min(policy.length or seq_len, seq_len)
+    pieces = cut(lengths, longest)
     placement = JOIN if joined else PACK
     if policy.kind not in ("upsample", "prolong"):
         return _take(pieces, np.arange(len(pieces.length)), target, placement, seed, (*words, "all"))

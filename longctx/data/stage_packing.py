@@ -110,6 +110,8 @@ def _check_memory(mix: Mix, lengths: Mapping[str, np.ndarray], seq_len: int, seq
     pieces = 0.0
     for name, entry in mix.items():
         length = float(lengths[name].mean()) if len(lengths.get(name, ())) else seq_len
+        if entry.length is not None and entry.length.kind == "cut":
+            length = min(length, entry.length.length or seq_len)
         pieces += sequences * entry.weight * max(1.0, seq_len / max(length, 1.0))
     need, free = _BYTES_PER_PIECE * pieces, free_memory()
     if need > free:

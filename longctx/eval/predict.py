@@ -13,6 +13,7 @@ from longctx.eval.grid import Grid
 from longctx.eval.heldout_text import HeldoutText
 from longctx.eval.needle import Predict
 from longctx.storage import hub
+from longctx.storage.model import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +23,11 @@ def one_process(model: Any) -> Predict:
     """Make a Predict function of a causal language model of transformers, with any architecture and attention.
 
     The model's own forward computes the logits, so its soft-capping and scaling apply. A model whose forward has no
-    argument `logits_to_keep` computes the logits of all positions.
+    argument `logits_to_keep` computes the logits of all positions, and one of `load_plain` computes its last layer's
+    attention at the few positions only.
     """
+    from longctx.eval.last_layer import only_at
+
     inner = (
         model.get_base_model() if hasattr(model, "get_base_model") else model
     )  # the signature of peft's forward hides the argument
@@ -32,7 +36,7 @@ def one_process(model: Any) -> Predict:
     def predict(tokens: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
         import torch
 
-        with torch.inference_mode():
+        with torch.inference_mode(), only_at(where):
             device = next(model.parameters()).device
             ids = tokens[None].to(device)
             if keeps:  # an index on the CPU works for a last layer on any device
@@ -79,6 +83,7 @@ def load_plain(
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
 
+    from longctx.eval.last_layer import attention_name
     from longctx.model.rotary import give_rope
 
     logging.disable_progress_bar()
@@ -94,5 +99,6 @@ def load_plain(
         dtype = "float32"
     loader: Any = AutoModelForCausalLM
     with hub.fetching(str(folder), "model.path", OSError):
-        model = loader.from_pretrained(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+        attention = attention_name() if config.model_type in FAMILIES else "sdpa"
+        model = loader.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
     return model.to(device).eval()

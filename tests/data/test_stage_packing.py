@@ -45,7 +45,13 @@ def _check_sequences(packing):
     needles=st.sampled_from([0.0, 0.35, 1.0]),
     synth=st.sampled_from(["full", {"loguniform": {"min_len": 32}}, {"fixed": {"length": 48}}]),
     policy=st.sampled_from(
-        ["natural", "joined", {"upsample": {"min_len": 200, "share": 0.5}}, {"prolong": {"share": 0.5}}]
+        [
+            "natural",
+            "joined",
+            {"upsample": {"min_len": 200, "share": 0.5}},
+            {"prolong": {"share": 0.5}},
+            {"cut": {"length": 100}},
+        ]
     ),
 )
 def test_plans_hold_exactly_what_they_promise(seed, seq_len, sequences, packing, needles, synth, policy):
@@ -137,6 +143,25 @@ def test_joined_conversations_fill_sequences_without_boundaries():
     assert packing.joined[inner].all()
 
 
+@pytest.mark.parametrize("packing", ["best_fit", "concat"])
+def test_cut_documents_are_read_whole_in_pieces_of_at_most_the_length(packing):
+    lengths = {"a": np.array([100, 101, 250, 3000, 40], np.int32), "b": _lengths(50, 2)}
+    whole = int(lengths["a"].sum())
+    mix = {"a": {"weight": 0.5, "length": {"cut": {"length": 100}}}, "b": 0.5}
+    sequences = -(-2 * whole // 2048)
+    packed = _packing(_config(mix, packing=packing), lengths, 2048, sequences)
+    mine = packed.source == 0
+    assert packed.length[mine].max() == 100
+    assert not packed.joined[mine].any()
+    assert not (packed.start[mine] % 100).any() or packing == "concat"  # concat splits pieces at a sequence's end too
+    pieces = Counter(zip(packed.document[mine].tolist(), (packed.start[mine] // 100).tolist(), strict=True))
+    assert {d for d, _ in pieces} == {0, 1, 2, 3, 4}
+    assert packed.length[mine].sum() == pytest.approx(sequences * 1024, rel=0.05)
+    # A length beyond the sequence's is the sequence's own, since one mix serves stages of several lengths.
+    mix["a"]["length"]["cut"]["length"] = 4096
+    assert _packing(_config(mix), lengths, 512, sequences).length.max() <= 512
+
+
 def test_synthetic_documents_are_never_cut_not_even_by_concat():
     for packing in ("best_fit", "concat"):
         mix = {"a": 0.5, "needles": {"weight": 0.5, "length": {"loguniform": {"min_len": 100}}}}
@@ -187,6 +212,8 @@ def test_policies_that_cannot_be_met_say_how_many_tokens_are_missing():
         ({"mixes": {"m": {"a": {"weight": 1.0, "length": "full"}}}}, "does not fit a text source"),
         ({"mixes": {"m": {"needles": {"weight": 1.0, "length": "natural"}}}}, "does not fit a synth source"),
         ({"mixes": {"m": {"a": {"weight": 1, "length": {"prolong": {"min_len": 5}}}}}}, "does not apply"),
+        ({"mixes": {"m": {"a": {"weight": 1, "length": "cut"}}}}, "length is missing for the length policy cut"),
+        ({"mixes": {"m": {"needles": {"weight": 1, "length": {"cut": {"length": 9}}}}}}, "does not fit a synth source"),
         ({"first_token": "predict"}, "document_mask=false"),
         ({"sources": {"a": {"kind": "text"}}}, "path is missing"),
         ({"sources": {"a": {"kind": "text", "path": "x", "loss": "assistant"}}}, "belong to kind=chat"),
