@@ -35,8 +35,8 @@ def only_at(where: Tensor) -> Iterator[None]:
 @cache
 def attention_name() -> str:
     """Register this attention with transformers and return its name, for `attn_implementation`."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     name = "sdpa_at_answers"
     AttentionInterface.register(name, _attend)

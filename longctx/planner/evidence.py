@@ -96,8 +96,11 @@ def _haystacks(needle: NeedleConfig) -> int:
 
 
 def _forward_flop(shape: Shape, tokens: int, *, head: bool = True) -> float:
-    weights = shape.matmul_weights if head else shape.layers * shape.layer_weights
-    return 2.0 * weights * tokens + 4.0 * shape.layers * shape.query * tokens * tokens / 2
+    """Of one sequence; without the head only the answers are asked, and the last layer attends at them alone."""
+    weights, layers = shape.matmul_weights, shape.layers
+    if not head:
+        weights, layers = shape.layers * shape.layer_weights, shape.layers - 1
+    return 2.0 * weights * tokens + 4.0 * layers * shape.query * tokens * tokens / 2
 
 
 def fits(need: EvidenceNeed, device_bytes: float) -> bool:
