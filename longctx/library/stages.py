@@ -30,7 +30,7 @@ def load_curriculum(
     >>> import longctx
     >>> stages = longctx.load_curriculum("tiny_16x", model=MODEL)
     >>> [(stage.name, stage.seq_len, stage.theta, stage.steps) for stage in stages]
-    [('s2048', 2048, 154243, 75), ('s8192', 8192, 2379094, 112)]
+    [('s2048', 2048, 154243, 40), ('s8192', 8192, 2379094, 64)]
     """
     from longctx.config.base import build
     from longctx.config.curriculum import CurriculumConfig
