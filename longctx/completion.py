@@ -114,7 +114,7 @@ def _inside(verb: Verb, words: Sequence[str], last: str) -> list[str]:
 
 def _keys(kind: Any, above: str, chosen: dict[str, Any], folders: Sequence[Path]) -> list[str]:
     """The keys below a section, ending in `=` where they take a value and in `.` where they have keys of their own."""
-    from longctx.config.base import known_keys, members, step_into, variants
+    from longctx.config.keys import known_keys, members, step_into, variants
 
     path = above.split(".") if above else []
     for part in path:
@@ -145,7 +145,7 @@ def _names(path: Sequence[str], chosen: dict[str, Any], folders: Sequence[Path])
 
 def _values(kind: Any, key: str) -> list[str]:
     """The values of a key that has a closed set of them."""
-    from longctx.config.base import members, step_into, variants
+    from longctx.config.keys import members, step_into, variants
 
     path = ["curriculum", "rule"] if key == "rope" and not step_into(kind, "rope") else key.split(".")
     for part in path:

@@ -11,20 +11,11 @@ import pytest
 from pydantic import TypeAdapter
 
 from longctx import cli
-from longctx.config.base import (
-    Count,
-    Length,
-    build,
-    known_keys,
-    members,
-    parse_count,
-    parse_length,
-    schema,
-    step_into,
-)
+from longctx.config.base import Count, Length, build, parse_count, parse_length, schema
 from longctx.config.compose import compose, resolve
 from longctx.config.curriculum import CurriculumConfig
 from longctx.config.groups import config_dir, groups
+from longctx.config.keys import known_keys, members, step_into
 from longctx.config.renamed import RENAMED
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError, nearest

@@ -12,9 +12,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 import pytest
 
 import longctx
-from longctx.config.base import alias, members, variants
 from longctx.config.compose import resolve
 from longctx.config.help import field_docs, keys
+from longctx.config.keys import alias, members, variants
 from longctx.verbs import VERBS
 
 PACKAGE = Path(longctx.__file__).parent

@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 
 from longctx import cli
 from longctx.completion import complete
-from longctx.config.base import build, known_keys, step_into, variants
+from longctx.config.base import build
 from longctx.config.compose import compose, load, resolve
 from longctx.config.groups import defaults_of, groups
 from longctx.config.help import as_yaml, field_docs
+from longctx.config.keys import known_keys, step_into, variants
 from longctx.config.words import Overrides
 from longctx.errors import UserError, refused_by_system
 from longctx.verbs import VERBS

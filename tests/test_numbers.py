@@ -12,9 +12,10 @@ from typing import Any, get_args, get_origin
 import pytest
 
 from longctx import cli
-from longctx.config.base import alias, build, hints_of, members, variants
+from longctx.config.base import build
 from longctx.config.compose import load, resolve
 from longctx.config.help import as_dict
+from longctx.config.keys import alias, hints_of, members, variants
 from longctx.errors import UserError
 from longctx.rope import RULES
 from longctx.verbs import VERBS

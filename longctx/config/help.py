@@ -13,19 +13,10 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from longctx.config.base import (
-    adapter_of,
-    alias,
-    known_keys,
-    members,
-    parse_count,
-    parse_length,
-    step_into,
-    unknown,
-    variants,
-)
+from longctx.config.base import adapter_of, parse_count, parse_length
 from longctx.config.compose import compose, resolve
 from longctx.config.groups import choice_file, config_dir, defaults_of, groups, header
+from longctx.config.keys import alias, known_keys, members, step_into, unknown, variants
 from longctx.config.words import CommandLine
 from longctx.verbs import Verb
 
@@ -128,7 +119,7 @@ def _has(kind: Any, path: list[str]) -> bool:
 def _no_topic(topic: str, known: list[str], verb: Verb) -> Exception:
     from longctx.errors import UserError
 
-    return UserError(unknown(topic, known, f"`longctx {verb.name} --help` lists them"))
+    return UserError(f"{unknown(topic, known)} (`longctx {verb.name} --help` lists them)")
 
 
 def _keys(kind: Any, values: Any, path: str, depth: int) -> Iterator[Row]:

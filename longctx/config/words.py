@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from longctx.config.base import known_keys, step_into, unknown, variants
 from longctx.config.groups import choice_file, defaults_of, groups
+from longctx.config.keys import known_keys, step_into, unknown, variants
 from longctx.config.renamed import INSTEAD
 from longctx.errors import UserError, nearest
 
@@ -203,7 +203,8 @@ class Overrides:
                 )
                 if not known:
                     raise UserError(f"{word}: {above} has no keys inside it; write {above}=... ({self.origin})")
-                raise UserError(unknown(".".join(path[: index + 1]), known, self.origin, self.kind, path[index + 1 :]))
+                where = unknown(".".join(path[: index + 1]), known, self.kind, path[index + 1 :])
+                raise UserError(f"{where} ({self.origin})")
             kind = inside
         return path
 
