@@ -10,34 +10,63 @@ D documents, P pieces.
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from longctx.config.data import LengthPolicy
 from longctx.errors import UserError
 
-PACK, WHOLE, JOIN = 0, 1, 2  # packed or split as data.packing says; never split; joined without boundaries
-
 
 @dataclass(frozen=True)
-class DrawnPieces:
-    """The pieces that a stage draws from one source.
-
-    document, start, length: int32 [P], in tokens. placement: int8 [P], PACK, WHOLE or JOIN. epochs: how often, on
-    average, a document of the most repeated group (long or short) is drawn; the pieces that the packing leaves over
-    count too.
-    """
+class Pieces:
+    """Pieces of documents of one source, in order: document, start and length (tokens), int32 [P] each."""
 
     document: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    placement: np.ndarray
-    epochs: float
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def __getitem__(self, which: np.ndarray) -> Pieces:
+        """The pieces that an index or a mask chooses."""
+        return Pieces(self.document[which], self.start[which], self.length[which])
 
     @property
     def tokens(self) -> int:
         return int(self.length.sum(dtype=np.int64))
+
+    @classmethod
+    def concatenated(cls, parts: Sequence[Pieces]) -> Pieces:
+        return cls(*(np.concatenate([getattr(part, column) for part in parts]) for column in _COLUMNS))
+
+
+_COLUMNS = ("document", "start", "length")
+
+
+def no_pieces() -> Pieces:
+    return Pieces(*(np.zeros(0, np.int32) for _ in _COLUMNS))
+
+
+@dataclass(frozen=True)
+class DrawnPieces:
+    """The pieces that a stage draws from one source, by how they become sequences.
+
+    whole: never split. packed: packed or split as data.packing says. joined: joined without boundaries. epochs: how
+    often, on average, a document of the most repeated group (long or short) is drawn; the pieces that the packing
+    leaves over count too.
+    """
+
+    epochs: float
+    whole: Pieces = field(default_factory=no_pieces)
+    packed: Pieces = field(default_factory=no_pieces)
+    joined: Pieces = field(default_factory=no_pieces)
+
+    @property
+    def tokens(self) -> int:
+        return self.whole.tokens + self.packed.tokens + self.joined.tokens
 
 
 def rng_of(seed: int, *words: str | int) -> np.random.Generator:
@@ -63,36 +92,35 @@ def draw(
     policy asks for long documents and the source has none.
     """
     where = f"source {words[-1]} in stage {words[0]}"
-    joined = policy.kind == "joined"
-    longest = seq_len if (split or policy.kind == "prolong") and not joined else 0
+    if policy.kind == "joined":
+        joined, epochs = _take(cut(lengths, 0), target, seed, (*words, "all"))
+        return DrawnPieces(epochs, joined=joined)
     if policy.kind == "cut":
-        longest = min(policy.length or seq_len, seq_len)
-    pieces = cut(lengths, longest)
-    placement = JOIN if joined else PACK
+        pieces = cut(lengths, min(policy.length or seq_len, seq_len))
+    else:
+        pieces = cut(lengths, seq_len if split or policy.kind == "prolong" else 0)
     if policy.kind not in ("upsample", "prolong"):
-        return _take(pieces, np.arange(len(pieces.length)), target, placement, seed, (*words, "all"))
+        packed, epochs = _take(pieces, target, seed, (*words, "all"))
+        return DrawnPieces(epochs, packed=packed)
     assert policy.share is not None
     if policy.kind == "upsample":
         assert policy.min_len is not None
         wanted, setting = policy.min_len, f"upsample.min_len={policy.min_len}"
         is_long = (lengths >= wanted)[pieces.document]
-        long_placement, long_target = PACK, round(target * policy.share)
+        long_target = round(target * policy.share)
     else:
         wanted, setting = seq_len, f"prolong.share={policy.share:g}"
         is_long = pieces.length == seq_len
-        long_placement, long_target = WHOLE, round(policy.share * target / seq_len) * seq_len
-    long, short = np.flatnonzero(is_long), np.flatnonzero(~is_long)
-    if long_target and not len(long):
+        long_target = round(policy.share * target / seq_len) * seq_len
+    if long_target and not is_long.any():
         _refuse_no_long(lengths, wanted, where, setting)
-    if not len(short):
-        long_target = target
-    parts = [
-        _take(pieces, long, min(long_target, target), long_placement, seed, (*words, "long")),
-        _take(pieces, short, target - min(long_target, target), PACK, seed, (*words, "short")),
-    ]
-    columns = ("document", "start", "length", "placement")
-    joint = [np.concatenate([getattr(part, name) for part in parts]) for name in columns]
-    return DrawnPieces(*joint, epochs=max(part.epochs for part in parts))
+    long_target = target if is_long.all() else min(long_target, target)
+    long, often = _take(pieces[is_long], long_target, seed, (*words, "long"))
+    short, seldom = _take(pieces[~is_long], target - long_target, seed, (*words, "short"))
+    epochs = max(often, seldom)
+    if policy.kind == "prolong":
+        return DrawnPieces(epochs, whole=long, packed=short)
+    return DrawnPieces(epochs, packed=Pieces.concatenated([long, short]))
 
 
 def longest_wanted(policy: LengthPolicy | None, seq_len: int) -> int:
@@ -102,50 +130,38 @@ def longest_wanted(policy: LengthPolicy | None, seq_len: int) -> int:
     return seq_len if policy.kind == "prolong" else policy.min_len or 0
 
 
-@dataclass(frozen=True)
-class DocumentSlices:
-    """Consecutive pieces of documents: document, start and length, int32 [P] each."""
-
-    document: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-
-
-def cut(lengths: np.ndarray, seq_len: int) -> DocumentSlices:
-    """Cut documents into consecutive pieces of at most `seq_len` tokens; seq_len=0 cuts none."""
+def cut(lengths: np.ndarray, most: int) -> Pieces:
+    """Cut documents into consecutive pieces of at most `most` tokens; 0 cuts none."""
     document = np.arange(len(lengths), dtype=np.int32)
-    if not len(lengths) or not seq_len or int(lengths.max()) <= seq_len:
-        return DocumentSlices(document, np.zeros_like(document), lengths)
-    count = -(-lengths // seq_len)
+    if not len(lengths) or not most or int(lengths.max()) <= most:
+        return Pieces(document, np.zeros_like(document), lengths)
+    count = -(-lengths // most)
     owner = np.repeat(document, count)
     firsts = np.cumsum(count, dtype=np.int64) - count
-    start = ((np.arange(len(owner)) - np.repeat(firsts, count)) * seq_len).astype(np.int32)
-    return DocumentSlices(owner, start, np.minimum(lengths[owner] - start, seq_len).astype(np.int32))
+    start = ((np.arange(len(owner)) - np.repeat(firsts, count)) * most).astype(np.int32)
+    return Pieces(owner, start, np.minimum(lengths[owner] - start, most).astype(np.int32))
 
 
-def _take(
-    pieces: DocumentSlices, pool: np.ndarray, target: int, placement: int, seed: int, words: tuple[str, ...]
-) -> DrawnPieces:
-    """Draw pieces of a pool, epoch after epoch, until they have `target` tokens; the last piece is cut to fit."""
-    total = int(pieces.length[pool].sum(dtype=np.int64))
-    drawn: list[np.ndarray] = [pool[:0]]
+def _take(pieces: Pieces, target: int, seed: int, words: tuple[str, ...]) -> tuple[Pieces, float]:
+    """Draw pieces, epoch after epoch, until they have `target` tokens; the last piece is cut to fit.
+
+    Returns them and the number of epochs.
+    """
+    total = pieces.tokens
+    drawn: list[np.ndarray] = [np.zeros(0, np.int64)]
     left, epoch = target, 0
     while left > 0 and total:
-        order = pool[rng_of(seed, *words, epoch).permutation(len(pool))]
+        order = rng_of(seed, *words, epoch).permutation(len(pieces))
         if left < total:
             ends = np.cumsum(pieces.length[order], dtype=np.int64)
             order = order[: int(np.searchsorted(ends, left)) + 1]
         drawn.append(order)
         left -= min(left, total)
         epoch += 1
-    chosen = np.concatenate(drawn)
-    length = pieces.length[chosen]
-    if len(length):
-        length[-1] -= int(length.sum(dtype=np.int64)) - target
-    placements = np.full(len(chosen), placement, np.int8)
-    return DrawnPieces(
-        pieces.document[chosen], pieces.start[chosen], length, placements, target / total if total else 0.0
-    )
+    chosen = pieces[np.concatenate(drawn)]
+    if len(chosen):
+        chosen.length[-1] -= chosen.tokens - target
+    return chosen, target / total if total else 0.0
 
 
 def _refuse_no_long(lengths: np.ndarray, wanted: int, where: str, setting: str) -> None:
@@ -179,4 +195,4 @@ def synthetic(policy: LengthPolicy, target: int, seq_len: int, *, seed: int, wor
         size = seq_len if policy.kind == "full" else size
         lengths = np.full(max(1, round(target / size)), size, np.int32)
     number = np.arange(len(lengths), dtype=np.int32)
-    return DrawnPieces(number, np.zeros_like(number), lengths, np.full(len(number), WHOLE, np.int8), 1.0)
+    return DrawnPieces(1.0, whole=Pieces(number, np.zeros_like(number), lengths))

@@ -8,13 +8,14 @@ N sequences, P pieces.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
 from longctx.config.data import DataConfig, LengthPolicy, Mix
-from longctx.data.mixing import JOIN, PACK, WHOLE, DrawnPieces, draw, rng_of, synthetic
+from longctx.data.mixing import DrawnPieces, Pieces, draw, rng_of, synthetic
 from longctx.data.packing import best_fit, join_and_split
 from longctx.errors import UserError
 from longctx.host_memory import free_memory
@@ -81,27 +82,23 @@ def pack_stage(
     names = tuple(name for name, entry in mix.items() if entry.weight > 0)
     _check_memory(mix, lengths, seq_len, sequences, stage)
     drawn = _draw_all(data, mix, names, lengths, seq_len, sequences, seed, stage)
-    pieces, bins, count = _pack(data, list(drawn.values()), seq_len, rng_of(seed, stage, "concat"))
+    packed, bins = _pack(data, list(drawn.values()), seq_len, rng_of(seed, stage, "concat"))
     rng = rng_of(seed, stage, "order")
-    place = _choose(bins, pieces.length, count, sequences, rng)
-    target = place[bins]
+    place = _choose(packed, bins, sequences, rng)
+    target = place[packed.bin]
     kept = np.flatnonzero(target >= 0)
     # Joined pieces keep their order; packed pieces are shuffled within the sequence.
     tie = rng.integers(0, 2**31, size=len(kept), dtype=np.int64)
-    ordered = pieces.placement[kept] == JOIN
+    ordered = packed.joined[kept]
     tie[ordered] = np.flatnonzero(ordered)
     order = kept[np.argsort((target[kept].astype(np.int64) << 31) | tie, kind="stable")]
-    sequence = target[order]
-    first = np.searchsorted(sequence, np.arange(sequences + 1)).astype(np.int64)
-    joined = pieces.placement[order] == JOIN
+    first = np.searchsorted(target[order], np.arange(sequences + 1)).astype(np.int64)
+    source, pieces, joined = packed.source[order], packed.pieces[order], packed.joined[order]
     joined[first[:-1][first[:-1] < len(joined)]] = False
-    length = pieces.length[order]
-    used = int(length.sum(dtype=np.int64))
     return StagePacking(
-        seq_len, names, first,
-        pieces.source[order], pieces.document[order], pieces.start[order], length, joined,
-        use=_use(names, pieces, order, drawn, lengths), padding=1 - used / (sequences * seq_len),
-        left_over=len(pieces.length) - len(order),
+        seq_len, names, first, source, pieces.document, pieces.start, pieces.length, joined,
+        use=_use(names, source, pieces, drawn, lengths), padding=1 - pieces.tokens / (sequences * seq_len),
+        left_over=len(packed.bin) - len(order),
     )  # fmt: skip
 
 
@@ -132,12 +129,13 @@ def empty_packing(seq_len: int) -> StagePacking:
 
 
 @dataclass(frozen=True)
-class _StagePieces:
+class _Packed:
+    """Pieces of several sources, [P] each: source (int16), the piece, joined (bool, see StagePacking), bin (int32)."""
+
     source: np.ndarray
-    document: np.ndarray
-    start: np.ndarray
-    length: np.ndarray
-    placement: np.ndarray
+    pieces: Pieces
+    joined: np.ndarray
+    bin: np.ndarray
 
 
 def policy_of(data: DataConfig, mix: Mix, name: str) -> LengthPolicy:
@@ -189,98 +187,88 @@ def _draw_all(
     return {name: drawn[name] for name in names}
 
 
-def _pack(
-    data: DataConfig, drawn: list[DrawnPieces], seq_len: int, rng: np.random.Generator
-) -> tuple[_StagePieces, np.ndarray, int]:
-    """Pack the drawn pieces; returns all pieces, the bin of each, and the number of bins."""
-    parts: list[_StagePieces] = []
-    bins: list[np.ndarray] = []
-    count = 0
-    split = PACK if data.packing == "concat" else None
-    loose = [_select(i, part, {PACK, WHOLE} - {split}) for i, part in enumerate(drawn)]
-    runs = [_select(i, part, {JOIN}) for i, part in enumerate(drawn)]
-    if split is not None:
-        whole = _concatenate([_select(i, part, {split}) for i, part in enumerate(drawn)])
-        runs.append(_reorder(whole, rng.permutation(len(whole.length))))
-    packed = _concatenate(loose)
-    if len(packed.length):
-        bin_of, count = best_fit(packed.length, seq_len)
-        parts.append(packed)
-        bins.append(bin_of)
-    for run in runs:
-        if len(run.length):
-            document, start, length, bin_of = join_and_split(run.length, seq_len)
-            again = _reorder(run, document)
-            parts.append(
-                _StagePieces(again.source, again.document, (again.start + start).astype(np.int32),
-                        length.astype(np.int32), again.placement)
-            )  # fmt: skip
-            bins.append((bin_of + count).astype(np.int32))
-            count += int(bin_of[-1]) + 1
-    return _concatenate(parts), np.concatenate(bins), count
+def _pack(data: DataConfig, drawn: list[DrawnPieces], seq_len: int, rng: np.random.Generator) -> tuple[_Packed, int]:
+    """Pack the drawn pieces of all sources; returns them with the bin of each, and the number of bins.
 
-
-def _select(source: int, drawn: DrawnPieces, placements: Collection[int | None]) -> _StagePieces:
-    keep = np.isin(drawn.placement, [placement for placement in placements if placement is not None])
-    number = np.full(int(keep.sum()), source, np.int16)
-    return _StagePieces(number, drawn.document[keep], drawn.start[keep], drawn.length[keep], drawn.placement[keep])
-
-
-def _reorder(pieces: _StagePieces, order: np.ndarray) -> _StagePieces:
-    return _StagePieces(
-        pieces.source[order],
-        pieces.document[order],
-        pieces.start[order],
-        pieces.length[order],
-        pieces.placement[order],
+    Each source's joined pieces are laid end to end by themselves, split ones (packing=concat) in random order.
+    """
+    whole, packed, joined = (
+        [(source, getattr(part, column)) for source, part in enumerate(drawn)]
+        for column in ("whole", "packed", "joined")
     )
+    if data.packing == "best_fit":
+        to_fit, to_split = [*chain(*zip(whole, packed, strict=True))], []
+    else:
+        to_fit, to_split = whole, packed
+    source, pieces = _together(to_fit)
+    bin_of, count = best_fit(pieces.length, seq_len)
+    done = [_Packed(source, pieces, np.zeros(len(pieces), bool), bin_of)]
+    runs = [(*_together([part]), True) for part in joined]
+    if to_split:
+        source, pieces = _together(to_split)
+        order = rng.permutation(len(pieces))
+        runs.append((source[order], pieces[order], False))
+    for source, pieces, is_joined in runs:
+        if len(pieces):
+            done.append(_split(source, pieces, seq_len, count, joined=is_joined))
+            count = int(done[-1].bin[-1]) + 1
+    columns = [np.concatenate([getattr(part, name) for part in done]) for name in ("source", "joined", "bin")]
+    return _Packed(columns[0], Pieces.concatenated([part.pieces for part in done]), columns[1], columns[2]), count
 
 
-def _concatenate(parts: list[_StagePieces]) -> _StagePieces:
-    return _StagePieces(
-        *(
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("source", "document", "start", "length", "placement")
-        )
-    )
+def _together(parts: list[tuple[int, Pieces]]) -> tuple[np.ndarray, Pieces]:
+    """The pieces of several sources one after the other, and the source of each."""
+    source = np.repeat(np.array([number for number, _ in parts], np.int16), [len(pieces) for _, pieces in parts])
+    return source, Pieces.concatenated([pieces for _, pieces in parts])
 
 
-def _choose(bins: np.ndarray, length: np.ndarray, count: int, sequences: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the sequence that each bin becomes, int32 [bins]; -1 for a bin that is left out.
+def _split(source: np.ndarray, pieces: Pieces, seq_len: int, first_bin: int, *, joined: bool) -> _Packed:
+    """Lay pieces end to end and split them at every `seq_len` tokens; the bins count from `first_bin` on."""
+    which, start, length, bin_of = join_and_split(pieces.length, seq_len)
+    again = pieces[which]
+    parts = Pieces(again.document, (again.start + start).astype(np.int32), length.astype(np.int32))
+    return _Packed(source[which], parts, np.full(len(parts), joined), (bin_of + first_bin).astype(np.int32))
+
+
+def _choose(packed: _Packed, bins: int, sequences: int, rng: np.random.Generator) -> np.ndarray:
+    """Return the sequence that each of the bins becomes, int32 [bins]; -1 for a bin that is left out.
 
     Packing makes a few bins more than N. The emptiest bins are left out, or random ones when there are so many that
     leaving out the emptiest would change the mix.
     """
-    chosen = np.arange(count)
-    if count > sequences:
-        few = count - sequences <= max(1, sequences // 20)
-        fill = np.bincount(bins, length, minlength=count)
-        ranked = np.argsort(-fill, kind="stable") if few else rng.permutation(count)
+    chosen = np.arange(bins)
+    if bins > sequences:
+        few = bins - sequences <= max(1, sequences // 20)
+        fill = np.bincount(packed.bin, packed.pieces.length, minlength=bins)
+        ranked = np.argsort(-fill, kind="stable") if few else rng.permutation(bins)
         chosen = np.sort(ranked[:sequences])
-    place = np.full(count, -1, np.int32)
+    place = np.full(bins, -1, np.int32)
     place[chosen] = rng.permutation(len(chosen)).astype(np.int32)
     return place
 
 
 def _use(
     names: tuple[str, ...],
-    pieces: _StagePieces,
-    order: np.ndarray,
+    source: np.ndarray,
+    pieces: Pieces,
     drawn: Mapping[str, DrawnPieces],
     lengths: Mapping[str, np.ndarray],
 ) -> dict[str, SourceUse]:
+    """What the stage takes from each source; source: of each piece, an index into names."""
     use: dict[str, SourceUse] = {}
     for number, name in enumerate(names):
-        mine = order[pieces.source[order] == number]
-        documents = pieces.document[mine]
-        count = np.bincount(documents) if len(documents) else np.zeros(0, int)
-        later = (pieces.start[mine] > 0).sum()
-        part = documents[pieces.length[mine] < lengths[name][documents]] if name in lengths else documents[:0]
+        mine = pieces[source == number]
+        split = mine.document[mine.length < lengths[name][mine.document]] if name in lengths else mine.document[:0]
         use[name] = SourceUse(
-            int(pieces.length[mine].sum(dtype=np.int64)),
-            int((count > 0).sum()),
-            int(later),
-            int((np.bincount(part) > 0).sum()) if len(part) else 0,
-            drawn[name].epochs,
+            tokens=mine.tokens,
+            documents=_distinct(mine.document),
+            cuts=int((mine.start > 0).sum()),
+            cut=_distinct(split),
+            epochs=drawn[name].epochs,
         )
     return use
+
+
+def _distinct(documents: np.ndarray) -> int:
+    """How many different documents there are."""
+    return int((np.bincount(documents) > 0).sum()) if len(documents) else 0
