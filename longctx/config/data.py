@@ -161,12 +161,12 @@ class SourceConfig:
 class LengthPolicy:
     """How long a source's documents are within a stage.
 
-    natural: as they come. upsample: documents of min_len tokens and more make up `share` of the source's
-    tokens. prolong: `share` of the source's tokens are full sequences made of single long documents, the
-    rest is packed from shorter ones (0.75 is Qwen2.5-1M's). joined: documents joined without boundaries to
-    full sequences. cut: documents in consecutive pieces of at most `length` tokens, since attention within short
-    pieces costs little. For synth sources: full (the stage's length), fixed (length), loguniform (min_len to the
-    stage's length).
+    natural: as they come. upsample: documents of min_len tokens and more make up `share` of the source's tokens.
+    prolong: `share` of the source's tokens are full sequences made of single long documents, the rest is packed
+    from shorter ones (0.75 is Qwen2.5-1M's). joined: documents joined without boundaries to full sequences. cut:
+    consecutive pieces of at most `length` tokens, and of the stage's length where that is shorter; attention within
+    short pieces costs little. For synth sources: full (the stage's length), fixed (length), loguniform (min_len to
+    the stage's length).
     """
 
     #: one of the policies above

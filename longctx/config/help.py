@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from longctx.config.base import adapter_of, parse_count, parse_length
 from longctx.config.compose import compose, resolve
 from longctx.config.groups import choice_file, config_dir, defaults_of, groups, header
-from longctx.config.keys import alias, known_keys, members, step_into, unknown, variants
+from longctx.config.keys import alias, known_keys, members, step_into, unknown_key_message, variants
 from longctx.config.words import CommandLine
 from longctx.verbs import Verb
 
@@ -119,7 +119,7 @@ def _has(kind: Any, path: list[str]) -> bool:
 def _no_topic(topic: str, known: list[str], verb: Verb) -> Exception:
     from longctx.errors import UserError
 
-    return UserError(f"{unknown(topic, known)} (`longctx {verb.name} --help` lists them)")
+    return UserError(f"{unknown_key_message(topic, known)} (`longctx {verb.name} --help` lists them)")
 
 
 def _keys(kind: Any, values: Any, path: str, depth: int) -> Iterator[Row]:

@@ -84,7 +84,7 @@ def keys_ending(kind: Any, tail: Sequence[str], path: tuple[str, ...] = ()) -> I
             yield from keys_ending(get_args(candidate)[1], tail, (*path, "NAME"))
 
 
-def unknown(where: str, known: Iterable[str], root: Any = None, tail: Sequence[str] = ()) -> str:
+def unknown_key_message(where: str, known: Iterable[str], root: Any = None, tail: Sequence[str] = ()) -> str:
     """The message for a key that does not exist: its new name, a key elsewhere that ends alike, or the nearest one.
 
     A key of the same section that holds the name as a word comes before those elsewhere.

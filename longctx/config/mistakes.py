@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from longctx.config.keys import known_keys, step_into, type_at, unknown, variants
+from longctx.config.keys import known_keys, step_into, type_at, unknown_key_message, variants
 from longctx.config.renamed import INSTEAD
 from longctx.errors import nearest
 
@@ -27,13 +27,13 @@ def explain(error: ValidationError, schema: Any, values: Any, origin: str) -> st
     found: dict[str, list[Mapping[str, Any]]] = {}
     for item in error.errors(include_url=False):
         found.setdefault(".".join(_location(schema, item)), []).append(item)
-    mistakes = [Mistake(schema, values, where, items) for where, items in found.items()]
+    mistakes = [_Mistake(schema, values, where, items) for where, items in found.items()]
     lines = [f"{_WORDS.get(one.kind, _of_another_type)(one)} ({origin})" for one in mistakes[:_SHOWN]]
     return "\n".join(lines + ([f"... and {len(mistakes) - _SHOWN} more"] if len(mistakes) > _SHOWN else []))
 
 
 @dataclass(frozen=True)
-class Mistake:
+class _Mistake:
     """A key whose value is refused.
 
     schema, values: of the whole config. where: the key, such as curriculum.stages.s64k.tokens. items: pydantic's
@@ -56,7 +56,7 @@ class Mistake:
 
     @property
     def context(self) -> Mapping[str, Any]:
-        """What pydantic says of the rule: a bound, or the names that are allowed."""
+        """What pydantic says of the constraint: a bound, or the names that are allowed."""
         return self.items[0].get("ctx", {})
 
     @property
@@ -83,17 +83,17 @@ def _location(kind: Any, item: Mapping[str, Any]) -> list[str]:
     return path
 
 
-def _unknown_key(mistake: Mistake) -> str:
+def _unknown_key(mistake: _Mistake) -> str:
     section = mistake.parts[:-1]
     for rule in variants(type_at(mistake.schema, section)):
         if rule.name == mistake.items[0]["loc"][-2]:
             known = [key for key in known_keys(rule) if key not in ("name", "start")]
             takes = f"{', '.join(known)}, start" if known else "no parameters but start"
             return f"{mistake.given} does not belong to rule {rule.name!r}; it takes {takes}"
-    return unknown(mistake.where, known_keys(mistake.schema, section))
+    return unknown_key_message(mistake.where, known_keys(mistake.schema, section))
 
 
-def _missing_key(mistake: Mistake) -> str:
+def _missing_key(mistake: _Mistake) -> str:
     """The key may lie in a section beside this one, whose name the user meant: stages.s64k beside a misspelled s64."""
     hint = ""
     if len(mistake.parts) > 2:
@@ -106,18 +106,18 @@ def _missing_key(mistake: Mistake) -> str:
     return f"{mistake.where} is missing; give it as {mistake.where}=... on the command line or in the file{hint}"
 
 
-def _unknown_rule(mistake: Mistake) -> str:
+def _unknown_rule(mistake: _Mistake) -> str:
     tag, known = mistake.context["tag"], mistake.context["expected_tags"]
     near = nearest(str(tag), _quoted(known))
     hint = f"did you mean {near!r}? " if near else ""
     return f"{mistake.where}={tag!r} is not a rule; {hint}known: {known}"
 
 
-def _no_rule(mistake: Mistake) -> str:
+def _no_rule(mistake: _Mistake) -> str:
     return f"{mistake.given} does not say which rule; give it as {mistake.where}=NAME"
 
 
-def _broken_rule(mistake: Mistake) -> str:
+def _failed_check(mistake: _Mistake) -> str:
     """What a schema's own check says, of the value or, if it begins with a key's name, of that key inside."""
     message = mistake.items[0]["msg"].removeprefix("Value error, ")
     if not isinstance(mistake.value, Mapping):
@@ -129,34 +129,34 @@ def _broken_rule(mistake: Mistake) -> str:
     return f"{mistake.where}{'.' if inside else ': '}{message}"
 
 
-def _not_a_section(mistake: Mistake) -> str:
+def _not_a_section(mistake: _Mistake) -> str:
     first = known_keys(mistake.schema, mistake.parts)[0]
     return f"{mistake.given} stands for a whole section; give its keys, such as {mistake.where}.{first}=..."
 
 
-def _empty(mistake: Mistake) -> str:
+def _empty(mistake: _Mistake) -> str:
     return f"{mistake.given} is empty; give it a value"
 
 
-def _out_of_bounds(mistake: Mistake) -> str:
+def _out_of_bounds(mistake: _Mistake) -> str:
     bounds = {key: f"{limit:,}" if isinstance(limit, int) else f"{limit:g}" for key, limit in mistake.context.items()}
     return f"{mistake.where}={_written(mistake)!r} must be {_BOUNDS[mistake.kind].format(**bounds)}"
 
 
-def _not_a_list(mistake: Mistake) -> str:
+def _not_a_list(mistake: _Mistake) -> str:
     return f"{mistake.given} is not a list; write '{mistake.where}=[{mistake.value}]'"
 
 
-def _of_another_type(mistake: Mistake) -> str:
+def _of_another_type(mistake: _Mistake) -> str:
     return f"{mistake.given} is not {' or '.join(map(_wanted, mistake.items))}{_meant(mistake)}"
 
 
-_WORDS: dict[str, Callable[[Mistake], str]] = {
+_WORDS: dict[str, Callable[[_Mistake], str]] = {
     **dict.fromkeys(_ABOUT_A_KEY, _missing_key),
     "unexpected_keyword_argument": _unknown_key,
     "union_tag_invalid": _unknown_rule,
     "union_tag_not_found": _no_rule,
-    "value_error": _broken_rule,
+    "value_error": _failed_check,
     "dataclass_type": _not_a_section,
     **dict.fromkeys(("string_too_short", "too_short"), _empty),
     **dict.fromkeys(_BOUNDS, _out_of_bounds),
@@ -164,7 +164,7 @@ _WORDS: dict[str, Callable[[Mistake], str]] = {
 }
 
 
-def _written(mistake: Mistake) -> Any:
+def _written(mistake: _Mistake) -> Any:
     """The value as a user wrote it: "0k" or 1e99, which a bound sees as a whole number."""
     values = mistake.values
     for part in mistake.parts:
@@ -187,7 +187,7 @@ def _wanted(item: Mapping[str, Any]) -> str:
     return f"valid: {item['msg'][0].lower()}{item['msg'][1:]}"
 
 
-def _meant(mistake: Mistake) -> str:
+def _meant(mistake: _Mistake) -> str:
     """The nearest of the words that a choice allows."""
     choices = [item["ctx"]["expected"] for item in mistake.items if item["type"] == "literal_error"]
     words = [word for choice in choices for word in _quoted(choice)]

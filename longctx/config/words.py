@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.groups import choice_file, defaults_of, groups
-from longctx.config.keys import known_keys, step_into, unknown, variants
+from longctx.config.keys import known_keys, step_into, unknown_key_message, variants
 from longctx.config.renamed import INSTEAD
 from longctx.errors import UserError, nearest
 
@@ -203,8 +203,8 @@ class Overrides:
                 )
                 if not known:
                     raise UserError(f"{word}: {above} has no keys inside it; write {above}=... ({self.origin})")
-                where = unknown(".".join(path[: index + 1]), known, self.kind, path[index + 1 :])
-                raise UserError(f"{where} ({self.origin})")
+                message = unknown_key_message(".".join(path[: index + 1]), known, self.kind, path[index + 1 :])
+                raise UserError(f"{message} ({self.origin})")
             kind = inside
         return path
 

@@ -87,18 +87,17 @@ def draw(
     """Draw `target` tokens from documents of these lengths (int32 [D], tokens) by a length policy.
 
     words: stage and source, for the seed and for messages. split: cut documents longer than a sequence and draw the
-    pieces (best-fit packing); otherwise draw whole documents, which are joined later. The policy `cut` cuts them at its
-    own length under both. Raises UserError when the
-    policy asks for long documents and the source has none.
+    pieces (best-fit packing); otherwise draw whole documents, which are joined later. The policy `cut` draws pieces of
+    its length either way. Raises UserError when the policy asks for long documents and the source has none.
     """
     where = f"source {words[-1]} in stage {words[0]}"
     if policy.kind == "joined":
-        joined, epochs = _take(cut(lengths, 0), target, seed, (*words, "all"))
+        joined, epochs = _take(cut_documents(lengths, 0), target, seed, (*words, "all"))
         return DrawnPieces(epochs, joined=joined)
     if policy.kind == "cut":
-        pieces = cut(lengths, min(policy.length or seq_len, seq_len))
+        pieces = cut_documents(lengths, min(policy.length or seq_len, seq_len))
     else:
-        pieces = cut(lengths, seq_len if split or policy.kind == "prolong" else 0)
+        pieces = cut_documents(lengths, seq_len if split or policy.kind == "prolong" else 0)
     if policy.kind not in ("upsample", "prolong"):
         packed, epochs = _take(pieces, target, seed, (*words, "all"))
         return DrawnPieces(epochs, packed=packed)
@@ -115,9 +114,9 @@ def draw(
     if long_target and not is_long.any():
         _refuse_no_long(lengths, wanted, where, setting)
     long_target = target if is_long.all() else min(long_target, target)
-    long, often = _take(pieces[is_long], long_target, seed, (*words, "long"))
-    short, seldom = _take(pieces[~is_long], target - long_target, seed, (*words, "short"))
-    epochs = max(often, seldom)
+    long, long_epochs = _take(pieces[is_long], long_target, seed, (*words, "long"))
+    short, short_epochs = _take(pieces[~is_long], target - long_target, seed, (*words, "short"))
+    epochs = max(long_epochs, short_epochs)
     if policy.kind == "prolong":
         return DrawnPieces(epochs, whole=long, packed=short)
     return DrawnPieces(epochs, packed=Pieces.concatenated([long, short]))
@@ -130,7 +129,7 @@ def longest_wanted(policy: LengthPolicy | None, seq_len: int) -> int:
     return seq_len if policy.kind == "prolong" else policy.min_len or 0
 
 
-def cut(lengths: np.ndarray, most: int) -> Pieces:
+def cut_documents(lengths: np.ndarray, most: int) -> Pieces:
     """Cut documents into consecutive pieces of at most `most` tokens; 0 cuts none."""
     document = np.arange(len(lengths), dtype=np.int32)
     if not len(lengths) or not most or int(lengths.max()) <= most:

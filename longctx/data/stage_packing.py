@@ -106,9 +106,12 @@ def _check_memory(mix: Mix, lengths: Mapping[str, np.ndarray], seq_len: int, seq
     """Raise UserError when the pieces of a stage would take more than the host's free memory."""
     pieces = 0.0
     for name, entry in mix.items():
-        length = float(lengths[name].mean()) if len(lengths.get(name, ())) else seq_len
-        if entry.length is not None and entry.length.kind == "cut":
-            length = min(length, entry.length.length or seq_len)
+        documents = lengths.get(name, np.zeros(0, np.int32))
+        length = float(documents.mean()) if len(documents) else seq_len
+        if len(documents) and entry.length is not None and entry.length.kind == "cut":
+            length = documents.sum(dtype=np.int64) / -(-documents // (entry.length.length or seq_len)).sum(
+                dtype=np.int64
+            )
         pieces += sequences * entry.weight * max(1.0, seq_len / max(length, 1.0))
     need, free = _BYTES_PER_PIECE * pieces, free_memory()
     if need > free:

@@ -25,11 +25,12 @@ def only_at(where: Tensor) -> Iterator[None]:
 
     Their outputs elsewhere are wrong. It holds for the calling thread and for prompts without padding or cache.
     """
+    before = getattr(_asked, "where", None)
     _asked.where = where
     try:
         yield
     finally:
-        _asked.where = None
+        _asked.where = before
 
 
 @cache

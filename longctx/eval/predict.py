@@ -99,6 +99,7 @@ def load_plain(
         dtype = "float32"
     loader: Any = AutoModelForCausalLM
     with hub.fetching(str(folder), "model.path", OSError):
+        # Only in these families is it known that a decoder's last layer is attention as `last_layer` expects it.
         attention = attention_name() if config.model_type in FAMILIES else "sdpa"
         model = loader.from_pretrained(folder, config=config, dtype=dtype, attn_implementation=attention)
     return model.to(device).eval()

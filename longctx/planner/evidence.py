@@ -85,7 +85,7 @@ def flop_of(config: TrainConfig, asked: EvidenceSettings, shape: Shape, stages: 
     further = 2 * (config.after_training.sibling is not None) + asked.theta_only + (asked.control is not None)
     models = 2 + further  # the base and the extended model
     haystacks = _haystacks(asked.needle)
-    needles = sum(haystacks * _forward_flop(shape, length, head=False) for length in asked.needle.lengths)
+    needles = sum(haystacks * _forward_flop(shape, length, answers_only=True) for length in asked.needle.lengths)
     losses = sum(asked.heldout_sequences * _forward_flop(shape, length) for length in asked.heldout_lengths)
     return (models + (asked.unseen is not None)) * needles + (models + stages - 1) * losses
 
@@ -95,10 +95,10 @@ def _haystacks(needle: NeedleConfig) -> int:
     return len(needle.seeds) * needle.per_cell * (len(needle.depths) if needle.single else 1)
 
 
-def _forward_flop(shape: Shape, tokens: int, *, head: bool = True) -> float:
-    """Of one sequence; without the head only the answers are asked, and the last layer attends at them alone."""
+def _forward_flop(shape: Shape, tokens: int, *, answers_only: bool = False) -> float:
+    """Operations of one forward pass. answers_only: no logits and no last layer's attention but at the answers."""
     weights, layers = shape.matmul_weights, shape.layers
-    if not head:
+    if answers_only:
         weights, layers = shape.layers * shape.layer_weights, shape.layers - 1
     return 2.0 * weights * tokens + 4.0 * layers * shape.query * tokens * tokens / 2
 

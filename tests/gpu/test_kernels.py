@@ -9,10 +9,14 @@ import torch
 
 from longctx.attention import ContextParallel, context_attention, trial
 from longctx.attention.kernels import KERNELS, choose, problem_of
+from longctx.config.model import InitConfig
 from longctx.distributed.transport import SingleRankTransport, ThreadWorld
+from longctx.eval.last_layer import attention_name
+from longctx.eval.predict import one_process
+from longctx.model import init_from
 from longctx.topology import Topology
 from tests.gpu.activations import DOCUMENTS, TOKENS, qkv, relative
-from tests.gpu.card import CARD, DTYPE, ON_CUDA, needs_cuda
+from tests.gpu.card import CARD, DTYPE, DTYPE_NAME, ON_CUDA, needs_cuda
 
 FAST = [name for name in KERNELS if (name == "torch_cpu") is not ON_CUDA and name != "reference"]
 # (batch, query heads, kv heads, head dimension)
@@ -126,3 +130,17 @@ def test_the_card_has_a_fast_kernel():
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("this card has no bfloat16 units")
     assert choose(problem_of(q, q)).name in FAST
+
+
+@pytest.mark.parametrize("tokens", [8192, 4097])
+def test_needles_are_answered_as_by_the_whole_model(tokens):
+    """The evaluation's attention, whose mask is explicit, takes other kernels than a causal one."""
+    spec = InitConfig(layers=2, hidden=256, heads=8, kv_heads=2, head_dim=64, ffn=128, vocab=512, window=8192)
+    model = init_from(spec, dtype=DTYPE_NAME).to(CARD).eval()
+    ids = torch.randint(0, spec.vocab, (tokens,), generator=torch.Generator().manual_seed(0))
+    where = torch.tensor([0, 1, tokens // 2, tokens - 2, tokens - 1])
+    logits = []
+    for attention in ("sdpa", attention_name()):
+        model.set_attn_implementation(attention)
+        logits.append(one_process(model)(ids, where))
+    assert relative(logits[1], logits[0]) < (1e-2 if ON_CUDA else 1e-5)

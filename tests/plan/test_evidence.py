@@ -16,6 +16,7 @@ from longctx.config.after_training import EvidenceSettings
 from longctx.config.base import build
 from longctx.config.model import InitConfig
 from longctx.errors import UserError
+from longctx.eval.last_layer import attention_name
 from longctx.eval.loss import token_losses
 from longctx.eval.predict import one_process
 from longctx.model import init_from
@@ -33,7 +34,7 @@ def model_and_shape(family: str, ffn: int, dtype: str, vocab: int = 512) -> tupl
     spec = InitConfig(family=family, layers=3, hidden=128, heads=8, kv_heads=2, head_dim=32, ffn=ffn, vocab=vocab,
                       window=TOKENS)  # fmt: skip
     model = init_from(spec, dtype=dtype)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(attention_name())
     return model.eval(), shape_of_init(spec)
 
 
