@@ -71,9 +71,9 @@ def _is_one_of_several() -> bool:
 
 
 def _no_memory(error: Exception) -> str:
-    import resource
+    from longctx.host_memory import peak_resident
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    peak = peak_resident() / 2**30
     said = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return (
         f"out of memory ({said}); this process held {peak:.1f} GiB on the host at its peak. Shorter lengths, fewer at "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -35,6 +37,22 @@ def free_memory() -> float:
         if line.startswith("MemAvailable:"):  # counts what caches would give back
             free = 1024.0 * int(line.split()[1])
     return min([free, *(limit - used for limit, used in _limits())])
+
+
+def peak_resident() -> float:
+    """Bytes of the largest resident set that this program has had.
+
+    On Linux getrusage would also count that of the process that started it, which stays in force over exec.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        if line.startswith("VmHWM:"):
+            return 1024.0 * int(line.split()[1])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
 def killed_for_memory() -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,15 @@ def test_a_limit_holds_where_nothing_is_told_of_caches(monkeypatch: pytest.Monke
     (tmp_path / "memory.stat").unlink()
     assert host_memory.host_memory() == 8 * MIB
     assert free_memory() == 3 * MIB
+
+
+def test_the_peak_is_the_program_s_own() -> None:
+    """Over exec Linux keeps the largest resident set of a process, and a started one begins as its starter's copy."""
+    child = "import resource; from longctx.host_memory import peak_resident as peak; print(int(peak()), " \
+            "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"  # fmt: skip
+    parent = f"import subprocess, sys; held = bytearray({400 * MIB}); subprocess.run([sys.executable, '-c', {child!r}])"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    own, inherited = map(int, done.stdout.split())
+    assert 5 * MIB < own < 200 * MIB
+    if sys.platform == "linux":
+        assert inherited > 400 * MIB

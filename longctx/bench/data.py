@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import resource
 import tempfile
 import time
 import tracemalloc
@@ -23,6 +22,7 @@ from longctx.config.base import build
 from longctx.config.data import DataConfig
 from longctx.config.data_verbs import BenchDataConfig
 from longctx.console import emit, emit_json, say
+from longctx.host_memory import peak_resident
 
 GIB = 2.0**30
 
@@ -128,7 +128,7 @@ def _pack_once(documents: int, seq_len: int, seed: int) -> dict[str, float]:
     mix["code"]["length"] = {"upsample": {"min_len": 8192, "share": 0.5}}
     values = {"sources": {n: {"kind": "text", "path": n} for n in shares}, "mixes": {"m": mix}}
     data = build(DataConfig, values, origin="bench data")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    before = peak_resident() / GIB
     begin = time.perf_counter()
     packing = pack_stage(
         data, data.mixes["m"], lengths, seq_len=seq_len, sequences=total // seq_len, seed=seed, stage="bench"
@@ -141,7 +141,7 @@ def _pack_once(documents: int, seq_len: int, seed: int) -> dict[str, float]:
         "sequences": len(packing),
         "pieces": len(packing.length),
         "seconds": seconds,
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB,
+        "peak_gib": peak_resident() / GIB,
         "before_gib": before,
         "padding": packing.padding,
     }

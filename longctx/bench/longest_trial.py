@@ -25,6 +25,7 @@ from longctx.config.bench_longest import BenchLongestConfig
 from longctx.config.model import InitConfig
 from longctx.decide import Machines, decide
 from longctx.errors import out_of_memory
+from longctx.host_memory import peak_resident
 from longctx.planner.remedies import GIB
 from longctx.processes import die_with_parent
 from longctx.train.step import Timer
@@ -58,7 +59,7 @@ class Meter(Timer):
     """A timer that also notes the most memory of each phase, in GiB."""
 
     def __init__(self, device: torch.device) -> None:
-        self.base = _status("VmRSS") if device.type == "cpu" else 0.0
+        self.base = _resident() if device.type == "cpu" else 0.0
         self.peaks: dict[str, float] = {}
         super().__init__(device)
 
@@ -78,7 +79,7 @@ class Meter(Timer):
 
     def peak(self) -> float:
         """The most bytes held since `forget`."""
-        return float(torch.cuda.max_memory_allocated()) if self.device.type == "cuda" else _status("VmHWM")
+        return float(torch.cuda.max_memory_allocated()) if self.device.type == "cuda" else peak_resident()
 
     def forget(self) -> None:
         if self.device.type == "cuda":
@@ -87,10 +88,10 @@ class Meter(Timer):
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def _status(name: str) -> float:
-    """Bytes of this process: VmRSS is its resident set, VmHWM the largest since clear_refs was written to."""
+def _resident() -> float:
+    """Bytes of this process's resident set; its largest, `peak_resident`, counts since clear_refs was written to."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
+    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
 def main(path: str) -> None:

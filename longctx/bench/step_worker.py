@@ -9,7 +9,6 @@ more runs under the profiler.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from longctx.bench.device_time import measure
 from longctx.config.base import build
 from longctx.config.bench_step import BenchStepConfig
 from longctx.errors import out_of_memory
+from longctx.host_memory import peak_resident
 from longctx.model import LossModel, init_from
 from longctx.model.host import return_freed_memory
 from longctx.shape import shape_of_init
@@ -152,10 +152,10 @@ def tokens(config: BenchStepConfig, count: int, device: torch.device) -> Tensor:
     return torch.randint(config.model.vocab, (1, count), generator=generator).to(device)
 
 
-def peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident()
 
 
 def device_name(device: torch.device) -> str:

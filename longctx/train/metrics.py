@@ -13,8 +13,6 @@ with train/, speed/, memory/, rope/, data/ and eval/, and tokens are the x axis.
 from __future__ import annotations
 
 import json
-import resource
-import sys
 import uuid
 from collections.abc import Mapping
 from itertools import groupby
@@ -24,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 
 from longctx import console
+from longctx.host_memory import peak_resident
 from longctx.storage.files import write_text
 from longctx.train.runfolder import WANDB_ID
 
@@ -165,5 +164,4 @@ def memory_gib(device: torch.device) -> float:
     """The most GiB that this rank has held: of the device's allocator, or of the resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return peak_resident() / 2**30
