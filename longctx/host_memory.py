@@ -44,15 +44,20 @@ def peak_resident() -> float:
 
     On Linux getrusage would also count that of the process that started it, which stays in force over exec.
     """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("VmHWM:"):
-            return 1024.0 * int(line.split()[1])
     unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return status("VmHWM") or float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def status(name: str, process: int | str = "self") -> float:
+    """Bytes that Linux counts for a process: VmRSS is its resident set, VmHWM the largest since it began.
+
+    0 for a process that has ended, and on other systems. Writing 5 to its clear_refs lets VmHWM begin anew.
+    """
+    try:
+        lines = Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return 0.0
+    return next((1024.0 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0.0)
 
 
 def killed_for_memory() -> int | None:

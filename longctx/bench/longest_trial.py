@@ -25,7 +25,7 @@ from longctx.config.bench_longest import BenchLongestConfig
 from longctx.config.model import InitConfig
 from longctx.decide import Machines, decide
 from longctx.errors import out_of_memory
-from longctx.host_memory import peak_resident
+from longctx.host_memory import peak_resident, status
 from longctx.planner.remedies import GIB
 from longctx.processes import die_with_parent
 from longctx.train.step import Timer
@@ -59,7 +59,7 @@ class Meter(Timer):
     """A timer that also notes the most memory of each phase, in GiB."""
 
     def __init__(self, device: torch.device) -> None:
-        self.base = _resident() if device.type == "cpu" else 0.0
+        self.base = status("VmRSS") if device.type == "cpu" else 0.0
         self.peaks: dict[str, float] = {}
         super().__init__(device)
 
@@ -86,12 +86,6 @@ class Meter(Timer):
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-
-
-def _resident() -> float:
-    """Bytes of this process's resident set; its largest, `peak_resident`, counts since clear_refs was written to."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    return 1024.0 * next(int(line.split()[1]) for line in lines if line.startswith("VmRSS:"))
 
 
 def main(path: str) -> None:

@@ -24,7 +24,10 @@ from longctx.bench.lora_pair import make_pair
 from longctx.config.lora import BenchLoraConfig
 from longctx.console import emit_json, say
 from longctx.errors import RunFailed, UserError
+from longctx.host_memory import status
 from longctx.versions import installed
+
+_PERIOD = 0.01  # seconds between two looks at a child's memory
 
 
 @dataclass(frozen=True)
@@ -148,14 +151,15 @@ def _child(words: list[str], threads: int) -> tuple[float, float]:
     with tempfile.TemporaryFile() as output:
         began = time.perf_counter()
         child = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment)
-        _, status, usage = os.wait4(child.pid, 0)
+        peak = 0.0
+        while child.poll() is None:  # its rusage, once it has ended, would count this process's peak too
+            peak = max(peak, status("VmHWM", child.pid))
+            time.sleep(_PERIOD)
         seconds = time.perf_counter() - began
-        child.returncode = os.waitstatus_to_exitcode(status)
         if child.returncode != 0:
             output.seek(0)
             raise RunFailed(f"{' '.join(words)} failed:\n{output.read().decode(errors='replace')[-2000:]}")
-    # Linux counts ru_maxrss in KiB, macOS in bytes.
-    return seconds, usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    return seconds, peak / 2**20
 
 
 def _excess(base: Path, tuned: Path, adapters: dict[str, Path], rank: int) -> dict[str, float]:

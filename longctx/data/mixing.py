@@ -94,10 +94,8 @@ def draw(
     if policy.kind == "joined":
         joined, epochs = _take(cut_documents(lengths, 0), target, seed, (*words, "all"))
         return DrawnPieces(epochs, joined=joined)
-    if policy.kind == "cut":
-        pieces = cut_documents(lengths, min(policy.length or seq_len, seq_len))
-    else:
-        pieces = cut_documents(lengths, seq_len if split or policy.kind == "prolong" else 0)
+    split = split or policy.kind in ("prolong", "cut")
+    pieces = cut_documents(lengths, longest_piece(policy, seq_len) if split else 0)
     if policy.kind not in ("upsample", "prolong"):
         packed, epochs = _take(pieces, target, seed, (*words, "all"))
         return DrawnPieces(epochs, packed=packed)
@@ -120,6 +118,11 @@ def draw(
     if policy.kind == "prolong":
         return DrawnPieces(epochs, whole=long, packed=short)
     return DrawnPieces(epochs, packed=Pieces.concatenated([long, short]))
+
+
+def longest_piece(policy: LengthPolicy | None, seq_len: int) -> int:
+    """Return the most tokens that a piece of a document may have under a policy."""
+    return min(policy.length, seq_len) if policy is not None and policy.kind == "cut" and policy.length else seq_len
 
 
 def longest_wanted(policy: LengthPolicy | None, seq_len: int) -> int:

@@ -15,7 +15,7 @@ from itertools import chain
 import numpy as np
 
 from longctx.config.data import DataConfig, LengthPolicy, Mix
-from longctx.data.mixing import DrawnPieces, Pieces, draw, rng_of, synthetic
+from longctx.data.mixing import DrawnPieces, Pieces, draw, longest_piece, rng_of, synthetic
 from longctx.data.packing import best_fit, join_and_split
 from longctx.errors import UserError
 from longctx.host_memory import free_memory
@@ -107,12 +107,9 @@ def _check_memory(mix: Mix, lengths: Mapping[str, np.ndarray], seq_len: int, seq
     pieces = 0.0
     for name, entry in mix.items():
         documents = lengths.get(name, np.zeros(0, np.int32))
-        length = float(documents.mean()) if len(documents) else seq_len
-        if len(documents) and entry.length is not None and entry.length.kind == "cut":
-            length = documents.sum(dtype=np.int64) / -(-documents // (entry.length.length or seq_len)).sum(
-                dtype=np.int64
-            )
-        pieces += sequences * entry.weight * max(1.0, seq_len / max(length, 1.0))
+        count = -(-documents // longest_piece(entry.length, seq_len)).sum(dtype=np.int64)
+        mean = max(1.0, documents.sum(dtype=np.int64) / count) if count else seq_len
+        pieces += sequences * entry.weight * seq_len / mean
     need, free = _BYTES_PER_PIECE * pieces, free_memory()
     if need > free:
         name, _, split = stage.partition("/")
