@@ -53,10 +53,10 @@ class Footprint:
     """Bytes that one token needs on its device during training (docs/memory.md).
 
     inputs: E b for each layer's input. attention: Q b + 4 H for each layer that keeps its attention output and lse.
-    products: (Q + 2 K + E + 2 F) b for each layer that saves its matrix products (q, k, v, o, gate, up).
+    products: (Q + 2 K + 2 F) b for each layer that saves its matrix products (q, k, v, gate, up).
     working: (2 E + 3 Q + 5 K) b for the layer whose attention runs backward: the gradient of the residual, the normed
     input, q, the gradients of q and of the attention output, and k and v with their gradients.
-    ends: 2 E b at the loss, for the last hidden states and their gradient.
+    ends: 3 E b at the loss: the last layer's output, the last hidden states after the norm, and their gradient.
     everything: (4 E + 2 Q + 2 K + 4 F) b + 4 H for each layer without activation checkpointing.
     """
 
@@ -199,9 +199,9 @@ class Shape:
             layers=self.layers,
             inputs=e * itemsize,
             attention=q * itemsize + self.heads * max(4, itemsize),
-            products=(q + 2 * k + e + 2 * f) * itemsize,
+            products=(q + 2 * k + 2 * f) * itemsize,
             working=(2 * e + 3 * q + 5 * k) * itemsize,
-            ends=2 * e * itemsize,
+            ends=3 * e * itemsize,
             everything=(4 * e + 2 * q + 2 * k + 4 * f) * itemsize + self.heads * max(4, itemsize),
         )
 

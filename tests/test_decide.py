@@ -185,13 +185,12 @@ def _trained_bytes(config: TrainConfig, tokens: int) -> float:
     """Bytes per token that a real model's layers keep, told to keep by training's own plan."""
     from longctx.model.layer import set_save_policies, train_layers
     from longctx.model.load import init_from
-    from longctx.model.saved import attention_only
 
     assert config.model.init is not None
     model = init_from(config.model.init)
     train_layers(model)
     set_save_policies(model, config.model.memory, block=0, tokens=tokens, store=None)
-    keeping = sum(layer.save_policy.attention is not attention_only for layer in model.model.layers)
+    keeping = sum(layer.save_policy.products for layer in model.model.layers)
     cost = shape_of_model(config.model).footprint(4)
     return cost.layers * cost.kept + keeping * cost.products
 

@@ -11,12 +11,12 @@ of a ring position.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from longctx.attention.kernel import Problem
 from longctx.attention.kernels import problem_of
 from longctx.attention.merge import Accumulator, accumulator_dtype
 from longctx.attention.rectangles import Call, Part, RectangleKernels
@@ -57,6 +57,35 @@ class BufferPool:
     def clear(self) -> None:
         self.free.clear()
         self.total = 0
+
+
+class GradientSum:
+    """A sum of gradients [B, H, L, D]; its first part is copied, where it is whole, instead of added to zeros.
+
+    begun: whether the memory holds a sum, as it does where one has arrived from another rank.
+    """
+
+    def __init__(self, total: Tensor, *, begun: bool = False) -> None:
+        self.total, self.begun = total, begun
+
+    def begin(self) -> None:
+        """Begin a new sum; what the memory holds does not count."""
+        self.begun = False
+
+    def add(self, where: slice, part: Tensor) -> None:
+        """Add `part` to the tokens `where`."""
+        if not self.begun and part.shape[2] == self.total.shape[2]:
+            self.total.copy_(part)
+            self.begun = True
+            return
+        self.settled()[:, :, where].add_(part)
+
+    def settled(self) -> Tensor:
+        """The sum, zero if nothing was added."""
+        if not self.begun:
+            self.total.zero_()
+            self.begun = True
+        return self.total
 
 
 class ScheduleExecutor:
@@ -111,11 +140,12 @@ class ScheduleExecutor:
         """Compute out, in q's type and strides, and lse for all queries of this rank."""
         blocks = self._blocks(k, v)
         acc = Accumulator(q)
+        problem = problem_of(q, k)
         for number, hop in enumerate(self.schedule.ring):
             for transfer in hop.post:
                 self.transfers.post(number, transfer, blocks[transfer.send.slot], blocks[transfer.recv.slot])
             compute = hop.compute
-            calls = self._calls(compute, q, k)
+            calls = self._calls(compute, problem)
             if compute is not None and (calls or compute.slots == (OWN,)):
                 with self.transfers.span(number, f"block {compute.blocks}"):
                     keys, values = self._keys(compute, blocks, k, v) if calls else (k, v)
@@ -133,18 +163,18 @@ class ScheduleExecutor:
         for part in call.forward(q, k, v, self.scale):
             acc.add(*part)
 
-    def _only_call(self, q: Tensor, k: Tensor) -> Call | None:
+    def _only_call(self, problem: Problem, length: int) -> Call | None:
         """The call that alone serves all tokens of a single rank, and needs neither accumulators nor buffers."""
         if self.schedule.kv_slots or len(self.schedule.ring) != 1:
             return None
-        calls = self._calls(self.schedule.ring[0].compute, q, k)
-        return calls[0] if len(calls) == 1 and calls[0].covers(q.shape[2]) else None
+        calls = self._calls(self.schedule.ring[0].compute, problem)
+        return calls[0] if len(calls) == 1 and calls[0].covers(length) else None
 
-    def _calls(self, compute: Compute | None, q: Tensor, k: Tensor) -> list[Call]:
+    def _calls(self, compute: Compute | None, problem: Problem) -> list[Call]:
         if compute is None:
             return []
         rects = self.layout.rects(self.position, compute.blocks, compute.part)
-        return self.kernels.calls(problem_of(q, k), (compute.blocks, compute.part), rects)
+        return self.kernels.calls(problem, (compute.blocks, compute.part), rects)
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dkv_dtype: torch.dtype
@@ -153,27 +183,26 @@ class ScheduleExecutor:
 
         dkv_dtype: the type in which dKV travels between ranks.
         """
-        if (only := self._only_call(q, k)) is not None:
+        problem = problem_of(q, k)
+        if (only := self._only_call(problem, q.shape[2])) is not None:
             with self.transfers.span(0, "alone"):
                 rows, keys = only.backward(dout, q, k, v, out, lse, self.scale)
                 return rows[0][1], keys[0][1], keys[0][2]
         blocks = self._blocks(k, v)
         kind = accumulator_dtype(q.dtype)
-        dq = torch.zeros_like(q, dtype=kind)
-        own = (torch.zeros_like(k, dtype=kind), torch.zeros_like(v, dtype=kind))
+        dq, *own = (GradientSum(torch.empty_like(x, dtype=kind)) for x in (q, k, v))
         shape = (2, *k.shape)
         travelling = {slot: self._take(shape, dkv_dtype, k.device) for slot in range(self.schedule.dkv_slots)}
-        sums: dict[int, Sequence[Tensor]] = {
-            OWN: own,
-            **{slot: x.unbind(0) for slot, x in travelling.items()},
-        }
+        sums = {OWN: own}
+        for slot, buffer in travelling.items():
+            sums[slot] = [GradientSum(part, begun=True) for part in buffer.unbind(0)]
         for number, hop in enumerate(self.schedule.ring):
             for transfer in hop.post:
                 held = blocks if transfer.payload == "kv" else travelling
                 self.transfers.post(number, transfer, held[transfer.send.slot], held[transfer.recv.slot])
             compute = hop.compute
             found: list[Part] = []
-            calls = self._calls(compute, q, k)
+            calls = self._calls(compute, problem)
             if compute is not None and calls:
                 with self.transfers.span(number, f"block {compute.blocks}"):
                     keys, values = self._keys(compute, blocks, k, v)
@@ -184,40 +213,43 @@ class ScheduleExecutor:
                 self._collect(compute, found, sums)
             for source, target in hop.adds:
                 for total, part in zip(sums[target], sums[source], strict=True):
-                    total.add_(part)
+                    total.add(slice(0, k.shape[2]), part.total)
         self._return()
-        return dq, *own
+        return dq.settled(), own[0].settled(), own[1].settled()
 
     def _differentiate(
-        self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: Tensor
+        self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: GradientSum
     ) -> list[Part]:
-        """Add the call's dq to `dq`, and return its dK and dV by runs of keys."""
+        """Add the call's dq to `dq`, which frees it, and return its dK and dV by runs of keys."""
         rows, found = call.backward(dout, q, k, v, out, lse, self.scale)
         for where, grad in rows:
-            dq[:, :, where].add_(grad)
+            dq.add(where, grad)
         return found
 
-    def _collect(self, compute: Compute, found: list[Part], sums: dict[int, Sequence[Tensor]]) -> None:
+    def _collect(self, compute: Compute, found: list[Part], sums: dict[int, list[GradientSum]]) -> None:
         """Add the dK and dV of one hop to their sums, splitting the joint gradient of several blocks by block."""
         targets = [sums[slot] for slot in compute.into]
         if compute.fresh:
             for target in targets:
-                for part in target:
-                    part.zero_()
+                for total in target:
+                    total.begin()
         for keys, dk, dv in found:
             for index, grad in enumerate((dk, dv)):
                 if len(targets) == 1:
-                    targets[0][index][:, :, keys].add_(grad)
+                    targets[0][index].add(keys, grad)
                 else:
                     self._deal(compute, keys, grad, [target[index] for target in targets])
+        for target in targets:
+            for total in target:
+                total.settled()  # it may be sent, and rows that got nothing are 0
 
-    def _deal(self, compute: Compute, keys: slice, grad: Tensor, targets: list[Tensor]) -> None:
+    def _deal(self, compute: Compute, keys: slice, grad: Tensor, targets: list[GradientSum]) -> None:
         for copy in self.layout.gather_order(compute.blocks):
             first, past = max(copy.target, keys.start), min(copy.target + copy.length, keys.stop)
             if first < past:
                 begin = copy.source + first - copy.target
                 piece = grad[:, :, first - keys.start : past - keys.start]
-                targets[copy.block][:, :, begin : begin + past - first].add_(piece)
+                targets[copy.block].add(slice(begin, begin + past - first), piece)
 
     def _return(self) -> None:
         self.pool.give(self.lent)

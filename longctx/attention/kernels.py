@@ -30,8 +30,13 @@ KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ORDER}
 
 
 def problem_of(q: Tensor, k: Tensor) -> Problem:
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (0, 0)
+    capability = _capability(q.device) if q.is_cuda else (0, 0)
     return Problem(q.device.type, q.dtype, q.shape[3], q.shape[1], k.shape[1], capability)
+
+
+@lru_cache(maxsize=16)
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def this_machine(head_dim: int = 128, q_heads: int = 32, kv_heads: int = 8) -> Problem:

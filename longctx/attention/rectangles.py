@@ -43,21 +43,25 @@ class DenseCall:
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> list[Part]:
         rows, keys = self._slices()
-        out, lse = self.kernel.forward(
-            q[:, :, rows], k[:, :, keys], v[:, :, keys], causal=self.rect.causal, scale=scale
-        )
+        given = _tokens(q, rows), _tokens(k, keys), _tokens(v, keys)
+        out, lse = self.kernel.forward(*given, causal=self.rect.causal, scale=scale)
         return [(rows, out, lse)]
 
     def backward(
         self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[list[tuple[slice, Tensor]], list[Part]]:
         rows, keys = self._slices()
-        given = (dout[:, :, rows], q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows], lse[:, :, rows])
-        dq, dk, dv = self.kernel.backward(*given, causal=self.rect.causal, scale=scale)
+        given = [_tokens(x, where) for x, where in ((dout, rows), (q, rows), (k, keys), (v, keys), (out, rows))]
+        dq, dk, dv = self.kernel.backward(*given, _tokens(lse, rows), causal=self.rect.causal, scale=scale)
         return [(rows, dq)], [(keys, dk, dv)]
 
     def _slices(self) -> tuple[slice, slice]:
         return slice(self.rect.q0, self.rect.q1), slice(self.rect.k0, self.rect.k1)
+
+
+def _tokens(x: Tensor, where: slice) -> Tensor:
+    """The tokens `where` of x [B, H, L, ...], x itself where they are all."""
+    return x if where.stop - where.start == x.shape[2] else x.narrow(2, where.start, where.stop - where.start)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ thread, measured at 50 to 100 ms, so it takes only large blocks whose shape come
 from __future__ import annotations
 
 import itertools
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,7 +25,16 @@ CUDNN_STEP = 256  # lengths of packed documents for cuDNN are multiples of this,
 
 def _no_dropout(q: Tensor) -> tuple[Tensor, Tensor]:
     """The random state that a backward takes as an argument and does not read without dropout."""
-    return torch.zeros(2, dtype=torch.int64, device=q.device), torch.zeros((), dtype=torch.int64, device=q.device)
+    if type(q) is not Tensor:  # a fake tensor, whose mode makes these too
+        return _zeros.__wrapped__(q.device)
+    return _zeros(q.device)
+
+
+@lru_cache(maxsize=16)
+def _zeros(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Kept, because two more launches for each block would let a GPU wait for the host."""
+    with torch.inference_mode(False):
+        return torch.zeros(2, dtype=torch.int64, device=device), torch.zeros((), dtype=torch.int64, device=device)
 
 
 # --- torch's own flash attention, dense and packed

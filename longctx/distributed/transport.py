@@ -8,9 +8,8 @@ mis-pair: NCCL ignores tags. Every rank posts in the same order. `DistributedTra
 
 from __future__ import annotations
 
-import queue
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
@@ -223,13 +222,25 @@ class ThreadWorld:
     def __init__(self, size: int, *, serial: bool = False, timeout: float = 60.0) -> None:
         self.size, self.timeout = size, timeout
         self.threads = [ThreadPoolExecutor(1) for _ in range(size)]
-        self.mail: dict[tuple, queue.Queue[Tensor]] = defaultdict(queue.Queue)
         self.turn = threading.Lock() if serial else None
-        self.guard = threading.Lock()
+        self._guard = threading.Lock()
+        # What was posted and has not met the peer's side yet, in order: by channel, source, to, and whether it sends.
+        self._posted: dict[tuple, deque[_Side]] = defaultdict(deque)
 
-    def mailbox(self, channel: str, source: int, to: int) -> queue.Queue[Tensor]:
-        with self.guard:
-            return self.mail[channel, source, to]
+    def post(self, way: tuple[str, int, int], tensor: Tensor, *, sends: bool) -> _Side:
+        """Post one side of a transfer; way: channel, source, to. Who comes last copies, with no tensor between."""
+        mine = _Side(tensor)
+        with self._guard:
+            others = self._posted[way, not sends]
+            if not others:
+                self._posted[way, sends].append(mine)
+                return mine
+            peer = others.popleft()
+        source, target = (mine, peer) if sends else (peer, mine)
+        target.tensor.copy_(source.tensor)
+        mine.done.set()
+        peer.done.set()
+        return mine
 
     def run(self, work: Callable[[ThreadTransport], object]) -> list:
         """Call work(transport) on every virtual rank; returns the results by rank, or raises the first rank's error."""
@@ -245,6 +256,13 @@ class ThreadWorld:
         return [future.result() for future in futures]
 
 
+class _Side:
+    """One rank's side of a transfer: the tensor that leaves or arrives, and whether it has."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.done = tensor, threading.Event()
+
+
 class ThreadTransport:
     """The transport of one virtual rank of a ThreadWorld."""
 
@@ -252,17 +270,19 @@ class ThreadTransport:
         self.world, self.rank, self.size = world, rank, world.size
 
     def post(self, channel: str, send: Tensor, to: int, recv: Tensor, source: int) -> Pending:
-        self.world.mailbox(channel, self.rank, to).put(send.clone())
-        return _PendingReceive(self.world, channel, source, self.rank, recv)
+        sides = {
+            f"receiving from rank {source}": self.world.post((channel, source, self.rank), recv, sends=False),
+            f"sending to rank {to}": self.world.post((channel, self.rank, to), send, sends=True),
+        }
+        return _ThreadPosted(self.world, sides)
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         parts = [tensor if peer == self.rank else torch.empty_like(tensor) for peer in range(self.size)]
-        for peer in range(self.size):
-            if peer != self.rank:
-                self.world.mailbox("gather", self.rank, peer).put(tensor.clone())
-        for peer in range(self.size):
-            if peer != self.rank:
-                _PendingReceive(self.world, "gather", peer, self.rank, parts[peer]).wait()
+        posted = [
+            self.post("gather", tensor, peer, parts[peer], peer) for peer in range(self.size) if peer != self.rank
+        ]
+        for one in posted:
+            one.wait()
         return parts
 
     def unsupported(self, device: str) -> str | None:
@@ -272,18 +292,19 @@ class ThreadTransport:
         pass
 
 
-class _PendingReceive:
-    def __init__(self, world: ThreadWorld, channel: str, source: int, to: int, recv: Tensor) -> None:
-        self.world, self.channel, self.source, self.to, self.recv = world, channel, source, to, recv
+class _ThreadPosted:
+    def __init__(self, world: ThreadWorld, sides: dict[str, _Side]) -> None:
+        self.world, self.sides = world, sides
 
     def wait(self) -> None:
-        box, turn = self.world.mailbox(self.channel, self.source, self.to), self.world.turn
+        """Wait for both sides; under `serial` the others have their turns meanwhile."""
+        turn = self.world.turn
         if turn:
             turn.release()
         try:
-            self.recv.copy_(box.get(timeout=self.world.timeout))
-        except queue.Empty as error:
-            raise PeerLost(f"receiving from rank {self.source}: nothing within {self.world.timeout} s") from error
+            for peer, side in self.sides.items():
+                if not side.done.wait(self.world.timeout):
+                    raise PeerLost(f"{peer}: nothing within {self.world.timeout} s")
         finally:
             if turn:
                 turn.acquire()

@@ -5,6 +5,7 @@ Shapes: B batch, S tokens, E hidden size, F feed-forward size.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -15,12 +16,22 @@ from longctx.model.products import BlockSums, project
 _SILU, _GELU = ("SiLU", "SiLUActivation"), ("GELUTanh", "PytorchGELUTanh")  # transformers' classes
 
 
-def feed_forward(operators: Operators, mlp: Any, x: Tensor, sums: BlockSums, *, compute: bool = True) -> Tensor:
+def feed_forward(
+    operators: Operators,
+    mlp: Any,
+    x: Tensor,
+    sums: BlockSums,
+    *,
+    kept: AbstractContextManager[Any],
+    compute: bool = True,
+) -> Tensor:
     """x [B, S, E], a block of those of `sums` -> [B, S, E].
 
-    compute=False saves what the backward pass needs without the last product; the result is then of no use.
+    kept: the context for the products gate and up. compute=False saves what the backward pass needs without the last
+    product; the result is then of no use.
     """
-    gate, up = project(x, mlp.gate_proj, mlp.up_proj, sums=sums)
+    with kept:
+        gate, up = project(x, mlp.gate_proj, mlp.up_proj, sums=sums)
     (out,) = project(activated(operators, mlp, gate, up), mlp.down_proj, sums=sums, compute=compute)
     return out
 

@@ -14,6 +14,7 @@ Shapes: B batch, S tokens of this rank, E hidden size, H heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from longctx.model.norms import TrainedNorm, sum_and_norm, train_norms
 from longctx.model.offload import HostStore
 from longctx.model.products import BlockSums, project
 from longctx.model.rotary import rotate
-from longctx.model.saved import SAVE_EVERYTHING, Repetition, SavePolicy, full_checkpoint, selective_checkpoint
+from longctx.model.saved import Run, SavePolicy, selective_checkpoint
 from longctx.shape import shape_of
 
 
@@ -39,7 +40,7 @@ class TrainedLayer(Mixin):
     Without a layout, as in plain generation, transformers' own forward runs.
     """
 
-    save_policy: SavePolicy = SAVE_EVERYTHING
+    save_policy: SavePolicy = SavePolicy()
     operators: Operators = "torch"
 
     def forward(
@@ -55,63 +56,69 @@ class TrainedLayer(Mixin):
             return own.forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         with self.save_policy.saving():
             if self.save_policy.full:
-                return full_checkpoint(_regions, self, hidden_states, position_embeddings, layout)
-            return _regions(self, hidden_states, position_embeddings, layout, Repetition())
+                return selective_checkpoint(_regions, self, hidden_states, position_embeddings, layout)
+            return _regions(self, hidden_states, position_embeddings, layout, Run())
 
 
-def _regions(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, repetition: Repetition) -> Tensor:
+def _regions(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, run: Run) -> Tensor:
     """Both regions: x [B, S, E] -> the layer's output [B, S, E].
 
     A repetition needs only what the second region's checkpoints save, which are its arguments, so it computes nothing
     after the first.
     """
     policy = layer.save_policy
-    x, out = selective_checkpoint(policy.attention, policy.store, _attend, layer, x, turn, layout)
-    finish = _skip if repetition.running else _finish
+    x, out = _region(policy.recompute and not policy.full, policy, _attend, layer, x, turn, layout)
+    finish = _skip if run.repeats else _finish
     block = max(1, policy.block // x.shape[0]) if policy.block else x.shape[1]
     parts = list(zip(x.split(block, 1), out.split(block, 1), strict=True))
     sums = BlockSums(len(parts))
-    finished = [selective_checkpoint(policy.feed_forward, policy.store, finish, layer, *part, sums) for part in parts]
+    finished = [_region(policy.recompute, policy, finish, layer, *part, sums) for part in parts]
     return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
 
 
-def _attend(
-    layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, repetition: Repetition
-) -> tuple[Tensor, Tensor]:
+def _region(recompute: bool, policy: SavePolicy, function: Callable[..., Any], *args: Any) -> Any:
+    """Call function(*args, run), as a checkpoint if it is to be recomputed."""
+    return selective_checkpoint(function, *args, store=policy.store) if recompute else function(*args, Run())
+
+
+def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, run: Run) -> tuple[Tensor, Tensor]:
     """The first region: x [B, S, E], turn = (cos, sin) [B, S, D] -> x, attention output [B, S, H * D] before o_proj.
 
     x goes through, so that the norm adds the residual's gradient to its own.
     """
     module = layer.self_attn
     x, normed = sum_and_norm(layer.input_layernorm, x)
-    products = project(normed, module.q_proj, module.k_proj, module.v_proj)
+    with run.keeping(layer.save_policy.products):
+        products = project(normed, module.q_proj, module.k_proj, module.v_proj)
     q, k, v = (product.unflatten(-1, (-1, module.head_dim)) for product in products)
     if hasattr(module, "q_norm"):
         q, k = module.q_norm(q), module.k_norm(k)
-    if layer.operators == "liger" and layer.save_policy.keeps_products and not hasattr(module, "q_norm"):
+    if layer.operators == "liger" and layer.save_policy.products and not hasattr(module, "q_norm"):
         q, k = q.clone(), k.clone()  # the kept products, which the rotation would overwrite
     q, k = rotate(layer.operators, q, k, *turn)
     dropout = module.attention_dropout if module.training else 0.0
     window = getattr(module, "sliding_window", None)
-    out, _ = attend(
-        module, q, k, v.transpose(1, 2), scaling=module.scaling, dropout=dropout, layout=layout,
-        sliding_window=window,
-    )  # fmt: skip
+    with run.keeping():
+        out, _ = attend(
+            module, q, k, v.transpose(1, 2), scaling=module.scaling, dropout=dropout, layout=layout,
+            sliding_window=window,
+        )  # fmt: skip
     return x, out.flatten(2)
 
 
-def _finish(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, repetition: Repetition) -> Tensor:
+def _finish(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, run: Run) -> Tensor:
     """The second region: a block of the layer's input and attention output -> the layer's output [B, block, E].
 
     A repetition leaves out the last product, which nobody reads.
     """
     (projected,) = project(out, layer.self_attn.o_proj, sums=sums)
     hidden, normed = sum_and_norm(layer.post_attention_layernorm, x, projected)
-    made = feed_forward(layer.operators, layer.mlp, normed, sums, compute=not repetition.running)
-    return made if repetition.running else hidden + made
+    kept = run.keeping(layer.save_policy.products)
+    made = feed_forward(layer.operators, layer.mlp, normed, sums, kept=kept, compute=not run.repeats)
+    return made if run.repeats else hidden + made
 
 
-def _skip(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, repetition: Repetition) -> Tensor:
+def _skip(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, run: Run) -> Tensor:
     """The second region in a repetition."""
     return x
 

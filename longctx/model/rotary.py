@@ -143,10 +143,7 @@ def rotate(operators: Operators, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor)
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = x.shape[-1] // 2
-    out = torch.empty_like(x)
-    first, second = x[..., :half], x[..., half:]
-    torch.mul(first, cos[..., :half], out=out[..., :half])
-    out[..., :half].addcmul_(second, sin[..., :half], value=-1)
-    torch.mul(second, cos[..., half:], out=out[..., half:])
-    out[..., half:].addcmul_(first, sin[..., half:])
+    out = torch.mul(x, cos, out=torch.empty_like(x))
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])
     return out

@@ -1,9 +1,10 @@
-"""Save policies: activation checkpointing that saves the outputs of chosen operators, or only a layer's input.
+"""Save policies: activation checkpointing that saves what chosen operators return, or only a layer's input.
 
-`selective_checkpoint` is torch's non-reentrant checkpoint with two dispatch modes. The forward pass saves the outputs
-of the chosen operators, and the recomputation replays them in the same order, so attention never runs twice. torch's
-own selective checkpointing does the same, but in eager mode it ignores the policy that offloads (2.13). Here a saved
-output may be on the device or in host memory.
+`selective_checkpoint` is torch's non-reentrant checkpoint. The function that it repeats says which outputs outlive the
+first run: those of attention and of products that it calls inside `run.keeping()`. The repetition replays them in the
+same order, so attention never runs twice. torch's own selective checkpointing decides for every operator of the
+function, which costs the host a tenth of a millisecond each time, and in eager mode it ignores a policy that offloads
+(2.13). Here a saved output may be on the device or in host memory.
 """
 
 from __future__ import annotations
@@ -24,44 +25,26 @@ from longctx.attention import SAVED_OPS
 from longctx.config.model import MemoryConfig
 from longctx.model.offload import HostStore, HostView
 
-Chooser = Callable[[Any, tuple[Any, ...]], bool]
-
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-
-
-def attention_only(op: Any, args: tuple[Any, ...]) -> bool:
-    """Choose context attention, whose outputs are out and lse."""
-    return op in SAVED_OPS
-
-
-def attention_and_products(op: Any, args: tuple[Any, ...]) -> bool:
-    """Choose attention and the products q, k and v (before rotation)."""
-    return attention_only(op, args) or op in _PRODUCTS
-
-
-def widening_products(op: Any, args: tuple[Any, ...]) -> bool:
-    """Choose the products whose outputs are wider than their inputs: gate and up.
-
-    o_proj is cheap, and down is not needed again. Where all heads are narrower than the hidden size, o_proj is chosen.
-    """
-    return op in _PRODUCTS and args[-1].shape[-1] > args[-1].shape[-2]
+_KEPT = (*SAVED_OPS, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 @dataclass(frozen=True)
 class SavePolicy:
-    """What one layer saves for its backward pass: the operators of its two regions (None: everything autograd saves).
+    """What one layer saves for its backward pass.
 
-    block: tokens of a block of the second region. store: the host memory for saved tensors (None: they stay on the
-    device). first: whether the forward pass begins with this layer. full: only the layer's input is saved, and both
-    regions are recomputed from it, attention included.
+    recompute: whether its two regions are checkpoints; without, everything that autograd saves stays. products: the
+    regions save what their products return (q, k, v, gate and up), besides attention's out and lse. full: only the
+    layer's input is saved, and both regions are recomputed from it, attention included. block: tokens of a block of the
+    second region (0: all). store: the host memory for saved tensors (None: they stay on the device). first: whether the
+    forward pass begins with this layer.
     """
 
-    attention: Chooser | None
-    feed_forward: Chooser | None
-    block: int
+    recompute: bool = False
+    products: bool = False
+    full: bool = False
+    block: int = 0
     store: HostStore | None = None
     first: bool = False
-    full: bool = False
 
     @classmethod
     def of(
@@ -69,84 +52,66 @@ class SavePolicy:
     ) -> SavePolicy:
         """The policy of layer `layer` of `layers`; the last `keep_matmuls` layers also save their matrix products."""
         if not memory.activation_checkpointing:
-            return cls(None, None, block)
-        if not memory.keep_attention:
-            return cls(None, _nothing, block, store, layer == 0, full=True)
-        if layer >= layers - keep_matmuls:
-            return cls(attention_and_products, widening_products, block, store, layer == 0)
-        return cls(attention_only, _nothing, block, store, layer == 0)
-
-    @property
-    def keeps_products(self) -> bool:
-        """Whether q, k and v are saved as the products give them."""
-        return self.attention is attention_and_products
+            return cls(block=block)
+        full = not memory.keep_attention
+        products = not full and layer >= layers - keep_matmuls
+        return cls(True, products, full, block, store, first=layer == 0)
 
     def saving(self) -> Any:
         """The context in which the layer's forward runs."""
         return contextlib.nullcontext() if self.store is None else self.store.layer(first=self.first)
 
 
-def _nothing(op: Any, args: tuple[Any, ...]) -> bool:
-    return False
+class Run(contextlib.AbstractContextManager["Run", None]):
+    """The runs of one checkpointed function: the first, and inside `with run` its repetition in a backward pass.
 
+    repeats: whether this is a repetition.
+    """
 
-SAVE_EVERYTHING = SavePolicy(None, None, 0)
+    def __init__(self, store: HostStore | None = None, *, keeps: bool = False) -> None:
+        self.store, self.keeps, self.repeats = store, keeps, False
+        self._kept: deque[Any] = deque()
 
+    def keeping(self, wanted: bool = True) -> Any:
+        """A context whose attention and products the first run computes and saves, and the repetition replays.
 
-class Repetition(contextlib.AbstractContextManager["Repetition", None]):
-    """The context in which a checkpointed function runs again; `running` tells the function that it does."""
+        Where it is not wanted, or where nothing will be repeated, it does nothing.
+        """
+        if not (wanted and self.keeps):
+            return contextlib.nullcontext()
+        return (_ReplayOutputs if self.repeats else _SaveOutputs)(self._kept, self.store)
 
-    running = False
-
-    def __enter__(self) -> Repetition:
-        self.running = True
+    def __enter__(self) -> Run:
+        self.repeats = True
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.running = False
+        self.repeats = False
 
 
-def selective_checkpoint(
-    keep: Chooser | None, store: HostStore | None, function: Callable[..., Any], *args: Any
-) -> Any:
-    """Call `function(*args, repetition)` and recompute it in the backward pass, but save what chosen operators return.
+def selective_checkpoint(function: Callable[..., Any], *args: Any, store: HostStore | None = None) -> Any:
+    """Call `function(*args, run)` and repeat it in the backward pass, but for what it computes inside `run.keeping()`.
 
-    keep: chooses the operators. Only tensors given directly as arguments pass through saved-tensor hooks; tensors
-    inside tuples stay where they are. keep=None calls the function without a checkpoint. The recomputation ends with
-    the last tensor that the function saves.
+    store: where that is saved (None: on its device). Only tensors given directly as arguments pass through saved-tensor
+    hooks; tensors inside tuples stay where they are. The repetition ends with the last tensor that the function saves.
     """
-    repetition = Repetition()
-    if keep is None or not torch.is_grad_enabled():
-        return function(*args, repetition)
-
-    def contexts() -> tuple[Any, Any]:
-        if keep is _nothing:
-            return contextlib.nullcontext(), repetition
-        kept: deque[Any] = deque()
-        return _SaveOutputs(keep, kept, store), _ReplayOutputs(keep, kept, store, repetition)
-
+    if not torch.is_grad_enabled():
+        return function(*args, Run())
+    run = Run(store, keeps=True)
     options: Any = {"use_reentrant": False, "preserve_rng_state": False}
-    return checkpoint(function, *args, repetition, context_fn=contexts, **options)
-
-
-def full_checkpoint(function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """Call `function(*args, repetition)` and recompute it in the backward pass from its arguments.
-
-    The function may hold further checkpoints; the recomputation ends with the last argument that they save.
-    """
-    return selective_checkpoint(_nothing, None, function, *args)
+    return checkpoint(function, *args, run, context_fn=lambda: (contextlib.nullcontext(), run), **options)
 
 
 class _SaveOutputs(TorchDispatchMode):
-    """Saves the outputs of the chosen operators, in order, during the forward pass."""
+    """Saves the outputs of attention and products, in order, during the forward pass."""
 
-    def __init__(self, keep: Chooser, kept: deque[Any], store: HostStore | None) -> None:
+    def __init__(self, kept: deque[Any], store: HostStore | None) -> None:
         super().__init__()
-        self.keep, self.kept, self.store = keep, kept, store
+        self.kept, self.store = kept, store
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if self.keep(func, args):
+        if func in _KEPT:
             self.kept.append(tree_map_only(Tensor, self._put, out))
         return out
 
@@ -155,22 +120,14 @@ class _SaveOutputs(TorchDispatchMode):
 
 
 class _ReplayOutputs(TorchDispatchMode):
-    """A repetition that replays the saved outputs instead of computing them; each can be replayed once."""
+    """Replays the saved outputs instead of computing them; each can be replayed once."""
 
-    def __init__(self, keep: Chooser, kept: deque[Any], store: HostStore | None, repetition: Repetition) -> None:
+    def __init__(self, kept: deque[Any], store: HostStore | None) -> None:
         super().__init__()
-        self.keep, self.kept, self.store, self.repetition = keep, kept, store, repetition
-
-    def __enter__(self) -> _ReplayOutputs:
-        self.repetition.__enter__()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.repetition.__exit__(*error)
+        self.kept, self.store = kept, store
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not self.keep(func, args):
+        if func not in _KEPT:
             return func(*args, **(kwargs or {}))
         if not self.kept:
             raise RuntimeError(f"the saved output of {func} has been used already; backward ran twice")
