@@ -17,6 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from longctx.storage import hub
 from longctx.storage.files import write_text
 
 RECORD = "made_from.json"  # in a folder of computed weights: the fingerprint of their inputs, and their hashes
@@ -33,10 +34,10 @@ def fingerprint_of(values: Mapping[str, Any]) -> str:
 
 
 def folder_fingerprint(path: str | Path) -> str:
-    """Return the fingerprint of a model folder's content, 16 hex digits; a hub id is returned as it is."""
+    """Return the fingerprint of a model folder's content, 16 hex digits; a hub id is returned with its commit."""
     folder = Path(path)
     if not folder.is_dir():
-        return str(path)
+        return hub.revision(str(path))
     small = {f.name: f.read_bytes().hex() for f in sorted(folder.glob("*.json"))}
     if any(_holds(folder / name, folder) for name in ("hashes.json", RECORD) if name in small):
         return fingerprint_of(small)
@@ -78,7 +79,7 @@ def _is_record_of(record: Path, folder: Path) -> bool:
 def content_hashes(path: str | Path | None, patterns: Iterable[str] = ()) -> dict[str, str]:
     """Return {name: SHA-256} of a folder's files that match the patterns.
 
-    A single file is returned under the name "", and so is a hub id, as it is. None gives an empty dict.
+    A single file is returned under the name "", and so is a hub id with its commit. None gives an empty dict.
     """
     if path is None:
         return {}
@@ -86,7 +87,7 @@ def content_hashes(path: str | Path | None, patterns: Iterable[str] = ()) -> dic
     if found.is_file():
         return {"": file_hashes([found])[found]}
     if not found.is_dir():
-        return {"": str(path)}
+        return {"": hub.revision(str(path))}
     files = sorted({file for pattern in patterns for file in found.glob(pattern) if file.is_file()})
     return {file.name: digest for file, digest in file_hashes(files).items()}
 

@@ -58,6 +58,9 @@ class ExtractConfig:
     rslora: bool = False  #: alpha / sqrt(rank) instead of alpha / rank
     dtype: FactorDtype = "bfloat16"  #: of the factors
     precision: Annotated[Literal["float32", "float64"], AsDtype] = "float32"  #: of differences and products
+    #: to which the base is rounded before it is subtracted: the training's, where it loaded the base so (an fp16 base
+    #: is trained in bfloat16); otherwise that rounding counts as change
+    base_dtype: Annotated[Literal["stored", "float32", "bfloat16", "float64"], AsDtype] = "stored"
     oversample: Positive = 16  #: columns of the sketch beyond the rank
     power_max: Positive = 8  #: power iterations before the exact SVD is taken
     #: estimated gain of more iterations over the squared residual; 8e-3 leaves residuals within 0.4 % of the optimum

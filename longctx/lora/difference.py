@@ -95,7 +95,8 @@ class Difference:
             entry = tensors.entries[self.name]
             size = (stop - start) * self.shape[1] * DTYPES[entry.dtype].itemsize
             raw = self._scratch.bytes(side, size)
-            sides.append(tensors.read(self.name, first, last, out=raw).view(stop - start, self.shape[1]))
+            part = tensors.read(self.name, first, last, out=raw).view(stop - start, self.shape[1])
+            sides.append(part if tensors.rounding is None else part.to(tensors.rounding))
             if side == "base" and digest is not None:
                 digest.update(bytes_of(raw))
         block.copy_(sides[1])

@@ -93,7 +93,11 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
     difference; then no files are left.
     """
     _check_options(config)
-    with StoredTensors(config.base, what="base") as base, StoredTensors(config.tuned, what="tuned") as tuned:
+    rounding = None if config.base_dtype == "stored" else getattr(torch, config.base_dtype)
+    with (
+        StoredTensors(config.base, what="base", rounding=rounding) as base,
+        StoredTensors(config.tuned, what="tuned") as tuned,
+    ):
         for tensors in (base, tuned):
             check_weights(tensors)
         tied_head, tied = resolve_ties_of_pair(base, tuned)

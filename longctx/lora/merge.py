@@ -7,6 +7,7 @@ cannot use the longer window.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -183,21 +184,33 @@ def _rope(
         )
     if not extending:
         return None, own_window, ["the adapter does not change rope or window; the target's stay"]
-    targets = {(describe_rope(item["rope_parameters"]), item["window"]) for item in extending}
-    if len(targets) > 1:
-        raise UserError(
-            "the adapters were made for different windows: "
-            f"{'; '.join(f'{rope}, {window}' for rope, window in sorted(targets))}; say which with rope.theta=... "
-            "window=... or like=... (configs/lora_merge.yaml)"
-        )
     rope, window = extending[0]["rope_parameters"], extending[0]["window"]
+    if any((item["rope_parameters"], item["window"]) != (rope, window) for item in extending):
+        said = [f"{describe_rope(item['rope_parameters'])}, {item['window']}" for item in extending]
+        if len(set(said)) == 1:  # they differ in a value that the description leaves out
+            said = [f"{json.dumps(item['rope_parameters'], sort_keys=True)}, {item['window']}" for item in extending]
+        raise UserError(
+            f"the adapters were made for different ropes or windows: {'; '.join(sorted(set(said)))}; say which with "
+            "rope.theta=... window=... or like=... (configs/lora_merge.yaml)"
+        )
     if (own_rope, own_window) == (rope, window):
         raise UserError(
             f"target={config.target} has the adapter's rope and window already ({describe_rope(rope)}, {window}); "
             "merging again would add the extension twice. If only its config.json was edited, say rope=keep (nothing "
             "was written)"
         )
-    return dict(rope), window, []
+    return dict(rope), window, _another_rope(extending, own_rope)
+
+
+def _another_rope(extending: list[dict[str, Any]], own_rope: dict[str, Any]) -> list[str]:
+    """A note where the target's rope, which the adapter's replaces, is not that of the adapter's base."""
+    base = extending[0].get("base_rope_parameters")
+    if base is None or base == own_rope:
+        return []
+    return [
+        f"the target's rope ({describe_rope(own_rope)}) is not that of the adapter's base ({describe_rope(base)}): it "
+        "may not be a fine-tune of that base. The adapter's rope is written; rope.theta=... window=... writes another"
+    ]
 
 
 def _outputs(target: StoredTensors, tables: EmbeddingTables, matches: list[Match]) -> tuple[list[_Output], bool]:

@@ -41,10 +41,14 @@ class Scratch:
 
 
 class StoredTensors(Table):
-    """A table of tensors whose rows can be read; as a context manager it closes its files at the end."""
+    """A table of tensors whose rows can be read; as a context manager it closes its files at the end.
 
-    def __init__(self, path: str, *, what: str, stem: str = "model") -> None:
+    rounding: the dtype to which differences round this side first (None: they take it as it is stored).
+    """
+
+    def __init__(self, path: str, *, what: str, stem: str = "model", rounding: torch.dtype | None = None) -> None:
         super().__init__(path, what=what, stem=stem)
+        self.rounding = rounding
         self._data_start: dict[str, int] = {}
         self._descriptors: dict[str, int] = {}
         self._lock = threading.Lock()

@@ -44,6 +44,7 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
     settings = ExtractConfig(
         base=base, tuned=str(tuned), out=str(out), rank=asked.rank, profile=asked.profile,
         embeddings=asked.embeddings, dtype="bfloat16" if config.model.dtype == "bfloat16" else "float32",
+        base_dtype=config.model.dtype,  # type: ignore[arg-type]
     )  # fmt: skip
     paths = ("base", "tuned", "out")
     chosen = {name: value for name, value in asdict(settings).items() if name not in paths}

@@ -10,7 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -95,6 +95,24 @@ def cached(name: str) -> Path:
 
     # The pattern keeps huggingface_hub from refusing a repository of which only the needed files were fetched.
     return Path(snapshot_download(name, local_files_only=True, allow_patterns=["config.json"]))
+
+
+@cache
+def revision(name: str) -> str:
+    """A hub id with the commit that is read now, NAME@COMMIT: the hub's newest, or the cache's without network.
+
+    A local path is returned as it is, and so is a name of which nothing is known: whoever loads it says why.
+    """
+    if looks_local(name):
+        return name
+    from huggingface_hub import HfApi
+
+    with suppress(Exception):  # the types that downloads raise depend on huggingface_hub's release
+        if not offline():
+            return f"{name}@{HfApi().model_info(name).sha}"
+    with suppress(Exception):
+        return f"{name}@{cached(name).name}"
+    return name
 
 
 @contextmanager

@@ -9,7 +9,7 @@ B = 1 sequence, S tokens of the stage, n of them on this rank.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,12 @@ import numpy as np
 import torch
 
 from longctx.config.model import MemoryConfig
+from longctx.config.train import EngineConfig, OptimConfig
 from longctx.model import LossModel, set_rope
 from longctx.model.loss import IGNORED
 from longctx.theta.search_data import SearchData, WeightedSequence
+from longctx.train.batch import MicroBatch
+from longctx.train.replicated import ReplicatedEngine
 
 if TYPE_CHECKING:
     from longctx.attention import ContextParallel
@@ -28,9 +31,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Adaptation:
-    """Optimizer steps per candidate: one sequence a step, AdamW with rate lr, gradients clipped to norm 1."""
+    """Optimizer steps per candidate as a training takes them: a micro-batch each, AdamW at rate lr, clipped to norm 1.
 
-    sequences: list[WeightedSequence]
+    batches: this rank's part of one sequence of the stage each.
+    """
+
+    batches: list[MicroBatch]
     lr: float
 
 
@@ -55,7 +61,7 @@ class Objective:
         """Return (loss on the texts' last quarter, loss on the needles' answers) at this rope, in nats per token."""
         window = len(data.texts[0].tokens)
         set_rope(self.hf, rope, window, precision=self.precision)
-        with self._adapted(adapt) if adapt and adapt.sequences else _nothing(), torch.no_grad():
+        with self._adapted(adapt) if adapt and adapt.batches else nullcontext(), torch.no_grad():
             texts = self._mean(data.texts)
             needles = self._mean(data.needles) if data.needles else None
         return texts, needles
@@ -86,34 +92,19 @@ class Objective:
     @contextmanager
     def _adapted(self, adapt: Adaptation) -> Iterator[None]:
         """Train the model for the adaptation steps; its weights are restored on leaving the context."""
-        parameters = [p for p in self.hf.parameters() if p.requires_grad]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in parameters]
-        optimizer = torch.optim.AdamW(parameters, lr=adapt.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        engine = ReplicatedEngine(EngineConfig(), OptimConfig(max_grad_norm=1.0), self.model, self.ranks)
         try:
-            for sequence in adapt.sequences:
-                optimizer.zero_grad(set_to_none=True)
-                out = self._forward(sequence)
-                weight = self.ranks.sum([float(out.weight_sum)])[0]
-                (out.loss_sum / max(weight, 1e-9)).backward()
-                self._sum_gradients(parameters)
-                torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-                optimizer.step()
+            for batch in adapt.batches:
+                weight = self.ranks.sum([batch.weight])[0]
+                out = engine.forward(**batch.to(self.ranks.device).inputs)
+                engine.backward(out.loss_sum * (self.ranks.world / max(weight, 1e-9)), last=True)
+                engine.step(adapt.lr, float(engine.grad_norm()))
             yield
         finally:
+            engine.close()
             with torch.no_grad():
                 for parameter, kept in zip(parameters, before, strict=True):
                     parameter.copy_(kept)
                     parameter.grad = None
-
-    def _sum_gradients(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        if self.ranks.world == 1:
-            return
-        for parameter in parameters:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            torch.distributed.all_reduce(gradient)
-            parameter.grad = gradient
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

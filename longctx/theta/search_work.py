@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from longctx import console
 from longctx.curriculum import Stage
@@ -21,7 +24,7 @@ from longctx.theta.search_result import SearchResult, write_override
 from longctx.theta.trials import Trial, TrialFile
 
 if TYPE_CHECKING:
-    from longctx.theta.objective import Adaptation
+    from longctx.data import PackedSequence, StageData
     from longctx.theta.search_data import SearchData
 
 
@@ -47,20 +50,26 @@ def _run(job: SearchJob, ranks: Any) -> SearchResult:
     from longctx.attention import ContextParallel
     from longctx.model import model_of
     from longctx.shape import shape_of_model
-    from longctx.theta.objective import Objective
+    from longctx.theta.objective import Adaptation, Objective
+    from longctx.train.batch import micro_batch
     from longctx.train.machine import kernel_of
 
     stage, settings = job.stage, job.config.trials
     with ranks.agree("loading the model and its documents"):
         model = model_of(job.model).to(ranks.device)
-        data, adapt = _search_data(job)
+        data, trained = _search_data(job)
     wanted = job.model.attention_kernel
     kernel = kernel_of(job.model, shape_of_model(job.model), ranks.device.type, tried=True)
     console.say(f"{job.model.dtype} weights, attention kernel {kernel} on {ranks.device.type}")
     context = ContextParallel.from_world(kernel=None if wanted == "auto" else wanted)
     objective = Objective(model, job.model.memory, context, ranks, precision=job.model.rotary)
+    steps = range(settings.adapt_steps)
+    adapt = Adaptation([micro_batch(trained, [step], context, "zigzag") for step in steps], settings.adapt_lr)
+    packed = [trained.sequence(step) for step in steps] if trained else []
     file = (
-        TrialFile(job.folder / f"trials-{stage.name}.jsonl", _key(job, _contents(data, adapt))) if ranks.first else None
+        TrialFile(job.folder / f"trials-{stage.name}.jsonl", _key(job, _contents(data, packed)))
+        if ranks.first
+        else None
     )
     done: dict[int, Trial] = ranks.broadcast(file.done if file else {})
     trials: dict[int, Trial] = {}
@@ -100,11 +109,11 @@ def _result(stage: Stage, found: BestTheta, trials: dict[int, Trial]) -> SearchR
     return SearchResult(stage.name, stage.seq_len, trials[int(stage.theta)], trials[found.theta], found.edge, ordered)
 
 
-def _search_data(job: SearchJob) -> tuple[Any, Any]:
+def _search_data(job: SearchJob) -> tuple[SearchData, StageData | None]:
+    """The sequences of every trial, and the stage's own data where candidates are trained on it first."""
     from longctx.data import open_stage_data
     from longctx.data.tokenizer import load_tokenizer
-    from longctx.theta.objective import Adaptation
-    from longctx.theta.search_data import WeightedSequence, load_search_data
+    from longctx.theta.search_data import load_search_data
 
     tokenizer = load_tokenizer(job.model)
     settings, stage, cache = job.config.trials, job.stage, job.folder / "data"
@@ -118,7 +127,7 @@ def _search_data(job: SearchJob) -> tuple[Any, Any]:
     )
     if not settings.adapt_steps:
         return sequences, None
-    data = open_stage_data(
+    return sequences, open_stage_data(
         job.data,
         mix=stage.mix,
         seq_len=stage.seq_len,
@@ -129,17 +138,15 @@ def _search_data(job: SearchJob) -> tuple[Any, Any]:
         cache=cache,
         stage=stage.name,
     )
-    packed = [data.sequence(i) for i in range(settings.adapt_steps)]
-    return sequences, Adaptation(
-        [WeightedSequence(p.tokens.astype("int64"), p.weights) for p in packed], settings.adapt_lr
-    )
 
 
-def _contents(data: SearchData, adapt: Adaptation | None) -> str:
-    """Return the SHA-256 of all tokens and loss weights that a trial reads."""
+def _contents(data: SearchData, packed: Sequence[PackedSequence]) -> str:
+    """Return the SHA-256 of all tokens, loss weights and document boundaries that a trial reads."""
     digest = hashlib.sha256()
-    for sequence in (*data.texts, *data.needles, *(adapt.sequences if adapt else ())):
+    for sequence in (*data.texts, *data.needles, *packed):
         digest.update(sequence.tokens.tobytes() + sequence.weights.tobytes())
+    for sequence in packed:
+        digest.update(np.asarray(sequence.boundaries, np.int64).tobytes())
     return digest.hexdigest()
 
 

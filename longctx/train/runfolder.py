@@ -248,13 +248,23 @@ def _recorded(folder: Path) -> dict[str, dict[str, str]]:
 def _other_files(
     before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
 ) -> Iterator[IdentityChange]:
-    """A change for each key whose files differ from the recorded hashes."""
+    """A change for each key whose files, or whose revision on the hub, differ from the recorded ones."""
     for key, files in now.items():
         old = before.get(key, files)
+        if _named_on_hub(old) == _named_on_hub(files) != "":  # the commit of one may not be known
+            if "@" in old[""] and "@" in files[""] and old != files:
+                yield IdentityChange(key, f"{key} is {files['']} on the hub now, and was {old['']} at the start")
+            continue
         names = [name for name in dict.fromkeys([*files, *old]) if old.get(name) != files.get(name)]
         if names:
             shown = ", ".join(name for name in names[:3] if name)
             yield IdentityChange(key, f"{key} holds other files than at the start" + (f" ({shown})" if shown else ""))
+
+
+def _named_on_hub(hashes: Mapping[str, str]) -> str:
+    """The hub id that stands where a folder has hashes, without its commit; "" for files."""
+    name = hashes.get("", "") if len(hashes) == 1 else ""
+    return name.split("@")[0] if "/" in name or "@" in name else ""
 
 
 def where(folder: Path) -> str:

@@ -19,7 +19,7 @@ from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.lora.extract import extract
 from longctx.lora.merge import merge
 
-from .conftest import ARCHITECTURES, ROPE, WINDOW, Trio, load, logits, tensors
+from .conftest import ARCHITECTURES, ROPE, WINDOW, Trio, load, logits, save, tensors
 
 Make = Callable[..., Trio]
 
@@ -214,3 +214,22 @@ def test_unchanged_modules_cost_nothing(trio: Make, tmp_path: Path) -> None:
     for name, tensor in model.state_dict().items():
         if "proj" in name:
             assert torch.allclose(tensor, weights[name], atol=1e-5), name
+
+
+def test_a_base_that_training_rounded_gives_no_change_by_rounding(trio: Make, tmp_path: Path) -> None:
+    """A float16 base is trained in bfloat16; only what moved from there is a change, norms included."""
+    base = load(trio("llama").base).half()
+    save(base, tmp_path / "base", dtype=torch.float16)
+    tuned = base.bfloat16()
+    with torch.no_grad():
+        tuned.model.layers[0].self_attn.q_proj.weight.add_(0.25)
+    save(tuned, tmp_path / "tuned", dtype=torch.bfloat16)
+    changed = {}
+    for kind in ("stored", "bfloat16"):
+        config = ExtractConfig(
+            base=str(tmp_path / "base"), tuned=str(tmp_path / "tuned"), out=str(tmp_path / kind), rank=4,
+            base_dtype=kind, allow_shorter=True,
+        )  # fmt: skip
+        changed[kind] = [row.tensor for row in extract(config).rows if row.norm > 0]
+    assert changed["bfloat16"] == ["model.layers.0.self_attn.q_proj.weight"]
+    assert len(changed["stored"]) > 10

@@ -127,6 +127,32 @@ def test_window_and_rope_are_written_in_both_styles(trio: Make, tmp_path: Path) 
     assert f"the target read {4 * WINDOW} tokens before: the window that is written is shorter" in long.notes
 
 
+def test_a_target_of_another_rope_is_told(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+    adapter = str(tmp_path / "a")
+    extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=adapter, rank=4))
+    file = shutil.copytree(pair.sibling, tmp_path / "other") / "config.json"
+    rope = {"rope_type": "default", "rope_theta": 12345.0}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_parameters": rope, "rope_theta": 12345.0}))
+    for number, (target, told) in enumerate(((pair.sibling, False), (str(file.parent), True))):
+        result = merge(MergeConfig(target=target, adapter=[adapter], out=str(tmp_path / f"m{number}")))
+        assert result.rope == ROPE
+        assert any("is not that of the adapter's base" in note and "12,345" in note for note in result.notes) is told
+
+
+def test_adapters_of_two_ropes_that_read_alike_are_refused(trio: Make, tmp_path: Path) -> None:
+    """by-parts has no attention factor of its own, and yarn's paper has one: neither is in the description."""
+    pair, adapters = trio("llama"), [str(tmp_path / name) for name in ("a", "b")]
+    for adapter, factor in zip(adapters, (1.0, 1.277), strict=True):
+        extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=adapter, rank=4))
+        file = Path(adapter) / "longctx.json"
+        told = json.loads(file.read_text())
+        told["rope_parameters"] = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "attention_factor": factor}
+        file.write_text(json.dumps(told))
+    with pytest.raises(UserError, match=r"different ropes or windows: .*1\.277"):
+        merge(MergeConfig(target=pair.sibling, adapter=adapters, out=str(tmp_path / "m")))
+
+
 @pytest.mark.parametrize(
     "rope",
     [

@@ -20,8 +20,10 @@ from threading import Thread
 import pytest
 
 from longctx.errors import UserError
+from longctx.fingerprint import MODEL, content_hashes, folder_fingerprint
 from longctx.storage import hub as hub_module
 from longctx.storage.model_files import open_source
+from longctx.train import runfolder
 
 TINY = Path(hub_module.__file__).parents[1] / "assets" / "tiny"
 ANSWERS = {"gated": (403, "GatedRepo"), "unknown": (401, "RepoNotFound"), "broken": (400, "")}
@@ -145,6 +147,32 @@ def test_a_cached_model_is_read_under_hf_hub_offline(cache: Path, monkeypatch: p
     assert "model.embed_tokens.weight" in {entry["name"] for entry in source.header("model.safetensors", "base")}
     with pytest.raises(UserError, match="base=some/other is no folder here, and not read from the hub: it is not in"):
         open_source("some/other", "base")
+
+
+def test_another_revision_is_another_model(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """The id alone would leave stored results and runs of the old revision in force."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "hub"))
+    place, found = cache / "hub/models--some--model", []
+    for commit in ("0" * 40, "1" * 40):
+        if not (place / "snapshots" / commit).exists():
+            shutil.copytree(TINY, place / "snapshots" / commit)
+        (place / "refs/main").write_text(commit)
+        hub_module.revision.cache_clear()
+        found.append((folder_fingerprint("some/model"), content_hashes("some/model", MODEL)))
+    hub_module.revision.cache_clear()
+    assert found == [(f"some/model@{digit * 40}", {"": f"some/model@{digit * 40}"}) for digit in "01"]
+    assert hub_module.revision("some/unknown") == "some/unknown"
+
+
+def test_a_run_goes_on_with_the_revision_of_its_start():
+    kept, now, unknown = ({"model.path": {"": f"some/model{end}"}} for end in ("@" + "0" * 40, "@" + "1" * 40, ""))
+    words = [change.words for change in runfolder._other_files(kept, now)]
+    assert words == [
+        f"model.path is {now['model.path']['']} on the hub now, and was some/model@{'0' * 40} at the start"
+    ]
+    assert not list(runfolder._other_files(unknown, now)) + list(runfolder._other_files(kept, unknown))
+    folder = {"model.path": {"config.json": "hash"}}
+    assert [change.key for change in runfolder._other_files(kept, folder)] == ["model.path"]
 
 
 def reachable(monkeypatch: pytest.MonkeyPatch, endpoint: str, **proxies: str) -> bool:

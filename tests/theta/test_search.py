@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -152,7 +155,7 @@ def test_other_texts_under_the_same_path_belong_to_other_trials(text_folder: Pat
             build(DataConfig, values, origin="test"), "m", tokenizer,
             length=512, trials=SearchConfig(documents=2, needles=1), cache=tmp_path / "tokens",
         )  # fmt: skip
-        found.append(_contents(data, None))
+        found.append(_contents(data, []))
     assert found[0] == found[1] != found[2]
 
 
@@ -241,19 +244,75 @@ def test_losses_are_plain_transformers(objective, model_folder: Path):
     assert needle == pytest.approx(mean(given.needles), rel=1e-5)
 
 
-def test_adaptation_lowers_the_loss_and_is_undone(objective):
-    from longctx.theta.objective import Adaptation
+@pytest.fixture
+def packed(text_folder: Path, model_folder: Path, tmp_path: Path) -> Any:
+    """Sequences of 256 tokens, each of several documents' pieces."""
+    from longctx.config.data import DataConfig
+    from longctx.data import open_stage_data
+    from longctx.data.tokenizer import tokenizer_at
 
-    given = material(4)
+    part = {"weight": 1.0, "length": {"cut": {"length": 64}}}
+    given = {"sources": {"s": {"kind": "text", "path": str(text_folder)}}, "mixes": {"m": {"s": part}}}
+    data = open_stage_data(
+        build(DataConfig, given, origin="test"), mix="m", seq_len=256, sequences=6, seed=0, split="train",
+        tokenizer=tokenizer_at(model_folder, "model.path"), cache=tmp_path, stage="s256",
+    )  # fmt: skip
+    assert all(len(data.boundaries(index)) > 3 for index in range(6))
+    return data
+
+
+def adaptation(objective: Any, packed: Any, lr: float, indices: Sequence[int] = range(6)) -> Any:
+    from longctx.theta.objective import Adaptation
+    from longctx.train.batch import micro_batch
+
+    return Adaptation([micro_batch(packed, [index], objective.cp, "zigzag") for index in indices], lr)
+
+
+def test_adaptation_lowers_the_loss_and_is_undone(objective, packed):
+    from longctx.theta.search_data import SearchData, WeightedSequence
+
+    shown = packed.sequence(0)
+    given = SearchData([WeightedSequence(shown.tokens.astype(np.int64), shown.weights)], [])
     before = {name: p.detach().clone() for name, p in objective.hf.named_parameters()}
     plain = objective.losses(ROPE, given)
-    everything = [replace(s, weights=np.ones_like(s.weights)) for s in given.texts]
     for layer in objective.hf.model.layers:  # a config.json's; training is without it
         layer.self_attn.attention_dropout = 0.5
-    adapted = objective.losses(ROPE, given, Adaptation(everything * 3, 3e-3))
+    adapted = objective.losses(ROPE, given, adaptation(objective, packed, 3e-3))
     assert adapted[0] < plain[0] - 0.05
     assert all(torch.equal(before[name], p) for name, p in objective.hf.named_parameters())
     assert objective.losses(ROPE, given) == plain
+
+
+def test_adaptation_is_a_training_step_within_documents(objective, packed, model_folder: Path):
+    """One step is AdamW's on the mean loss of documents that do not see each other, clipped to norm 1."""
+    from longctx.model import load
+
+    plain = load(str(model_folder), attention="eager")
+    sequence = packed.sequence(1)
+    total, weight = torch.zeros(()), float(sequence.weights.sum())
+    for first, past in itertools.pairwise(sequence.boundaries.tolist()):
+        tokens = torch.from_numpy(sequence.tokens[first:past].astype(np.int64))
+        scores = plain(tokens[None]).logits[0, :-1].log_softmax(-1)
+        nll = -scores.gather(-1, tokens[1:, None]).squeeze(-1)
+        total = total + (nll * torch.from_numpy(sequence.weights[first + 1 : past])).sum()
+    (total / weight).backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
+    torch.optim.AdamW(plain.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0).step()
+    with objective._adapted(adaptation(objective, packed, 1e-3, [1])):
+        for (name, ours), theirs in zip(objective.hf.named_parameters(), plain.parameters(), strict=True):
+            assert ours.detach().numpy() == pytest.approx(theirs.detach().numpy(), abs=2e-5), name
+
+
+def test_small_steps_of_bfloat16_weights_add_up(objective, packed):
+    """Without masters in fp32 most of such steps would be rounded away."""
+    moved = []
+    for kind in (torch.float32, torch.bfloat16):
+        objective.hf.to(kind)
+        before = [p.detach().float().clone() for p in objective.hf.parameters()]
+        with objective._adapted(adaptation(objective, packed, 2e-5)):
+            after = [p.detach().float().clone() for p in objective.hf.parameters()]
+        moved.append(sum(float((a - b).sum().abs()) for a, b in zip(after, before, strict=True)))
+    assert moved[1] == pytest.approx(moved[0], rel=0.2)
 
 
 def test_mistakes(model_folder: Path, text_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
