@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from longctx.processes import kill_descendants
+from longctx.processes import alive, kill_descendants
 
 SAVED_AND_REQUEUE = 75
 INTERRUPTED = 130
@@ -258,12 +258,18 @@ def swept(folder: Path) -> Iterator[None]:
         _swept.remove(folder)
 
 
-def sweep(folder: Path, *, owners: Collection[int] | None = None, names: Collection[str] | None = None) -> None:
-    """Remove half-written files under `folder` (see `beside`), of these owners (pids) and names only, if given."""
+def sweep(
+    folder: Path, *, owners: Collection[int] | None = None, names: Collection[str] | None = None, living: bool = True
+) -> None:
+    """Remove half-written files under `folder` (see `beside`), of these owners (pids) and names only, if given.
+
+    living: also those of processes of this machine that still run.
+    """
     for path in folder.rglob(".*.partial-*"):
         found = _PARTIAL.match(path.name)
         if found and (owners is None or int(found[2]) in owners) and (names is None or found[1] in names):
-            remove(path)
+            if living or not alive(int(found[2])):
+                remove(path)
 
 
 def remove(path: Path) -> None:

@@ -31,7 +31,7 @@ def train_side(config: TrainConfig, folder: Path, name: str, side: SideRun) -> P
     model = side_folder(folder, name)
     own = side_config(config, folder, name, side)
     runfolder.prepare(own)  # refuses a changed config for a finished run too
-    if not (run / "stages" / name / "finished.json").exists():
+    if not ((run / "stages" / name / "finished.json").exists() and (model / "config.json").exists()):
         status = train_run(own)
         if status == SAVED_AND_REQUEUE:
             raise SystemExit(status)

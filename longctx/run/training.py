@@ -52,10 +52,12 @@ def _start_ranks(config: TrainConfig) -> int:
     more = partial(check_evidence_fits, config)
     stages = training.checked_stages(config, world=nproc, local_world=nproc, check_more=more)
     from longctx.train.machine import device_type  # torch, after the checks
+    from longctx.train.place import check_folder
 
     config = replace(config, model=with_blocks(config.model, device_type(config.engine)))
     with runfolder.held(Path(config.folder)):
-        folder = runfolder.prepare(config)
+        trained = check_folder(Path(config.folder), stages)
+        folder = runfolder.prepare(config, trained=trained)
     tokenizer = preflight.check_libraries(config)
     collector.end_imports()
     training.prepare_data(config, stages, tokenizer)

@@ -90,6 +90,22 @@ class _Save:
     work: Work
 
 
+def found(run: Path) -> list[Path]:
+    """The finished checkpoints of the run in a folder, newest first."""
+    folders = [path.parent for path in run.glob("stages/*/checkpoints/step*/manifest.json")]
+    return sorted(folders, key=lambda path: path.name, reverse=True)
+
+
+def stored_state(checkpoint: Path) -> State | None:
+    """The progress that a checkpoint holds, unchecked; None where it cannot be read."""
+    try:
+        stored = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+        stored.pop("wandb_id", None)  # written by earlier versions
+        return State(**stored)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
 class Checkpoints:
     """The checkpoints of one run: RUN/stages/NAME/checkpoints/step00000012, pointed to by RUN/latest.json."""
 
@@ -251,22 +267,17 @@ class Checkpoints:
         return []
 
     def _prune(self, newest: Path) -> None:
-        for path in self._found()[self.keep :]:
+        for path in found(self.run)[self.keep :]:
             if path != newest:
                 with suppress(OSError):
                     discard(path)
-
-    def _found(self) -> list[Path]:
-        """The finished checkpoints, newest first."""
-        folders = [path.parent for path in self.run.glob("stages/*/checkpoints/step*/manifest.json")]
-        return sorted(folders, key=lambda path: path.name, reverse=True)
 
     def load(self, engine: Engine) -> State | None:
         """Restore the newest intact checkpoint into the engine; None when the run has none yet.
 
         Raises RunFailed when checkpoints exist and none is intact, UserError when they hold another model.
         """
-        candidates = [str(path) for path in self.ranks.broadcast(self._found() if self.ranks.first else [])]
+        candidates = [str(path) for path in self.ranks.broadcast(found(self.run) if self.ranks.first else [])]
         for folder in map(Path, candidates):
             problems = [text for found in self.ranks.gather(list(self._damage(folder))) for text in found]
             if problems:
@@ -305,9 +316,8 @@ class Checkpoints:
     def _restore(self, folder: Path, engine: Engine) -> State:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         check_same_model(manifest["parameters"], engine.shapes(), folder)
-        stored = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        stored.pop("wandb_id", None)  # written by earlier versions
-        state = State(**stored)
+        state = stored_state(folder)
+        assert state is not None, "its hash is right"
         with fragments.FragmentReader(folder, manifest) as reader:
             engine.restore(reader)
             same_world = state.written_by.get("world") == self.ranks.world

@@ -235,7 +235,7 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
     mark = folder / "finished.json"
     if stage.name not in state.trained:
         state.trained.append(stage.name)
-    if context.ranks.broadcast(mark.exists()):
+    if context.ranks.broadcast(mark.exists() and (folder / "model/config.json").exists()):
         if recorder.metrics:
             ended = json.loads(mark.read_text(encoding="utf-8"))
             recorder.metrics.stage_ended(state.step, state.tokens, ended["heldout_loss"])

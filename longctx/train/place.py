@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx import console
 from longctx.errors import UserError
-from longctx.train.checkpoint import State
+from longctx.train.checkpoint import State, found, stored_state
 
 if TYPE_CHECKING:
     from longctx.curriculum import Stage
@@ -59,6 +61,38 @@ def find_place(state: State, stages: Sequence[Stage]) -> None:
             f"give it a place after {state.stage_name}, {new_name} (configs/curriculum)"
         )
     state.stage = index
+
+
+def check_folder(run: Path, stages: Sequence[Stage]) -> bool:
+    """Whether the run in a folder has trained all stages; checked before the record of this start is written there.
+
+    Raises UserError as `find_place` does, and where a run that has trained lacks the checkpoint to continue from.
+    """
+    folders = [run / "stages" / stage.name for stage in stages]
+    finished = [(folder / "finished.json").exists() for folder in folders]
+    exported = [(folder / "model/config.json").exists() for folder in folders]
+    newest = next(iter(found(run)), None)
+    state = stored_state(newest) if newest else None
+    if state is not None:
+        find_place(state, stages)
+    elif newest is None and not (all(finished) and all(exported)):
+        missing = _missing_checkpoint(run, any(finished))
+        if missing:
+            raise UserError(
+                f"{missing}, and the run in {run} cannot go on without its newest checkpoint: copy it there too, or "
+                f"take a new name=... to start over ({run / 'latest.json'})"
+            )
+    ended = newest is None or (state is not None and state.ended and state.stage == len(stages) - 1)
+    return ended and all(finished) and all(exported)
+
+
+def _missing_checkpoint(run: Path, finished: bool) -> str:
+    """What a run without any checkpoint says of one, in words; "" where it has never had one."""
+    try:
+        named = json.loads((run / "latest.json").read_text(encoding="utf-8"))["checkpoint"]
+        return f"latest.json names {named}, which is not there"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "a stage is finished, no checkpoint is there" if finished else ""
 
 
 def saved_words(step: int) -> str:

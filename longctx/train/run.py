@@ -69,6 +69,8 @@ def train(
     if not checked and launcher_environment()["WORLD_SIZE"] == "1":
         stages = checked_stages(config, world=1, local_world=1, check_more=check_more)
     from longctx.distributed import ranks as worlds  # torch; what the checks refuse does not wait for it
+    from longctx.train.checkpoint import found
+    from longctx.train.place import check_folder
 
     stop = stop_request()
     interrupted_words(lambda: runfolder.where(Path(config.folder)))
@@ -84,15 +86,21 @@ def train(
         config = replace(config, optim=replace(config.optim, freeze=ranks.broadcast(config.optim.freeze)))
         _set_threads(config, ranks)
         with ExitStack() as held:
+            trained = False
             with ranks.agree("checking the command and the run's folder"):
                 if stages is None and not checked and ranks.local_rank == 0:  # each node has its own disk
                     local = ranks.local_world
                     stages = checked_stages(config, world=ranks.world, local_world=local, check_more=check_more)
                 if ranks.first:
                     held.enter_context(runfolder.held(Path(config.folder)))
-                    runfolder.prepare(config, world=world_words(config, stages or resolve_stages(config), ranks))
+                    stages = stages or resolve_stages(config)
+                    trained = check_folder(Path(config.folder), stages)
+                    runfolder.prepare(config, world=world_words(config, stages, ranks), trained=trained)
             with ranks.agree("reading the curriculum"):
                 stages = stages or resolve_stages(config)
+            if ranks.broadcast(trained and not found(Path(config.folder))):
+                console.say("every stage is trained; no checkpoint is there any more")
+                return 0
             more = None if checked else prepare_more
             context = _context(config, ranks, stages, stop, checked=checked, prepare_more=more)
             return _train(context, not_carried, after_stage)

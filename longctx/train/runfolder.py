@@ -74,20 +74,29 @@ def _stored_dtype(stored: Path) -> Any:
     return (values.get("model") or {}).get("dtype", "auto")
 
 
-def prepare(config: TrainConfig, *, world: Sequence[str] = ()) -> Path:
+def prepare(config: TrainConfig, *, world: Sequence[str] = (), trained: bool = False) -> Path:
     """Make or continue the run's folder: check identity, write config.yaml.
 
-    world: lines about the nodes and ranks of this start, which become comments in config.yaml. Only the process that
-    holds the folder calls it: rank 0, or the process that starts the ranks.
+    world: lines about the nodes and ranks of this start, which become comments in config.yaml. trained: every stage of
+    the run is trained (longctx.train.place.check_folder). Only the process that holds the folder calls it: rank 0, or
+    the process that starts the ranks.
 
-    Raises UserError naming the identity keys that differ from the run already there.
+    Raises UserError naming the identity keys that differ from the run already there, also those that `accept` allows
+    where nothing is left to train: the record of the run would be of another one.
     """
     config = with_dtype(config)
     folder = _made(Path(config.folder))
     stored, inputs = folder / "config.yaml", _inputs(config)
     if stored.exists():
         before, recorded = _stored(stored), _recorded(folder)
-        changes = [*differences(before, to_dict(config), known=recorded), *_other_files(recorded, inputs)]
+        settings = differences(before, to_dict(config), known=recorded)
+        changes = [*settings, *_other_files(recorded, inputs)]
+        if trained and settings:
+            raise UserError(
+                f"every stage of {folder} is trained, so this would change nothing: "
+                f"{'; '.join(change.words for change in settings[:6])}. Put it back, add a stage, or take a new "
+                f"name=... ({stored})"
+            )
         if has_step(folder):
             _refuse(folder, [change for change in changes if not _accepted(change.key, config.accept)])
             inputs = {**recorded, **inputs}
@@ -160,7 +169,8 @@ def held(folder: Path) -> Iterator[None]:
         except OSError:  # a file system without locks
             pass
         else:
-            sweep(folder)  # files that a killed process of this run left half-written
+            # What a killed process of this run left half-written; `longctx data` may be writing shards here.
+            sweep(folder, living=False)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {node_name()}{started_by()}\n")
         file.flush()

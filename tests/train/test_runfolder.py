@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -258,3 +260,54 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path: Path, monkeypat
     file.write_bytes(b"abd")
     os.utime(file, ns=(when, when))
     assert fingerprint.file_hashes([file])[file] != first
+
+
+def test_finished_stages_are_not_trained_again_where_their_checkpoints_were_left_out(
+    tmp_path: Path, documents: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    for folder in run.glob("stages/*/checkpoints"):
+        shutil.rmtree(folder)
+    before = (run / "metrics.jsonl").read_bytes()
+    assert train_run(config(run, documents)) == 0
+    assert "every stage is trained; no checkpoint is there any more" in capfd.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == before
+    shutil.rmtree(run / "stages/s128/model")  # what was trained is lost: nothing can be exported
+    with pytest.raises(UserError, match=r"latest.json names stages/s128/checkpoints/step00000009, which is not there"):
+        train_run(config(run, documents))
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_model_that_was_removed_is_exported_again(tmp_path: Path, documents: Path, undisturbed: Path) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(run / "stages/s128/model")
+    assert train_run(config(run, documents)) == 0
+    weights = [load_file(folder / "stages/s128/model/model.safetensors") for folder in (run, undisturbed)]
+    assert all(weights[0][name].equal(value) for name, value in weights[1].items())
+
+
+def test_a_refused_start_leaves_the_record_as_it_was(tmp_path: Path, documents: Path, undisturbed: Path) -> None:
+    """Longer stages, and accepted changes where nothing is left to train: the same command as before goes on."""
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    before = [(run / name).read_bytes() for name in ("config.yaml", "inputs.json")]
+    longer = {"stages": {"s64": {**STAGE, "steps": 5}, "s128": {**STAGE, "seq_len": 128, "theta": 40000, "steps": 40}}}
+    for changes, message in (
+        ({"curriculum": longer}, "s128 was planned with"),
+        ({"curriculum": longer, "accept": ["curriculum"]}, "s128 was planned with"),
+        ({"seed": 9, "accept": ["seed"]}, "is trained, so this would change nothing: seed was 5, now 9"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train_run(config(run, documents, **changes))
+        assert [(run / name).read_bytes() for name in ("config.yaml", "inputs.json")] == before
+    assert train_run(config(run, documents)) == 0
+
+
+def test_what_a_living_process_writes_below_a_run_stays(tmp_path: Path) -> None:
+    """`longctx data` writes shards there while a run begins; a killed process's half-written files go."""
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as ended:
+        ended.wait()
+    mine, dead = (tmp_path / f"data/shards/.books.partial-{pid}" for pid in (os.getpid(), ended.pid))
+    for folder in (mine, dead):
+        folder.mkdir(parents=True)
+    with runfolder.held(tmp_path):
+        assert (mine.exists(), dead.exists()) == (True, False)
