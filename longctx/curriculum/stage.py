@@ -51,7 +51,7 @@ class Advance:
     min_share: float
 
     def flattened(self, losses: Sequence[float], stage_steps: int) -> bool:
-        """Whether the stage may end; `losses` has one value per step, taken on the last quarter of each sequence."""
+        """Whether the stage may end; `losses` has one per step taken, over the last quarter of each sequence."""
         if len(losses) < max(2 * self.steps, math.ceil(self.min_share * stage_steps)):
             return False
         recent = math.fsum(losses[-self.steps :]) / self.steps

@@ -52,6 +52,7 @@ class State:
     trained: names of the stages that were trained to their end.
     ended: the current stage is trained to its end (perhaps early), and its export may still be due.
     recent_losses, spikes, mute: what the guards remember of the stage's last steps.
+    tail_losses: over the last quarter of each sequence, of the stage's steps that were taken, where it may end early.
     """
 
     step: int = 0

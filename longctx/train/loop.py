@@ -153,7 +153,8 @@ def _advance(state: State, stage: Stage, report: StepReport, seconds: float) -> 
     state.seconds += seconds
     state.stage_seconds += seconds
     state.skipped += report.skipped
-    if stage.advance is not None and report.tail_loss is not None:
+    # A step is skipped for a loss that is too high, which would make a loss that still falls look flat.
+    if stage.advance is not None and report.tail_loss is not None and not report.skipped:
         state.tail_losses.append(report.tail_loss)
     early = stage.advance is not None and stage.advance.flattened(state.tail_losses, stage.steps)
     state.ended = state.stage_step >= stage.steps or early

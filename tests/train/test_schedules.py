@@ -10,6 +10,7 @@ import pytest
 from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import metrics
+from longctx.train.guards import Guards
 
 from .lives import live
 from .made import config
@@ -53,6 +54,27 @@ def test_a_run_stopped_before_a_stage_ends_early_ends_it_at_the_same_step(
         assert train_run(made) == SAVED_AND_REQUEUE
     assert train_run(made) == 0
     assert losses(tmp_path / "run") == losses(alone)
+
+
+def test_a_skipped_step_does_not_count_where_the_loss_is_flat(
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The third step is skipped and the run stops there; the fifth has the fourth loss that is compared."""
+    checked: list[float] = []
+
+    def third_is_a_spike(guards: Guards, loss: float) -> bool:
+        checked.append(loss)
+        return len(checked) == 3
+
+    monkeypatch.setattr(Guards, "is_spike", third_is_a_spike)
+    made = config(tmp_path / "run", documents, curriculum=curriculum(steps=6, advance=FLAT_AT_ONCE))
+    with monkeypatch.context() as patched:
+        stop_after(patched, 3)
+        assert train_run(made) == SAVED_AND_REQUEUE
+    assert train_run(made) == 0
+    lines = metrics.read(tmp_path / "run" / "metrics.jsonl")
+    assert [line["stage"] for line in lines] == ["s64"] * 5 + ["s128"] * 4
+    assert [line["stage_step"] for line in lines if line["skipped"]] == [3]
 
 
 SCHEDULES = [
