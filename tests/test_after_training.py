@@ -450,6 +450,35 @@ def test_a_full_rank_adapter_carries_all_that_is_trained(
         assert "trained, but not carried by the adapter: " in " ".join(capsys.readouterr().err.split())
 
 
+def test_the_adapters_of_the_stages_follow_the_settings_of_each_start(
+    tmp_path: Path, documents: Path, capsys: pytest.CaptureFixture[str]
+):
+    base, folders = write_base(tmp_path / "base", tied=False), [tmp_path / f"run/stages/{name}" for name in ("a", "b")]
+    lengths = {"a": 64, "b": 128}
+    stages = {n: {"seq_len": length, "theta": 10000, "steps": 1, "batch": 2} for n, length in lengths.items()}
+
+    def start(**lora: object) -> list[tuple[int, int]]:
+        """Train or go on; returns rank and time of the stages' adapters."""
+        made = run_config(
+            tmp_path / "run", documents, curriculum={"stages": stages}, evaluate={"heldout_sequences": 0},
+            model={"init": None, "path": base}, after_training={"lora": lora},
+        )  # fmt: skip
+        assert run(made) == 0
+        files = [found for folder in folders if (found := folder / "adapter/adapter_config.json").exists()]
+        return [(json.loads(file.read_text())["r"], file.stat().st_mtime_ns) for file in files]
+
+    assert start(rank=4) == []
+    first = start(rank=4, per_stage=True)  # switched on when both stages are trained
+    assert [rank for rank, _ in first] == [4, 4]
+    assert "stages/a/adapter: rank 4, " in capsys.readouterr().err
+    assert start(rank=4, per_stage=True) == first
+
+    shutil.rmtree(folders[0] / "model")  # without its model an adapter cannot be made again
+    assert [rank for rank, _ in start(rank=6, per_stage=True)] == [4, 6]
+    said = capsys.readouterr().err
+    assert "stages/b/adapter was made from another model or with other settings; making it again" in said
+
+
 def with_side(folder: Path, documents: Path, **stage: object) -> TrainConfig:
     """A run of the shipped model, whose window is 512, and a sibling that a side run trains."""
     sibling = {"run": {"stage": {"steps": 1, "batch": 2, **stage}}}

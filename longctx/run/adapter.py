@@ -58,8 +58,8 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
     names = [row.tensor for row in made.not_carried]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     console.say(
-        f"the adapter: rank {made.rank}, {megabytes(made.bytes)}, {made.share['everything']:.1%} of the squared norm "
-        "of what training changed" + (f"; not carried: {', '.join(names[:3])}{more}" if names else "")
+        f"the adapter {out}: rank {made.rank}, {megabytes(made.bytes)}, {made.share['everything']:.1%} of the squared "
+        "norm of what training changed" + (f"; not carried: {', '.join(names[:3])}{more}" if names else "")
     )
 
 

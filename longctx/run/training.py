@@ -68,7 +68,7 @@ def _start_ranks(config: TrainConfig) -> int:
 
 
 def after_stage(config: TrainConfig) -> Callable[[Stage, Path, Path], None] | None:
-    """The function that makes an adapter at the end of each stage, or None where the config asks for no such adapter.
+    """The function that makes a stage's adapter unless it is up to date, or None where the config asks for none.
 
     It takes the stage, the folder of its exported model and the folder for its results.
     """

@@ -34,7 +34,8 @@ from longctx.train.step import Stepper, StepReport, Timer
 if TYPE_CHECKING:
     from longctx.curriculum import Stage
 
-# after_stage(stage, folder of its exported model, folder for results): called on rank 0 while the other ranks wait.
+# after_stage(stage, folder of its exported model, folder for results): called on rank 0 while the other ranks wait, at
+# the end of each stage, and again at each later start of the run, whose settings may be others.
 AfterStage = Callable[["Stage", Path, Path], None]
 
 
@@ -70,6 +71,7 @@ def run_stages(training: Training) -> int:
     """Train the stages that are left. Returns 0, or 75 when a signal asked to stop (the state is saved)."""
     context, state, progress = training.context, training.state, training.recorder.progress
     progress.at("start", state.step)
+    _revisit_finished(training)
     for stage in context.stages[state.stage :]:
         if _stopping(training):
             return SAVED_AND_REQUEUE
@@ -89,6 +91,25 @@ def run_stages(training: Training) -> int:
         if stage.name == context.config.launch.until:
             break
     return 0
+
+
+def _revisit_finished(training: Training) -> None:
+    """Call after_stage for the stages that an earlier start of the run finished."""
+    context = training.context
+    if training.after_stage is None:
+        return
+    with context.ranks.agree("what follows the finished stages"):
+        for stage in context.stages if context.ranks.first else []:
+            if (context.folder / "stages" / stage.name / "finished.json").exists():
+                _after_stage(training, stage)
+
+
+def _after_stage(training: Training, stage: Stage) -> None:
+    """Call after_stage for an exported stage; one whose export the user has removed keeps what it has."""
+    folder = training.context.folder / "stages" / stage.name
+    if training.after_stage is not None and (folder / "model").is_dir():
+        (folder / "eval").mkdir(exist_ok=True)
+        training.after_stage(stage, folder / "model", folder / "eval")
 
 
 def _stopping(training: Training) -> bool:
@@ -255,8 +276,6 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
         recorder.display.say(f"[bold]{stage.name}[/] done in {state.stage_seconds:.0f} s{words}: {folder / 'model'}")
         if recorder.metrics:
             recorder.metrics.stage_ended(state.step, state.tokens, heldout)
-        if training.after_stage is not None:
-            (folder / "eval").mkdir(exist_ok=True)
-            training.after_stage(stage, folder / "model", folder / "eval")
+        _after_stage(training, stage)
         write_text(mark, json.dumps(facts, indent=1))
     context.ranks.wait()

@@ -59,7 +59,7 @@ def train(
     """Train all stages in this process. Returns 0, or the status of what ended the run.
 
     not_carried: gives the patterns of the parameters that the run's adapter will not carry; optim.freeze=auto freezes
-    them. after_stage: called on rank 0 at the end of each stage, see `longctx.train.loop.AfterStage`. check_more:
+    them. after_stage: called on rank 0 for each finished stage, see `longctx.train.loop.AfterStage`. check_more:
     called once on each node after the other checks of the machine. prepare_more: called on rank 0 once the stages'
     documents are tokenized. checked: the process that started this one has checked everything and tokenized the
     documents. Raises UserError for what the checks refuse.
