@@ -12,7 +12,7 @@ from pathlib import Path
 
 from longctx import console
 from longctx.config.after_training import AdapterSettings, AfterTrainingConfig
-from longctx.config.curriculum import AdvanceConfig, StageConfig
+from longctx.config.curriculum import AdvanceConfig, LearningRateConfig
 from longctx.config.train import CheckpointConfig, EvaluateConfig, LoggingConfig, TrainConfig
 from longctx.curriculum import Stage
 from longctx.decide import Decision, Machines, decide_all
@@ -63,17 +63,18 @@ def smoke_config(config: TrainConfig, folder: Path, decided: list[tuple[Stage, D
     A step has two micro-batches of each data-parallel group where the run's has two or more, so that gradients are
     accumulated too.
     """
-    stages: dict[str, StageConfig] = {}
+    stages = dict(config.curriculum.stages)  # those left out by curriculum.only too, since a theta file may name them
     for stage, decision in decided:
         batch = decision.dp * min(decision.per_group, 2 * decision.per_forward)
-        given = config.curriculum.stages[stage.name]
-        rate = replace(given.lr, warmup_steps=0, kind="constant", final=None)
-        stages[stage.name] = replace(given, tokens=None, steps=STEPS, batch=batch, batch_tokens=None, lr=rate)
+        rate = LearningRateConfig(peak=stage.lr.peak, warmup_steps=0, kind="constant")
+        stages[stage.name] = replace(
+            stages[stage.name], tokens=None, steps=STEPS, batch=batch, batch_tokens=None, lr=rate
+        )
     cp = {stage.name: decision.cp for stage, decision in decided}
     return replace(
         config, smoke=False, run_dir=str(folder), cache=config.cache or f"{config.folder}/data",
         launch=replace(config.launch, until=None),
-        curriculum=replace(config.curriculum, stages=stages, only=None, advance=AdvanceConfig()),
+        curriculum=replace(config.curriculum, stages=stages, advance=AdvanceConfig()),
         parallel=replace(config.parallel, cp_by_stage=cp),
         logging=LoggingConfig(display=config.logging.display, every_steps=1),
         evaluate=EvaluateConfig(heldout_sequences=0),

@@ -41,6 +41,24 @@ def test_a_stage_is_tried_with_the_run_s_micro_batch_and_an_accumulation(tmp_pat
     assert not own.after_training.lora.enabled
 
 
+def test_a_curriculum_that_trains_can_be_tried(tmp_path: Path):
+    """A rate that goes on from the stage before, and a theta file that also names a stage that is not run."""
+    stages = {
+        "s64": {"seq_len": 64, "steps": 5, "batch": 4, "lr": {"peak": 2e-3, "kind": "cosine"}},
+        "s128": {"seq_len": 128, "steps": 5, "batch": 4, "lr": {"kind": "continue"}},
+        "s256": {"seq_len": 256, "theta": 9e4, "steps": 5, "batch": 4, "lr": {"peak": 1e-3}},
+    }
+    found = tmp_path / "found.yaml"
+    found.write_text("stages: {s64: {theta: 20000}, s128: {theta: 40000}, s256: {theta: 90000}}")
+    curriculum = {"lr": {}, "stages": stages, "only": ["s64", "s128"], "theta_file": str(found)}
+    made = config(tmp_path / "run", tmp_path, curriculum=curriculum)
+    planned = resolve_stages(made)
+    own = smoke_config(made, tmp_path / "run/smoke", [(stage, decision(1, 1, 4, 1)) for stage in planned])
+    tried = resolve_stages(own)
+    assert [(stage.name, stage.theta, stage.steps) for stage in tried] == [("s64", 2e4, 2), ("s128", 4e4, 2)]
+    assert [stage.lr for stage in tried] == [LearningRate(2e-3, 2e-3, 0, "constant", 0, 2)] * 2
+
+
 def test_the_run_after_its_smoke_is_the_run_without(tmp_path: Path, documents: Path, undisturbed: Path, capsys):
     made = config(tmp_path / "run", documents, smoke=True)
     assert whole_run(made) == 0
