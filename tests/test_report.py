@@ -142,12 +142,12 @@ def test_names_are_shown_as_they_are(tmp_path: Path):
 
 def test_models_measured_at_different_lengths_stand_in_one_table(tmp_path: Path):
     summary = {
-        "needle": {"a": {"512": 1.0}, "b": {"512": 0.5, "16384": 0.25}}, "needle_pooled": {"a": 1.0, "b": 0.375},
+        "needle": {"a": {"512": 1.0}, "b": {"512": 0.9997, "16384": 0.25}}, "needle_pooled": {"a": 1.0, "b": 0.6248},
         "loss": {"a": {"1024": 3.0}, "b": {"512": 2.0}},
     }  # fmt: skip
     page = Page(write_page(made_run(tmp_path / "run", summary=summary)))
     assert page.tables["Needles found"] == [
-        ["model", "512", "16,384", "pooled"], ["a", "100.0 %", "", "100.0 %"], ["b", "50.0 %", "25.0 %", "37.5 %"]
+        ["model", "512", "16,384", "pooled"], ["a", "100.0 %", "", "100.0 %"], ["b", "99.97 %", "25.0 %", "62.5 %"]
     ]  # fmt: skip
     assert page.tables["Loss on held-out text"][1:] == [["a", "", "3.0000"], ["b", "2.0000", ""]]
 

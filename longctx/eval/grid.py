@@ -55,6 +55,17 @@ class Grid:
         }
 
 
+def percent(share: float, digits: int = 1) -> str:
+    """A share from 0 to 1 in percent, without the sign, as tables, pictures and reports write it.
+
+    digits: decimal places, or as many more as keep a share that is neither 0 nor 1 from reading 0 or 100.
+    """
+    exact = 100 * share
+    while float(text := f"{exact:.{digits}f}") != exact and float(text) in (0, 100):
+        digits += 1
+    return text
+
+
 def from_json(values: dict[str, object]) -> Grid:
     """Read the grid that `to_json` wrote."""
 

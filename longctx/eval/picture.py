@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from longctx.eval.grid import Grid
+from longctx.eval.grid import Grid, percent
 from longctx.storage.files import save_figure
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _grid(axis: Axes, panel: Panel, letters: int) -> None:
     for (row, column), value in np.ndenumerate(cells):
         # Yellow needs dark letters; deep red and deep green need white ones.
         colour = "white" if value < 0.15 or value > 0.9 else "black"
-        shown = "-" if np.isnan(value) else f"{100 * value:.0f}"
+        shown = "-" if np.isnan(value) else percent(value, 0)
         axis.text(column, row, shown, ha="center", va="center", color=colour, fontsize=9, zorder=3)
     beyond = _beyond(panel)
     for column, length in enumerate(grid.lengths):
@@ -96,7 +96,7 @@ def _grid(axis: Axes, panel: Panel, letters: int) -> None:
     axis.set_xlabel("context length (tokens)")
     axis.set_ylabel("depth of the needle")
     title = textwrap.fill(panel.title, letters, break_on_hyphens=False)
-    axis.set_title(_plain(f"{title}\n{100 * grid.pooled():.1f} % found"), fontsize=10)
+    axis.set_title(_plain(f"{title}\n{percent(grid.pooled())} % found"), fontsize=10)
     within = sum(length not in beyond for length in grid.lengths)
     if beyond and within and sorted(grid.lengths) == list(grid.lengths):
         axis.axvline(within - 0.5, color="black", linestyle="--", linewidth=1.2)

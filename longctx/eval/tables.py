@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from longctx.eval.evaluate import EvalResult
+from longctx.eval.grid import percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,8 +47,8 @@ def _needles(results: Sequence[EvalResult]) -> Table:
     for result in results:
         assert result.grid is not None
         found = result.grid.by_length()
-        cells = [f"{100 * found[length]:.1f}{_mark(result, length)}" for length in lengths]
-        table.add_row(result.target.name, *cells, f"{100 * result.grid.pooled():.1f}")
+        cells = [f"{percent(found[length])}{_mark(result, length)}" for length in lengths]
+        table.add_row(result.target.name, *cells, percent(result.grid.pooled()))
     return table
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from longctx import console
 from longctx.config.report import ReportConfig
 from longctx.errors import UserError
+from longctx.eval.grid import percent
 from longctx.lora.sizes import megabytes
 from longctx.storage.files import write_text
 
@@ -127,7 +128,7 @@ def _columns(values: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
+    return "" if share is None else f"{percent(share)} %"
 
 
 def _number(loss: float | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from longctx import console
 from longctx.config.train import TrainConfig
 from longctx.eval.evaluate import EvalResult
+from longctx.eval.grid import percent
 from longctx.eval.tables import longest_curve
 from longctx.lora.adapter import Adapter
 from longctx.lora.sizes import megabytes
@@ -146,7 +147,7 @@ def _changes(
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+    return f"{percent(share, 0)} %"
 
 
 def _by_stage(results: Mapping[str, EvalResult], stages: list[dict[str, Any]]) -> dict[str, Any]:
