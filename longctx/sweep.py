@@ -37,12 +37,12 @@ def sweep(verb: Verb, line: CommandLine) -> int:
         raise UserError("-m has nothing to sweep: give a key several values, such as curriculum.lr.peak=3e-4,6e-4")
     fixed = [word for word in line.overrides if known.parsed(word).get_key_element() not in swept[0]]
     runs: list[tuple[str, list[str], str]] = []
-    for values in swept:
+    for values, label in zip(swept, _labels(swept), strict=True):
         words = [*fixed, *(f"{key}={value}" for key, value in values.items())]
         config = load(verb, words, line.folders)
         if verb.name == "train":
             _check_stages(config, values)
-        own, where = _own_place(config, _label(values), {key.lstrip("+~") for key in values})
+        own, where = _own_place(config, label, {key.lstrip("+~") for key in values})
         runs.append((" ".join(f"{key}={value}" for key, value in values.items()), [*words, *own], where))
     places = [where for _, _, where in runs if where]
     if len(set(places)) < len(places):
@@ -64,13 +64,27 @@ def _check_stages(config: Any, values: dict[str, str]) -> None:
         raise UserError(f"{' '.join(f'{key}={value}' for key, value in values.items())}: {error}") from None
 
 
-def _label(values: dict[str, str]) -> str:
-    """A name made of the values: peak-1e-5_cp-2. A key is shortened to its last part where that is unambiguous."""
+def _labels(swept: Sequence[dict[str, str]]) -> list[str]:
+    """A name for each combination; paths have as many of their last parts in it as tell all of them apart."""
+    most = max(len(Path(value).parts) for values in swept for value in values.values())
+    for count in range(1, most + 1):
+        labels = [_label(values, count) for values in swept]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [_label(values, 1) for values in swept]
+
+
+def _label(values: dict[str, str], count: int) -> str:
+    """A name made of the values: peak-1e-5_cp-2. A key is shortened to its last part where that is unambiguous.
+
+    count: how many of its last parts are left of a value that is a path.
+    """
     lasts = [key.rpartition(".")[2] for key in values]
     parts = []
     for key, value in values.items():
         last = key.rpartition(".")[2]
-        parts.append(f"{last if lasts.count(last) == 1 else key}-{Path(value).name or value}")
+        shown = "/".join(Path(value).parts[-count:]) or value
+        parts.append(f"{last if lasts.count(last) == 1 else key}-{shown}")
     return re.sub(r"[^\w.+-]+", "-", "_".join(parts).lstrip("+~")).strip("-")
 
 

@@ -204,9 +204,30 @@ def test_a_failed_run_does_not_stop_a_sweep_and_an_interrupted_one_does(statuses
     assert capfd.readouterr().out.count("not started") == 3 - begun
 
 
+@pytest.mark.parametrize(
+    ("paths", "shown"),
+    [
+        (["a/c", "a/d"], ["c", "d"]),
+        (["runs/a/stages/s1/model", "runs/b/stages/s1/model"], ["a-stages-s1-model", "b-stages-s1-model"]),
+        (["/x/model", "model", "other"], ["x-model", "model", "other"]),
+    ],
+    ids=["last", "exports of two runs", "of two depths"],
+)
+def test_paths_that_end_alike_are_told_apart_by_their_folders(paths: list[str], shown: list[str], monkeypatch, capfd):
+    started: list[list[str]] = []
+    monkeypatch.setattr("longctx.sweep._one", lambda command, capture: (started.append(list(command)), (0, ""))[1])
+    words = ["model=tiny", "name=x", f"data.path={','.join(paths)}", "seed=1,2"]
+    assert cli.main(["train", "-m", *words]) == 0
+    configs = [load(VERBS["train"], command[command.index("train") + 1 :]) for command in started]
+    assert [config.folder for config in configs] == [
+        f"runs/x/path-{path}_seed-{seed}" for path in shown for seed in (1, 2)
+    ]
+    assert [config.data.path for config in configs[::2]] == paths
+
+
 def test_runs_that_would_share_a_folder_are_refused():
     with pytest.raises(UserError, match="two runs of the sweep would share"):
-        cli._dispatch(["train", "-m", "model=tiny", "name=x", "data.path=a/c,b/c"], own=False)
+        cli._dispatch(["train", "-m", "model=tiny", "name=x", "data.path=a/c,a/c"], own=False)
 
 
 # --- tab completion
