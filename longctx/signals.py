@@ -266,10 +266,11 @@ def sweep(
     living: also those of processes of this machine that still run.
     """
     for path in folder.rglob(".*.partial-*"):
-        found = _PARTIAL.match(path.name)
-        if found and (owners is None or int(found[2]) in owners) and (names is None or found[1] in names):
-            if living or not alive(int(found[2])):
-                remove(path)
+        if (found := _PARTIAL.match(path.name)) is None or (names is not None and found[1] not in names):
+            continue
+        owner = int(found[2])
+        if (owners is None or owner in owners) and (living or not alive(owner)):
+            remove(path)
 
 
 def remove(path: Path) -> None:

@@ -143,6 +143,7 @@ def _open_data(
         made = opened() if ranks.local_rank == 0 else None  # one rank per node tokenizes and packs, the others read
         if ranks.first and split == "train":
             runfolder.check_documents(config, made.contents)
+    runfolder.check_nodes(ranks, runfolder.hashes_of(made.contents) if made is not None else None)
     return made if made is not None else opened()
 
 

@@ -98,6 +98,9 @@ def train(
                     runfolder.prepare(config, world=world_words(config, stages, ranks), trained=trained)
             with ranks.agree("reading the curriculum"):
                 stages = stages or resolve_stages(config)
+                several = ranks.world > ranks.local_world
+                inputs = runfolder.inputs_of(config) if several and ranks.local_rank == 0 else None
+            runfolder.check_nodes(ranks, inputs)
             if ranks.broadcast(trained and not found(Path(config.folder))):
                 console.say("every stage is trained; no checkpoint is there any more")
                 return 0

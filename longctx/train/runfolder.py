@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -29,6 +29,9 @@ from longctx.errors import UserError
 from longctx.fingerprint import MODEL, TOKENIZER, content_hashes
 from longctx.signals import sweep
 from longctx.storage.files import write_text
+
+if TYPE_CHECKING:
+    from longctx.distributed.ranks import Ranks
 
 INPUTS = "inputs.json"  # in the run's folder: per key that names files, their hashes
 WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its wandb run
@@ -86,7 +89,7 @@ def prepare(config: TrainConfig, *, world: Sequence[str] = (), trained: bool = F
     """
     config = with_dtype(config)
     folder = _made(Path(config.folder))
-    stored, inputs = folder / "config.yaml", _inputs(config)
+    stored, inputs = folder / "config.yaml", inputs_of(config)
     if stored.exists():
         before, recorded = _stored(stored), _recorded(folder)
         settings = differences(before, to_dict(config), known=recorded)
@@ -129,7 +132,7 @@ def check_documents(config: TrainConfig, documents: Mapping[str, str]) -> None:
     """
     folder = Path(config.folder)
     recorded = _recorded(folder)
-    found = {f"data.sources.{name}": {"": key} for name, key in documents.items()}
+    found = hashes_of(documents)
     if has_step(folder):
         changes = [change for change in _other_files(recorded, found) if not _accepted(change.key, config.accept)]
         if changes:
@@ -140,6 +143,30 @@ def check_documents(config: TrainConfig, documents: Mapping[str, str]) -> None:
                 f"new name=..., or, if the change is meant, continue with 'accept=[data]' ({folder / INPUTS})"
             )
     write_text(folder / INPUTS, json.dumps({**recorded, **found}, indent=1))
+
+
+def hashes_of(documents: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """A stage's hash of each source's documents, as inputs.json has them."""
+    return {f"data.sources.{name}": {"": key} for name, key in documents.items()}
+
+
+def check_nodes(ranks: Ranks, files: Mapping[str, Mapping[str, str]] | None) -> None:
+    """Raise UserError where a node reads other files than the first one, of which its ranks would train. A collective.
+
+    files: on the first rank of each node, the hashes of the files by the key that names them; None on the others. A
+    model or documents may be copied to each node's own disk, and each node has its own cache of the hub.
+    """
+    found = ranks.gather(files)
+    for rank, others in enumerate(found):
+        for change in _other_files(found[0], others) if others else ():
+            here, there = found[0].get(change.key, {}), others[change.key]
+            names = [name or there[name] for name in there if there[name] != here.get(name)]
+            node = f" on {ranks.places[rank].node}" if ranks.places else ""
+            raise UserError(
+                f"rank {rank}{node} has other files than rank 0 under {change.key} ({', '.join(names[:3])}), so the "
+                "ranks would train different models or on different documents; copy the files there again, or name a "
+                "folder that all nodes share"
+            )
 
 
 def _made(folder: Path) -> Path:
@@ -240,7 +267,7 @@ def _refuse(folder: Path, changes: list[IdentityChange]) -> None:
     )
 
 
-def _inputs(config: TrainConfig) -> dict[str, dict[str, str]]:
+def inputs_of(config: TrainConfig) -> dict[str, dict[str, str]]:
     """Hashes of the files that identity keys name; those of documents are added when a stage opens them."""
     model = config.model.path
     return {

@@ -17,11 +17,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from longctx.config.train import TrainConfig
+from longctx.distributed.ranks import Ranks
 from longctx.errors import UserError
 from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import metrics, runfolder
 from longctx.train.run import settled
+from tests.dist.ranks import run_ranks
 
 from .made import config
 from .test_run import stop_after
@@ -311,3 +313,25 @@ def test_what_a_living_process_writes_below_a_run_stays(tmp_path: Path) -> None:
         folder.mkdir(parents=True)
     with runfolder.held(tmp_path):
         assert (mine.exists(), dead.exists()) == (True, False)
+
+
+def check_different_nodes(rank: int, world: int, case: str) -> None:
+    """Each rank is a node of its own, as far as the check of files goes."""
+    ranks = Ranks(rank, world, 0, 1, torch.device("cpu"))
+    files = {"model.path": {"config.json": "a", "model.safetensors": "b"}, "model.tokenizer": {"": "org/m@1"}}
+    runfolder.check_nodes(ranks, files)
+    runfolder.check_nodes(ranks, files if rank == 0 else None)  # the second rank of a node
+    if rank == 1:
+        files[case] = {
+            "model.path": {"config.json": "a", "model.safetensors": "c"},
+            "model.tokenizer": {"": "org/m@2"},
+        }[case]
+    named = {"model.path": "model.safetensors", "model.tokenizer": "org/m@2"}[case]
+    with pytest.raises(UserError, match=rf"rank 1 has other files than rank 0 under {case} \({named}\)"):
+        runfolder.check_nodes(ranks, files)
+
+
+def test_nodes_that_read_other_files_are_refused(tmp_path: Path) -> None:
+    """Their ranks would train models of different weights, whose gradients are averaged."""
+    failures = run_ranks(2, check_different_nodes, ["model.path", "model.tokenizer"], tmp_path / "store")
+    assert not failures, failures
