@@ -21,6 +21,7 @@ from longctx.run.training import train_run
 from longctx.shape import shape_of_model
 from longctx.storage.files import discard
 from longctx.train.run import checked_stages
+from longctx.train.runfolder import checkpoints
 
 STEPS = 2
 
@@ -34,7 +35,7 @@ def smoke(config: TrainConfig) -> int | None:
     folder = Path(config.folder) / "smoke"
     environment = launcher_environment()
     first, alone = environment["RANK"] == "0", int(environment["WORLD_SIZE"]) == 1
-    if (Path(config.folder) / "latest.json").exists():
+    if checkpoints(Path(config.folder)):
         console.say("smoke: the run has a checkpoint, so its lengths have been tried; it goes on")
         return None
     if first and folder.exists():

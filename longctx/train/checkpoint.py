@@ -30,7 +30,7 @@ from longctx import console
 from longctx.errors import RunFailed, UserError
 from longctx.signals import beside, temporary
 from longctx.storage.files import discard, size_words, sync, write_text
-from longctx.train import fragments
+from longctx.train import fragments, runfolder
 from longctx.train.snapshot import HostCopies, Work, copies_fit
 
 if TYPE_CHECKING:
@@ -89,12 +89,6 @@ class _Save:
     shapes: dict[str, list[int]]
     stack: ExitStack
     work: Work
-
-
-def found(run: Path) -> list[Path]:
-    """The finished checkpoints of the run in a folder, newest first."""
-    folders = [path.parent for path in run.glob("stages/*/checkpoints/step*/manifest.json")]
-    return sorted(folders, key=lambda path: path.name, reverse=True)
 
 
 def stored_state(checkpoint: Path) -> State | None:
@@ -268,7 +262,7 @@ class Checkpoints:
         return []
 
     def _prune(self, newest: Path) -> None:
-        for path in found(self.run)[self.keep :]:
+        for path in runfolder.checkpoints(self.run)[self.keep :]:
             if path != newest:
                 with suppress(OSError):
                     discard(path)
@@ -278,7 +272,8 @@ class Checkpoints:
 
         Raises RunFailed when checkpoints exist and none is intact, UserError when they hold another model.
         """
-        candidates = [str(path) for path in self.ranks.broadcast(found(self.run) if self.ranks.first else [])]
+        own = runfolder.checkpoints(self.run) if self.ranks.first else []
+        candidates = [str(path) for path in self.ranks.broadcast(own)]
         for folder in map(Path, candidates):
             problems = [text for found in self.ranks.gather(list(self._damage(folder))) for text in found]
             if problems:

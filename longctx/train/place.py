@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from longctx import console
 from longctx.errors import UserError
-from longctx.train.checkpoint import State, found, stored_state
+from longctx.train import runfolder
+from longctx.train.checkpoint import State, stored_state
 
 if TYPE_CHECKING:
     from longctx.curriculum import Stage
@@ -71,7 +72,7 @@ def check_folder(run: Path, stages: Sequence[Stage]) -> bool:
     folders = [run / "stages" / stage.name for stage in stages]
     finished = [(folder / "finished.json").exists() for folder in folders]
     exported = [(folder / "model/config.json").exists() for folder in folders]
-    newest = next(iter(found(run)), None)
+    newest = next(iter(runfolder.checkpoints(run)), None)
     state = stored_state(newest) if newest else None
     if state is not None:
         find_place(state, stages)

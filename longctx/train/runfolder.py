@@ -113,8 +113,13 @@ def prepare(config: TrainConfig, *, world: Sequence[str] = (), trained: bool = F
 
 def has_step(folder: Path) -> bool:
     """Whether the run in the folder has a checkpoint or a finished stage."""
-    marks = ("stages/*/checkpoints/step*/manifest.json", "stages/*/finished.json")
-    return any(True for pattern in marks for _ in folder.glob(pattern))
+    return bool(checkpoints(folder)) or any(True for _ in folder.glob("stages/*/finished.json"))
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The whole checkpoints in a run's folder, newest first; the newest that is intact is the one that is loaded."""
+    folders = [path.parent for path in folder.glob("stages/*/checkpoints/step*/manifest.json")]
+    return sorted(folders, key=lambda path: path.name, reverse=True)
 
 
 def frozen(folder: Path) -> list[str] | None:
@@ -305,12 +310,15 @@ def _named_on_hub(hashes: Mapping[str, str]) -> str:
 
 
 def where(folder: Path) -> str:
-    """The last checkpoint of a run that ends now, in words."""
-    pointer = folder / "latest.json"
-    if not pointer.exists():
+    """The last checkpoint of a run that ends now, in words.
+
+    latest.json is not asked: a kill may have come between a checkpoint and its pointer.
+    """
+    found = checkpoints(folder)
+    if not found:
         return "no checkpoint was written yet"
-    step = json.loads(pointer.read_text(encoding="utf-8"))["checkpoint"].rsplit("step", 1)[-1]
-    return f"the checkpoint of step {int(step)} is saved, the same command continues the run"
+    step = int(found[0].name.removeprefix("step"))
+    return f"the checkpoint of step {step} is saved, the same command continues the run"
 
 
 def _accepted(key: str, accept: list[str]) -> bool:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from longctx.distributed.ranks import Ranks
 from longctx.errors import RunFailed, UserError
-from longctx.train import fragments
+from longctx.train import fragments, runfolder
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.fragments import Fragment, FragmentReader
 
@@ -74,6 +74,18 @@ def test_the_newest_are_kept_and_the_pointer_follows(tmp_path: Path) -> None:
     names = sorted(path.name for path in (tmp_path / "stages/s64/checkpoints").iterdir())
     assert names == ["step00000003", "step00000004"]
     assert json.loads((tmp_path / "latest.json").read_text())["checkpoint"].endswith("step00000004")
+
+
+def test_a_checkpoint_that_a_kill_left_without_its_pointer_is_the_last(tmp_path: Path) -> None:
+    assert runfolder.where(tmp_path) == "no checkpoint was written yet"
+    saved(tmp_path, 1)
+    pointer = (tmp_path / "latest.json").read_text()
+    checkpoints = saved(tmp_path, 2)
+    (tmp_path / "latest.json").write_text(pointer)
+    state = checkpoints.load(TwoTensors())  # type: ignore[arg-type]
+    assert state is not None
+    assert state.step == 2
+    assert runfolder.where(tmp_path) == "the checkpoint of step 2 is saved, the same command continues the run"
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "manifest"])
