@@ -18,8 +18,8 @@ KINDS = ("everything", "rank")
 SLOWEST_END = 30.0  # seconds within which a run must end after a rank has died
 # The keys of metrics.jsonl that no clock and no memory counter stands behind.
 EXACT = (
-    "step", "stage", "stage_step", "loss", "tail_loss", "grad_norm", "lr", "skipped", "tokens", "step_tokens", "weight",
-    "cursor", "theta", "seq_len", "cp", "dp", "data",
+    "step", "stage", "stage_step", "loss", "z_loss", "tail_loss", "grad_norm", "lr", "skipped", "tokens", "step_tokens",
+    "weight", "cursor", "theta", "seq_len", "cp", "dp", "data",
 )  # fmt: skip
 
 

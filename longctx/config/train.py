@@ -87,7 +87,7 @@ class OptimConfig:
     #: curriculum may take below 0
     weight_decay: ZeroOrMore = 0.0
     max_grad_norm: ZeroOrMore = 1.0  #: largest global gradient norm; 0 switches clipping off
-    z_loss: ZeroOrMore = 0.0  #: factor of lse^2 that is added to the loss
+    z_loss: ZeroOrMore = 0.0  #: factor of lse^2 that is added to the trained loss; the reported one leaves it out
     #: patterns of parameters not trained: ['*embed_tokens*','*norm*']. auto: what the run's adapter does not carry (the
     #: input embeddings, unless they are tied); [] trains everything
     freeze: list[str] | Literal["auto"] = "auto"

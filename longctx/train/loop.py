@@ -235,6 +235,7 @@ def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport
     line = {
         "step": state.step, "stage": stage.name, "stage_index": stage.index, "stage_step": state.stage_step,
         "loss": report.loss if report.weight > 0 else None, "tail_loss": report.tail_loss,
+        "z_loss": report.z_loss or None,
         "grad_norm": report.grad_norm, "lr": lr,
         "skipped": report.skipped, "tokens": state.tokens, "step_tokens": report.tokens,
         "weight": report.weight, "cursor": state.cursor, "tokens_per_second": report.tokens / seconds,

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 # metrics.jsonl's name -> wandb's.
 WANDB_KEYS = {
     "step": "train/step",
-    "loss": "train/loss", "grad_norm": "train/grad_norm", "lr": "train/lr", "skipped": "train/skipped",
+    "loss": "train/loss", "z_loss": "train/z_loss", "grad_norm": "train/grad_norm", "lr": "train/lr",
+    "skipped": "train/skipped",
     "stage_index": "train/stage", "stage_step": "train/stage_step",
     "tokens_per_second": "speed/tokens_per_second",
     "tokens_per_second_per_rank": "speed/tokens_per_second_per_rank",

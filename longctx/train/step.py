@@ -70,8 +70,9 @@ class Timer:
 class StepReport:
     """The result of a step, equal on all ranks except for `seconds` and `wait`.
 
-    loss: the mean over `weight`.
-    tail_loss: the same over the last quarter of each sequence, where asked for.
+    loss: the mean nll over `weight`, which a held-out loss can be compared with.
+    z_loss: the mean of z lse^2 over `weight`, which the gradient follows too; 0 under optim.z_loss=0.
+    tail_loss: as `loss`, over the last quarter of each sequence, where asked for.
     tokens, weight, pairs: summed over all ranks and micro-batches.
     votes: for each question, whether any rank said yes.
     seconds: by phase, of the phases that have ended (see `Timer.settle`).
@@ -79,6 +80,7 @@ class StepReport:
     """
 
     loss: float
+    z_loss: float
     tail_loss: float | None
     grad_norm: float
     tokens: int
@@ -126,7 +128,7 @@ class Stepper:
         every = max(1, math.ceil(self.check_seconds / pace)) if pace > 0 else 1
         random, began = _random_state(ranks.device), time.perf_counter()
         scale = ranks.world / weight if weight > 0 else 0.0
-        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # loss, loss of the last quarters
+        sums = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # nll, nll of the last quarters, z
         for position, batch in enumerate(batches):
             if position and position % every == 0 and ranks.any(self.stop()):
                 engine.discard()
@@ -136,7 +138,8 @@ class Stepper:
             batch = batch.to(ranks.device)
             timer.lap("data")
             out = engine.forward(**batch.inputs, per_token=batch.tail is not None)
-            sums[0] += out.loss_sum.detach()
+            sums[0] += out.loss_sum.detach() - out.z_sum
+            sums[2] += out.z_sum
             if batch.tail is not None and out.per_token is not None:
                 sums[1] += (out.per_token.double() * batch.tail).sum()
             timer.lap("forward")
@@ -145,10 +148,10 @@ class Stepper:
             timer.lap("backward")
         self.progress.at("reduce", step)
         # The step's only wait for the device.
-        own, own_tail, norm = torch.cat([sums, engine.grad_norm()[None]]).tolist()
+        own, own_tail, own_z, norm = torch.cat([sums, engine.grad_norm()[None]]).tolist()
         self._pace = (time.perf_counter() - began) / max(len(batches), 1)
-        loss_sum, tail_sum = ranks.sum([own, own_tail])
-        mean = loss_sum / weight if weight > 0 else 0.0
+        nll_sum, tail_sum, z_sum = ranks.sum([own, own_tail, own_z])
+        mean, z_mean = (nll_sum / weight, z_sum / weight) if weight > 0 else (0.0, 0.0)
         timer.lap("reduce")
         self.guards.check_finite(mean, norm, own, batches, step)
         skipped = self.guards.is_mute(weight, step) or self.guards.is_spike(mean)
@@ -160,7 +163,8 @@ class Stepper:
         tail = tail_sum / tail_weight if tail_weight > 0 else None
         wait = time.perf_counter() - began - self._pace * max(0, len(batches) - every)
         votes = [vote > 0 for vote in ballot]
-        return StepReport(mean, tail, norm, int(tokens), weight, pairs, skipped, votes, timer.settle(), wait)
+        seconds = timer.settle()
+        return StepReport(mean, z_mean, tail, norm, int(tokens), weight, pairs, skipped, votes, seconds, wait)
 
     def _counts(self, batches: Sequence[MicroBatch]) -> list[float]:
         weight = sum(batch.weight for batch in batches)

@@ -311,6 +311,22 @@ def test_a_batch_without_a_label_is_skipped_and_a_run_without_any_is_refused(tmp
         train_run(run("none", ["critic"] * 24))
 
 
+def test_the_reported_loss_leaves_out_the_z_loss(tmp_path: Path, documents: Path) -> None:
+    """Of the first step, whose weights are those of a run without it; the gradient holds both parts."""
+
+    def first(z_loss: float) -> dict[str, Any]:
+        run = tmp_path / f"z{z_loss}"
+        changes = {"curriculum": one_stage(1), "optim": {"z_loss": z_loss}, "evaluate": {"heldout_sequences": 0}}
+        assert train_run(config(run, documents, **changes)) == 0
+        return metrics.read(run / "metrics.jsonl")[0]
+
+    plain, trained = first(0.0), first(0.1)
+    assert trained["loss"] == pytest.approx(plain["loss"], rel=1e-6)
+    assert trained["z_loss"] > 1.0
+    assert plain["z_loss"] is None
+    assert trained["grad_norm"] != pytest.approx(plain["grad_norm"], rel=1e-3)
+
+
 def test_wandb_mirrors_metrics(tmp_path: Path, documents: Path) -> None:
     """The keys in the offline run's own file, and one run id over two starts."""
     pytest.importorskip("wandb")
