@@ -228,8 +228,8 @@ class DataConfig:
     heldout: Annotated[Share, Field(lt=1)] = 0.05  #: share of documents (by hash of the file's name) not trained
     max_epochs: AboveZero = 4.0  #: warn when a source is repeated more often
     max_bad: Share = 0.01  #: share of broken lines that is skipped with a count
-    bos: bool = True  #: put the tokenizer's mark before each document
-    eos: bool = True  #: put the tokenizer's mark after each document
+    bos: bool = True  #: put the tokenizer's mark before each document; conversations have their template's marks
+    eos: bool = True  #: put the tokenizer's mark after each document; synthetic ones end with their answer instead
 
     def __post_init__(self) -> None:
         if not self.sources or not self.mixes:

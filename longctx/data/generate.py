@@ -27,7 +27,7 @@ def run(config: SynthesizeConfig) -> int:
     corpus = open_source(config.haystack, config.data, tokenizer, Path(config.cache), split=split)
     if not len(corpus):
         raise UserError(f"haystack={config.haystack} has no {split} documents; raise data.heldout, or take keys=train")
-    writer = NeedleWriter(tokenizer)
+    writer = NeedleWriter(tokenizer, bos=config.data.bos)
     haystack = corpus_haystack(corpus, writer)
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)

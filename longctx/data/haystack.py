@@ -24,11 +24,13 @@ Haystack = Callable[[np.random.Generator, int], np.ndarray]
 class NeedleWriter:
     """A fast Hugging Face tokenizer with the tables that writing needles needs; building it reads the vocabulary.
 
-    bos, eos: ids or None. newline_after: bool [vocabulary], whether a token ends a line. ordinary: ids that are
-    neither special nor added. digits: ids of the tokens with the most digits 0 to 9. newline: the tokens of a line end.
+    bos, eos: ids or None. head: the token before a document, int32 [0 or 1]. newline_after: bool [vocabulary], whether
+    a token ends a line. ordinary: ids that are neither special nor added. digits: ids of the tokens with the most
+    digits 0 to 9. newline: the tokens of a line end.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, *, bos: bool = True) -> None:
+        """bos: whether documents begin with the tokenizer's mark, as data.bos says."""
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
@@ -39,6 +41,7 @@ class NeedleWriter:
         self._backend = plain_tokenizer(backend.to_str())  # a caller may have set padding, too
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
+        self.head = np.array([self.bos] if bos and self.bos is not None else [], np.int32)
         size = len(tokenizer)
         texts = self._backend.decode_batch([[token] for token in range(size)])
         self.newline_after = np.array([text.endswith("\n") for text in texts], bool)

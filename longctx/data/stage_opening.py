@@ -62,7 +62,7 @@ def open_stage_data(
                 f"data.sources.{name} serves as haystack in stage {stage} and has {corpora[name].total} tokens in its "
                 f"{split} documents, {_MIN_HAYSTACK + 1} are needed; give it more documents"
             )
-    writer = NeedleWriter(tokenizer) if haystacks else None
+    writer = NeedleWriter(tokenizer, bos=data.bos) if haystacks else None
     if vocab_size is not None:
         largest = max([corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if haystacks else []))
         check_vocabulary(largest, vocab_size)

@@ -143,8 +143,7 @@ def _assemble(
 ) -> SynthDocument:
     inserts = [writer.tokens(line + "\n") for line in lines]
     asks = [writer.marked(q.before, q.answer, q.after) for q in questions]
-    head = [] if writer.bos is None else [np.array([writer.bos], np.int32)]
-    fixed = len(head) + sum(map(len, inserts)) + sum(len(tokens) for tokens, _, _ in asks)
+    fixed = len(writer.head) + sum(map(len, inserts)) + sum(len(tokens) for tokens, _, _ in asks)
     # A needle may need a newline before it; tokens reserved for unneeded newlines become haystack at the end.
     spare = len(writer.newline) * len(inserts)
     filler_length = length - fixed - spare
@@ -156,8 +155,8 @@ def _assemble(
     filler = haystack(rng, filler_length + spare)
     positions, at_line = _insert_positions(filler[:filler_length], depths, writer.newline_after)
     order = np.argsort(positions, kind="stable").tolist()
-    parts: list[np.ndarray] = list(head)
-    at, done = len(head), 0
+    parts: list[np.ndarray] = [writer.head]
+    at, done = len(writer.head), 0
     starts = [0] * len(inserts)
     for i in order:
         piece = inserts[i] if at_line[i] else np.concatenate([writer.newline, inserts[i]])
@@ -194,7 +193,7 @@ def _insert_positions(
 
 def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: NeedleWriter) -> SynthDocument:
     """Make a copy task: a random segment of ordinary tokens, repeated to the document's end."""
-    head = 0 if writer.bos is None else 1
+    head = len(writer.head)
     most = (length - head) // 2
     if most < 1 or (task.segment or 1) > most:
         raise UserError(f"segment={task.segment} does not fit twice into length={length}; at most {most} fits")
@@ -203,8 +202,7 @@ def _copy(task: SynthTask, length: int, rng: np.random.Generator, writer: Needle
         raise UserError("symbols=digits copies tokens made of digits, and the tokenizer has none; take symbols=all")
     size = task.segment or int(rng.integers(min(8, most), most + 1))
     tokens = np.empty(length, np.int32)
-    if writer.bos is not None:
-        tokens[0] = writer.bos
+    tokens[:head] = writer.head
     tokens[head:] = np.resize(symbols[rng.integers(0, len(symbols), size=size)], length - head)
     answer = Answer(head + size, length, "", "", 0.0)
     weights = _weights(length, [answer], task.answer_weight, task.other_weight)

@@ -42,7 +42,7 @@ def open_heldout_text(data: DataConfig, source: str, tokenizer: Path | str, cach
 
     check_text_source(data, source, "source")
     made = tokenizer_at(tokenizer, "model.tokenizer")
-    writer = NeedleWriter(made)
+    writer = NeedleWriter(made, bos=data.bos)
     corpus = open_source(source, data, made, cache, split="heldout")
     if corpus.total == 0:
         raise UserError(
@@ -51,6 +51,9 @@ def open_heldout_text(data: DataConfig, source: str, tokenizer: Path | str, cach
         )
     # A shard's name is a hash of its documents' content and the tokenizer.
     shards, entry = [shard.folder.name for shard in corpus.shards], data.sources[source]
-    key = fingerprint_of({"shards": shards, "heldout": data.heldout, "tokens": [entry.min_len, entry.max_len]})
+    prompts = {} if data.bos else {"bos": False}  # shards of conversations do not depend on data.bos, and prompts do
+    key = fingerprint_of(
+        {"shards": shards, "heldout": data.heldout, "tokens": [entry.min_len, entry.max_len], **prompts}
+    )
     largest = max(corpus.largest_id, int(writer.ordinary.max()))  # needles contain no added tokens
     return HeldoutText(writer, corpus_haystack(corpus, writer), key, corpus.total, largest)

@@ -102,7 +102,8 @@ def needle_grid(
 
     An answer counts as found when greedy decoding would write all its digits (the pass-key test of arXiv 2305.16300,
     with several keys as in RULER, 2404.06654). A prompt takes one forward pass without a key-value cache; logits are
-    computed at the answers only. A guess succeeds with probability 1e-6. Returns a `NeedleGrid`.
+    computed at the answers only. A prompt begins with the tokenizer's bos where it has one. A guess succeeds with
+    probability 1e-6. Returns a `NeedleGrid`.
 
     Raises UserError (a ValueError) when the text is shorter than the longest length, when a length cannot hold its
     needles, and when the tokenizer is not a fast one or gives ids that the model does not have.

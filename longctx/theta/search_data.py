@@ -59,7 +59,7 @@ def load_search_data(
     corpus = max(corpora, key=lambda corpus: corpus.total)
     rows = long_documents(corpus, length, trials.documents, np.random.default_rng(trials.seed))
     last_quarter = (np.arange(length) >= length * 3 // 4).astype(np.float32)
-    needles = _needles(NeedleWriter(tokenizer), corpus, length, trials) if trials.needles else []
+    needles = _needles(NeedleWriter(tokenizer, bos=data.bos), corpus, length, trials) if trials.needles else []
     return SearchData([WeightedSequence(row, last_quarter) for row in rows], needles)
 
 

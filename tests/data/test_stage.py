@@ -681,6 +681,19 @@ def test_needles_in_a_stage_use_keys_of_their_split_and_its_own_straw(books, cac
             assert numbers <= own
 
 
+@pytest.mark.parametrize("bos", [True, False])
+def test_synthetic_documents_begin_as_the_others_do(books, cache, tokenizer, bos):
+    stage = _open(_config(books[0], {"books": 0.5, "needles": 0.5}, bos=bos), tokenizer, cache)
+    seen = set()
+    for index in range(len(stage)):
+        sequence = stage.sequence(index)
+        for name, first in zip(sequence.documents, sequence.tokens[sequence.boundaries[:-1]], strict=False):
+            if "@" not in name:  # else a piece from within a document
+                seen.add(name.partition(":")[0])
+                assert (first == tokenizer.bos_token_id) == bos
+    assert seen == {"books", "needles"}
+
+
 def test_every_boundary_is_a_weightless_token_and_padding_is_small_text(books, cache, tokenizer):
     folder, _ = books
     stage = _open(_config(folder), tokenizer, cache, seq_len=4096, sequences=6)

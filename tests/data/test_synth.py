@@ -231,6 +231,21 @@ def test_thousands_of_short_documents_a_second(straw, writer):
     assert 300 / (time.process_time() - begin) > 500  # thousands when the machine is idle
 
 
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.kind)
+def test_a_document_has_no_mark_where_the_data_have_none(task, straw, tokenizer):
+    document = _make(task, 400, 1, straw, NeedleWriter(tokenizer, bos=False))
+    assert tokenizer.bos_token_id not in document.tokens
+    assert document.tokens.shape == (400,)
+    assert document.weights[0] == 0
+    for answer in document.answers:
+        said = document.tokens[answer.start : answer.end]
+        if task.kind == "copy":
+            assert np.array_equal(said, np.resize(document.tokens[: answer.start], len(said)))
+        else:
+            assert tokenizer.decode(said) == answer.text
+    assert document.answers[-1].end == 400
+
+
 def test_without_bos_the_document_begins_with_the_haystack(straw):
     writer = NeedleWriter(make_tokenizer(bos=False))
     document = make_task(

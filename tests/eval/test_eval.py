@@ -15,12 +15,15 @@ import pytest
 
 from longctx.assets import tiny_model
 from longctx.cli import main
+from longctx.config.base import build
 from longctx.config.compose import load
-from longctx.config.eval import EvalConfig, EvalModel
+from longctx.config.data import DataConfig
+from longctx.config.eval import EvalConfig, EvalModel, NeedleConfig
 from longctx.errors import UserError
 from longctx.eval.evaluate import EvalTasks, count_forwards, evaluate, window_of
 from longctx.eval.heldout_text import open_heldout_text
 from longctx.eval.loss import by_position, token_losses
+from longctx.eval.needle import prompts
 from longctx.eval.predict import load_plain
 from longctx.eval.run import run, target_of
 from longctx.verbs import VERBS
@@ -83,8 +86,6 @@ def test_a_stored_loss_of_conversations_depends_on_which_of_them_are_read(tmp_pa
     """Lengths that leave conversations out change what is measured, not the shards."""
     from transformers import AutoTokenizer
 
-    from longctx.config.base import build
-    from longctx.config.data import DataConfig
     from longctx.eval.conversations import open_heldout_chat
 
     talks = [[("user", "how many?"), ("assistant", "one " * count)] for count in (4, 40, 80)]
@@ -197,6 +198,28 @@ def test_the_bar_counts_prompts_and_held_out_sequences_of_every_rank(text):
     evaluate(target, tasks, heldout, None, tick=lambda: ticks.append(1))
     assert len(ticks) == count_forwards(target, tasks, heldout, None) == 4 + 2 * 3
     assert count_forwards(target, tasks, heldout, None, world=2) == 2 + 2 * 2
+
+
+@pytest.mark.parametrize("kind", ["text", "chat"])
+def test_prompts_begin_as_the_documents_of_training_do(tmp_path, kind):
+    """A kept result belongs to one kind of prompt, also where the haystack's own tokens are the same for both."""
+    from transformers import AutoTokenizer
+
+    talks = [[{"role": "user", "content": "how many? " * 400}, {"role": "assistant", "content": "one"}]] * 3
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in talks))
+    path = write_documents(tmp_path / "documents") if kind == "text" else tmp_path / "chat.jsonl"
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    asked, keys = NeedleConfig(lengths=(384,), per_cell=1), set()
+    for bos in (True, False):
+        values = {"sources": {"s": {"kind": kind, "path": str(path)}}, "mixes": {"m": {"s": 1.0}}, "bos": bos}
+        data = build(DataConfig, values, origin="test")
+        heldout = open_heldout_text(data, "s", tmp_path / "tokenizer", tmp_path / "cache")
+        keys.add(heldout.key)
+        for prompt in prompts(asked, heldout.writer, heldout.haystack):
+            assert (prompt.document.tokens[0] == heldout.writer.bos) == bos
+    assert len(keys) == 2
 
 
 def run_until(ended: threading.Event, wanted) -> None:

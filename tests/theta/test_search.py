@@ -159,6 +159,23 @@ def test_other_texts_under_the_same_path_belong_to_other_trials(text_folder: Pat
     assert found[0] == found[1] != found[2]
 
 
+def test_needles_begin_as_the_documents_of_the_data_do(text_folder: Path, model_folder: Path, tmp_path: Path):
+    from transformers import AutoTokenizer
+
+    from longctx.config.data import DataConfig
+    from longctx.config.theta import SearchConfig
+    from longctx.theta.search_data import load_search_data
+
+    values = {"sources": {"s": {"kind": "text", "path": str(text_folder)}}, "mixes": {"m": {"s": 1.0}}, "heldout": 0.4}
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    for bos in (True, False):
+        data = load_search_data(
+            build(DataConfig, {**values, "bos": bos}, origin="test"), "m", tokenizer,
+            length=512, trials=SearchConfig(documents=2, needles=1), cache=tmp_path / "tokens",
+        )  # fmt: skip
+        assert (data.needles[0].tokens[0] == tokenizer.bos_token_id) == bos
+
+
 @pytest.mark.parametrize("change", [{"dtype": "float64"}, {"rotary": "float64"}, {"tokenizer": str(ASSET)}])
 def test_tokenizer_and_precision_belong_to_a_trial(model_folder: Path, tmp_path: Path, change: dict):
     from longctx.config.data import DataConfig
