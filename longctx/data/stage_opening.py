@@ -14,7 +14,7 @@ from longctx.data.haystack import NeedleWriter
 from longctx.data.mixing import longest_wanted
 from longctx.data.prepare import build_source
 from longctx.data.stage_data import StageData
-from longctx.data.stage_packing import empty_packing, pack_stage
+from longctx.data.stage_packing import StagePacking, describe_padding, empty_packing, pack_stage
 from longctx.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -37,12 +37,12 @@ def open_stage_data(
     vocab_size: int | None = None,
     workers: int | None = None,
     report: Any = None,
-    remark_repeats: bool = True,
+    remarks: bool = True,
 ) -> StageData:
     """Return a stage's packed sequences; documents whose shards are not in `cache` are tokenized first.
 
-    sequences: the number that the stage needs; shorter sources are repeated, with a warning beyond data.max_epochs
-    unless remark_repeats is false.
+    sequences: the number that the stage needs; shorter sources are repeated. remarks: warn of sources that are repeated
+    beyond data.max_epochs, and of a stage of which more than a tenth is padding.
     split: `heldout` reads held-out documents and draws synthetic keys reserved for evaluation. It leaves out sources
     without held-out documents, so it may have no sequence at all. vocab_size: the model's; a tokenizer with larger
     ids is refused. report(source, done, total): called with bytes. Raises UserError for an unknown mix, unusable
@@ -77,13 +77,21 @@ def open_stage_data(
     if split == "train":
         opened.check_tasks()
         opened.check_labels()
-        for name, use in packing.use.items():
-            if remark_repeats and use.epochs > data.max_epochs:
-                remark(
-                    f"stage {stage} reads source {name} {use.epochs:.1f} times, more than data.max_epochs="
-                    f"{data.max_epochs:g}; add documents or lower its weight in data.mixes.{mix}"
-                )
+        if remarks:
+            _remark_packing(data, mix, packing, stage)
     return opened
+
+
+def _remark_packing(data: DataConfig, mix: str, packing: StagePacking, stage: str) -> None:
+    for name, use in packing.use.items():
+        if use.epochs > data.max_epochs:
+            remark(
+                f"stage {stage} reads source {name} {use.epochs:.1f} times, more than data.max_epochs="
+                f"{data.max_epochs:g}; add documents or lower its weight in data.mixes.{mix}"
+            )
+    padded = describe_padding(data, mix, packing, stage)
+    if padded:
+        remark(padded)
 
 
 def check_stages(

@@ -22,6 +22,7 @@ from longctx.host_memory import free_memory
 
 # Bytes of a piece at the peak, while pieces are sorted: 98 to 143 are measured, and less refuses nothing that fits.
 _BYTES_PER_PIECE = 90.0
+_MOST_PADDING = 0.1
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,32 @@ def policy_of(data: DataConfig, mix: Mix, name: str) -> LengthPolicy:
     """Return the length policy of a source in a mix: full for synth sources and natural for others by default."""
     synth = data.sources[name].kind == "synth"
     return mix[name].length or LengthPolicy(kind="full" if synth else "natural")
+
+
+def describe_padding(data: DataConfig, mix: str, packing: StagePacking, stage: str) -> str | None:
+    """Say what pads a stage and what to do about it; None where at most a tenth of its positions is padding.
+
+    mix: the name of the mix that was packed. The source that is named has the most tokens beside the padding.
+    """
+    if packing.padding <= _MOST_PADDING:
+        return None
+    ends = np.concatenate([[0], np.cumsum(packing.length, dtype=np.int64)])
+    filled = np.diff(ends[packing.first])
+    padded = np.repeat(1 - filled / packing.seq_len, np.diff(packing.first))
+    beside = np.bincount(packing.source, padded * packing.length, minlength=len(packing.names))
+    name = packing.names[int(beside.argmax())]
+    policy = policy_of(data, data.mixes[mix], name)
+    ways: list[str] = []
+    if policy.length and packing.seq_len % policy.length:
+        even = packing.seq_len // -(-packing.seq_len // policy.length)
+        ways.append(f"take a length of {even:,} tokens (data.mixes.{mix}.{name}.length)")
+    if data.packing == "best_fit" and data.sources[name].kind != "synth":
+        ways.append("set data.packing=concat, which splits documents where a sequence ends")
+    return (
+        f"stage {stage}: {packing.padding:.0%} of its positions are padding, because documents of source {name} "
+        f"(length policy {policy.kind}) leave room in sequences of {packing.seq_len:,} tokens that no other fits; "
+        + ", or ".join([*ways, f"give data.mixes.{mix} more short documents"])
+    )
 
 
 def _draw_all(

@@ -14,12 +14,12 @@ import numpy as np
 
 from longctx.config.data import DataConfig
 from longctx.config.data_verbs import StatsConfig
-from longctx.console import emit, emit_json, warn
+from longctx.console import emit, emit_json, remark, warn
 from longctx.data.check import check_sources
 from longctx.data.corpus import Corpus
 from longctx.data.run import open_both, summary, text_sources
 from longctx.data.stage_opening import choose_mix
-from longctx.data.stage_packing import pack_stage
+from longctx.data.stage_packing import describe_padding, pack_stage
 from longctx.data.tokenizer import load_tokenizer
 from longctx.shape import shape_of_model
 
@@ -78,7 +78,10 @@ def at_least(lengths: np.ndarray, seq_lens: Mapping[str, int]) -> dict[str, dict
 def stage_use(
     data: DataConfig, lengths: Mapping[str, np.ndarray], stages: Sequence[Any], seed: int
 ) -> dict[str, dict[str, Any]]:
-    """Pack each stage as in training; returns its padding and, by source, tokens, documents, cuts and epochs."""
+    """Pack each stage as in training; returns its padding and, by source, tokens, documents, cuts and epochs.
+
+    Warns of a stage of which more than a tenth is padding.
+    """
     found: dict[str, dict[str, Any]] = {}
     for stage in stages:
         packing = pack_stage(
@@ -90,6 +93,9 @@ def stage_use(
             seed=seed,
             stage=f"{stage.name}/train",
         )
+        padded = describe_padding(data, stage.mix, packing, stage.name)
+        if padded:
+            remark(padded)
         found[stage.name] = {
             "mix": stage.mix,
             "seq_len": stage.seq_len,

@@ -544,7 +544,7 @@ def test_what_does_not_fit_the_model_or_the_stage_is_refused(books, cache, token
     for _ in range(2):
         _open(_config(folder, max_epochs=2), tokenizer, cache, sequences=400)
     assert capsys.readouterr().err.count("more than data.max_epochs=2") == 1
-    _open(_config(folder, max_epochs=1), tokenizer, cache, sequences=400, remark_repeats=False)
+    _open(_config(folder, max_epochs=1), tokenizer, cache, sequences=400, remarks=False)
     assert capsys.readouterr().err == ""
 
 
@@ -554,6 +554,18 @@ def test_ranks_other_than_the_first_do_not_repeat_its_warnings(books, cache, tok
     monkeypatch.setattr(console, "_quiet", True)
     _open(_config(books[0], max_epochs=3), tokenizer, cache, sequences=500)
     assert "max_epochs" not in capsys.readouterr().err
+
+
+def test_a_stage_of_padding_is_remarked_once(books, cache, tokenizer, capsys):
+    mix = {"books": {"weight": 1.0, "length": {"cut": {"length": 300}}}}
+    config = _config(books[0], mix, max_epochs=100)
+    _open(config, tokenizer, cache, remarks=False)
+    _open(config, tokenizer, cache, split="heldout")
+    assert "padding" not in capsys.readouterr().err
+    for _ in range(2):
+        stage = _open(config, tokenizer, cache)
+    said = f"stage s512: {stage.packing.padding:.0%} of its positions are padding, because documents of source books"
+    assert capsys.readouterr().err.count(said) == 1
 
 
 def test_a_task_that_does_not_fit_its_shortest_document_is_refused_at_opening(books, cache, tokenizer):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from longctx.config.base import build
 from longctx.config.data import DataConfig
 from longctx.data.mixing import rng_of
-from longctx.data.stage_packing import pack_stage
+from longctx.data.stage_packing import describe_padding, pack_stage
 from longctx.errors import UserError
 
 TEXTS = {"a": {"kind": "text", "path": "a"}, "b": {"kind": "text", "path": "b"}}
@@ -233,3 +233,30 @@ def test_more_sequences_than_the_host_holds_are_refused_before_they_are_drawn():
         UserError, match=r"curriculum\.stages\.s: packing 1,000,000,000,000 sequences of 64 tokens takes"
     ):
         _packing(_config({"a": 1.0}), {"a": _lengths(9, 1)}, 64, 10**12, stage="s/train")
+
+
+CUT = {"a": {"weight": 1.0, "length": {"cut": {"length": 5000}}}}
+EVEN = {"a": {"weight": 1.0, "length": {"cut": {"length": 4096}}}}
+FIXED = {"needles": {"weight": 0.9, "length": {"fixed": {"length": 3000}}}, "a": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("mix", "packing", "said"),
+    [
+        (CUT, "best_fit", ["source a (length policy cut)", "4,096 tokens (data.mixes.m.a.length)", "packing=concat"]),
+        (EVEN, "best_fit", []),
+        (CUT, "concat", []),
+        ({"a": 1.0}, "best_fit", []),
+        ({"b": 1.0}, "best_fit", ["source b (length policy natural)", "set data.packing=concat"]),
+        (FIXED, "best_fit", ["source needles (length policy fixed)", "take a length of 2,730 tokens"]),
+    ],
+)
+def test_a_stage_of_padding_names_its_cause_and_the_way_out(mix, packing, said):
+    """Documents of source b are a little longer than half of a sequence."""
+    lengths = {"a": _lengths(4000, 0, top=200_000) * 40, "b": np.full(300, 5000, np.int32)}
+    config = _config(mix, packing=packing)
+    packed = _packing(config, lengths, 8192, 200)
+    text = describe_padding(config, "m", packed, "s8192")
+    assert (packed.padding > 0.1) == (text is not None) == bool(said)
+    assert not said or f"stage s8192: {packed.padding:.0%} of its positions are padding" in str(text)
+    assert all(words in str(text) for words in said)

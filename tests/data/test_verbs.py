@@ -49,6 +49,16 @@ def test_data_then_stats_over_a_folder(folder, model, tmp_path, capsys):
     assert (tmp_path / "run/data_stats.png").stat().st_size > 10_000
 
 
+def test_stats_warn_of_a_stage_of_padding(folder, model, tmp_path, capsys):
+    words = [f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
+    cut = "data.mixes.default={text: {weight: 1.0, length: {cut: {length: 1200}}}}"
+    status, out, err = _run(capsys, "data", "stats", *words, cut, "curriculum.only=[s2048]", "format=json")
+    assert status == 0, err
+    padding = json.loads(out)["stages"]["s2048"]["padding"]
+    assert f"stage s2048: {padding:.0%} of its positions are padding" in err
+    assert "take a length of 1,024 tokens (data.mixes.default.text.length)" in err
+
+
 def test_data_says_what_it_tokenizes_and_what_it_finds_stored(folder, model, tmp_path, capsys):
     words = ["data", f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
     said = []
