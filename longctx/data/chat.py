@@ -8,6 +8,7 @@ Conversations are never cut after a system or user message: many templates refus
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,14 @@ from jinja2 import TemplateError
 
 from longctx.data.documents import Document, Tally
 from longctx.errors import UserError
+
+DATE = datetime(2024, 7, 26)  # the one that Llama 3.2's template falls back to
+# The letters of strftime but s, whose seconds depend on a time zone; "-" before one leaves out its padding.
+_DIRECTIVES = [f"%{flag}{letter}" for flag in ("", "-") for letter in "aAbBcCdDeFgGhHIjklmMnprRStTuUVwWxXyYzZ"]
+_REPLACED = "".join(f" | replace({word!r}, {DATE.strftime(word)!r})" for word in _DIRECTIVES)
+# A template's own macro comes before transformers' function of the same name, which gives the day's date. A template
+# loses the line break after the macro and is otherwise as if it began there.
+_FIXED_DATE = "{% macro strftime_now(format) %}{{ format" + _REPLACED + " }}{% endmacro %}\n"
 
 
 def conversation(
@@ -108,7 +117,13 @@ def _start_of_reply(messages: list[dict[str, str]], text: str, tokenizer: Any) -
 def _render(messages: list[dict[str, str]], tokenizer: Any, *, prompt: bool) -> str:
     if not messages:
         return ""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    template = _FIXED_DATE + tokenizer.get_chat_template() if writes_date(tokenizer) else None
+    return tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template may write a date, for which `DATE` then stands."""
+    return "strftime_now" in str(tokenizer.chat_template)
 
 
 def _problem(messages: Any) -> str | None:

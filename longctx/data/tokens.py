@@ -48,9 +48,15 @@ class TokenizerSpec:
     def fingerprint(self) -> str:
         template = getattr(self.chat, "chat_template", None)
         # A template may write bos_token and its like, which stand outside of `json`.
-        marks = "" if self.chat is None else f"|{_MARKS}|{self.chat.special_tokens_map}"
+        marks = "" if self.chat is None else f"|{_MARKS}|{self.chat.special_tokens_map}{_date(self.chat)}"
         text = f"{self.json}|{self.bos}|{self.eos}|{template}{marks}"
         return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _date(tokenizer: Any) -> str:
+    from longctx.data.chat import DATE, writes_date
+
+    return f"|{DATE:%Y-%m-%d}" if writes_date(tokenizer) else ""
 
 
 @dataclass(frozen=True)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import numpy as np
@@ -7,6 +8,7 @@ from longctx.config.base import build
 from longctx.config.data import DataConfig
 from longctx.data import open_stage_data
 from longctx.data.chat import rendered
+from longctx.data.prepare import tokenizer_spec
 from longctx.errors import UserError
 
 from .conftest import make_tokenizer
@@ -53,6 +55,46 @@ def test_assistant_turns_are_marked_in_the_rendered_text(tokenizer):
     assert said[0].endswith("answer 3 " * 6 + "\n")
     assert "question" not in said[0]
     assert said[1].endswith("the end\n")
+
+
+DATED = (
+    "  {%- if strftime_now is defined %}{% set day = strftime_now(FORMAT) %}{% endif %}\n"
+    "{% for m in messages %}<{{ m.role }}>{{ day if loop.first }} {{ m.content }}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("format", "said"),
+    [
+        ("'%d %b %Y'", "26 Jul 2024"),
+        ("format='%A, %B %-d, %Y'", "Friday, July 26, 2024"),
+        ("'%Y-%m-%d' + ' %H:%M'", "2024-07-26 00:00"),
+    ],
+)
+def test_a_template_that_writes_the_day_writes_always_the_same(format, said):
+    tokenizer, today = make_tokenizer(), make_tokenizer()
+    today.chat_template = DATED.replace("FORMAT", format)
+    tokenizer.chat_template = DATED.replace("strftime_now(FORMAT)", f"'{said}'")
+    assert rendered(_conversation(1), today) == rendered(_conversation(1), tokenizer)
+
+
+def test_shards_with_a_date_have_another_key_than_those_of_the_day(folder):
+    """The keys of other templates are those of before."""
+    tokenizer = make_tokenizer()
+    data = build(
+        DataConfig, {"sources": {"s": {"kind": "chat", "path": str(folder)}}, "mixes": {"m": {"s": 1.0}}}, origin="test"
+    )
+
+    def key_and_text() -> tuple[str, str]:
+        spec = tokenizer_spec(tokenizer, data, data.sources["s"])
+        text = f"{spec.json}|None|None|{tokenizer.chat_template}|2|{tokenizer.special_tokens_map}"
+        return spec.fingerprint(), hashlib.sha256(text.encode()).hexdigest()
+
+    key, of_before = key_and_text()
+    assert key == of_before
+    tokenizer.chat_template = DATED.replace("FORMAT", "'%d %b %Y'")
+    key, of_before = key_and_text()
+    assert key != of_before
 
 
 def test_joined_conversations_train_on_the_assistant_only(folder, tokenizer, tmp_path, capsys):
