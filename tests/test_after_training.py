@@ -80,7 +80,7 @@ def make_run(folder: Path, documents: Path) -> TrainConfig:
         after_training=with_sibling(AFTER, folder),
     )  # fmt: skip
     runfolder.prepare(made)
-    return made
+    return runfolder.with_dtype(made)
 
 
 def with_sibling(asked: dict, folder: Path) -> dict:
@@ -407,6 +407,8 @@ def test_a_finished_side_run_of_another_config_is_refused(tmp_path: Path, docume
     finished = run / "side" / "control" / "stages" / "control" / "finished.json"
     finished.parent.mkdir(parents=True)
     finished.write_text("{}")
+    (finished.parent / "model").mkdir()
+    (finished.parent / "model/config.json").write_text("{}")
     assert train_side(made, run, "control", SIDE) == finished.parent / "model"
     longer = replace(SIDE, stage=replace(SIDE.stage, steps=2))
     with pytest.raises(UserError, match=r"curriculum.stages.control.steps was 1, now 2"):
