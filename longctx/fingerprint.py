@@ -17,8 +17,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from longctx.errors import UserError
 from longctx.storage import hub
-from longctx.storage.files import write_text
+from longctx.storage.files import read_record, write_text
 
 RECORD = "made_from.json"  # in a folder of computed weights: the fingerprint of their inputs, and their hashes
 _PIECE = 1 << 24
@@ -51,6 +52,10 @@ def _holds(record: Path, folder: Path) -> bool:
     and a file that is moved here keeps its time of modification. The answer is remembered like a file's hash, so that
     they are read once, also where the folder is read-only.
     """
+    try:
+        read_record(record, "the hashes of a folder's weights", "its weights are read")
+    except UserError:
+        return False
     noted = record.stat()
     weights = sorted(file for pattern in WEIGHTS for file in folder.glob(pattern))
     if all(_state(file)[1] <= noted.st_mtime_ns and _state(file)[2] <= noted.st_ctime_ns for file in weights):

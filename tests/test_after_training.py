@@ -19,6 +19,7 @@ from longctx.config.data import SourceConfig
 from longctx.config.train import ParallelConfig, TrainConfig
 from longctx.errors import UserError
 from longctx.rope import make_rule, read_rope
+from longctx.run.adapter import extract_adapter, merge_sibling
 from longctx.run.after_training import run_after_training
 from longctx.run.lifecycle import run
 from longctx.run.side_config import side_config
@@ -146,6 +147,34 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
     grids = {f"eval/{name}.json" for name in ("base", "extended", "sibling", "merged")}
     assert changed(longer, contents(run)) == grids
     assert set(json.loads((run / "summary.json").read_text())["needle"]["base"]) == {"448"}
+
+
+def test_an_adapter_or_a_merge_that_is_not_whole_is_made_again(
+    tmp_path: Path, documents: Path, capsys: pytest.CaptureFixture[str]
+):
+    """An interrupted copy or a full disk cuts files short; what lora merge reads later must be whole."""
+    made, run = make_run(tmp_path, documents), tmp_path / "run"
+
+    def make() -> None:
+        extract_adapter(made, run / "stages/s1024/model", run / "adapter")
+        merge_sibling(tmp_path / "sibling", run / "adapter", run / "merged")
+
+    make()
+    files = ["adapter/made_from.json", "adapter/longctx.json", "adapter/adapter_model.safetensors"]
+    files += ["merged/made_from.json", "merged/config.json", "merged/model.safetensors"]
+    for name in files:
+        before = (run / name).read_bytes()
+        for left in (0, len(before) // 2):
+            (run / name).write_bytes(before[:left])
+            capsys.readouterr()
+            make()
+            folder, file = name.split("/")
+            said = " ".join(capsys.readouterr().err.split())
+            assert re.search(rf"/{folder} is not whole \(.*{file}[^;]*\); making it again", said), said
+            assert (run / name).read_bytes() == before
+    capsys.readouterr()
+    make()
+    assert "again" not in capsys.readouterr().err
 
 
 def test_the_closing_lines_say_all_and_none_only_where_it_is_so(capsys: pytest.CaptureFixture[str]):

@@ -159,6 +159,15 @@ def test_a_line_that_a_kill_left_half_written_is_no_step(tmp_path: Path):
     assert Page(write_page(folder)).tables["Stages"][1][5] == "5.5000"
 
 
+@pytest.mark.parametrize("name", ["stages/one/finished.json", "summary.json"])
+@pytest.mark.parametrize("text", ["", '{"stage": "s6'])
+def test_a_record_that_is_cut_short_is_refused_by_its_name(tmp_path: Path, name: str, text: str):
+    folder = made_run(tmp_path / "run", summary={"needle": {}, "loss": {}})
+    (folder / name).write_text(text)
+    with pytest.raises(UserError, match=rf"run/{name}, the .* is (empty|damaged or cut short);.* `longctx train`"):
+        write_page(folder)
+
+
 def test_the_folder_may_be_the_one_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     made_run(tmp_path / "run")
     monkeypatch.chdir(tmp_path / "run")

@@ -112,7 +112,9 @@ def count_forwards(target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText, o
     stored = out / f"{target.name}.json" if out else None
     matches = stored is not None and load_result(stored, fingerprint(target, tasks, heldout)) is not None
     if stored is not None and stored.exists() and not matches:
-        console.say(f"{stored} belongs to another model, other needles or other text; measuring it again")
+        console.say(
+            f"{stored} belongs to another model, other needles or other text, or is damaged; measuring it again"
+        )
     if matches:
         return 0
     haystacks = needle.haystacks(tasks.needle) if tasks.needle else 0

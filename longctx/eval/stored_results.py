@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from longctx.storage.files import write_text
+from longctx.errors import UserError
+from longctx.storage.files import read_record, write_text
 
 
 def load_result(path: Path, key: str) -> dict[str, Any] | None:
-    """Return the result in the file, or None when the file is missing or has another fingerprint."""
-    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    return values if values.get("key") == key else None
+    """Return the result in the file, or None when the file is missing or damaged, or has another fingerprint."""
+    with suppress(UserError):
+        values = read_record(path, "a measured result", "it is measured again")
+        if values.get("key") == key:
+            return values
+    return None
 
 
 def store_result(path: Path, key: str, values: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from longctx.config.report import ReportConfig
 from longctx.errors import UserError
 from longctx.eval.grid import percent
 from longctx.lora.sizes import megabytes
-from longctx.storage.files import write_text
+from longctx.storage.files import read_record, write_text
 
 STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -58,8 +58,13 @@ def steps_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def finished_stages(folder: Path) -> list[dict[str, Any]]:
-    """Return the finished.json of each trained stage, in the order of training."""
-    marks = [json.loads(path.read_text(encoding="utf-8")) for path in (folder / "stages").glob("*/finished.json")]
+    """Return the finished.json of each trained stage, in the order of training. Raises UserError for a damaged one."""
+    what = "the record of a finished stage"
+    remedy = (
+        "put it back from a copy; without one, `longctx train` with the run's settings makes that of the last stage "
+        "again, and where an earlier one is deleted the report has no line of its stage"
+    )
+    marks = [read_record(path, what, remedy) for path in (folder / "stages").glob("*/finished.json")]
     return sorted(marks, key=lambda mark: (mark.get("index", 0), mark["seq_len"]))
 
 
@@ -67,7 +72,7 @@ def _summary(folder: Path) -> Iterable[str]:
     stored = folder / "summary.json"
     if not stored.exists():
         return
-    summary = json.loads(stored.read_text(encoding="utf-8"))
+    summary = read_record(stored, "the results of the run", "`longctx train` with the run's settings writes it again")
     if summary["needle"]:
         lengths = _columns(summary["needle"])
         yield "<h2>Needles found</h2>"

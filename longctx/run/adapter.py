@@ -8,14 +8,17 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from longctx import console
 from longctx.config.lora import ExtractConfig, MergeConfig
 from longctx.config.train import TrainConfig
+from longctx.errors import UserError
 from longctx.fingerprint import RECORD, WEIGHTS, content_hashes, fingerprint_of, folder_fingerprint
 from longctx.lora.sizes import megabytes
 from longctx.shape import config_json, model_type_of, tied_of
-from longctx.storage.files import discard, write_text
+from longctx.storage.files import discard, read_record, write_text
+from longctx.storage.model_files import read_header
 
 
 def left_out(config: TrainConfig) -> list[str]:
@@ -75,15 +78,29 @@ def merge_sibling(sibling: Path, adapter: Path, out: Path) -> None:
 
 
 def _up_to_date(out: Path, key: str) -> bool:
-    """Whether the folder `out` has the fingerprint `key`; a folder with another one is removed."""
+    """Whether the folder `out` is whole and has the fingerprint `key`; otherwise it is removed."""
     if not out.exists():
         return False
-    record = out / RECORD
-    if record.exists() and json.loads(record.read_text(encoding="utf-8"))["key"] == key:
-        return True
-    console.say(f"{out} was made from another model or with other settings; making it again")
+    try:
+        if _read_whole(out).get("key") == key:
+            return True
+        why = "was made from another model or with other settings"
+    except UserError as error:
+        why = f"is not whole ({str(error).rpartition('; ')[0]})"
+    console.say(f"{out} {why}; making it again")
     discard(out)
     return False
+
+
+def _read_whole(out: Path) -> dict[str, Any]:
+    """The record of what the folder `out` was made from. Raises UserError for a file that is missing or cut short."""
+    for file in out.glob("*.json"):
+        read_record(file, "a file that longctx wrote", "make it again")
+    made = read_record(out / RECORD, "the record of what the folder was made from", "make it again")
+    for name in made.get("weights", ()):
+        if name.endswith(".safetensors"):
+            read_header(out / name, str(out))
+    return made
 
 
 def _record(out: Path, key: str) -> None:

@@ -1,11 +1,14 @@
-"""Writes files and folders that appear only when complete, and syncs them before anything can refer to them."""
+"""Writes files and folders that appear only when complete, and syncs them before anything can refer to them.
+
+`read_record` reads such a file back: a copy that was interrupted, or another program, may have cut it short.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -120,6 +123,30 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, document: Any) -> None:
     """Write a small JSON file through `replacing`."""
     write_text(path, json.dumps(document, indent=2) + "\n")
+
+
+def read_record(path: Path, what: str, remedy: str, *, keys: Collection[str] = ()) -> dict[str, Any]:
+    """The content of a JSON or YAML file that longctx has written; the file's suffix tells which.
+
+    what: the file in a few words. remedy: what the user can do when the file is damaged. keys: what it must have at
+    least; YAML that is cut short may still be YAML. Raises UserError where the file is missing or damaged.
+    """
+    import yaml
+
+    found, why = None, "is empty"
+    try:
+        text = path.read_text(encoding="utf-8")
+        found = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text or "null")
+    except FileNotFoundError:
+        why = "is missing"
+    except (ValueError, yaml.YAMLError):  # the first is of JSON, or of bytes that are no text
+        why = "is damaged or cut short"
+    if isinstance(found, dict):
+        absent = [key for key in keys if key not in found]
+        if not absent:
+            return found
+        why = f"is cut short (it lacks {', '.join(absent)})"
+    raise UserError(f"{path}, {what}, {why}; {remedy}")
 
 
 def save_figure(figure: Any, path: Path, *, dpi: int) -> None:

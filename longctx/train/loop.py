@@ -29,6 +29,7 @@ from longctx.train.metrics import memory_gib
 from longctx.train.open_stage import OpenStage, open_stage
 from longctx.train.place import enter, saved_words
 from longctx.train.run_context import Recorder, RunContext
+from longctx.train.runfolder import ended_stage
 from longctx.train.step import Stepper, StepReport, Timer
 
 if TYPE_CHECKING:
@@ -258,9 +259,10 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
     mark = folder / "finished.json"
     if stage.name not in state.trained:
         state.trained.append(stage.name)
-    if context.ranks.broadcast(mark.exists() and (folder / "model/config.json").exists()):
+    known = context.ranks.first and (folder / "model/config.json").exists()
+    ended = context.ranks.broadcast(ended_stage(mark, "the stage's end is done again") if known else None)
+    if ended is not None:
         if recorder.metrics:
-            ended = json.loads(mark.read_text(encoding="utf-8"))
             recorder.metrics.stage_ended(state.step, state.tokens, ended["heldout_loss"])
         return
     recorder.progress.at("hand-off", state.step)

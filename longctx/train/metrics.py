@@ -24,7 +24,7 @@ import torch
 from longctx import console
 from longctx.host_memory import peak_resident
 from longctx.storage.files import write_text
-from longctx.train.runfolder import WANDB_ID
+from longctx.train.runfolder import WANDB_ID, ended_stage
 
 if TYPE_CHECKING:
     from longctx.config.train import LoggingConfig
@@ -95,8 +95,8 @@ class Metrics:
         for _, lines in groupby(read(self.path), key=lambda line: line["stage"]):
             if last:
                 mark = run / "stages" / last["stage"] / "finished.json"
-                loss = json.loads(mark.read_text(encoding="utf-8"))["heldout_loss"] if mark.exists() else None
-                self.stage_ended(last["step"], last["tokens"], loss)
+                ended = ended_stage(mark, "wandb does not get its held-out loss") or {}
+                self.stage_ended(last["step"], last["tokens"], ended.get("heldout_loss"))
             for line in lines:
                 self._mirror(line)
                 last = line

@@ -28,7 +28,7 @@ from longctx.distributed.launcher import node_name, started_by
 from longctx.errors import UserError
 from longctx.fingerprint import MODEL, TOKENIZER, content_hashes
 from longctx.signals import sweep
-from longctx.storage.files import write_text
+from longctx.storage.files import read_record, write_text
 
 if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks
@@ -51,7 +51,7 @@ def fingerprint(config: TrainConfig) -> str:
 
 def read(path: Path) -> TrainConfig:
     """The validated config of a run's config.yaml; its run_dir is that file's folder."""
-    config = build(TrainConfig, yaml.safe_load(path.read_text(encoding="utf-8")), origin=str(path))
+    config = build(TrainConfig, _values(path), origin=str(path))
     return dataclasses.replace(config, run_dir=str(path.parent))
 
 
@@ -63,18 +63,13 @@ def with_dtype(config: TrainConfig) -> TrainConfig:
     if config.model.dtype != "auto":
         return config
     stored = Path(config.folder) / "config.yaml"
-    before = _stored_dtype(stored) if stored.exists() else "auto"
+    before = _values(stored)["model"].get("dtype", "auto") if stored.exists() else "auto"
     if before != "auto":
         return dataclasses.replace(config, model=dataclasses.replace(config.model, dtype=before))
     model, source = dtypes.resolve(config.model)
     if model.path is not None and source != "config.json":
         console.remark(f"the model is trained in {model.dtype} ({source}); model.dtype= says otherwise (configs/model)")
     return dataclasses.replace(config, model=model)
-
-
-def _stored_dtype(stored: Path) -> Any:
-    values = yaml.safe_load(stored.read_text(encoding="utf-8")) or {}
-    return (values.get("model") or {}).get("dtype", "auto")
 
 
 def prepare(config: TrainConfig, *, world: Sequence[str] = (), trained: bool = False) -> Path:
@@ -122,11 +117,25 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folders, key=lambda path: path.name, reverse=True)
 
 
+def ended_stage(mark: Path, instead: str) -> dict[str, Any] | None:
+    """The content of a stage's finished.json; None where it is missing, or damaged, which a line on the screen says.
+
+    instead: what the caller does without it.
+    """
+    if not mark.exists():
+        return None
+    try:
+        return read_record(mark, "the record of a finished stage", instead)
+    except UserError as error:
+        console.say(str(error))
+        return None
+
+
 def frozen(folder: Path) -> list[str] | None:
     """The patterns of the parameters that the run in the folder freezes; None where it has not trained yet."""
     if not has_step(folder):
         return None
-    return yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["optim"]["freeze"]
+    return _values(folder / "config.yaml")["optim"]["freeze"]
 
 
 def check_documents(config: TrainConfig, documents: Mapping[str, str]) -> None:
@@ -218,9 +227,18 @@ class IdentityChange:
     part: bool = False
 
 
+def _values(path: Path) -> dict[str, Any]:
+    """The content of a run's config.yaml. Raises UserError where the file is damaged or ends before its last key."""
+    return read_record(
+        path, "the settings of the run",
+        "put it back from a copy (each checkpoint holds one, stages/*/checkpoints/*/config.yaml), or delete it where "
+        "the run has no checkpoint", keys=(*IDENTITY, "accept"),
+    )  # fmt: skip
+
+
 def _stored(path: Path) -> dict[str, Any]:
     """The values of a run's config.yaml; a key that an earlier version of longctx did not have has its default."""
-    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = _values(path)
     try:
         return to_dict(build(TrainConfig, values, origin=str(path)))
     except UserError:  # a key of an earlier version has gone
@@ -284,7 +302,12 @@ def inputs_of(config: TrainConfig) -> dict[str, dict[str, str]]:
 
 def _recorded(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / INPUTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return read_record(
+        path, "the hashes of the files that the run was made from",
+        "put it back from a copy, or delete it: the files that the config names now then count as those of the start",
+    )  # fmt: skip
 
 
 def _other_files(

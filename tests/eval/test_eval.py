@@ -165,6 +165,12 @@ def test_a_result_is_kept_until_its_own_model_or_question_changes(text, two):
     assert kept["theta_only"].stat().st_mtime_ns > before["theta_only"]
     assert "theta_only.json belongs to another model" in said
     assert f"base: measured before with the same questions and text, and kept ({out}/models)" in said
+    whole = kept["base"].read_text()
+    kept["base"].write_text(whole[:40])  # as an interrupted copy leaves it
+    assert "base.json belongs to another model, other needles or other text, or is damaged; measuring it again" in (
+        _spoken(config(*text, THREE, f"out={out}"))[1]
+    )
+    assert kept["base"].read_text() == whole
 
 
 def test_lengths_beyond_the_machine_s_memory_are_said_before_anything_is_read(text, tmp_path, monkeypatch, capsys):

@@ -177,6 +177,42 @@ def test_a_moved_run_with_moved_inputs_goes_on(
     assert losses[0] == losses[1]
 
 
+CUTS = pytest.mark.parametrize("left", [0.0, 0.3, 0.6, 0.95], ids=["empty", "30 %", "60 %", "95 %"])
+
+
+def cut(file: Path, left: float) -> None:
+    """What an interrupted copy or a full disk leaves of a file."""
+    content = file.read_bytes()
+    file.write_bytes(content[: int(left * len(content))])
+
+
+@CUTS
+@pytest.mark.parametrize("name", ["config.yaml", "inputs.json"])
+def test_a_record_that_is_cut_short_is_refused_by_its_name(tmp_path: Path, name: str, left: float) -> None:
+    made = config(tmp_path / "run", tmp_path / "docs", optim={"freeze": "auto"}, model={"dtype": "auto"})
+    trained(settled(made))
+    cut(tmp_path / "run" / name, left)
+    with pytest.raises(
+        UserError, match=rf"run/{name}, .* is (empty|damaged or cut short|cut short \(it lacks .*\)); put"
+    ):
+        runfolder.prepare(settled(made))
+
+
+@CUTS
+def test_a_stage_whose_record_is_cut_short_is_finished_again(
+    tmp_path: Path, documents: Path, undisturbed: Path, left: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(undisturbed, tmp_path / "run")
+    mark = tmp_path / "run/stages/s128/finished.json"
+    before = mark.read_text()
+    cut(mark, left)
+    assert train_run(config(tmp_path / "run", documents)) == 0
+    assert mark.read_text() == before
+    said = " ".join(capsys.readouterr().err.split())
+    assert "s128/finished.json, the record of a finished stage, is " in said
+    assert "; the stage's end is done again" in said
+
+
 def test_other_weights_under_the_same_path_are_refused(stopped: Path) -> None:
     file = stopped / "base/model.safetensors"
     weights = load_file(file)
@@ -234,6 +270,14 @@ def test_weights_that_are_newer_than_their_folders_record_are_read(
     with monkeypatch.context() as patched:
         patched.setattr(fingerprint, "_is_record_of", lambda record, folder: pytest.fail("read again"))
         assert folder_fingerprint(copy) == first
+
+    content = noted.read_text()
+    noted.write_text(content[:20])  # newer than the weights, and tells nothing of them
+    cut_short = folder_fingerprint(folder)
+    save_file({"weight": torch.ones(4)}, weights)
+    os.utime(weights, ns=(0, 0))
+    assert folder_fingerprint(folder) != cut_short
+    noted.write_text(content)
 
     for later, value in enumerate((1.0, 2.0), 1):
         save_file({"weight": torch.full((4,), value)}, weights)
