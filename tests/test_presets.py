@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+import longctx
 from longctx import cli
-from longctx.assets import known_config, known_models
+from longctx.assets import config_folder, known_models
 from longctx.config.compose import load
 from longctx.config.groups import config_dir, header
 from longctx.config.words import parse
@@ -59,17 +60,31 @@ def test_a_known_model_s_config_is_read_by_transformers(tmp_path: Path, monkeypa
     from transformers import AutoConfig
 
     for name in known_models():
-        folder = known_config(name)
-        assert folder is not None
+        folder = Path(config_folder(name))
         stated = json.loads((folder / "config.json").read_text())
         read = AutoConfig.from_pretrained(folder)
         assert read.num_hidden_layers == stated["num_hidden_layers"]
         assert read.max_position_embeddings == stated["max_position_embeddings"]
         assert read.rope_parameters["rope_theta"] == stated["rope_theta"]
-    assert known_config("some/model") is None
+    assert config_folder("some/model") == "some/model"
     monkeypatch.chdir(tmp_path)
     (tmp_path / known_models()[0]).mkdir(parents=True)
-    assert known_config(known_models()[0]) is None  # a folder of that name here goes first
+    assert config_folder(known_models()[0]) == known_models()[0]  # a folder of that name here goes first
+
+
+@pytest.mark.parametrize("name", known_models())
+def test_a_known_model_needs_no_network_where_config_json_is_enough(name, capsys, monkeypatch, tmp_path: Path):
+    """Every verb and function that reads nothing else of a model takes the packaged file; a search reads the model."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # an empty one; HF_HUB_OFFLINE is set
+    assert cli.main(["theta", f"model.path={name}", "to=1M"]) == 0
+    assert cli.main(["plan", f"model.path={name}", "curriculum=8k_to_1048k", "curriculum.only=[s1048k]"]) == 0
+    assert cli.main(["lora", "info", f"plan={name}"]) == 0
+    rope, _ = longctx.rope_for(name, window="1M")
+    (stage,) = longctx.load_curriculum("8k_to_1048k", model=name, only=["s1048k"], rule="dynamic-ntk")
+    assert stage.theta == rope["rope_theta"]
+    capsys.readouterr()
+    assert cli.main(["theta", f"model.path={name}", "search=true", "data=stdlib"]) == 2
+    assert "it is not in the cache" in capsys.readouterr().err
 
 
 PRINTED = sorted({*COMMANDS, *(tuple(words) for page in PAGES for words in mentioned(page))})

@@ -17,12 +17,11 @@ def known_models() -> list[str]:
     return sorted(str(file.parent.relative_to(_HERE / "configs")) for file in _HERE.glob("configs/*/*/config.json"))
 
 
-def known_config(path: str) -> Path | None:
-    """The folder in the package that holds the config.json of this hub id; None for any other path.
+def config_folder(path: str) -> str:
+    """Where a verb that needs only config.json reads it: the package's folder of a hub id that it knows, else `path`.
 
-    A folder of that name on this machine goes first. `plan` needs no more of a model, so a preset is planned without
-    network and without a licence to its weights.
+    A folder of that name on this machine goes first. So `plan`, `theta` without a search and `rope_for` need neither
+    network nor a licence to the weights; whatever loads a model keeps to `path`.
     """
-    folder = _HERE / "configs" / path
     known = path in known_models() and not Path(path).exists()
-    return folder if known else None
+    return str(_HERE / "configs" / path) if known else path

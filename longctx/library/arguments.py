@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
 def rope_from(config_or_path: Any, caller: str) -> Rope:
     """The rope of a folder or hub id, a config.json's content, a transformers configuration, or a model."""
+    from longctx.assets import config_folder
     from longctx.rope import read_rope, rope_of
 
     if isinstance(config_or_path, str | Path):
-        return read_rope(config_or_path)
+        return read_rope(config_folder(str(config_or_path)))
     if isinstance(config_or_path, Mapping):
         return rope_of(config_or_path, "the config")
     config = getattr(plain(config_or_path), "config", config_or_path)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from longctx.assets import known_config
+from longctx.assets import config_folder
 from longctx.errors import UserError, nearest
 from longctx.shape import Shape, config_json, shape_of
 
@@ -59,7 +59,7 @@ def shapes_of(plan: str) -> list[tuple[str, int, int, int]]:
 
 
 def _shape(plan: str) -> Shape:
-    folder = known_config(_PRESETS.get(plan, plan)) or Path(plan)
+    folder = Path(config_folder(_PRESETS.get(plan, plan)))
     if not (folder / "config.json").is_file():
         near = nearest(plan, _PRESETS)
         raise UserError(

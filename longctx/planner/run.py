@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from longctx import dtype as dtypes
-from longctx.assets import known_config
+from longctx.assets import config_folder
 from longctx.config.plan import PlanConfig
 from longctx.console import emit, emit_json, escape, say
 from longctx.curriculum import Stage, resolve
@@ -55,8 +55,8 @@ def with_dtype(config: PlanConfig) -> tuple[PlanConfig, str]:
 
     A model that the package knows by its hub id is planned from the config.json in the package.
     """
-    known = known_config(config.model.path or "")
-    model, source = dtypes.resolve(replace(config.model, path=str(known)) if known else config.model)
+    path = config.model.path and config_folder(config.model.path)
+    model, source = dtypes.resolve(replace(config.model, path=path))
     return replace(config, model=model), source
 
 

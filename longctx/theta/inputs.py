@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from longctx.assets import config_folder
 from longctx.config.curriculum import CurriculumConfig, LearningRateConfig, StageConfig
 from longctx.config.theta import ThetaConfig
 from longctx.curriculum import Stage, resolve
@@ -26,7 +27,10 @@ def starting_rope(config: ThetaConfig) -> Rope:
             f"{given} and a model are both given, and a model's config.json has these values; leave one out ({COMMAND})"
         )
     if config.model is not None:
-        rope = rope_of_model(config.model)
+        model = config.model
+        if model.path is not None and not config.search:  # a search loads the model itself
+            model = dataclasses.replace(model, path=config_folder(model.path))
+        rope = rope_of_model(model)
         return rope if config.from_ is None else dataclasses.replace(rope, window=config.from_)
     made_for = config.curriculum.made_for if config.curriculum is not None else None
     head_dim = config.head_dim or (made_for and made_for.head_dim)
