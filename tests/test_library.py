@@ -512,6 +512,11 @@ def tiny_batch(**changes: Any) -> Any:
         (lambda: longctx.plan(tiny_model(), curriculum="nothing"), "nothing"),
         (lambda: longctx.plan(tiny_model(), ranks=0), "ranks=0 must be 1 or more"),
         (lambda: longctx.plan(tiny_model(), overrides=["engin=deepspeed"]), "engin"),
+        (lambda: longctx.plan(tiny_model(), overrides="engine=ddp"), r"give a list of words, such as \['engine=ddp'\]"),
+        (lambda: longctx.plan(tiny_model(), overrides=["--config-dir", "no/such"]), "no/such is not a folder"),
+        (lambda: longctx.plan(tiny_model(), overrides=["--cfg"]), "overrides are key=value and --config-dir FOLDER"),
+        (lambda: longctx.plan(tiny_model(), curriculum="my/curriculum/mine.yaml"),
+         "my/curriculum/mine.yaml is not a choice: .*--config-dir FOLDER curriculum=mine"),
         (lambda: longctx.extract_lora("no/such/base", tiny_model(), "out", rank=0), "rank"),
         (lambda: longctx.extract_lora("no/such/base", tiny_model(), "out", ranke=2), "ranke is not a known key"),
         (lambda: longctx.merge_lora(tiny_model(), "no/such/adapter", "out"), "no/such/adapter"),
@@ -522,6 +527,16 @@ def test_a_mistake_is_a_value_error_in_words(call: Any, message: str):
         call()
     assert isinstance(refusal.value, UserError)
     assert not Path("out").exists()
+
+
+def test_plan_takes_a_curriculum_of_ones_own_like_the_command_line(tmp_path: Path):
+    (tmp_path / "curriculum").mkdir()
+    text = "rule: dynamic-ntk\nlr: {peak: 1.0e-5}\nstages: {s1k: {seq_len: 1k, steps: 2, batch: 8}}\n"
+    (tmp_path / "curriculum" / "mine.yaml").write_text(text)
+    own = ["--config-dir", str(tmp_path)]
+    for curriculum, words in (("mine", own), ("tiny_16x", [*own, "curriculum=mine"])):
+        plan = longctx.plan(tiny_model(), curriculum=curriculum, ranks=2, hardware="cpu", overrides=words)
+        assert list(plan["stages"]) == ["s1k"]
 
 
 NO_NUMBER = [-1, 0.5, math.nan, math.inf, 1e99, 2**63, "", "abc", True]

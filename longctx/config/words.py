@@ -185,6 +185,13 @@ class Overrides:
         if instead := INSTEAD.get(f"{group}={choice}"):
             return f"{group}={choice} is not a choice; instead: {instead} ({self.origin})"
         known = self.choices.get(group, [])
+        if choice.endswith((".yaml", ".yml")) or "/" in choice:
+            name = Path(choice).stem
+            return (
+                f"{group}={choice} is not a choice: a choice is a name, and a file of your own is "
+                f"FOLDER/{group}/{name}.yaml, given as --config-dir FOLDER {group}={name}; known: {', '.join(known)} "
+                f"({self.origin})"
+            )
         near = nearest(choice, known)
         hint = f"did you mean {group}={near}? " if near else ""
         return f"{group}={choice} is not a choice; {hint}known: {', '.join(known)} ({self.origin})"

@@ -55,8 +55,9 @@ def plan(
     """Predict memory, time and schedule of every stage of a training, before anything is started.
 
     model: a folder or hub id in Hugging Face format, of which only config.json is read. curriculum, hardware: names of
-    configs/curriculum and configs/hardware. nodes: machines; ranks: devices in each. overrides: words as on the command
-    line (`longctx plan --help`), such as ["engine=deepspeed", "engine.zero=3"].
+    configs/curriculum and configs/hardware. nodes: machines; ranks: devices in each. overrides: a list of words as on
+    the command line (`longctx plan --help`), such as ["engine=deepspeed", "engine.zero=3"]; with ["--config-dir", "my"]
+    curriculum="mine" is my/curriculum/mine.yaml.
 
     Returns what `longctx plan format=json` prints: per stage its split (cp, dp, schedule), `memory` in bytes per
     device by part and in `total`, `fits`, `flop_per_step` of all devices, `seconds_per_step`, `hours`; and `hours` and
@@ -73,12 +74,18 @@ def plan(
     from longctx.config.base import build
     from longctx.config.compose import compose
     from longctx.config.plan import PlanConfig
+    from longctx.config.words import parse
     from longctx.planner.run import planned
 
     if not isinstance(model, str | Path):
         raise UserError(f"plan: model={type(model).__name__} is not a folder or hub id; give one, as text or a Path")
-    words = [f"curriculum={curriculum}", f"hardware={hardware}", f"nodes={nodes}", f"ranks={ranks}", *overrides]
-    values = compose("plan", words)
+    if isinstance(overrides, str):
+        raise UserError(f"plan: overrides={overrides!r} is one text; give a list of words, such as [{overrides!r}]")
+    words = [f"curriculum={curriculum}", f"hardware={hardware}", f"nodes={nodes}", f"ranks={ranks}"]
+    line = parse([*words, *(str(word) for word in overrides)])
+    if line.help or line.cfg or line.multirun:
+        raise UserError("plan: overrides are key=value and --config-dir FOLDER; other options are the command line's")
+    values = compose("plan", line.overrides, line.folders)
     values["model"] = {**values["model"], "path": str(model), "init": None}  # any path, whatever Hydra's grammar allows
     config = replace(build(PlanConfig, values, origin="plan"), show="stages")
     return planned(config)
