@@ -17,6 +17,7 @@ from longctx.config.after_training import AfterTrainingConfig, SideRun
 from longctx.config.base import build
 from longctx.config.data import SourceConfig
 from longctx.config.train import ParallelConfig, TrainConfig
+from longctx.data.tokenizer import load_tokenizer
 from longctx.errors import UserError
 from longctx.rope import make_rule, read_rope
 from longctx.run.adapter import extract_adapter, merge_sibling
@@ -25,7 +26,7 @@ from longctx.run.lifecycle import run
 from longctx.run.side_config import side_config
 from longctx.run.side_run import train_side
 from longctx.run.summary import tell
-from longctx.run.what_follows import check_what_follows
+from longctx.run.what_follows import check_what_follows, prepare_what_follows
 from longctx.train import runfolder
 from longctx.train.preflight import check_libraries
 from longctx.train.run import resolve_stages
@@ -400,9 +401,30 @@ def test_a_tokenizer_that_is_not_the_base_s_is_refused_before_training(tmp_path:
         tmp_path / "run", documents, curriculum=ONE_STAGE, after_training={"lora": {"enabled": True}},
         model={"init": None, "path": str(tiny_model()), "tokenizer": str(other)},
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"its tokenizer\.json has other tokens than .*model\.tokenizer=\S+other"):
+    with pytest.raises(UserError, match=r"its tokenizer\.json has other tokens than .*model\.tokenizer=\S+other.*'8' "):
         run(made)
     assert not (tmp_path / "run" / "stages").exists()
+
+
+def test_a_token_that_transformers_adds_is_named_with_the_key_that_adds_it(tmp_path: Path, documents: Path):
+    """transformers reads the tokenizer of a Qwen2 folder with a class whose unk_token is <|endoftext|>."""
+    own = tmp_path / "own"
+    shutil.copytree(tiny_model(), own)
+    config = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps({**config, "model_type": "qwen2"}))
+    made = run_config(
+        tmp_path / "run", documents, curriculum=ONE_STAGE, after_training={"lora": {"enabled": True}},
+        model={"init": None, "path": str(own), "tokenizer": None},
+    )  # fmt: skip
+    tokenizer = load_tokenizer(made.model)
+    with pytest.raises(
+        UserError, match=r"'<\|endoftext\|>' none / 512 .*set unk_token to null or to a token of"
+    ) as refusal:
+        prepare_what_follows(made, tokenizer)
+    assert "the model's own tokenizer" not in str(refusal.value)
+    settings = json.loads((own / "tokenizer_config.json").read_text())
+    (own / "tokenizer_config.json").write_text(json.dumps({**settings, "unk_token": None}))
+    prepare_what_follows(made, load_tokenizer(made.model))
 
 
 def test_conversations_without_a_chat_template_are_refused_before_training(tmp_path: Path, documents: Path):

@@ -64,8 +64,8 @@ def open_stage_data(
             )
     writer = NeedleWriter(tokenizer, bos=data.bos) if haystacks else None
     if vocab_size is not None:
-        largest = max([corpus.largest_id for corpus in corpora.values()] + ([len(tokenizer) - 1] if haystacks else []))
-        check_vocabulary(largest, vocab_size)
+        written = [int(writer.ordinary.max())] if writer else []  # needles contain no added tokens
+        check_vocabulary(max([corpus.largest_id for corpus in corpora.values()] + written), vocab_size)
     lengths = {name: corpora[name].lengths for name in texts}
     packing = (
         pack_stage(data, chosen, lengths, seq_len=seq_len, sequences=sequences, seed=seed, stage=f"{stage}/{split}")

@@ -160,33 +160,48 @@ def _check_tensors(base: StoredTensors, tuned: StoredTensors) -> None:
 
 
 def _check_tokenizers(base: StoredTensors, tuned: StoredTensors) -> None:
-    file = differing_vocabulary(base.source, tuned.source)
-    if file is not None:
+    differing = differing_vocabulary(base.source, tuned.source)
+    if differing is not None:
         raise UserError(
-            f"base={base.path} and tuned={tuned.path} have different vocabularies ({file}): the rows of their "
-            "embeddings mean different tokens; extract from the model with the same tokenizer"
+            f"base={base.path} and tuned={tuned.path} have different vocabularies ({': '.join(filter(None, differing))}"
+            "): the rows of their embeddings mean different tokens; extract from the model with the same tokenizer"
         )
 
 
-def differing_vocabulary(base: Source, tuned: Source) -> str | None:
-    """The name of the first tokenizer file that gives two models different tokens or ids; None where none does."""
+def differing_vocabulary(base: Source, tuned: Source) -> tuple[str, str] | None:
+    """The first tokenizer file that gives two models different tokens or ids, and these tokens; None where none does.
+
+    The tokens are in words, with their ids in base and in tuned; empty where the file is not JSON.
+    """
     for file in ("tokenizer.json", "tokenizer.model", "vocab.json"):
         if not (base.exists(file) and tuned.exists(file)):
             continue
         first, second = base.fetch(file).read_bytes(), tuned.fetch(file).read_bytes()
-        if first != second and (file == "tokenizer.model" or _vocabulary(first) != _vocabulary(second)):
-            return file
+        if first == second:
+            continue
+        if file == "tokenizer.model":
+            return file, ""
+        ours, theirs = _vocabulary(first), _vocabulary(second)
+        if differing := [token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token)]:
+            words = [f"{token!r} {ours.get(token, 'none')} / {theirs.get(token, 'none')}" for token in differing[:3]]
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            return file, f"token {', '.join(words)}{more}"
     return None
 
 
-def _vocabulary(content: bytes) -> Any:
-    """The tokens and ids of a tokenizer.json or vocab.json, without fields that change when it is saved again."""
+def _vocabulary(content: bytes) -> dict[str, Any]:
+    """The id of every token of a tokenizer.json or vocab.json; fields that change when it is saved again are left out.
+
+    A token may stand among the model's or among the added ones: saving moves it, and its row stays.
+    """
     table = json.loads(content)
     model = table.get("model", {}) if isinstance(table, dict) else {}
     if not isinstance(model, dict) or "vocab" not in model:
-        return table
-    added = {item["content"]: item["id"] for item in table.get("added_tokens", [])}
-    return model["vocab"], added
+        return table if isinstance(table, dict) else {"": table}
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram's pieces, each with its score
+        vocabulary = {piece: index for index, (piece, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{item["content"]: item["id"] for item in table.get("added_tokens", [])}}
 
 
 def _check_direction(base: StoredTensors, tuned: StoredTensors) -> None:

@@ -99,14 +99,24 @@ def _check_vocabulary(config: TrainConfig, base: str, tokenizer: Any) -> None:
 
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        file = differing_vocabulary(open_source(base, "model.path"), Folder(Path(folder)))
-    if file is not None:
-        given = f"model.tokenizer={config.model.tokenizer}" if config.model.tokenizer else "as transformers loads it"
-        raise UserError(
-            f"model.path={base}: its {file} has other tokens than the tokenizer of this run ({given}), and the adapter "
-            "is a difference of models whose rows mean the same tokens; train with the model's own tokenizer, or take "
-            "after_training=none (configs/after_training)"
+        differing = differing_vocabulary(open_source(base, "model.path"), Folder(Path(folder)))
+    if differing is None:
+        return
+    file, tokens = differing
+    if config.model.tokenizer:
+        given, remedy = f"model.tokenizer={config.model.tokenizer}", "train with the model's own tokenizer"
+    else:
+        added = [name for name, token in tokenizer.special_tokens_map.items() if repr(token) in tokens]
+        given = "the same one as transformers loads it"
+        remedy = (
+            f"in tokenizer_config.json set {' and '.join(added) or 'the special tokens among them'} to null or to a "
+            f"token of {file} (of a hub id, in a copy of its tokenizer, with model.tokenizer=)"
         )
+    raise UserError(
+        f"model.path={base}: its {file} has other tokens than the tokenizer of this run ({given})"
+        f"{tokens and f': {tokens} (id there / here)'}; the adapter is a difference of models whose rows mean the same "
+        f"tokens; {remedy}, or take after_training=none (configs/after_training)"
+    )
 
 
 @contextmanager

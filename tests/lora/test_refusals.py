@@ -84,9 +84,13 @@ def test_tokenizers(trio: Make, tmp_path: Path) -> None:
     (base / "tokenizer.json").write_text(json.dumps(vocabulary))
     (tuned / "tokenizer.json").write_text(json.dumps({**vocabulary, "version": "2.0"}, indent=1))
     extract(ExtractConfig(base=str(base), tuned=str(tuned), out=str(tmp_path / "fine"), rank=4))
-    vocabulary["model"] = {"vocab": {"a": 1, "b": 0}}
+    vocabulary["added_tokens"] = [{"content": "b", "id": 1}]  # a token that is special as well keeps its row
     (tuned / "tokenizer.json").write_text(json.dumps(vocabulary))
-    assert re.search("different vocabularies", extract_refusal(tmp_path, str(base), str(tuned)))
+    extract(ExtractConfig(base=str(base), tuned=str(tuned), out=str(tmp_path / "special"), rank=4))
+    vocabulary["model"], vocabulary["added_tokens"] = {"vocab": {"a": 1, "c": 0}}, []
+    (tuned / "tokenizer.json").write_text(json.dumps(vocabulary))
+    said = extract_refusal(tmp_path, str(base), str(tuned))
+    assert "different vocabularies (tokenizer.json: token 'a' 0 / 1, 'b' 1 / none, 'c' none / 0)" in said
 
 
 def test_swapped(trio: Make, tmp_path: Path) -> None:
