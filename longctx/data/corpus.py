@@ -80,6 +80,19 @@ class Corpus:
     def largest_id(self) -> int:
         return max(shard.meta["largest_id"] for shard in self.shards)
 
+    def hold_out_more(self, share: float) -> str:
+        """What to do for more held-out documents than `share` (data.heldout) gives, as the end of a sentence.
+
+        Documents of one group, such as a file's parts, are held out together, and one group is left to train on.
+        """
+        buckets = np.concatenate([shard.buckets for shard in self.shards])
+        if len(np.unique(buckets)) < 2:
+            what = "1 document" if len(buckets) == 1 else f"{len(buckets):,} documents of one group"
+            return f"it has {what} in all, and 2 are needed, one to train on and one to hold out; add documents"
+        if share > 0 and not held_out(buckets, share).any():
+            return f"data.heldout={share:g} would hold out all {len(buckets):,} documents, so none is; lower it"
+        return f"raise data.heldout={share:g}, or add documents"
+
     def document_name(self, document: int) -> str:
         return self.shards[self._shard[document]].name(int(self._within[document]))
 

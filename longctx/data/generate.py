@@ -26,7 +26,8 @@ def run(config: SynthesizeConfig) -> int:
     split = "train" if config.keys == "train" else "heldout"
     corpus = open_source(config.haystack, config.data, tokenizer, Path(config.cache), split=split)
     if not len(corpus):
-        raise UserError(f"haystack={config.haystack} has no {split} documents; raise data.heldout, or take keys=train")
+        more = corpus.hold_out_more(config.data.heldout)
+        raise UserError(f"haystack={config.haystack} has no {split} documents; {more}, or take keys=train")
     writer = NeedleWriter(tokenizer, bos=config.data.bos)
     haystack = corpus_haystack(corpus, writer)
     path = Path(config.out)

@@ -141,13 +141,13 @@ def _held_out_mix(data: DataConfig, mix: Mix, corpora: Mapping[str, Corpus], *, 
     policy needs gets the policy natural.
     """
     kept: Mix = {}
-    missing: list[str] = []
+    missing: list[Corpus] = []
     for name, entry in mix.items():
         if entry.weight <= 0:
             continue
         corpus = corpora[data.sources[name].haystack or name]
         if corpus.total <= (_MIN_HAYSTACK if data.sources[name].kind == "synth" else 0):
-            missing.append(corpus.name)
+            missing.append(corpus)
             continue
         wanted = longest_wanted(entry.length, seq_len)
         if wanted > int(corpus.lengths.max()):
@@ -158,11 +158,11 @@ def _held_out_mix(data: DataConfig, mix: Mix, corpora: Mapping[str, Corpus], *, 
             entry = replace(entry, length=LengthPolicy(kind="natural"))
         kept[name] = entry
     if missing:
-        names = ", ".join(dict.fromkeys(missing))
+        names = ", ".join(dict.fromkeys(corpus.name for corpus in missing))
         what = "lacks a part of its mix" if kept else "is not measured"
         remark(
-            f"stage {stage}: the held-out loss {what}, since too few documents are held out of {names}; raise "
-            f"data.heldout={data.heldout:g}, or set evaluate.heldout_sequences=0"
+            f"stage {stage}: the held-out loss {what}, since too few documents are held out of {names}; "
+            f"{missing[0].hold_out_more(data.heldout)}, or set evaluate.heldout_sequences=0"
         )
     return kept
 

@@ -47,7 +47,7 @@ def open_heldout_text(data: DataConfig, source: str, tokenizer: Path | str, cach
     if corpus.total == 0:
         raise UserError(
             f"source={source} holds out no document at data.heldout={data.heldout:g}, and models are evaluated on text "
-            "that training does not see; raise data.heldout, or add documents"
+            f"that training does not see; {corpus.hold_out_more(data.heldout)}"
         )
     # A shard's name is a hash of its documents' content and the tokenizer.
     shards, entry = [shard.folder.name for shard in corpus.shards], data.sources[source]

@@ -609,7 +609,7 @@ def test_without_held_out_documents_there_is_no_held_out_loss(books, tmp_path, c
         assert len(stage) == 0
         assert stage.stats()["padding"] == 0
         said = capsys.readouterr().err
-        assert "raise data.heldout=0, or set evaluate.heldout_sequences=0" in said
+        assert "raise data.heldout=0, or add documents, or set evaluate.heldout_sequences=0" in said
     (tmp_path / "one").mkdir()
     (tmp_path / "one/only.txt").write_text("a single document\n" * 50)
     sources = {
@@ -619,7 +619,29 @@ def test_without_held_out_documents_there_is_no_held_out_loss(books, tmp_path, c
     stage = _open(_config(folder, {"books": 0.5, "one": 0.5}, sources=sources), tokenizer, cache, split="heldout")
     assert len(stage) == 20
     assert {name.split(":")[0] for i in range(20) for name in stage.documents(i)} == {"books"}
-    assert "lacks a part of its mix, since too few documents are held out of one" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        "lacks a part of its mix, since too few documents are held out of one; it has 1 document in all, and 2 " in said
+    )
+    assert "raise" not in said
+
+
+@pytest.mark.parametrize(
+    ("texts", "share", "advice"),
+    [
+        (["a"], 0.9, "it has 1 document in all, and 2 are needed"),
+        (["a", "b"], 0.0, "raise data.heldout=0"),
+        (["a", "b"], 0.999, "data.heldout=0.999 would hold out all 2 documents, so none is; lower it"),
+        (["a", "b"], 0.001, "raise data.heldout=0.001"),
+    ],
+)
+def test_the_advice_for_more_held_out_documents_can_help(tmp_path, tokenizer, texts, share, advice):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for text in texts:
+        (folder / f"{text}.txt").write_text(f"{text} document\n" * 50)
+    corpus = _corpus(_config(folder, heldout=share), tokenizer, tmp_path / "c", "heldout")
+    assert corpus.hold_out_more(share).startswith(advice)
 
 
 def test_every_stage_is_planned_before_the_first(books, cache, tokenizer):
