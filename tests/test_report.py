@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -178,3 +180,18 @@ def test_the_folder_may_be_the_one_one_stands_in(tmp_path: Path, monkeypatch: py
 def test_a_folder_without_a_run_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match=r"holds no config\.yaml, so it is not the folder of a run"):
         write_page(tmp_path)
+
+
+def test_a_folder_that_takes_no_file_is_refused_with_the_pages_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A read-only disk; the name under which the page is half written is nobody's business."""
+    folder = made_run(tmp_path / "run")
+
+    def refuse(path: Path, *_: Any, **__: Any) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(UserError, match=r"run/report\.html cannot be written: Read-only .*run=COPY"):
+        run(ReportConfig(run=str(folder)))
+    with pytest.raises(OSError, match="Read-only") as refused:
+        write_page(folder)
+    assert refused.value.filename == str(folder / "report.html")

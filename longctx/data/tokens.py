@@ -75,7 +75,7 @@ def tokenize_shard(job: ShardJob, spec: TokenizerSpec) -> None:
     """Read a shard's units, tokenize them, and write the shard, unless it exists."""
     if (job.folder / "meta.json").exists():
         return
-    with temporary(beside(job.folder)) as partial, naming(job.folder):
+    with temporary(beside(job.folder)) as partial, naming(job.folder, partial):
         tally = Tally()
         dtype = np.uint16 if spec.size <= 2**16 else np.uint32
         write_shard(partial, _rows(job, spec, tally), dtype, masked=spec.chat is not None, tally=tally)

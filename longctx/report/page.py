@@ -29,8 +29,17 @@ STYLE = (
 
 
 def run(config: ReportConfig) -> int:
-    """Write RUN/report.html and print its path."""
-    console.emit(str(write_page(Path(config.run))))
+    """Write RUN/report.html and print its path. Raises UserError where the folder holds no run or takes no file."""
+    folder = Path(config.run)
+    try:
+        console.emit(str(write_page(folder)))
+    except OSError as error:
+        if error.filename != str(folder / "report.html"):
+            raise
+        raise UserError(
+            f"{error.filename} cannot be written: {error.strerror}; copy the run's folder to where you may write, and "
+            "give the copy, run=COPY (configs/report.yaml)"
+        ) from None
     return 0
 
 

@@ -32,7 +32,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the new one. A folder can replace only an empty folder.
     """
-    with temporary(beside(path)) as partial, naming(path):
+    with temporary(beside(path)) as partial, naming(path, partial):
         yield partial
         sync(partial)
         os.replace(partial, path)
@@ -40,13 +40,18 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Raise an error of a full disk, which names no file, as an OSError that names `path`."""
+def naming(path: Path, partial: Path) -> Iterator[None]:
+    """Raise a system's error while `path` is written under the name `partial` as an OSError that names `path`.
+
+    An error of a full disk names no file at all.
+    """
     try:
         yield
     except Exception as error:
         number = system_number(error)
-        if number not in (errno.ENOSPC, errno.EDQUOT):
+        named = str((error.filename2 or error.filename) if isinstance(error, OSError) else "")
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        if number is None or not (full or named.startswith(str(partial))):
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
 
