@@ -164,7 +164,7 @@ def test_a_sweep_runs_every_combination_names_the_failed_one_and_returns_the_wor
     assert runs[0]["result"]["stages"][0]["rope_parameters"]["rope_type"] == "yarn"
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["t-to-4096.png"]
     assert "to=64: refused (status 2)" in done.stderr
-    assert "seq_len=64 is shorter than the model's window" in done.stderr
+    assert "to=64 is shorter than the window of 512" in done.stderr
 
 
 def test_runs_of_a_sweep_have_folders_of_their_own_and_one_tokenization(monkeypatch, capfd):

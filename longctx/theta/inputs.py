@@ -48,7 +48,14 @@ def starting_rope(config: ThetaConfig) -> Rope:
 def target_stages(config: ThetaConfig, rope: Rope) -> tuple[list[Stage], list[str]]:
     """Return the resolved stages, and the name of the rule that gives each one's theta."""
     curriculum, file = _curriculum(config, rope)
-    stages = resolve(curriculum, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=file)
+    try:
+        stages = resolve(curriculum, head_dim=rope.head_dim, rope=rope.parameters, window=rope.window, file=file)
+    except UserError as error:
+        if config.curriculum is not None:
+            raise
+        ((name, stage),) = curriculum.stages.items()  # made here of to and rule, and these are what the user can set
+        said = str(error).replace(f"curriculum.stages.{name}.rule", "rule")
+        raise UserError(said.replace(f"curriculum.stages.{name}", f"to={stage.seq_len}")) from None
     return stages, ["explicit" if stage.rule == ExplicitTheta.name else stage.rule for stage in stages]
 
 
@@ -63,6 +70,11 @@ def _curriculum(config: ThetaConfig, rope: Rope) -> tuple[CurriculumConfig, str]
     to = config.to or (rope.window * _SEARCH_STRETCH if config.search else None)
     if to is None:
         raise UserError(f"the length to reach is missing: give to=131072, or curriculum=8k_to_1048k ({COMMAND})")
+    if to < rope.window:
+        raise UserError(
+            f"to={to} is shorter than the window of {rope.window}, and rules only stretch; give to={rope.window} or "
+            f"more ({rope.source})"
+        )
     stage = StageConfig(seq_len=to, steps=1, batch=1)
     rule = config.rule or DynamicNtk()
     return (

@@ -168,7 +168,14 @@ def test_overrides_reach_the_table(capsys: pytest.CaptureFixture[str]):
             "the length to reach is missing: give to=",
         ),
         (["head_dim=127", "theta=500000", "from=8k", "to=64k"], "head_dim=127 must be a multiple of 2"),
-        (["head_dim=128", "theta=500000", "from=8k", "to=4k"], "is shorter than the model's window of 8192"),
+        (
+            ["head_dim=128", "theta=500000", "from=8k", "to=4k"],
+            "longctx: to=4096 is shorter than the window of 8192, and",
+        ),
+        (
+            ["model.path=meta-llama/Llama-3.1-8B-Instruct", "to=1M", "rule=linear"],
+            "longctx: rule=linear: rope_type='llama3'",
+        ),
         (
             ["head_dim=128", "theta=500000", "from=8k", "to=64k", "rule=yarm"],
             "is not a rule; did you mean 'yarn'?",
