@@ -152,6 +152,13 @@ def test_nearest_finds_what_was_meant():
         (["train", "model.init.layers=0"], "model.init.layers=0 must be 1 or more"),
         (["train", "model.path=${nothing}"], "model.path has no value"),
         (["train"], "model.path is missing; give it as model.path=..."),
+        *[
+            (
+                [verb, *TINY[: 3 * (verb == "train")], f"name={name}"],
+                f"name={name!r} is not a name below runs/",
+            )
+            for verb, name in (("train", "../evil"), ("train", "a/../../evil"), ("train", "/tmp/evil"), ("theta", "."))
+        ],
         (["train", "name=[a"], "cannot be read: close every bracket and quote"),
         (["train", *TINY, "seed=1,2"], "-m runs one after another: longctx VERB -m seed=1,2"),
         (["train", "hydra.run.dir=x"], "would set Hydra itself"),

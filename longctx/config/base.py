@@ -10,9 +10,10 @@ import re
 from collections.abc import Mapping
 from functools import cache
 from numbers import Integral
+from pathlib import PurePath
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass as _pydantic_dataclass
 from pydantic_core import PydanticKnownError
 from typing_extensions import dataclass_transform
@@ -87,6 +88,16 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
+def _below_runs(value: str) -> str:
+    """runs/NAME stays below runs/; a name with folders in it (`group/run`) does."""
+    path = PurePath(value)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise ValueError(
+            "is not a name below runs/; leave out .. and a leading /, or give the folder as run_dir=FOLDER"
+        )
+    return value
+
+
 def _whole_not_bool(value: Any) -> Any:
     """Pydantic reads true as 1, which is a mistake where a number is expected, and has no words for 1e99."""
     if isinstance(value, bool):
@@ -115,6 +126,7 @@ Count = Annotated[int, BeforeValidator(parse_count), Field(ge=1, le=10**18)]
 Theta = Annotated[int, BeforeValidator(parse_count), Field(gt=1, lt=MOST_THETA)]
 Text = Annotated[str, BeforeValidator(_text)]
 Given = Annotated[Text, Field(min_length=1)]  # such as a path, where the empty text would be the current folder
+RunName = Annotated[Given, AfterValidator(_below_runs)]
 Positive = Annotated[Whole, Field(ge=1, le=MOST)]
 NotNegative = Annotated[Whole, Field(ge=0, le=MOST)]
 Samples = Annotated[Whole, Field(ge=1, le=100_000)]  # sequences or questions of a measurement

@@ -15,6 +15,7 @@ from longctx.config.base import (
     NotNegative,
     PerMachine,
     Positive,
+    RunName,
     Samples,
     Seed,
     Theta,
@@ -68,7 +69,7 @@ class ThetaConfig:
     search: bool = False  #: try thetas around the rule's on held-out documents (needs the model's weights)
     trials: SearchConfig = SearchConfig()
     data: DataConfig | None = None  #: of a search
-    name: Given = "theta"  #: results go to runs/NAME
+    name: RunName = "theta"  #: results go to runs/NAME
     run_dir: str = ""  #: the folder of a search, instead of runs/NAME
     nproc: PerMachine = 1  #: ranks that share a long sequence by ring attention while searching
 

@@ -17,13 +17,13 @@ from longctx.config.base import (
     AboveZero,
     Count,
     Epsilon,
-    Given,
     Length,
     MachineCount,
     Minutes,
     NotNegative,
     PerMachine,
     Positive,
+    RunName,
     Seconds,
     Seed,
     Share,
@@ -161,7 +161,7 @@ class EvaluateConfig:
 class TrainConfig:
     """The root of configs/train.yaml."""
 
-    name: Given  #: the run's folder is runs/NAME
+    name: RunName  #: the run's folder is runs/NAME
     seed: Seed = 0  #: random seed of documents, their order, and new weights
     run_dir: str = ""  #: the run's folder, instead of runs/NAME
     cache: str = ""  #: folder of tokenized documents; empty: RUN/data
