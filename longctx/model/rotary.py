@@ -8,6 +8,7 @@ Shapes: B batch, S tokens, H heads, D head dim (all of it rotates).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -21,6 +22,12 @@ from longctx.rope import attention_factor, check_fixed, inv_freq, rope_of
 
 # transformers evaluates theta^(2i/d) in fp32, a few units in the last place from the exact value.
 _TOLERANCE = 2e-6
+# A theta rule keeps a yarn rope's factor and widens the window, and transformers warns of the two at every config that
+# it reads. The frequencies are checked here, so the warning would tell users to correct what is right.
+_YARN_FACTOR = "The explicitly set RoPE scaling factor"
+logging.getLogger("transformers.modeling_rope_utils").addFilter(
+    lambda record: not record.getMessage().startswith(_YARN_FACTOR)
+)
 
 
 def torch_power(base: float, exponents: np.ndarray) -> np.ndarray:

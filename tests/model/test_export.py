@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,20 @@ def test_exporting_again_replaces_the_folder_and_keeps_its_source(source, tmp_pa
     first = export(trained.named_parameters(), source, None, tmp_path / "a", rope=ROPE, window=512)
     second = export(trained.model.named_parameters(), str(first), None, first, rope=ROPE, window=2048)
     assert load(str(second)).config.max_position_embeddings == 2048
+
+
+def test_a_yarn_rope_in_a_wider_window_is_exported_and_read_without_an_alarm(source, tmp_path, monkeypatch):
+    """A theta rule keeps the factor; transformers would say that it does not match the window and must be corrected."""
+    said: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: said.append(record.getMessage()))
+    monkeypatch.setattr(logging.getLogger("transformers.modeling_rope_utils"), "handlers", [handler])
+    model = model_of(source)
+    rope = {"rope_type": "yarn", "rope_theta": 40000.0, "factor": 2.375, "original_max_position_embeddings": 128}
+    set_rope(model, rope, 1024)
+    out = export(model.named_parameters(), source, None, tmp_path / "out", rope=rope, window=1024)
+    assert load(str(out)).config.rope_parameters["factor"] == 2.375
+    assert said == []
 
 
 def test_ranks_that_do_not_write_only_draw_the_stream(source, tmp_path):
