@@ -167,8 +167,9 @@ def test_a_result_is_kept_until_its_own_model_or_question_changes(text, two):
     assert f"base: measured before with the same questions and text, and kept ({out}/models)" in said
     whole = kept["base"].read_text()
     kept["base"].write_text(whole[:40])  # as an interrupted copy leaves it
-    assert "base.json belongs to another model, other needles or other text, or is damaged; measuring it again" in (
-        _spoken(config(*text, THREE, f"out={out}"))[1]
+    assert (
+        "base.json belongs to another model, other needles or other text, or is damaged; measuring it again"
+        in (_spoken(config(*text, THREE, f"out={out}"))[1])
     )
     assert kept["base"].read_text() == whole
 
