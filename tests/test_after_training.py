@@ -108,6 +108,7 @@ def test_what_stands_is_used_until_what_it_came_from_changes(
     first, times = contents(run), [(run / name).stat().st_mtime_ns for name in contents(run)]
     assert not (run / "merged" / "hashes.json").exists()  # the sibling has one, of other weights
     said = " ".join(capsys.readouterr().err.split())
+    assert f"the sibling with the adapter merged in, a window of 1,024 tokens: {run}/merged" in said
     assert re.search(
         r"The base finds \d+ % of the needles at 384 tokens\. Extended, the same model finds \d+ %\.", said
     )

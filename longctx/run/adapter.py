@@ -73,8 +73,9 @@ def merge_sibling(sibling: Path, adapter: Path, out: Path) -> None:
         return
     from longctx.lora.merge import merge
 
-    merge(MergeConfig(target=str(sibling), adapter=[str(adapter)], out=str(out)))
+    made = merge(MergeConfig(target=str(sibling), adapter=[str(adapter)], out=str(out)))
     _record(out, key)
+    console.say(f"the sibling with the adapter merged in, a window of {made.window:,} tokens: {out}")
 
 
 def _up_to_date(out: Path, key: str) -> bool:
