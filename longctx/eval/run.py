@@ -208,6 +208,8 @@ def _write(config: EvalConfig, results: Sequence[EvalResult]) -> None:
         return
     for part in tables(results):
         console.emit(part)
+    if config.out is None:
+        console.say("nothing of this is kept; out=FOLDER keeps the numbers and the picture")
 
 
 def _document(result: EvalResult) -> dict[str, Any]:

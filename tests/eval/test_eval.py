@@ -113,6 +113,15 @@ def test_models_are_named_in_a_list_a_mapping_or_one_by_one():
     assert list(config("models=[runs/a/stages/s2048/model, runs/a/merged]").models or {}) == ["s2048", "merged"]
 
 
+def test_without_a_folder_the_tables_end_with_how_to_keep_them(text, two):
+    words = [*text, f"model.path={TINY}", "needle.lengths=[384]", "loss_lengths=[128]"]
+    kept = "nothing of this is kept; out=FOLDER keeps the numbers and the picture"
+    assert kept in _spoken(config(*words))[1]
+    out, err = _spoken(config(*words, "format=json"))
+    assert kept not in out + err + "".join(two[1:])
+    assert json.loads(out)["window"] == 512
+
+
 def test_two_models_stand_in_one_document_with_what_each_alone_would_give(text, two, tmp_path):
     document = json.loads((two[0] / "eval.json").read_text())["models"]
     assert list(document) == ["base", "theta_only"]
