@@ -13,8 +13,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from longctx.assets import tiny_model
-from longctx.config.compose import load
-from longctx.verbs import VERBS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "configs").rglob("*.yaml"))]
@@ -43,13 +41,16 @@ def test_the_data_page_reads_a_stage(tmp_path: Path, text: str):
     (tmp_path / "docs").mkdir()
     for number in range(20):
         (tmp_path / "docs" / f"{number}.txt").write_text(f"{number}\n{text}")
-    config = load(VERBS["data"], ["data=text", f"data.path={tmp_path}/docs", f"model.path={tiny_model()}"])
     code = code_after("docs/data.md", "Reading")
-    for given, small in (('"runs/x/data"', f'"{tmp_path}"'), ("65536", "1024"), ("1000", "8")):
+    for given, small in (
+        ('"runs/x/data"', f'"{tmp_path}"'), ("65536", "1024"), ("1000", "8"), ("DOCS", f"{tmp_path}/docs"),
+        ("MODEL", str(tiny_model())),
+    ):  # fmt: skip
         assert given in code
         code = code.replace(given, small)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
-    stage = run(code, config=config, tokenizer=tokenizer, positions=np.arange(4))["stage"]
+    found = run(code)
+    stage = found["stage"]
+    assert len(stage.local(7, found["positions"]).tokens) == 1024  # one rank has them all
     assert stage.sequence(7).tokens.shape == (1024,)
     assert {"padding", "cut", "epochs"} <= set(stage.stats())
 
