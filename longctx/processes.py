@@ -65,6 +65,16 @@ def alive(pid: int) -> bool:
         return False
 
 
+def started(pid: int) -> float:
+    """The time at which a process began, in seconds since the epoch, within about a second; infinite without one."""
+    try:
+        ticks = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rsplit(")", 1)[1].split()[19]
+        boot = next(line for line in Path("/proc/stat").read_text("utf-8").splitlines() if line.startswith("btime "))
+        return int(boot.split()[1]) + int(ticks) / os.sysconf("SC_CLK_TCK")
+    except (OSError, StopIteration):
+        return float("inf")
+
+
 def handles(pid: int, number: int) -> bool:
     """Whether a process has a handler for a signal; without one, most signals end it. True where this is unknown."""
     try:

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from longctx.processes import alive, kill_descendants
+from longctx.processes import alive, kill_descendants, started
 
 SAVED_AND_REQUEUE = 75
 INTERRUPTED = 130
@@ -263,14 +263,21 @@ def sweep(
 ) -> None:
     """Remove half-written files under `folder` (see `beside`), of these owners (pids) and names only, if given.
 
-    living: also those of processes of this machine that still run.
+    living: also those that a process of this machine may still be writing.
     """
     for path in folder.rglob(".*.partial-*"):
         if (found := _PARTIAL.match(path.name)) is None or (names is not None and found[1] not in names):
             continue
         owner = int(found[2])
-        if (owners is None or owner in owners) and (living or not alive(owner)):
+        if (owners is None or owner in owners) and (living or not _may_write(owner, path)):
             remove(path)
+
+
+def _may_write(pid: int, path: Path) -> bool:
+    """Whether a living process may be writing `path`: one that began before, since numbers of processes come again."""
+    with suppress(OSError):
+        return alive(pid) and started(pid) < path.stat().st_mtime + 2
+    return False
 
 
 def remove(path: Path) -> None:

@@ -460,7 +460,8 @@ def test_a_finished_side_run_of_another_config_is_refused(tmp_path: Path, docume
     finished.parent.mkdir(parents=True)
     finished.write_text("{}")
     (finished.parent / "model").mkdir()
-    (finished.parent / "model/config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        (finished.parent / "model" / name).write_text("{}")
     assert train_side(made, run, "control", SIDE) == finished.parent / "model"
     longer = replace(SIDE, stage=replace(SIDE.stage, steps=2))
     with pytest.raises(UserError, match=r"curriculum.stages.control.steps was 1, now 2"):

@@ -220,7 +220,7 @@ class ScheduleExecutor:
     def _differentiate(
         self, call: Call, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dq: GradientSum
     ) -> list[Part]:
-        """Add the call's dq to `dq`, which frees it, and return its dK and dV by runs of keys."""
+        """Add the call's dq to `dq`, and return its dK and dV by runs of keys; its own dq is freed on return."""
         rows, found = call.backward(dout, q, k, v, out, lse, self.scale)
         for where, grad in rows:
             dq.add(where, grad)

@@ -237,9 +237,11 @@ class ThreadWorld:
                 return mine
             peer = others.popleft()
         source, target = (mine, peer) if sends else (peer, mine)
-        target.tensor.copy_(source.tensor)
-        mine.done.set()
-        peer.done.set()
+        try:
+            target.tensor.copy_(source.tensor)
+        finally:  # where the copy fails, this rank raises why
+            mine.done.set()
+            peer.done.set()
         return mine
 
     def run(self, work: Callable[[ThreadTransport], object]) -> list:

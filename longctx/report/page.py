@@ -70,8 +70,8 @@ def finished_stages(folder: Path) -> list[dict[str, Any]]:
     """Return the finished.json of each trained stage, in the order of training. Raises UserError for a damaged one."""
     what = "the record of a finished stage"
     remedy = (
-        "put it back from a copy; without one, `longctx train` with the run's settings makes that of the last stage "
-        "again, and where an earlier one is deleted the report has no line of its stage"
+        "put it back from a copy, or delete it: `longctx train` with the run's settings makes the last stage's again, "
+        "and without an earlier stage's the report leaves that stage out"
     )
     marks = [read_record(path, what, remedy) for path in (folder / "stages").glob("*/finished.json")]
     return sorted(marks, key=lambda mark: (mark.get("index", 0), mark["seq_len"]))

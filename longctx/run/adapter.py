@@ -6,6 +6,8 @@ Each folder has the fingerprint of its inputs; it is made again where the models
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,8 @@ from longctx.errors import UserError
 from longctx.fingerprint import RECORD, WEIGHTS, content_hashes, fingerprint_of, folder_fingerprint
 from longctx.lora.sizes import megabytes
 from longctx.shape import config_json, model_type_of, tied_of
-from longctx.storage.files import discard, read_record, write_text
+from longctx.signals import remove
+from longctx.storage.files import read_record, write_text
 from longctx.storage.model_files import read_header
 
 
@@ -56,8 +59,9 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
         return
     from longctx.lora.extract import extract
 
-    made = extract(settings)
-    _record(out, key)
+    with _replaced(out):
+        made = extract(settings)
+        _record(out, key)
     names = [row.tensor for row in made.not_carried]
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     console.say(
@@ -73,13 +77,14 @@ def merge_sibling(sibling: Path, adapter: Path, out: Path) -> None:
         return
     from longctx.lora.merge import merge
 
-    made = merge(MergeConfig(target=str(sibling), adapter=[str(adapter)], out=str(out)))
-    _record(out, key)
+    with _replaced(out):
+        made = merge(MergeConfig(target=str(sibling), adapter=[str(adapter)], out=str(out)))
+        _record(out, key)
     console.say(f"the sibling with the adapter merged in, a window of {made.window:,} tokens: {out}")
 
 
 def _up_to_date(out: Path, key: str) -> bool:
-    """Whether the folder `out` is whole and has the fingerprint `key`; otherwise it is removed."""
+    """Whether the folder `out` is whole and has the fingerprint `key`; otherwise a line says why it is made again."""
     if not out.exists():
         return False
     try:
@@ -89,14 +94,31 @@ def _up_to_date(out: Path, key: str) -> bool:
     except UserError as error:
         why = f"is not whole ({str(error).rpartition('; ')[0]})"
     console.say(f"{out} {why}; making it again")
-    discard(out)
     return False
+
+
+@contextmanager
+def _replaced(out: Path) -> Iterator[None]:
+    """Move the folder `out` aside while another is made in its place, and back where that fails."""
+    before = out.with_name(f".{out.name}.before")
+    if out.exists():
+        remove(before)
+        out.rename(before)
+    try:
+        yield
+    except BaseException:
+        if before.exists():
+            remove(out)
+            before.rename(out)
+        raise
+    remove(before)
 
 
 def _read_whole(out: Path) -> dict[str, Any]:
     """The record of what the folder `out` was made from. Raises UserError for a file that is missing or cut short."""
-    for file in out.glob("*.json"):
-        read_record(file, "a file that longctx wrote", "make it again")
+    for name in ("config.json", "adapter_config.json", "longctx.json"):
+        if (out / name).exists():  # a merged folder also has files of the sibling's own
+            read_record(out / name, "a file that longctx wrote", "make it again")
     made = read_record(out / RECORD, "the record of what the folder was made from", "make it again")
     for name in made.get("weights", ()):
         if name.endswith(".safetensors"):

@@ -15,6 +15,7 @@ from longctx.run.side_config import side_config
 from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import runfolder
+from longctx.train.run import resolve_stages
 
 
 def side_folder(folder: Path, name: str) -> Path:
@@ -30,8 +31,11 @@ def train_side(config: TrainConfig, folder: Path, name: str, side: SideRun) -> P
     run = folder / "side" / name
     model = side_folder(folder, name)
     own = side_config(config, folder, name, side)
-    runfolder.prepare(own)  # refuses a changed config for a finished run too
-    if not ((run / "stages" / name / "finished.json").exists() and (model / "config.json").exists()):
+    from longctx.train.place import check_folder  # torch
+
+    trained = check_folder(run, resolve_stages(own))
+    runfolder.prepare(own, trained=trained)  # refuses a changed config for a finished run too
+    if not trained:
         status = train_run(own)
         if status == SAVED_AND_REQUEUE:
             raise SystemExit(status)

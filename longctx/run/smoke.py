@@ -21,7 +21,7 @@ from longctx.run.training import train_run
 from longctx.shape import shape_of_model
 from longctx.storage.files import discard
 from longctx.train.run import checked_stages
-from longctx.train.runfolder import checkpoints
+from longctx.train.runfolder import has_step
 
 STEPS = 2
 
@@ -35,8 +35,8 @@ def smoke(config: TrainConfig) -> int | None:
     folder = Path(config.folder) / "smoke"
     environment = launcher_environment()
     first, alone = environment["RANK"] == "0", int(environment["WORLD_SIZE"]) == 1
-    if checkpoints(Path(config.folder)):
-        console.say("smoke: the run has a checkpoint, so its lengths have been tried; it goes on")
+    if has_step(Path(config.folder)):
+        console.say("smoke: the run has trained, so its lengths have been tried; it goes on")
         return None
     if first and folder.exists():
         discard(folder)

@@ -138,14 +138,15 @@ def read_record(path: Path, what: str, remedy: str, *, keys: Collection[str] = (
     """
     import yaml
 
-    found, why = None, "is empty"
+    found, why = None, "is damaged or cut short"
     try:
         text = path.read_text(encoding="utf-8")
+        why = why if text.strip() else "is empty"
         found = yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text or "null")
     except FileNotFoundError:
         why = "is missing"
     except (ValueError, yaml.YAMLError):  # the first is of JSON, or of bytes that are no text
-        why = "is damaged or cut short"
+        pass
     if isinstance(found, dict):
         absent = [key for key in keys if key not in found]
         if not absent:

@@ -6,11 +6,14 @@ and from then on models and datasets are read from the cache only.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -22,6 +25,8 @@ from urllib.request import getproxies, proxy_bypass
 from longctx.errors import UserError
 
 CONNECT_SECONDS = 3.0
+REQUEST_SECONDS = 20.0
+_READ = ("config.json", "model*.safetensors", "pytorch_model*.bin", "tokenizer.json", "tokenizer_config.json")
 _OFFLINE = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # both set huggingface_hub's offline mode
 _UNREACHABLE = "LONGCTX_HUB_UNREACHABLE"  # set here, so that child processes do not look again
 
@@ -99,9 +104,10 @@ def cached(name: str) -> Path:
 
 @cache
 def revision(name: str) -> str:
-    """A hub id with the commit that is read now, NAME@COMMIT: the hub's newest, or the cache's without network.
+    """A hub id with a hash of the files that are read now, NAME@HASH: the hub's newest, or the cache's without network.
 
-    A local path is returned as it is, and so is a name of which nothing is known: whoever loads it says why.
+    A commit that changes only other files, such as the model card, is no other revision. A local path is returned as it
+    is, and so is a name of which nothing is known: whoever loads it says why.
     """
     if looks_local(name):
         return name
@@ -109,10 +115,21 @@ def revision(name: str) -> str:
 
     with suppress(Exception):  # the types that downloads raise depend on huggingface_hub's release
         if not offline():
-            return f"{name}@{HfApi().model_info(name).sha}"
+            listed = HfApi().model_info(name, files_metadata=True, timeout=REQUEST_SECONDS).siblings or []
+            return _with_hash(name, {file.rfilename: file.lfs.sha256 if file.lfs else file.blob_id for file in listed})
     with suppress(Exception):
-        return f"{name}@{cached(name).name}"
+        # The cache's files are links to blobs, which have the hub's hashes for names; where they are files, the commit
+        # has to do.
+        folder = cached(name)
+        blobs = {file.name: os.readlink(file).rsplit("/", 1)[-1] for file in folder.iterdir() if file.is_symlink()}
+        return _with_hash(name, blobs) if blobs else f"{name}@{folder.name}"
     return name
+
+
+def _with_hash(name: str, hashes: Mapping[str, str | None]) -> str:
+    """NAME@HASH of the files that loading fetches in any case, so that a cache tells the same as the hub."""
+    read = {file: digest for file, digest in hashes.items() if any(fnmatch(file, pattern) for pattern in _READ)}
+    return f"{name}@{hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 @contextmanager

@@ -94,6 +94,16 @@ class Objective:
         """Train the model for the adaptation steps; its weights are restored on leaving the context."""
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         before = [p.detach().clone() for p in parameters]
+        try:
+            self._train(adapt)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, kept in zip(parameters, before, strict=True):
+                    parameter.copy_(kept)
+
+    def _train(self, adapt: Adaptation) -> None:
+        """Take the adaptation steps; masters and moments are gone before the model is judged."""
         engine = ReplicatedEngine(EngineConfig(), OptimConfig(max_grad_norm=1.0), self.model, self.ranks)
         try:
             for batch in adapt.batches:
@@ -101,10 +111,7 @@ class Objective:
                 out = engine.forward(**batch.to(self.ranks.device).inputs)
                 engine.backward(out.loss_sum * (self.ranks.world / max(weight, 1e-9)), last=True)
                 engine.step(adapt.lr, float(engine.grad_norm()))
-            yield
         finally:
             engine.close()
-            with torch.no_grad():
-                for parameter, kept in zip(parameters, before, strict=True):
-                    parameter.copy_(kept)
-                    parameter.grad = None
+            for parameter in self.model.parameters():
+                parameter.grad = None

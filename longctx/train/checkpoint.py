@@ -313,7 +313,10 @@ class Checkpoints:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         check_same_model(manifest["parameters"], engine.shapes(), folder)
         state = stored_state(folder)
-        assert state is not None, "its hash is right"
+        if state is None:  # its hash is right
+            raise RunFailed(
+                f"{folder / 'state.json'} was written by another version of longctx; continue with that one"
+            )
         with fragments.FragmentReader(folder, manifest) as reader:
             engine.restore(reader)
             same_world = state.written_by.get("world") == self.ranks.world

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -29,7 +29,7 @@ from longctx.train.metrics import memory_gib
 from longctx.train.open_stage import OpenStage, open_stage
 from longctx.train.place import enter, saved_words
 from longctx.train.run_context import Recorder, RunContext
-from longctx.train.runfolder import ended_stage
+from longctx.train.runfolder import ended_stage, exported
 from longctx.train.step import Stepper, StepReport, Timer
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def run_stages(training: Training) -> int:
     """Train the stages that are left. Returns 0, or 75 when a signal asked to stop (the state is saved)."""
     context, state, progress = training.context, training.state, training.recorder.progress
     progress.at("start", state.step)
-    _revisit_finished(training)
+    revisit_finished(context, training.after_stage)
     for stage in context.stages[state.stage :]:
         if _stopping(training):
             return SAVED_AND_REQUEUE
@@ -94,23 +94,22 @@ def run_stages(training: Training) -> int:
     return 0
 
 
-def _revisit_finished(training: Training) -> None:
+def revisit_finished(context: RunContext, after_stage: AfterStage | None) -> None:
     """Call after_stage for the stages that an earlier start of the run finished."""
-    context = training.context
-    if training.after_stage is None:
+    if after_stage is None:
         return
     with context.ranks.agree("what follows the finished stages"):
         for stage in context.stages if context.ranks.first else []:
             if (context.folder / "stages" / stage.name / "finished.json").exists():
-                _after_stage(training, stage)
+                _after_stage(context, stage, after_stage)
 
 
-def _after_stage(training: Training, stage: Stage) -> None:
+def _after_stage(context: RunContext, stage: Stage, after_stage: AfterStage) -> None:
     """Call after_stage for an exported stage; one whose export the user has removed keeps what it has."""
-    folder = training.context.folder / "stages" / stage.name
-    if training.after_stage is not None and (folder / "model").is_dir():
+    folder = context.folder / "stages" / stage.name
+    if exported(folder):
         (folder / "eval").mkdir(exist_ok=True)
-        training.after_stage(stage, folder / "model", folder / "eval")
+        after_stage(stage, folder / "model", folder / "eval")
 
 
 def _stopping(training: Training) -> bool:
@@ -259,8 +258,11 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
     mark = folder / "finished.json"
     if stage.name not in state.trained:
         state.trained.append(stage.name)
-    known = context.ranks.first and (folder / "model/config.json").exists()
-    ended = context.ranks.broadcast(ended_stage(mark, "the stage's end is done again") if known else None)
+    ended: dict[str, Any] | None = None
+    with context.ranks.agree(f"reading {mark}"):
+        if context.ranks.first and exported(folder):
+            ended = ended_stage(mark, "the stage's end is done again")
+    ended = context.ranks.broadcast(ended)
     if ended is not None:
         if recorder.metrics:
             recorder.metrics.stage_ended(state.step, state.tokens, ended["heldout_loss"])
@@ -279,6 +281,7 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
         recorder.display.say(f"[bold]{stage.name}[/] done in {state.stage_seconds:.0f} s{words}: {folder / 'model'}")
         if recorder.metrics:
             recorder.metrics.stage_ended(state.step, state.tokens, heldout)
-        _after_stage(training, stage)
+        if training.after_stage is not None:
+            _after_stage(context, stage, training.after_stage)
         write_text(mark, json.dumps(facts, indent=1))
     context.ranks.wait()

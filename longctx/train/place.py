@@ -71,29 +71,27 @@ def check_folder(run: Path, stages: Sequence[Stage]) -> bool:
     """
     folders = [run / "stages" / stage.name for stage in stages]
     finished = [(folder / "finished.json").exists() for folder in folders]
-    exported = [(folder / "model/config.json").exists() for folder in folders]
+    trained = all(finished) and runfolder.exported(folders[-1])
     newest = next(iter(runfolder.checkpoints(run)), None)
     state = stored_state(newest) if newest else None
     if state is not None:
         find_place(state, stages)
-    elif newest is None and not (all(finished) and all(exported)):
-        missing = _missing_checkpoint(run, any(finished))
-        if missing:
-            raise UserError(
-                f"{missing}, and the run in {run} cannot go on without its newest checkpoint: copy it there too, or "
-                f"take a new name=... to start over ({run / 'latest.json'})"
-            )
+    elif newest is None and not trained and (missing := _missing_checkpoint(run, any(finished))):
+        raise UserError(
+            f"{missing}, and the run in {run} cannot go on without its newest checkpoint: copy it there too, or take a "
+            "new name=... to start over"
+        )
     ended = newest is None or (state is not None and state.ended and state.stage == len(stages) - 1)
-    return ended and all(finished) and all(exported)
+    return trained and ended
 
 
 def _missing_checkpoint(run: Path, finished: bool) -> str:
     """What a run without any checkpoint says of one, in words; "" where it has never had one."""
     try:
         named = json.loads((run / "latest.json").read_text(encoding="utf-8"))["checkpoint"]
-        return f"latest.json names {named}, which is not there"
+        return f"{run / 'latest.json'} names {named}, which is not there"
     except (OSError, ValueError, KeyError, TypeError):
-        return "a stage is finished, no checkpoint is there" if finished else ""
+        return f"{run / 'stages'} has a finished stage and no checkpoint" if finished else ""
 
 
 def saved_words(step: int) -> str:

@@ -69,6 +69,7 @@ def train(
     if not checked and launcher_environment()["WORLD_SIZE"] == "1":
         stages = checked_stages(config, world=1, local_world=1, check_more=check_more)
     from longctx.distributed import ranks as worlds  # torch; what the checks refuse does not wait for it
+    from longctx.train.loop import revisit_finished
     from longctx.train.place import check_folder
 
     stop = stop_request()
@@ -100,11 +101,12 @@ def train(
                 several = ranks.world > ranks.local_world
                 inputs = runfolder.inputs_of(config) if several and ranks.local_rank == 0 else None
             runfolder.check_nodes(ranks, inputs)
-            if ranks.broadcast(trained and not runfolder.checkpoints(Path(config.folder))):
-                console.say("every stage is trained; no checkpoint is there any more")
-                return 0
             more = None if checked else prepare_more
             context = _context(config, ranks, stages, stop, checked=checked, prepare_more=more)
+            if ranks.broadcast(trained and not runfolder.checkpoints(Path(config.folder))):
+                console.say("every stage is trained; no checkpoint is there any more")
+                revisit_finished(context, after_stage)
+                return 0
             return _train(context, not_carried, after_stage)
     finally:
         stop.close()

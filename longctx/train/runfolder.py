@@ -26,7 +26,7 @@ from longctx.config.base import build
 from longctx.config.train import IDENTITY, TrainConfig
 from longctx.distributed.launcher import node_name, started_by
 from longctx.errors import UserError
-from longctx.fingerprint import MODEL, TOKENIZER, content_hashes
+from longctx.fingerprint import MODEL, TOKENIZER, WEIGHTS, content_hashes
 from longctx.signals import sweep
 from longctx.storage.files import read_record, write_text
 
@@ -89,11 +89,13 @@ def prepare(config: TrainConfig, *, world: Sequence[str] = (), trained: bool = F
         before, recorded = _stored(stored), _recorded(folder)
         settings = differences(before, to_dict(config), known=recorded)
         changes = [*settings, *_other_files(recorded, inputs)]
-        if trained and settings:
+        past = [
+            change.words for change in settings if change.key.split(".")[0] != "data"
+        ]  # what follows may read other
+        if trained and past:
             raise UserError(
-                f"every stage of {folder} is trained, so this would change nothing: "
-                f"{'; '.join(change.words for change in settings[:6])}. Put it back, add a stage, or take a new "
-                f"name=... ({stored})"
+                f"every stage of {folder} is trained, so this would change nothing: {'; '.join(past[:6])}. Put it "
+                f"back, add a stage, or take a new name=... ({stored})"
             )
         if has_step(folder):
             _refuse(folder, [change for change in changes if not _accepted(change.key, config.accept)])
@@ -117,6 +119,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folders, key=lambda path: path.name, reverse=True)
 
 
+def exported(stage: Path) -> bool:
+    """Whether a stage's folder holds its model, weights included, which a user may have removed to save space."""
+    model = stage / "model"
+    return (model / "config.json").exists() and any(True for pattern in WEIGHTS for _ in model.glob(pattern))
+
+
 def ended_stage(mark: Path, instead: str) -> dict[str, Any] | None:
     """The content of a stage's finished.json; None where it is missing, or damaged, which a line on the screen says.
 
@@ -125,7 +133,7 @@ def ended_stage(mark: Path, instead: str) -> dict[str, Any] | None:
     if not mark.exists():
         return None
     try:
-        return read_record(mark, "the record of a finished stage", instead)
+        return read_record(mark, "the record of a finished stage", instead, keys=("heldout_loss", "seq_len"))
     except UserError as error:
         console.say(str(error))
         return None
@@ -174,12 +182,19 @@ def check_nodes(ranks: Ranks, files: Mapping[str, Mapping[str, str]] | None) -> 
     for rank, others in enumerate(found):
         for change in _other_files(found[0], others) if others else ():
             here, there = found[0].get(change.key, {}), others[change.key]
-            names = [name or there[name] for name in there if there[name] != here.get(name)]
+            names = [name for name in {**here, **there} if name and there.get(name) != here.get(name)]
+            shown = f" ({', '.join(names[:3])})" if names else ""
             node = f" on {ranks.places[rank].node}" if ranks.places else ""
+            if _named_on_hub(there):
+                shown, remedy = (
+                    f" ({there['']}, {here['']})",
+                    "let all nodes read one revision, from a cache they share",
+                )
+            else:
+                remedy = "copy the files there again, or name a folder that all nodes share"
             raise UserError(
-                f"rank {rank}{node} has other files than rank 0 under {change.key} ({', '.join(names[:3])}), so the "
-                "ranks would train different models or on different documents; copy the files there again, or name a "
-                "folder that all nodes share"
+                f"rank {rank}{node} has other files than rank 0 under {change.key}{shown}, so the ranks would train "
+                f"different models or on different documents; {remedy}"
             )
 
 

@@ -164,6 +164,25 @@ def test_another_revision_is_another_model(cache: Path, monkeypatch: pytest.Monk
     assert hub_module.revision("some/unknown") == "some/unknown"
 
 
+def test_a_commit_of_the_model_card_is_no_other_revision(cache: Path, monkeypatch: pytest.MonkeyPatch):
+    """The cache's snapshots are links to blobs that are named by content."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache / "hub"))
+    place, found = cache / "hub/models--some--model", []
+    shutil.rmtree(place / "snapshots")
+    blobs = {"config.json": "c" * 40, "model.safetensors": "w" * 64, "README.md": "r" * 40}
+    for commit, changed in (("0" * 40, {}), ("1" * 40, {"README.md": "s" * 40}), ("2" * 40, {"config.json": "d" * 40})):
+        (place / "snapshots" / commit).mkdir(parents=True)
+        for file, blob in {**blobs, **changed}.items():
+            (place / "blobs").mkdir(exist_ok=True)
+            (place / "blobs" / blob).write_text(blob)
+            (place / "snapshots" / commit / file).symlink_to(f"../../blobs/{blob}")
+        (place / "refs/main").write_text(commit)
+        hub_module.revision.cache_clear()
+        found.append(hub_module.revision("some/model"))
+    hub_module.revision.cache_clear()
+    assert found[0] == found[1] != found[2]
+
+
 def test_a_run_goes_on_with_the_revision_of_its_start():
     kept, now, unknown = ({"model.path": {"": f"some/model{end}"}} for end in ("@" + "0" * 40, "@" + "1" * 40, ""))
     words = [change.words for change in runfolder._other_files(kept, now)]

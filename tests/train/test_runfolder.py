@@ -349,14 +349,20 @@ def test_a_refused_start_leaves_the_record_as_it_was(tmp_path: Path, documents: 
 
 
 def test_what_a_living_process_writes_below_a_run_stays(tmp_path: Path) -> None:
-    """`longctx data` writes shards there while a run begins; a killed process's half-written files go."""
+    """`longctx data` writes shards there while a run begins; a killed process's files go, also if its pid is back."""
     with subprocess.Popen([sys.executable, "-c", "pass"]) as ended:
         ended.wait()
-    mine, dead = (tmp_path / f"data/shards/.books.partial-{pid}" for pid in (os.getpid(), ended.pid))
-    for folder in (mine, dead):
-        folder.mkdir(parents=True)
-    with runfolder.held(tmp_path):
-        assert (mine.exists(), dead.exists()) == (True, False)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as living:
+        theirs, dead, older = (
+            tmp_path / f"data/shards/.{name}.partial-{pid}"
+            for name, pid in (("books", living.pid), ("books", ended.pid), ("step00000012", os.getpid()))
+        )
+        for folder in (theirs, dead, older):
+            folder.mkdir(parents=True)
+        os.utime(older, (1e9, 1e9))
+        with runfolder.held(tmp_path):
+            assert [folder.exists() for folder in (theirs, dead, older)] == [True, False, False]
+        living.communicate(b"\n")
 
 
 def check_different_nodes(rank: int, world: int, case: str) -> None:
@@ -370,7 +376,7 @@ def check_different_nodes(rank: int, world: int, case: str) -> None:
             "model.path": {"config.json": "a", "model.safetensors": "c"},
             "model.tokenizer": {"": "org/m@2"},
         }[case]
-    named = {"model.path": "model.safetensors", "model.tokenizer": "org/m@2"}[case]
+    named = {"model.path": "model.safetensors", "model.tokenizer": "org/m@2, org/m@1"}[case]
     with pytest.raises(UserError, match=rf"rank 1 has other files than rank 0 under {case} \({named}\)"):
         runfolder.check_nodes(ranks, files)
 
