@@ -27,8 +27,9 @@ Whole = Literal["all"]
 class Corpus:
     """The documents of a source that belong to one split, or all of them.
 
-    lengths: int32 [D], tokens of each document. tally: counts of the records read, over both splits. Raises UserError
-    when min_len and max_len leave out every document.
+    lengths: int32 [D], tokens of each document. held_lengths: int32, tokens of each held-out document of the source.
+    tally: counts of the records read, over both splits. Raises UserError when min_len and max_len leave out every
+    document.
     """
 
     def __init__(
@@ -52,8 +53,10 @@ class Corpus:
                 + ("" if source.max_len is None else f" with max_len={source.max_len:,}")
                 + " keeps none of them (configs/data)"
             )
+        held = held_out(buckets, heldout)
+        self.held_lengths: np.ndarray = lengths[keep & held]
         if split != "all":
-            keep &= held_out(buckets, heldout) == (split == "heldout")
+            keep &= held == (split == "heldout")
         chosen = np.flatnonzero(keep)
         counts = np.array([len(shard.buckets) for shard in self.shards])
         firsts = np.concatenate([[0], np.cumsum(counts)])
@@ -118,6 +121,24 @@ def held_out(buckets: np.ndarray, share: float) -> np.ndarray:
     if share > 0 and len(buckets) and not held.any():
         held = buckets == buckets.min()
     return np.zeros_like(held) if held.all() else held
+
+
+def describe_held_out(corpus: Corpus, share: float) -> str | None:
+    """Say what part of a source is held out, where that is far more than data.heldout=`share`; else None.
+
+    corpus: the source's training documents. Documents are held out by the hash of their names, so one long document may
+    hold most of the tokens.
+    """
+    lengths = corpus.held_lengths
+    held = int(lengths.sum(dtype=np.int64))
+    part = held / max(held + corpus.total, 1)
+    if part <= 2 * share + 0.05:
+        return None
+    return (
+        f"source {corpus.name}: {part:.0%} of its tokens are held out from training, in {len(lengths):,} of its "
+        f"documents (the longest has {lengths.max():,} tokens), since data.heldout={share:g} is a share of documents, "
+        "not of tokens; split the long ones, or take another data.heldout (0 holds nothing out)"
+    )
 
 
 def check_tally(name: str, tally: Tally, max_bad: float, *, documents: int) -> None:

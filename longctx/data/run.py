@@ -8,9 +8,9 @@ from typing import Any
 
 from longctx.config.data import DataConfig
 from longctx.config.data_verbs import PrepareConfig
-from longctx.console import emit, emit_json, progress
+from longctx.console import emit, emit_json, progress, remark
 from longctx.data.check import check_sources
-from longctx.data.corpus import Corpus
+from longctx.data.corpus import Corpus, describe_held_out
 from longctx.data.stage_opening import check_vocabulary, open_source
 from longctx.data.tokenizer import check_tokenizer_of, load_tokenizer
 from longctx.errors import UserError
@@ -43,7 +43,10 @@ def text_sources(data: DataConfig) -> list[str]:
 
 
 def open_both(config: PrepareConfig, tokenizer: Any) -> tuple[dict[str, Corpus], dict[str, Corpus]]:
-    """Return the training and the held-out documents of every source with files; missing shards are tokenized."""
+    """Return the training and the held-out documents of every source with files; missing shards are tokenized.
+
+    Warns of a source of which far more tokens are held out than data.heldout says.
+    """
     cache = Path(config.shards)
     texts = text_sources(config.data)
     train: dict[str, Corpus] = {}
@@ -63,18 +66,21 @@ def open_both(config: PrepareConfig, tokenizer: Any) -> tuple[dict[str, Corpus],
                 name, config.data, tokenizer, cache, split="train", workers=config.workers, report=report
             )
             heldout[name] = open_source(name, config.data, tokenizer, cache, split="heldout")
+    for corpus in train.values():
+        if held := describe_held_out(corpus, config.data.heldout):
+            remark(held)
     return train, heldout
 
 
 def summary(train: Corpus, heldout: Corpus) -> dict[str, Any]:
-    """Return the counts of a source: both splits, and skipped records by reason."""
+    """Return the counts of a source: training documents, held-out ones, and skipped records by reason."""
     return {
         "kind": train.source.kind,
         "documents": len(train),
         "tokens": train.total,
         "heldout_documents": len(heldout),
         "heldout_tokens": heldout.total,
-        "longest": int(max(train.lengths.max(initial=0), heldout.lengths.max(initial=0))),
+        "longest": int(train.lengths.max(initial=0)),
         "skipped": {
             "empty": train.tally.empty,
             "special": train.tally.special,

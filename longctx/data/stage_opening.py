@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from longctx.config.data import DataConfig, LengthPolicy, Mix
 from longctx.console import remark, warn
-from longctx.data.corpus import Corpus, Split, Whole, check_tally, describe_tally
+from longctx.data.corpus import Corpus, Split, Whole, check_tally, describe_held_out, describe_tally
 from longctx.data.haystack import NeedleWriter
 from longctx.data.mixing import longest_wanted
 from longctx.data.prepare import build_source
@@ -42,7 +42,8 @@ def open_stage_data(
     """Return a stage's packed sequences; documents whose shards are not in `cache` are tokenized first.
 
     sequences: the number that the stage needs; shorter sources are repeated. remarks: warn of sources that are repeated
-    beyond data.max_epochs, and of a stage of which more than a tenth is padding.
+    beyond data.max_epochs or of which far more tokens are held out than data.heldout says, and of a stage of which more
+    than a tenth is padding.
     split: `heldout` reads held-out documents and draws synthetic keys reserved for evaluation. It leaves out sources
     without held-out documents, so it may have no sequence at all. vocab_size: the model's; a tokenizer with larger
     ids is refused. report(source, done, total): called with bytes. Raises UserError for an unknown mix, unusable
@@ -53,6 +54,9 @@ def open_stage_data(
     corpora = {
         name: open_source(name, data, tokenizer, cache, split=split, workers=workers, report=report) for name in texts
     }
+    for corpus in corpora.values() if remarks and split == "train" else ():
+        if held := describe_held_out(corpus, data.heldout):
+            remark(held)
     if split == "heldout":
         chosen = _held_out_mix(data, chosen, corpora, seq_len=seq_len, stage=stage)
     haystacks = _haystacks(data, chosen)

@@ -132,11 +132,14 @@ def _documents(document: Mapping[str, Any], train: Mapping[str, Corpus], seq_len
         first.add_column(title, justify="left" if title == "source" else "right")
     for stage, seq_len in seq_lens.items():
         first.add_column(f">= {seq_len:,} ({stage})", justify="right")
+    for title in ("held-out documents", "held-out tokens"):
+        first.add_column(title, justify="right")
     for name, row in document["sources"].items():
         median = int(np.median(train[name].lengths)) if len(train[name]) else 0
         cells = [f"{row[key]:,}" for key in ("documents", "tokens")]
         long = [f"{row['at_least'][stage]['documents']:,}" for stage in seq_lens]
-        first.add_row(name, *cells, f"{median:,}", f"{row['longest']:,}", *long)
+        held = [f"{row[key]:,}" for key in ("heldout_documents", "heldout_tokens")]
+        first.add_row(name, *cells, f"{median:,}", f"{row['longest']:,}", *long, *held)
     return first
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from longctx.cli import main
 from longctx.data.needle_keys import split_of
+from longctx.data.shard import bucket_of
 
 
 @pytest.fixture
@@ -59,6 +60,28 @@ def test_stats_warn_of_a_stage_of_padding(folder, model, tmp_path, capsys):
     assert "take a length of 1,024 tokens (data.mixes.default.text.length)" in err
 
 
+def test_a_long_held_out_document_is_counted_apart_and_remarked(folder, model, tmp_path, capsys, monkeypatch):
+    """The hash of a name decides, so most of the tokens may be held out; the other columns are of what is trained."""
+    monkeypatch.setenv("COLUMNS", "200")
+    held = [file for file in folder.iterdir() if bucket_of(file.name) < 0.05 * 2**32]
+    held[0].write_text("one document is far longer than the others together\n" * 9000)
+    words = [f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
+    status, out, err = _run(capsys, "data", "stats", *words, "format=json")
+    assert status == 0
+    source = json.loads(out)["sources"]["text"]
+    assert source["heldout_documents"] == len(held)
+    assert source["longest"] < source["tokens"] < source["heldout_tokens"]
+    share = source["heldout_tokens"] / (source["heldout_tokens"] + source["tokens"])
+    said = f"source text: {share:.0%} of its tokens are held out from training, in {len(held)} of its documents"
+    assert said in err
+    _, table, _ = _run(capsys, "data", "stats", *words)
+    head, row = (line.split() for line in table.splitlines()[1:3])
+    assert head[-4:] == ["held-out", "documents", "held-out", "tokens"]
+    assert row[-2:] == [f"{len(held):,}", f"{source['heldout_tokens']:,}"]
+    assert row[4] == f"{source['longest']:,}"
+    assert said not in _run(capsys, "data", "stats", *words, "data.heldout=0")[2]
+
+
 def test_data_says_what_it_tokenizes_and_what_it_finds_stored(folder, model, tmp_path, capsys):
     words = ["data", f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
     said = []
@@ -86,7 +109,8 @@ def test_documents_that_are_all_too_short_or_a_mix_that_is_none_are_refused(fold
         assert f"{rule} keeps none of them" in err
 
 
-def test_stats_show_the_documents_before_a_stage_that_they_cannot_fill(folder, model, tmp_path, capsys):
+def test_stats_show_the_documents_before_a_stage_that_they_cannot_fill(folder, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     words = [f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
     status, out, err = _run(capsys, "data", "stats", *words, "curriculum=8k_to_1048k", "curriculum.only=[s64k]")
     assert status == 2
