@@ -124,7 +124,7 @@ def _run(verb: Verb, line: CommandLine, runs: Sequence[tuple[str, list[str], str
         begun = time.monotonic()
         status, text = _one(command, as_json)
         rows.append({"values": values, "status": status, "seconds": round(time.monotonic() - begun, 1), "where": where})
-        rows[-1] |= {"loss": _last_loss(Path(where))} if where else {}
+        rows[-1] |= {"loss": _last_loss(Path(where)) if verb.name == "train" else None} if where else {}
         if as_json:
             rows[-1]["result"] = json.loads(text) if status == 0 and text else None
         if status in (SAVED_AND_REQUEUE, INTERRUPTED):
@@ -162,7 +162,7 @@ def _one(command: Sequence[str], capture: bool) -> tuple[int, str]:
 
 
 def _last_loss(run: Path) -> float | None:
-    """The mean training loss of the last ten steps; None for what is no training."""
+    """The mean training loss of the last ten steps; None where none was taken."""
     try:
         steps = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError):
@@ -176,16 +176,16 @@ def _meaning(status: int) -> str:
 
 
 def _table(rows: Sequence[dict[str, Any]], left: Sequence[str]) -> Any:
+    """A line per run, with its last loss where any run has trained."""
     from rich.table import Table
 
-    table = Table("values", "outcome", "seconds", "result in", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(
-            row["values"],
-            _meaning(row["status"]),
-            f"{row['seconds']:.1f}",
-            row["where"] if Path(row["where"]).exists() else "",
-        )
+    losses = [row.get("loss") for row in rows]
+    trained = any(loss is not None for loss in losses)
+    table = Table("values", "outcome", "seconds", *["last loss"] * trained, "result in", box=None, pad_edge=False)
+    for row, loss in zip(rows, losses, strict=True):
+        cells = [row["values"], _meaning(row["status"]), f"{row['seconds']:.1f}"]
+        cells += ["" if loss is None else f"{loss:.4f}"] * trained
+        table.add_row(*cells, row["where"] if Path(row["where"]).exists() else "")
     for values in left:
-        table.add_row(values, "not started", "", "", "")
+        table.add_row(values, "not started")
     return table

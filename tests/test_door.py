@@ -185,6 +185,25 @@ def test_runs_of_a_sweep_have_folders_of_their_own_and_one_tokenization(monkeypa
     )
 
 
+def test_the_table_of_a_sweep_shows_each_runs_last_loss_where_a_run_has_trained(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("COLUMNS", "200")
+    runs = [tmp_path / f"seed-{seed}" for seed in (1, 2)]
+    runs[0].mkdir()
+    losses = [9.0, *(float(step) for step in range(10))]  # the first is older than the last ten
+    (runs[0] / "metrics.jsonl").write_text("".join(json.dumps({"loss": loss}) + "\n" for loss in losses))
+    monkeypatch.setattr("longctx.sweep._one", lambda command, capture: (0, ""))
+
+    def table(verb: str) -> list[list[str]]:
+        assert cli.main([verb, "-m", "model=tiny", f"run_dir={tmp_path}", "seed=1,2"]) == 0
+        return [re.split(" {2,}", line.strip()) for line in capfd.readouterr().out.splitlines()]
+
+    head, first, second = table("train")
+    assert head == ["values", "outcome", "seconds", "last loss", "result in"]
+    assert first == ["seed=1", "done", "0.0", "4.5000", str(runs[0])]
+    assert second[:3] == ["seed=2", "done", "0.0"]
+    assert "last loss" not in table("data")[0]  # which trains nothing, in a folder that has a loss
+
+
 def test_a_combination_without_a_curriculum_is_refused_before_the_first_run(monkeypatch, capsys):
     monkeypatch.setattr("longctx.sweep._one", lambda command, capture: pytest.fail("a run was started"))
     assert cli.main(["train", "-m", "model=tiny", "rope=yarn", "curriculum.lr.peak=6e-4,1e-5"]) == 2
