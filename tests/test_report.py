@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,20 @@ def test_a_run_without_evidence_shows_its_stages_and_its_loss(tmp_path: Path):
     assert list(page.tables) == ["Stages"]
     assert page.tables["Stages"][1] == ["s64", "64", "10,000", "512", "2", "5.5000", "", "1", "", ""]
     assert list(page.images) == ["training loss"]
+
+
+def test_a_stage_of_one_step_is_a_point_in_the_curve(tmp_path: Path):
+    """Its colour, the first of matplotlib's, is in the axes as well as in the legend."""
+    from matplotlib.image import imread
+
+    def coloured(*losses: float) -> int:
+        folder = made_run(tmp_path / f"run{len(losses)}", losses=losses)
+        picture = imread(BytesIO(Page(write_page(folder)).images["training loss"]))[..., :3]
+        plot = picture[:, : int(0.8 * picture.shape[1])]  # the legend is at the right
+        return int((abs(plot - [0x1F / 255, 0x77 / 255, 0xB4 / 255]).max(axis=2) < 0.1).sum())
+
+    assert coloured(6.0) > 10
+    assert coloured(6.0, 5.5) > 10
 
 
 def test_stages_of_one_length_stand_in_the_order_of_training(tmp_path: Path):

@@ -193,7 +193,8 @@ def _curve(steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     stages = list(dict.fromkeys(line["stage"] for line in steps))
     for stage in stages:
         own = [line for line in steps if line["stage"] == stage]
-        axis.plot([line["tokens"] for line in own], [line["loss"] for line in own], linewidth=1)
+        marker = "o" if len(own) == 1 else None  # a line of one point shows nothing
+        axis.plot([line["tokens"] for line in own], [line["loss"] for line in own], linewidth=1, marker=marker)
     axis.set_xlabel("tokens")
     axis.set_ylabel("training loss (weighted)")
     # A list of labels allows names that begin with "_"; "$" would begin a formula.
