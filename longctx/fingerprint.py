@@ -35,7 +35,7 @@ def fingerprint_of(values: Mapping[str, Any]) -> str:
 
 
 def folder_fingerprint(path: str | Path) -> str:
-    """Return the fingerprint of a model folder's content, 16 hex digits; a hub id is returned with its commit."""
+    """Return the fingerprint of a model folder's content, 16 hex digits; of a hub id, the id with its files' hash."""
     folder = Path(path)
     if not folder.is_dir():
         return hub.revision(str(path))
@@ -84,7 +84,7 @@ def _is_record_of(record: Path, folder: Path) -> bool:
 def content_hashes(path: str | Path | None, patterns: Iterable[str] = ()) -> dict[str, str]:
     """Return {name: SHA-256} of a folder's files that match the patterns.
 
-    A single file is returned under the name "", and so is a hub id with its commit. None gives an empty dict.
+    A single file is returned under the name "", and so is a hub id with its files' hash. None gives an empty dict.
     """
     if path is None:
         return {}

@@ -2,9 +2,9 @@
 
 `selective_checkpoint` is torch's non-reentrant checkpoint. The function that it repeats says which outputs outlive the
 first run: those of attention and of products that it calls inside `run.keeping()`. The repetition replays them in the
-same order, so attention never runs twice. torch's own selective checkpointing decides for every operator of the
-function, which costs the host a tenth of a millisecond each time, and in eager mode it ignores a policy that offloads
-(2.13). Here a saved output may be on the device or in host memory.
+same order, so attention never runs twice. A dispatch mode around the whole function, as torch's own selective
+checkpointing has one, sees every operator, which took a quarter of a small layer's host time (docs/log.md); torch's
+also ignores a policy that offloads, in eager mode (2.13). Here a saved output may be on the device or in host memory.
 """
 
 from __future__ import annotations

@@ -28,11 +28,11 @@ def train_side(config: TrainConfig, folder: Path, name: str, side: SideRun) -> P
 
     Raises RunFailed when the training ends with an error.
     """
+    from longctx.train.place import check_folder  # torch
+
     run = folder / "side" / name
     model = side_folder(folder, name)
     own = side_config(config, folder, name, side)
-    from longctx.train.place import check_folder  # torch
-
     trained = check_folder(run, resolve_stages(own))
     runfolder.prepare(own, trained=trained)  # refuses a changed config for a finished run too
     if not trained:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from longctx import console
 from longctx.errors import UserError
+from longctx.storage.files import read_record
 from longctx.train import runfolder
 from longctx.train.checkpoint import State, stored_state
 
@@ -87,11 +88,13 @@ def check_folder(run: Path, stages: Sequence[Stage]) -> bool:
 
 def _missing_checkpoint(run: Path, finished: bool) -> str:
     """What a run without any checkpoint says of one, in words; "" where it has never had one."""
-    try:
-        named = json.loads((run / "latest.json").read_text(encoding="utf-8"))["checkpoint"]
-        return f"{run / 'latest.json'} names {named}, which is not there"
-    except (OSError, ValueError, KeyError, TypeError):
+    pointer = run / "latest.json"
+    if not pointer.exists():
         return f"{run / 'stages'} has a finished stage and no checkpoint" if finished else ""
+    named = "a checkpoint"
+    with suppress(UserError):  # a damaged pointer, too, is of a run that has had one
+        named = read_record(pointer, "the name of the newest checkpoint", "", keys=("checkpoint",))["checkpoint"]
+    return f"{pointer} names {named}, which is not there"
 
 
 def saved_words(step: int) -> str:

@@ -331,7 +331,7 @@ def _other_files(
     """A change for each key whose files, or whose revision on the hub, differ from the recorded ones."""
     for key, files in now.items():
         old = before.get(key, files)
-        if _named_on_hub(old) == _named_on_hub(files) != "":  # the commit of one may not be known
+        if _named_on_hub(old) == _named_on_hub(files) != "":  # the hash of one may not be known
             if "@" in old[""] and "@" in files[""] and old != files:
                 yield IdentityChange(key, f"{key} is {files['']} on the hub now, and was {old['']} at the start")
             continue
@@ -342,7 +342,7 @@ def _other_files(
 
 
 def _named_on_hub(hashes: Mapping[str, str]) -> str:
-    """The hub id that stands where a folder has hashes, without its commit; "" for files."""
+    """The hub id that stands where a folder has hashes, without the hash of its files; "" for files."""
     name = hashes.get("", "") if len(hashes) == 1 else ""
     return name.split("@")[0] if "/" in name or "@" in name else ""
 

@@ -321,6 +321,9 @@ def test_finished_stages_are_not_trained_again_where_their_checkpoints_were_left
     shutil.rmtree(run / "stages/s128/model")  # what was trained is lost: nothing can be exported
     with pytest.raises(UserError, match=r"latest.json names stages/s128/checkpoints/step00000009, which is not there"):
         train_run(config(run, documents))
+    (run / "latest.json").write_text("{")
+    with pytest.raises(UserError, match=r"latest\.json names a checkpoint, which is not there"):
+        train_run(config(run, documents))
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
