@@ -53,6 +53,7 @@ class StopRequest:
         self.name: str | None = None
         self.number: int | None = None
         self._own, self._unsaved, self._words = own, False, "nothing was trained"
+        self._heard = False  # whether the screen says that the signal has come
         self._before = {} if own else {number: signal.signal(number, self.note) for number in asking()}
 
     @property
@@ -74,6 +75,9 @@ class StopRequest:
             go_silent()
         if self.name is None:
             self.name, self.number = signal.Signals(number).name, number
+        elif self._own and self._unsaved and not self._heard:  # PATIENCE has passed, so the work at hand takes long
+            self._heard = True
+            _say(f"{self.name}: the run saves when the micro-batch at work ends")
         self._leave_if_asked()
 
     def _leave_if_asked(self) -> None:
@@ -82,7 +86,7 @@ class StopRequest:
 
     def answered(self) -> None:
         """Forget the signal, which has been answered: the run goes on."""
-        self.name, self.number = None, None
+        self.name, self.number, self._heard = None, None, False
 
     def close(self) -> None:
         for number, handler in self._before.items():

@@ -389,6 +389,8 @@ def test_refusals_name_place_value_rule_and_file(stages: dict, values: dict, mes
     ("values", "message"),
     [
         ({"stages": {}}, "stages is empty"),
+        ({"stages": {"../s64k": {"seq_len": 65536}}}, "stages.../s64k: '../s64k' cannot be the name of a folder"),
+        ({"stages": {"a/b": {"seq_len": 65536}}}, "'a/b' cannot be the name of a folder"),
         (
             {"stages": {"s64k": {"seq_length": 65536}}},
             "stages.s64k.seq_length is not a known key; did you mean 'seq_len'",

@@ -7,6 +7,7 @@ the model. Nothing here changes a value other than reading its unit.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -114,3 +115,9 @@ class CurriculumConfig:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages is empty; a curriculum needs at least one, such as stages: {s64k: {...}}")
+        for name in self.stages:
+            if not re.fullmatch(r"\w[^/\\\0]*", name):
+                raise ValueError(
+                    f"stages.{name}: {name!r} cannot be the name of a folder, and a stage's results go to "
+                    "RUN/stages/NAME; begin it with a letter or a digit, and leave out slashes"
+                )

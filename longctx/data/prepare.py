@@ -5,8 +5,6 @@ The files alone determine the shards, their order and their contents; the number
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +23,7 @@ from longctx.errors import UserError
 from longctx.fingerprint import file_hashes
 from longctx.processes import warn_if_crowded
 from longctx.signals import sweep
+from longctx.storage.files import only_writer
 
 SMALLEST_SHARD = 2**20  # bytes of input
 LARGEST_SHARD = 2**26
@@ -72,7 +71,10 @@ def build_source(
     if not fresh and report is not None:
         say(f"{name}: found stored, {len(jobs)} of {len(jobs)} shards")
     if fresh:
-        with _only_builder(cache) as alone:
+        # All sources share one lock, since two of them may share shards: a folder, and it with a file more.
+        waiting = f"waiting for another process that tokenizes into {cache}"
+        (cache / "shards").mkdir(parents=True, exist_ok=True)
+        with only_writer(cache / "locks" / "shards", waiting) as alone:
             if alone:
                 sweep(cache / "shards", names={job.folder.name for job in jobs})  # left by a killed process
             missing = [job for job in jobs if not _complete(job)]
@@ -123,24 +125,3 @@ def shard_jobs(units: Sequence[Unit], spec: TokenizerSpec, cache: Path) -> list[
         key = hashlib.sha256(json.dumps([FORMAT, tokenizer, what]).encode()).hexdigest()[:32]
         jobs.append(ShardJob(tuple(group), cache / "shards" / key))
     return jobs
-
-
-@contextlib.contextmanager
-def _only_builder(cache: Path) -> Iterator[bool]:
-    """Hold the lock of the folder of shards, and wait while another process writes shards there.
-
-    All sources share one lock, since two of them may share shards: a folder, and the same folder with one file more.
-    Yields whether the lock is held; some file systems have none.
-    """
-    (cache / "locks").mkdir(parents=True, exist_ok=True)
-    (cache / "shards").mkdir(parents=True, exist_ok=True)
-    with (cache / "locks" / "shards").open("w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say(f"waiting for another process that tokenizes into {cache}")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-            return
-        yield True

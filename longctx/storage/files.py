@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Collection, Iterator
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from longctx.console import say
 from longctx.errors import UserError, system_number
 from longctx.signals import beside, temporary
 
@@ -54,6 +56,25 @@ def naming(path: Path, partial: Path) -> Iterator[None]:
         if number is None or not (full or named.startswith(str(partial))):
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextmanager
+def only_writer(lock: Path, waiting: str) -> Iterator[bool]:
+    """Hold the lock file `lock`, and wait while another process holds it, which the line `waiting` says.
+
+    Yields whether the lock is held; some file systems have none.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say(waiting)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True
 
 
 def discard(path: Path) -> None:

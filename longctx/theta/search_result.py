@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import console
-from longctx.storage.files import write_text
+from longctx.storage.files import only_writer, write_text
 from longctx.theta.trials import Trial
 
 
@@ -32,16 +32,17 @@ def write_override(path: Path, result: SearchResult, rule: str) -> None:
     """Add the chosen theta and its rule to the stage override file; entries of other stages are kept."""
     import yaml
 
-    known: dict[str, Any] = {}
-    if path.exists():
-        known = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages", {})
-    known[result.stage] = {"theta": result.best.theta, "rule": rule}
-    lines = [
-        "# Written by `longctx theta search=true`; read with curriculum.theta_file=THIS_FILE.",
-        "stages:",
-    ]
-    lines += [f"  {name}: {json.dumps(values)}" for name, values in known.items()]
-    write_text(path, "\n".join(lines) + "\n")
+    with only_writer(path.with_name(f".{path.name}.lock"), f"waiting for another search that writes {path}"):
+        known: dict[str, Any] = {}
+        if path.exists():
+            known = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages", {})
+        known[result.stage] = {"theta": result.best.theta, "rule": rule}
+        lines = [
+            "# Written by `longctx theta search=true`; read with curriculum.theta_file=THIS_FILE.",
+            "stages:",
+        ]
+        lines += [f"  {name}: {json.dumps(values)}" for name, values in known.items()]
+        write_text(path, "\n".join(lines) + "\n")
 
 
 def print_result(result: SearchResult, *, override: Path, png: Path, bracket: float, as_json: bool) -> None:

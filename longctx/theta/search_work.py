@@ -53,6 +53,7 @@ def _run(job: SearchJob, ranks: Any) -> SearchResult:
     from longctx.theta.objective import Adaptation, Objective
     from longctx.train.batch import micro_batch
     from longctx.train.machine import kernel_of
+    from longctx.train.runfolder import check_nodes
 
     stage, settings = job.stage, job.config.trials
     with ranks.agree("loading the model and its documents"):
@@ -65,12 +66,10 @@ def _run(job: SearchJob, ranks: Any) -> SearchResult:
     objective = Objective(model, job.model.memory, context, ranks, precision=job.model.rotary)
     steps = range(settings.adapt_steps)
     adapt = Adaptation([micro_batch(trained, [step], context, "zigzag") for step in steps], settings.adapt_lr)
-    packed = [trained.sequence(step) for step in steps] if trained else []
-    file = (
-        TrialFile(job.folder / f"trials-{stage.name}.jsonl", _key(job, _contents(data, packed)))
-        if ranks.first
-        else None
-    )
+    contents = _contents(data, [trained.sequence(step) for step in steps] if trained else [])
+    files = {"model.path": folder_fingerprint(str(job.model.path)), "data": contents}
+    check_nodes(ranks, {key: {"": found} for key, found in files.items()} if ranks.local_rank == 0 else None)
+    file = TrialFile(job.folder / f"trials-{stage.name}.jsonl", _key(job, contents)) if ranks.first else None
     done: dict[int, Trial] = ranks.broadcast(file.done if file else {})
     trials: dict[int, Trial] = {}
 

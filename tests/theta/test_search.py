@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from longctx.cli import main
 from longctx.config.base import build
@@ -89,6 +93,26 @@ def test_a_curriculum_reads_the_chosen_theta(searched: Path):
     config = build(CurriculumConfig, values["curriculum"], origin="test")
     stage = resolve(config, head_dim=16, rope=ROPE, window=64, file="test")[0]
     assert f'"theta": {stage.theta}' in (searched / "theta.yaml").read_text()
+
+
+def test_searches_of_two_stages_at_once_both_keep_their_theta(tmp_path: Path):
+    """Each writes its stage into the same file, many times over; a real search does so at its end."""
+    code = (
+        "import sys; from pathlib import Path; from longctx.theta.search_result import SearchResult, write_override\n"
+        "from longctx.theta.trials import Trial\n"
+        "for number in range(100):\n"
+        "    best = Trial(20000 + number, 1.0, None, 'grid', 0.1)\n"
+        "    result = SearchResult(f'{sys.argv[1]}{number}', 512, best, best, None, [best])\n"
+        "    write_override(Path('theta.yaml'), result, 'ntk')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    both = [
+        subprocess.Popen([sys.executable, "-c", code, name], cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+        for name in "ab"
+    ]
+    assert [life.wait() for life in both] == [0, 0]
+    stages = yaml.safe_load((tmp_path / "theta.yaml").read_text())["stages"]
+    assert stages == {f"{name}{n}": {"theta": 20000 + n, "rule": "ntk"} for name in "ab" for n in range(100)}
 
 
 def test_it_resumes_from_the_last_whole_line(

@@ -217,6 +217,21 @@ def test_work_after_training_is_left_at_once_and_asks_to_be_requeued(tmp_path: P
     assert note.read_text() == "75 requeue\n"
 
 
+def test_a_signal_during_long_work_is_confirmed_before_the_run_saves() -> None:
+    code = (
+        "import signal, time; from longctx import signals; signals.catch(requeue=True); stop = signals.stop_request()\n"
+        "stop.unsaved(); signal.raise_signal(15); end = time.monotonic() + 1.5 * signals.PATIENCE\n"
+        "while time.monotonic() < end: pass\n"
+        "stop.saved('saved at step 3')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 75
+    assert done.stderr.splitlines() == [
+        "longctx: SIGTERM: the run saves when the micro-batch at work ends",
+        "longctx: SIGTERM: saved at step 3; the same command continues the run",
+    ]
+
+
 @pytest.mark.parametrize(("restarts", "note"), [("0", "75 requeue\n"), ("7", "75 requeue\n"), ("8", "75\n")])
 def test_a_run_is_requeued_launch_requeues_times(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarts: str, note: str
