@@ -15,7 +15,6 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported, here and by the server
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # a process forked from one whose OpenMP has threads may hang in its own
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would say on standard output that it takes the CPU
 
 from tests.started import SHORT, longctx
 

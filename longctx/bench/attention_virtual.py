@@ -78,7 +78,7 @@ def backends(
 
         capability = torch.cuda.get_device_capability(device)
     shape = (config.head_dim, config.heads, config.kv_heads, capability)
-    reasons = kernels.explain(kernels.Problem(device.type, dtype, *shape))
+    reasons = kernels.explain(kernels.Problem(device.type, dtype, *shape), tried=True)
     for name in config.backends:
         if name not in reasons:
             raise UserError(f"backends: {name!r} is not a kernel; known: {', '.join(reasons)}")

@@ -20,18 +20,26 @@ from longctx.config.bench_step import BenchStepConfig, Contestant
 from longctx.console import emit, emit_json, say
 from longctx.errors import RunFailed, UserError
 
+_NO_FIGURES = ("out_of_memory", "failed")
 _OPTIONAL = ("model_tflops", "mfu", "share_in_products_and_attention", "seconds_by_kind", "idle_seconds", "slowest")
 
 
 def run(config: BenchStepConfig) -> int:
-    """Measure every side in turn and print the table or the JSON document; returns 1 if none fits the device."""
+    """Measure every side in turn and print the table or the JSON document; returns 1 if none gives figures.
+
+    Our own side comes first, and a library beside it that fails is an answer: it does not take our figures with it.
+    """
     results: dict[Contestant, list[dict[str, Any]]] = {name: [] for name in contestants(config)}
     for pair in range(config.pairs):
         for contestant, runs in results.items():
             runs.append(result := measure(contestant, config))
-            figures = result.get("out_of_memory") or (
-                f"{result['tokens_per_second']:.1f} tokens/s, {result['model_tflops']:.3g} TFLOP/s, "
-                f"peak {result['peak_gib']:.2f} GiB"
+            figures = (
+                result.get("out_of_memory")
+                or result.get("failed")
+                or (
+                    f"{result['tokens_per_second']:.1f} tokens/s, {result['model_tflops']:.3g} TFLOP/s, "
+                    f"peak {result['peak_gib']:.2f} GiB"
+                )
             )
             say(f"pair {pair + 1}/{config.pairs} {contestant}: {figures}")
     report = summary(results, config)
@@ -39,7 +47,7 @@ def run(config: BenchStepConfig) -> int:
         emit_json(report)
     else:
         emit(_table(report))
-    return int(all("out_of_memory" in report[contestant] for contestant in results))
+    return int(not any(_measured(report[contestant]) for contestant in results))
 
 
 def contestants(config: BenchStepConfig) -> list[Contestant]:
@@ -55,17 +63,20 @@ def contestants(config: BenchStepConfig) -> list[Contestant]:
     if config.only:
         return [config.only]
     liger: list[Contestant] = ["liger"] if with_liger else []
-    return ["transformers", *liger, "longctx"]
+    return ["longctx", "transformers", *liger]
 
 
 def measure(contestant: Contestant, config: BenchStepConfig) -> dict[str, Any]:
     """Run one step in a new process; returns seconds, cpu_seconds, tokens_per_second, peak_gib, loss and device.
 
-    A side that does not fit the device gives out_of_memory (torch's words) and device instead.
+    A side that does not fit the device gives out_of_memory (torch's words) and device instead, and another library that
+    fails gives failed (the last line of its error). Raises RunFailed where our own side fails.
     """
     request = json.dumps({"kind": contestant, **dataclasses.asdict(config)})
     command = [sys.executable, "-m", "longctx.bench.step_worker", request]
     done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace")
+    if done.returncode and contestant != "longctx":
+        return {"failed": next(iter(reversed(done.stderr.strip().splitlines())), f"status {done.returncode}")}
     if done.returncode:
         raise RunFailed(
             f"bench step's {contestant} process ended with status {done.returncode}:\n{done.stderr[-2000:]}"
@@ -77,9 +88,9 @@ def summary(results: Mapping[Contestant, list[dict[str, Any]]], config: BenchSte
     """Return the medians of each side and our ratios to the others; cpu_time_ratio suits a busy machine."""
     report: dict[str, Any] = {"seq_len": config.seq_len, "pairs": config.pairs, "threads": config.threads}
     for contestant, runs in results.items():
-        report["device"] = runs[0]["device"]
-        if words := next((run["out_of_memory"] for run in runs if "out_of_memory" in run), ""):
-            report[contestant] = {"out_of_memory": words}
+        report.setdefault("device", runs[0].get("device"))
+        if lost := next(({key: run[key]} for run in runs for key in _NO_FIGURES if key in run), None):
+            report[contestant] = lost
             continue
         report[contestant] = {
             "tokens_per_second": median(run["tokens_per_second"] for run in runs),
@@ -89,7 +100,7 @@ def summary(results: Mapping[Contestant, list[dict[str, Any]]], config: BenchSte
             "loss": runs[0]["loss"],
             **{name: runs[0][name] for name in _OPTIONAL if runs[0].get(name) is not None},
         }
-    fitting = [contestant for contestant in results if "out_of_memory" not in report[contestant]]
+    fitting = [contestant for contestant in results if _measured(report[contestant])]
     if "longctx" not in fitting:
         return report
     ours = report["longctx"]
@@ -103,13 +114,17 @@ def summary(results: Mapping[Contestant, list[dict[str, Any]]], config: BenchSte
     return report
 
 
+def _measured(side: Mapping[str, Any]) -> bool:
+    return not any(key in side for key in _NO_FIGURES)
+
+
 def _table(report: dict[str, Any]) -> str:
     lines = [f"{report['seq_len']} tokens, {report['device']}, {report['threads']} threads"]
     for contestant in ("transformers", "liger", "longctx"):
         if contestant in report:
             side = report[contestant]
-            if "out_of_memory" in side:
-                lines.append(f"{contestant:13} out of memory")
+            if not _measured(side):
+                lines.append(f"{contestant:13} {'out of memory' if 'out_of_memory' in side else side['failed']}")
                 continue
             share = side.get("share_in_products_and_attention")
             lines.append(

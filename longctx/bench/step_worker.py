@@ -96,7 +96,7 @@ def on_gpu(config: BenchStepConfig, device: torch.device, take: Callable[[Tensor
 def figures(config: BenchStepConfig, seconds: float, device: str | None) -> dict[str, Any]:
     """Seconds, tokens per second, model TFLOP/s (recomputation not counted) and their share of the device's peak."""
     pairs = config.seq_len * (config.seq_len + 1) / 2
-    rate = shape_of_init(config.model).flops(recompute=False).model(config.seq_len, pairs) / seconds
+    rate = shape_of_init(config.model).flops().model(config.seq_len, pairs) / seconds
     peak = peak_flops(device, None, config.dtype)
     return {
         "seconds": seconds,

@@ -226,6 +226,7 @@ class ThreadWorld:
         self._guard = threading.Lock()
         # What was posted and has not met the peer's side yet, in order: by channel, source, to, and whether it sends.
         self._posted: dict[tuple, deque[_Side]] = defaultdict(deque)
+        self.failed = False  # whether a rank of this call has raised
 
     def post(self, way: tuple[str, int, int], tensor: Tensor, *, sends: bool) -> _Side:
         """Post one side of a transfer; way: channel, source, to. Who comes last copies, with no tensor between."""
@@ -234,6 +235,8 @@ class ThreadWorld:
             others = self._posted[way, not sends]
             if not others:
                 self._posted[way, sends].append(mine)
+                if self.failed:
+                    mine.done.set()
                 return mine
             peer = others.popleft()
         source, target = (mine, peer) if sends else (peer, mine)
@@ -245,17 +248,37 @@ class ThreadWorld:
         return mine
 
     def run(self, work: Callable[[ThreadTransport], object]) -> list:
-        """Call work(transport) on every virtual rank; returns the results by rank, or raises the first rank's error."""
+        """Call work(transport) on every virtual rank; returns the results by rank.
+
+        Raises the first rank's error, before the PeerLost of those that waited for it.
+        """
 
         def body(rank: int) -> object:
             # On a GPU autograd runs every backward pass of a process in one thread of its own. That thread would wait
             # for a peer's block, which only the peer's backward pass sends.
             with self.turn or nullcontext(), torch.autograd.set_multithreading_enabled(False):
-                return work(ThreadTransport(self, rank))
+                try:
+                    return work(ThreadTransport(self, rank))
+                except BaseException:
+                    self._end_waits()
+                    raise
 
+        self.failed = False
         futures = [thread.submit(body, rank) for rank, thread in enumerate(self.threads)]
         wait(futures)
+        self._posted.clear()  # what a failed call has left; its tensors would meet those of the next call
+        errors = [error for future in futures if (error := future.exception()) is not None]
+        if errors:
+            raise next((error for error in errors if not isinstance(error, PeerLost)), errors[0])
         return [future.result() for future in futures]
+
+    def _end_waits(self) -> None:
+        """Let the other ranks fail at once instead of waiting for one that has failed."""
+        with self._guard:
+            self.failed = True
+            for sides in self._posted.values():
+                for side in sides:
+                    side.done.set()
 
 
 class _Side:
@@ -307,6 +330,8 @@ class _ThreadPosted:
             for peer, side in self.sides.items():
                 if not side.done.wait(self.world.timeout):
                     raise PeerLost(f"{peer}: nothing within {self.world.timeout} s")
+            if self.world.failed:
+                raise PeerLost(f"{', '.join(self.sides)}: another rank has failed")
         finally:
             if turn:
                 turn.acquire()

@@ -241,6 +241,7 @@ def _prepare_deepspeed(ranks: Ranks) -> None:
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed's only switch
         os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     else:  # DeepSpeed and accelerate take LOCAL_RANK for a device's number, and several ranks may share a device
+        os.environ["DS_ACCELERATOR"] = "cuda"
         os.environ["LOCAL_RANK"] = str(ranks.device.index)
     for name, value in (("RANK", ranks.rank), ("WORLD_SIZE", ranks.world)):
         os.environ.setdefault(name, str(value))
@@ -292,16 +293,16 @@ def _optimizer(config: EngineConfig, optim: OptimConfig, named: list[Any], ranks
     groups = decay_groups(named, optim.weight_decay)
     options: dict[str, Any] = {"lr": 0.0, "betas": (optim.beta1, optim.beta2), "eps": optim.eps}
     if config.offload_optimizer and ranks.device.type == "cuda":
-        from deepspeed.ops.op_builder import CPUAdamBuilder  # pyright: ignore[reportAttributeAccessIssue]
-
-        if not CPUAdamBuilder().is_compatible(verbose=False):
-            raise UserError(
-                "engine.offload_optimizer=true needs DeepSpeed's CPU Adam, which cannot be built here (a "
-                "C++ compiler is missing); install one or set engine.offload_optimizer=false"
-            )
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(groups, **options)
+        try:
+            return DeepSpeedCPUAdam(groups, **options)  # its first call on a machine compiles it
+        except (ImportError, OSError, RuntimeError) as error:
+            raise UserError(
+                f"engine.offload_optimizer=true needs DeepSpeed's CPU Adam, which cannot be built here ({error}); it "
+                "takes a C++ compiler and the packages ninja and py-cpuinfo. Install them, or set "
+                "engine.offload_optimizer=false (configs/engine)"
+            ) from error
     return torch.optim.AdamW(groups, **options, fused=True)
 
 

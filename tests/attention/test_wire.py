@@ -6,6 +6,8 @@ whose first batch lacks a rank. The wire records every post, and `check` compare
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
@@ -114,3 +116,25 @@ def test_the_wire_notices():
     wires[1].posts = [(channel, to, source, sent + 8, received) for channel, to, source, sent, received in first]
     with pytest.raises(AssertionError, match="another size"):
         check(wires)
+
+
+def test_a_virtual_rank_that_fails_is_named_and_leaves_nothing_behind():
+    """Its peers, which wait for its block, end at once; the next call meets no tensor of this one."""
+    world = ThreadWorld(3, serial=True)
+
+    def fails(transport: ThreadTransport) -> None:
+        if transport.rank == 1:
+            raise RuntimeError("out of memory")
+        other = (transport.rank + 1) % 3
+        transport.post("kv", torch.ones(2), other, torch.zeros(2), 1).wait()
+
+    def works(transport: ThreadTransport) -> float:
+        to, source, got = (transport.rank + 1) % 3, (transport.rank - 1) % 3, torch.zeros(1)
+        transport.post("kv", torch.full((1,), float(transport.rank)), to, got, source).wait()
+        return float(got)
+
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        world.run(fails)
+    assert time.monotonic() - began < world.timeout / 2
+    assert world.run(works) == [2.0, 0.0, 1.0]

@@ -36,7 +36,7 @@ def test_both_sides_take_the_same_step(capsys):
 
 def test_ratios_are_to_each_of_the_others():
     config = build(BenchStepConfig, SMALL, origin="test")
-    assert contestants(config) == ["transformers", "longctx"]  # no GPU here, so no liger-kernel
+    assert contestants(config) == ["longctx", "transformers"]  # no GPU here, so no liger-kernel
     assert contestants(dataclasses.replace(config, only="longctx")) == ["longctx"]
 
     def side(speed: float, gib: float) -> dict:
@@ -54,6 +54,10 @@ def test_ratios_are_to_each_of_the_others():
     assert report["speed_ratio_liger"] == 1.25
     assert "transformers  out of memory" in _table(report)
     assert "speed_ratio_liger" not in summary({"liger": [side(120, 4)], "longctx": [full]}, config)
+    broken = {"failed": "ImportError: no kernel for this card"}
+    report = summary({"longctx": [side(150, 2)], "transformers": [side(100, 8)], "liger": [broken]}, config)
+    assert (report["device"], report["speed_ratio"], "speed_ratio_liger" in report) == ("card", 1.5, False)
+    assert "liger         ImportError: no kernel for this card" in _table(report)
 
 
 def test_a_side_that_does_not_fit_is_an_answer(monkeypatch, capsys):

@@ -4,6 +4,7 @@ same base.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from transformers import (
 )
 
 from longctx.rope.config import with_rope
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed, where a model is saved, would say so on standard output
 
 ARCHITECTURES: dict[str, type[PretrainedConfig]] = {
     "llama": LlamaConfig,

@@ -31,6 +31,7 @@ def test_deepspeed_gets_the_ranks_device_for_its_number(monkeypatch, device, wan
         monkeypatch.setenv(name, value)
     _prepare_deepspeed(Ranks(1, 2, 1, 2, device))
     assert os.environ["LOCAL_RANK"] == wanted
+    assert os.environ["DS_ACCELERATOR"] == device.type
 
 
 def test_a_card_without_bfloat16_units_is_named():
