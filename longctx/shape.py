@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -107,19 +107,18 @@ class Flops:
     weight and token, and attention. Attention is counted causally and per document, as it is computed: a query-key
     pair costs 4 H D in the forward (2 for the scores, 2 for the values) and twice that in the backward. PaLM's formula
     counts the full square and would flatter long sequences. The embedding's gather, norms and biases count nothing;
-    the head's product counts. HFU adds recomputation: activation checkpointing runs every layer's products forward
-    once more, and the flash backward computes the scores again (2 H D per pair). The attention forward runs once, and
-    twice under full recomputation.
+    the head's product counts. HFU adds recomputation: activation checkpointing repeats the products of a layer but
+    the last of its feed-forward, whose output nobody reads, and those that the layer keeps, and the flash backward
+    computes the scores again (2 H D per pair). The attention forward runs once, and twice under full recomputation.
 
-    matmul_weights: weights in matrix products, including the head. layer_weights: the same without the head.
-    pair: heads x head size, summed over layers. recompute: whether activation checkpointing is on. full: whether it
-    also repeats attention.
+    matmul_weights: weights in matrix products, including the head. pair: heads x head size, summed over layers.
+    repeated_weights: the weights of the products that activation checkpointing computes twice. full: whether it also
+    repeats attention.
     """
 
     matmul_weights: int
-    layer_weights: int
     pair: int
-    recompute: bool
+    repeated_weights: int = 0
     full: bool = False
 
     def model(self, tokens: float, pairs: float) -> float:
@@ -132,8 +131,7 @@ class Flops:
 
     def products(self, tokens: float) -> float:
         """FLOP that the device executes outside attention, including recomputation."""
-        again = 2.0 * self.layer_weights * tokens if self.recompute else 0.0
-        return 6.0 * self.matmul_weights * tokens + again
+        return (6.0 * self.matmul_weights + 2.0 * self.repeated_weights) * tokens
 
 
 @dataclass(frozen=True)
@@ -205,13 +203,18 @@ class Shape:
             everything=(4 * e + 2 * q + 2 * k + 4 * f) * itemsize + self.heads * max(4, itemsize),
         )
 
-    def flops(self, *, recompute: bool, full: bool = False) -> Flops:
-        """Flop per token; with `recompute`, activation checkpointing runs every block's products forward once more.
+    def flops(self) -> Flops:
+        """Flop per token of a step without recomputation."""
+        return Flops(self.matmul_weights, self.layers * self.query)
 
-        full: it also runs every block's attention forward once more.
-        """
-        pair = self.layers * self.query
-        return Flops(self.matmul_weights, self.layers * self.layer_weights, pair, recompute, full)
+    def trained_flops(self, memory: MemoryConfig, itemsize: int, tokens: int) -> Flops:
+        """Flop per token of a step as it is trained: forward passes of `tokens` tokens of `itemsize` bytes a number."""
+        plain = self.flops()
+        if not memory.activation_checkpointing:
+            return plain
+        kept = self.footprint(itemsize).kept_layers(memory, tokens) * (self.query + 2 * self.kv + 2 * self.ffn)
+        repeated = self.layers * (self.layer_weights - self.ffn * self.hidden) - kept * self.hidden
+        return replace(plain, repeated_weights=repeated, full=not memory.keep_attention)
 
 
 def shape_of(config: Mapping[str, Any], source: str) -> Shape:

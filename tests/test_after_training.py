@@ -179,6 +179,30 @@ def test_an_adapter_or_a_merge_that_is_not_whole_is_made_again(
     assert "again" not in capsys.readouterr().err
 
 
+def test_a_sibling_with_tokens_of_its_own_gets_the_rows_it_shares_with_the_base(
+    tmp_path: Path, documents: Path, capsys: pytest.CaptureFixture[str]
+):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    made, run = make_run(tmp_path, documents), tmp_path / "run"
+    sibling = AutoModelForCausalLM.from_pretrained(tmp_path / "sibling")
+    rows = sibling.lm_head.weight.shape[0]
+    sibling.resize_token_embeddings(rows + 2, mean_resizing=False)
+    sibling.save_pretrained(tmp_path / "more")
+    extract_adapter(made, run / "stages/s1024/model", run / "adapter")
+    merge_sibling(tmp_path / "sibling", run / "adapter", tmp_path / "merged")
+    assert "lacks a part" not in capsys.readouterr().err
+    merge_sibling(tmp_path / "more", run / "adapter", run / "merged")
+    assert "the merged sibling lacks a part of the adapter: " in capsys.readouterr().err
+    plain, more = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", run / "merged"))
+    before = load_file(tmp_path / "sibling" / "model.safetensors")
+    for name, weight in plain.items():
+        assert torch.equal(more[name][: len(weight)], weight), name
+    moved = [name for name in plain if "layers" not in name and not torch.equal(plain[name], before[name])]
+    assert moved, "the adapter of this run changes neither the embedding nor the output layer"
+
+
 def test_the_closing_lines_say_all_and_none_only_where_it_is_so(capsys: pytest.CaptureFixture[str]):
     needle = {"base": {512: 1.0, 8192: 0.004}, "extended": {512: 1.0, 8192: 0.988}}
     pooled = {"base": 0.5, "extended": 0.996, "theta_only": 0.0, "control": 0.2, "unseen": 0.9996}

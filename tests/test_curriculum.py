@@ -362,6 +362,11 @@ GOOD = {"s64k": {"seq_len": 65536}, "s256k": {"seq_len": 262144}}
             "lr.kind=continue has no stage before it",
         ),
         (
+            {"s64k": {"seq_len": 65536}, "s128k": {"seq_len": 131072, "lr": {"kind": "continue", "peak": 1e-5}}},
+            {"rule": "ntk"},
+            "s128k.lr.peak=1e-05 does not go with kind=continue, which goes on with the rate of s64k",
+        ),
+        (
             {"s64k": {"seq_len": 65536, "lr": {"peak": 0}}},
             {"rule": "ntk"},
             "lr.peak=0 must be above 0",

@@ -135,6 +135,18 @@ def test_stages_of_one_length_stand_in_the_order_of_training(tmp_path: Path):
     assert [row[0] for row in Page(write_page(folder)).tables["Stages"][1:]] == ["warm", "again", "long"]
 
 
+def test_stages_of_a_later_start_that_selects_others_come_last(tmp_path: Path):
+    """Its stages are counted anew: with only=[s2k,s4k] s4k has the index 1, as s1k had with only=[s512,s1k,s2k]."""
+    folder = made_run(tmp_path / "run")
+    mark = json.loads((folder / "stages" / "one" / "finished.json").read_text())
+    for name, index, step in (("s512", 0, 4), ("s1k", 1, 8), ("s2k", 2, 12), ("s4k", 1, 16)):
+        (folder / "stages" / name).mkdir()
+        values = {**mark, "stage": name, "seq_len": 512, "index": index, "step": step}
+        (folder / "stages" / name / "finished.json").write_text(json.dumps(values))
+    shutil.rmtree(folder / "stages" / "one")
+    assert [stage["stage"] for stage in finished_stages(folder)] == ["s512", "s1k", "s2k", "s4k"]
+
+
 def test_a_run_that_has_not_begun_shows_its_settings(tmp_path: Path):
     (tmp_path / "config.yaml").write_text("name: x\n")
     page = Page(write_page(tmp_path))

@@ -36,7 +36,7 @@ def resolve(config: CurriculumConfig, *, head_dim: int, rope: Mapping[str, Any],
         window = max(stage.seq_len, previous.window) if config.keep_window else stage.seq_len
         parameters, rule = _rope(config, stage, window, original, previous, where, file, found=name in overrides)
         if name in overrides:
-            parameters = _with_found(parameters, rule, overrides[name], where, config.theta_file)
+            parameters = _with_found(parameters, rule, stage.seq_len, overrides[name], where, config.theta_file)
         check_theta(parameters["rope_theta"], where, file)
         check_fixed(parameters, where, file)
         if parameters["rope_theta"] < previous.theta and (index or not config.scratch):
@@ -126,9 +126,14 @@ def _rope(
 
 
 def _with_found(
-    parameters: dict[str, Any], rule: str, found: FoundTheta, where: str, path: str | None
+    parameters: dict[str, Any], rule: str, seq_len: int, found: FoundTheta, where: str, path: str | None
 ) -> dict[str, Any]:
-    """Replace the theta of the stage's rope by the one that a search found under the same scaling."""
+    """Replace the theta of the stage's rope by the one that a search found for its length under the same scaling."""
+    if found.seq_len not in (None, seq_len):
+        raise UserError(
+            f"{where}: its theta was searched at {found.seq_len} tokens and the stage has seq_len={seq_len}; search "
+            f"again at that length, or give the stage a theta or rule of its own and delete its entry ({path})"
+        )
     same = found.rule is None or found.rule == rule or {found.rule, rule} <= THETA_ONLY
     if not same:
         raise UserError(

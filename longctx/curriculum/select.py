@@ -13,10 +13,11 @@ from longctx.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class FoundTheta:
-    """A theta from a theta file, and the rule it was searched under (None: written by hand, valid under any)."""
+    """A theta from a theta file, and the rule and length it was searched under (None: written by hand, any)."""
 
     theta: int
     rule: str | None
+    seq_len: int | None
 
 
 def selected(config: CurriculumConfig, file: str) -> dict[str, StageConfig]:
@@ -75,8 +76,8 @@ def _found(item: dict[str, Any], where: str, path: Path) -> FoundTheta:
         raise UserError(f"{where}.theta={item['theta']!r} {error} ({path})") from None
     if not 1 < theta < MOST_THETA:
         raise UserError(f"{where}.theta={theta} must be above 1 and below 2^63 ({path})")
-    rule = item.get("rule")
-    return FoundTheta(theta, None if rule is None else str(rule))
+    rule, seq_len = item.get("rule"), item.get("seq_len")
+    return FoundTheta(theta, None if rule is None else str(rule), None if seq_len is None else int(seq_len))
 
 
 def _named_length(name: str) -> int | None:

@@ -29,6 +29,13 @@ def steps_and_rates(config: CurriculumConfig, chosen: Mapping[str, StageConfig],
         if kinds[name] == "continue":
             if position == 0:
                 raise UserError(f"{where}.kind=continue has no stage before it to continue; name a kind ({file})")
+            own = chosen[name].lr
+            for key, value in (("peak", own.peak), ("final", own.final), ("warmup_steps", own.warmup_steps)):
+                if value is not None:
+                    raise UserError(
+                        f"{where}.{key}={value} does not go with kind=continue, which goes on with the rate of "
+                        f"{names[position - 1]}; leave it out, or name kind=constant, cosine or linear ({file})"
+                    )
             before = scheduled[names[position - 1]]
             at = before.rate
             rate = LearningRate(at.peak, at.final, at.warmup_steps, at.kind, at.offset + before.steps, at.span)

@@ -42,15 +42,15 @@ class NeedleWriter:
         self.bos: int | None = tokenizer.bos_token_id
         self.eos: int | None = tokenizer.eos_token_id
         self.head = np.array([self.bos] if bos and self.bos is not None else [], np.int32)
-        size = len(tokenizer)
-        texts = self._backend.decode_batch([[token] for token in range(size)])
+        known = sorted(set(tokenizer.get_vocab().values()))  # with gaps, where a tokenizer has lost tokens
+        texts = self._backend.decode_batch([[token] for token in range(known[-1] + 1)])
         self.newline_after = np.array([text.endswith("\n") for text in texts], bool)
         numbers = {token: len(text) for token, text in enumerate(texts) if text.isascii() and text.isdigit()}
         longest = max(numbers.values(), default=0)
         whole = [token for token, length in numbers.items() if length == longest]
         self.digits = np.array(whole, np.int32)
         special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        self.ordinary = np.array([token for token in range(size) if token not in special], np.int32)
+        self.ordinary = np.array([token for token in known if token not in special], np.int32)
         self.newline = self.tokens("\n")
 
     def tokens(self, text: str) -> np.ndarray:

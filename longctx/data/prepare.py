@@ -43,7 +43,7 @@ def tokenizer_spec(tokenizer: Any, data: DataConfig, source: SourceConfig) -> To
         bos=tokenizer.bos_token_id if data.bos and not chat else None,
         eos=tokenizer.eos_token_id if data.eos and not chat else None,
         special=tuple(sorted({*tokenizer.all_special_tokens})),
-        size=len(tokenizer),
+        size=max(tokenizer.get_vocab().values()) + 1,  # ids may have gaps, so that the largest is above their number
         chat=tokenizer if chat else None,
     )
 

@@ -34,8 +34,8 @@ class TokenizerSpec:
     """A tokenizer in the form that is sent to a worker.
 
     json: the `tokenizers` serialization. bos, eos: the ids added around a document, or None. special: texts of the
-    special tokens. size: the vocabulary, added tokens included. chat: the transformers tokenizer that renders
-    conversations; None for text.
+    special tokens. size: one more than the largest id, added tokens included. chat: the transformers tokenizer
+    that renders conversations; None for text.
     """
 
     json: str

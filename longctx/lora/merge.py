@@ -25,7 +25,7 @@ from longctx.lora.modules import carried_rope, check_weights, layout
 from longctx.lora.tensors import Scratch, StoredTensors, row_blocks
 from longctx.lora.ties import EmbeddingTables, resolve_ties
 from longctx.lora.writer import output_folder
-from longctx.rope.config import describe_rope, rope_to_carry, with_rope
+from longctx.rope.config import describe_rope, is_nested, rope_to_carry, with_rope
 from longctx.storage.files import write_json
 from longctx.storage.model import check_shapes
 from longctx.storage.table import Entry
@@ -172,8 +172,10 @@ def _rope(
     if config.rope.theta is not None or config.window is not None:
         if config.rope.theta is None or config.window is None:
             raise UserError("rope.theta and window belong together; give both (configs/lora_merge.yaml)")
-        plain = {k: own_rope[k] for k in ("partial_rotary_factor",) if k in own_rope}
-        return {"rope_type": "default", "rope_theta": config.rope.theta, **plain}, config.window, []
+        kept = {"rope_type": "default"} if is_nested(own_rope) else own_rope
+        scaled = kept.get("rope_type", "default") != "default"
+        notes = [f"rope.theta replaces theta alone; the target's scaling stays ({kept['rope_type']})"] if scaled else []
+        return {**kept, "rope_theta": config.rope.theta}, config.window, notes
     told = [adapter.extension for adapter in adapters if adapter.extension is not None]
     extending = [item for item in told if item["extends"]]
     if not told:

@@ -124,9 +124,17 @@ class _LinearLoss(torch.autograd.Function):
         if ctx.main is not None:
             ctx.main.addcmul_(d_weight, grads[0])
             d_weight = None
-        scaled = [made if made is None else made.mul_(grads[0].to(made.dtype)) for made in (d_hidden, d_weight, d_bias)]
+        scaled = [made if made is None else _scale(made, grads[0]) for made in (d_hidden, d_weight, d_bias)]
         ctx.gradients = ctx.main = None
         return *scaled, None, None, None, None, None, None, None, None
+
+
+def _scale(made: Tensor, scale: Tensor) -> Tensor:
+    """made *= scale, where `scale` is not rounded to made's dtype, as a tensor without dimensions would be."""
+    scale = scale.reshape([1] * made.dim())
+    for rows in [made] if made.is_cuda else made.split(8192):  # a CPU copies its operands to float32
+        rows.mul_(scale)
+    return made
 
 
 def _chunks(rows: np.ndarray, chunk: int, device: torch.device) -> list[slice | Tensor]:
@@ -151,9 +159,9 @@ def _add_gradients(
 ) -> None:  # fmt: skip
     """Add what a chunk's unweighted gradient [C, V] gives; w [C, 1] scales the narrow side of each product."""
     if d_hidden is not None:
-        _set_product(d_hidden, rows, gradient, weight, None if w is None else w.to(weight.dtype))
+        _set_product(d_hidden, rows, gradient, weight, w)
     if d_weight is not None:
-        add_product(d_weight, gradient.t(), part if w is None else part * w.to(part.dtype))
+        add_product(d_weight, gradient.t(), part if w is None else (part * w).to(part.dtype))
 
 
 def _set_product(total: Tensor, rows: slice | Tensor, a: Tensor, b: Tensor, scale: Tensor | None = None) -> None:

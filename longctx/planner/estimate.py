@@ -153,14 +153,13 @@ def _estimate(
     hardware, dtype = config.hardware, config.model.dtype
     sizes, links = sizes_of(stage, shape, decision, dtype), links_of(decision, machines, hardware)
     speed, rate = Speed.of(hardware, dtype, kernel), hardware.rate(dtype)
-    recompute, full = config.model.memory.activation_checkpointing, not config.model.memory.keep_attention
-    forwards = 2 if full else 1
+    forwards = 1 if config.model.memory.keep_attention else 2
     attention = time_attention(decision.schedule, decision.topology, sizes, speed, links, decision.ulysses, forwards)
     best = quickest(decision.topology, sizes, speed, links, decision.ulysses, forwards)
     gain = 1 - (best.computing + best.exposed) / (attention.computing + attention.exposed)
     memory = need(stage, shape, config, decision, world=machines.world, kernel=kernel, device=hardware.device)
     tokens = sizes.tokens * decision.per_forward
-    products = shape.flops(recompute=recompute).products(tokens)
+    products = shape.trained_flops(config.model.memory, BYTES[dtype], tokens).products(tokens)
     micro_steps = -(-decision.per_group // decision.per_forward)
     passes = decision.per_group / decision.per_forward  # the last of them may hold fewer sequences
     computing = passes * (products / rate + shape.layers * attention.computing)

@@ -74,7 +74,8 @@ def finished_stages(folder: Path) -> list[dict[str, Any]]:
         "and without an earlier stage's the report leaves that stage out"
     )
     marks = [read_record(path, what, remedy) for path in (folder / "stages").glob("*/finished.json")]
-    return sorted(marks, key=lambda mark: (mark.get("index", 0), mark["seq_len"]))
+    # A stage's index counts the stages of the start that trained it, of which another start may select others.
+    return sorted(marks, key=lambda mark: (mark.get("step", 0), mark.get("index", 0), mark["seq_len"]))
 
 
 def _summary(folder: Path) -> Iterable[str]:

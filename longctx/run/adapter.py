@@ -27,7 +27,7 @@ from longctx.storage.model_files import read_header
 def left_out(config: TrainConfig) -> list[str]:
     """Patterns of the parameters that `extract_adapter` leaves behind, as lora extract decides from profile and tying.
 
-    None where the run makes no adapter: it is switched off, or the model was drawn at random and has no base.
+    Empty where the run makes no adapter: it is switched off, or the model was drawn at random and has no base.
     """
     asked = config.after_training.lora
     if not asked.enabled or config.model.path is None:
@@ -72,15 +72,20 @@ def extract_adapter(config: TrainConfig, tuned: Path, out: Path) -> None:
 
 def merge_sibling(sibling: Path, adapter: Path, out: Path) -> None:
     """Write sibling + adapter to `out` unless it is up to date; theta and window come from the adapter."""
-    key = fingerprint_of({"sibling": folder_fingerprint(sibling), "adapter": folder_fingerprint(adapter)})
+    folders = {"sibling": folder_fingerprint(sibling), "adapter": folder_fingerprint(adapter)}
+    key = fingerprint_of({**folders, "vocab": "common"})
     if _up_to_date(out, key):
         return
     from longctx.lora.merge import merge
 
     with _replaced(out):
-        made = merge(MergeConfig(target=str(sibling), adapter=[str(adapter)], out=str(out)))
+        made = merge(MergeConfig(target=str(sibling), adapter=[str(adapter)], out=str(out), vocab="common"))
         _record(out, key)
     console.say(f"the sibling with the adapter merged in, a window of {made.window:,} tokens: {out}")
+    for note in made.notes:
+        console.remark(note)
+    for tensor in made.skipped:
+        console.warn(f"the merged sibling lacks a part of the adapter: {tensor}")
 
 
 def _up_to_date(out: Path, key: str) -> bool:

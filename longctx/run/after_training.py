@@ -14,7 +14,7 @@ from longctx import console
 from longctx.config.after_training import EvidenceSettings
 from longctx.config.train import TrainConfig
 from longctx.eval.evaluate import EvalResult, EvalTarget, count_forwards, evaluate
-from longctx.eval.heldout_text import HeldoutText, open_heldout_text
+from longctx.eval.heldout_text import open_heldout_text
 from longctx.report.page import finished_stages, write_page
 from longctx.rope import read_rope
 from longctx.run import evidence
@@ -74,7 +74,7 @@ def _examine_all(
     claims = _claims(config, settings, folder, stages, tuned, sibling, control)
     out = folder / "eval"
     heldout = open_heldout_text(config.data, settings.source, tuned, cache_folder(config))
-    _remark_short_text(heldout, max(claim.questions(settings).longest for claim in claims), settings.source)
+    evidence.remark_short_text(heldout, max(claim.questions(settings).longest for claim in claims), settings.source)
     found = {}
     total = sum(count_forwards(claim.target, claim.questions(settings), heldout, out) for claim in claims)
     with console.progress(shown=total > 0) as bar:
@@ -99,15 +99,6 @@ def _examine_sources(
             name, source, targets, config, settings, Path(tokenizer), folder / "eval"
         )
     return found
-
-
-def _remark_short_text(heldout: HeldoutText, longest: int, source: str) -> None:
-    """Warn where the held-out text is shorter than a sequence. (`longctx eval` refuses that.)"""
-    if longest > heldout.tokens:
-        console.remark(
-            f"source {source} holds out {heldout.tokens:,} tokens and sequences of {longest:,} are asked for, so the "
-            "text repeats itself inside them; raise data.heldout or add documents"
-        )
 
 
 def _claims(

@@ -20,7 +20,7 @@ from longctx.errors import UserError
 from longctx.eval import loss, needle
 from longctx.eval.conversations import answer_loss, open_heldout_chat
 from longctx.eval.evaluate import EvalTarget, EvalTasks
-from longctx.eval.heldout_text import open_heldout_text
+from longctx.eval.heldout_text import HeldoutText, open_heldout_text
 from longctx.eval.predict import load_plain
 from longctx.eval.stored_results import load_result, store_result
 from longctx.fingerprint import fingerprint_of, folder_fingerprint
@@ -77,8 +77,18 @@ def _open_source(
         chat = open_heldout_chat(config.data, source, tokenizer, cache, longest=length, tokens=length * count)
         return chat.key, partial(answer_loss, conversations=chat.conversations)
     heldout = open_heldout_text(config.data, source, tokenizer, cache)
+    remark_short_text(heldout, length, source)
     rows = loss.held_out_rows(heldout, length, count)
     return heldout.key, lambda model: float(loss.token_losses(model, rows).mean())
+
+
+def remark_short_text(heldout: HeldoutText, longest: int, source: str) -> None:
+    """Warn where the held-out text is shorter than a sequence. (`longctx eval` refuses that.)"""
+    if longest > heldout.tokens:
+        console.remark(
+            f"source {source} holds out {heldout.tokens:,} tokens and sequences of {longest:,} are asked for, so the "
+            "text repeats itself inside them; raise data.heldout or add documents"
+        )
 
 
 def check_evidence(config: TrainConfig, settings: EvidenceSettings, tokenizer: str) -> None:

@@ -59,7 +59,7 @@ def check_evidence_fits(config: TrainConfig, stages: Sequence[Stage], world: int
     if "memory" not in config.accept:
         needs = needs_of(asked, shape, config.model.dtype, device, len(os.sched_getaffinity(0)))
         check_evidence_memory(needs, room_here(Machines(1, 1), device, "").device_bytes, device)
-    flops = shape.flops(recompute=False)
+    flops = shape.flops()
     training = sum(flops.model(stage.tokens, stage.tokens * stage.seq_len / 2) for stage in stages)
     times = flop_of(config, asked, shape, len(stages)) / training * (world if device == "cuda" else 1)
     if times > MUCH:

@@ -28,15 +28,22 @@ class SearchResult:
     trials: list[Trial]
 
 
-def write_override(path: Path, result: SearchResult, rule: str) -> None:
-    """Add the chosen theta and its rule to the stage override file; entries of other stages are kept."""
+def write_override(path: Path, result: SearchResult, rule: str, model: str) -> None:
+    """Add the chosen theta to the stage override file, with its rule, its length and the model's fingerprint.
+
+    Entries of other stages are kept, but for those that were found for another model.
+    """
     import yaml
 
     with only_writer(path.with_name(f".{path.name}.lock"), f"waiting for another search that writes {path}"):
         known: dict[str, Any] = {}
         if path.exists():
             known = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages", {})
-        known[result.stage] = {"theta": result.best.theta, "rule": rule}
+        others = [name for name, entry in known.items() if entry.get("model", model) != model]
+        if others:
+            console.warn(f"{path}: {', '.join(others)} left out, whose theta was found for another model")
+        known = {name: entry for name, entry in known.items() if name not in others}
+        known[result.stage] = {"theta": result.best.theta, "rule": rule, "seq_len": result.seq_len, "model": model}
         lines = [
             "# Written by `longctx theta search=true`; read with curriculum.theta_file=THIS_FILE.",
             "stages:",

@@ -40,7 +40,7 @@ def run_search(job: SearchJob) -> SearchResult:
         if ranks.first:
             best, rule = result.best.theta, result.rule.theta
             draw_curve(result.trials, rule=rule, best=best, length=result.seq_len, path=job.png)
-            write_override(job.override, result, job.stage.rule)
+            write_override(job.override, result, job.stage.rule, folder_fingerprint(str(job.model.path)))
         return result
     finally:
         worlds.stop()

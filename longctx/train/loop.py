@@ -226,8 +226,8 @@ def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport
     if recorder.metrics is None:
         return
     world, device, per_node = context.ranks.world, context.ranks.device, context.ranks.local_world
-    rate = context.flops.model(report.tokens, report.pairs) / seconds / world
-    executed = context.flops.hardware(report.tokens, report.pairs) / seconds / world
+    rate = opened.flops.model(report.tokens, report.pairs) / seconds / world
+    executed = opened.flops.hardware(report.tokens, report.pairs) / seconds / world
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
     peak = flops.peak_flops(name, context.config.logging.peak_tflops, context.config.model.dtype)
     held = {"save_seconds": training.saving.held} if training.saving.held else {}  # for which a save held this step up
@@ -271,7 +271,7 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
     heldout = opened.heldout_loss(training.engine, context.ranks)
     opened.export(training.engine, context.ranks, folder / "model")
     facts = {
-        "stage": stage.name, "index": stage.index, "steps": state.stage_step,
+        "stage": stage.name, "index": stage.index, "step": state.step, "steps": state.stage_step,
         "tokens": state.cursor * stage.seq_len,
         "seconds": state.stage_seconds, "seq_len": stage.seq_len, "theta": stage.theta,
         "heldout_loss": heldout, "model": str((folder / "model").relative_to(context.folder)),

@@ -18,7 +18,8 @@ import torch.distributed as dist
 
 from longctx.decide import FILE, Decision, Machines, Shares, decide, ring_words, shares
 from longctx.distributed.ranks import Ranks
-from longctx.shape import shape_of
+from longctx.planner.memory import BYTES
+from longctx.shape import Flops, shape_of, shape_of_model
 from longctx.topology import split
 from longctx.train import runfolder
 from longctx.train.batch import MicroBatch, micro_batch
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
 class OpenStage:
     """An open stage on this rank; its owner closes it.
 
-    context: the attention's ContextParallel. rings: its schedule and links in words.
+    context: the attention's ContextParallel. flops: floating point operations per token and query-key pair. rings:
+    the schedule and links of attention, in words.
     """
 
     stage: Stage
@@ -50,6 +52,7 @@ class OpenStage:
     group: dist.ProcessGroup | None
     words: str
     rings: str
+    flops: Flops
 
     def micro_batches(self, cursor: int) -> list[MicroBatch]:
         """This rank's micro-batches of the step that begins at the global cursor."""
@@ -118,7 +121,9 @@ def open_stage(config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel
         f"dp {share.dp} x cp {cp}, {share.per} per forward"
     )
     rings = ring_words(decision, machines)
-    return OpenStage(stage, cp, share, context, data, heldout, tokenizer, config.model, group, words, rings)
+    tokens = share.per * -(-stage.seq_len // cp)
+    flops = shape_of_model(config.model).trained_flops(config.model.memory, BYTES[config.model.dtype], tokens)
+    return OpenStage(stage, cp, share, context, data, heldout, tokenizer, config.model, group, words, rings, flops)
 
 
 def _vocabulary(model: LossModel) -> int:

@@ -216,12 +216,9 @@ def _context(
             prepare_data(config, stages, tokenizer)
         if prepare_more is not None and ranks.first:
             prepare_more(tokenizer)
-    memory = config.model.memory
-    flops = shape.flops(recompute=memory.activation_checkpointing, full=not memory.keep_attention)
     return RunContext(
-        config=config, folder=Path(config.folder), ranks=ranks, stages=stages, tokenizer=tokenizer, flops=flops,
-        stop=stop,
-    )  # fmt: skip
+        config=config, folder=Path(config.folder), ranks=ranks, stages=stages, tokenizer=tokenizer, stop=stop
+    )
 
 
 def _load_engine(context: RunContext, not_carried: NotCarried) -> Engine:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longctx.distributed.ranks import Ranks
-from longctx.shape import Flops
 from longctx.signals import StopRequest
 from longctx.train import runfolder
 from longctx.train.display import Display
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
 class RunContext:
     """The facts of a run on one rank, fixed before the model is loaded.
 
-    folder: the run's folder. flops: floating point operations per token and per query-key pair of the model. stop:
-    whether a signal asked this rank to stop.
+    folder: the run's folder. stop: whether a signal asked this rank to stop.
     """
 
     config: TrainConfig
@@ -34,7 +32,6 @@ class RunContext:
     ranks: Ranks
     stages: Sequence[Stage]
     tokenizer: Any
-    flops: Flops
     stop: StopRequest
 
 

@@ -240,12 +240,13 @@ def test_a_build_waits_for_one_of_other_files_that_shares_a_shard(tmp_path, toke
     """The second folder has a file more, so its list of shards is another and the first shard the same."""
     from longctx.data import prepare
     from longctx.signals import beside, temporary
+    from longctx.storage import files
 
     folder, cache, waits = tmp_path / "d", tmp_path / "c", threading.Event()
     folder.mkdir()
     _write_books(folder, 2)
     monkeypatch.setattr(prepare, "SMALLEST_SHARD", 1)
-    monkeypatch.setattr(prepare, "say", lambda text: waits.set() if "waiting" in text else None)
+    monkeypatch.setattr(files, "say", lambda text: waits.set() if "waiting" in text else None)
     real, seen, others = prepare.tokenize_shard, [], []
 
     def start_another_build(job, spec):
@@ -488,6 +489,20 @@ def test_a_document_of_which_the_tokenizer_keeps_nothing_is_empty(tmp_path, caps
     assert "1 empty" in capsys.readouterr().err
     assert stage.stats()["sources"]["books"]["documents"] == 1
     assert stage.sequence(0).tokens.tolist() == [0, 1, 1, 0] * 16
+
+
+def test_ids_above_the_number_of_tokens_are_stored_whole(tmp_path):
+    """A tokenizer that has lost tokens has gaps; 2^16 + 4464 would become 4464 in two bytes."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, "b": 70000}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    gaps = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d/a.txt").write_text("a b b a " * 40)
+    stage = _open(_config(tmp_path / "d", heldout=0.0), gaps, tmp_path / "c", seq_len=64, sequences=1)
+    assert stage.sequence(0).tokens.tolist() == [0, 70000, 70000, 0] * 16
 
 
 def test_broken_lines_beyond_the_allowed_share_are_an_error(tmp_path, tokenizer):

@@ -140,6 +140,23 @@ def test_a_target_of_another_rope_is_told(trio: Make, tmp_path: Path) -> None:
         assert any("is not that of the adapter's base" in note and "12,345" in note for note in result.notes) is told
 
 
+def test_a_given_theta_keeps_the_scaling_of_the_target(trio: Make, tmp_path: Path) -> None:
+    pair = trio("llama")
+    adapter = str(tmp_path / "a")
+    extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=adapter, rank=4))
+    (Path(adapter) / "longctx.json").unlink()
+    file = shutil.copytree(pair.sibling, tmp_path / "scaled") / "config.json"
+    rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256}  # fmt: skip
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rope_parameters": rope, "rope_theta": 5e5}))
+    given = {"adapter": [adapter], "rope": MergeRope(theta=4e6), "window": 4096}
+    plain = merge(MergeConfig(target=pair.sibling, out=str(tmp_path / "plain"), **given))
+    assert (plain.rope, plain.window) == ({"rope_type": "default", "rope_theta": 4e6}, 4096)
+    scaled = merge(MergeConfig(target=str(file.parent), out=str(tmp_path / "m"), **given))
+    assert (scaled.rope, scaled.window) == ({**rope, "rope_theta": 4e6}, 4096)
+    assert "rope.theta replaces theta alone; the target's scaling stays (llama3)" in scaled.notes
+
+
 def test_adapters_of_two_ropes_that_read_alike_are_refused(trio: Make, tmp_path: Path) -> None:
     """by-parts has no attention factor of its own, and yarn's paper has one: neither is in the description."""
     pair, adapters = trio("llama"), [str(tmp_path / name) for name in ("a", "b")]

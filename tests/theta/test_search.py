@@ -24,6 +24,7 @@ from longctx.config.compose import compose
 from longctx.config.curriculum import CurriculumConfig
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.curriculum import resolve
+from longctx.errors import UserError
 from tests.started import longctx
 
 ASSET = Path(__file__).parents[2] / "longctx" / "assets" / "tiny"
@@ -103,7 +104,7 @@ def test_searches_of_two_stages_at_once_both_keep_their_theta(tmp_path: Path):
         "for number in range(100):\n"
         "    best = Trial(20000 + number, 1.0, None, 'grid', 0.1)\n"
         "    result = SearchResult(f'{sys.argv[1]}{number}', 512, best, best, None, [best])\n"
-        "    write_override(Path('theta.yaml'), result, 'ntk')\n"
+        "    write_override(Path('theta.yaml'), result, 'ntk', 'm')\n"
     )
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     both = [
@@ -112,7 +113,28 @@ def test_searches_of_two_stages_at_once_both_keep_their_theta(tmp_path: Path):
     ]
     assert [life.wait() for life in both] == [0, 0]
     stages = yaml.safe_load((tmp_path / "theta.yaml").read_text())["stages"]
-    assert stages == {f"{name}{n}": {"theta": 20000 + n, "rule": "ntk"} for name in "ab" for n in range(100)}
+    entry = {"rule": "ntk", "seq_len": 512, "model": "m"}
+    assert stages == {f"{name}{n}": {"theta": 20000 + n, **entry} for name in "ab" for n in range(100)}
+
+
+def test_a_theta_file_keeps_no_theta_of_another_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    from longctx.theta.search_result import SearchResult, write_override
+    from longctx.theta.trials import Trial
+
+    best, path = Trial(20000, 1.0, None, "grid", 0.1), tmp_path / "theta.yaml"
+    path.write_text("stages:\n  s256: {theta: 11000}\n")  # written by hand
+    for stage, model in (("s512", "a"), ("s1024", "a"), ("s2048", "b")):
+        write_override(path, SearchResult(stage, int(stage[1:]), best, best, None, [best]), "ntk", model)
+    assert list(yaml.safe_load(path.read_text())["stages"]) == ["s256", "s2048"]
+    assert "s512, s1024 left out, whose theta was found for another model" in capsys.readouterr().err
+
+
+def test_a_theta_of_another_length_is_refused(searched: Path):
+    values = compose("theta", ["curriculum=tiny_16x", f"curriculum.theta_file={searched / 'theta.yaml'}"])
+    values["curriculum"]["stages"] = {"s512": {"seq_len": 1024, "steps": 4, "batch": 1}}
+    config = build(CurriculumConfig, values["curriculum"], origin="test")
+    with pytest.raises(UserError, match=r"searched at 512 tokens and the stage has seq_len=1024"):
+        resolve(config, head_dim=16, rope=ROPE, window=64, file="test")
 
 
 def test_it_resumes_from_the_last_whole_line(

@@ -110,15 +110,49 @@ def test_flops_are_what_torch_counts_for_a_plain_model() -> None:
     tokens = 16
     with FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, tokens, dtype=torch.long), use_cache=False).logits.sum().backward()
-    flops = shape_of(shape.to_dict(), "model").flops(recompute=False)
+    flops = shape_of(shape.to_dict(), "model").flops()
     assert counter.get_total_flops() == pytest.approx(flops.model(tokens, tokens * tokens), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "again"),
+    [
+        ({"activation_checkpointing": False}, 0),
+        ({}, 2 * 32 * (32 + 2 * 16 + 32 + 2 * 48)),  # q, k and v, o, gate and up
+        ({"keep_attention": False}, 2 * 32 * (32 + 2 * 16 + 32 + 2 * 48)),
+        ({"keep_matmuls": 1}, 32 * (32 + 2 * 16 + 32 + 2 * 48) + 32 * 32),
+        ({"keep_matmuls": 2}, 2 * 32 * 32),  # o alone
+    ],
+)
+def test_repeated_products_are_what_torch_counts_in_a_step(settings: dict, again: int) -> None:
+    """One forward and backward of two layers: counted by torch, but for attention, which the ring does in parts."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import longctx
+    from longctx.config.model import InitConfig, MemoryConfig
+    from longctx.model import LossModel, init_from
+    from longctx.shape import shape_of_init
+
+    init, tokens = InitConfig(layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, vocab=64, window=64), 64
+    memory = MemoryConfig(**settings, ffn_block=16)
+    model = LossModel(init_from(init), memory)
+    layout = longctx.ContextParallel.from_world().layout(seq_len=tokens)
+    batch = longctx.shard_batch(torch.zeros(1, tokens, dtype=torch.long), layout, reduction="sum")
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss_sum.backward()
+    counted = sum(count for op, count in counter.get_flop_counts()["Global"].items() if str(op).endswith("mm"))
+    flops = shape_of_init(init).trained_flops(memory, 4, tokens)
+    # Of the head torch counts two products of the tokens with a label, and not the in-place one of its own gradient.
+    head = init.vocab * init.hidden
+    assert counted - 4 * head * (tokens - 1) == flops.products(tokens) - 6 * head * tokens
+    assert flops.repeated_weights == again
+
+
 def test_hardware_flops_add_the_recomputation() -> None:
-    flops = Flops(matmul_weights=100, layer_weights=80, pair=10, recompute=True)
+    flops = Flops(matmul_weights=100, pair=10, repeated_weights=80)
     assert flops.model(10, 55) == 6 * 100 * 10 + 12 * 10 * 55
     assert flops.hardware(10, 55) - flops.model(10, 55) == 2 * 80 * 10 + 2 * 10 * 55
-    full = Flops(matmul_weights=100, layer_weights=80, pair=10, recompute=True, full=True)
+    full = Flops(matmul_weights=100, pair=10, repeated_weights=80, full=True)
     assert full.model(10, 55) == flops.model(10, 55)
     assert full.hardware(10, 55) - flops.hardware(10, 55) == 4 * 10 * 55  # attention's forward once more
 
