@@ -21,7 +21,7 @@ if [ "${1##*/}" = longctx ] && [ "${2:-}" = train ]; then
     [ -x "$python" ] || python=python3
     shift 2
     set -- "$python" -m longctx.run "$@"
-elif [[ "${2:-} ${3:-} ${4:-}" =~ ^-m\ longctx(\.cli)?\ train$ ]]; then
+elif [[ "${2:-} ${3:-} ${4:-}" =~ ^-m\ longctx\ train$ ]]; then
     set -- "$1" -m longctx.run "${@:5}"
 fi
 

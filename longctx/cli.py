@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx import collector, console, signals
-from longctx.errors import RunFailed, UserError, nearest, out_of_memory, refused_by_system
+from longctx.errors import RunFailed, UserError, first_line, nearest, out_of_memory, refused_by_system
 from longctx.opening import opening
 from longctx.verbs import VERBS, Verb
 from longctx.versions import check_versions
@@ -74,7 +74,7 @@ def _no_memory(error: Exception) -> str:
     from longctx.host_memory import peak_resident
 
     peak = peak_resident() / 2**30
-    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    said = first_line(error)
     return (
         f"out of memory ({said}); this process held {peak:.1f} GiB on the host at its peak. Shorter lengths, fewer at "
         "a time, a smaller dtype, more ranks or a larger machine would help; `longctx VERB --help` has the settings"
@@ -186,4 +186,4 @@ def _help() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit("longctx: start it as `longctx` or `python -m longctx`")

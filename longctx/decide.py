@@ -64,6 +64,10 @@ class Decision:
     per_group: int
     per_forward: int
 
+    def shares(self, rank: int) -> Shares:
+        """The share of a rank of the world in the stage's batch."""
+        return Shares(self.dp, rank // self.cp, self.per_group, self.per_forward)
+
     @property
     def topology(self) -> Topology:
         """The nodes of the cp ranks, and the ranks on each, as the schedule takes them."""
@@ -79,9 +83,9 @@ def decide(
     allow what the config asks for.
     """
     cp = choose_cp(stage, parallel, machines.world)
-    share = shares(stage, engine, world=machines.world, cp=cp, rank=0, file=FILE)
+    dp, per_group, per_forward = divide_batch(stage, engine, world=machines.world, cp=cp)
     ring = choose_schedule(parallel, cp=cp, local_world=machines.ranks_per_node, stage=stage.name, heads=heads)
-    return Decision(cp, share.dp, ring.nodes, ring.schedule, ring.ulysses, share.per_rank, share.per)
+    return Decision(cp, dp, ring.nodes, ring.schedule, ring.ulysses, per_group, per_forward)
 
 
 def decide_all(
@@ -282,22 +286,22 @@ def ring_words(decision: Decision, machines: Machines) -> str:
 
 @dataclass(frozen=True)
 class Shares:
-    """How ranks share a stage's batch: each of dp groups takes per_rank consecutive sequences, `per` in a forward."""
+    """How ranks share a stage's batch: dp groups take per_group consecutive sequences each, per_forward at a time."""
 
     dp: int
     dp_rank: int
-    per_rank: int
-    per: int
+    per_group: int
+    per_forward: int
 
     def sequences(self, cursor: int) -> list[list[int]]:
         """Indices of this rank's sequences in the step that begins at the global `cursor`, one list per micro-batch."""
-        first = cursor + self.dp_rank * self.per_rank
-        mine = list(range(first, first + self.per_rank))
-        return [mine[at : at + self.per] for at in range(0, len(mine), self.per)]
+        first = cursor + self.dp_rank * self.per_group
+        mine = list(range(first, first + self.per_group))
+        return [mine[at : at + self.per_forward] for at in range(0, len(mine), self.per_forward)]
 
 
-def shares(stage: Stage, engine: EngineConfig, *, world: int, cp: int, rank: int, file: str) -> Shares:
-    """Share a stage's batch among the data-parallel groups.
+def divide_batch(stage: Stage, engine: EngineConfig, *, world: int, cp: int) -> tuple[int, int, int]:
+    """Divide a stage's batch: the data-parallel groups, and the sequences of each group in a step and in a forward.
 
     Raises UserError when the groups do not divide the batch, or the micro-batch does not divide a group's sequences.
     """
@@ -307,20 +311,19 @@ def shares(stage: Stage, engine: EngineConfig, *, world: int, cp: int, rank: int
         hint = f"parallel.cp={fits[0]} fits, or" if fits else "take"
         raise UserError(
             f"curriculum.stages.{stage.name}.batch={stage.batch} sequences cannot be shared by the {dp} data-parallel "
-            f"groups of {world} ranks with cp={cp}; {hint} a batch that is a multiple of {dp} ({file})"
+            f"groups of {world} ranks with cp={cp}; {hint} a batch that is a multiple of {dp} ({FILE})"
         )
-    per_rank = stage.batch // dp
+    per_group = stage.batch // dp
     if engine.micro_batch == "auto":
-        per = max(1, min(per_rank, engine.micro_batch_tokens * cp // stage.seq_len))
-    else:
-        per = engine.micro_batch
-        if per_rank % per:
-            fit = max(n for n in divisors(per_rank) if n <= per)
-            raise UserError(
-                f"engine.micro_batch={per} does not divide the {per_rank} sequences that stage {stage.name} gives each "
-                f"of the {dp} data-parallel groups; engine.micro_batch={fit} or auto fits (configs/engine)"
-            )
-    return Shares(dp, rank // cp, per_rank, per)
+        return dp, per_group, max(1, min(per_group, engine.micro_batch_tokens * cp // stage.seq_len))
+    if per_group % engine.micro_batch:
+        fit = max(n for n in divisors(per_group) if n <= engine.micro_batch)
+        raise UserError(
+            f"engine.micro_batch={engine.micro_batch} does not divide the {per_group} sequences that stage "
+            f"{stage.name} gives each of the {dp} data-parallel groups; engine.micro_batch={fit} or auto fits "
+            "(configs/engine)"
+        )
+    return dp, per_group, engine.micro_batch
 
 
 def blocks_of(memory: MemoryConfig, device: str) -> Blocks:

@@ -25,6 +25,11 @@ class OutOfMemory(RunFailed):
     """A device or the machine has no memory left; the text is empty when another rank has reported it."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 # Messages of torch, CUDA and the C++ library that come without MemoryError or torch.OutOfMemoryError.
 _NO_MEMORY = (
     "can't allocate memory", "not enough memory: you tried", "CUDA error: out of memory", "CUDA out of memory",

@@ -109,7 +109,7 @@ def file_hashes(paths: Iterable[Path], memo: Path | None = None) -> dict[Path, s
     places = {path: str(path.resolve()) for path in states}
     missing = [path for path, state in states.items() if known.get(places[path], [])[:3] != state]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        for path, digest in zip(missing, pool.map(_sha256, missing), strict=True):
+        for path, digest in zip(missing, pool.map(file_sha256, missing), strict=True):
             known[places[path]] = [*states[path], digest]
     if missing:
         _write_memo(memo, known)
@@ -160,6 +160,7 @@ def tensor_hashes(path: Path) -> dict[str, str]:
     return found
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hex digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

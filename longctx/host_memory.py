@@ -45,10 +45,10 @@ def peak_resident() -> float:
     On Linux getrusage would also count that of the process that started it, which stays in force over exec.
     """
     unit = 1 if sys.platform == "darwin" else 1024
-    return status("VmHWM") or float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    return process_bytes("VmHWM") or float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def status(name: str, process: int | str = "self") -> float:
+def process_bytes(name: str, process: int | str = "self") -> float:
     """Bytes that Linux counts for a process: VmRSS is its resident set, VmHWM the largest since it began.
 
     0 for a process that has ended, and on other systems. Writing 5 to its clear_refs lets VmHWM begin anew.

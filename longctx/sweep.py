@@ -56,7 +56,7 @@ def sweep(verb: Verb, line: CommandLine) -> int:
 
 def _check_stages(config: Any, values: dict[str, str]) -> None:
     """Raise UserError, which names the combination, for a curriculum that cannot be resolved for its model."""
-    from longctx.train.run import resolve_stages
+    from longctx.train.train import resolve_stages
 
     try:
         resolve_stages(config)
@@ -120,7 +120,7 @@ def _run(verb: Verb, line: CommandLine, runs: Sequence[tuple[str, list[str], str
     folders = [word for folder in line.folders for word in ("--config-dir", str(folder))]
     for number, (values, words, where) in enumerate(runs, 1):
         console.say(f"[bold]{number}/{len(runs)}[/bold] {verb.name} {values}")
-        command = [sys.executable, "-m", "longctx.cli", *verb.name.split(), *folders, *words]
+        command = [sys.executable, "-m", "longctx", *verb.name.split(), *folders, *words]
         begun = time.monotonic()
         status, text = _one(command, as_json)
         rows.append({"values": values, "status": status, "seconds": round(time.monotonic() - begun, 1), "where": where})

@@ -28,7 +28,7 @@ class Verb:
 
 
 _ALL = [
-    Verb("train", "longctx.config.train:TrainConfig", "longctx.run.lifecycle:run",
+    Verb("train", "longctx.config.train:TrainConfig", "longctx.run.train:run",
          "extend a model's context, stage by stage"),
     Verb("submit", "longctx.config.submit:SubmitConfig", "longctx.run.submit:run",
          "a training command as a Slurm job, checked before it is queued", words=True),

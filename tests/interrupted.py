@@ -26,9 +26,9 @@ class Outcome:
 
 
 class Command:
-    """`python -m longctx.cli WORDS` in a process group of its own, in `folder`."""
+    """`python -m longctx WORDS` in a process group of its own, in `folder`."""
 
-    def __init__(self, folder: Path, words: Sequence[str], module: str = "longctx.cli") -> None:
+    def __init__(self, folder: Path, words: Sequence[str], module: str = "longctx") -> None:
         self.folder, self._mark = folder, f"LONGCTX_TEST_MARK={uuid.uuid4().hex}"
         folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}

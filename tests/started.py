@@ -22,4 +22,4 @@ SHORT = [
 
 def longctx(*words: str, timeout: float = 280, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`longctx WORDS` as a process of its own, see tests/warm.py."""
-    return warm.python("-m", "longctx.cli", *words, timeout=timeout, cwd=cwd)
+    return warm.python("-m", "longctx", *words, timeout=timeout, cwd=cwd)

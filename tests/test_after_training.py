@@ -22,14 +22,14 @@ from longctx.errors import UserError
 from longctx.rope import make_rule, read_rope
 from longctx.run.adapter import extract_adapter, merge_sibling
 from longctx.run.after_training import run_after_training
-from longctx.run.lifecycle import run
 from longctx.run.side_config import side_config
 from longctx.run.side_run import train_side
 from longctx.run.summary import tell
+from longctx.run.train import run
 from longctx.run.what_follows import check_what_follows, prepare_what_follows
 from longctx.train import runfolder
-from longctx.train.preflight import check_libraries
-from longctx.train.run import resolve_stages
+from longctx.train.checks import load_checked_tokenizer
+from longctx.train.train import resolve_stages
 from tests.test_report import Page
 from tests.train.made import config as run_config
 from tests.train.made import write_documents
@@ -455,7 +455,7 @@ def test_a_token_that_transformers_adds_is_named_with_the_key_that_adds_it(tmp_p
 def test_conversations_without_a_chat_template_are_refused_before_training(tmp_path: Path, documents: Path):
     made = with_chat(make_run(tmp_path, documents), tmp_path)
     with pytest.raises(UserError, match=r"source chat, .* no chat template; .*evidence\.beside=\[\]"):
-        check_libraries(made)
+        load_checked_tokenizer(made)
 
 
 def test_a_sibling_without_an_adapter_is_refused(tmp_path: Path):

@@ -31,8 +31,8 @@ from longctx.planner.estimate import estimate_all, links_of
 from longctx.planner.memory import need
 from longctx.planner.run import document
 from longctx.shape import shape_of_model
-from longctx.train.run import resolve_stages
 from longctx.train.runfolder import with_dtype
+from longctx.train.train import resolve_stages
 
 HEADS = [(8, 8), (8, 2), (6, 3), (4, 1)]
 
@@ -183,12 +183,12 @@ def test_layers_that_keep_products_are_counted_as_training_keeps_them(budget):
 
 def _trained_bytes(config: TrainConfig, tokens: int) -> float:
     """Bytes per token that a real model's layers keep, told to keep by training's own plan."""
-    from longctx.model.layer import set_save_policies, train_layers
+    from longctx.model.layer import prepare_layers, set_save_policies
     from longctx.model.load import init_from
 
     assert config.model.init is not None
     model = init_from(config.model.init)
-    train_layers(model)
+    prepare_layers(model)
     set_save_policies(model, config.model.memory, block=0, tokens=tokens, store=None)
     keeping = sum(layer.save_policy.products for layer in model.model.layers)
     cost = shape_of_model(config.model).footprint(4)

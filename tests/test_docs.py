@@ -26,7 +26,7 @@ from longctx.config.words import Overrides, parse
 from longctx.curriculum import resolve
 from longctx.errors import UserError
 from longctx.shape import shape_of_model
-from longctx.train import preflight
+from longctx.train import checks
 from longctx.verbs import VERBS
 
 ROOT = Path(__file__).parent.parent
@@ -87,8 +87,8 @@ def commands(page: Path) -> Iterator[list[str]]:
                 words = words[1:]
             if words[:1] == ["longctx"]:
                 yield words[1:]
-            elif "longctx.cli" in words:
-                yield words[words.index("longctx.cli") + 1 :]
+            elif "longctx" in words:
+                yield words[words.index("longctx") + 1 :]
             else:
                 for start in {"longctx.run", "launch/torchrun.sh", "launch/slurm.sbatch"} & set(words):
                     given = words[words.index(start) + 1 :]
@@ -257,7 +257,7 @@ def test_the_disk_that_the_page_of_eight_gpus_names_is_what_training_asks_for(mo
     for keep, stated in ((2, "299 GiB of disk"), (1, "210 with `checkpoint.keep=1`")):
         changed = replace(config, checkpoint=replace(config.checkpoint, keep=keep))
         with pytest.raises(UserError) as refused:
-            preflight.check_disk(changed, stages, shape, source_bytes=0)
+            checks.check_disk(changed, stages, shape, source_bytes=0)
         (asked,) = re.findall(r"needs about ([\d.]+) GiB", str(refused.value))
         assert stated in page
         assert f"{float(asked):.0f}" in stated

@@ -14,7 +14,7 @@ from longctx.config.base import build
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
 from longctx.model import init_from, load
-from longctx.run.lifecycle import run
+from longctx.run.train import run
 from longctx.train import runfolder
 
 from .train.made import TOKENIZER, VOCAB, config, write_documents

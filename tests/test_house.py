@@ -112,7 +112,7 @@ def imports(tree: ast.AST) -> set[str]:
             names.update(target_of(node.module, alias.name) for alias in node.names)
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             names.update(text.value for text in node.args if isinstance(text, ast.Constant) and text.value in FILES)
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # "longctx.train.run:run"
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):  # "longctx.train.train:run"
             names.update(name for name in re.findall(r"^(longctx(?:\.\w+)+):\w+$", node.value) if name in FILES)
     return names - {"longctx"}
 

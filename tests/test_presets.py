@@ -20,7 +20,7 @@ from longctx.data.stage_opening import choose_mix
 from longctx.errors import UserError
 from longctx.theta.inputs import starting_rope, target_stages
 from longctx.theta.search import job_of
-from longctx.train.preflight import check_after_training
+from longctx.train.checks import read_after_training
 from longctx.verbs import VERBS
 from tests.test_docs import COMMANDS, PAGES, PLACEHOLDERS, mentioned
 
@@ -103,7 +103,7 @@ def test_a_printed_training_command_finds_its_mixes_and_sources():
         config = load(VERBS["train"], line.overrides)
         for name, stage in selected(config.curriculum, "configs/curriculum").items():
             choose_mix(config.data, stage.mix or config.curriculum.mix, name)
-        check_after_training(config)
+        read_after_training(config)
 
 
 @pytest.mark.parametrize("words", [words for words in SEARCHES if "model=tiny" in words], ids=" ".join)

@@ -68,7 +68,7 @@ def configs() -> dict[str, Any]:
 def stages_of_each_verb(folder: Path, configs: dict[str, Any]) -> dict[str, list[Stage]]:
     from longctx.planner.run import _stages
     from longctx.theta.inputs import starting_rope, target_stages
-    from longctx.train.run import resolve_stages
+    from longctx.train.train import resolve_stages
 
     model = ModelConfig(path=str(folder))
     theta, plan, train = (replace(configs[verb], model=model) for verb in ("theta", "plan", "train"))

@@ -1,4 +1,4 @@
-"""Python commands as processes of their own that import nothing anew: `python -m longctx.cli train ...` in a tenth of
+"""Python commands as processes of their own that import nothing anew: `python -m longctx train ...` in a tenth of
 the processor time.
 
 They are forked from the server of tests/dist/ranks.py, which has imported torch, transformers and longctx. What they
@@ -76,7 +76,8 @@ def command(words: Sequence[str], cwd: str, environment: Mapping[str, str]) -> i
 def _run(words: list[str]) -> None:
     if words[0] == "-m":
         sys.argv = words[1:]
-        sys.modules.pop(words[1], None)  # runpy warns of a module that is loaded twice
+        if not hasattr(sys.modules.get(words[1]), "__path__"):  # runpy warns of a module that is loaded twice
+            sys.modules.pop(words[1], None)
         runpy.run_module(words[1], run_name="__main__", alter_sys=True)
     elif words[0] == "-c":
         sys.argv = ["-c", *words[2:]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from longctx.attention.executor import BufferPool
+from longctx.attention.buffers import BufferPool
 from longctx.attention.transfers import Trace
 from longctx.distributed.counters import ByteCounter
 from longctx.distributed.transport import Transport
@@ -45,6 +45,6 @@ class AttentionGroup:
         return self.transport.size
 
     @property
-    def positions(self) -> int:
+    def ring_positions(self) -> int:
         """The number of ring positions: all ranks divided by the Ulysses ranks of a position."""
         return self.size // self.ulysses

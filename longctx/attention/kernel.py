@@ -16,6 +16,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from longctx.errors import first_line
+
 Forward = Callable[..., tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
@@ -132,6 +134,6 @@ def _import_error(module: str) -> str | None:
     try:
         import_module(module)
     except Exception as error:  # a build for another torch may raise anything: OSError, RuntimeError, SystemError
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = first_line(error)
         return f"the package {module} is installed and cannot be imported ({first})"
     return None

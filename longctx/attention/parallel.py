@@ -69,7 +69,7 @@ class ContextParallel(AttentionGroup):
             transport,
             topology,
             schedule,
-            check(topology.size, topology.nodes, schedule, ulysses),
+            ulysses_ranks(topology.size, topology.nodes, schedule, ulysses),
             kernel=kernel,
             grad_dtype=grad_dtype,
             trace=Trace(transport.rank) if trace else None,
@@ -104,7 +104,7 @@ class ContextParallel(AttentionGroup):
         if timeout is not None and not (isinstance(timeout, int | float) and 0 < timeout <= _LONGEST_WAIT):
             raise ValueError(f"timeout={timeout!r} is not a number of seconds above 0 and up to {_LONGEST_WAIT:,}")
         size = dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
-        check(size, nodes, schedule, ulysses)
+        ulysses_ranks(size, nodes, schedule, ulysses)
         transport: Transport = SingleRankTransport()
         if size > 1:
             limit = timedelta(seconds=timeout) if timeout is not None else None
@@ -145,7 +145,7 @@ class ContextParallel(AttentionGroup):
             documents = documents.detach().cpu().numpy()
         elif documents is not None:
             documents = np.asarray(documents)
-        arithmetic = SequenceLayout(seq_len, self.positions, kind=kind, boundaries=documents, ulysses=self.ulysses)
+        arithmetic = SequenceLayout(seq_len, self.ring_positions, kind=kind, boundaries=documents, ulysses=self.ulysses)
         key = (seq_len, kind)
         if key not in self.caches:
             self.caches[key] = LayoutCache(self, seq_len, kind)
@@ -180,7 +180,7 @@ def _found(name: str, rank: int, topology: Topology, schedule: Schedule, options
     return made
 
 
-def check(size: int, nodes: int, schedule: str, ulysses: int | None) -> int:
+def ulysses_ranks(size: int, nodes: int, schedule: str, ulysses: int | None) -> int:
     """The number of Ulysses ranks; raises ValueError for an invalid combination, before anything is set up."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule={schedule!r} is not one of {', '.join(SCHEDULES)}")

@@ -113,7 +113,7 @@ class LayoutCache:
             if arithmetic is None:
                 arithmetic = SequenceLayout(
                     self.seq_len,
-                    self.cp.positions,
+                    self.cp.ring_positions,
                     kind=self.kind,
                     boundaries=boundaries,
                     ulysses=self.cp.ulysses,

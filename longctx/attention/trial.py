@@ -19,6 +19,7 @@ from torch import Tensor
 
 from longctx.attention import reference
 from longctx.attention.kernel import Kernel, Lengths, Problem
+from longctx.errors import first_line
 
 DOCUMENTS = (1, 64, 447)  # tokens of each
 TOKENS = sum(DOCUMENTS)
@@ -60,7 +61,7 @@ def tried(kernel: Kernel, problem: Problem) -> str:
     except torch.OutOfMemoryError:  # says nothing of the kernel
         return ""
     except Exception as error:  # whatever a compiler or another release of a package raises
-        first = next(iter(str(error).strip().splitlines()), "")
+        first = first_line(error)
         return f"it fails here ({type(error).__name__}: {first[:200]})"
     return ""
 

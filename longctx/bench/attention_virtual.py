@@ -163,11 +163,13 @@ def _virtual(
     """
     import torch
 
-    from longctx.attention.executor import BufferPool, ScheduleExecutor
+    from longctx.attention.buffers import BufferPool
+    from longctx.attention.executor import ScheduleExecutor
     from longctx.attention.rectangles import RectangleKernels
     from longctx.attention.transfers import TransferQueue
     from longctx.distributed.counters import ByteCounter
-    from longctx.distributed.transport import SingleRankTransport, ThreadTransport, ThreadWorld, Transport
+    from longctx.distributed.thread_transport import ThreadTransport, ThreadWorld
+    from longctx.distributed.transport import SingleRankTransport, Transport
     from longctx.layout import SequenceLayout
     from longctx.schedule import build
     from longctx.topology import Topology

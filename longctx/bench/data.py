@@ -23,8 +23,7 @@ from longctx.config.data import DataConfig
 from longctx.config.data_verbs import BenchDataConfig
 from longctx.console import emit, emit_json, say
 from longctx.host_memory import peak_resident
-
-GIB = 2.0**30
+from longctx.storage.files import GIB
 
 
 def run(config: BenchDataConfig) -> int:

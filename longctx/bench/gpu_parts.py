@@ -86,7 +86,7 @@ def _quickstart(folder: Path) -> list[str]:
     run = folder / "run"
     words = ["experiment=quickstart", f"run_dir={run}", "launch.nproc=1", "logging=local", "engine.device=cuda",
              "model.dtype=bfloat16"]  # fmt: skip
-    train = [sys.executable, "-m", "longctx.cli", "train", *words]
+    train = [sys.executable, "-m", "longctx", "train", *words]
     check = [sys.executable, str(ROOT / "tests" / "check_quickstart.py"), str(run)]
     remove, gates = shlex.join(["rm", "-rf", str(run)]), shlex.quote(str(folder / "gates.txt"))
     return ["bash", "-c", f"{remove}; {shlex.join(train)}; {shlex.join(check)} | tee {gates}"]
@@ -110,7 +110,7 @@ def _read_quickstart(folder: Path) -> list[Row]:
 
 def _attention(folder: Path) -> list[str]:
     return [
-        sys.executable, "-m", "longctx.cli", "bench", "attention", "lengths=[16k,64k]", "heads=32", "kv_heads=8",
+        sys.executable, "-m", "longctx", "bench", "attention", "lengths=[16k,64k]", "heads=32", "kv_heads=8",
         "head_dim=128", "virtual_ranks=[1,4,8]", "repeats=3", f"out={folder}", "format=json",
     ]  # fmt: skip
 
@@ -156,7 +156,7 @@ def _read_packed(found: list[dict[str, Any]]) -> list[Row]:
 
 def _rings(folder: Path) -> list[str]:
     return [
-        sys.executable, "-m", "longctx.cli", "bench", "attention", "beside=ring_flash_attn", "ranks=4",
+        sys.executable, "-m", "longctx", "bench", "attention", "beside=ring_flash_attn", "ranks=4",
         "lengths=[16k,64k]", "heads=32", "kv_heads=8", "head_dim=128", "repeats=3", f"out={folder}", "format=json",
     ]  # fmt: skip
 
@@ -182,7 +182,7 @@ def _read_rings(folder: Path) -> list[Row]:
 
 def _step(length: int, only: str = "", fused: str = "auto") -> Callable[[Path], list[str]]:
     def command(folder: Path) -> list[str]:
-        words = [sys.executable, "-m", "longctx.cli", "bench", "step", f"seq_len={length}", "pairs=1", "format=json"]
+        words = [sys.executable, "-m", "longctx", "bench", "step", f"seq_len={length}", "pairs=1", "format=json"]
         words += [*EIGHT_B, f"memory.fused={fused}", *([f"only={only}"] if only else [])]
         figures = shlex.quote(str(folder / "step.json"))
         return ["bash", "-c", f"set -o pipefail; {shlex.join(words)} 2>&1 >{figures} | cat"]
@@ -231,7 +231,7 @@ def _read_step(part: str, length: int, *, judged: bool = False) -> Callable[[Pat
 
 def _longest(folder: Path) -> list[str]:
     words = [f"out={folder}", "multiple=16k", "precision=0.07", "format=json"]
-    return [sys.executable, "-m", "longctx.cli", "bench", "longest", *words]
+    return [sys.executable, "-m", "longctx", "bench", "longest", *words]
 
 
 def _read_longest(folder: Path) -> list[Row]:

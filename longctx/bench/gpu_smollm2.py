@@ -27,7 +27,7 @@ def lacks() -> str:
 
 
 def command(folder: Path) -> list[str]:
-    cli = [sys.executable, "-m", "longctx.cli"]
+    cli = [sys.executable, "-m", "longctx"]
     words = ["experiment=smollm2_64k", f"model.path={SMOLLM2}", f"run_dir={folder / 'run'}", "logging=local"]
     steps = [shlex.join(["rm", "-rf", str(folder / "run"), str(folder / "seconds.txt")])]
     steps += [] if (SMOLLM2 / "config.json").exists() else [

@@ -19,7 +19,7 @@ from longctx.host_memory import host_memory
 from longctx.planner.memory import Memory
 from longctx.planner.remedies import GIB, DeviceLimits, needs
 from longctx.shape import shape_of_model
-from longctx.train.run import resolve_stages
+from longctx.train.train import resolve_stages
 
 STAGE = "longest"
 

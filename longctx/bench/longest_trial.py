@@ -24,8 +24,8 @@ from longctx.config.base import build
 from longctx.config.bench_longest import BenchLongestConfig
 from longctx.config.model import InitConfig
 from longctx.decide import Machines, decide
-from longctx.errors import out_of_memory
-from longctx.host_memory import peak_resident, status
+from longctx.errors import first_line, out_of_memory
+from longctx.host_memory import peak_resident, process_bytes
 from longctx.planner.remedies import GIB
 from longctx.processes import die_with_parent
 from longctx.train.step import Timer
@@ -59,7 +59,7 @@ class Meter(Timer):
     """A timer that also notes the most memory of each phase, in GiB."""
 
     def __init__(self, device: torch.device) -> None:
-        self.base = status("VmRSS") if device.type == "cpu" else 0.0
+        self.base = process_bytes("VmRSS") if device.type == "cpu" else 0.0
         self.peaks: dict[str, float] = {}
         super().__init__(device)
 
@@ -100,7 +100,7 @@ def main(path: str) -> None:
     except Exception as error:
         if not out_of_memory(error):
             raise
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = first_line(error)
         result = {"fits": False, "why": f"{doing[0]}: {first[:300]}"}
     Path(request["result"]).write_text(json.dumps(result), encoding="utf-8")
 
@@ -126,9 +126,9 @@ def measure(config: BenchLongestConfig, seq_len: int, device: str, doing: list[s
     from longctx.train.batch import micro_batch
     from longctx.train.guards import Guards
     from longctx.train.heartbeat import Progress
-    from longctx.train.open_stage import open_context
-    from longctx.train.run import resolve_stages
+    from longctx.train.open_stage import open_context_parallel
     from longctx.train.step import Stepper
+    from longctx.train.train import resolve_stages
 
     limit_memory(config, device)
     run = training_config(config, seq_len)
@@ -144,7 +144,7 @@ def measure(config: BenchLongestConfig, seq_len: int, device: str, doing: list[s
     set_rope(model.model, stage.rope, stage.window, precision=run.model.rotary)
     decision = decide(stage, run.parallel, run.engine, Machines(1, 1), (shape.heads, shape.kv_heads))
     wanted = run.model.attention_kernel
-    context, _ = open_context(decision, ranks, None if wanted == "auto" else wanted)
+    context, _ = open_context_parallel(decision, ranks, None if wanted == "auto" else wanted)
     progress = Progress()
     stepper = Stepper(engine, ranks, Guards(GuardsConfig(), Path("."), ranks, []), progress, decision.cp)
     seconds = loss = 0.0

@@ -24,7 +24,7 @@ from longctx.bench.lora_pair import make_pair
 from longctx.config.lora import BenchLoraConfig
 from longctx.console import emit_json, say
 from longctx.errors import RunFailed, UserError
-from longctx.host_memory import status
+from longctx.host_memory import process_bytes
 from longctx.versions import installed
 
 _PERIOD = 0.01  # seconds between two looks at a child's memory
@@ -122,7 +122,7 @@ def _pair(config: BenchLoraConfig, folder: Path, layers: int) -> tuple[Path, Pat
 
 
 def _ours(config: BenchLoraConfig, base: Path, tuned: Path, out: Path, *, runs: int) -> ProcessFigures:
-    start = [sys.executable, "-m", "longctx.cli"]
+    start = [sys.executable, "-m", "longctx"]
     seconds, peak = [], 0.0
     for number in range(runs):
         words = [f"base={base}", f"tuned={tuned}", f"out={out}-{number}", f"rank={config.rank}"]
@@ -153,7 +153,7 @@ def _child(words: list[str], threads: int) -> tuple[float, float]:
         child = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment)
         peak = 0.0
         while child.poll() is None:  # its rusage, once it has ended, would count this process's peak too
-            peak = max(peak, status("VmHWM", child.pid))
+            peak = max(peak, process_bytes("VmHWM", child.pid))
             time.sleep(_PERIOD)
         seconds = time.perf_counter() - began
         if child.returncode != 0:

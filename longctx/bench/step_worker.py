@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from longctx.bench.device_time import measure
 from longctx.config.base import build
 from longctx.config.bench_step import BenchStepConfig
-from longctx.errors import out_of_memory
+from longctx.errors import first_line, out_of_memory
 from longctx.host_memory import peak_resident
 from longctx.model import LossModel, init_from
 from longctx.model.host import return_freed_memory
@@ -47,7 +47,7 @@ def main(request: str) -> None:
         if not out_of_memory(error):
             raise
         # An answer: a side that keeps more may not fit where another does.
-        result = {"out_of_memory": next(iter(str(error).splitlines()), type(error).__name__)}
+        result = {"out_of_memory": first_line(error)}
     print(json.dumps({**result, "device": device_name(device)}))
 
 

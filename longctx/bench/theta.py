@@ -55,7 +55,7 @@ class RuleLine:
 
 def run(config: BenchThetaConfig) -> int:
     """Train and evaluate every rule; prints a Markdown table or the JSON document."""
-    from longctx.run.lifecycle import run as train
+    from longctx.run.train import run as train
 
     out = Path(config.out)
     check_model(config.train.model.path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longctx.errors import UserError
+from longctx.errors import UserError, first_line
 from longctx.storage import hub
 from longctx.storage.model import check_tokenizer
 
@@ -47,7 +47,7 @@ def tokenizer_at(source: str | Path, what: str, *, vocab_size: int | None = None
     try:
         made: Any = AutoTokenizer.from_pretrained(source, local_files_only=not local and hub.offline())
     except Exception as error:  # tokenizers raises bare Exceptions; a damaged file makes transformers raise others
-        first = next(iter(str(error).strip().splitlines()), "")
+        first = first_line(error)
         reason = f"{type(error).__name__}: {first}" if local else hub.why_not(error, str(source))
         raise UserError(
             f"{what}={source}: its tokenizer cannot be read ({reason}); fetch its files again, "

@@ -39,7 +39,7 @@ import torch.distributed as dist
 import longctx
 from longctx.distributed.launcher import RUN_TOKEN, launcher_environment, node_name
 from longctx.distributed.placement import Introduction, listed, place
-from longctx.errors import RunFailed, UserError
+from longctx.errors import RunFailed, UserError, first_line
 
 NEWS_SECONDS = 60.0  # after so long a meeting says who is missing
 LEAVE_SECONDS = 10.0  # for the slowest rank to leave
@@ -350,5 +350,5 @@ def _losing_rank_0(node: str) -> Iterator[None]:
     try:
         yield
     except (dist.DistNetworkError, dist.DistStoreError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = first_line(error)
         raise NotMet(f"rank 0 on {node} left before the ranks had met ({first}); its own message says why") from None

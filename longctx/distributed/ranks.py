@@ -23,7 +23,7 @@ from longctx.distributed import meeting
 from longctx.distributed.launcher import NAMES, launcher_environment, node_name
 from longctx.distributed.local import ONE_CARD, STORE_FD
 from longctx.distributed.placement import Introduction, by_node, cores
-from longctx.errors import RunFailed, UserError
+from longctx.errors import RunFailed, UserError, first_line
 from longctx.versions import check_versions
 
 MEETING_SECONDS = 600.0
@@ -43,7 +43,7 @@ class Ranks:
     device: torch.device
     control: dist.ProcessGroup | None = field(default=None, repr=False)
     places: Sequence[Introduction] = field(default=(), repr=False)
-    _meetings: int = field(default=0, repr=False)
+    _barriers: int = field(default=0, repr=False)
 
     @property
     def first(self) -> bool:
@@ -60,7 +60,7 @@ class Ranks:
             return cores(self.places, self.rank)
         return max(1, len(os.sched_getaffinity(0)) // self.local_world)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank has called this, without a timeout.
 
         One rank's work (tokenizing, an export, an adapter) may take longer than any collective's timeout. The launcher
@@ -69,8 +69,8 @@ class Ranks:
         if self.world == 1:
             return
         store = cast(Any, dist.distributed_c10d._get_default_store())
-        self._meetings += 1
-        key, pause = f"meeting/{self._meetings}", 0.001
+        self._barriers += 1
+        key, pause = f"barrier/{self._barriers}", 0.001
         store.add(key, 1)
         while store.add(key, 0) < self.world:
             time.sleep(pause)
@@ -114,7 +114,7 @@ class Ranks:
             yield
         except (UserError, RunFailed, OSError, ValueError) as raised:
             error = raised
-        self.wait()
+        self.barrier()
         reports = self.gather(None if error is None else (isinstance(error, UserError), str(error)))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report]
         if failed:
@@ -244,16 +244,12 @@ def join(
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     except dist.DistNetworkError as error:
         raise RunFailed(
-            f"rank {rank} of {world} met the others and could not connect to them: {_first_line(error)}; check that "
+            f"rank {rank} of {world} met the others and could not connect to them: {first_line(error)}; check that "
             "every node can be reached from the others, and on which network (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME)"
         ) from None
 
 
 _groups = itertools.count(1)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _launchers_store(world: int, timeout: timedelta) -> dist.Store:

@@ -133,7 +133,7 @@ def _examine_all(
     left = {t.name: count_forwards(t, tasks, heldout_texts[t.name], out, ranks.world) for t in targets}
     if kept := [name for name, forwards in left.items() if not forwards]:
         console.say(f"{', '.join(kept)}: measured before with the same questions and text, and kept ({out})")
-    ranks.wait()  # rank 0 stores results only after all ranks have counted
+    ranks.barrier()  # rank 0 stores results only after all ranks have counted
     with console.progress(shown=any(left.values())) as bar:
         task = bar.add_task("", total=sum(left.values()))
         for target in targets:

@@ -1,4 +1,4 @@
-"""Reads a LoRA in PEFT's format, whether longctx, mergekit or peft wrote it, and the side files of longctx.
+"""Reads a LoRA in PEFT's format, whether longctx, mergekit or peft wrote it, and what longctx stores beside it.
 
 The tensors are sorted by what PEFT does with them when it loads the file. Adapters that cannot be added to weights are
 refused with the reason, here or by PeftSettings.
@@ -17,7 +17,7 @@ from longctx.errors import UserError
 from longctx.lora.peftconfig import PeftSettings
 from longctx.lora.tensors import StoredTensors
 
-SIDE_FILE = "longctx.json"
+EXTENSION_FILE = "longctx.json"
 NORM_STEM = "norm_deltas"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.(?:lora_([AB])(?:\.default)?\.weight|lora_embedding_([AB])(?:\.default)?)")
@@ -50,8 +50,8 @@ class Adapter:
     settings: adapter_config.json. pairs: the factors, by module. whole: tensors stored under the model's names
     (modules_to_save, resized embeddings, trained biases). inner: tensors of layers that the adapter wraps, by the
     model's name (trained biases, copies of the base's embeddings). biases: biases of factors, by module. rows: single
-    rows of an embedding, by module. deltas: names of norms and biases whose exact differences are in longctx's side
-    file. extension: longctx.json, or None.
+    rows of an embedding, by module. deltas: names of norms and biases whose exact differences are in
+    norm_deltas.safetensors. extension: longctx.json, or None.
 
     whole, inner, biases and rows map to the tensor's name in the file. Raises UserError when a factor lacks its
     partner, and when adding to weights cannot express the adapter.
@@ -63,10 +63,10 @@ class Adapter:
         self.weights.require_floats()
         self.config = self.weights.config("adapter_config.json")
         self.settings = PeftSettings(self.config, f"adapter={path}")
-        self.extension = self.weights.config(SIDE_FILE) if self.weights.source.exists(SIDE_FILE) else None
-        self.side: StoredTensors | None = None
+        self.extension = self.weights.config(EXTENSION_FILE) if self.weights.source.exists(EXTENSION_FILE) else None
+        self.norm_deltas: StoredTensors | None = None
         if self.weights.source.exists(f"{NORM_STEM}.safetensors"):
-            self.side = StoredTensors(path, what="adapter", stem=NORM_STEM)
+            self.norm_deltas = StoredTensors(path, what="adapter", stem=NORM_STEM)
         self.pairs: dict[str, FactorPair] = {}
         self.whole: dict[str, str] = {}
         self.inner: dict[str, str] = {}
@@ -81,7 +81,7 @@ class Adapter:
 
     @property
     def deltas(self) -> list[str]:
-        return list(self.side.entries) if self.side is not None else []
+        return list(self.norm_deltas.entries) if self.norm_deltas is not None else []
 
     def factors(self, pair: FactorPair, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Read (left [rows, r], right [r, columns]), with delta = pair.scale * left @ right."""
@@ -90,13 +90,13 @@ class Adapter:
 
     def delta(self, name: str) -> Tensor:
         """Read the exact difference of a norm or bias."""
-        assert self.side is not None
-        return self.side.read(name)
+        assert self.norm_deltas is not None
+        return self.norm_deltas.read(name)
 
     def close(self) -> None:
         self.weights.close()
-        if self.side is not None:
-            self.side.close()
+        if self.norm_deltas is not None:
+            self.norm_deltas.close()
 
     def __enter__(self) -> Adapter:
         return self

@@ -112,7 +112,7 @@ def extract(config: ExtractConfig, progress: Progress | None = None) -> ExtractR
             extension = _extension(base, tuned)
             described = files.adapter_config(rows, config.base, rslora=config.rslora, tied_head=tied_head)
             write_json(partial / "adapter_config.json", described)
-            files.write_side_file(partial, rows, extension, layout(base.config()), config)
+            files.write_extension_file(partial, rows, extension, layout(base.config()), config)
             one_weight = described["ensure_weight_tying"]
             files.write_card(partial, rows, extension, config, one_weight=one_weight)
             checked = read_back(partial, base, tuned, rows)

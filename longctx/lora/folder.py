@@ -1,4 +1,4 @@
-"""Writes an adapter's files other than the factors: PEFT's config, longctx's side file and the model card.
+"""Writes an adapter's files other than the factors: PEFT's config, longctx.json and the model card.
 
 The content does not depend on the time or on the output's name, so the same seed gives the same bytes.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import longctx
-from longctx.lora.adapter import SIDE_FILE
+from longctx.lora.adapter import EXTENSION_FILE
 from longctx.lora.modules import WeightKind, leaf_of
 from longctx.rope.config import describe_rope
 from longctx.storage.files import write_json
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """The record of one tensor in the side file and the model card.
+    """The record of one tensor in longctx.json and the model card.
 
     norm: of the difference. share: the share of its squared norm that the written factors keep. residual: the norm of
     what they leave, divided by `norm`. carried: factors, exact or no.
@@ -105,7 +105,7 @@ def totals(rows: Sequence[TensorRecord]) -> dict[str, float]:
     return {"factors": share([row for row in rows if row.carried == "factors"]), "everything": share(rows)}
 
 
-def write_side_file(folder: Path, rows: Sequence[TensorRecord], extension: Extension, layout: Mapping[str, Any],
+def write_extension_file(folder: Path, rows: Sequence[TensorRecord], extension: Extension, layout: Mapping[str, Any],
                     config: ExtractConfig) -> None:  # fmt: skip
     document = {
         "format": 1,
@@ -121,7 +121,7 @@ def write_side_file(folder: Path, rows: Sequence[TensorRecord], extension: Exten
         "share": totals(rows),
         "tensors": {row.tensor: {k: v for k, v in asdict(row).items() if k != "tensor"} for row in rows},
     }
-    write_json(folder / SIDE_FILE, document)
+    write_json(folder / EXTENSION_FILE, document)
 
 
 def write_card(
@@ -207,7 +207,7 @@ def command(config: ExtractConfig) -> str:
 
 
 def carried_as(kind: WeightKind, *, profile: str, head: bool, embeddings: bool) -> str:
-    """How the adapter carries a changed tensor: `factors`, `exact` (a difference in the side file) or `no`."""
+    """How the adapter carries a changed tensor: `factors`, `exact` (in norm_deltas.safetensors) or `no`."""
     if kind is WeightKind.LINEAR or (kind is WeightKind.HEAD and head) or (kind is WeightKind.EMBEDDING and embeddings):
         return "factors"
     return "exact" if kind is WeightKind.VECTOR and profile == "full" else "no"

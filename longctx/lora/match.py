@@ -72,7 +72,7 @@ def match(adapter: Adapter, target: StoredTensors, tables: EmbeddingTables, choi
     matcher.inner_tensors()
     matcher.single_rows()
     matcher.factors()
-    matcher.side_file()
+    matcher.exact_differences()
     matcher.found.changes.sort(key=lambda change: ORDER.index(change.how))
     return matcher.found
 
@@ -197,9 +197,9 @@ class _Matcher:
         if self.adapter.config.get("lora_bias"):
             self.found.missing += [f"{m}.lora_B.bias" for m in self.pairs if m not in self.adapter.biases]
 
-    def side_file(self) -> None:
-        if self.adapter.side is not None:
-            for name, entry in self.adapter.side.entries.items():
+    def exact_differences(self) -> None:
+        if self.adapter.norm_deltas is not None:
+            for name, entry in self.adapter.norm_deltas.entries.items():
                 self.put(name, "exact", name, entry.shape)
 
     def put(self, tensor: str, how: str, source: FactorPair | str, shape: Any, **more: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from longctx.config.imports import ImportConfig
 from longctx.console import emit, emit_json
-from longctx.errors import UserError
+from longctx.errors import UserError, first_line
 from longctx.model.architectures import check_config
 from longctx.model.export import served_config
 from longctx.storage.files import replacing, write_json
@@ -93,7 +93,7 @@ def _read(file: Path, dtype: str) -> tuple[Any, Any]:
         model: Any = AutoModelForCausalLM.from_pretrained(place, gguf_file=name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=name)
     except Exception as error:  # transformers raises many types of errors for what it does not know or cannot read
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        first = first_line(error)
         raise UserError(
             f"gguf={file}: transformers cannot read it ({first}); where its source lists more than "
             f"{file.stat().st_size:,} bytes, the file was cut short: fetch it again"

@@ -26,16 +26,16 @@ from longctx.model.architectures import backbone_of, check_layers
 from longctx.model.feed_forward import feed_forward
 from longctx.model.fused import Operators
 from longctx.model.mixin import Mixin
-from longctx.model.norms import TrainedNorm, sum_and_norm, train_norms
+from longctx.model.norms import TrainedNorm, prepare_norms, sum_and_norm
 from longctx.model.offload import HostStore
 from longctx.model.products import BlockSums, project
 from longctx.model.rotary import rotate
-from longctx.model.saved import Run, SavePolicy, selective_checkpoint
+from longctx.model.saved import CheckpointedCall, SavePolicy, selective_checkpoint
 from longctx.shape import shape_of
 
 
 class TrainedLayer(Mixin):
-    """The forward that `train_layers` mixes into an architecture's decoder layer; it runs when a layout is passed.
+    """The forward that `prepare_layers` mixes into an architecture's decoder layer; it runs when a layout is passed.
 
     Without a layout, as in plain generation, transformers' own forward runs.
     """
@@ -57,10 +57,10 @@ class TrainedLayer(Mixin):
         with self.save_policy.saving():
             if self.save_policy.full:
                 return selective_checkpoint(_regions, self, hidden_states, position_embeddings, layout)
-            return _regions(self, hidden_states, position_embeddings, layout, Run())
+            return _regions(self, hidden_states, position_embeddings, layout, CheckpointedCall())
 
 
-def _regions(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, run: Run) -> Tensor:
+def _regions(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, call: CheckpointedCall) -> Tensor:
     """Both regions: x [B, S, E] -> the layer's output [B, S, E].
 
     A repetition needs only what the second region's checkpoints save, which are its arguments, so it computes nothing
@@ -68,7 +68,7 @@ def _regions(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, ru
     """
     policy = layer.save_policy
     x, out = _region(policy.recompute and not policy.full, policy, _attend, layer, x, turn, layout)
-    finish = _skip if run.repeats else _finish
+    finish = _skip if call.repeats else _finish
     block = max(1, policy.block // x.shape[0]) if policy.block else x.shape[1]
     parts = list(zip(x.split(block, 1), out.split(block, 1), strict=True))
     sums = BlockSums(len(parts))
@@ -77,18 +77,22 @@ def _regions(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, ru
 
 
 def _region(recompute: bool, policy: SavePolicy, function: Callable[..., Any], *args: Any) -> Any:
-    """Call function(*args, run), as a checkpoint if it is to be recomputed."""
-    return selective_checkpoint(function, *args, store=policy.store) if recompute else function(*args, Run())
+    """Call function(*args, call), as a checkpoint if it is to be recomputed."""
+    return (
+        selective_checkpoint(function, *args, store=policy.store) if recompute else function(*args, CheckpointedCall())
+    )
 
 
-def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, run: Run) -> tuple[Tensor, Tensor]:
+def _attend(
+    layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, call: CheckpointedCall
+) -> tuple[Tensor, Tensor]:
     """The first region: x [B, S, E], turn = (cos, sin) [B, S, D] -> x, attention output [B, S, H * D] before o_proj.
 
     x goes through, so that the norm adds the residual's gradient to its own.
     """
     module = layer.self_attn
     x, normed = sum_and_norm(layer.input_layernorm, x)
-    with run.keeping(layer.save_policy.products):
+    with call.keeping(layer.save_policy.products):
         products = project(normed, module.q_proj, module.k_proj, module.v_proj)
     q, k, v = (product.unflatten(-1, (-1, module.head_dim)) for product in products)
     if hasattr(module, "q_norm"):
@@ -98,7 +102,7 @@ def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, run
     q, k = rotate(layer.operators, q, k, *turn)
     dropout = module.attention_dropout if module.training else 0.0
     window = getattr(module, "sliding_window", None)
-    with run.keeping():
+    with call.keeping():
         out, _ = attend(
             module, q, k, v.transpose(1, 2), scaling=module.scaling, dropout=dropout, layout=layout,
             sliding_window=window,
@@ -106,24 +110,24 @@ def _attend(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, run
     return x, out.flatten(2)
 
 
-def _finish(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, run: Run) -> Tensor:
+def _finish(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, call: CheckpointedCall) -> Tensor:
     """The second region: a block of the layer's input and attention output -> the layer's output [B, block, E].
 
     A repetition leaves out the last product, which nobody reads.
     """
     (projected,) = project(out, layer.self_attn.o_proj, sums=sums)
     hidden, normed = sum_and_norm(layer.post_attention_layernorm, x, projected)
-    kept = run.keeping(layer.save_policy.products)
-    made = feed_forward(layer.operators, layer.mlp, normed, sums, kept=kept, compute=not run.repeats)
-    return made if run.repeats else hidden + made
+    kept = call.keeping(layer.save_policy.products)
+    made = feed_forward(layer.operators, layer.mlp, normed, sums, kept=kept, compute=not call.repeats)
+    return made if call.repeats else hidden + made
 
 
-def _skip(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, run: Run) -> Tensor:
+def _skip(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, call: CheckpointedCall) -> Tensor:
     """The second region in a repetition."""
     return x
 
 
-def train_layers(model: nn.Module) -> None:
+def prepare_layers(model: nn.Module) -> None:
     """Make every decoder layer of `model` a TrainedLayer and every norm a TrainedNorm, in place.
 
     Only their classes change; the modules and the names of their parameters do not.
@@ -131,7 +135,7 @@ def train_layers(model: nn.Module) -> None:
     check_layers(model)
     for layer in backbone_of(model).layers:
         TrainedLayer.into(layer)
-    train_norms(model)
+    prepare_norms(model)
 
 
 def set_operators(model: nn.Module, operators: Operators) -> None:

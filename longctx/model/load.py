@@ -13,7 +13,7 @@ from longctx import dtype as dtypes
 from longctx.config.model import InitConfig, ModelConfig
 from longctx.errors import UserError
 from longctx.model.architectures import check_config
-from longctx.model.norms import train_norms
+from longctx.model.norms import prepare_norms
 from longctx.model.placement import Place, placed_as_drawn, placed_as_loaded
 from longctx.storage import hub
 from longctx.storage import model as storage
@@ -51,7 +51,7 @@ def load(
     model, info = loaded
     _check_loaded(info, path)
     if dtype == "float64":
-        train_norms(model)
+        prepare_norms(model)
     if place is None:
         return model.to(device)
     for parameter in model.parameters():
@@ -113,7 +113,7 @@ def init_from(spec: InitConfig, *, dtype: str = "auto", attention: str = "longct
         torch.manual_seed(spec.seed)
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation=attention)
     if dtype == "float64":
-        train_norms(model)
+        prepare_norms(model)
     return model
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from longctx.attention.merge import accumulator_dtype
 from longctx.model.fused import Operators, liger_loss
 from longctx.model.host import to_device
 from longctx.model.products import add_product, autocast, main_grad
@@ -48,7 +49,7 @@ def token_losses(
     takes the fast path; any other head (a LoRA around it) is called chunk by chunk under checkpointing, which costs one
     more product.
     """
-    weights = weights.to(_accumulator(hidden.dtype))
+    weights = weights.to(accumulator_dtype(hidden.dtype))
     if type(head) is nn.Linear:
         rows = (labels != IGNORED).nonzero().squeeze(-1).cpu().numpy() if labelled is None else np.asarray(labelled)
         needed = torch.is_grad_enabled()
@@ -60,17 +61,13 @@ def token_losses(
     return _called_loss(hidden, head, labels, weights, chunk, z_loss)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, weights: Tensor,
         chunks: list[slice | Tensor], z_loss: float, needed: bool, liger: bool, even: bool, main: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        acc = _accumulator(hidden.dtype)
+        acc = accumulator_dtype(hidden.dtype)
         wants = [needed and flag for flag in ctx.needs_input_grad[:3]]
         d_hidden = torch.zeros_like(hidden) if wants[0] else None
         d_weight = torch.zeros_like(weight, dtype=acc) if wants[1] else None
@@ -177,7 +174,7 @@ def _set_product(total: Tensor, rows: slice | Tensor, a: Tensor, b: Tensor, scal
 def _called_loss(
     hidden: Tensor, head: nn.Module, labels: Tensor, weights: Tensor, chunk: int, z_loss: float
 ) -> TokenLosses:
-    acc = _accumulator(hidden.dtype)
+    acc = accumulator_dtype(hidden.dtype)
 
     def part_loss(part: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
         logits = head(part).to(acc)

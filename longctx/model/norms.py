@@ -22,7 +22,7 @@ _ELEMENTS = 1 << 26  # of a block on a GPU: few launches, and fp32 temporaries o
 
 
 class TrainedNorm(Mixin):
-    """The forward that `train_norms` mixes into an architecture's RMSNorm; same values, fewer saved tensors.
+    """The forward that `prepare_norms` mixes into an architecture's RMSNorm; same values, fewer saved tensors.
 
     operators: whose code runs where it can (longctx.model.fused).
     """
@@ -124,7 +124,7 @@ def _blocks(x: Tensor) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, len(x), rows)]
 
 
-def train_norms(model: nn.Module) -> None:
+def prepare_norms(model: nn.Module) -> None:
     """Make every RMSNorm of `model` a TrainedNorm, in place; modules and parameter names do not change."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):

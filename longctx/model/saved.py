@@ -1,7 +1,7 @@
 """Save policies: activation checkpointing that saves what chosen operators return, or only a layer's input.
 
 `selective_checkpoint` is torch's non-reentrant checkpoint. The function that it repeats says which outputs outlive the
-first run: those of attention and of products that it calls inside `run.keeping()`. The repetition replays them in the
+first run: those of attention and of products that it calls inside `call.keeping()`. The repetition replays them in the
 same order, so attention never runs twice. A dispatch mode around the whole function, as torch's own selective
 checkpointing has one, sees every operator, which took a quarter of a small layer's host time (docs/log.md); torch's
 also ignores a policy that offloads, in eager mode (2.13). Here a saved output may be on the device or in host memory.
@@ -62,8 +62,8 @@ class SavePolicy:
         return contextlib.nullcontext() if self.store is None else self.store.layer(first=self.first)
 
 
-class Run(contextlib.AbstractContextManager["Run", None]):
-    """The runs of one checkpointed function: the first, and inside `with run` its repetition in a backward pass.
+class CheckpointedCall(contextlib.AbstractContextManager["CheckpointedCall", None]):
+    """The runs of one checkpointed function: the first, and inside `with call` its repetition in a backward pass.
 
     repeats: whether this is a repetition.
     """
@@ -81,7 +81,7 @@ class Run(contextlib.AbstractContextManager["Run", None]):
             return contextlib.nullcontext()
         return (_ReplayOutputs if self.repeats else _SaveOutputs)(self._kept, self.store)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> CheckpointedCall:
         self.repeats = True
         return self
 
@@ -90,16 +90,16 @@ class Run(contextlib.AbstractContextManager["Run", None]):
 
 
 def selective_checkpoint(function: Callable[..., Any], *args: Any, store: HostStore | None = None) -> Any:
-    """Call `function(*args, run)` and repeat it in the backward pass, but for what it computes inside `run.keeping()`.
+    """Call `function(*args, call)`; the backward pass repeats all but what it computes inside `call.keeping()`.
 
     store: where that is saved (None: on its device). Only tensors given directly as arguments pass through saved-tensor
     hooks; tensors inside tuples stay where they are. The repetition ends with the last tensor that the function saves.
     """
     if not torch.is_grad_enabled():
-        return function(*args, Run())
-    run = Run(store, keeps=True)
+        return function(*args, CheckpointedCall())
+    call = CheckpointedCall(store, keeps=True)
     options: Any = {"use_reentrant": False, "preserve_rng_state": False}
-    return checkpoint(function, *args, run, context_fn=lambda: (contextlib.nullcontext(), run), **options)
+    return checkpoint(function, *args, call, context_fn=lambda: (contextlib.nullcontext(), call), **options)
 
 
 class _SaveOutputs(TorchDispatchMode):

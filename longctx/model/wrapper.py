@@ -22,7 +22,7 @@ from longctx.decide import blocks_of
 from longctx.distributed.transport import SingleRankTransport
 from longctx.model.architectures import backbone_of, causal_lm_of
 from longctx.model.fused import Operators
-from longctx.model.layer import set_operators, set_save_policies, train_layers
+from longctx.model.layer import prepare_layers, set_operators, set_save_policies
 from longctx.model.loss import IGNORED, token_losses
 from longctx.model.offload import HostStore
 from longctx.model.operators import check_installed, choose
@@ -71,7 +71,7 @@ class LossModel(nn.Module):
         self.z_loss = z_loss
         self._store = HostStore() if memory.offload_activations else None
         check_installed(memory.fused)
-        train_layers(model)
+        prepare_layers(model)
         self._chosen: tuple[torch.device, torch.dtype, Operators] | None = None
         self.register_state_dict_post_hook(_drop_aliases)
         self.register_load_state_dict_pre_hook(_fill_aliases)

@@ -17,8 +17,8 @@ from longctx.decide import Machines, blocks_of, decide_all
 from longctx.errors import UserError
 from longctx.planner.memory import Memory, need
 from longctx.shape import Shape
+from longctx.storage.files import GIB
 
-GIB = 2.0**30
 USABLE = 0.92  # share of the memory; the allocator's fragments, communication and the CUDA context take the rest
 Changes = dict[str, Any]
 

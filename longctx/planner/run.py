@@ -25,9 +25,8 @@ from longctx.planner.simulate import BACKWARD_WORK, evenly, simulate
 from longctx.rope import rope_of_model
 from longctx.schedule import Sizes, build_all
 from longctx.shape import Shape, shape_of_model
+from longctx.storage.files import GIB
 from longctx.topology import Link, Topology
-
-GIB = 2.0**30
 
 
 def run(config: PlanConfig) -> int:

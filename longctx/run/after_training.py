@@ -23,7 +23,7 @@ from longctx.run.evidence import Claim
 from longctx.run.proof import draw_proof
 from longctx.run.side_run import train_side
 from longctx.run.summary import tell, write_summary
-from longctx.train.preflight import cache_folder
+from longctx.train.checks import cache_folder
 
 COMPARED = ("extended", "sibling", "merged")  # with the base, where the loss on other sources is measured
 

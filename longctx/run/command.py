@@ -8,8 +8,8 @@ from typing import Any
 from longctx import signals
 from longctx.distributed.launcher import launcher_environment
 from longctx.errors import UserError
-from longctx.run import rank as ranks_of_a_run
-from longctx.run.rank import rank_status, tell
+from longctx.run.rank import main as rank_main
+from longctx.run.rank import run_as_rank, tell
 
 PREFLIGHT = "preflight"  # as the first word: the nodes are checked and nothing is trained
 
@@ -19,7 +19,7 @@ def main(words: Sequence[str]) -> int:
     if (requeues := _said(words, "launch.requeues")) is not None:
         signals.limit_requeues(int(requeues))  # before the config is composed: a signal may come first
     if words[:1] == ["--resolved"]:
-        return ranks_of_a_run.main(words[1])
+        return rank_main(words[1])
 
     def body(rank: int, world: int) -> int:
         if list(words[:1]) == [PREFLIGHT]:
@@ -28,11 +28,11 @@ def main(words: Sequence[str]) -> int:
             return preflight.run(compose(list(words)))
         if world > 1:
             tell(f"starting {world} ranks", speak=rank == 0)
-        from longctx.run.lifecycle import run
+        from longctx.run.train import run
 
         return run(agree_on_config(list(words), rank) if world > 1 else compose(words))
 
-    return rank_status(body)
+    return run_as_rank(body)
 
 
 def compose(words: Sequence[str]) -> Any:

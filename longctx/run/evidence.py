@@ -24,7 +24,7 @@ from longctx.eval.heldout_text import HeldoutText, open_heldout_text
 from longctx.eval.predict import load_plain
 from longctx.eval.stored_results import load_result, store_result
 from longctx.fingerprint import fingerprint_of, folder_fingerprint
-from longctx.train.preflight import cache_folder
+from longctx.train.checks import cache_folder
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from longctx import console
 from longctx.distributed.local import Node, RankExits, run_ranks
 from longctx.host_memory import killed_for_memory
-from longctx.processes import how_ended, warn_if_crowded
+from longctx.processes import how_ended
 from longctx.signals import SAVED_AND_REQUEUE, interrupted_words, swept
 from longctx.train.runfolder import where
 
@@ -19,16 +19,7 @@ if TYPE_CHECKING:
     from longctx.config.train import LaunchConfig
 
 
-def start_ranks(launch: LaunchConfig, resolved: Path, cache: Path) -> int:
-    """Start launch.nproc ranks of `python -m longctx.run.rank FILE`, and return the run's exit status.
-
-    resolved: FILE, the run's config.yaml. cache: the folder of tokenized documents.
-    """
-    warn_if_crowded("launch.nproc", launch.nproc)
-    return follow_ranks(launch, launch.nproc, resolved.parent, cache, "longctx.run.rank", str(resolved))
-
-
-def follow_ranks(
+def run_ranks_and_explain(
     launch: LaunchConfig, nproc: int, run: Path, cache: Path, module: str, *words: str, node: Node | None = None
 ) -> int:
     """Start nproc ranks of `python -m MODULE WORDS`, and return the run's exit status.

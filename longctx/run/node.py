@@ -42,15 +42,15 @@ def _run(words: list[str]) -> int:
     node, gpus = node_of(os.environ), ranks_here(os.environ)
     config = _config(words)
     from longctx.distributed.local import run_ranks
-    from longctx.run.launch import follow_ranks
-    from longctx.train.preflight import cache_folder
+    from longctx.run.launch import run_ranks_and_explain
+    from longctx.train.checks import cache_folder
 
     if words[:1] == [PREFLIGHT]:
         ended = run_ranks(gpus, 1, "longctx.run", *words, node=node)
         return abs(ended.first[1]) if ended.first else 0
     stop = signals.stop_request()
     for attempt in range(config.launch.requeues + 1):
-        status = follow_ranks(
+        status = run_ranks_and_explain(
             config.launch, gpus, Path(config.folder), cache_folder(config), "longctx.run", *words, node=node
         )
         if status != signals.SAVED_AND_REQUEUE or stop.number in (signal.SIGTERM, signal.SIGHUP):

@@ -1,6 +1,6 @@
 """`python -m longctx.run.rank FILE`: one rank of a run whose config is FILE, the config.yaml in the run's folder.
 
-`longctx train` starts its ranks this way. `rank_status` also serves the ranks that torchrun or srun start.
+`longctx train` starts its ranks this way. `run_as_rank` also serves the ranks that torchrun or srun start.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def main(path: str) -> int:
 
         return train_run(runfolder.read(Path(path)), checked=world > 1)
 
-    return rank_status(body)
+    return run_as_rank(body)
 
 
-def rank_status(body: Callable[[int, int], int]) -> int:
+def run_as_rank(body: Callable[[int, int], int]) -> int:
     """Run body(rank, world) as one rank, and turn its errors into one message and an exit status.
 
     Only rank 0 writes messages, unless another rank has an error of its own. Where all ranks know that they end, they

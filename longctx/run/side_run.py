@@ -15,7 +15,7 @@ from longctx.run.side_config import side_config
 from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import runfolder
-from longctx.train.run import resolve_stages
+from longctx.train.train import resolve_stages
 
 
 def side_folder(folder: Path, name: str) -> Path:
@@ -28,12 +28,12 @@ def train_side(config: TrainConfig, folder: Path, name: str, side: SideRun) -> P
 
     Raises RunFailed when the training ends with an error.
     """
-    from longctx.train.place import check_folder  # torch
+    from longctx.train.resume import already_trained  # torch
 
     run = folder / "side" / name
     model = side_folder(folder, name)
     own = side_config(config, folder, name, side)
-    trained = check_folder(run, resolve_stages(own))
+    trained = already_trained(run, resolve_stages(own))
     runfolder.prepare(own, trained=trained)  # refuses a changed config for a finished run too
     if not trained:
         status = train_run(own)

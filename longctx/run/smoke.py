@@ -20,8 +20,8 @@ from longctx.distributed.launcher import launcher_environment
 from longctx.run.training import train_run
 from longctx.shape import shape_of_model
 from longctx.storage.files import discard
-from longctx.train.run import checked_stages
 from longctx.train.runfolder import has_step
+from longctx.train.train import checked_stages
 
 STEPS = 2
 

@@ -76,13 +76,13 @@ def run(config: SubmitConfig, words: Sequence[str]) -> int:
 def check(config: SubmitConfig) -> list[Stage]:
     """The stages, once everything is checked that training checks before its ranks start. Raises UserError."""
     from longctx.decide import Machines, planned_kernel
-    from longctx.run.training import settled
+    from longctx.run.training import settled_for_adapter
     from longctx.run.what_follows import check_what_follows
     from longctx.shape import shape_of_model
-    from longctx.train import preflight
-    from longctx.train.run import resolve_stages
+    from longctx.train import checks
+    from longctx.train.train import resolve_stages
 
-    settled_config, launch = settled(config), config.launch
+    settled_config, launch = settled_for_adapter(config), config.launch
     stages = resolve_stages(settled_config)
     unknown = [name for name in launch.nodes_by_stage if name not in {stage.name for stage in stages}]
     if unknown:
@@ -93,7 +93,7 @@ def check(config: SubmitConfig) -> list[Stage]:
     for nodes in sorted({launch.nodes_by_stage.get(stage.name, launch.nodes) for stage in stages}):
         own = [stage for stage in stages if launch.nodes_by_stage.get(stage.name, launch.nodes) == nodes]
         parts.append((Machines(nodes * launch.ranks, launch.ranks), own))
-        preflight.check(settled_config, own, world=nodes * launch.ranks, local_world=launch.ranks)
+        checks.check(settled_config, own, world=nodes * launch.ranks, local_world=launch.ranks)
     if launch.gpus_per_node and settled_config.engine.device != "cpu":
         kernel = planned_kernel("cuda", settled_config.model, shape_of_model(settled_config.model))
         if "memory" not in config.accept:
@@ -112,7 +112,7 @@ def _check_memory(config: TrainConfig, parts: list[tuple[Machines, list[Stage]]]
     from longctx.run.side_config import side_config
     from longctx.run.what_follows import named_as_asked
     from longctx.shape import shape_of_model
-    from longctx.train.run import resolve_stages
+    from longctx.train.train import resolve_stages
 
     shape, asked = shape_of_model(config.model), config.after_training
     if asked.evidence is not None:

@@ -161,6 +161,6 @@ def _adapter(folder: Path, config: TrainConfig) -> dict[str, Any]:
         return {}
     with Adapter(str(folder)) as adapter:
         size, rank, extension = adapter.bytes, adapter.config["r"], adapter.extension
-    assert extension is not None, "longctx's own adapters have a side file"
+    assert extension is not None, "longctx's own adapters have a longctx.json"
     profile, share = config.after_training.lora.profile, extension["share"]["everything"]
     return {"rank": rank, "bytes": size, "profile": profile, "share": share}

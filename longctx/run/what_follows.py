@@ -23,7 +23,7 @@ from longctx.run.side_config import side_config
 from longctx.shape import config_json, model_type_of, shape_of_model
 from longctx.storage.model import check_model, expected_shapes
 from longctx.storage.model_files import Folder, open_source
-from longctx.train.run import prepare_data, resolve_stages
+from longctx.train.train import prepare_data, resolve_stages
 
 if TYPE_CHECKING:
     from longctx.curriculum import Stage

@@ -18,6 +18,8 @@ from longctx.console import say
 from longctx.errors import UserError, system_number
 from longctx.signals import beside, temporary
 
+GIB = 2.0**30  # bytes
+
 
 def sync(path: Path) -> None:
     """fsync a file's bytes, or the names in a folder."""

@@ -52,8 +52,8 @@ def _run(job: SearchJob, ranks: Any) -> SearchResult:
     from longctx.shape import shape_of_model
     from longctx.theta.objective import Adaptation, Objective
     from longctx.train.batch import micro_batch
+    from longctx.train.identity import check_nodes
     from longctx.train.machine import kernel_of
-    from longctx.train.runfolder import check_nodes
 
     stage, settings = job.stage, job.config.trials
     with ranks.agree("loading the model and its documents"):

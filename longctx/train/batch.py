@@ -18,8 +18,7 @@ import numpy as np
 import torch
 
 from longctx.model.host import to_device
-
-IGNORED = -100
+from longctx.model.loss import IGNORED
 
 
 @dataclass

@@ -12,7 +12,6 @@ written. A crash before that leaves the last whole checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -28,8 +27,9 @@ from safetensors import SafetensorError
 
 from longctx import console
 from longctx.errors import RunFailed, UserError
+from longctx.fingerprint import file_sha256
 from longctx.signals import beside, temporary
-from longctx.storage.files import discard, size_words, sync, write_text
+from longctx.storage.files import GIB, discard, size_words, sync, write_text
 from longctx.train import fragments, runfolder
 from longctx.train.snapshot import HostCopies, Work, copies_fit
 
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from longctx.train.fragments import Fragment
 
 FORMAT = 1
-GIB = 2**30
 
 
 @dataclass
@@ -184,7 +183,7 @@ class Checkpoints:
 
     def _begin(self, engine: Engine, state: State, stage: str, pieces: Iterable[Fragment]) -> _Save | None:
         """Make the folder that all ranks write into, and bind this rank's part of the work; None without room."""
-        final = self.run / "stages" / stage / "checkpoints" / f"step{state.step:08d}"
+        final = runfolder.stage_folder(self.run, stage) / "checkpoints" / f"step{state.step:08d}"
         stack = ExitStack()
         own = stack.enter_context(temporary(beside(final)))
         partial, problem = self.ranks.broadcast((own, self._make_room(own, engine)))  # rank 0's folder
@@ -237,7 +236,7 @@ class Checkpoints:
         try:
             index = fragments.write(path, iter(pieces), random)
             sync(path)
-            return {"sha256": _sha256(path), "bytes": path.stat().st_size, "fragments": index}, None
+            return {"sha256": file_sha256(path), "bytes": path.stat().st_size, "fragments": index}, None
         except (OSError, SafetensorError) as error:
             return {}, f"{path.name}: {error}"
 
@@ -249,7 +248,7 @@ class Checkpoints:
                 write_text(partial / "config.yaml", (self.run / "config.yaml").read_text(encoding="utf-8"))
             self._size = float(sum(entry["bytes"] for entry in files.values()))
             manifest = {"format": FORMAT, "parameters": found.shapes, "files": files,
-                        "state_sha256": _sha256(partial / "state.json")}  # fmt: skip
+                        "state_sha256": file_sha256(partial / "state.json")}  # fmt: skip
             write_text(partial / "manifest.json", json.dumps(manifest))
             sync(partial)
             if final.exists():  # the run has been continued from an older checkpoint
@@ -306,7 +305,7 @@ class Checkpoints:
                 yield f"{name} is missing"
             elif size is not None and path.stat().st_size != size:
                 yield f"{name} has {path.stat().st_size} bytes instead of {size}"
-            elif _sha256(path) != digest:
+            elif file_sha256(path) != digest:
                 yield f"{name} does not match its sha256"
 
     def _restore(self, folder: Path, engine: Engine) -> State:
@@ -346,8 +345,3 @@ def check_same_model(stored: dict[str, list[int]], own: dict[str, list[int]], fo
             f"{own.get(name, 'absent or frozen')} here ({len(wrong)} parameters differ); "
             "set model.path and optim.freeze as they were, or take a new name=..."
         )
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,16 +7,16 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from longctx.decide import Machines, planned_kernel
-from longctx.errors import OutOfMemory, out_of_memory
+from longctx.errors import OutOfMemory, first_line, out_of_memory
 from longctx.planner.remedies import DeviceLimits, lower, needs
 from longctx.shape import shape_of_model
+from longctx.storage.files import GIB
 
 if TYPE_CHECKING:
     from longctx.config.train import TrainConfig
     from longctx.curriculum import Stage
     from longctx.distributed.ranks import Ranks
 
-GIB = 2.0**30
 _WORDS = {
     "weights": "weights", "gradients": "gradients", "optimizer": "optimizer state",
     "saved": "activations saved for the backward pass", "working": "the layer at work", "ring": "attention's buffers",
@@ -46,7 +46,7 @@ def explained(config: TrainConfig, stage: Stage, ranks: Ranks, doing: str) -> It
 
 def explain(error: BaseException, config: TrainConfig, stage: Stage, ranks: Ranks, doing: str) -> str:
     """The message: the rank, the failed allocation, a rank's memory by the plan, and up to three remedies."""
-    said = next(iter(str(error).strip().splitlines()), type(error).__name__)
+    said = first_line(error)
     said = said.split("] . ")[-1].split(" If reserved")[0].rstrip(".")
     shape = shape_of_model(config.model)
     device = ranks.device.type

@@ -20,6 +20,7 @@ from longctx.storage.writer import DTYPE_NAMES, SafetensorsWriter
 
 # steps: one number, the optimizer steps a parameter has seen (Adam's bias correction).
 Kind = Literal["weight", "exp_avg", "exp_avg_sq", "steps"]
+MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)

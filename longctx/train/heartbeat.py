@@ -47,7 +47,7 @@ class Progress:
         self.moves, self.step, self.phase, self.since = self.moves + 1, step, phase, time.monotonic()
 
 
-class Watcher:
+class Watchdog:
     """The watching thread of a rank; limit: seconds without progress on any rank.
 
     Rank 0 looks for stalled ranks, and rank 1 looks at rank 0. The store of the reports is usually in rank 0's process,

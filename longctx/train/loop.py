@@ -27,9 +27,9 @@ from longctx.train.guards import Guards
 from longctx.train.lead import Lead
 from longctx.train.metrics import memory_gib
 from longctx.train.open_stage import OpenStage, open_stage
-from longctx.train.place import enter, saved_words
+from longctx.train.resume import enter_stage, saved_words
 from longctx.train.run_context import Recorder, RunContext
-from longctx.train.runfolder import ended_stage, exported
+from longctx.train.runfolder import ended_stage, exported, is_finished, stage_folder
 from longctx.train.step import Stepper, StepReport, Timer
 
 if TYPE_CHECKING:
@@ -77,12 +77,12 @@ def run_stages(training: Training) -> int:
         if _stopping(training):
             return SAVED_AND_REQUEUE
         if stage.index > state.stage or not state.planned:
-            enter(state, stage)
+            enter_stage(state, stage)
         progress.at("start", state.step)
         with explained(context.config, stage, context.ranks, "training"):
             opened = open_stage(context.config, stage, context.ranks, training.engine.model, context.tokenizer)
             try:
-                if not state.ended and (code := _train(training, stage, opened)):
+                if not state.ended and (code := _train_stage(training, stage, opened)):
                     return code
                 if _stopping(training):
                     return SAVED_AND_REQUEUE
@@ -100,13 +100,13 @@ def revisit_finished(context: RunContext, after_stage: AfterStage | None) -> Non
         return
     with context.ranks.agree("what follows the finished stages"):
         for stage in context.stages if context.ranks.first else []:
-            if (context.folder / "stages" / stage.name / "finished.json").exists():
+            if is_finished(context.folder, stage.name):
                 _after_stage(context, stage, after_stage)
 
 
 def _after_stage(context: RunContext, stage: Stage, after_stage: AfterStage) -> None:
     """Call after_stage for an exported stage; one whose export the user has removed keeps what it has."""
-    folder = context.folder / "stages" / stage.name
+    folder = stage_folder(context.folder, stage.name)
     if exported(folder):
         (folder / "eval").mkdir(exist_ok=True)
         after_stage(stage, folder / "model", folder / "eval")
@@ -125,7 +125,7 @@ def _stopping(training: Training) -> bool:
     return False
 
 
-def _train(training: Training, stage: Stage, opened: OpenStage) -> int:
+def _train_stage(training: Training, stage: Stage, opened: OpenStage) -> int:
     """Train the steps of a stage that are left; 75 when a signal asked to stop."""
     context, state, recorder = training.context, training.state, training.recorder
     guards = Guards(
@@ -254,7 +254,7 @@ def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport
 def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
     """Export and evaluate a trained stage once; finished.json marks that it is done."""
     context, state, recorder = training.context, training.state, training.recorder
-    folder = context.folder / "stages" / stage.name
+    folder = stage_folder(context.folder, stage.name)
     mark = folder / "finished.json"
     if stage.name not in state.trained:
         state.trained.append(stage.name)
@@ -284,4 +284,4 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
         if training.after_stage is not None:
             _after_stage(context, stage, training.after_stage)
         write_text(mark, json.dumps(facts, indent=1))
-    context.ranks.wait()
+    context.ranks.barrier()

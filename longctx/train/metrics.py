@@ -24,7 +24,7 @@ import torch
 from longctx import console
 from longctx.host_memory import peak_resident
 from longctx.storage.files import write_text
-from longctx.train.runfolder import WANDB_ID, ended_stage
+from longctx.train.runfolder import WANDB_ID, ended_stage, stage_folder
 
 if TYPE_CHECKING:
     from longctx.config.train import LoggingConfig
@@ -94,7 +94,7 @@ class Metrics:
         last: dict[str, Any] = {}
         for _, lines in groupby(read(self.path), key=lambda line: line["stage"]):
             if last:
-                mark = run / "stages" / last["stage"] / "finished.json"
+                mark = stage_folder(run, last["stage"]) / "finished.json"
                 ended = ended_stage(mark, "wandb does not get its held-out loss") or {}
                 self.stage_ended(last["step"], last["tokens"], ended.get("heldout_loss"))
             for line in lines:

@@ -16,39 +16,42 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import torch.distributed as dist
 
-from longctx.decide import FILE, Decision, Machines, Shares, decide, ring_words, shares
+from longctx.decide import Decision, Machines, Shares, decide, ring_words
 from longctx.distributed.ranks import Ranks
 from longctx.planner.memory import BYTES
-from longctx.shape import Flops, shape_of, shape_of_model
+from longctx.shape import Flops, shape_of
 from longctx.topology import split
-from longctx.train import runfolder
+from longctx.train import identity, runfolder
 from longctx.train.batch import MicroBatch, micro_batch
+from longctx.train.checks import cache_folder
 from longctx.train.engine import Engine
-from longctx.train.preflight import cache_folder
 
 if TYPE_CHECKING:
+    from longctx.attention import ContextParallel
+    from longctx.config.model import ModelConfig
     from longctx.config.train import TrainConfig
     from longctx.curriculum import Stage
     from longctx.data.corpus import Split
+    from longctx.data.stage_data import StageData
     from longctx.model import LossModel
 
 
-@dataclass
+@dataclass(kw_only=True)
 class OpenStage:
     """An open stage on this rank; its owner closes it.
 
-    context: the attention's ContextParallel. flops: floating point operations per token and query-key pair. rings:
-    the schedule and links of attention, in words.
+    data, heldout: its packed training and held-out documents. source: the model that training began with. flops:
+    floating point operations per token and query-key pair. rings: the schedule and links of attention, in words.
     """
 
     stage: Stage
+    cp: ContextParallel
     cp_size: int
     shares: Shares
-    context: Any
-    data: Any
-    heldout: Any
+    data: StageData
+    heldout: StageData | None
     tokenizer: Any
-    source: Any
+    source: ModelConfig
     group: dist.ProcessGroup | None
     words: str
     rings: str
@@ -60,7 +63,7 @@ class OpenStage:
 
     def _batch(self, data: Any, indices: Sequence[int]) -> MicroBatch:
         tail = self.stage.advance is not None
-        return micro_batch(data, indices, self.context, self.stage.layout, tail=tail)
+        return micro_batch(data, indices, self.cp, self.stage.layout, tail=tail)
 
     @torch.no_grad()
     def heldout_loss(self, engine: Engine, ranks: Ranks) -> float | None:
@@ -94,7 +97,7 @@ class OpenStage:
                     pass
 
     def close(self) -> None:
-        self.context.close()
+        self.cp.close()
         if self.group is not None:
             dist.destroy_process_group(self.group)
 
@@ -103,31 +106,28 @@ def open_stage(config: TrainConfig, stage: Stage, ranks: Ranks, model: LossModel
     """Open a stage, as a collective. Raises UserError for settings or data that do not fit."""
     from longctx.model import set_rope
 
-    heads = _heads(model)
+    shape = shape_of(cast(Any, model.model).config.to_dict(), "the model's config")
     machines = Machines(ranks.world, ranks.local_world)
-    decision = decide(stage, config.parallel, config.engine, machines, heads)
-    cp = decision.cp
-    share = shares(stage, config.engine, world=ranks.world, cp=cp, rank=ranks.rank, file=FILE)
+    decision = decide(stage, config.parallel, config.engine, machines, (shape.heads, shape.kv_heads))
     set_rope(model.model, stage.rope, stage.window, precision=config.model.rotary)
-    opened = partial(_open_data, config, stage, ranks, tokenizer, _vocabulary(model))
+    opened = partial(_open_data, config, stage, ranks, tokenizer, shape.vocab)
     data = opened("train", stage.steps * stage.batch)
     count = config.evaluate.heldout_sequences
     heldout = opened("heldout", count) if count else None
     wanted = config.model.attention_kernel
     kernel, seconds = None if wanted == "auto" else wanted, config.engine.timeout_seconds
-    context, group = open_context(decision, ranks, kernel, seconds)
+    cp, group = open_context_parallel(decision, ranks, kernel, seconds)
     words = (
         f"{stage.seq_len:,} tokens, theta {stage.theta:,.0f}, {stage.steps} steps of {stage.batch}, "
-        f"dp {share.dp} x cp {cp}, {share.per} per forward"
+        f"dp {decision.dp} x cp {decision.cp}, {decision.per_forward} per forward"
     )
     rings = ring_words(decision, machines)
-    tokens = share.per * -(-stage.seq_len // cp)
-    flops = shape_of_model(config.model).trained_flops(config.model.memory, BYTES[config.model.dtype], tokens)
-    return OpenStage(stage, cp, share, context, data, heldout, tokenizer, config.model, group, words, rings, flops)
-
-
-def _vocabulary(model: LossModel) -> int:
-    return int(cast(Any, model.model).config.vocab_size)
+    tokens = decision.per_forward * -(-stage.seq_len // decision.cp)
+    flops = shape.trained_flops(config.model.memory, BYTES[config.model.dtype], tokens)
+    return OpenStage(
+        stage=stage, cp=cp, cp_size=decision.cp, shares=decision.shares(ranks.rank), data=data, heldout=heldout,
+        tokenizer=tokenizer, source=config.model, group=group, words=words, rings=rings, flops=flops,
+    )  # fmt: skip
 
 
 def _open_data(
@@ -148,11 +148,11 @@ def _open_data(
         made = opened() if ranks.local_rank == 0 else None  # one rank per node tokenizes and packs, the others read
         if ranks.first and split == "train":
             runfolder.check_documents(config, made.contents)
-    runfolder.check_nodes(ranks, runfolder.hashes_of(made.contents) if made is not None else None)
+    identity.check_nodes(ranks, identity.hashes_of(made.contents) if made is not None else None)
     return made if made is not None else opened()
 
 
-def open_context(
+def open_context_parallel(
     decision: Decision, ranks: Ranks, kernel: str | None, timeout_seconds: float | None = None
 ) -> tuple[Any, dist.ProcessGroup | None]:
     """The ContextParallel of this rank's cp group, and that group.
@@ -179,8 +179,3 @@ def open_context(
         decision.nodes, schedule, ulysses, group=own, timeout=timeout_seconds, kernel=kernel
     )
     return made, own
-
-
-def _heads(model: LossModel) -> tuple[int, int]:
-    shape = shape_of(cast(Any, model.model).config.to_dict(), "the model's config")
-    return shape.heads, shape.kv_heads

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longctx.model.host import HostMemory
-from longctx.train.fragments import Fragment, FragmentReader, Kind
+from longctx.train.fragments import MOMENTS, Fragment, FragmentReader
 from longctx.train.offloaded import Offloaded, OffloadedAdamW, on_host
 from longctx.train.parameters import decay_groups, decays, trainable
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks
     from longctx.model import LossModel, LossOutput
 
-MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 _PIECE = 1 << 26
 
 

@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -26,17 +26,13 @@ from longctx.config.base import build
 from longctx.config.train import IDENTITY, TrainConfig
 from longctx.distributed.launcher import node_name, started_by
 from longctx.errors import UserError
-from longctx.fingerprint import MODEL, TOKENIZER, WEIGHTS, content_hashes
+from longctx.fingerprint import WEIGHTS
 from longctx.signals import sweep
 from longctx.storage.files import read_record, write_text
-
-if TYPE_CHECKING:
-    from longctx.distributed.ranks import Ranks
+from longctx.train.identity import IdentityChange, accepted, differences, hashes_of, inputs_of, other_files
 
 INPUTS = "inputs.json"  # in the run's folder: per key that names files, their hashes
 WANDB_ID = "wandb_id.txt"  # in the run's folder: the id of its wandb run
-# Parts of identity groups that change how fast, not what: they may differ.
-FREE_INSIDE = ("model.memory", "model.attention", "model.attention_kernel")
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -76,8 +72,8 @@ def prepare(config: TrainConfig, *, world: Sequence[str] = (), trained: bool = F
     """Make or continue the run's folder: check identity, write config.yaml.
 
     world: lines about the nodes and ranks of this start, which become comments in config.yaml. trained: every stage of
-    the run is trained (longctx.train.place.check_folder). Only the process that holds the folder calls it: rank 0, or
-    the process that starts the ranks.
+    the run is trained (longctx.train.resume.already_trained). Only the process that holds the folder calls it: rank 0,
+    or the process that starts the ranks.
 
     Raises UserError naming the identity keys that differ from the run already there, also those that `accept` allows
     where nothing is left to train: the record of the run would be of another one.
@@ -88,7 +84,7 @@ def prepare(config: TrainConfig, *, world: Sequence[str] = (), trained: bool = F
     if stored.exists():
         before, recorded = _stored(stored), _recorded(folder)
         settings = differences(before, to_dict(config), known=recorded)
-        changes = [*settings, *_other_files(recorded, inputs)]
+        changes = [*settings, *other_files(recorded, inputs)]
         past = [
             change.words for change in settings if change.key.split(".")[0] != "data"
         ]  # what follows may read other
@@ -98,7 +94,7 @@ def prepare(config: TrainConfig, *, world: Sequence[str] = (), trained: bool = F
                 f"back, add a stage, or take a new name=... ({stored})"
             )
         if has_step(folder):
-            _refuse(folder, [change for change in changes if not _accepted(change.key, config.accept)])
+            _refuse(folder, [change for change in changes if not accepted(change.key, config.accept)])
             inputs = {**recorded, **inputs}
         elif changes:  # another run: wandb must not add its steps to those of the first one
             (folder / WANDB_ID).unlink(missing_ok=True)
@@ -106,6 +102,16 @@ def prepare(config: TrainConfig, *, world: Sequence[str] = (), trained: bool = F
     comments = "".join(f"# {line}\n" for line in world)
     write_text(stored, comments + yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True))
     return folder
+
+
+def stage_folder(run: Path, stage: str) -> Path:
+    """The folder of a stage's model, checkpoints and results."""
+    return run / "stages" / stage
+
+
+def is_finished(run: Path, stage: str) -> bool:
+    """Whether a stage is trained, exported and evaluated."""
+    return (stage_folder(run, stage) / "finished.json").exists()
 
 
 def has_step(folder: Path) -> bool:
@@ -156,7 +162,7 @@ def check_documents(config: TrainConfig, documents: Mapping[str, str]) -> None:
     recorded = _recorded(folder)
     found = hashes_of(documents)
     if has_step(folder):
-        changes = [change for change in _other_files(recorded, found) if not _accepted(change.key, config.accept)]
+        changes = [change for change in other_files(recorded, found) if not accepted(change.key, config.accept)]
         if changes:
             names = ", ".join(change.key for change in changes)
             raise UserError(
@@ -165,37 +171,6 @@ def check_documents(config: TrainConfig, documents: Mapping[str, str]) -> None:
                 f"new name=..., or, if the change is meant, continue with 'accept=[data]' ({folder / INPUTS})"
             )
     write_text(folder / INPUTS, json.dumps({**recorded, **found}, indent=1))
-
-
-def hashes_of(documents: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """A stage's hash of each source's documents, as inputs.json has them."""
-    return {f"data.sources.{name}": {"": key} for name, key in documents.items()}
-
-
-def check_nodes(ranks: Ranks, files: Mapping[str, Mapping[str, str]] | None) -> None:
-    """Raise UserError where a node reads other files than the first one, of which its ranks would train. A collective.
-
-    files: on the first rank of each node, the hashes of the files by the key that names them; None on the others. A
-    model or documents may be copied to each node's own disk, and each node has its own cache of the hub.
-    """
-    found = ranks.gather(files)
-    for rank, others in enumerate(found):
-        for change in _other_files(found[0], others) if others else ():
-            here, there = found[0].get(change.key, {}), others[change.key]
-            names = [name for name in {**here, **there} if name and there.get(name) != here.get(name)]
-            shown = f" ({', '.join(names[:3])})" if names else ""
-            node = f" on {ranks.places[rank].node}" if ranks.places else ""
-            if _named_on_hub(there):
-                shown, remedy = (
-                    f" ({there['']}, {here['']})",
-                    "let all nodes read one revision, from a cache they share",
-                )
-            else:
-                remedy = "copy the files there again, or name a folder that all nodes share"
-            raise UserError(
-                f"rank {rank}{node} has other files than rank 0 under {change.key}{shown}, so the ranks would train "
-                f"different models or on different documents; {remedy}"
-            )
 
 
 def _made(folder: Path) -> Path:
@@ -233,15 +208,6 @@ def held(folder: Path) -> Iterator[None]:
         yield
 
 
-@dataclasses.dataclass(frozen=True)
-class IdentityChange:
-    """An identity key that differs, with a message; part: a whole section was added or removed."""
-
-    key: str
-    words: str
-    part: bool = False
-
-
 def _values(path: Path) -> dict[str, Any]:
     """The content of a run's config.yaml. Raises UserError where the file is damaged or ends before its last key."""
     return read_record(
@@ -260,35 +226,6 @@ def _stored(path: Path) -> dict[str, Any]:
         return values
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], *, known: Mapping[str, Any]) -> list[IdentityChange]:
-    """Every identity key that differs; a missing key counts as null, a missing section as one change.
-
-    known: the keys whose files are compared by content, so that their paths may differ.
-    """
-    return [change for key in IDENTITY for change in _compare(key, before.get(key), now.get(key), known)]
-
-
-def _compare(key: str, old: Any, new: Any, known: Mapping[str, Any]) -> Iterator[IdentityChange]:
-    if key in FREE_INSIDE or _names_known_files(key, known) or old == new:
-        return
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        for inner in dict.fromkeys([*new, *old]):
-            yield from _compare(f"{key}.{inner}", old.get(inner), new.get(inner), known)
-    elif old is None and isinstance(new, Mapping):
-        yield IdentityChange(key, f"{key} is new", part=True)
-    elif isinstance(old, Mapping) and new is None:
-        yield IdentityChange(key, f"{key} is gone", part=True)
-    else:
-        yield IdentityChange(key, f"{key} was {old!r}, now {new!r}")
-
-
-def _names_known_files(key: str, known: Mapping[str, Any]) -> bool:
-    """Whether a key is a path whose files have a hash in the run's folder."""
-    if key == "data.path":  # read by the sources that name it
-        return any(name.startswith("data.sources.") for name in known)
-    return key in known or (key.endswith(".path") and key.removesuffix(".path") in known)
-
-
 def _refuse(folder: Path, changes: list[IdentityChange]) -> None:
     """Raise UserError with the changes and the shortest `accept` that covers them, if there are any."""
     if not changes:
@@ -305,16 +242,6 @@ def _refuse(folder: Path, changes: list[IdentityChange]) -> None:
     )
 
 
-def inputs_of(config: TrainConfig) -> dict[str, dict[str, str]]:
-    """Hashes of the files that identity keys name; those of documents are added when a stage opens them."""
-    model = config.model.path
-    return {
-        "model.path": content_hashes(model, MODEL),
-        "model.tokenizer": content_hashes(config.model.tokenizer or model, TOKENIZER),
-        "curriculum.theta_file": content_hashes(config.curriculum.theta_file),
-    }
-
-
 def _recorded(folder: Path) -> dict[str, dict[str, str]]:
     path = folder / INPUTS
     if not path.exists():
@@ -323,28 +250,6 @@ def _recorded(folder: Path) -> dict[str, dict[str, str]]:
         path, "the hashes of the files that the run was made from",
         "put it back from a copy, or delete it: the files that the config names now then count as those of the start",
     )  # fmt: skip
-
-
-def _other_files(
-    before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]
-) -> Iterator[IdentityChange]:
-    """A change for each key whose files, or whose revision on the hub, differ from the recorded ones."""
-    for key, files in now.items():
-        old = before.get(key, files)
-        if _named_on_hub(old) == _named_on_hub(files) != "":  # the hash of one may not be known
-            if "@" in old[""] and "@" in files[""] and old != files:
-                yield IdentityChange(key, f"{key} is {files['']} on the hub now, and was {old['']} at the start")
-            continue
-        names = [name for name in dict.fromkeys([*files, *old]) if old.get(name) != files.get(name)]
-        if names:
-            shown = ", ".join(name for name in names[:3] if name)
-            yield IdentityChange(key, f"{key} holds other files than at the start" + (f" ({shown})" if shown else ""))
-
-
-def _named_on_hub(hashes: Mapping[str, str]) -> str:
-    """The hub id that stands where a folder has hashes, without the hash of its files; "" for files."""
-    name = hashes.get("", "") if len(hashes) == 1 else ""
-    return name.split("@")[0] if "/" in name or "@" in name else ""
 
 
 def where(folder: Path) -> str:
@@ -357,7 +262,3 @@ def where(folder: Path) -> str:
         return "no checkpoint was written yet"
     step = int(found[0].name.removeprefix("step"))
     return f"the checkpoint of step {step} is saved, the same command continues the run"
-
-
-def _accepted(key: str, accept: list[str]) -> bool:
-    return any(key == item or key.startswith(item + ".") for item in accept)

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from longctx.errors import RunFailed, UserError
-from longctx.train.fragments import Fragment, FragmentReader, Kind
+from longctx.train.fragments import MOMENTS, Fragment, FragmentReader
 from longctx.train.parameters import decay_groups, full_shape, trainable
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from longctx.model import LossModel, LossOutput
     from longctx.model.placement import Place
 
-MOMENTS: tuple[Kind, Kind] = ("exp_avg", "exp_avg_sq")
 # start in the parameter, elements, the flat fp32 partition that holds them, offset in that partition
 Piece = tuple[int, int, torch.Tensor, int]
 
@@ -37,7 +36,7 @@ class ZeroEngine:
     """The ZeRO engine; see longctx.train.engine.Engine for its methods."""
 
     def __init__(self, config: EngineConfig, optim: OptimConfig, model: LossModel, ranks: Ranks) -> None:
-        self.model, self.ranks, self.stage = model, ranks, config.zero
+        self.model, self.ranks, self.zero_stage = model, ranks, config.zero
         self._named = trainable(model)
         self._shapes = {name: list(full_shape(parameter)) for name, parameter in self._named}
         dtype = self._named[0][1].dtype
@@ -80,7 +79,7 @@ class ZeroEngine:
 
     def grad_norm(self) -> torch.Tensor:
         """The norm over DeepSpeed's groups of parameters, whose norms span all ranks already."""
-        found = [self.zero.scaled_global_norm()] if self.stage < 3 else self.zero._get_norm_groups()
+        found = [self.zero.scaled_global_norm()] if self.zero_stage < 3 else self.zero._get_norm_groups()
         norms = torch.stack([torch.as_tensor(norm, dtype=torch.float64, device=self.ranks.device) for norm in found])
         whole = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(norms)
         return torch.where((norms < 0).any(), torch.nan, whole)  # DeepSpeed writes -1 for inf and NaN
@@ -99,7 +98,7 @@ class ZeroEngine:
         micro-batch replaces the sums or adds to them, it begins anew, too.
         """
         self.zero.zero_grad(set_to_none=True)
-        if self.stage == 3:
+        if self.zero_stage == 3:
             self.zero._pre_step()  # the count
             self.zero._partition_all_parameters()  # what the backward pass has left gathered
             if self.zero.offload_optimizer:
@@ -123,7 +122,7 @@ class ZeroEngine:
 
     def _own_piece(self, parameter: nn.Parameter) -> Piece | None:
         """This rank's piece of a parameter; None where the rank holds no part of it."""
-        if self.stage == 3:
+        if self.zero_stage == 3:
             return _parameter_shard(self.zero, parameter, self.ranks)
         return _optimizer_shard(self.zero, parameter)
 
@@ -147,13 +146,13 @@ class ZeroEngine:
             piece = self._own_piece(parameter)
             if piece is not None:
                 self._restore_piece(reader, name, *piece)
-            if self.stage < 3:
+            if self.zero_stage < 3:
                 whole = reader.read("weight", name, 0, parameter.numel())
                 parameter.data.copy_(whole.view_as(parameter))
             elif piece is not None:
                 _, numel, flat, offset = piece
                 cast(Any, parameter).ds_tensor.data.narrow(0, 0, numel).copy_(flat.detach().narrow(0, offset, numel))
-        if self.stage == 3:
+        if self.zero_stage == 3:
             self.zero._partition_all_parameters()
             self._gather_persistent()
 
@@ -188,13 +187,13 @@ class ZeroEngine:
         import deepspeed
 
         for name, parameter in self.model.named_parameters():
-            if self.stage == 3:
+            if self.zero_stage == 3:
                 with deepspeed.zero.GatheredParameters([parameter]):
                     tensor = parameter.detach().clone() if self.ranks.first else parameter.detach()
                 yield name, tensor
             else:
                 yield name, parameter.detach()
-        if self.stage == 3:
+        if self.zero_stage == 3:
             self._gather_persistent()
 
     def close(self) -> None:

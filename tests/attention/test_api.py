@@ -12,7 +12,8 @@ import torch
 
 import longctx
 from longctx.attention import ContextParallel, context_attention
-from longctx.distributed.transport import DetachedTransport, ThreadWorld
+from longctx.distributed.thread_transport import ThreadWorld
+from longctx.distributed.transport import DetachedTransport
 from longctx.topology import Topology
 
 

@@ -8,7 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from longctx.attention import ContextParallel, context_attention
-from longctx.distributed.transport import ThreadTransport, ThreadWorld
+from longctx.distributed.thread_transport import ThreadTransport, ThreadWorld
 from longctx.topology import Topology
 
 HQ, HKV, D, N = 8, 2, 32, 512  # heads, head dimension, tokens per rank

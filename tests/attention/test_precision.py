@@ -7,7 +7,7 @@ import torch
 
 from longctx.attention import ContextParallel, context_attention
 from longctx.attention.kernels import KERNELS
-from longctx.distributed.transport import ThreadWorld
+from longctx.distributed.thread_transport import ThreadWorld
 from longctx.topology import Topology
 
 S, HQ, HKV, D = 1024, 4, 2, 32

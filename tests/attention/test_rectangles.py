@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from longctx.attention import ContextParallel, context_attention, kernels
 from longctx.attention.kernels import KERNELS
 from longctx.attention.rectangles import DenseCall, PackedCall, Runs, _say_left, plan_calls
-from longctx.distributed.transport import ThreadWorld
+from longctx.distributed.thread_transport import ThreadWorld
 from longctx.layout import Rect
 from longctx.topology import Topology
 from tests.attention.packed_kernel import PackedKernel, install, picky

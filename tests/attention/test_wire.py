@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from longctx.attention import ContextParallel, context_attention
-from longctx.distributed.transport import ThreadTransport, ThreadWorld
+from longctx.distributed.thread_transport import ThreadTransport, ThreadWorld
 from longctx.topology import Topology
 
 DOCUMENTS = {

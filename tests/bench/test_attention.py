@@ -11,7 +11,7 @@ from longctx.bench.attention_case import AttentionCase
 from longctx.bench.attention_virtual import measure
 from longctx.bench.workers import WorkerGroup
 from longctx.config.bench import BenchAttentionConfig
-from longctx.distributed.transport import ThreadWorld
+from longctx.distributed.thread_transport import ThreadWorld
 from longctx.errors import RunFailed, UserError
 from tests.attention.packed_kernel import PackedKernel, install
 from tests.dist.ranks import CONTEXT

@@ -115,5 +115,5 @@ def test_gpu_check_skips_the_part_where_the_package_is_missing(monkeypatch, tmp_
     (row,) = gpu_check.run_part(RINGS, tmp_path, float("inf"))
     assert row.skipped == "not installed: ring_flash_attn"
     words = RINGS.command(tmp_path)
-    assert words[1:5] == ["-m", "longctx.cli", *WORDS[:2]]
+    assert words[1:5] == ["-m", "longctx", *WORDS[:2]]
     assert {"beside=ring_flash_attn", "ranks=4", "lengths=[16k,64k]"} <= set(words)

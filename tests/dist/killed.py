@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
-from longctx.run.rank import leave, rank_status
+from longctx.run.rank import leave, run_as_rank
 
 
 def body(rank: int, world: int) -> int:
@@ -22,4 +22,4 @@ def body(rank: int, world: int) -> int:
 
 
 if __name__ == "__main__":
-    leave(rank_status(body))
+    leave(run_as_rank(body))

@@ -12,7 +12,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 MODULES = [
     "deepspeed", "hydra", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "peft", "rich.progress",
     "longctx.attention", "longctx.cli", "longctx.config.compose", "longctx.eval.run", "longctx.run.after_training",
-    "longctx.run.lifecycle", "longctx.run.rank", "longctx.train.loop", "longctx.train.machine", "longctx.train.zero",
+    "longctx.run.train", "longctx.run.rank", "longctx.train.loop", "longctx.train.machine", "longctx.train.zero",
     "tests.dist.parity", "tests.train.parity",
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gemma", "mistral", "qwen2", "qwen3")),
 ]  # fmt: skip

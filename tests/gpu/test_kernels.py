@@ -10,7 +10,8 @@ import torch
 from longctx.attention import ContextParallel, context_attention, trial
 from longctx.attention.kernels import KERNELS, choose, problem_of
 from longctx.config.model import InitConfig
-from longctx.distributed.transport import SingleRankTransport, ThreadWorld
+from longctx.distributed.thread_transport import ThreadWorld
+from longctx.distributed.transport import SingleRankTransport
 from longctx.eval.last_layer import attention_name
 from longctx.eval.predict import one_process
 from longctx.model import init_from

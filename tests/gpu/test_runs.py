@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 def longctx(*words: str, timeout: float = 280) -> subprocess.CompletedProcess[str]:
     """A started interpreter: one that is forked from a process which has looked for a GPU cannot use it."""
-    command = [sys.executable, "-m", "longctx.cli", *words]
+    command = [sys.executable, "-m", "longctx", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT)
 
 
@@ -47,7 +47,7 @@ def test_the_quickstart_on_one_rank(tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", [[], ["engine=deepspeed", "engine.zero=2"]], ids=["ddp", "zero2"])
 def test_the_quickstart_on_two_nccl_ranks_of_one_card(tmp_path: Path, engine: list[str]) -> None:
     run = tmp_path / "run"
-    command = [str(ROOT / "launch" / "one_gpu.sh"), "2", sys.executable, "-m", "longctx.cli", "train"]
+    command = [str(ROOT / "launch" / "one_gpu.sh"), "2", sys.executable, "-m", "longctx", "train"]
     words = ["experiment=quickstart", f"run_dir={run}", "logging=local", *ON_CARD, *engine]
     done = subprocess.run([*command, *words, *SHORT], capture_output=True, text=True, timeout=250, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]

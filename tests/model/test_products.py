@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from longctx.config.model import MemoryConfig
 from longctx.model import LossModel, init_from
-from longctx.model.norms import TrainedNorm, train_norms
+from longctx.model.norms import TrainedNorm, prepare_norms
 from longctx.model.products import BlockSums, project
 from longctx.planner.memory import _block_gradients
 from tests.model.conftest import main_grads, sequence, tiny
@@ -158,7 +158,7 @@ def test_accumulators_get_every_gradient_once(family: str, memory: dict[str, boo
 def test_the_norm_of_a_sum_has_the_bits_of_both_operators(family: str) -> None:
     """Gradients of the sum, of its norm, and of both, each also without the other."""
     model = init_from(tiny(family))
-    train_norms(model)
+    prepare_norms(model)
     norm = next(module for module in model.modules() if isinstance(module, TrainedNorm))
     x, y = (torch.randn(3, 7, 32, requires_grad=True) for _ in range(2))
     joined, total = norm.of_sum(x, y), x + y

@@ -26,7 +26,7 @@ from longctx.train import engine as engines
 from longctx.train.batch import micro_batch
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
-from longctx.train.open_stage import open_context
+from longctx.train.open_stage import open_context_parallel
 from longctx.train.step import Stepper, Timer
 from tests.train.made import MadeData
 from tests.train.parity import flat
@@ -39,7 +39,7 @@ GIB = 2.0**30
 def counted(spec: InitConfig, memory: MemoryConfig, seq_len: int) -> tuple[int, int]:
     """The bytes between two steps, and the most in the second step."""
     ranks = Ranks(0, 1, 0, 1, CPU)
-    context, _ = open_context(flat(1, 1), ranks, None)
+    context, _ = open_context_parallel(flat(1, 1), ranks, None)
     data = MadeData(seq_len, 1)
     data.bounds_of = [np.array([0, seq_len])]
     data.weights_of = [np.ones(seq_len, np.float32)]

@@ -5,7 +5,7 @@ import torch
 
 from longctx.attention import ContextParallel
 from longctx.config.model import InitConfig, MemoryConfig
-from longctx.distributed.transport import ThreadWorld
+from longctx.distributed.thread_transport import ThreadWorld
 from longctx.planner.memory import BUCKET, deepspeeds_host, pool_bytes, stage_memory
 from longctx.schedule import Sizes, build
 from longctx.shape import shape_of_init

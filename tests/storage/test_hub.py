@@ -23,7 +23,7 @@ from longctx.errors import UserError
 from longctx.fingerprint import MODEL, content_hashes, folder_fingerprint
 from longctx.storage import hub as hub_module
 from longctx.storage.model_files import open_source
-from longctx.train import runfolder
+from longctx.train import identity
 
 TINY = Path(hub_module.__file__).parents[1] / "assets" / "tiny"
 ANSWERS = {"gated": (403, "GatedRepo"), "unknown": (401, "RepoNotFound"), "broken": (400, "")}
@@ -185,13 +185,13 @@ def test_a_commit_of_the_model_card_is_no_other_revision(cache: Path, monkeypatc
 
 def test_a_run_goes_on_with_the_revision_of_its_start():
     kept, now, unknown = ({"model.path": {"": f"some/model{end}"}} for end in ("@" + "0" * 40, "@" + "1" * 40, ""))
-    words = [change.words for change in runfolder._other_files(kept, now)]
+    words = [change.words for change in identity.other_files(kept, now)]
     assert words == [
         f"model.path is {now['model.path']['']} on the hub now, and was some/model@{'0' * 40} at the start"
     ]
-    assert not list(runfolder._other_files(unknown, now)) + list(runfolder._other_files(kept, unknown))
+    assert not list(identity.other_files(unknown, now)) + list(identity.other_files(kept, unknown))
     folder = {"model.path": {"config.json": "hash"}}
-    assert [change.key for change in runfolder._other_files(kept, folder)] == ["model.path"]
+    assert [change.key for change in identity.other_files(kept, folder)] == ["model.path"]
 
 
 def reachable(monkeypatch: pytest.MonkeyPatch, endpoint: str, **proxies: str) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx.train.run import train
+from longctx.train.train import train
 
 from .made import config, write_documents
 

@@ -24,7 +24,7 @@ from longctx.train import engine as engines
 from longctx.train.batch import micro_batch
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
-from longctx.train.open_stage import open_context
+from longctx.train.open_stage import open_context_parallel
 from longctx.train.step import Stepper, Timer
 from tests.watch import Watch
 
@@ -113,7 +113,7 @@ def check(rank: int, world: int, case: Case) -> None:
             weights[: chunk + 1] = 0.0  # the last of them predicts the token after the chunk
             weights[SEQ - chunk :] = 0.0
     share = Shares(dp, rank // case.cp, per_rank, case.rows)
-    context, group = open_context(flat(case.cp, world), ranks, None)
+    context, group = open_context_parallel(flat(case.cp, world), ranks, None)
     loss, wanted = reference(case, data)
     with gradients(case, ranks) as (engine, grads):
         window = [micro_batch(data, own, context, case.layout) for own in share.sequences(0)]
@@ -141,7 +141,7 @@ def check_isolation(rank: int, world: int, case: Case) -> None:
     bit for bit.
     """
     ranks = Ranks(rank, world, rank, world, device())
-    context, _ = open_context(flat(case.cp, world), ranks, None)
+    context, _ = open_context_parallel(flat(case.cp, world), ranks, None)
     model = LossModel(made_model(case, case.dtype, "longctx"), MemoryConfig())
     data = MadeData(SEQ, 4, seed=3)
     low, high = data.bounds_of[2][1:3]
@@ -161,7 +161,7 @@ def check_isolation(rank: int, world: int, case: Case) -> None:
 def check_attention_once(rank: int, world: int, case: Case) -> None:
     """Assert that each layer's attention runs once forward and once backward per micro-batch, with checkpointing."""
     ranks = Ranks(rank, world, rank, world, device())
-    context, _ = open_context(flat(case.cp, world), ranks, None)
+    context, _ = open_context_parallel(flat(case.cp, world), ranks, None)
     data = MadeData(SEQ, case.accumulation * world // case.cp, seed=3)
     share = Shares(world // case.cp, rank // case.cp, case.accumulation, 1)
     with gradients(case, ranks) as (engine, _):

@@ -18,7 +18,7 @@ from longctx.train import engine as engines
 from longctx.train.batch import micro_batch
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
-from longctx.train.open_stage import open_context
+from longctx.train.open_stage import open_context_parallel
 from longctx.train.step import Stepper, Timer
 from tests.dist.ranks import run_ranks
 
@@ -52,7 +52,7 @@ def two_steps(rank: int, world: int, case: Two) -> None:
     ranks = Ranks(rank, world, rank, world, torch.device("cpu"))
     data = MadeData(SEQ, 3 * MICRO_BATCHES * world, seed=3)
     share = Shares(world, rank, MICRO_BATCHES, 1)
-    context, _ = open_context(flat(1, ranks.world), ranks, None)
+    context, _ = open_context_parallel(flat(1, ranks.world), ranks, None)
     model = LossModel(made_model(Case(cp=1), "float32", "longctx"), MemoryConfig())
     engine_of: dict[str, Any] = {"name": "deepspeed" if case.zero else "ddp", "zero": case.zero}
     config = EngineConfig(**engine_of, device="cpu", offload_optimizer=case.offload)
@@ -111,7 +111,7 @@ def test_short_steps_are_not_looked_into(monkeypatch: pytest.MonkeyPatch) -> Non
     asked: list[float] = []
     monkeypatch.setattr(Ranks, "any", lambda ranks, flag: bool(asked.append(1.0)))
     data = MadeData(SEQ, MICRO_BATCHES, seed=3)
-    context, _ = open_context(flat(1, ranks.world), ranks, None)
+    context, _ = open_context_parallel(flat(1, ranks.world), ranks, None)
     model = LossModel(made_model(Case(cp=1), "float32", "longctx"), MemoryConfig())
     engine = engines.build(EngineConfig(name="ddp", device="cpu"), OptimConfig(), model, ranks)
     window = [micro_batch(data, [index], context, "zigzag") for index in range(MICRO_BATCHES)]

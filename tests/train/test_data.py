@@ -14,7 +14,7 @@ from longctx.errors import UserError
 from longctx.topology import split
 from longctx.train import metrics
 from longctx.train.batch import micro_batch
-from longctx.train.run import train
+from longctx.train.train import train
 
 from .made import VOCAB, MadeData, config, write_documents
 from .test_run import one_stage, wandb_rows

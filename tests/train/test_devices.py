@@ -18,7 +18,7 @@ from longctx.errors import UserError
 from longctx.shape import shape_of_model
 from longctx.train.engine import check_bfloat16
 from longctx.train.machine import describe, kernel_of, remark_slow_dtype, room_here
-from longctx.train.open_stage import open_context
+from longctx.train.open_stage import open_context_parallel
 from longctx.train.zero import _prepare_deepspeed
 
 from .parity import SHAPE
@@ -96,7 +96,7 @@ def test_transfers_wait_as_long_as_the_engine_says(monkeypatch):
     monkeypatch.setattr(dist, "new_group", lambda ranks, timeout: asked.setdefault(tuple(ranks), timeout))
     monkeypatch.setattr(ContextParallel, "from_world", lambda *arguments, **options: options)
     decision = Decision(2, 2, 1, "flat_ring", 1, per_group=1, per_forward=1)
-    options, group = open_context(decision, Ranks(2, 4, 2, 4, torch.device("cpu")), None, 7.0)
+    options, group = open_context_parallel(decision, Ranks(2, 4, 2, 4, torch.device("cpu")), None, 7.0)
     assert asked == {(0, 1): timedelta(seconds=7), (2, 3): timedelta(seconds=7)}
     assert options["timeout"] == 7.0
     assert options["group"] is group

@@ -92,7 +92,7 @@ def test_two_agents_as_two_nodes_give_the_losses_of_one_process(tmp_path: Path, 
     ]  # fmt: skip
     said = [agent.communicate(timeout=200)[0] for agent in agents]
     assert [agent.returncode for agent in agents] == [0, 0], said
-    from longctx.train.run import train
+    from longctx.train.train import train
 
     assert train(config(tmp_path / "alone", documents)) == 0
     both = [metrics.read(tmp_path / name / "metrics.jsonl") for name in ("run", "alone")]
@@ -101,7 +101,7 @@ def test_two_agents_as_two_nodes_give_the_losses_of_one_process(tmp_path: Path, 
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize("module", [["longctx.run"], ["longctx.cli", "train"]])
+@pytest.mark.parametrize("module", [["longctx.run"], ["longctx", "train"]])
 def test_a_different_command_on_one_node_is_refused(tmp_path: Path, module: list[str]) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -17,8 +17,8 @@ from longctx.planner.remedies import DeviceLimits, check_memory, lower, needs, r
 from longctx.run.training import train_run
 from longctx.shape import shape_of_model
 from longctx.train import machine
-from longctx.train.run import resolve_stages
 from longctx.train.runfolder import with_dtype
+from longctx.train.train import resolve_stages
 
 from .made import config
 

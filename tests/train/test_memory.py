@@ -17,7 +17,7 @@ from longctx.errors import OutOfMemory, RunFailed
 from longctx.run import launch
 from longctx.run.launch import _who_kills
 from longctx.train import exhausted
-from longctx.train.run import resolve_stages, train
+from longctx.train.train import resolve_stages, train
 
 from .made import VOCAB, config
 

@@ -25,7 +25,7 @@ from longctx.shape import shape_of_init
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import engine as engines
 from longctx.train.offloaded import PIECE, Offloaded, OffloadedAdamW, on_host
-from longctx.train.run import train
+from longctx.train.train import train
 from tests.dist.ranks import run_ranks
 
 from .made import config, losses

@@ -21,8 +21,8 @@ from longctx.distributed.ranks import Ranks
 from longctx.errors import UserError
 from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
-from longctx.train import metrics, runfolder
-from longctx.train.run import settled
+from longctx.train import identity, metrics, runfolder
+from longctx.train.train import settled
 from tests.dist.ranks import run_ranks
 
 from .made import config
@@ -300,7 +300,7 @@ def test_a_file_is_read_again_only_when_it_has_changed(tmp_path: Path, monkeypat
     file.write_bytes(b"abc")
     first = fingerprint.file_hashes([file])[file]
     with monkeypatch.context() as patched:
-        patched.setattr(fingerprint, "_sha256", lambda path: pytest.fail("read again"))
+        patched.setattr(fingerprint, "file_sha256", lambda path: pytest.fail("read again"))
         assert fingerprint.file_hashes([file])[file] == first
     when = file.stat().st_mtime_ns
     file.write_bytes(b"abd")
@@ -372,8 +372,8 @@ def check_different_nodes(rank: int, world: int, case: str) -> None:
     """Each rank is a node of its own, as far as the check of files goes."""
     ranks = Ranks(rank, world, 0, 1, torch.device("cpu"))
     files = {"model.path": {"config.json": "a", "model.safetensors": "b"}, "model.tokenizer": {"": "org/m@1"}}
-    runfolder.check_nodes(ranks, files)
-    runfolder.check_nodes(ranks, files if rank == 0 else None)  # the second rank of a node
+    identity.check_nodes(ranks, files)
+    identity.check_nodes(ranks, files if rank == 0 else None)  # the second rank of a node
     if rank == 1:
         files[case] = {
             "model.path": {"config.json": "a", "model.safetensors": "c"},
@@ -381,7 +381,7 @@ def check_different_nodes(rank: int, world: int, case: str) -> None:
         }[case]
     named = {"model.path": "model.safetensors", "model.tokenizer": "org/m@2, org/m@1"}[case]
     with pytest.raises(UserError, match=rf"rank 1 has other files than rank 0 under {case} \({named}\)"):
-        runfolder.check_nodes(ranks, files)
+        identity.check_nodes(ranks, files)
 
 
 def test_nodes_that_read_other_files_are_refused(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import engine as engines
 from longctx.train import metrics
 from longctx.train.parameters import full_shape
-from longctx.train.run import train
+from longctx.train.train import train
 from tests.dist.ranks import run_ranks
 
 from .lives import live

@@ -10,9 +10,9 @@ import torch
 from longctx.curriculum import LearningRate
 from longctx.decide import Decision
 from longctx.errors import RunFailed
-from longctx.run.lifecycle import run as whole_run
 from longctx.run.smoke import smoke_config
-from longctx.train.run import resolve_stages
+from longctx.run.train import run as whole_run
+from longctx.train.train import resolve_stages
 
 from .made import config, losses
 

@@ -23,7 +23,7 @@ from longctx.train import engine as engines
 from longctx.train.batch import micro_batch
 from longctx.train.guards import Guards
 from longctx.train.heartbeat import Progress
-from longctx.train.open_stage import open_context
+from longctx.train.open_stage import open_context_parallel
 from longctx.train.step import Stepper, Timer
 
 from .made import VOCAB, MadeData
@@ -54,7 +54,7 @@ def _adamw_for_meta(monkeypatch: pytest.MonkeyPatch) -> None:
 def taken(spec: InitConfig, memory: MemoryConfig, *, precision: Any = "float32", rope: Any = None) -> int:
     """The reads of a step of two micro-batches, packed documents with unlabelled tokens among them."""
     ranks = Ranks(0, 1, 0, 1, META)
-    context, _ = open_context(flat(1, 1), ranks, None)
+    context, _ = open_context_parallel(flat(1, 1), ranks, None)
     hf = init_from(spec, dtype="bfloat16")
     set_rope(hf, rope or {"rope_type": "default", "rope_theta": 10000.0}, 64, precision=precision)
     model = LossModel(hf, memory, z_loss=1e-4)

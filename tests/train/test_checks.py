@@ -15,7 +15,7 @@ import pytest
 from longctx.distributed import ranks as worlds
 from longctx.errors import UserError
 from longctx.run.training import settled, train_run
-from longctx.train.run import checked_stages
+from longctx.train.train import checked_stages
 
 from .made import TOKENIZER, config
 

@@ -25,7 +25,7 @@ def planned(stage: Stage) -> list[int]:
     return [stage.seq_len, stage.batch, stage.steps]
 
 
-def enter(state: State, stage: Stage) -> None:
+def enter_stage(state: State, stage: Stage) -> None:
     """Move the state to the beginning of a stage."""
     state.stage, state.stage_step, state.cursor, state.ended = stage.index, 0, 0, False
     state.stage_name, state.planned = stage.name, planned(stage)
@@ -34,7 +34,7 @@ def enter(state: State, stage: Stage) -> None:
     state.tail_losses = []
 
 
-def find_place(state: State, stages: Sequence[Stage]) -> None:
+def find_stage(state: State, stages: Sequence[Stage]) -> None:
     """Find the stage that a checkpoint was saved in, and write its index into the state.
 
     Raises UserError when the stage is gone, was planned otherwise, or has untrained stages before it.
@@ -65,18 +65,18 @@ def find_place(state: State, stages: Sequence[Stage]) -> None:
     state.stage = index
 
 
-def check_folder(run: Path, stages: Sequence[Stage]) -> bool:
+def already_trained(run: Path, stages: Sequence[Stage]) -> bool:
     """Whether the run in a folder has trained all stages; checked before the record of this start is written there.
 
-    Raises UserError as `find_place` does, and where a run that has trained lacks the checkpoint to continue from.
+    Raises UserError as `find_stage` does, and where a run that has trained lacks the checkpoint to continue from.
     """
-    folders = [run / "stages" / stage.name for stage in stages]
-    finished = [(folder / "finished.json").exists() for folder in folders]
+    folders = [runfolder.stage_folder(run, stage.name) for stage in stages]
+    finished = [runfolder.is_finished(run, stage.name) for stage in stages]
     trained = all(finished) and runfolder.exported(folders[-1])
     newest = next(iter(runfolder.checkpoints(run)), None)
     state = stored_state(newest) if newest else None
     if state is not None:
-        find_place(state, stages)
+        find_stage(state, stages)
     elif newest is None and not trained and (missing := _missing_checkpoint(run, any(finished))):
         raise UserError(
             f"{missing}, and the run in {run} cannot go on without its newest checkpoint: copy it there too, or take a "

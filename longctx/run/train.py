@@ -7,7 +7,7 @@ from pathlib import Path
 from longctx.config.train import TrainConfig
 from longctx.curriculum.select import selected
 from longctx.distributed.launcher import launcher_environment, leave_launcher
-from longctx.run.training import settled, train_run
+from longctx.run.training import settled_for_adapter, train_run
 from longctx.run.what_follows import check_what_follows
 from longctx.signals import all_saved
 from longctx.train import runfolder
@@ -15,7 +15,7 @@ from longctx.train import runfolder
 
 def run(config: TrainConfig) -> int:
     """Train, then do what `after_training` asks for. Returns the exit status."""
-    config = settled(config)
+    config = settled_for_adapter(config)
     check_what_follows(config)
     if config.smoke:
         from longctx.run.smoke import smoke

@@ -29,7 +29,7 @@ from longctx.signals import (
     limit_requeues,
     stop_request,
 )
-from longctx.train import preflight, runfolder
+from longctx.train import checks, identity, runfolder
 from longctx.train.runfolder import with_dtype
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def train(
         stages = checked_stages(config, world=1, local_world=1, check_more=check_more)
     from longctx.distributed import ranks as worlds  # torch; what the checks refuse does not wait for it
     from longctx.train.loop import revisit_finished
-    from longctx.train.place import check_folder
+    from longctx.train.resume import already_trained
 
     stop = stop_request()
     interrupted_words(lambda: runfolder.where(Path(config.folder)))
@@ -94,20 +94,20 @@ def train(
                 if ranks.first:
                     held.enter_context(runfolder.held(Path(config.folder)))
                     stages = stages or resolve_stages(config)
-                    trained = check_folder(Path(config.folder), stages)
+                    trained = already_trained(Path(config.folder), stages)
                     runfolder.prepare(config, world=world_words(config, stages, ranks), trained=trained)
             with ranks.agree("reading the curriculum"):
                 stages = stages or resolve_stages(config)
                 several = ranks.world > ranks.local_world
-                inputs = runfolder.inputs_of(config) if several and ranks.local_rank == 0 else None
-            runfolder.check_nodes(ranks, inputs)
+                inputs = identity.inputs_of(config) if several and ranks.local_rank == 0 else None
+            identity.check_nodes(ranks, inputs)
             more = None if checked else prepare_more
             context = _context(config, ranks, stages, stop, checked=checked, prepare_more=more)
             if ranks.broadcast(trained and not runfolder.checkpoints(Path(config.folder))):
                 console.say("every stage is trained; no checkpoint is there any more")
                 revisit_finished(context, after_stage)
                 return 0
-            return _train(context, not_carried, after_stage)
+            return _train_stages(context, not_carried, after_stage)
     finally:
         stop.close()
         worlds.stop()
@@ -150,7 +150,7 @@ def checked_stages(
     world, local_world: the ranks that will train, and those of them on this node. check_more: see `train`.
     """
     stages = resolve_stages(config)
-    preflight.check(config, stages, world=world, local_world=local_world)
+    checks.check(config, stages, world=world, local_world=local_world)
     from longctx.train.machine import check_machine
 
     check_machine(config, stages, world, local_world)
@@ -176,9 +176,9 @@ def prepare_data(config: TrainConfig, stages: list[Stage], tokenizer: Any) -> No
     """
     from longctx.data.stage_opening import check_stages
 
-    left = [stage for stage in stages if not (Path(config.folder) / "stages" / stage.name / "finished.json").exists()]
+    left = [stage for stage in stages if not runfolder.is_finished(Path(config.folder), stage.name)]
     check_stages(
-        config.data, left, tokenizer=tokenizer, seed=config.seed, cache=preflight.cache_folder(config),
+        config.data, left, tokenizer=tokenizer, seed=config.seed, cache=checks.cache_folder(config),
         vocab_size=shape_of_model(config.model).vocab,
     )  # fmt: skip
 
@@ -211,7 +211,7 @@ def _context(
     console.say(describe(config.model, shape, ranks.device.type))
     remark_slow_dtype(config.model, ranks.device.type)
     with ranks.agree("preparing the tokenizer and the data"):
-        tokenizer = preflight.check_libraries(config)
+        tokenizer = checks.load_checked_tokenizer(config)
         if not checked and ranks.local_rank == 0:
             prepare_data(config, stages, tokenizer)
         if prepare_more is not None and ranks.first:
@@ -239,25 +239,25 @@ def _load_engine(context: RunContext, not_carried: NotCarried) -> Engine:
     return engine
 
 
-def _train(context: RunContext, not_carried: NotCarried, after_stage: AfterStage | None) -> int:
+def _train_stages(context: RunContext, not_carried: NotCarried, after_stage: AfterStage | None) -> int:
     """Load model and checkpoint, then train the stages that are left."""
-    from longctx.train import loop, place
+    from longctx.train import loop, resume
     from longctx.train.checkpoint import Checkpoints, State
-    from longctx.train.heartbeat import Progress, Watcher
+    from longctx.train.heartbeat import Progress, Watchdog
     from longctx.train.run_context import Recorder
 
     config, ranks, stop = context.config, context.ranks, context.stop
     engine = _load_engine(context, not_carried)
     progress = Progress()
-    watcher = Watcher(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
+    watcher = Watchdog(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
     wanted = config.checkpoint
     checkpoints = Checkpoints(
         context.folder, ranks, keep=wanted.keep, spare_gib=wanted.spare_gib, background=wanted.background
     )
     state = checkpoints.load(engine) or State()
-    all_saved(place.saved_words(state.step))
-    place.find_place(state, context.stages)
-    place.say_resumed(state, context.stages)
+    all_saved(resume.saved_words(state.step))
+    resume.find_stage(state, context.stages)
+    resume.say_resumed(state, context.stages)
     recorder = Recorder.open(context, progress, last_step=state.step)
     training = loop.Training(
         context=context, engine=engine, state=state, recorder=recorder, after_stage=after_stage,
@@ -268,9 +268,9 @@ def _train(context: RunContext, not_carried: NotCarried, after_stage: AfterStage
             status = loop.run_stages(training)
         if ranks.any(stop.asked):  # also after the last step: what follows training can be done later
             status = SAVED_AND_REQUEUE
-        ranks.wait()
+        ranks.barrier()
         if status == SAVED_AND_REQUEUE:
-            saved = place.saved_words(training.saving.step)
+            saved = resume.saved_words(training.saving.step)
             console.say(f"longctx: {stop.name or 'a signal'}: {saved}; {continuing()}")
         return status
     finally:

@@ -1,7 +1,7 @@
 """Checks before a rank starts: they refuse every mistake that settings, files, headers and the disk show.
 
-`check` needs neither torch nor transformers and answers in about a second. `check_libraries` imports the libraries that
-the ranks need anyway. Documents are tokenized after both.
+`check` needs neither torch nor transformers and answers in about a second. `load_checked_tokenizer` imports the
+libraries that the ranks need anyway. Documents are tokenized after both.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from longctx.decide import Machines, decide_all
 from longctx.errors import UserError
 from longctx.planner.memory import BYTES
 from longctx.shape import Shape, shape_of_model
-from longctx.storage.files import check_writable, nearest_existing, size_words
+from longctx.storage.files import GIB, check_writable, nearest_existing, size_words
 from longctx.storage.model import check_model, expected_shapes
+from longctx.train.runfolder import is_finished
 from longctx.versions import check_versions
 
 if TYPE_CHECKING:
     from longctx.config.data import Mix
     from longctx.config.train import EngineConfig, LoggingConfig, TrainConfig
     from longctx.curriculum import Stage
-
-GIB = 2.0**30
 
 
 def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_world: int) -> None:
@@ -48,7 +47,7 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
     if config.launch.until not in (None, *names):
         raise UserError(f"launch.until={config.launch.until} is no stage of the curriculum; known: {', '.join(names)}")
     mixes = [choose_mix(config.data, stage.mix, stage.name) for stage in stages]
-    later, sources = check_after_training(config)
+    later, sources = read_after_training(config)
     if config.model.path is not None:
         values = check_model(config.model.path)
         check_freeze(config.optim.freeze, _names(values))
@@ -116,7 +115,7 @@ def _wandb_knows_us() -> bool:
         return False
 
 
-def check_after_training(config: TrainConfig) -> tuple[list[Mix], list[str]]:
+def read_after_training(config: TrainConfig) -> tuple[list[Mix], list[str]]:
     """The mixes and sources that what follows training reads. Raises UserError for one that data lacks."""
     asked, where = config.after_training, "after_training"
     mixes = [
@@ -171,16 +170,12 @@ def check_disk(config: TrainConfig, stages: Sequence[Stage], shape: Shape, *, so
         return
     run, cache = Path(config.folder), cache_folder(config)
     saved = 3 * 4.0 * shape.parameters  # weights and both moments in fp32
-    left = [stage for stage in stages if not (run / "stages" / stage.name / "finished.json").exists()]
+    left = [stage for stage in stages if not is_finished(run, stage.name)]
     kept = (config.checkpoint.keep + 1) * saved
     checkpoints = _to_write(run, kept) if left else 0.0
     model = BYTES[config.model.dtype] * shape.parameters
     sides = {name: run / "side" / name for name in config.after_training.side_runs}
-    later = sum(
-        _to_write(side, kept) + model
-        for name, side in sides.items()
-        if not (side / "stages" / name / "finished.json").exists()
-    )
+    later = sum(_to_write(side, kept) + model for name, side in sides.items() if not is_finished(side, name))
     merged = model if config.after_training.sibling and not (run / "merged").exists() else 0.0
     spare = config.checkpoint.spare_gib * GIB if left else 0.0
     # A token is about four bytes of text, and two bytes of cache, or four where the vocabulary needs them.
@@ -214,7 +209,7 @@ def _to_write(run: Path, kept: float) -> float:
     return max(0.0, kept - sum(file.stat().st_size for file in run.glob("stages/*/checkpoints/*/*.safetensors")))
 
 
-def check_libraries(config: TrainConfig) -> Any:
+def load_checked_tokenizer(config: TrainConfig) -> Any:
     """Check the device, the model's config and the tokenizer with torch and transformers; return the tokenizer."""
     from longctx.data.tokenizer import load_tokenizer
     from longctx.distributed.ranks import choose_device
