@@ -14,7 +14,7 @@ def body(rank: int, world: int) -> int:
 
     from longctx.distributed import ranks
 
-    ranks.start("cpu").wait()
+    ranks.start("cpu").barrier()
     if rank == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     dist.all_reduce(torch.zeros(1))

@@ -78,7 +78,7 @@ def one(
 
     def log(job: Any, stage: Any, opened: Any, *arguments: Any) -> None:
         logged(job, stage, opened, *arguments)
-        print(f"step {job.state.step}: {opened.context.schedule}", flush=True)
+        print(f"step {job.state.step}: {opened.cp.schedule}", flush=True)
         if job.state.step == kill_after:
             time.sleep(0.5)  # wandb's own process may take its rows
             signal.raise_signal(signal.SIGKILL)
