@@ -173,7 +173,8 @@ def _family(first: str) -> str:
 
 def _help() -> str:
     width = max(len(name) for name in VERBS)
-    lines = ["usage: longctx VERB [SUBVERB] [group=choice] [key=value] ... [OPTION] ...", ""]
+    lines = ["longctx extends a language model's context window by continued pretraining.", ""]
+    lines += ["usage: longctx VERB [SUBVERB] [group=choice] [key=value] ... [OPTION] ...", ""]
     lines += [f"  {name:<{width}}  {VERBS[name].help}" for name in VERBS]
     lines += [
         "",
