@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_house import FILES, trees
+from tests.test_structure import FILES, trees
 
 C_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": ""}
 

@@ -1,1 +1,1 @@
-"""Schemas of everything a user can set, and the door through which settings enter the house."""
+"""Schemas of everything a user can set; Hydra and YAML end here."""

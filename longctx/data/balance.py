@@ -2,7 +2,7 @@
 
 In the zigzag layout, rank r of R holds chunks r and 2R-1-r of 2R. This balances one causal document, but not several
 of different lengths: over 8 ranks at 8,192 tokens, the largest load is 1.25 times the mean for a random order and
-1.07 times for the best of eight orders (docs/data.md). The data room does not know the number of ranks, so an order
+1.07 times for the best of eight orders (docs/data.md). `longctx.data` does not know the number of ranks, so an order
 is scored for 4 and for 16 ranks together.
 
 P documents, E orders.

@@ -1,6 +1,6 @@
 """Draws two pictures of an adapter: its spectra, and the share of each module's difference that it keeps.
 
-No other module of this room imports matplotlib.
+No other module of this package imports matplotlib.
 """
 
 from __future__ import annotations

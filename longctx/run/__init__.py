@@ -1,4 +1,4 @@
 """One run from start to end: settings decided, stages trained, then adapter, sibling, evidence and report.
 
-This room calls `longctx.train`, `longctx.eval`, `longctx.lora` and `longctx.report`; none of them calls it.
+This package calls `longctx.train`, `longctx.eval`, `longctx.lora` and `longctx.report`; none of them calls it.
 """

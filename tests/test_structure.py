@@ -1,4 +1,4 @@
-"""Rules of the tree that no linter checks: names, import circles, sizes, docstrings, the public names."""
+"""Rules of the tree that no linter checks: names, import cycles, sizes, docstrings, the public names."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def imports(tree: ast.AST) -> set[str]:
     return names - {"longctx"}
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+def import_cycles(graph: dict[str, set[str]]) -> list[list[str]]:
     """Strongly connected components of more than one module (Tarjan)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
@@ -146,8 +146,8 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def test_no_import_forms_a_circle():
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+def test_no_imports_form_a_cycle():
+    assert import_cycles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     # `import longctx` itself loads nothing: the package's names are resolved when they are used.
     graph = {module: imports(tree) - {module} for module, tree in trees().items() if module != "longctx"}
-    assert circles(graph) == []
+    assert import_cycles(graph) == []
