@@ -136,7 +136,8 @@ def _check_outputs(verb: Verb, config: Any) -> None:
     for key in (*verb.files, *verb.folders):
         value = reduce(lambda part, name: getattr(part, name, None), key.split("."), config)
         if isinstance(value, str) and value:
-            named = "run_dir" if key == "folder" and hasattr(config, "run_dir") else key  # a run's folder follows it
+            # config.folder is computed from run_dir: name the key that the user gives
+            named = "run_dir" if key == "folder" and hasattr(config, "run_dir") else key
             check_writable(Path(value).expanduser(), named, folder=key in verb.folders)
             if key == "png":
                 check_picture(Path(value), key)

@@ -135,7 +135,7 @@ def interrupted_words(where: Callable[[], str]) -> None:
 
 
 def saved_so_far() -> str:
-    """What of the run is saved, in words, if `interrupted_words` gave any."""
+    """The part of the run that is saved, in words."""
     return _where() if _where else "nothing was trained"
 
 

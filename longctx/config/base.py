@@ -1,4 +1,4 @@
-"""What every schema is made of: frozen dataclasses, numbers with units, and errors that name the remedy.
+"""The base of every schema: frozen dataclasses, numbers with units, and errors that name the remedy.
 
 YAML and the command line give a plain dict; `build` turns it into the verb's dataclass or raises a UserError
 (longctx.config.mistakes). Validation never changes a value other than reading its unit.

@@ -1,4 +1,4 @@
-"""What `longctx bench attention` and `longctx bench hierarchy` can be told.
+"""Config schemas of `longctx bench attention` and `longctx bench hierarchy`.
 
 The defaults are the settings whose figures are in docs/benchmarks.md.
 """

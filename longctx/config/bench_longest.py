@@ -1,4 +1,4 @@
-"""The settings of `longctx bench longest`, which finds the longest sequence that a training step takes."""
+"""Config schema of `longctx bench longest`, which finds the longest sequence that a training step takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of `longctx bench peak`, which measures the matrix rate of a device."""
+"""Config schema of `longctx bench peak`, which measures the matrix rate of a device."""
 
 from __future__ import annotations
 

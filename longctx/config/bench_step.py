@@ -1,4 +1,4 @@
-"""The settings of `longctx bench step`, which compares one training step with plain transformers."""
+"""Config schema of `longctx bench step`, which compares one training step with plain transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `longctx bench theta` takes: a training to repeat under every rule, and what the models are asked."""
+"""Config schema of `longctx bench theta`: a training to repeat under every rule, and what the models are asked."""
 
 from __future__ import annotations
 

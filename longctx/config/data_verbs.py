@@ -1,4 +1,4 @@
-"""What `longctx data`, `data stats`, `data synth` and `bench data` can be told.
+"""Config schemas of `longctx data`, `data stats`, `data synth` and `bench data`.
 
 The first two take everything `longctx train` takes, so that the data of a training command is prepared or
 looked at by changing its verb.

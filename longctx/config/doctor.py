@@ -1,4 +1,4 @@
-"""What `longctx doctor` can be told: the shape of attention it judges kernels for."""
+"""Config schema of `longctx doctor`: the shape of attention it judges kernels for."""
 
 from __future__ import annotations
 

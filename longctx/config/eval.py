@@ -1,4 +1,4 @@
-"""What an evaluation may say: which models, which lengths and depths, how many needles a cell, which phrasing."""
+"""Config schema of an evaluation: which models, which lengths and depths, how many needles a cell, which phrasing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `longctx bench faults` can be told."""
+"""Config schema of `longctx bench faults`."""
 
 from __future__ import annotations
 

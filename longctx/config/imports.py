@@ -1,4 +1,4 @@
-"""What `longctx import` can be told."""
+"""Config schema of `longctx import`."""
 
 from __future__ import annotations
 

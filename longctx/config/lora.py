@@ -1,4 +1,4 @@
-"""What `lora extract`, `lora merge`, `lora info` and `bench lora` can be told."""
+"""Config schemas of `longctx lora extract`, `lora merge`, `lora info` and `bench lora`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `longctx plan` can be told: everything `longctx train` can, plus the machines and what to show.
+"""Config schema of `longctx plan`: that of `longctx train`, the machines, and what to show.
 
 The model and the curriculum may be left out when only a schedule is drawn.
 """

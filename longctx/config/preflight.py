@@ -1,4 +1,4 @@
-"""What `longctx preflight` can be told: the shared folder, the hardware it expects, and the messages that it sends."""
+"""Config schema of `longctx preflight`: the shared folder, the hardware it expects, and the messages that it sends."""
 
 from __future__ import annotations
 

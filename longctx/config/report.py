@@ -1,4 +1,4 @@
-"""What `longctx report` can be told."""
+"""Config schema of `longctx report`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `longctx submit` can be told: everything `longctx train` can, and the Slurm job that it becomes."""
+"""Config schema of `longctx submit`: that of `longctx train`, and the Slurm job that it becomes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `longctx theta` takes: where it starts, where it shall go, how to search for better thetas."""
+"""Config schema of `longctx theta`: where it starts, where it shall go, how to search for better thetas."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Everything `longctx train` can be told.
+"""Config schema of `longctx train`.
 
 Identity keys (model, data, curriculum, optim, seed) make a run what it is; the others may change each time a run is
 continued.

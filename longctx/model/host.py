@@ -69,7 +69,7 @@ class HostMemory:
 
 
 def _address(block: Tensor) -> int:
-    """Where a block begins; a tensor without elements has no address of its own."""
+    """The address of a block's first byte."""
     return block.untyped_storage().data_ptr()
 
 

@@ -40,7 +40,8 @@ def load(
         dtype, _ = dtypes.found(path)
     _register(attention)
     placing = placed_as_loaded(place, config) if place else nullcontext()
-    with placing, hub.fetching(path, "model.path", OSError):  # as which transformers raises what keeps it from a file
+    # transformers reports a file it cannot fetch as OSError
+    with placing, hub.fetching(path, "model.path", OSError):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             config=config,

@@ -130,7 +130,8 @@ class HostStore:
         try:
             with torch.autograd.graph.saved_tensors_hooks(self.put, self.get):
                 yield
-        except BaseException:  # out of memory, perhaps: nobody comes for what this pass has put
+        except BaseException:
+            # After an error no backward pass fetches what this one stored.
             self._leave(self._layer)
             raise
         self._here = {}

@@ -145,8 +145,7 @@ class LossModel(nn.Module):
         set_save_policies(self.model, self.memory, block=block, tokens=input_ids.numel(), store=self._store)
         layout = layout or _alone().layout(input_ids.shape[1])
         layout.check_batch(input_ids.device)
-        # transformers hands a mask of four dimensions on as it is, and its layers do not see it under a layout: none of
-        # S x S is made, whatever attention the model was loaded with.
+        # transformers passes a 4-D mask through and our layers ignore it; an empty one keeps it from building S x S.
         mask = input_ids.new_empty(1, 1, 0, 0, dtype=torch.bool)
         # Stated, because a config.json may ask for a tuple, or for every layer's hidden states, which would stay alive.
         stated = {"use_cache": False, "return_dict": True, "output_hidden_states": False, "output_attentions": False}

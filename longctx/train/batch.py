@@ -73,7 +73,8 @@ def micro_batch(data: Any, indices: Sequence[int], context: Any, kind: str, *, t
     tokens, labels, weights = (np.stack(arrays) for arrays in zip(*parts, strict=True))
     labels[weights == 0] = IGNORED
     arrays = {"input_ids": tokens, "labels": labels}
-    if (weights[weights != 0] != 1).any():  # LossModel gives every label the weight 1 by itself, and spares products
+    # Without weights LossModel takes 1 for every label and skips the products.
+    if (weights[weights != 0] != 1).any():
         arrays["weights"] = weights
     inputs = {name: torch.from_numpy(array) for name, array in arrays.items()}
     targets = np.flatnonzero(labels != IGNORED)

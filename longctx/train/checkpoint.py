@@ -106,7 +106,7 @@ class Checkpoints:
     def __init__(
         self, run: Path, ranks: Ranks, *, keep: int, spare_gib: float, background: bool | Literal["auto"] = False
     ) -> None:
-        """background: what `start` does. False: it writes at once. auto: it does so where memory for copies lacks."""
+        """background: whether `start` writes on a thread; auto: where host memory holds the copy."""
         self.run, self.ranks, self.keep, self.spare = run, ranks, keep, spare_gib * GIB
         self._size = 0.0
         self.seconds = 0.0  # that this rank needed to write the last one

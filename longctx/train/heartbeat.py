@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, cast
 
 import torch.distributed as dist
 
-# Phases that may last longer than any limit (tokenizing, loading, an export, an adapter): there only silence counts.
+# Phases that may last longer than any limit (tokenizing, loading, an export, an adapter): in these only a process that
+# stops reporting counts as stalled.
 PATIENT = ("start", "hand-off")
 SILENT = "its process no longer answers"
 

@@ -20,7 +20,7 @@ MARGIN = 1.3
 
 
 class Lead:
-    """The scheduler's seconds (None where they are unknown) and those that the last save took."""
+    """The seconds the scheduler gives after its signal (None: unknown), and the seconds of the last save."""
 
     def __init__(self) -> None:
         text = os.environ.get("LONGCTX_SIGNAL_LEAD", "")

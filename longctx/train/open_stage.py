@@ -140,7 +140,7 @@ def _open_data(
         return open_stage_data(
             config.data, mix=stage.mix, seq_len=stage.seq_len, sequences=sequences, tokenizer=tokenizer,
             seed=config.seed, split=split, cache=cache_folder(config), stage=stage.name, vocab_size=vocabulary,
-            remarks=False,  # the check of all stages has made them
+            remarks=False,  # the check of all stages has warned already
         )  # fmt: skip
 
     made: Any = None

@@ -87,7 +87,7 @@ def already_trained(run: Path, stages: Sequence[Stage]) -> bool:
 
 
 def _missing_checkpoint(run: Path, finished: bool) -> str:
-    """What a run without any checkpoint says of one, in words; "" where it has never had one."""
+    """The words for a missing checkpoint; empty for a run that never had one."""
     pointer = run / "latest.json"
     if not pointer.exists():
         return f"{run / 'stages'} has a finished stage and no checkpoint" if finished else ""

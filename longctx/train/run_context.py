@@ -1,4 +1,4 @@
-"""What every part of a training run reads on one rank, and what it records."""
+"""The facts of a run on one rank (RunContext), and the outputs it reports to (Recorder)."""
 
 from __future__ import annotations
 

@@ -85,9 +85,8 @@ def prepare(config: TrainConfig, *, world: Sequence[str] = (), trained: bool = F
         before, recorded = _stored(stored), _recorded(folder)
         settings = differences(before, to_dict(config), known=recorded)
         changes = [*settings, *other_files(recorded, inputs)]
-        past = [
-            change.words for change in settings if change.key.split(".")[0] != "data"
-        ]  # what follows may read other
+        # The steps after training may read other data.
+        past = [change.words for change in settings if change.key.split(".")[0] != "data"]
         if trained and past:
             raise UserError(
                 f"every stage of {folder} is trained, so this would change nothing: {'; '.join(past[:6])}. Put it "

@@ -1,7 +1,7 @@
 """Training in this process: check what can be checked, join the other ranks, load the model, train all stages.
 
-The process is a run's only one, or one rank of several. Who starts ranks, and what follows training, is not decided
-here (`longctx.run`). Mistakes are refused before the model is loaded.
+The process is a run's only one, or one rank of several. `longctx.run` starts ranks and does the work after training.
+Mistakes are refused before the model is loaded.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def train(
     stages = None
     if not checked and launcher_environment()["WORLD_SIZE"] == "1":
         stages = checked_stages(config, world=1, local_world=1, check_more=check_more)
-    from longctx.distributed import ranks as worlds  # torch; what the checks refuse does not wait for it
+    from longctx.distributed import ranks as worlds  # torch is imported only after the checks that do not need it
     from longctx.train.loop import revisit_finished
     from longctx.train.resume import already_trained
 
