@@ -194,7 +194,7 @@ def test_every_verb_has_a_root_config_and_help(verb, capsys):
 def test_help_of_the_rules_opens_with_the_key_and_lists_every_rule(topic, capsys):
     assert cli.main(["train", "--help", topic]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("curriculum.rule: for stages that name neither theta nor rule")
+    assert out.startswith("curriculum.rule: rule of the stages that name neither theta nor rule")
     assert "curriculum.rule=longrope" in out
 
 

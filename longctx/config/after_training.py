@@ -20,10 +20,12 @@ class AdapterSettings:
     """The adapter, tuned minus base, in PEFT's format (RUN/adapter)."""
 
     enabled: bool = True  #: whether an adapter is made
-    per_stage: bool = False  #: one after every stage as well
-    rank: Positive = 32  #: of its factors
-    profile: Literal["full", "serving"] = "full"  #: full carries norms too
-    embeddings: bool | None = None  #: null: in profile full when they are tied to the output layer
+    per_stage: bool = False  #: also make an adapter after every stage
+    rank: Positive = 32  #: rank of the LoRA factors
+    #: tensors carried; serving: layers only, no lm_head, embeddings or norms
+    profile: Literal["full", "serving"] = "full"
+    #: whether the adapter carries them; null: in profile full when they are tied to the output layer
+    embeddings: bool | None = None
 
 
 @schema
@@ -50,8 +52,9 @@ class SiblingSettings:
 class Phrasing:
     """A needle and its question as training never wrote them."""
 
-    needle: str = "Remember: {key} opens vault {value}."  #: with {key} and {value}
-    question: str = "Which vault does {key} open? {key} opens vault {value}."  #: with {key} and {value}
+    needle: str = "Remember: {key} opens vault {value}."  #: phrasing of the needle, with {key} and {value}
+    #: phrasing of the question, with {key} and {value}
+    question: str = "Which vault does {key} open? {key} opens vault {value}."
 
     def __post_init__(self) -> None:
         check_template("needle", self.needle)
@@ -63,14 +66,13 @@ class EvidenceSettings:
     """The needle grids, their controls, and loss on held-out text."""
 
     needle: NeedleConfig = field(default_factory=NeedleConfig)
-    theta_only: bool = True  #: also the base with the last theta and no training
+    theta_only: bool = True  #: also evaluate the base with the last theta and no training
     control: SideRun | None = None  #: a side run that spends the same tokens at the base's window and theta
-    unseen: Phrasing | None = field(default_factory=Phrasing)  #: another phrasing
+    unseen: Phrasing | None = field(default_factory=Phrasing)  #: also ask in a phrasing that training never saw
     heldout_lengths: tuple[Window, ...] = (512,)  #: windows of held-out text, for the loss of base and every stage
-    heldout_sequences: Samples = 64  #: how many of them
-    source: str = "stdlib"  #: whose held-out documents are the haystack and the text
-    #: further sources whose held-out loss shows what extending costs there, such as chat
-    beside: tuple[str, ...] = ()
+    heldout_sequences: Samples = 64  #: held-out sequences per length
+    source: str = "stdlib"  #: source whose held-out documents are the haystack and the text
+    beside: tuple[str, ...] = ()  #: further sources whose held-out loss shows what extending costs there, such as chat
 
     def __post_init__(self) -> None:
         if self.beside and not self.heldout_lengths:

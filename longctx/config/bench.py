@@ -24,15 +24,16 @@ class BenchAttentionConfig:
     heads: Width = 8  #: query heads
     kv_heads: Width = 2  #: key and value heads
     head_dim: Width = 64  #: width of a head
-    batch: Positive = 1  #: sequences
-    device: Literal["auto", "cpu", "cuda"] = "auto"  #: what is measured; auto: a GPU where there is one
-    #: the device's own attention, or the zigzag ring of the package ring_flash_attn on the same ranks and kernel
+    batch: Positive = 1  #: sequences of a call
+    device: Literal["auto", "cpu", "cuda"] = "auto"  #: device that is measured; auto: a GPU where there is one
+    #: compared with: the device's own attention, or the zigzag ring of the package ring_flash_attn on the same ranks
+    #: and kernel
     beside: Literal["device", "ring_flash_attn"] = "device"
-    #: auto: float32 on a CPU, bfloat16 on a GPU and beside ring_flash_attn
+    #: dtype of the tensors; auto: float32 on a CPU, bfloat16 on a GPU and beside ring_flash_attn
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], AsDtype] = "auto"
     #: CPU: ranks of the ring, and SDPA's threads; beside ring_flash_attn: ranks of both rings, which may share a GPU
     ranks: PerMachine = 2
-    #: GPU
+    #: GPU: numbers of virtual ranks, a case for each
     virtual_ranks: Annotated[list[PerMachine], Field(min_length=1)] = field(default_factory=lambda: [1, 2, 4, 8])
     #: GPU: packed cases, each with so many documents of uneven lengths, for kernels that take many in one call
     documents: list[Annotated[Positive, Field(ge=2)]] = field(default_factory=lambda: [64, 512])
@@ -40,7 +41,7 @@ class BenchAttentionConfig:
     backends: list[Text] = field(default_factory=list)
     repeats: Positive = 5  #: timed calls; the median counts
     out: str = ""  #: a folder for attention.json; empty: none
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed
 
     def __post_init__(self) -> None:
         _groups(self.heads, self.kv_heads)
@@ -71,15 +72,15 @@ class BenchHierarchyConfig:
     heads: Width = 8  #: query heads
     kv_heads: Width = 8  #: key and value heads
     head_dim: Width = 64  #: width of a head
-    schedules: list[Schedule] = field(default_factory=lambda: list(get_args(Schedule)))  #: which are measured
+    schedules: list[Schedule] = field(default_factory=lambda: list(get_args(Schedule)))  #: schedules that are measured
     ulysses: PerMachine | None = None  #: ranks that trade heads under ulysses_ring; null: all of a node
-    repeats: Positive = 3  #: timed calls of each; the median counts
-    flat_repeats: Positive | None = None  #: the flat ring takes longest: fewer turns for it
+    repeats: Positive = 3  #: timed calls of each schedule; the median counts
+    flat_repeats: Positive | None = None  #: timed calls of the flat ring, which takes longest; null: as repeats
     backward: bool = True  #: whether the backward pass is timed too
-    unlimited: bool = True  #: also without limits: what the prediction starts from
-    timeout_seconds: Seconds = 900.0  #: of one schedule
+    unlimited: bool = True  #: also measure without limits, from which the prediction starts
+    timeout_seconds: Seconds = 900.0  #: seconds that one schedule may take
     out: str = "runs/bench-hierarchy"  #: folder for hierarchy.json and hierarchy.png
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed
 
     def __post_init__(self) -> None:
         _groups(self.heads, self.kv_heads)

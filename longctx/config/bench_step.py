@@ -16,12 +16,12 @@ _SHAPE = InitConfig(layers=8, hidden=512, heads=8, kv_heads=2, ffn=1376, vocab=3
 class BenchStepConfig:
     """One training step beside plain transformers (on a GPU also with liger-kernel), in fresh processes."""
 
-    seq_len: Window = 16384  #: one sequence; 65536 fits in 8 GiB with only=longctx
+    seq_len: Window = 16384  #: tokens of the sequence; 65536 fits in 8 GiB with only=longctx
     pairs: Positive = 3  #: alternated runs of both; the medians are compared
-    threads: PerMachine = 2  #: of each process
-    only: Contestant | None = None  #: one side alone
+    threads: PerMachine = 2  #: CPU threads of each process
+    only: Contestant | None = None  #: measure one side alone
     steps: Positive = 3  #: GPU: timed steps of each process, after two that are not
     model: InitConfig = _SHAPE
-    dtype: Dtype = "float32"  #: of weights and products
+    dtype: Dtype = "float32"  #: dtype of weights and products
     memory: MemoryConfig = MemoryConfig()
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed

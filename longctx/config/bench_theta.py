@@ -23,10 +23,10 @@ class BenchThetaConfig:
     trials: SearchConfig = SearchConfig()
     needle: NeedleConfig = NeedleConfig(per_cell=4)
     documents: Samples = 16  #: held-out texts at the last stage's length, for the last-quarter loss
-    base_length: Window = 512  #: where the loss on short text is measured
-    source: Text = "stdlib"  #: haystack and text
+    base_length: Window = 512  #: tokens of the short text on which the loss is measured too
+    source: Text = "stdlib"  #: source of haystack and text
     out: Given = "runs/bench_theta"  #: folder of runs and tables
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed
 
     def __post_init__(self) -> None:
         if not self.rules:

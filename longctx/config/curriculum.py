@@ -60,7 +60,7 @@ class AdvanceConfig:
     enabled: bool = False  #: whether a stage may end early
     steps: Positive = 20  #: the mean loss of the last so many steps is compared with that of as many before them
     min_drop: Annotated[Share, Field(lt=1)] = 0.002  #: the stage ends when the loss drops by a smaller share than this
-    min_share: Share = 0.25  #: not before this share of the stage's steps is done
+    min_share: Share = 0.25  #: share of the stage's steps before which it does not end
 
 
 @schema
@@ -71,12 +71,12 @@ class StageConfig:
     """
 
     seq_len: Window  #: tokens per sequence: 65536, 64k, 1M
-    theta: Theta | None = None  #: rope theta, instead of a rule
+    theta: Theta | None = None  #: rope theta of the stage, instead of a rule
     rule: RuleField | None = None  #: rule for theta or frequencies, instead of theta
     tokens: Count | None = None  #: tokens of the stage, rounded up to whole batches
     steps: Positive | None = None  #: optimizer steps of the stage, instead of tokens
     batch: Positive | None = None  #: sequences per optimizer step
-    batch_tokens: Count | None = None  #: the same in tokens
+    batch_tokens: Count | None = None  #: tokens per optimizer step, instead of batch
     lr: LearningRateConfig = LearningRateConfig()
     mix: str | None = None  #: name of a data mix (data.mixes)
     layout: LayoutName | None = None  #: which tokens a rank holds
@@ -97,9 +97,8 @@ class CurriculumConfig:
     """Stages by name in order of length, and what they share."""
 
     stages: dict[str, StageConfig]
-    rule: RuleField | None = (
-        None  #: for stages that name neither theta nor rule: ntk, or {name: dynamic-ntk, factor: 4}
-    )
+    #: rule of the stages that name neither theta nor rule: ntk, or {name: dynamic-ntk, factor: 4}
+    rule: RuleField | None = None
     lr: LearningRateConfig = LearningRateConfig()
     mix: str = "default"  #: name of a data mix (data.mixes)
     layout: LayoutName = "zigzag"  #: which tokens a rank holds; zigzag balances causal attention
@@ -108,7 +107,7 @@ class CurriculumConfig:
     scratch: bool = False  #: the model is new: lengths may repeat and lie under its window
     #: stages may be shorter than the model's window, which then stays: a fine-tune that extends nothing
     keep_window: bool = False
-    #: what `longctx theta search=true` wrote; replaces the thetas of the stages it names, whose rule stays
+    #: file that `longctx theta search=true` wrote; replaces the thetas of the stages it names, whose rule stays
     theta_file: str | None = None
     made_for: MadeForConfig | None = None
 

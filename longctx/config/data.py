@@ -34,18 +34,18 @@ class SynthTask:
     """A synthetic task with known answers; see longctx.data.synth."""
 
     kind: TaskKind = "needle"  #: kind of the hidden facts and questions
-    count: Positive = 1  #: needles, table rows, or (variables) chains
-    questions: Positive = 1  #: how many of them are asked at the end
+    count: Positive = 1  #: number of needles, table rows, or (variables) chains
+    questions: Positive = 1  #: number of needles, rows or chains that are asked for at the end
     links: Positive = 3  #: links of a chain
     #: where in the haystack each needle goes (0 its start, 1 its end); null: random
     depths: tuple[Share, ...] | None = None
-    needle: str | None = None  #: the phrasing, with {key} and {value}
-    question: str | None = None  #: the question at the end, with {key} and {value}
+    needle: str | None = None  #: phrasing of the hidden fact, with {key} and {value}
+    question: str | None = None  #: phrasing of the question at the end, with {key} and {value}
     #: the answers' loss weight over that of all other tokens together; null: 2, and every token alike for copy
     answer_weight: ZeroOrMore | None = None
     other_weight: ZeroOrMore = 1.0  #: loss weight of other tokens; 0: only answers train
     segment: Positive | None = None  #: tokens of a copied segment; null: random, up to half of the document
-    symbols: Literal["all", "digits"] = "all"  #: what a copied segment is made of; fewer symbols are learned sooner
+    symbols: Literal["all", "digits"] = "all"  #: symbols of a copied segment; fewer are learned sooner
 
     def __post_init__(self) -> None:
         if self.questions > self.count and self.kind != "chained":
@@ -110,9 +110,10 @@ class SourceConfig:
     include: list[str] = _field(default_factory=list)  #: patterns on file names below path, such as ['*.md']
     exclude: list[str] = _field(default_factory=list)  #: patterns on file names that are left out
     rows: Count | None = None  #: read only so many rows of a hub dataset
-    min_len: LengthOrZero = 0  #: shorter documents are left out; 0: none
-    max_len: Length | None = None  #: longer documents are left out
-    loss: Literal["all", "assistant"] = "all"  #: assistant trains on the assistant's turns only (chat)
+    min_len: LengthOrZero = 0  #: documents of fewer tokens are left out; 0: none
+    max_len: Length | None = None  #: documents of more tokens are left out; null: none
+    #: tokens that carry loss; assistant: those of the assistant's turns (chat)
+    loss: Literal["all", "assistant"] = "all"
     #: the assistant's tokens weigh this multiple of all others of a conversation
     answer_weight: AboveZero | None = None
     task: SynthTask | None = None  #: what a synth source generates
@@ -169,10 +170,9 @@ class LengthPolicy:
     the stage's length).
     """
 
-    #: one of the policies above
+    #: policy of document lengths
     kind: Literal["natural", "upsample", "prolong", "joined", "cut", "full", "fixed", "loguniform"]
-    #: tokens: the shortest long document (upsample), or the shortest drawn (loguniform)
-    min_len: Length | None = None
+    min_len: Length | None = None  #: tokens: the shortest long document (upsample), or the shortest drawn (loguniform)
     share: Share | None = None  #: share of the source's tokens in long documents
     length: Length | None = None  #: tokens of every document (fixed), or of the longest piece (cut)
 
@@ -202,7 +202,7 @@ class MixEntry:
     """A source's part in a mix."""
 
     weight: ZeroOrMore  #: the source's share of the stage's tokens
-    #: how long its documents are; null: natural, and full for synth sources
+    #: policy of the source's document lengths; null: natural, and full for synth sources
     length: Annotated[LengthPolicy | None, BeforeValidator(_policy)] = None
 
 
@@ -220,7 +220,8 @@ class DataConfig:
 
     sources: dict[str, SourceConfig]
     mixes: dict[str, Mix]
-    path: Text | None = None  #: for data=text, data=chat and data=prolong, which read it through their sources
+    #: files or a folder for data=text, data=chat and data=prolong, which read it through their sources
+    path: Text | None = None
     packing: Literal["best_fit", "concat"] = "best_fit"  #: best_fit keeps documents whole, concat joins and splits
     document_mask: bool = True  #: attention stays within a document
     #: predict trains on a document's first token too, which only makes sense without document masks

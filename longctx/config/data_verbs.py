@@ -25,7 +25,7 @@ class PrepareConfig(TrainConfig):
 
     workers: PerMachine | None = None  #: processes that tokenize; null: one per core
     cache: str = ""  #: folder of the shards; empty: RUN/data, where training looks
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed
 
     @property
     def shards(self) -> str:
@@ -36,7 +36,7 @@ class PrepareConfig(TrainConfig):
 class StatsConfig(PrepareConfig):
     """The root of configs/data_stats.yaml."""
 
-    png: str = ""  #: the picture; empty: RUN/data_stats.png
+    png: str = ""  #: file for the picture; empty: RUN/data_stats.png
 
 
 @schema
@@ -48,12 +48,13 @@ class SynthesizeConfig:
     task: SynthTask = SynthTask()
     haystack: str = "stdlib"  #: the source of data whose documents hide the needles
     length: Length = 8192  #: tokens of a document, exactly
-    count: Positive = 10  #: documents
-    keys: Literal["train", "eval"] = "eval"  #: eval draws from the tenth that training never sees, in held-out text
-    seed: Seed = 0  #: of keys, values and haystacks
+    count: Positive = 10  #: number of documents
+    #: keys of the needles; eval: from the tenth that training never sees, in held-out text
+    keys: Literal["train", "eval"] = "eval"
+    seed: Seed = 0  #: random seed of keys, values and haystacks
     out: Given = "runs/synth.jsonl"  #: the file of documents
     cache: Given = "runs/synth/data"  #: folder of tokenized text
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed
 
     def __post_init__(self) -> None:
         if self.haystack not in self.data.sources or self.data.sources[self.haystack].kind == "synth":
@@ -67,14 +68,12 @@ class BenchDataConfig:
 
     model: ModelConfig
     documents: Annotated[Count, Field(ge=1000, le=10**9)] = 10_000_000  #: documents that are packed
-    seq_lens: Annotated[list[Window], Field(min_length=1)] = field(
-        default_factory=lambda: [2**16, 2**20]
-    )  #: lengths they are packed to
-    parts: Annotated[list[Part], Field(min_length=1)] = field(
-        default_factory=lambda: list(get_args(Part))
-    )  #: what is timed
-    megabytes: Positive = 60  #: of text to tokenize; workers take a second to start
-    workers: PerMachine | None = None  #: null: one per core
-    seed: Seed = 0  #: of the drawn documents
+    #: lengths that documents are packed to
+    seq_lens: Annotated[list[Window], Field(min_length=1)] = field(default_factory=lambda: [2**16, 2**20])
+    #: parts that are timed
+    parts: Annotated[list[Part], Field(min_length=1)] = field(default_factory=lambda: list(get_args(Part)))
+    megabytes: Positive = 60  #: MB of text to tokenize; workers take a second to start
+    workers: PerMachine | None = None  #: processes that tokenize; null: one per core
+    seed: Seed = 0  #: random seed of the drawn documents
     out: str = ""  #: a file for the figures
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed

@@ -12,7 +12,7 @@ class DoctorConfig:
     head_dim: Width = 128  #: width of a head
     heads: Width = 32  #: query heads
     kv_heads: Width = 8  #: key and value heads
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

@@ -22,12 +22,13 @@ class NeedleConfig:
     """The needle grid: context lengths by depths."""
 
     lengths: tuple[Length, ...] = (512, 1024, 2048, 4096, 8192)  #: context lengths in tokens, question included
-    depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)  #: 0: the haystack's start
+    #: depths of the needles; 0: the haystack's start, 1: its end
+    depths: tuple[Share, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     per_cell: Samples = 10  #: needles per cell and seed
-    seeds: tuple[Seed, ...] = (11, 22, 33)  #: of keys, values and haystacks
+    seeds: tuple[Seed, ...] = (11, 22, 33)  #: random seeds of keys, values and haystacks
     single: bool = False  #: one needle per haystack, instead of one at every depth, all asked for
-    needle: str = NEEDLE  #: the phrasing, with {key} and {value}
-    question: str = QUESTION  #: the question at the end, with {key} and {value}
+    needle: str = NEEDLE  #: phrasing of the needle, with {key} and {value}
+    question: str = QUESTION  #: phrasing of the question at the end, with {key} and {value}
 
     def __post_init__(self) -> None:
         if len(set(self.depths)) != len(self.depths):
@@ -50,11 +51,11 @@ class EvalModel:
     replaces rope_theta; rope is merged over the model's rope_parameters; window replaces max_position_embeddings.
     """
 
-    path: Given  #: a folder or hub id
+    path: Given  #: the model: a folder or hub id
     tokenizer: Given | None = None  #: a folder or hub id; null: found in path
-    theta: Annotated[AboveZero, Field(gt=1)] | None = None  #: replaces rope_theta
-    rope: dict[str, Any] | None = None  #: merged over the model's rope_parameters
-    window: Window | None = None  #: tokens: replaces max_position_embeddings
+    theta: Annotated[AboveZero, Field(gt=1)] | None = None  #: rope theta, in place of the model's own
+    rope: dict[str, Any] | None = None  #: keys merged over the model's rope_parameters
+    window: Window | None = None  #: tokens: replaces the model's max_position_embeddings
 
 
 def default_name(path: str) -> str:
@@ -95,13 +96,13 @@ class EvalConfig:
     #: several models by name, instead of one
     models: Annotated[dict[str, EvalModel] | None, BeforeValidator(_named)] = None
     data: DataConfig
-    source: Text = "stdlib"  #: which of data's sources is haystack and held-out text
+    source: Text = "stdlib"  #: source of haystack and held-out text
     needle: NeedleConfig = NeedleConfig()
     loss_lengths: tuple[Window, ...] = (512, 8192)  #: windows of held-out text; the longest gives the loss by position
-    loss_sequences: Samples = 32  #: how many of each
+    loss_sequences: Samples = 32  #: held-out sequences per length
     out: Given | None = None  #: folder for eval.json, eval.png and models/NAME.json; null: on screen only
     cache: Given = "runs/data"  #: folder of tokenized documents
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed
 
     def __post_init__(self) -> None:
         if self.models is not None and not self.models:

@@ -11,7 +11,7 @@ from longctx.config.base import AsDtype, Format, Given, schema
 class ImportConfig:
     """The root of configs/import.yaml: a model in a GGUF file becomes a folder that everything else reads."""
 
-    gguf: Given  #: the file; transformers reads its weights, quantized or not, and its tokenizer
-    out: Given  #: the folder in Hugging Face format
-    dtype: Annotated[Literal["bfloat16", "float32"], AsDtype] = "bfloat16"  #: of the weights written
-    format: Format = "text"  #: of what is printed
+    gguf: Given  #: the GGUF file; transformers reads its weights, quantized or not, and its tokenizer
+    out: Given  #: the model's folder, in Hugging Face format
+    dtype: Annotated[Literal["bfloat16", "float32"], AsDtype] = "bfloat16"  #: dtype of the weights written
+    format: Format = "text"  #: format of what is printed

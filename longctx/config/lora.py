@@ -46,38 +46,43 @@ class ExtractConfig:
     base: Given  #: the model before training
     tuned: Given  #: the model after training
     out: Given  #: the adapter's folder
-    rank: Positive = 32  #: of every factor pair
-    #: instead: the smallest rank per module that keeps this share of its squared norm
+    rank: Positive = 32  #: rank of every factor pair
+    #: in place of rank: the smallest rank per module that keeps this share of its squared norm
     share: ShareAboveZero | None = None
-    size_mb: AboveZero | None = None  #: instead: the ranks that fit this size and keep most; reads the pair twice
+    #: in place of rank: the ranks that fit this many MB and keep most; reads the pair twice
+    size_mb: AboveZero | None = None
     max_rank: Positive = 256  #: bound of the ranks that share and size_mb choose
-    #: serving: layers only, no lm_head, embeddings or norms (what stays behind is listed)
+    #: tensors carried; serving: layers only, no lm_head, embeddings or norms (what stays behind is listed)
     profile: Literal["full", "serving"] = "full"
-    embeddings: bool | None = None  #: null: in profile full when they are tied to the output layer
-    lm_head: bool | None = None  #: null: in profile full
-    rslora: bool = False  #: alpha / sqrt(rank) instead of alpha / rank
-    dtype: FactorDtype = "bfloat16"  #: of the factors
-    precision: Annotated[Literal["float32", "float64"], AsDtype] = "float32"  #: of differences and products
-    #: to which the base is rounded before it is subtracted: the training's, where it loaded the base so (an fp16 base
-    #: is trained in bfloat16); otherwise that rounding counts as change
+    #: whether the adapter carries them; null: in profile full when they are tied to the output layer
+    embeddings: bool | None = None
+    lm_head: bool | None = None  #: whether the adapter carries it; null: in profile full
+    rslora: bool = False  #: scale by alpha / sqrt(rank) instead of alpha / rank
+    dtype: FactorDtype = "bfloat16"  #: dtype of the factors
+    precision: Annotated[Literal["float32", "float64"], AsDtype] = "float32"  #: dtype of differences and products
+    #: dtype to which the base is rounded before it is subtracted: the training's, where it loaded the base so (an fp16
+    #: base is trained in bfloat16); otherwise that rounding counts as change
     base_dtype: Annotated[Literal["stored", "float32", "bfloat16", "float64"], AsDtype] = "stored"
     oversample: Positive = 16  #: columns of the sketch beyond the rank
     power_max: Positive = 8  #: power iterations before the exact SVD is taken
     #: estimated gain of more iterations over the squared residual; 8e-3 leaves residuals within 0.4 % of the optimum
     tolerance: AboveZero = 4e-3
-    seed: Seed = 0  #: of the sketches
+    seed: Seed = 0  #: random seed of the sketches
     device: Annotated[Text, AfterValidator(_device)] = "auto"  #: cpu, cuda or cuda:1; auto: a GPU when there is one
     workers: PerMachine | None = None  #: tensors in flight; null: one per core, at most 8
     #: MiB of differences held at once, all workers together (on a GPU: half of what is free); larger tensors are read
     #: again on every pass
     memory_mib: Positive = 384
-    max_shard_mb: AboveZero = 5000.0  #: PEFT reads one file; larger adapters are sharded with an index
-    verify: Literal["modules", "loss"] = "modules"  #: loss: also that of base, tuned and base + adapter on text
-    text: Given | None = None  #: a file neither model was trained on
+    #: MB of the largest file; larger adapters are sharded with an index, and PEFT reads one file only
+    max_shard_mb: AboveZero = 5000.0
+    #: loss: also compare the losses of base, tuned and base + adapter on text
+    verify: Literal["modules", "loss"] = "modules"
+    text: Given | None = None  #: for verify=loss: a file that neither model was trained on
     text_tokens: Annotated[Count, Field(ge=2)] = 4096  #: tokens read from text
-    text_seq_len: Window = 512  #: tokens of one sequence of it
-    allow_shorter: bool = False  #: a tuned model with a shorter window than the base looks like a swap and is refused
-    format: Format = "text"  #: of what is printed
+    text_seq_len: Window = 512  #: tokens of one sequence of text
+    #: allow a tuned model with a shorter window than the base, which is refused as a swap of the two
+    allow_shorter: bool = False
+    format: Format = "text"  #: format of what is printed
 
     def __post_init__(self) -> None:
         if self.text is not None and self.verify != "loss":
@@ -88,8 +93,10 @@ class ExtractConfig:
 class MergeRope:
     """The rope a merged model gets."""
 
-    rule: Literal["adapter", "keep"] = "adapter"  #: the adapter's, or the target's own; rope=keep for short
-    theta: Annotated[AboveZero, Field(gt=1)] | None = None  #: with window, for adapters that carry none
+    #: rope of the merged model: the adapter's, or the target's own (keep); rope=keep for short
+    rule: Literal["adapter", "keep"] = "adapter"
+    #: rope theta, given with window for adapters that carry none
+    theta: Annotated[AboveZero, Field(gt=1)] | None = None
 
 
 def _as_rope(value: Any) -> Any:
@@ -107,16 +114,17 @@ class MergeConfig:
     target: Given  #: the fine-tune of the adapter's base
     adapter: Adapters  #: a folder or hub id, or a list of them
     out: Given  #: the merged model's folder
-    scale: Scales = field(default_factory=lambda: [1.0])  #: one for all adapters, or a list
+    scale: Scales = field(default_factory=lambda: [1.0])  #: factor of each adapter: one for all, or a list
     rope: Annotated[MergeRope, BeforeValidator(_as_rope)] = field(default_factory=MergeRope)
-    window: Window | None = None  #: tokens: with rope.theta, for adapters that carry none
+    window: Window | None = None  #: window in tokens, given with rope.theta for adapters that carry none
     like: Given | None = None  #: a model whose rope and window the merged model gets
     #: lm_head and embeddings whose vocabularies differ: leave them, or merge the rows both have (common)
     vocab: Literal["skip", "common"] = "skip"
-    #: asked for where an adapter holds other embeddings of its base than the target has
+    #: embeddings that the merged model gets where an adapter holds other ones of its base than the target has: own, the
+    #: target's, or the adapter's
     copies: Literal["own", "adapter"] | None = None
     allow_partial: bool = False  #: merge what fits where layers are missing or unexpected
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed
 
     def __post_init__(self) -> None:
         twice = [name for name in self.adapter if self.adapter.count(name) > 1]
@@ -133,14 +141,15 @@ class InfoConfig:
     """The root of configs/lora_info.yaml: an adapter to describe, or a plan of one."""
 
     adapter: Given | None = None  #: a folder or hub id
-    plan: Given | None = None  #: instead: a model's folder, or a model known by name: llama3_8b, qwen3_8b, ...
-    rank: Positive = 32  #: of the plan, and the next three
-    embeddings: bool = False  #: whether the plan includes the embeddings
-    lm_head: bool = True  #: whether it includes the output layer
-    dtype: FactorDtype = "bfloat16"  #: of its factors
+    #: in place of adapter: a model to plan one for, a folder or a name such as llama3_8b, qwen3_8b
+    plan: Given | None = None
+    rank: Positive = 32  #: rank of the planned adapter
+    embeddings: bool = False  #: whether the planned adapter carries the embeddings
+    lm_head: bool = True  #: whether the planned adapter carries the output layer
+    dtype: FactorDtype = "bfloat16"  #: dtype of the planned factors
     plots: Given | None = None  #: a folder for PNGs: spectra, and share kept per layer and projection
     measure: bool = True  #: time a small extraction here and extrapolate
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed
 
 
 @schema
@@ -148,15 +157,16 @@ class BenchLoraConfig:
     """The root of configs/bench_lora.yaml."""
 
     mergekit: Given | None = None  #: mergekit-extract-lora in its own environment; without it ours is measured alone
-    rank: Positive = 32  #: of the adapter
-    layers: Layers = 12  #: of the made pair
-    hidden: Width = 1024  #: its width
-    vocab: Width = 32000  #: its vocabulary
-    delta_rank: Positive = 32  #: directions in the made difference, besides noise
-    threads: PerMachine = 2  #: of each process
-    repeats: Positive = 2  #: of ours; two are also compared byte by byte
-    shallow: Layers | None = 3  #: also a pair of so few layers, to see that memory does not grow with depth; null: skip
-    exact: bool = True  #: also the exact optimum's residual, with one SVD per kind of matrix
-    folder: Given | None = None  #: where the pair is made and kept; null: a temporary folder
+    rank: Positive = 32  #: rank of the adapter
+    layers: Layers = 12  #: layers of the pair of models that is made
+    hidden: Width = 1024  #: hidden width of the pair
+    vocab: Width = 32000  #: vocabulary size of the pair
+    delta_rank: Positive = 32  #: rank of the difference of the pair, besides noise
+    threads: PerMachine = 2  #: CPU threads of each process
+    repeats: Positive = 2  #: runs of our extraction; two are also compared byte by byte
+    #: also measure a pair of so few layers, to see that memory does not grow with depth; null: skip
+    shallow: Layers | None = 3
+    exact: bool = True  #: also compute the exact optimum's residual, with one SVD per kind of matrix
+    folder: Given | None = None  #: folder in which the pair is made and kept; null: a temporary one
     out: Given | None = None  #: a JSON file for the figures
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed

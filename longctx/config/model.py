@@ -38,22 +38,21 @@ Family = Literal["llama", "mistral", "qwen2", "qwen3", "gemma"]
 class MemoryConfig:
     """What is kept for the backward pass and how large the pieces are; docs/memory.md has the formulas."""
 
-    activation_checkpointing: bool = (
-        True  #: recompute every layer from its input, its attention output and lse; false keeps all
-    )
-    #: false: full recomputation, a layer keeps only its input and its attention runs forward twice a step
+    #: recompute every layer from its input, its attention output and lse; false keeps all
+    activation_checkpointing: bool = True
+    #: keep attention outputs and lse; false: recompute in full, where a layer keeps only its input and its attention
+    #: runs forward twice a step
     keep_attention: bool = True
     #: last layers that also keep their matrix products: faster, more memory; auto: as many as budget_gib holds
     keep_matmuls: NotNegative | Literal["auto"] = 0
     budget_gib: ZeroOrMore | None = None  #: GiB of a device that saved tensors may take, for keep_matmuls=auto
     #: tokens that go through o_proj and the feed-forward block at once; 0: all; auto: 2048 on a CPU, 8192 on a GPU
     ffn_block: NotNegative | Literal["auto"] = "auto"
-    loss_chunk: Positive | Literal["auto"] = (
-        "auto"  #: tokens whose logits exist at once; auto: 512 on a CPU, 4096 on a GPU
-    )
+    #: tokens whose logits exist at once; auto: 512 on a CPU, 4096 on a GPU
+    loss_chunk: Positive | Literal["auto"] = "auto"
     offload_activations: bool = False  #: keep the saved tensors in host memory
-    #: who computes norms, rotation, gated activation and softmax on a GPU: liger-kernel, or torch's operators (off);
-    #: auto: liger-kernel where it is installed and agrees with torch's operators on the device
+    #: operators for norms, rotation, gated activation and softmax on a GPU: liger-kernel's, or torch's (off); auto:
+    #: liger-kernel's where it is installed and agrees with torch's operators on the device
     fused: Fused = "auto"
 
     def __post_init__(self) -> None:
@@ -84,9 +83,9 @@ class InitConfig:
     kv_heads: Width  #: key and value heads, which query heads share
     ffn: Width  #: inner width of the feed-forward block
     vocab: Width  #: rows of the embedding
-    head_dim: HeadDim | None = None  #: null divides hidden by heads
+    head_dim: HeadDim | None = None  #: dimension of a head; null: hidden / heads
     theta: Annotated[AboveZero, Field(gt=1)] = 10000.0  #: base of the rotary frequencies
-    window: Window = 512  #: the length the theta was made for
+    window: Window = 512  #: window that theta was made for, in tokens
     tie_embeddings: bool = False  #: the output layer is the embedding
     norm_eps: Epsilon = 1e-5  #: added to the variance in RMSNorm
     seed: Seed = 0  #: random seed of the weights
@@ -109,11 +108,12 @@ class InitConfig:
 class ModelConfig:
     """The model of a run: loaded (path) or drawn at random (init)."""
 
-    path: Given | None = None  #: a folder or hub id in Hugging Face format
+    path: Given | None = None  #: the model: a folder or hub id in Hugging Face format
     init: InitConfig | None = None
     tokenizer: Given | None = None  #: a folder or hub id; null: the model's own
     dtype: Dtype = "auto"  #: dtype of the weights; auto: that of config.json; bfloat16 has float32 masters
-    attention: Literal["longctx", "sdpa", "eager"] = "longctx"  #: sdpa and eager: transformers' own, one rank only
+    #: implementation of attention; sdpa and eager: transformers' own, one rank only
+    attention: Literal["longctx", "sdpa", "eager"] = "longctx"
     #: which of longctx's kernels attends; auto: the first that serves, on a GPU never `reference`. What a kernel
     #: leaves of single calls (cuDNN: short documents) goes to the next that serves
     attention_kernel: Literal["auto"] | KernelName = "auto"

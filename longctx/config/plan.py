@@ -20,16 +20,16 @@ class DrawConfig:
     """The attention whose schedule is drawn."""
 
     stage: Text | None = None  #: a stage of the curriculum, drawn as it would be trained; null: the values below
-    #: of the attention that is drawn
+    #: schedule of the attention that is drawn
     schedule: Literal["flat_ring", "double_ring", "allgather_ring", "ulysses_ring"] = "double_ring"
     ulysses: PerMachine | None = None  #: ranks that share heads under ulysses_ring; null: all of a node
-    direction: Literal["forward", "backward"] = "backward"  #: which pass
+    direction: Literal["forward", "backward"] = "backward"  #: pass that is drawn
     seq_len: Length = 65536  #: tokens of the whole sequence
     heads: Width = 32  #: query heads
     kv_heads: Width = 8  #: key and value heads
     head_dim: Width = 128  #: width of a head
     width: Annotated[Positive, Field(ge=20)] = 100  #: columns of the text
-    show_ranks: Positive = 8  #: at most so many
+    show_ranks: Positive = 8  #: ranks that are drawn, at most
     svg: Text = ""  #: a file for the picture
 
 
@@ -37,13 +37,14 @@ class DrawConfig:
 class PlanConfig(TrainConfig):
     """The root of configs/plan.yaml: everything a training command says, and the machines it is planned for."""
 
-    name: Text = "plan"  #: a training command may name its run; a plan does not use it
-    nodes: MachineCount = 1  #: machines
-    ranks: PerMachine = 8  #: devices in each
-    show: Literal["stages", "schedule"] = "stages"  #: memory and time of every stage, or one attention layer's timeline
+    name: Text = "plan"  #: name of a run, which a plan does not use
+    nodes: MachineCount = 1  #: number of machines
+    ranks: PerMachine = 8  #: devices in each machine, a rank on each
+    #: what is printed: memory and time of every stage, or the timeline of one attention layer
+    show: Literal["stages", "schedule"] = "stages"
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     draw: DrawConfig = field(default_factory=DrawConfig)
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed
 
     def __post_init__(self) -> None:
         """Check accept alone: a drawn model, which has no base to compare with, is planned without its evidence."""

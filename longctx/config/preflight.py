@@ -15,9 +15,9 @@ class PreflightConfig:
     """The root of configs/preflight.yaml."""
 
     folder: Given = "runs"  #: folder that every node must see, as runs do
-    hardware: HardwareConfig  #: whose links are expected
-    device: Literal["auto", "cpu", "cuda"] = "auto"  #: what the ranks send from
+    hardware: HardwareConfig  #: hardware whose links are expected
+    device: Literal["auto", "cpu", "cuda"] = "auto"  #: device that the ranks send from
     mbytes: Annotated[AboveZero, Field(ge=1e-3, le=1e5)] = 64.0  #: MB of one message
     meeting_minutes: Minutes = 1.0  #: minutes that the ranks wait for each other
     clock_seconds: Seconds = 2.0  #: seconds by which the nodes' clocks may differ
-    format: Format = "text"  #: of what is printed
+    format: Format = "text"  #: format of what is printed

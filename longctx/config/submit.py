@@ -50,22 +50,21 @@ class SlurmConfig(LaunchConfig):
     """A Slurm job: its nodes, its limits, and what its script sets before the ranks start."""
 
     nodes: MachineCount = 1  #: machines of the job
-    gpus_per_node: Annotated[NotNegative, Field(le=4096)] = (
-        8  #: GPUs of a machine, a rank on each; 0: none, and ranks_per_node says how many ranks
-    )
-    ranks_per_node: PerMachine | None = None  #: null: one per GPU
+    #: GPUs of a machine, a rank on each; 0: none, and ranks_per_node says how many ranks
+    gpus_per_node: Annotated[NotNegative, Field(le=4096)] = 8
+    ranks_per_node: PerMachine | None = None  #: ranks of a machine; null: one per GPU
     cpus_per_task: PerMachine = 8  #: cores of each rank
     gres: Text | None = None  #: in place of --gpus-per-node, where a cluster names its GPUs: gpu:h100:8
-    account: Text | None = None  #: --account
-    partition: Text | None = None  #: --partition
-    qos: Text | None = None  #: --qos
-    constraint: Text | None = None  #: --constraint
+    account: Text | None = None  #: Slurm's --account
+    partition: Text | None = None  #: Slurm's --partition
+    qos: Text | None = None  #: Slurm's --qos
+    constraint: Text | None = None  #: Slurm's --constraint
     #: time limit, as sbatch takes it (minutes, HH:MM:SS, D-HH:MM:SS); a run that needs longer is queued again
     time: Text = "24:00:00"
     #: seconds before the time limit at which Slurm asks the run to save
     lead_seconds: Annotated[Positive, Field(le=65535)] = 600
     container: Text | None = None  #: image in which the ranks run (srun --container-image, by pyxis)
-    mounts: list[Text] = field(default_factory=list)  #: its mounts, HOST:CONTAINER
+    mounts: list[Text] = field(default_factory=list)  #: mounts of the container, HOST:CONTAINER
     setup: list[Text] = field(default_factory=list)  #: lines of shell before the ranks start: ['module load cuda']
     environment: dict[str, Text] = field(default_factory=dict)  #: variables of the ranks: NCCL's, the fabric's, HF_HOME
     sbatch: list[Text] = field(default_factory=list)  #: further options of sbatch: ['--exclusive']

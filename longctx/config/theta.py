@@ -45,10 +45,10 @@ class SearchConfig:
     attempts: NotNegative = 2  #: how often the bracket is moved when the best lies on its edge
     documents: Samples = 8  #: held-out sequences of the stage's length
     needles: Annotated[NotNegative, Field(le=100_000)] = 4  #: haystacks per trial, a needle at each of five depths
-    needle_weight: ZeroOrMore = 0.25  #: the needles' answer loss beside the text's last-quarter loss
+    needle_weight: ZeroOrMore = 0.25  #: weight of the needles' answer loss beside the text's last-quarter loss
     adapt_steps: NotNegative = 0  #: optimizer steps per candidate, thrown away afterwards
-    adapt_lr: Rate = 3e-4  #: their learning rate
-    seed: Seed = 0  #: of documents and needles
+    adapt_lr: Rate = 3e-4  #: learning rate of the adapt_steps
+    seed: Seed = 0  #: random seed of documents and needles
 
 
 @schema
@@ -56,21 +56,20 @@ class ThetaConfig:
     """The root of configs/theta.yaml: where the rope starts and where it goes."""
 
     model: Annotated[ModelConfig | None, BeforeValidator(_given)] = None
-    head_dim: Annotated[HeadDim, Field(ge=4)] | None = (
-        None  #: instead of a model: its head size, theta and window (from)
-    )
-    theta: Theta | None = None  #: present theta
+    #: in place of a model: its head dimension, given with theta and from
+    head_dim: Annotated[HeadDim, Field(ge=4)] | None = None
+    theta: Theta | None = None  #: present rope theta, with head_dim
     from_: Window | None = Field(default=None, alias="from")  #: window in tokens; null: the model's
-    to: Window | None = None  #: target length
-    rule: RuleField | None = None  #: of `to`; null: dynamic-ntk
-    curriculum: CurriculumConfig | None = None  #: a table per stage, instead of `to`
-    png: Given | None = None  #: a picture of wavelengths against the window, before and after
-    format: Format = "text"  #: of what is printed
+    to: Window | None = None  #: target length, in tokens
+    rule: RuleField | None = None  #: rule that leads to `to`; null: dynamic-ntk
+    curriculum: CurriculumConfig | None = None  #: stages, each with a table, instead of `to`
+    png: Given | None = None  #: file for a picture of wavelengths against the window, before and after
+    format: Format = "text"  #: format of what is printed
     search: bool = False  #: try thetas around the rule's on held-out documents (needs the model's weights)
     trials: SearchConfig = SearchConfig()
-    data: DataConfig | None = None  #: of a search
-    name: RunName = "theta"  #: results go to runs/NAME
-    run_dir: str = ""  #: the folder of a search, instead of runs/NAME
+    data: DataConfig | None = None  #: documents of a search
+    name: RunName = "theta"  #: name of the results, which go to runs/NAME
+    run_dir: str = ""  #: folder of the results, instead of runs/NAME
     nproc: PerMachine = 1  #: ranks that share a long sequence by ring attention while searching
 
     @property

@@ -46,12 +46,11 @@ ESTIMATES = ("memory", "disk")  # what a run may start with though it does not f
 class ParallelConfig:
     """How the ranks share the work: cp ranks hold one sequence, world / cp groups hold different ones."""
 
-    cp: Positive | Literal["auto", "all"] = (
-        "auto"  #: ranks per sequence; auto: stage by stage, by seq_len_per_rank; all: every rank
-    )
+    #: ranks per sequence; auto: stage by stage, by seq_len_per_rank; all: every rank
+    cp: Positive | Literal["auto", "all"] = "auto"
     cp_by_stage: dict[str, Positive] = field(default_factory=dict)  #: cp of single stages by name: {s1048k: 8}
     seq_len_per_rank: Length = 8192  #: tokens of a sequence that one rank holds at most, under cp=auto
-    #: auto: flat_ring inside a node, double_ring over several
+    #: schedule of attention; auto: flat_ring inside a node, double_ring over several
     schedule: Literal["auto", "flat_ring", "double_ring", "allgather_ring", "ulysses_ring"] = "auto"
     nodes: MachineCount | Literal["auto"] = "auto"  #: nodes that one sequence spans
     #: ranks that trade tokens for heads in ulysses_ring; auto: all of a node
@@ -62,7 +61,8 @@ class ParallelConfig:
 class EngineConfig:
     """Who owns the weights and the optimizer: `ddp` replicates them, `deepspeed` shards them (ZeRO)."""
 
-    name: Literal["ddp", "deepspeed"] = "ddp"  #: set by engine=ddp and engine=deepspeed
+    #: engine: replication or DeepSpeed's ZeRO; set by engine=ddp and engine=deepspeed
+    name: Literal["ddp", "deepspeed"] = "ddp"
     zero: Literal[0, 1, 2, 3] = 0  #: ZeRO stage. 1: optimizer states are sharded; 2: and gradients; 3: and parameters
     offload_optimizer: bool = False  #: keep optimizer states in host memory
     #: the share of the optimizer states that offload_optimizer keeps there; the rest stays on the device (ddp)
@@ -83,8 +83,8 @@ class OptimConfig:
     beta1: Decay = 0.9  #: decay of the first moment
     beta2: Decay = 0.95  #: decay of the second moment
     eps: Epsilon = 1e-8  #: added to the root of the second moment
-    #: of matrices, per unit of learning rate: a step multiplies them by 1 - rate x weight_decay, which no rate of the
-    #: curriculum may take below 0
+    #: decay of matrices, per unit of learning rate: a step multiplies them by 1 - rate x weight_decay, which no rate of
+    #: the curriculum may take below 0
     weight_decay: ZeroOrMore = 0.0
     max_grad_norm: ZeroOrMore = 1.0  #: largest global gradient norm; 0 switches clipping off
     z_loss: ZeroOrMore = 0.0  #: factor of lse^2 that is added to the trained loss; the reported one leaves it out
@@ -97,9 +97,11 @@ class OptimConfig:
 class LoggingConfig:
     """What is shown; metrics.jsonl is always written and is the truth."""
 
-    display: Literal["auto", "rich", "plain", "none"] = "auto"  #: auto: bars on a terminal, lines elsewhere
-    every_steps: Positive = 10  #: steps between plain lines
-    wandb: Literal["offline", "online", "disabled"] = "disabled"  #: offline: RUN/wandb, which `wandb sync` uploads
+    #: display of progress; auto: bars on a terminal, lines elsewhere
+    display: Literal["auto", "rich", "plain", "none"] = "auto"
+    every_steps: Positive = 10  #: steps between lines of display=plain
+    #: mode of wandb; offline: RUN/wandb, which `wandb sync` uploads
+    wandb: Literal["offline", "online", "disabled"] = "disabled"
     project: str = "longctx"  #: wandb's project
     peak_tflops: AboveZero | None = None  #: dense peak of one device, for MFU; null: from the table of known GPUs
 
@@ -122,7 +124,7 @@ class GuardsConfig:
 
     #: skip a step whose loss exceeds this multiple of the recent median; null: none is skipped
     spike_factor: Annotated[AboveZero, Field(gt=1)] | None = None
-    spike_median_steps: Positive = 50  #: steps of that median
+    spike_median_steps: Positive = 50  #: steps of the recent median that spike_factor multiplies
     max_skipped_steps: Positive = 10  #: so many skipped steps in a row are no spike: the run ends
     #: name the rank that makes no progress for this long, and stop; 0: wait for ever
     stall_seconds: Annotated[ZeroOrMore, Field(le=1e6)] = 1800.0
@@ -132,7 +134,7 @@ class GuardsConfig:
 class ProfileConfig:
     """torch.profiler's trace of chosen steps, in RUN/profile."""
 
-    steps: list[NotNegative] | None = None  #: [10,12] records global steps 10 and 11
+    steps: list[NotNegative] | None = None  #: global steps to trace: [10,12] records steps 10 and 11
 
     def __post_init__(self) -> None:
         if self.steps is not None and (len(self.steps) != 2 or self.steps[0] >= self.steps[1]):
@@ -154,7 +156,8 @@ class LaunchConfig:
 class EvaluateConfig:
     """Held-out loss at the end of each stage."""
 
-    heldout_sequences: Annotated[NotNegative, Field(le=100_000)] = 8  #: sequences of the stage's own kind; 0: none
+    #: held-out sequences at a stage's end, of the stage's own kind; 0: none
+    heldout_sequences: Annotated[NotNegative, Field(le=100_000)] = 8
 
 
 @schema
