@@ -2,7 +2,7 @@
 # Checks and measures longctx on this machine's first GPU in at most 6 minutes, and writes one table.
 #
 #   bash launch/gpu_check.sh                    gates, then benchmarks
-#   bash launch/gpu_check.sh tests              gates only: kernels against fp64, NCCL with several ranks on the card, runs
+#   bash launch/gpu_check.sh tests              gates only: kernels against fp64, NCCL with several ranks on the GPU, runs
 #   bash launch/gpu_check.sh bench              benchmarks only
 #   bash launch/gpu_check.sh kernels attention  parts by name; `gpu_check.sh help` lists them
 #   bash launch/gpu_check.sh smollm2 minutes=8     a real model from 8,192 to 65,536 tokens; by name only

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Several NCCL ranks on one GPU, to try and to test runs of many ranks on a machine with a single card.
+# Several NCCL ranks on one GPU, to try and to test runs of many ranks on a machine with a single GPU.
 #
 #   launch/one_gpu.sh 2 longctx train experiment=quickstart engine.device=cuda model.dtype=bf16
 #   launch/one_gpu.sh 4 python my_training.py
@@ -8,7 +8,7 @@
 # NCCL compares hosts when it looks for duplicate GPUs, so every rank gets a host name of its own (NCCL_HOSTID), and the
 # ranks talk through sockets on the loopback device, as nodes do.
 # Sends, receives, communicators, streams, timeouts and aborts are NCCL's real ones; times are not those of a cluster,
-# because the processes share the card in slices. On a machine with several cards the first visible one is used.
+# because the processes share the GPU in slices. On a machine with several GPUs the first visible one is used.
 #
 # The exit status is that of the first rank that ended otherwise than with 0; the others get 15 seconds to end.
 set -u

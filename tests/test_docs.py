@@ -181,7 +181,7 @@ def test_a_planned_figure_is_what_plan_says(words, capsys):
         "tokens trained": sum(stage["tokens"] for stage in planned["stages"].values()),
     }
     for column, stated in estimates()[words]:
-        if column == "card":
+        if column == "GPU":
             assert stated == planned["hardware"]["name"]
         else:
             unit = {"M": 1e6, "B": 1e9}.get(stated[-1], 1)

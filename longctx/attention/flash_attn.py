@@ -125,7 +125,7 @@ def _fa2_reasons(problem: Problem) -> list[str]:
     except PackageNotFoundError:
         pass  # cuda_requirements has listed the missing package
     if problem.head_dim > 192 and problem.capability in ((8, 6), (8, 9), (12, 0)):
-        reasons.append(f"its backward has no head dimension above 192 on this card, got {problem.head_dim}")
+        reasons.append(f"its backward has no head dimension above 192 on this GPU, got {problem.head_dim}")
     return reasons
 
 

@@ -18,7 +18,7 @@ aten = torch.ops.aten
 CUDNN_BLOCK = 1024  # the fewest queries and keys of a block for cuDNN, which refuses blocks of one token
 # Tensors of as many elements and more take several backward calls: cuDNN's helper kernels take 32-bit sizes, and with
 # 2^32 elements (1,048,576 tokens x 32 heads x 128, cuDNN 9.19) dq of six sampled rows was 5 % off, pooled. Neither
-# the cause nor the cure has been verified on a card (docs/log.md).
+# the cause nor the cure has been verified on a GPU (docs/log.md).
 CUDNN_SPAN = 2**31
 CUDNN_STEP = 256  # lengths of packed documents for cuDNN are multiples of this, so that plans are few
 
@@ -76,7 +76,7 @@ def _packed_flash_backward(
 def _flash_reasons(problem: Problem) -> list[str]:
     reasons = cuda_requirements(problem)
     if problem.head_dim > 192 and (problem.capability in ((8, 6), (8, 9)) or problem.capability[0] == 12):
-        reasons.append(f"its backward has no head dimension above 192 on this card, got {problem.head_dim}")
+        reasons.append(f"its backward has no head dimension above 192 on this GPU, got {problem.head_dim}")
     return reasons
 
 

@@ -1,7 +1,7 @@
 """`longctx bench attention beside=ring_flash_attn`: longctx's flat ring beside the package's zigzag ring.
 
 Both rings take turns on the same ranks, with the same tensors and the same kernel, forward and backward: over gloo with
-one thread per rank on a CPU, over NCCL on GPUs. More ranks than GPUs share a card as launch/one_gpu.sh lets them; their
+one thread per rank on a CPU, over NCCL on GPUs. More ranks than GPUs share a GPU as launch/one_gpu.sh lets them; their
 times then compare the two rings and say nothing of a cluster. Before the turns one pass of each is compared, and what
 it sends is counted.
 """
@@ -140,7 +140,7 @@ def prepare(rank: int, world: int, port: int, device: str) -> Serve:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if device == "cuda" and world > torch.cuda.device_count():
-        os.environ.update(worlds.shared_card(rank))
+        os.environ.update(worlds.shared_gpu(rank))
     both = BothRings(worlds.start(device))
 
     def serve(request: Request) -> Any:
@@ -239,8 +239,8 @@ def table(document: dict[str, Any]) -> Any:
     from rich.box import SIMPLE
     from rich.table import Table
 
-    at, ranks, cards = document["host"], document["ranks"], document["devices"]
-    where = at["machine"] if not cards else f"{min(cards, ranks)} x {document['device']}"
+    at, ranks, gpus = document["host"], document["ranks"], document["devices"]
+    where = at["machine"] if not gpus else f"{min(gpus, ranks)} x {document['device']}"
     title = (
         f"causal attention, forward + backward, bfloat16: {ranks} ranks on {where}, torch {at['torch']},\n"
         "longctx's flat ring / the zigzag ring of ring_flash_attn over the same kernel"

@@ -1,6 +1,6 @@
 """`launch/gpu_check.sh`: run the gates and benchmarks of a GPU, each in a process with a time limit, and tabulate them.
 
-A part is a command and a function that reads its figures. Gates run side by side, since they share the card without
+A part is a command and a function that reads its figures. Gates run side by side, since they share the GPU without
 harm; benchmarks run one after another until the minutes are used up. A part that hangs is killed with all of its
 processes, and the others still run.
 """
@@ -67,7 +67,7 @@ def usage() -> str:
 
 
 def run_gates(parts: Sequence[Part], out: Path, deadline: float) -> list[Row]:
-    """Run parts side by side; returns their rows, and how much memory they left on the card."""
+    """Run parts side by side; returns their rows, and how much memory they left on the GPU."""
     if not parts:
         return []
     before = memory_used()
@@ -77,7 +77,7 @@ def run_gates(parts: Sequence[Part], out: Path, deadline: float) -> list[Row]:
         return rows
     time.sleep(2.0)  # the driver frees what ended processes held
     left = (memory_used() or before) - before
-    return [*rows, Row("gates", "left on the card afterwards", float(left), "MiB", "at most 64", holds=left <= 64)]
+    return [*rows, Row("gates", "left on the GPU afterwards", float(left), "MiB", "at most 64", holds=left <= 64)]
 
 
 def memory_used() -> int | None:

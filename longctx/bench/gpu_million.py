@@ -1,4 +1,4 @@
-"""One layer's attention at 2^20 tokens on one card, forward and backward, with sampled rows compared with fp64.
+"""One layer's attention at 2^20 tokens on one GPU, forward and backward, with sampled rows compared with fp64.
 
 Shapes: S tokens, H query heads, K kv heads, D head dimension, R sampled rows.
 """

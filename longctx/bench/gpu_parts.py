@@ -133,7 +133,7 @@ def _read_attention(folder: Path) -> list[Row]:
             share = row["of_kernel"]
             idle = max(0.0, 1 - row["busy_seconds"] / row["seconds"])
             rows.append(Row("attention", name, share, "of the bare kernel", f"{floor}", holds=share >= floor,
-                            note=f"the card waits for the host {idle:.0%} of the time"))  # fmt: skip
+                            note=f"the GPU waits for the host {idle:.0%} of the time"))  # fmt: skip
     return rows + _read_packed(document["packed"])
 
 
@@ -280,7 +280,7 @@ PARTS = (
          _pytest("tests/gpu/test_fused.py"), _read_pytest("fused"), ("pytest",)),
     Part("offload", "tests", "optimizer states and activations in host memory", 90, 20,
          _pytest("tests/gpu/test_offload.py"), _read_pytest("offload"), ("pytest",)),
-    Part("nccl", "tests", "NCCL with several ranks on one card", 200, 40,
+    Part("nccl", "tests", "NCCL with several ranks on one GPU", 200, 40,
          _pytest("tests/gpu/test_nccl.py", workers=4), _read_pytest("nccl"), ("pytest", "deepspeed")),
     Part("runs", "tests", "whole runs, a kill, refusals", 200, 40,
          _pytest("tests/gpu/test_runs.py", workers=4), _read_pytest("runs"), ("pytest", "datasets", "deepspeed")),

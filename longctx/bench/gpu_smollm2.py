@@ -1,4 +1,4 @@
-"""The part `smollm2` of `launch/gpu_check.sh`: a real model from 8,192 to 65,536 tokens on one card."""
+"""The part `smollm2` of `launch/gpu_check.sh`: a real model from 8,192 to 65,536 tokens on one GPU."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Trials:
         self.file = Path(config.out) / "longest.json"
         free = ("out", "format", "start", "most", "precision", "trial_minutes")
         settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
-        limits = prediction.limits  # of another card or host, which takes other lengths
+        limits = prediction.limits  # of another GPU or host, which takes other lengths
         memory = [round((size or 0) / GIB) for size in (limits.device_bytes, limits.host_bytes)]
         self.key = fingerprint_of({**settings, "device": prediction.device, "memory": memory})
         self.done: dict[int, dict[str, Any]] = {}

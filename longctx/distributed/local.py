@@ -18,7 +18,7 @@ from longctx.processes import handles, kill, module_command, send
 from longctx.signals import SAVED_AND_REQUEUE, StopRequest, stop_request
 
 STORE_FD = "LONGCTX_STORE_FD"  # rank 0: the listening socket of the store at MASTER_PORT; empty for the others
-ONE_CARD = "longctx-rank-"  # with a rank's number: the host that launch/one_gpu.sh makes of each rank for NCCL
+ONE_GPU = "longctx-rank-"  # with a rank's number: the host that launch/one_gpu.sh makes of each rank for NCCL
 PATIENCE = 10.0  # seconds that the other ranks have to end after one died
 SAVING = 120.0  # seconds that the other ranks have to end after one exited with 75
 
@@ -81,8 +81,8 @@ def _start(
     for local in range(nproc):
         rank = node.number * nproc + local
         own = {"RANK": str(rank), "LOCAL_RANK": str(local)}
-        if environment.get("NCCL_HOSTID", "").startswith(ONE_CARD):  # a rank on launch/one_gpu.sh's card starts these
-            own["NCCL_HOSTID"] = f"{ONE_CARD}{rank}"
+        if environment.get("NCCL_HOSTID", "").startswith(ONE_GPU):  # a rank on launch/one_gpu.sh's GPU starts these
+            own["NCCL_HOSTID"] = f"{ONE_GPU}{rank}"
         if store is not None:
             own[STORE_FD] = str(store) if rank == 0 else ""
         fds = [store] if store is not None and rank == 0 else []

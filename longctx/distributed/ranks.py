@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from longctx.distributed import meeting
 from longctx.distributed.launcher import NAMES, launcher_environment, node_name
-from longctx.distributed.local import ONE_CARD, STORE_FD
+from longctx.distributed.local import ONE_GPU, STORE_FD
 from longctx.distributed.placement import Introduction, by_node, cores
 from longctx.errors import RunFailed, UserError, first_line
 from longctx.versions import check_versions
@@ -158,15 +158,15 @@ def check_shared_devices(devices: Sequence[tuple[str, str]]) -> None:
     raise UserError(
         f"{len(ranks)} ranks on {shared} and {count} CUDA device{'s' * (count != 1)}: NCCL refuses two ranks on "
         "one device (Duplicate GPU detected); take as many ranks as devices (launch.nproc, or torchrun's "
-        "--nproc-per-node), engine.device=cpu, or, to try several ranks on one card, start the command with "
+        "--nproc-per-node), engine.device=cpu, or, to try several ranks on one GPU, start the command with "
         f"`launch/one_gpu.sh {len(ranks)} COMMAND` (docs/training.md)"
     )
 
 
-def shared_card(rank: int) -> dict[str, str]:
-    """The environment in which NCCL takes several ranks on one card, as launch/one_gpu.sh sets it."""
+def shared_gpu(rank: int) -> dict[str, str]:
+    """The environment in which NCCL takes several ranks on one GPU, as launch/one_gpu.sh sets it."""
     return {
-        "NCCL_HOSTID": f"{ONE_CARD}{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo",
+        "NCCL_HOSTID": f"{ONE_GPU}{rank}", "NCCL_NET": "Socket", "NCCL_SOCKET_IFNAME": "lo",
         "NCCL_IB_DISABLE": "1", "NCCL_NVLS_ENABLE": "0", "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
 

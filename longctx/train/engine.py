@@ -76,12 +76,12 @@ class Engine(Protocol):
 
 
 def check_bfloat16(capability: tuple[int, int], name: str) -> None:
-    """Raise UserError for a card without bfloat16 units; torch's own is_bf16_supported counts emulation as support."""
+    """Raise UserError for a GPU without bfloat16 units; torch's own is_bf16_supported counts emulation as support."""
     if capability < (8, 0):
         raise UserError(
             f"model.dtype=bfloat16, but {name} has no bfloat16 units (compute capability "
             f"{'.'.join(map(str, capability))}, 8.0 is the first with them); train in model.dtype=float32 with "
-            "model.attention_kernel=reference, which is slow and for short lengths, or use a newer card (configs/model)"
+            "model.attention_kernel=reference, which is slow and for short lengths, or use a newer GPU (configs/model)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Starts N ranks once, over gloo or over NCCL on one card, runs many cases on them and reports what failed where.
+"""Starts N ranks once, over gloo or over NCCL on one GPU, runs many cases on them and reports what failed where.
 
 The ranks are forked from a server that has imported torch and longctx once, so that starting eight of them
 is cheap.
@@ -101,12 +101,12 @@ def _rank(
     import torch
     import torch.distributed as dist
 
-    from longctx.distributed.ranks import shared_card
+    from longctx.distributed.ranks import shared_gpu
 
     torch.set_num_threads(1)
     os.environ.setdefault("MASTER_ADDR", "localhost")  # as every launcher does; older accelerate looks for it
     if nccl:
-        os.environ.update(shared_card(rank))
+        os.environ.update(shared_gpu(rank))
         torch.cuda.set_device(0)
     found = []
     dist.init_process_group(

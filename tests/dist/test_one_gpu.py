@@ -1,4 +1,4 @@
-"""launch/one_gpu.sh: each rank's environment, statuses and signals; two ranks on one card by mistake are refused."""
+"""launch/one_gpu.sh: each rank's environment, statuses and signals; two ranks on one GPU by mistake are refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from longctx.distributed import local, transport
 from longctx.distributed import ranks as ranks_module
-from longctx.distributed.ranks import check_shared_devices, shared_card
+from longctx.distributed.ranks import check_shared_devices, shared_gpu
 from longctx.errors import UserError
 from tests.dist.ranks import run_ranks
 
@@ -42,7 +42,7 @@ def test_every_rank_is_a_host_of_its_own_to_nccl():
         f"0 0 2 2 3 longctx-rank-0 {rest}",
         f"1 1 2 2 3 longctx-rank-1 {rest}",
     ]
-    inside = set(shared_card(0)) - {"GLOO_SOCKET_IFNAME"}  # tests and benchmarks set what the script sets
+    inside = set(shared_gpu(0)) - {"GLOO_SOCKET_IFNAME"}  # tests and benchmarks set what the script sets
     assert inside <= set(names.split())
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from longctx.bench import ring_flash
-from longctx.distributed.ranks import shared_card
+from longctx.distributed.ranks import shared_gpu
 from tests.dist import parity
 from tests.dist.ranks import run_ranks
 from tests.dist.ring_flash import Heads
@@ -90,7 +90,7 @@ def lost(rank: int, world: int, case: str, store: str) -> None:
     backend = "gloo"
     if ON_CUDA:
         # After a timeout torch waits four times this long for dumps of a flight recorder: by default for a minute.
-        os.environ.update(shared_card(rank), TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC="1000")
+        os.environ.update(shared_gpu(rank), TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC="1000")
         torch.cuda.set_device(CARD)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=world,

@@ -48,7 +48,7 @@ def test_what_other_processes_hold_on_a_gpu_counts_as_gone(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert room_here(Machines(1, 1), "cuda", "cudnn").device_bytes == 32 * gib
     assert "other processes hold 48.0 of the GPU's 80.0 GiB" in "".join(capsys.readouterr())
-    assert room_here(Machines(2, 2), "cuda", "cudnn").device_bytes == 32 * gib  # each sees only its own card
+    assert room_here(Machines(2, 2), "cuda", "cudnn").device_bytes == 32 * gib  # each sees only its own GPU
     monkeypatch.setenv("NCCL_HOSTID", "node0")
     assert room_here(Machines(2, 2), "cuda", "cudnn").device_bytes == 16 * gib  # launch/one_gpu.sh 2
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (77 * gib, 80 * gib))
