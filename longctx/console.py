@@ -48,6 +48,11 @@ def say(text: str) -> None:
         console().print(styled(text))
 
 
+def last_line(text: str) -> None:
+    """Print the line with which a run ends or starts its ranks again; it opens with longctx's name, as errors do."""
+    say(f"longctx: {text}")
+
+
 def escape(text: str) -> str:
     """Return a text that `emit` prints as it is, brackets included."""
     from rich.markup import escape as escaped

@@ -135,7 +135,7 @@ def _run(verb: Verb, line: CommandLine, runs: Sequence[tuple[str, list[str], str
         console.emit(_table(rows, [values for values, _, _ in runs[len(rows) :]]))
     for row in rows:
         if row["status"]:
-            console.say(f"longctx: {row['values']}: {_meaning(row['status'])} (status {row['status']})")
+            console.last_line(f"{row['values']}: {_meaning(row['status'])} (status {row['status']})")
     worst = [0, 2, 1, SAVED_AND_REQUEUE, INTERRUPTED]  # the last two ended the sweep
     return max((row["status"] if row["status"] in worst else 1 for row in rows), key=worst.index)
 

@@ -24,7 +24,7 @@ from longctx.run.adapter import extract_adapter, merge_sibling
 from longctx.run.after_training import run_after_training
 from longctx.run.side_config import side_config
 from longctx.run.side_run import train_side
-from longctx.run.summary import tell
+from longctx.run.summary import print_closing_lines
 from longctx.run.train import run
 from longctx.run.what_follows import check_what_follows, prepare_what_follows
 from longctx.train import runfolder
@@ -206,7 +206,7 @@ def test_a_sibling_with_tokens_of_its_own_gets_the_rows_it_shares_with_the_base(
 def test_the_closing_lines_say_all_and_none_only_where_it_is_so(capsys: pytest.CaptureFixture[str]):
     needle = {"base": {512: 1.0, 8192: 0.004}, "extended": {512: 1.0, 8192: 0.988}}
     pooled = {"base": 0.5, "extended": 0.996, "theta_only": 0.0, "control": 0.2, "unseen": 0.9996}
-    tell({"needle": needle, "needle_pooled": pooled, "changes": {}}, Path("run/eval/needle.png"))
+    print_closing_lines({"needle": needle, "needle_pooled": pooled, "changes": {}}, Path("run/eval/needle.png"))
     said = " ".join(capsys.readouterr().err.split())
     assert "The base finds 100 % of the needles at 512 tokens and 0.4 % at 8,192." in said
     assert "the same model finds 99.6 % over all lengths and 99 % at 8,192 tokens." in said

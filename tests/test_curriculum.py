@@ -398,12 +398,12 @@ def test_refusals_name_place_value_rule_and_file(stages: dict, values: dict, mes
         ({"stages": {"a/b": {"seq_len": 65536}}}, "'a/b' cannot be the name of a folder"),
         (
             {"stages": {"s64k": {"seq_length": 65536}}},
-            "stages.s64k.seq_length is not a known key; did you mean 'seq_len'",
+            "stages.s64k.seq_length is not a known key; did you mean stages.s64k.seq_len",
         ),
         ({"stages": {"s64k": {"seq_len": "abc"}}}, "stages.s64k.seq_len='abc' is not a length"),
         (
             {"stages": {"s64k": {"seq_len": 4096, "lr": {"peek": 1}}}},
-            "stages.s64k.lr.peek is not a known key; did you mean 'peak'",
+            "stages.s64k.lr.peek is not a known key; did you mean stages.s64k.lr.peak",
         ),
         (
             {"stages": {"s64k": {"seq_len": 4096}}, "advance": {"min_share": 2}},

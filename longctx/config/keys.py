@@ -104,5 +104,6 @@ def unknown_key_message(where: str, known: Iterable[str], root: Any = None, tail
         if 0 < len(places) <= 2:
             return f"{where} is not a known key; did you mean {' or '.join([*beside, *places])}?"
     near = nearest(last, known)
-    hint = f"did you mean {near!r}?" if near else f"known keys: {', '.join(known)}"
+    full = f"{section}.{near}" if section else near
+    hint = f"did you mean {full}?" if near else f"known keys: {', '.join(known)}"
     return f"{where} is not a known key; {hint}"

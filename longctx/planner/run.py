@@ -132,15 +132,21 @@ def _holds(config: PlanConfig, need: EvidenceNeed) -> bool:
     return fits(need, config.hardware.memory_gib * GIB * devices)
 
 
+def machines_words(config: PlanConfig) -> str:
+    """The machines of a plan in words, such as `2 nodes of 8 ranks (H100)`."""
+    nodes, ranks = (f"{n} {word}{'s' * (n > 1)}" for n, word in ((config.nodes, "node"), (config.ranks, "rank")))
+    return f"{nodes} of {ranks} ({config.hardware.name})"
+
+
 def table(config: PlanConfig, shape: Shape, estimates: list[Estimate], source: str) -> Any:
     """A table of at most 80 columns with a row per stage; source: where the dtype was found, in words."""
     from rich.table import Table
 
     hardware, limits = config.hardware, limits_of(config, shape)
     title = (
-        f"{_count(shape.parameters)} parameters on {config.nodes} x {config.ranks} {hardware.name} at "
-        f"{hardware.rate(config.model.dtype) / 1e12:.3g} TFLOP/s, engine {config.engine.name}, ZeRO "
-        f"{config.engine.zero}\n{config.model.dtype} ({source}), attention kernel {limits.kernel}"
+        f"{_count(shape.parameters)} parameters on {machines_words(config)} at "
+        f"{hardware.rate(config.model.dtype) / 1e12:.3g} TFLOP/s\nengine {config.engine.name}, "
+        f"ZeRO {config.engine.zero}, {config.model.dtype} ({source}), attention kernel {limits.kernel}"
     )
     made = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("stage", "schedule"):

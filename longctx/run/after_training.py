@@ -22,7 +22,7 @@ from longctx.run.adapter import extract_adapter, merge_sibling
 from longctx.run.evidence import Claim
 from longctx.run.proof import draw_proof
 from longctx.run.side_run import train_side
-from longctx.run.summary import tell, write_summary
+from longctx.run.summary import print_closing_lines, write_summary
 from longctx.train.checks import cache_folder
 
 COMPARED = ("extended", "sibling", "merged")  # with the base, where the loss on other sources is measured
@@ -63,7 +63,7 @@ def run_after_training(config: TrainConfig, folder: Path) -> int:
     draw_proof(results, picture)
     summary = write_summary(config, folder, stages, results, elsewhere, seconds)
     write_page(folder)
-    tell(summary, picture)
+    print_closing_lines(summary, picture)
     return 0
 
 

@@ -9,7 +9,7 @@ from longctx import signals
 from longctx.distributed.launcher import launcher_environment
 from longctx.errors import UserError
 from longctx.run.rank import main as rank_main
-from longctx.run.rank import run_as_rank, tell
+from longctx.run.rank import print_from_rank, run_as_rank
 
 PREFLIGHT = "preflight"  # as the first word: the nodes are checked and nothing is trained
 
@@ -27,7 +27,7 @@ def main(words: Sequence[str]) -> int:
 
             return preflight.run(compose(list(words)))
         if world > 1:
-            tell(f"starting {world} ranks", speak=rank == 0)
+            print_from_rank(f"starting {world} ranks", speak=rank == 0)
         from longctx.run.train import run
 
         return run(agree_on_config(list(words), rank) if world > 1 else compose(words))

@@ -46,7 +46,7 @@ def _explain(ended: RankExits, run: Path, killed_before: int | None) -> int:
     if status == 2:
         return 2
     who = _who_kills(killed_before) if status == -signal.SIGKILL else ""
-    console.say(f"longctx: rank {rank} {how_ended(status)}{who}, the others were stopped; {where(run)}")
+    console.last_line(f"rank {rank} {how_ended(status)}{who}, the others were stopped; {where(run)}")
     return 1
 
 

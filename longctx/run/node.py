@@ -57,7 +57,7 @@ def _run(words: list[str]) -> int:
             return status
         stop.answered()
         if attempt < config.launch.requeues:
-            console.say(f"longctx: saved; the ranks are started again ({attempt + 1} of launch.requeues)")
+            console.last_line(f"saved; the ranks are started again ({attempt + 1} of launch.requeues)")
     return signals.SAVED_AND_REQUEUE
 
 

@@ -44,7 +44,7 @@ def run_as_rank(body: Callable[[int, int], int]) -> int:
         environment = launcher_environment()
     except UserError as error:  # no rank knows its number
         signals.catch(requeue=True)
-        tell(str(error), speak=True)
+        print_from_rank(str(error), speak=True)
         return 2
     rank, world = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     signals.catch(requeue=True, speaks=rank == 0)  # before the slow imports
@@ -53,28 +53,30 @@ def run_as_rank(body: Callable[[int, int], int]) -> int:
     try:
         return _leave_with(body(rank, world))
     except UserError as error:
-        tell(str(error), speak=rank == 0)
+        print_from_rank(str(error), speak=rank == 0)
         return _leave_with(2)
     except OutOfMemory as error:
-        tell(str(error), speak=bool(str(error)))  # any rank may explain it; the others have an empty message
+        print_from_rank(str(error), speak=bool(str(error)))  # any rank may explain it; the others have an empty message
         return 1
     except RunFailed as error:
         # Rank 0 may be the one that is missing at the meeting.
-        tell(str(error), speak=rank == 0 or (environment["LOCAL_RANK"] == "0" and _not_met(error)))
+        print_from_rank(str(error), speak=rank == 0 or (environment["LOCAL_RANK"] == "0" and _not_met(error)))
         return _leave_with(1)
     except KeyboardInterrupt:
-        tell("interrupted", speak=rank == 0)
+        print_from_rank("interrupted", speak=rank == 0)
         return signals.INTERRUPTED
     except Exception as error:  # only here is it still known which rank failed
         if world > 1 and _lost_peers(error):
             time.sleep(5.0)  # the rank that died speaks first, and its launcher ends this one
             if rank == 0 or (rank == 1 and _rank_0_is_gone()):
-                tell(f"rank {rank} lost its peers and stops ({_words(error)}); {signals.saved_so_far()}", speak=True)
+                print_from_rank(
+                    f"rank {rank} lost its peers and stops ({_words(error)}); {signals.saved_so_far()}", speak=True
+                )
             return 1
         if text := refused_by_system(error):
-            tell(f"rank {rank} of {world} ends: {text}; {signals.saved_so_far()}", speak=True)
+            print_from_rank(f"rank {rank} of {world} ends: {text}; {signals.saved_so_far()}", speak=True)
             return 1
-        tell(f"rank {rank} of {world} failed:\n{traceback.format_exc()}", speak=True)
+        print_from_rank(f"rank {rank} of {world} failed:\n{traceback.format_exc()}", speak=True)
         return 1
 
 
@@ -129,7 +131,7 @@ def _words(error: Exception) -> str:
     return re.sub(r"^\[\S+:\d+\] ", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
 
 
-def tell(text: str, *, speak: bool) -> None:
+def print_from_rank(text: str, *, speak: bool) -> None:
     """Write a line to standard error if this rank may speak."""
     if speak:
         print(f"longctx: {text}", file=sys.stderr, flush=True)

@@ -77,7 +77,7 @@ def write_summary(
     return summary
 
 
-def tell(summary: Mapping[str, Any], picture: Path) -> None:
+def print_closing_lines(summary: Mapping[str, Any], picture: Path) -> None:
     """Write the closing lines to the screen."""
     pooled, needle = summary["needle_pooled"], summary["needle"]
     words = _grid_words(needle["base"], needle["extended"], pooled["extended"])

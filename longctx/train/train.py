@@ -271,7 +271,7 @@ def _train_stages(context: RunContext, not_carried: NotCarried, after_stage: Aft
         ranks.barrier()
         if status == SAVED_AND_REQUEUE:
             saved = resume.saved_words(training.saving.step)
-            console.say(f"longctx: {stop.name or 'a signal'}: {saved}; {continuing()}")
+            console.last_line(f"{stop.name or 'a signal'}: {saved}; {continuing()}")
         return status
     finally:
         watcher.close()

@@ -219,7 +219,7 @@ def test_policies_that_cannot_be_met_say_how_many_tokens_are_missing():
         ({"sources": {"a": {"kind": "text", "path": "x", "loss": "assistant"}}}, "belong to kind=chat"),
         ({"sources": {"a": {"kind": "chat", "path": "x", "loss": "assistant", "answer_weight": 2}}}, "carry no loss"),
         ({"sources": {**TEXTS, "n": {**NEEDLES, "haystack": "zz"}}}, "not a source of text"),
-        ({"sources": {"a": {"kind": "text", "path": "x", "feild": "y"}}}, "did you mean 'field'"),
+        ({"sources": {"a": {"kind": "text", "path": "x", "feild": "y"}}}, "did you mean sources.a.field"),
     ],
 )  # fmt: skip
 def test_bad_configs_are_refused_with_a_remedy(change, message):

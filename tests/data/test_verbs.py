@@ -180,7 +180,7 @@ def test_synthetic_documents_as_json_lines(folder, tmp_path, capsys):
         (["data", "synth", "haystack=books"], "is not a source of text; known: stdlib"),
         (["data", "synth", "length=40", "data=text", "haystack=text"], "take a longer length"),
         (["data", "synth", "task.kind=needel"], "is not one of"),
-        (["data", "stats", "pgn=x.png"], "did you mean 'png'?"),
+        (["data", "stats", "pgn=x.png"], "did you mean png?"),
     ],
 )
 def test_mistakes_are_one_paragraph_and_status_2(words, message, folder, tmp_path, capsys, monkeypatch):

@@ -112,7 +112,7 @@ def test_a_job_for_each_stage_ends_after_it(capsys, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["launch.nodse=2"], "launch.nodse is not a known key; did you mean 'nodes'?"),
+        (["launch.nodse=2"], "launch.nodse is not a known key; did you mean launch.nodes?"),
         (["launch.gpus_per_node=0"], "gpus_per_node=0 leaves the number of ranks open; give ranks_per_node"),
         (["launch.mounts=[a:b]"], "mounts belong to a container; give its image as container=IMAGE"),
         (["launch.nodes_by_stage={s8192: 2}"], "nodes_by_stage needs a job for each stage; set per_stage=true"),

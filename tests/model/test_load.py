@@ -99,7 +99,7 @@ def test_the_family_forward_still_runs_and_ours_needs_a_layout():
         ({}, "neither path nor init"),
         ({"path": "x", "memory": {"keep_matmuls": "auto"}}, "needs budget_gib"),
         ({"path": "x", "memory": {"activation_checkpointing": False, "offload_activations": True}}, "do not apply"),
-        ({"path": "x", "memory": {"fnn_block": 8}}, "did you mean 'ffn_block'"),
+        ({"path": "x", "memory": {"fnn_block": 8}}, "did you mean memory.ffn_block?"),
         ({"path": "x", "dtype": "float8"}, "dtype='float8' is not one of"),
     ],
 )
