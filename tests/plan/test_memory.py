@@ -132,3 +132,16 @@ def test_checkpoints_keep_input_output_and_lse_of_every_layer():
         shape, MemoryConfig(activation_checkpointing=False), tokens=64, dtype="float32", zero=0, world=1, ring=0.0
     )
     assert whole.saved > 3 * kept.saved
+
+
+def test_what_the_planner_copies_from_code_with_torch_is_equal_there():
+    import inspect
+
+    from longctx.attention import reference
+    from longctx.eval.loss import token_losses
+    from longctx.planner import evidence, memory
+    from longctx.train import offloaded
+
+    assert memory.REFERENCE_ROWS == reference.ROWS
+    assert memory.PIECE == offloaded.PIECE
+    assert inspect.signature(token_losses).parameters["chunk"].default == evidence.PIECE
