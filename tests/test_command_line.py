@@ -145,7 +145,7 @@ def test_help_shows_ones_own_groups(tmp_path, capsys):
 
 def test_docs_are_read_from_the_fields_and_those_above_them():
     docs = field_docs(resolve(VERBS["data stats"].schema))
-    assert docs["png"].startswith("the picture")
+    assert docs["png"].startswith("file for the picture")
     assert docs["cache"].startswith("folder of the shards")  # its own, not TrainConfig's
     assert docs["accept"].startswith("start although it would be refused")  # of the class it builds on
     assert field_docs(resolve(VERBS["lora extract"].schema))["memory_mib"].endswith("again on every pass")
