@@ -163,7 +163,7 @@ class SequenceLayout:
         return meets
 
     def rects(self, position: int, blocks: tuple[int, ...], part: tuple[int, int] = (0, 1)) -> list[Rect]:
-        """The rectangles between the queries of `position` and the keys of `blocks`, which lie in `gather_order`.
+        """The rectangles between the queries of `position` and the keys of `blocks`, which lie in `ascending_order`.
 
         `blocks == (position,)` is the diagonal: one causal rectangle per document. Only the diagonal is divided:
         `part` (i, n) takes the i-th of n shares, of which the last has about half of the work.
@@ -195,7 +195,7 @@ class SequenceLayout:
             rects.append(Rect(q0, q1, k0, k1, False))
         return rects
 
-    def gather_order(self, blocks: tuple[int, ...]) -> list[Copy]:
+    def ascending_order(self, blocks: tuple[int, ...]) -> list[Copy]:
         """The copies that bring the tokens of several blocks into ascending order."""
         return self._gathered(blocks)[1]
 

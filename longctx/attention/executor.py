@@ -66,7 +66,7 @@ class ScheduleExecutor:
         shape = (2, *k.shape[:2], length, k.shape[3])
         if self.joint is None or self.joint.shape != shape:
             self.joint = self._take(shape, k.dtype, k.device)
-        for copy in self.layout.gather_order(compute.blocks):
+        for copy in self.layout.ascending_order(compute.blocks):
             source = blocks[compute.slots[copy.block]][..., copy.source : copy.source + copy.length, :]
             self.joint[..., copy.target : copy.target + copy.length, :].copy_(source)
         return self.joint[0], self.joint[1]
@@ -179,7 +179,7 @@ class ScheduleExecutor:
                 total.settled()  # it may be sent, and rows that got nothing are 0
 
     def _deal(self, compute: Compute, keys: slice, grad: Tensor, targets: list[GradientSum]) -> None:
-        for copy in self.layout.gather_order(compute.blocks):
+        for copy in self.layout.ascending_order(compute.blocks):
             first, past = max(copy.target, keys.start), min(copy.target + copy.length, keys.stop)
             if first < past:
                 begin = copy.source + first - copy.target

@@ -86,13 +86,13 @@ def measure_cpu(config: BenchAttentionConfig) -> dict[str, Any]:
         WorkerGroup(1, config.ranks, prepare_sdpa, None) as alone,
         WorkerGroup(config.ranks, 1, prepare_ring, None) as ring,
     ):
-        rate = max(alone.order("matrix")[0] for _ in range(3))
+        rate = max(alone.ask("matrix")[0] for _ in range(3))
         for problem in problems:
             say(f"{problem.length} tokens: {config.repeats} turns each ...")
             samples: dict[str, list[float]] = {"ring": [], "sdpa": []}
             for turn in range(config.repeats + 1):
                 for name, team in (("ring", ring), ("sdpa", alone)):
-                    seconds = max(team.order(problem))
+                    seconds = max(team.ask(problem))
                     if turn:  # the first turn warms caches and allocators
                         samples[name].append(seconds)
             rows.append(_row(problem, samples, rate))

@@ -56,11 +56,11 @@ def measure(config: BenchAttentionConfig) -> dict[str, Any]:
             case = AttentionCase(length, config.batch, config.heads, config.kv_heads, config.head_dim, "bfloat16")
             for kernel in kernels:
                 say(f"{length} tokens, {kernel}: {config.repeats} turns each ...")
-                compared = ranks.order(Request(None, case, kernel))
+                compared = ranks.ask(Request(None, case, kernel))
                 samples: dict[Side, list[tuple[float, float]]] = {side: [] for side in SIDES}
                 for turn in range(config.repeats + 1):
                     for side in SIDES:
-                        taken = ranks.order(Request(side, case, kernel))
+                        taken = ranks.ask(Request(side, case, kernel))
                         if turn:  # the first turn warms allocators and connections
                             wall, cpu = zip(*taken, strict=True)
                             samples[side].append((max(wall), sum(cpu) / len(cpu)))

@@ -17,6 +17,7 @@ from typing import Any
 
 from longctx.errors import RunFailed
 
+ANSWER_SECONDS = 600.0
 Serve = Callable[[Any], Any]
 Prepare = Callable[[int, int, int, Any], Serve]  # (rank, world, port, settings) -> serve
 
@@ -47,16 +48,16 @@ class WorkerGroup:
             else:
                 os.environ["OMP_NUM_THREADS"] = before
 
-    def order(self, order: Any, timeout: float = 600.0) -> list[Any]:
-        """Send `order` to every worker; returns their answers in rank order. timeout: seconds for each answer."""
+    def ask(self, request: Any) -> list[Any]:
+        """Send `request` to every worker; returns their answers in rank order."""
         for pipe in self._pipes:
             with suppress(BrokenPipeError):  # a worker that failed while it prepared has said why
-                pipe.send(order)
+                pipe.send(request)
         answers = []
         for rank, pipe in enumerate(self._pipes):
             try:
-                if not pipe.poll(timeout):
-                    raise RunFailed(f"worker {rank} gave no answer within {timeout:.0f} s")
+                if not pipe.poll(ANSWER_SECONDS):
+                    raise RunFailed(f"worker {rank} gave no answer within {ANSWER_SECONDS:.0f} s")
                 kind, answer = pipe.recv()
             except EOFError:
                 raise RunFailed(f"worker {rank} died") from None
@@ -95,8 +96,8 @@ def _work(pipe: Connection, prepare: Prepare, rank: int, size: int, port: int, s
     try:
         serve = prepare(rank, size, port, settings)
         while True:
-            order = pipe.recv()
-            pipe.send(("done", serve(order)))
+            request = pipe.recv()
+            pipe.send(("done", serve(request)))
     except (EOFError, KeyboardInterrupt):
         pass
     except Exception:  # the parent prints it: a worker has no terminal of its own

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from longctx.errors import UserError
@@ -83,9 +82,9 @@ class Adapter:
     def deltas(self) -> list[str]:
         return list(self.norm_deltas.entries) if self.norm_deltas is not None else []
 
-    def factors(self, pair: FactorPair, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """Read (left [rows, r], right [r, columns]), with delta = pair.scale * left @ right."""
-        a, b = self.weights.read(pair.a).to(dtype), self.weights.read(pair.b).to(dtype)
+    def factors(self, pair: FactorPair) -> tuple[Tensor, Tensor]:
+        """Read (left [rows, r], right [r, columns]) in float32, with delta = pair.scale * left @ right."""
+        a, b = self.weights.read(pair.a).float(), self.weights.read(pair.b).float()
         return (a.T.contiguous(), b.T.contiguous()) if pair.embedding else (b, a)
 
     def delta(self, name: str) -> Tensor:

@@ -110,10 +110,10 @@ class StoredTensors(Table):
             got += count
 
 
-def row_blocks(entry: Entry, width: int = 4) -> Iterator[tuple[int, int]]:
-    """Yield row ranges [start, stop) of about BLOCK_BYTES each, at `width` bytes per element."""
+def row_blocks(entry: Entry) -> Iterator[tuple[int, int]]:
+    """Yield row ranges [start, stop) of about BLOCK_BYTES each in float32."""
     columns = prod(entry.shape[1:])
-    step = max(1, BLOCK_BYTES // max(1, columns * width))
+    step = max(1, BLOCK_BYTES // max(1, columns * 4))
     for start in range(0, entry.rows, step):
         yield start, min(entry.rows, start + step)
 

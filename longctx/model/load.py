@@ -19,14 +19,12 @@ from longctx.storage import hub
 from longctx.storage import model as storage
 
 
-def load(
-    path: str, *, dtype: str = "auto", attention: str = "longctx", device: str = "cpu", place: Place | None = None
-) -> Any:
+def load(path: str, *, dtype: str = "auto", attention: str = "longctx", place: Place | None = None) -> Any:
     """Load the causal LM at `path`: a local folder, or a hub id when no such folder exists.
 
     dtype: float32, bfloat16 or float64, or auto for the dtype that the folder names (longctx.dtype). attention:
     "longctx", or transformers' "sdpa" or "eager". place: called with each parameter before the next one is loaded
-    (longctx.model.placement); with it the model stays where `place` puts the parameters, and `device` is not used.
+    (longctx.model.placement), and the model stays where `place` puts the parameters; without it, on the CPU.
     Raises UserError for a missing path, an architecture that is not supported, sliding-window or soft-capped layers,
     and a checkpoint that lacks weights.
     """
@@ -53,10 +51,9 @@ def load(
     _check_loaded(info, path)
     if dtype == "float64":
         prepare_norms(model)
-    if place is None:
-        return model.to(device)
-    for parameter in model.parameters():
-        place(parameter)
+    if place is not None:
+        for parameter in model.parameters():
+            place(parameter)
     return model
 
 

@@ -29,6 +29,9 @@ import numpy as np
 from longctx.schedule.hops import OWN, SCHEDULES, Channel, Compute, Hop, Message, Payload, RankSchedule, Transfer
 from longctx.topology import Topology
 
+# The ids of a schedule's transfers: those that gather heads begin at 0, those of the ring and of the scatter here.
+RING_IDS, SCATTER_IDS = 10**6, 10**9
+
 
 def build(
     schedule: str,
@@ -78,7 +81,7 @@ def _heads(topology: Topology, rank: int, h: int, backward: bool, gather: bool) 
         (("saved",) if backward else ("qkv",)) if gather else (("dq", "dkv_heads") if backward else ("out",))
     )
     base, u = rank - rank % h, rank % h
-    hops, number = [], (0 if gather else 1000)
+    hops, number = [], (0 if gather else SCATTER_IDS)
     for payload in payloads:
         post = []
         for delta in range(1, h):
@@ -139,12 +142,12 @@ class _Draft:
 class _Builder:
     """Drafts the hops with named buffers, then assigns buffers to slots by their lifetimes."""
 
-    def __init__(self, topology: Topology, rank: int, h: int, grid: tuple[int, int], gathered: bool, work) -> None:
-        self.topology, self.rank, self.h, self.grid, self.gathered = topology, rank, h, grid, gathered
+    def __init__(self, topology: Topology, rank: int, h: int, grid: tuple[int, int], allgather: bool, work) -> None:
+        self.topology, self.rank, self.h, self.grid, self.allgather = topology, rank, h, grid, allgather
         self.m, self.w = divmod(rank // h, grid[1])
         self.visits = _visits(grid, work)
         self.hops: list[_Draft] = []
-        self.count = 100  # ids of ring transfers; the heads' are below 100 and above 1000
+        self.count = RING_IDS
         self.starts: list[int] = []  # per visit: index of its first hop
 
     def position(self, a: int, b: int) -> int:
@@ -182,11 +185,11 @@ class _Builder:
                 send = _End(self.position(-after, 0), self.position(0, 0), OWN)
                 recv = _End(self.position(after, 0), self.position(after, 0), ("outer", after))
                 outer = self.exchange(first, "kv", "outer", send, recv)
-            self._gather(a, members, held) if self.gathered else self._circle(a, members, held)
+            self._all_gather(a, members, held) if self.allgather else self._inner_ring(a, members, held)
             if outer is not None:
                 self.hops[-1].wait.append(outer)
 
-    def _circle(self, a: int, members: list[int], held) -> None:
+    def _inner_ring(self, a: int, members: list[int], held) -> None:
         """Draft one inner ring: the block goes on to the next member that has work for it."""
         before = 0
         for b in members:
@@ -199,7 +202,7 @@ class _Builder:
             self.hops.append(_Draft(compute=work))
             before = b
 
-    def _gather(self, a: int, members: list[int], held) -> None:
+    def _all_gather(self, a: int, members: list[int], held) -> None:
         """Draft one all-gather inside the group, and one computation on all gathered blocks."""
         if not members:
             return
@@ -249,7 +252,7 @@ class _Builder:
         target = ("sum", a) if a else OWN
         if not members:
             return start
-        if self.gathered:
+        if self.allgather:
             for b in members:
                 send = _End(self.position(0, b), self.position(a, b), ("travel", a, b))
                 recv = _End(self.position(0, -b), self.position(a, 0), ("close", a, b))

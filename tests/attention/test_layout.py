@@ -80,7 +80,7 @@ def test_gathered_blocks_cover_the_mask_exactly_once(layout):
         if not others:
             continue
         keys = np.full(sum(len(position_indices(layout, b)) for b in others), -1)
-        for copy in layout.gather_order(others):
+        for copy in layout.ascending_order(others):
             source = position_indices(layout, others[copy.block])[copy.source : copy.source + copy.length]
             keys[copy.target : copy.target + copy.length] = source
         cover(layout, count, p, others, (0, 1), keys)

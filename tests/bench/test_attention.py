@@ -34,9 +34,9 @@ def echo(rank, world, port, settings):
 
 def test_a_team_answers_in_rank_order_and_reports_failures():
     with WorkerGroup(2, 1, echo, "settings") as team:
-        assert team.order("hello") == [(0, 2, "settings", "hello"), (1, 2, "settings", "hello")]
+        assert team.ask("hello") == [(0, 2, "settings", "hello"), (1, 2, "settings", "hello")]
         with pytest.raises(RunFailed, match="asked to fail"):
-            team.order("fail")
+            team.ask("fail")
 
 
 def unprepared(rank, world, port, settings):
@@ -47,7 +47,7 @@ def test_a_worker_that_cannot_prepare_says_why():
     with WorkerGroup(1, 1, unprepared, None) as team:
         team._processes[0].join(60)
         with pytest.raises(RunFailed, match="cannot prepare"):
-            team.order("hello")
+            team.ask("hello")
 
 
 def test_flop_count_is_the_causal_one():
