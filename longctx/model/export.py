@@ -138,8 +138,7 @@ def _check_disk(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise RunFailed(
-            f"{folder.parent} has {size_words(free)} free and the model may need {size_words(needed)}; free some space "
-            "and start the same command again"
+            f"{folder.parent} has {size_words(free)} free and the model may need {size_words(needed)}; free some space"
         )
 
 

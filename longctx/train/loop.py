@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from longctx import console
 from longctx.data.loader import Loader
+from longctx.errors import RunFailed
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.storage.files import write_text
 from longctx.train import flops
@@ -27,7 +29,7 @@ from longctx.train.guards import Guards
 from longctx.train.lead import Lead
 from longctx.train.metrics import memory_gib
 from longctx.train.open_stage import OpenStage, open_stage
-from longctx.train.resume import enter_stage, saved_words
+from longctx.train.resume import enter_stage, left_words, saved_words
 from longctx.train.run_context import Recorder, RunContext
 from longctx.train.runfolder import ended_stage, exported, is_finished, stage_folder
 from longctx.train.step import Stepper, StepReport, Timer
@@ -268,8 +270,16 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
             recorder.metrics.stage_ended(state.step, state.tokens, ended["heldout_loss"])
         return
     recorder.progress.at("hand-off", state.step)
+    if training.saving.step == 0 and stage is not context.stages[-1]:
+        console.say(
+            f"[yellow]{stage.name} ends, and the run has no checkpoint:[/] until one is written, the same command "
+            "cannot continue the run; free some space (checkpoint.spare_gib)"
+        )
     heldout = opened.heldout_loss(training.engine, context.ranks)
-    opened.export(training.engine, context.ranks, folder / "model")
+    try:
+        opened.export(training.engine, context.ranks, folder / "model")
+    except RunFailed as error:
+        raise RunFailed(f"{error}; {left_words(context.folder, context.stages)}") from error
     facts = {
         "stage": stage.name, "index": stage.index, "step": state.step, "steps": state.stage_step,
         "tokens": state.cursor * stage.seq_len,

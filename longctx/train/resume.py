@@ -80,7 +80,7 @@ def already_trained(run: Path, stages: Sequence[Stage]) -> bool:
     elif newest is None and not trained and (missing := _missing_checkpoint(run, any(finished))):
         raise UserError(
             f"{missing}, and the run in {run} cannot go on without its newest checkpoint: copy it there too, or take a "
-            "new name=... to start over"
+            f"new name=... to start over{_from_model(run, stages)}"
         )
     ended = newest is None or (state is not None and state.ended and state.stage == len(stages) - 1)
     return trained and ended
@@ -95,6 +95,27 @@ def _missing_checkpoint(run: Path, finished: bool) -> str:
     with suppress(UserError):  # a damaged pointer, too, is of a run that has had one
         named = read_record(pointer, "the name of the newest checkpoint", "", keys=("checkpoint",))["checkpoint"]
     return f"{pointer} names {named}, which is not there"
+
+
+def _from_model(run: Path, stages: Sequence[Stage]) -> str:
+    """How a new run trains the stages after the last one whose model is there, in words; "" where there is none."""
+    models = [runfolder.stage_folder(run, stage.name) for stage in stages if runfolder.is_finished(run, stage.name)]
+    whole = [folder for folder in models if runfolder.exported(folder)]
+    names = [stage.name for stage in stages]
+    left = names[names.index(whole[-1].name) + 1 :] if whole else []
+    if not left:
+        return ""
+    return (f", or with model.path={whole[-1] / 'model'} 'curriculum.only=[{','.join(left)}]' to train only what is "
+            "left, with fresh moments of the optimizer")  # fmt: skip
+
+
+def left_words(run: Path, stages: Sequence[Stage]) -> str:
+    """What of a run that fails now is left, and which command goes on, in words."""
+    if runfolder.checkpoints(run):
+        return runfolder.where(run)
+    if way := _from_model(run, stages):
+        return f"no checkpoint was written, so the same command cannot go on: take a new name=... to start over{way}"
+    return "no checkpoint was written, so the same command starts over"
 
 
 def saved_words(step: int) -> str:

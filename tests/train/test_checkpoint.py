@@ -6,6 +6,7 @@ import hashlib
 import json
 import resource
 from collections.abc import Iterator
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,9 +17,12 @@ from hypothesis import strategies as st
 
 from longctx.distributed.ranks import Ranks
 from longctx.errors import RunFailed, UserError
+from longctx.run.training import train_run
 from longctx.train import fragments, runfolder
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.fragments import Fragment, FragmentReader
+
+from .made import config
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -163,3 +167,21 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
     other.tensors["b"] = torch.zeros(8)
     with pytest.raises(UserError, match=r"another model: b is \[7\] there and \[8\] here"):
         checkpoints.load(other)  # type: ignore[arg-type]
+
+
+def test_a_run_without_any_checkpoint_names_the_way_from_its_last_model(
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """No save found room on the disk, and neither does the second stage's model."""
+    made = config(tmp_path / "run", documents, checkpoint={"spare_gib": 1e6}, accept=["disk"])
+    exporting = import_module("longctx.model.export")
+    check = exporting._check_disk
+    monkeypatch.setattr(
+        exporting, "_check_disk", lambda folder, needed: check(folder, 1 << 60 if "s128" in str(folder) else needed)
+    )
+    way = rf"model.path={tmp_path}/run/stages/s64/model 'curriculum.only=\[s128\]'"
+    with pytest.raises(RunFailed, match=rf"free some space; no checkpoint was written, so .* cannot go on: .* {way}"):
+        train_run(made)
+    assert "s64 ends, and the run has no checkpoint: until one is written" in " ".join(capfd.readouterr().err.split())
+    with pytest.raises(UserError, match=rf"has a finished stage and no checkpoint, .* or with {way}"):
+        train_run(made)
