@@ -47,7 +47,8 @@ class SynthesizeConfig:
     data: DataConfig
     task: SynthTask = SynthTask()
     haystack: str = "stdlib"  #: the source of data whose documents hide the needles
-    length: Length = 8192  #: tokens of a document, exactly
+    #: tokens of a document, exactly; its field text has no marks, so read as data it is longer by data.eos
+    length: Length = 8192
     count: Positive = 10  #: number of documents
     #: keys of the needles; eval: from the tenth that training never sees, in held-out text
     keys: Literal["train", "eval"] = "eval"

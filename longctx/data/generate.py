@@ -33,29 +33,37 @@ def run(config: SynthesizeConfig) -> int:
     path = Path(config.out)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as partial:  # a refused length leaves no file behind
-        _write(config, tokenizer, haystack, writer, partial)
+        longest = _write(config, tokenizer, haystack, writer, partial)
     if config.format == "json":
-        emit_json({"out": str(path), "documents": config.count, "tokens": config.count * config.length})
+        tokens = config.count * config.length
+        emit_json({"out": str(path), "documents": config.count, "tokens": tokens, "longest_text": longest})
     else:
         emit(
             f"{config.count} documents of {config.length:,} tokens, task {config.task.kind}, {config.keys} keys: {path}"
         )
+        emit(f"the field text, read as data with its marks (data.bos, data.eos): at most {longest:,} tokens")
     return 0
 
 
-def _write(config: SynthesizeConfig, tokenizer: Any, haystack: Haystack, writer: NeedleWriter, path: Path) -> None:
+def _write(config: SynthesizeConfig, tokenizer: Any, haystack: Haystack, writer: NeedleWriter, path: Path) -> int:
+    """Write the documents; returns the most tokens that a text has where a source reads it."""
+    marks = len(writer.head) + (config.data.eos and writer.eos is not None)
+    longest = 0
     with path.open("w", encoding="utf-8") as out, progress() as bar:
         for number in bar.track(range(config.count), description="documents"):
             rng = rng_of(config.seed, "synth", config.task.kind, config.keys, number)
             made = make_task(config.task, config.length, rng, haystack, keys=config.keys, tokenizer=writer)
-            out.write(json.dumps(_row(made, config, number, tokenizer), ensure_ascii=False) + "\n")
+            text = tokenizer.decode(made.tokens[len(writer.head) :])
+            longest = max(longest, len(writer.tokens(text)) + marks)
+            out.write(json.dumps(_row(made, config, number, text), ensure_ascii=False) + "\n")
+    return longest
 
 
-def _row(made: SynthDocument, config: SynthesizeConfig, number: int, tokenizer: Any) -> dict[str, Any]:
+def _row(made: SynthDocument, config: SynthesizeConfig, number: int, text: str) -> dict[str, Any]:
     return {
         "id": f"{config.task.kind}/{config.keys}/{config.seed}/{number}",
         "task": config.task.kind,
-        "text": tokenizer.decode(made.tokens),
+        "text": text,
         "tokens": made.tokens.tolist(),
         "answers": [
             {"start": a.start, "end": a.end, "key": a.key, "text": a.text, "depth": round(a.depth, 4)}

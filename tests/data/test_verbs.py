@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -157,11 +158,12 @@ def test_data_of_the_quickstart_is_the_data_of_its_training(model, tmp_path, cap
 
 
 def test_synthetic_documents_as_json_lines(folder, tmp_path, capsys):
+    """Their texts have no marks; a source that reads them adds its own."""
     out_path = tmp_path / "x/synth.jsonl"
     words = ["data=text", f"data.path={folder}", "haystack=text", "length=600", "count=4",
              "task.kind=needles",
              "task.count=3", "task.questions=2", f"out={out_path}", f"cache={tmp_path}/c"]  # fmt: skip
-    status, _, err = _run(capsys, "data", "synth", *words)
+    status, out, err = _run(capsys, "data", "synth", *words)
     assert status == 0, err
     rows = [json.loads(line) for line in out_path.read_text().splitlines()]
     assert len(rows) == 4
@@ -169,6 +171,13 @@ def test_synthetic_documents_as_json_lines(folder, tmp_path, capsys):
         assert len(row["tokens"]) == 600
         assert len(row["answers"]) == 2
         assert all(f"{a['key']}" in row["text"] and split_of(a["key"]) == "eval" for a in row["answers"])
+        assert "<|" not in row["text"]
+    longest = int(re.search(r"read as data with its marks .*: at most ([\d,]+) tokens", out)[1].replace(",", ""))
+    assert 590 <= longest <= 610
+    as_data = ["data", "data=text", f"data.path={out_path}", f"run_dir={tmp_path}/run", "data.heldout=0", "workers=1"]
+    status, out, err = _run(capsys, *as_data, "model=tiny", "format=json")
+    assert status == 0, err
+    assert json.loads(out)["sources"]["text"]["longest"] == longest
 
 
 @pytest.mark.parametrize(
