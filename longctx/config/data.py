@@ -102,7 +102,8 @@ class SourceConfig:
     #: stdlib: the Python standard library on this machine; text: files; hub: a dataset through Hugging Face datasets;
     #: chat: conversations ({role, content} lists) from path or name; synth: generated
     kind: SourceKind
-    path: Text | None = None  #: a file or folder of .txt, .md, .jsonl (each also .gz or .zst) or .parquet
+    #: a file or folder of .txt, .md, .jsonl (each also .gz or .zst), .parquet or .arrow (save_to_disk)
+    path: Text | None = None
     name: Text | None = None  #: a hub dataset's name
     subset: Text | None = None  #: the hub dataset's configuration
     split: str = "train"  #: the hub dataset's split

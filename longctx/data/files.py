@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from longctx.console import remark
 from longctx.data import stdlib
 from longctx.data.documents import Document, Location, Tally, Unit, damaged, open_unpacked, read_text
 from longctx.errors import UserError
@@ -26,13 +27,13 @@ RANGE = 64 * 2**20  # bytes of a .jsonl or .parquet in one unit
 def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: str) -> list[tuple[Path, str]]:
     """Return the usable files below `path` (or the file itself), sorted, each with the name its documents get.
 
-    include, exclude: glob patterns over names. key: the config key, for messages. Raises UserError when no usable
-    file exists.
+    include, exclude: glob patterns over names. key: the config key, for messages. Of a DatasetDict's folder only the
+    split train is read, unless `include` chooses. Raises UserError when no usable file exists.
     """
     root = Path(path).expanduser()
     if not root.exists():
         raise UserError(f"{key}={path} does not exist; give a file or folder of {_kinds()}")
-    found = [root] if root.is_file() else sorted(_files_below(root))
+    found = [root] if root.is_file() else sorted(_files_below(root, "" if include else key))
     base = root.parent if root.is_file() else root
     named = [(p, p.relative_to(base).as_posix()) for p in found if _suffix(p) in TEXT + ROWS]
     kept = [
@@ -48,14 +49,17 @@ def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: s
                 f"{list(include)} exclude={list(exclude)} leave out all of them; change the patterns"
             )
         raise UserError(
-            f"{key}={path} holds no usable file: {len(found)} files, none of them {_kinds()}; point it at text, or "
-            "convert yours"
+            f"{key}={path} holds no usable file: {len(found)} files (hidden ones aside), none of them {_kinds()}; "
+            "point it at text, or convert yours"
         )
     return kept
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    """Yield the files below a folder, and then those of folders that are linked there, each folder once."""
+def _files_below(root: Path, key: str) -> Iterator[Path]:
+    """Yield the files below a folder, and then those of folders that are linked there, each folder once.
+
+    Names that begin with a dot are left out, and the test split of a DatasetDict too, if `key` is given.
+    """
     waiting, seen = [root], set()
     while waiting:
         for at, folders, files in os.walk(waiting.pop(0)):
@@ -63,12 +67,40 @@ def _files_below(root: Path) -> Iterator[Path]:
                 folders.clear()
                 continue
             seen.add(os.path.realpath(at))
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            if key and "dataset_dict.json" in files:
+                folders[:] = _split_to_train_on(Path(at), folders, key)
+            files = _own_files(Path(at), files)
             waiting += sorted(path for path in (Path(at, name) for name in folders) if path.is_symlink())
             yield from (path for path in (Path(at, name) for name in files) if path.is_file())
 
 
+def _split_to_train_on(folder: Path, splits: list[str], key: str) -> list[str]:
+    """Return the split train of a folder that DatasetDict.save_to_disk has written, and say what is left out."""
+    if "train" not in splits:
+        raise UserError(
+            f"{folder} is a DatasetDict without a split named train; it has {', '.join(sorted(splits)) or 'none'}: "
+            f"name the folder of one, such as {key}={folder / min(splits, default='NAME')}"
+        )
+    left = sorted(set(splits) - {"train"})
+    if left:
+        remark(
+            f"{folder} is a DatasetDict; its split train is read, and {', '.join(left)} left out (name another split's "
+            f"folder as {key}=...)"
+        )
+    return ["train"]
+
+
+def _own_files(folder: Path, files: list[str]) -> list[str]:
+    """Return the files that are not hidden; of a saved Dataset not the copies that its `map` has left beside it."""
+    own = [name for name in files if not name.startswith(".")]
+    if "state.json" not in own or "dataset_info.json" not in own:
+        return own
+    return [name for name in own if not (name.startswith("cache-") and name.endswith(".arrow"))]
+
+
 def _kinds() -> str:
-    return ".txt, .md, .jsonl (each also .gz or .zst) or .parquet"
+    return ".txt, .md, .jsonl (each also .gz or .zst), .parquet or .arrow (save_to_disk of the package datasets)"
 
 
 def _fits(name: str, pattern: str) -> bool:

@@ -38,6 +38,37 @@ def test_folders_that_are_linked_are_read_once(tmp_path):
     assert found == {"corpus/v2": "v2/x.txt", "elsewhere/deep": "again/x.txt"}
 
 
+def test_hidden_files_and_folders_are_left_out(tmp_path):
+    for name in (".git/logs/x.txt", ".ipynb_checkpoints/a.md", ".b.md", ".hidden/real/a.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("hidden")
+    root = tmp_path / ".hidden/real"  # what the user names is read
+    (root / ".linked").symlink_to(tmp_path / ".git")
+    assert [name for _, name in find_files(str(root), [], [], "k")] == ["a.md"]
+    with pytest.raises(UserError, match=r"holds no usable file: 0 files \(hidden ones aside\), none of them .*\.arrow"):
+        find_files(str(tmp_path), [], [], "k")
+
+
+def test_of_a_saved_dataset_dict_the_train_split_is_read(tmp_path, capsys):
+    def saved(splits):
+        folder = tmp_path / "-".join(splits)
+        for split in splits:
+            (folder / split).mkdir(parents=True)
+            for name in ("data-00000-of-00001.arrow", "cache-4f2a.arrow", "state.json", "dataset_info.json"):
+                (folder / split / name).touch()
+        (folder / "dataset_dict.json").write_text(json.dumps({"splits": splits}))
+        return str(folder)
+
+    both = saved(["train", "test"])
+    assert [name for _, name in find_files(both, [], [], "k")] == ["train/data-00000-of-00001.arrow"]
+    assert "its split train is read, and test left out" in " ".join(capsys.readouterr().err.split())
+    assert [name for _, name in find_files(both, ["test/*"], [], "k")] == ["test/data-00000-of-00001.arrow"]
+    other = saved(["test", "validation"])
+    with pytest.raises(UserError, match=r"it has test, validation: name the folder of one, such as k=.*/test"):
+        find_files(other, [], [], "k")
+    assert len(find_files(f"{other}/test", [], [], "k")) == 1
+
+
 def test_a_file_that_two_sources_read_under_two_names_is_named(tmp_path, capsys):
     (tmp_path / "books").mkdir()
     (tmp_path / "books/x.txt").write_text("apple river stone")
