@@ -26,6 +26,7 @@ from longctx.rope import rope_of_model
 from longctx.schedule import Sizes, build_all
 from longctx.shape import Shape, shape_of_model
 from longctx.storage.files import GIB
+from longctx.storage.model import remark_untrained
 from longctx.topology import Link, Topology
 
 
@@ -56,6 +57,8 @@ def with_dtype(config: PlanConfig) -> tuple[PlanConfig, str]:
     """
     path = config.model.path and config_folder(config.model.path)
     model, source = dtypes.resolve(replace(config.model, path=path))
+    if path and config.model.path:
+        remark_untrained(path, config.model.path)
     return replace(config, model=model), source
 
 

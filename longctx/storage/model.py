@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from longctx.config.model import Family
+from longctx.console import remark
 from longctx.errors import UserError
 from longctx.storage.hub import fetching, looks_local, offline
 from longctx.storage.model_files import Folder
@@ -136,6 +137,17 @@ def check_family(config: Mapping[str, Any], source: str, what: str = "model.path
             "which context-parallel attention would silently make full; use a model with full attention, or set "
             f"sliding_window to null there if full attention is what you mean to train ({file})"
         )
+
+
+def remark_untrained(folder: str, source: str) -> None:
+    """Warn, for verbs that only calculate, of a model that training refuses.
+
+    folder: where its config.json is. source: the path or id that the user gave.
+    """
+    try:
+        check_family(read_config(folder)[0], source)
+    except UserError as refusal:
+        remark(f"these are figures only, `longctx train` refuses the model: {refusal}")
 
 
 def sliding_layer(config: Mapping[str, Any]) -> int | None:

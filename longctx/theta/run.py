@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from longctx.assets import config_folder
 from longctx.config.theta import ThetaConfig
 from longctx.console import emit, emit_json, say, warn
+from longctx.storage.model import remark_untrained
 from longctx.theta.inputs import starting_rope, target_stages
 from longctx.theta.show import document, paste_text, picture, rule_tables, stage_table
 from longctx.theta.table import rows
@@ -22,6 +24,8 @@ def run(config: ThetaConfig) -> int:
         from longctx.theta.search import search
 
         return search(config, rope, stages)
+    if config.model is not None and config.model.path:
+        remark_untrained(config_folder(config.model.path), config.model.path)
     table = rows(stages, rope, chosen_by)
     if config.format == "json":
         emit_json(document(rope, table))

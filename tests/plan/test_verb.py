@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from longctx import console
 from longctx.cli import main
 from longctx.config.hardware import HardwareConfig
 from longctx.planner.estimate import Links, Speed, quickest, time_attention
@@ -229,3 +230,21 @@ def test_four_nodes_stand_for_more(schedule, monkeypatch):
 
 def test_long_steps_and_hours_are_written_out():
     assert [_figures(value, 3) for value in (0.0577, 42.4, 1117.6, 3704)] == ["0.0577", "42.4", "1,118", "3,704"]
+
+
+@pytest.mark.parametrize("verb", ["plan", "theta"])
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"model_type": "phi3"}, "is a 'phi3' model, and longctx trains llama, mistral"),
+        ({"model_type": "mistral", "sliding_window": 128}, "layer 0 attends to a window of 128 tokens"),
+        ({"model_type": "llama"}, ""),
+    ],
+)
+def test_a_model_that_training_refuses_is_calculated_with_a_warning(verb, changed, words, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA_8B, **changed}))
+    console._remarked.clear()
+    assert main([verb, f"model.path={tmp_path}", "curriculum=8k_to_1048k", "format=json"]) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert words in said
+    assert ("`longctx train` refuses the model: model.path=" in said) == bool(words)
