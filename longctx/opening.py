@@ -30,5 +30,5 @@ def opening(verb: str, config: Any) -> str | None:
 
 def _starting(nproc: int, model: str | None) -> str:
     if nproc > 1 and "WORLD_SIZE" not in os.environ:
-        return f"starting {nproc} ranks"
+        return f"checking, then starting {nproc} ranks"
     return f"loading {model or 'a new model'}"

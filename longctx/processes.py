@@ -12,8 +12,10 @@ from pathlib import Path
 
 import longctx
 from longctx import console
+from longctx.errors import UserError
 
 END_SECONDS = 5.0  # the kernel's time to end killed processes
+RANKS_PER_CORE = 8  # each imports torch and has threads of its own
 
 
 def die_with_parent(parent: int | None = None) -> None:
@@ -122,4 +124,14 @@ def warn_if_crowded(key: str, count: int) -> None:
         console.remark(
             f"{key}={count} processes share {cores} core{'s' * (cores > 1)}: they take turns, and each needs memory of "
             f"its own; {key}={cores} is faster unless they mostly wait for GPUs"
+        )
+
+
+def check_crowd(key: str, count: int) -> None:
+    """Raise UserError where `key` asks for so many ranks per core that they would not even start in minutes."""
+    cores = len(os.sched_getaffinity(0))
+    if count > RANKS_PER_CORE * cores:
+        raise UserError(
+            f"{key}={count} would start {count} processes on {cores} core{'s' * (cores > 1)}, and at most "
+            f"{RANKS_PER_CORE} share a core; take {key}={cores}, or more machines (docs/launching.md)"
         )

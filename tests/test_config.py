@@ -19,7 +19,7 @@ from longctx.config.keys import known_keys, members, step_into
 from longctx.config.renamed import RENAMED
 from longctx.config.train import TrainConfig
 from longctx.errors import UserError, nearest
-from longctx.processes import warn_if_crowded
+from longctx.processes import check_crowd, warn_if_crowded
 from longctx.rope import RULES, DynamicNtk
 from longctx.verbs import VERBS
 
@@ -108,8 +108,8 @@ def test_nearest_finds_what_was_meant():
         ),
         (["train", "experiment=quickstart", "curriculum.mix=none"], "mix=none is not one of data.mixes"),
         (
-            ["train", "experiment=quickstart", "parallel.cp=2048", "launch.nproc=2048"],
-            "parallel.cp=2048: a rank needs 2 tokens of a sequence at least",
+            ["train", "experiment=quickstart", "parallel.cp=4096", "launch.nproc=4096"],
+            "launch.nproc=4096 would start 4096 processes on ",
         ),
         (["train", "-x"], "-x is not an option"),
         (["train", "experiment"], "write key=value"),
@@ -318,3 +318,6 @@ def test_more_ranks_than_cores_warn(monkeypatch, capsys):
     assert not capsys.readouterr().err
     warn_if_crowded("launch.nproc", 7)
     assert "launch.nproc=7 processes share 2 cores" in capsys.readouterr().err
+    check_crowd("launch.nproc", 16)
+    with pytest.raises(UserError, match=r"launch.nproc=17 would start 17 processes on 2 cores, and at most 8 share"):
+        check_crowd("launch.nproc", 17)

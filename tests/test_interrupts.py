@@ -210,7 +210,7 @@ def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["False False"] * len(verbs), done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == len(verbs)
-    assert lines[0] == "longctx: run: starting 2 ranks ..."
+    assert lines[0] == "longctx: run: checking, then starting 2 ranks ..."
     assert all(line.startswith("longctx: ") for line in lines)
 
 

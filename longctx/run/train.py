@@ -7,6 +7,7 @@ from pathlib import Path
 from longctx.config.train import TrainConfig
 from longctx.curriculum.select import selected
 from longctx.distributed.launcher import launcher_environment, leave_launcher
+from longctx.processes import check_crowd
 from longctx.run.training import settled_for_adapter, train_run
 from longctx.run.what_follows import check_what_follows
 from longctx.signals import all_saved
@@ -15,6 +16,8 @@ from longctx.train import runfolder
 
 def run(config: TrainConfig) -> int:
     """Train, then do what `after_training` asks for. Returns the exit status."""
+    if launcher_environment()["WORLD_SIZE"] == "1":
+        check_crowd("launch.nproc", config.launch.nproc)
     config = settled_for_adapter(config)
     check_what_follows(config)
     if config.smoke:

@@ -15,7 +15,7 @@ from longctx.data.check import check_sources, sources_of
 from longctx.data.stage_opening import choose_mix
 from longctx.data.tokenizer import check_tokenizer_of
 from longctx.errors import UserError, nearest
-from longctx.processes import warn_if_crowded
+from longctx.processes import check_crowd, warn_if_crowded
 from longctx.rope import Rope
 from longctx.storage.model import check_model
 from longctx.theta.search_job import SearchJob
@@ -26,8 +26,10 @@ def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
     """Search for a stage's theta, in this process or on nproc ranks, and print the result; returns 0."""
     from longctx.distributed.launcher import launcher_environment
 
-    job = job_of(config, rope, stages)
     environment = launcher_environment()
+    if environment["WORLD_SIZE"] == "1":
+        check_crowd("nproc", config.nproc)
+    job = job_of(config, rope, stages)
     if config.nproc > 1 and environment["WORLD_SIZE"] == "1":
         from longctx.theta.search_ranks import start
 
