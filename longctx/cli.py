@@ -133,12 +133,13 @@ def _check_outputs(verb: Verb, config: Any) -> None:
     """Refuse a path that cannot be written before a verb begins its work."""
     from longctx.storage.files import check_picture, check_writable
 
-    for key in (*verb.files, *verb.folders):
+    folders = verb.folders if getattr(config, "search", True) else ()  # theta's folder is that of a search
+    for key in (*verb.files, *folders):
         value = reduce(lambda part, name: getattr(part, name, None), key.split("."), config)
         if isinstance(value, str) and value:
             # config.folder is computed from run_dir: name the key that the user gives
             named = "run_dir" if key == "folder" and hasattr(config, "run_dir") else key
-            check_writable(Path(value).expanduser(), named, folder=key in verb.folders)
+            check_writable(Path(value).expanduser(), named, folder=key in folders)
             if key == "png":
                 check_picture(Path(value), key)
 

@@ -384,6 +384,15 @@ def test_a_path_that_cannot_be_written_is_refused_before_any_work(words, key, tm
     )
 
 
+def test_thetas_are_printed_where_nothing_can_be_written(tmp_path, monkeypatch, capsys):
+    """Without a search only the picture is written, where png= says."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").touch()
+    assert cli.main(["theta", "model=tiny", "to=4096"]) == 0
+    assert cli.main(["theta", "model=tiny", "to=4096", "png=runs/x.png"]) == 2
+    assert "png=runs/x.png cannot be made" in capsys.readouterr().err
+
+
 WRITES = [
     ("train model=tiny", "run_dir"), ("train model=tiny", "cache"), ("submit model=tiny dry_run=true", "run_dir"),
     ("eval model.path=base", "out"), ("eval model.path=base", "cache"), ("import gguf=g", "out"),
