@@ -162,7 +162,7 @@ def _stages(folder: Path, steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
             f"{m['seq_len']:,}",
             f"{m['theta']:,.0f}",
             f"{m['tokens']:,}",
-            str(m["steps"]),
+            _steps(m),
             _number(last.get(m["stage"], {}).get("loss")),
             _number(m.get("heldout_loss")),
             f"{m['seconds']:.0f}",
@@ -172,6 +172,12 @@ def _stages(folder: Path, steps: Sequence[Mapping[str, Any]]) -> Iterable[str]:
     ]
     head = ["stage", "length", "theta", "tokens", "steps", "last loss", "held-out loss", "seconds", "nodes x ranks"]
     yield _table([*head, "schedule and links"], rows)
+
+
+def _steps(mark: Mapping[str, Any]) -> str:
+    """The steps of a stage, and of how many where it was left early (`advance`)."""
+    planned = mark.get("planned_steps", mark["steps"])
+    return f"{mark['steps']} of {planned}" if mark["steps"] < planned else str(mark["steps"])
 
 
 def _ranks(line: Mapping[str, Any]) -> list[str]:

@@ -282,16 +282,27 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
         raise RunFailed(f"{error}; {left_words(context.folder, context.stages)}") from error
     facts = {
         "stage": stage.name, "index": stage.index, "step": state.step, "steps": state.stage_step,
-        "tokens": state.cursor * stage.seq_len,
+        "planned_steps": stage.steps, "tokens": state.cursor * stage.seq_len,
         "seconds": state.stage_seconds, "seq_len": stage.seq_len, "theta": stage.theta,
         "heldout_loss": heldout, "model": str((folder / "model").relative_to(context.folder)),
     }  # fmt: skip
     if context.ranks.first:
         words = "" if heldout is None else f", held-out loss {heldout:.4f}"
-        recorder.display.say(f"[bold]{stage.name}[/] done in {state.stage_seconds:.0f} s{words}: {folder / 'model'}")
+        recorder.display.say(
+            f"[bold]{stage.name}[/] done in {state.stage_seconds:.0f} s{_early_words(state, stage)}{words}: "
+            f"{folder / 'model'}"
+        )
         if recorder.metrics:
             recorder.metrics.stage_ended(state.step, state.tokens, heldout)
         if training.after_stage is not None:
             _after_stage(context, stage, training.after_stage)
         write_text(mark, json.dumps(facts, indent=1))
     context.ranks.barrier()
+
+
+def _early_words(state: State, stage: Stage) -> str:
+    """Why a stage has fewer steps than planned, in words; "" where it has all."""
+    if stage.advance is None or state.stage_step >= stage.steps:
+        return ""
+    return (f", left early after {state.stage_step} of {stage.steps} steps (advance: its loss fell by less than "
+            f"{stage.advance.min_drop:.2%} in {stage.advance.steps} steps)")  # fmt: skip

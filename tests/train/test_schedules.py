@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from longctx.report import page
 from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
-from longctx.train import metrics
+from longctx.train import loop, metrics
+from longctx.train.checkpoint import State
 from longctx.train.guards import Guards
+from longctx.train.train import resolve_stages
 
 from .lives import live
 from .made import config
@@ -41,6 +45,17 @@ def test_a_stage_ends_early_and_the_next_one_is_trained_whole(alone: Path) -> No
     lines = metrics.read(alone / "metrics.jsonl")
     assert [line["stage"] for line in lines] == ["s64"] * 4 + ["s128"] * 4
     assert [line["cursor"] for line in lines] == [4, 8, 12, 16, 2, 4, 6, 8]
+    marks = [json.loads((alone / f"stages/{name}/finished.json").read_text()) for name in ("s64", "s128")]
+    assert [(mark["steps"], mark["planned_steps"]) for mark in marks] == [(4, 5), (4, 4)]
+    assert [page._steps(mark) for mark in marks] == ["4 of 5", "4"]
+
+
+def test_the_last_line_of_a_stage_says_that_it_ends_early(tmp_path: Path) -> None:
+    stages = resolve_stages(config(tmp_path / "run", tmp_path, curriculum=curriculum(advance=FLAT_AT_ONCE)))
+    words = loop._early_words(State(stage_step=4), stages[0])
+    assert words == ", left early after 4 of 5 steps (advance: its loss fell by less than 90.00% in 2 steps)"
+    assert not loop._early_words(State(stage_step=5), stages[0])
+    assert not loop._early_words(State(stage_step=3), stages[1])
 
 
 @pytest.mark.parametrize("steps", [3, 4])
