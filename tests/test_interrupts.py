@@ -214,6 +214,23 @@ def test_the_first_line_comes_before_torch(tmp_path: Path) -> None:
     assert all(line.startswith("longctx: ") for line in lines)
 
 
+def test_a_signal_while_a_continued_run_starts_tells_what_is_saved(tmp_path: Path) -> None:
+    (tmp_path / "run/stages/s64/checkpoints/step00000018").mkdir(parents=True)
+    (tmp_path / "run/stages/s64/checkpoints/step00000018/manifest.json").touch()
+    code = (
+        "import signal, longctx.run.train as train, longctx.signals as signals\n"
+        "signals.catch(requeue=True)\n"
+        "train.settled_for_adapter = lambda config: signal.raise_signal(signal.SIGTERM)\n"
+        "from tests.train.made import config\n"
+        "from pathlib import Path\n"
+        f"train.run(config(Path({str(tmp_path / 'run')!r}), Path()))"
+    )
+    root = str(Path(__file__).parents[1])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    assert done.returncode == 75, done.stderr
+    assert done.stderr == "longctx: SIGTERM: saved at step 18; the same command continues the run\n"
+
+
 def test_a_run_that_needs_longer_than_its_scheduler_gives_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

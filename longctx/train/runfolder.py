@@ -251,6 +251,16 @@ def _recorded(folder: Path) -> dict[str, dict[str, str]]:
     )  # fmt: skip
 
 
+def saved_words(folder: Path) -> str:
+    """What the run in the folder has saved, in words, before a start of it has read its checkpoint."""
+    found = checkpoints(folder)
+    return f"saved at step {_step(found[0])}" if found else "nothing was trained"
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step"))
+
+
 def where(folder: Path) -> str:
     """The last checkpoint of a run that ends now, in words.
 
@@ -259,5 +269,4 @@ def where(folder: Path) -> str:
     found = checkpoints(folder)
     if not found:
         return "no checkpoint was written yet"
-    step = int(found[0].name.removeprefix("step"))
-    return f"the checkpoint of step {step} is saved, the same command continues the run"
+    return f"the checkpoint of step {_step(found[0])} is saved, the same command continues the run"

@@ -74,6 +74,7 @@ def train(
 
     stop = stop_request()
     interrupted_words(lambda: runfolder.where(Path(config.folder)))
+    all_saved(runfolder.saved_words(Path(config.folder)))
     limit_requeues(config.launch.requeues)
     try:
         minutes = config.launch.meeting_minutes
