@@ -183,8 +183,10 @@ def test_yarn_on_a_yarn_model_keeps_its_own_ramp_and_scale(own: dict, kept: dict
 def test_longrope_wants_one_factor_per_pair():
     rule = make_rule("longrope", {"long_factor": [2.0] * 64})
     assert rule.to_hf(LLAMA3, 65536)["short_factor"] == [2.0] * 64
-    with pytest.raises(UserError, match="long_factor has 3 numbers, but longrope needs one per rotary pair, 64"):
+    with pytest.raises(UserError, match=r"^rule=longrope: long_factor has 3 numbers, .* pair, 64 .*'rule="):
         make_rule("longrope", {"long_factor": [1.0, 2.0, 3.0]}).to_hf(LLAMA3, 65536)
+    with pytest.raises(UserError, match=r"^x\.rule=longrope: long_factor has 0 numbers, .*'rope=\{name: "):
+        apply(make_rule("longrope", {}), LLAMA3, 65536, "x.rule")
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ class Overrides:
                     return self.parsed(f'{key}="{value}"')
             raise UserError(
                 f"{word!r} cannot be read: close every bracket and quote, and write text with spaces, commas or other "
-                f"""signs in quotes inside the shell's: '{key}="{value.strip(_QUOTES)}"'"""
+                f"signs in quotes inside the shell's: '{key}={_quoted(value)}'"
             ) from None
 
     def _option(self, key: str, value: Any) -> str | None:
@@ -240,3 +240,14 @@ class Overrides:
 def groups_in(folder: Path) -> list[str]:
     """The names of the groups in one folder of configs."""
     return [path.name for path in folder.iterdir() if path.is_dir()]
+
+
+def _quoted(value: str) -> str:
+    """A value that cannot be read, with its text in quotes: in a map or a list that of each entry."""
+    inner = value[1:].removesuffix("}" if value[:1] == "{" else "]")
+    if value[:1] == "{":
+        pairs = [pair.partition(":") for pair in re.split(r",\s*(?=[^,:{}]+:)", inner)]
+        return "{" + ", ".join(f"{name.strip()}: {_quoted(text.strip())}" for name, _, text in pairs) + "}"
+    if value[:1] == "[":
+        return "[" + ",".join(_quoted(text.strip()) for text in inner.split(",")) + "]"
+    return f'"{value.strip(_QUOTES)}"'

@@ -271,21 +271,26 @@ class LongRope(Rule):
     short_factor: list[AboveZero] | None = None  #: of sequences within the original window; null: long_factor
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
-        short = self.short_factor or self.long_factor
-        for name, factors in (("long_factor", self.long_factor), ("short_factor", short)):
-            if len(factors) != rope.dim // 2:
-                raise UserError(
-                    f"{name} has {len(factors)} numbers, but longrope needs one per rotary pair, {rope.dim // 2} for "
-                    f"this model ({rope.source})"
-                )
+        self.check_factors(rope)
         return _plain(
             rope,
             rope_type="longrope",
-            short_factor=short,
+            short_factor=self.short_factor or self.long_factor,
             long_factor=self.long_factor,
             factor=float(length / rope.window),
             original_max_position_embeddings=rope.window,
         )
+
+    def check_factors(self, rope: Rope, where: str = "rule") -> None:
+        """Raise UserError unless there is a factor for each rotary pair; `where` is the config key of the rule."""
+        key = "rule" if where == "rule" else "rope"  # `longctx theta to=` has rule, curricula have rope for all stages
+        for name, factors in (("long_factor", self.long_factor), ("short_factor", self.short_factor)):
+            if factors is not None and len(factors) != rope.dim // 2:
+                raise UserError(
+                    f"{where}=longrope: {name} has {len(factors)} numbers, and the rule needs one per rotary pair, "
+                    f"{rope.dim // 2} for this model; give them with the rule, '{key}={{name: longrope, {name}: [1.0, "
+                    "...]}', from a search outside longctx (the command line or configs/curriculum)"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,6 +346,8 @@ def apply(rule: Rule, rope: Rope, length: int, where: str = "rule") -> Parameter
         )
     if rope.dim <= 2:
         raise UserError(f"{where}: a rotary dimension of {rope.dim} leaves nothing to stretch ({rope.source})")
+    if isinstance(rule, LongRope):
+        rule.check_factors(rope, where)
     return rule.to_hf(rope, length)
 
 
