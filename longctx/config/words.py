@@ -242,12 +242,13 @@ def groups_in(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir() if path.is_dir()]
 
 
-def _quoted(value: str) -> str:
-    """A value that cannot be read, with its text in quotes: in a map or a list that of each entry."""
+def _quoted(value: str, *, inside: bool = False) -> str:
+    """A value that cannot be read, with its text in quotes: in a map or a list that of each entry that needs it."""
     inner = value[1:].removesuffix("}" if value[:1] == "{" else "]")
     if value[:1] == "{":
         pairs = [pair.partition(":") for pair in re.split(r",\s*(?=[^,:{}]+:)", inner)]
-        return "{" + ", ".join(f"{name.strip()}: {_quoted(text.strip())}" for name, _, text in pairs) + "}"
+        return "{" + ", ".join(f"{name.strip()}: {_quoted(text.strip(), inside=True)}" for name, _, text in pairs) + "}"
     if value[:1] == "[":
-        return "[" + ",".join(_quoted(text.strip()) for text in inner.split(",")) + "]"
-    return f'"{value.strip(_QUOTES)}"'
+        return "[" + ",".join(_quoted(text.strip(), inside=True) for text in inner.split(",")) + "]"
+    plain = re.fullmatch(r"[\w./-]+", value) and inside
+    return value if plain else f'"{value.strip(_QUOTES)}"'
