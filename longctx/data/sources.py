@@ -50,6 +50,12 @@ def _hub_files(source: SourceConfig, cache: Path, where: str) -> list[tuple[Path
     except ImportError:
         raise UserError(f"{where} needs the package datasets; pip install 'longctx[train]'") from None
     name = str(source.name)
+    if any((Path(name).expanduser() / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+        raise UserError(
+            f"{where}.name={name} is a folder that save_to_disk has written, and kind={source.kind} with a name loads "
+            f"a dataset of the hub; read the folder with {where}.path={name} instead"
+            f"{'' if source.kind == 'chat' else f' and {where}.kind=text'} (data=text data.path=FOLDER)"
+        )
     if not hub.looks_local(name):
         hub.offline()  # without network, datasets then looks into its cache only
     try:

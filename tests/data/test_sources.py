@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -86,3 +87,12 @@ def test_a_dataset_that_is_not_there_is_named(tmp_path, monkeypatch):
     source = SourceConfig(kind="hub", name=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match=r"data\.sources\.x\.name=.*nowhere.*cannot be loaded"):
         source_units("x", source, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [("hub", "path={0} instead and data.sources.x.kind=text"), ("chat", "path={0} instead (data")]
+)
+def test_a_saved_dataset_named_as_a_hub_dataset_is_told_how_it_is_read(kind, remedy, tmp_path):
+    (tmp_path / "dataset_dict.json").write_text("{}")
+    with pytest.raises(UserError, match=re.escape(remedy.format(tmp_path))):
+        source_units("x", SourceConfig(kind=kind, name=str(tmp_path)), tmp_path / "cache")
