@@ -152,10 +152,16 @@ def _find(words: list[str]) -> tuple[Verb, list[str]]:
     two = " ".join(words[:2])
     if two in VERBS:
         return VERBS[two], words[2:]
+    subverbs = sorted(name.split()[1] for name in VERBS if name.startswith(words[0] + " "))
     if (spaced := words[0].replace("-", " ")) in VERBS:
+        if subverbs and words[1:2] and words[1].isalpha() and not {"-h", "--help"} & set(words):
+            near = nearest(words[1], subverbs)
+            hint = f"did you mean '{words[0]} {near}'? " if near else ""
+            raise UserError(
+                f"{two!r} is not a verb; {hint}{words[0]} alone takes key=value, and has {', '.join(subverbs)}"
+            )
         return VERBS[spaced], words[1:]
     if words[0] in _FAMILIES:
-        subverbs = sorted(name.split()[1] for name in VERBS if name.startswith(words[0] + " "))
         near = nearest(words[1], subverbs)
         hint = f"; did you mean {near!r}?" if near else ""
         raise UserError(f"{two!r} is not a verb; {words[0]} has {', '.join(subverbs)}{hint}")

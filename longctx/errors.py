@@ -87,7 +87,7 @@ def refused_by_system(error: Exception) -> str | None:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to `name`, or None when no name is similar."""
     names = list(known)
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.51)
     if match:
         return match[0]
     inside = [candidate for candidate in names if name and (name in candidate or candidate in name)]

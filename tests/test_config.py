@@ -162,6 +162,10 @@ def test_nearest_finds_what_was_meant():
             )
             for verb, name in (("train", "../evil"), ("train", "a/../../evil"), ("train", "/tmp/evil"), ("theta", "."))
         ],
+        (["data", "stat"], "'data stat' is not a verb; did you mean 'data stats'? data alone takes key=value"),
+        (["data", "check", "model=tiny"], "'data check' is not a verb; data alone takes key=value, and has stats"),
+        (["train", "=3"], "'=3' is not an override; write key=value"),
+        (["train", *TINY, "accept=[nonsense]"], "accept=[nonsense] accepts nothing: known: memory, disk"),
         (["train", "name=[a"], "cannot be read: close every bracket and quote"),
         (["eval", "models={a: mo,del, b: x/y}"], """'models={a: "mo,del", b: x/y}'"""),
         (["train", "accept=[a (b),c]"], """'accept=["a (b)",c]'"""),

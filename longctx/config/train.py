@@ -134,7 +134,8 @@ class GuardsConfig:
 class ProfileConfig:
     """torch.profiler's trace of chosen steps, in RUN/profile."""
 
-    steps: list[NotNegative] | None = None  #: global steps to trace: [10,12] records steps 10 and 11
+    #: [10,12] records global steps 10 and 11, counted from 0: the lines of steps 11 and 12 in metrics.jsonl
+    steps: list[NotNegative] | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None and (len(self.steps) != 2 or self.steps[0] >= self.steps[1]):

@@ -146,7 +146,7 @@ class Overrides:
         bare = word.lstrip("+~")
         if bare == "hydra" or bare.startswith(("hydra.", "hydra/")):
             raise UserError(f"{word} would set Hydra itself, which longctx does not take. {_HYDRA_KEYS}")
-        if "=" not in word and not word.startswith("~"):
+        if ("=" not in word and not word.startswith("~")) or bare.startswith("="):
             raise UserError(f"{word!r} is not an override; write key=value (lists in quotes: 'key=[a,b]'), or --help")
         key, _, value = word.partition("=")
         try:
