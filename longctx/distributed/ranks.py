@@ -23,7 +23,7 @@ from longctx.distributed import meeting
 from longctx.distributed.launcher import NAMES, launcher_environment, node_name
 from longctx.distributed.local import ONE_GPU, STORE_FD
 from longctx.distributed.placement import Introduction, by_node, cores
-from longctx.errors import RunFailed, UserError, first_line
+from longctx.errors import RunFailed, UserError, first_line, refused_by_system
 from longctx.versions import check_versions
 
 MEETING_SECONDS = 600.0
@@ -115,7 +115,8 @@ class Ranks:
         except (UserError, RunFailed, OSError, ValueError) as raised:
             error = raised
         self.barrier()
-        reports = self.gather(None if error is None else (isinstance(error, UserError), str(error)))
+        words = error and (refused_by_system(error) or str(error))  # the bare text of a full disk names no remedy
+        reports = self.gather(None if error is None else (isinstance(error, UserError), words))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report]
         if failed:
             rank, by_user, text = next((report for report in failed if report[2]), failed[0])  # one with a message

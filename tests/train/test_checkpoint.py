@@ -163,6 +163,14 @@ def test_too_little_free_disk_is_seen_before(tmp_path: Path, capsys: pytest.Capt
     assert "GiB needed" in " ".join(capsys.readouterr().err.split())
 
 
+def test_what_the_system_refuses_to_all_ranks_is_told_with_its_remedy() -> None:
+    with (
+        pytest.raises(RunFailed, match=r"tokenizing failed on rank 0: /x/y cannot be .*: No space left .*; free some"),
+        ALONE.agree("tokenizing"),
+    ):
+        raise OSError(28, "No space left on device", "/x/y")
+
+
 def test_another_model_is_refused(tmp_path: Path) -> None:
     checkpoints = saved(tmp_path, 1)
     other = TwoTensors()
