@@ -7,6 +7,7 @@
 #   bash launch/gpu_check.sh kernels attention  parts by name; `gpu_check.sh help` lists them
 #   bash launch/gpu_check.sh smollm2 minutes=8     a real model from 8,192 to 65,536 tokens; by name only
 #   bash launch/gpu_check.sh longest minutes=60    the longest full step of an 8B model; by name only
+#   bash launch/gpu_check.sh fa4_all minutes=15    flash-attn 4 in every shape; by name only
 #   bash launch/gpu_check.sh out=FOLDER minutes=10 ...
 #
 # It needs torch, transformers, pytest and longctx's own packages. What it lacks (a GPU, flash-attn, liger-kernel,

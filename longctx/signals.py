@@ -53,16 +53,19 @@ class StopRequest:
         self.name: str | None = None
         self.number: int | None = None
         self._own, self._unsaved, self._words = own, False, "nothing was trained"
-        self._heard = False  # whether the screen says that the signal has come
+        self._heard = False  # whether no line is to say that the signal has come
         self._before = {} if own else {number: signal.signal(number, self.note) for number in asking()}
 
     @property
     def asked(self) -> bool:
         return self.name is not None
 
-    def unsaved(self) -> None:
-        """From here on a signal is only noted, and the caller checks `asked`."""
-        self._unsaved = True
+    def unsaved(self, *, confirms: bool = True) -> None:
+        """From here on a signal is only noted, and the caller checks `asked`.
+
+        confirms: a line says so where the work at hand takes longer than PATIENCE.
+        """
+        self._unsaved, self._heard = True, not confirms
 
     def saved(self, words: str) -> None:
         """From here on a signal ends an owned process at once. words: what is saved, for its last line."""
@@ -77,7 +80,7 @@ class StopRequest:
             self.name, self.number = signal.Signals(number).name, number
         elif self._own and self._unsaved and not self._heard:  # PATIENCE has passed, so the work at hand takes long
             self._heard = True
-            _say(f"{self.name}: the run saves when the micro-batch at work ends")
+            _say(f"{self.name}: the run saves after the work at hand")
         self._leave_if_asked()
 
     def _leave_if_asked(self) -> None:
@@ -86,7 +89,7 @@ class StopRequest:
 
     def answered(self) -> None:
         """Forget the signal, which has been answered: the run goes on."""
-        self.name, self.number, self._heard = None, None, False
+        self.name, self.number = None, None
 
     def close(self) -> None:
         for number, handler in self._before.items():

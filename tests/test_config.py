@@ -169,6 +169,7 @@ def test_nearest_finds_what_was_meant():
         (["train", "name=[a"], "cannot be read: close every bracket and quote"),
         (["eval", "models={a: mo,del, b: x/y}"], """'models={a: "mo,del", b: x/y}'"""),
         (["train", "accept=[a (b),c]"], """'accept=["a (b)",c]'"""),
+        (["eval", "models=[A, {name: t, path: my (new)/A}]"], """'models=[{key: "text"},...]'"""),
         (["train", *TINY, "seed=1,2"], "-m runs one after another: longctx VERB -m seed=1,2"),
         (["train", "hydra.run.dir=x"], "would set Hydra itself"),
         (["train", "hydra/launcher=joblib"], "would set Hydra itself"),

@@ -424,6 +424,7 @@ def test_mistakes_at_the_door(values: dict, message: str):
         ("stages: {s8192: {theta: 5", "does not hold `stages"),
         ("stages: {s8192: {theta: much}}", "stages.s8192.theta='much' is not a count"),
         ("stages: {s8192: {theta: 1}}", "stages.s8192.theta=1 must be above 1"),
+        ("stages: {s8192: {theta: 1e6, seq_len: eight}}", "stages.s8192.seq_len='eight' is not a length"),
     ],
 )
 def test_a_wrong_theta_file(tmp_path: Path, content: str, message: str):

@@ -61,8 +61,8 @@ def tried(kernel: Kernel, problem: Problem) -> str:
     except torch.OutOfMemoryError:  # says nothing of the kernel
         return ""
     except Exception as error:  # whatever a compiler or another release of a package raises
-        first = first_line(error)
-        return f"it fails here ({type(error).__name__}: {first[:200]})"
+        said = f": {first_line(error)[:200]}" if str(error).strip() else ""
+        return f"it fails here ({type(error).__name__}{said})"
     return ""
 
 

@@ -24,7 +24,7 @@ class AdapterSettings:
     rank: Positive = 32  #: rank of the LoRA factors
     #: tensors carried; serving: layers only, no lm_head, embeddings or norms
     profile: Literal["full", "serving"] = "full"
-    #: whether the adapter carries them; null: in profile full when they are tied to the output layer
+    #: whether the adapter carries the embeddings; null: in profile full when they are tied to the output layer
     embeddings: bool | None = None
 
 

@@ -54,9 +54,9 @@ class ExtractConfig:
     max_rank: Positive = 256  #: bound of the ranks that share and size_mb choose
     #: tensors carried; serving: layers only, no lm_head, embeddings or norms (what stays behind is listed)
     profile: Literal["full", "serving"] = "full"
-    #: whether the adapter carries them; null: in profile full when they are tied to the output layer
+    #: whether the adapter carries the embeddings; null: in profile full when they are tied to the output layer
     embeddings: bool | None = None
-    lm_head: bool | None = None  #: whether the adapter carries it; null: in profile full
+    lm_head: bool | None = None  #: whether the adapter carries the output layer; null: in profile full
     rslora: bool = False  #: scale by alpha / sqrt(rank) instead of alpha / rank
     dtype: FactorDtype = "bfloat16"  #: dtype of the factors
     precision: Annotated[Literal["float32", "float64"], AsDtype] = "float32"  #: dtype of differences and products

@@ -248,6 +248,8 @@ def _quoted(value: str, *, inside: bool = False) -> str:
     if value[:1] == "{":
         pairs = [pair.partition(":") for pair in re.split(r",\s*(?=[^,:{}]+:)", inner)]
         return "{" + ", ".join(f"{name.strip()}: {_quoted(text.strip(), inside=True)}" for name, _, text in pairs) + "}"
+    if value[:1] == "[" and re.search(r"[\[{]", inner):  # maps in a list: the entries are not told apart here
+        return '[{key: "text"},...]'
     if value[:1] == "[":
         return "[" + ",".join(_quoted(text.strip(), inside=True) for text in inner.split(",")) + "]"
     plain = re.fullmatch(r"[\w./-]+", value) and inside

@@ -77,7 +77,11 @@ def _found(item: dict[str, Any], where: str, path: Path) -> FoundTheta:
     if not 1 < theta < MOST_THETA:
         raise UserError(f"{where}.theta={theta} must be above 1 and below 2^63 ({path})")
     rule, seq_len = item.get("rule"), item.get("seq_len")
-    return FoundTheta(theta, None if rule is None else str(rule), None if seq_len is None else int(seq_len))
+    try:
+        seq_len = None if seq_len is None else parse_length(seq_len)
+    except ValueError as error:
+        raise UserError(f"{where}.seq_len={seq_len!r} {error} ({path})") from None
+    return FoundTheta(theta, None if rule is None else str(rule), seq_len)
 
 
 def _named_length(name: str) -> int | None:

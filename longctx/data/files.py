@@ -49,7 +49,7 @@ def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: s
                 f"{list(include)} exclude={list(exclude)} leave out all of them; change the patterns"
             )
         raise UserError(
-            f"{key}={path} holds no usable file: {len(found)} files (hidden ones aside), none of them {_kinds()}; "
+            f"{key}={path} holds no usable file: of {len(found)} that are not hidden, none is {_kinds()}; "
             "point it at text, or convert yours"
         )
     return kept

@@ -47,8 +47,8 @@ def tokenizer_at(source: str | Path, what: str, *, vocab_size: int | None = None
     try:
         made: Any = AutoTokenizer.from_pretrained(source, local_files_only=not local and hub.offline())
     except Exception as error:  # tokenizers raises bare Exceptions; a damaged file makes transformers raise others
-        first = first_line(error)
-        reason = f"{type(error).__name__}: {first}" if local else hub.why_not(error, str(source))
+        said = f": {first_line(error)}" if str(error).strip() else ""
+        reason = f"{type(error).__name__}{said}" if local else hub.why_not(error, str(source))
         raise UserError(
             f"{what}={source}: its tokenizer cannot be read ({reason}); fetch its files again, "
             "or name another with model.tokenizer= (configs/model)"

@@ -47,7 +47,7 @@ def run_ranks(nproc: int, threads: int, module: str, *words: str, node: Node | N
     node: where this machine stands, when other machines start ranks of the same run.
     """
     stop = stop_request()
-    stop.unsaved()  # the ranks answer signals, not this process
+    stop.unsaved(confirms=False)  # the ranks answer signals, not this process
     ranks: list[subprocess.Popen[bytes]] = []
     command, environment = module_command(module, *words)
     environment = {"OMP_NUM_THREADS": str(threads), **environment}

@@ -115,7 +115,8 @@ class Ranks:
         except (UserError, RunFailed, OSError, ValueError) as raised:
             error = raised
         self.barrier()
-        words = error and (refused_by_system(error) or str(error))  # the bare text of a full disk names no remedy
+        # The bare text of a full disk names no remedy; a UserError may quote the system's text.
+        words = error and ((isinstance(error, OSError) and refused_by_system(error)) or str(error))
         reports = self.gather(None if error is None else (isinstance(error, UserError), words))
         failed = [(rank, *report) for rank, report in enumerate(reports) if report]
         if failed:

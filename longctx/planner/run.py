@@ -44,7 +44,10 @@ def run(config: PlanConfig) -> int:
 
 
 def planned(config: PlanConfig) -> dict[str, Any]:
-    """The stages in numbers, as `format=json` prints them. Raises UserError for what training would refuse."""
+    """The stages in numbers, as `format=json` prints them.
+
+    Raises UserError for settings that training would refuse, and warns of a model that it would refuse.
+    """
     config, _ = with_dtype(config)
     shape, stages = _stages(config)
     return document(config, shape, estimate_all(stages, shape, config))
@@ -53,7 +56,8 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 def with_dtype(config: PlanConfig) -> tuple[PlanConfig, str]:
     """The config with the model's dtype resolved, and in words where the dtype was found.
 
-    A model that the package knows by its hub id is planned from the config.json in the package.
+    A model that the package knows by its hub id is planned from the config.json in the package. A model that training
+    would refuse is planned, with a warning.
     """
     path = config.model.path and config_folder(config.model.path)
     model, source = dtypes.resolve(replace(config.model, path=path))

@@ -28,6 +28,7 @@ def main(path: str) -> int:
         from longctx.run.training import train_run
         from longctx.train import runfolder
 
+        signals.all_saved(runfolder.saved_in(Path(path).parent))
         return train_run(runfolder.read(Path(path)), checked=world > 1)
 
     return run_as_rank(body)

@@ -18,7 +18,7 @@ def run(config: TrainConfig) -> int:
     """Train, then do what `after_training` asks for. Returns the exit status."""
     if launcher_environment()["WORLD_SIZE"] == "1":
         check_crowd("launch.nproc", config.launch.nproc)
-    all_saved(runfolder.saved_words(Path(config.folder)))
+    all_saved(runfolder.saved_in(Path(config.folder)))
     config = settled_for_adapter(config)
     check_what_follows(config)
     if config.smoke:

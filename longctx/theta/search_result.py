@@ -38,8 +38,9 @@ def write_override(path: Path, result: SearchResult, rule: str, model: str) -> N
     with only_writer(path.with_name(f".{path.name}.lock"), f"waiting for another search that writes {path}"):
         known: dict[str, Any] = {}
         if path.exists():
-            known = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages", {})
-        others = [name for name, entry in known.items() if entry.get("model", model) != model]
+            known = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("stages") or {}
+        made_for = {name: entry.get("model", model) for name, entry in known.items() if isinstance(entry, dict)}
+        others = [name for name, other in made_for.items() if other != model]
         if others:
             console.warn(f"{path}: {', '.join(others)} left out, whose theta was found for another model")
         known = {name: entry for name, entry in known.items() if name not in others}

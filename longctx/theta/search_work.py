@@ -67,8 +67,10 @@ def _run(job: SearchJob, ranks: Any) -> SearchResult:
     steps = range(settings.adapt_steps)
     adapt = Adaptation([micro_batch(trained, [step], context, "zigzag") for step in steps], settings.adapt_lr)
     contents = _contents(data, [trained.sequence(step) for step in steps] if trained else [])
-    files = {"model.path": folder_fingerprint(str(job.model.path)), "data": contents}
-    check_nodes(ranks, {key: {"": found} for key, found in files.items()} if ranks.local_rank == 0 else None)
+    files = None
+    if ranks.local_rank == 0:
+        files = {"model.path": {"": folder_fingerprint(str(job.model.path))}, "data": {"": contents}}
+    check_nodes(ranks, files)
     file = TrialFile(job.folder / f"trials-{stage.name}.jsonl", _key(job, contents)) if ranks.first else None
     done: dict[int, Trial] = ranks.broadcast(file.done if file else {})
     trials: dict[int, Trial] = {}

@@ -29,9 +29,9 @@ from longctx.train.guards import Guards
 from longctx.train.lead import Lead
 from longctx.train.metrics import memory_gib
 from longctx.train.open_stage import OpenStage, open_stage
-from longctx.train.resume import enter_stage, left_words, saved_words
+from longctx.train.resume import enter_stage, left_words
 from longctx.train.run_context import Recorder, RunContext
-from longctx.train.runfolder import ended_stage, exported, is_finished, stage_folder
+from longctx.train.runfolder import ended_stage, exported, is_finished, saved_words, stage_folder
 from longctx.train.step import Stepper, StepReport, Timer
 
 if TYPE_CHECKING:
@@ -304,5 +304,6 @@ def _early_words(state: State, stage: Stage) -> str:
     """Why a stage has fewer steps than planned, in words; "" where it has all."""
     if stage.advance is None or state.stage_step >= stage.steps:
         return ""
-    return (f", left early after {state.stage_step} of {stage.steps} steps (advance: its loss fell by less than "
-            f"{stage.advance.min_drop:.2%} in {stage.advance.steps} steps)")  # fmt: skip
+    drop = f"{100 * stage.advance.min_drop:.3g} % in {stage.advance.steps} steps"
+    return (f", left early after {state.stage_step} of {stage.steps} steps (advance: the loss on the last quarter of "
+            f"the sequences fell by less than {drop})")  # fmt: skip

@@ -118,11 +118,6 @@ def left_words(run: Path, stages: Sequence[Stage]) -> str:
     return "no checkpoint was written, so the same command starts over"
 
 
-def saved_words(step: int) -> str:
-    """What has been saved, in words."""
-    return f"saved at step {step}" if step else "nothing was trained"
-
-
 def say_resumed(state: State, stages: Sequence[Stage]) -> None:
     """Say at which step a run continues, if it has trained before."""
     if state.step:

@@ -251,10 +251,15 @@ def _recorded(folder: Path) -> dict[str, dict[str, str]]:
     )  # fmt: skip
 
 
-def saved_words(folder: Path) -> str:
+def saved_words(step: int) -> str:
+    """What has been saved, in words."""
+    return f"saved at step {step}" if step else "nothing was trained"
+
+
+def saved_in(folder: Path) -> str:
     """What the run in the folder has saved, in words, before a start of it has read its checkpoint."""
     found = checkpoints(folder)
-    return f"saved at step {_step(found[0])}" if found else "nothing was trained"
+    return saved_words(_step(found[0]) if found else 0)
 
 
 def _step(checkpoint: Path) -> int:

@@ -74,7 +74,6 @@ def train(
 
     stop = stop_request()
     interrupted_words(lambda: runfolder.where(Path(config.folder)))
-    all_saved(runfolder.saved_words(Path(config.folder)))
     limit_requeues(config.launch.requeues)
     try:
         minutes = config.launch.meeting_minutes
@@ -250,13 +249,13 @@ def _train_stages(context: RunContext, not_carried: NotCarried, after_stage: Aft
     config, ranks, stop = context.config, context.ranks, context.stop
     engine = _load_engine(context, not_carried)
     progress = Progress()
-    watcher = Watchdog(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
+    watchdog = Watchdog(progress, ranks.rank, ranks.world, config.guards.stall_seconds)
     wanted = config.checkpoint
     checkpoints = Checkpoints(
         context.folder, ranks, keep=wanted.keep, spare_gib=wanted.spare_gib, background=wanted.background
     )
     state = checkpoints.load(engine) or State()
-    all_saved(resume.saved_words(state.step))
+    all_saved(runfolder.saved_words(state.step))
     resume.find_stage(state, context.stages)
     resume.say_resumed(state, context.stages)
     recorder = Recorder.open(context, progress, last_step=state.step)
@@ -271,11 +270,11 @@ def _train_stages(context: RunContext, not_carried: NotCarried, after_stage: Aft
             status = SAVED_AND_REQUEUE
         ranks.barrier()
         if status == SAVED_AND_REQUEUE:
-            saved = resume.saved_words(training.saving.step)
+            saved = runfolder.saved_words(training.saving.step)
             console.last_line(f"{stop.name or 'a signal'}: {saved}; {continuing()}")
         return status
     finally:
-        watcher.close()
+        watchdog.close()
         checkpoints.abandon()
         recorder.close()
         engine.close()

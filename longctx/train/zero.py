@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from longctx.errors import RunFailed, UserError
+from longctx.errors import RunFailed, UserError, first_line
 from longctx.train.fragments import MOMENTS, Fragment, FragmentReader
 from longctx.train.parameters import decay_groups, full_shape, trainable
 
@@ -298,9 +298,9 @@ def _optimizer(config: EngineConfig, optim: OptimConfig, named: list[Any], ranks
             return DeepSpeedCPUAdam(groups, **options)  # its first call on a machine compiles it
         except (ImportError, OSError, RuntimeError) as error:
             raise UserError(
-                f"engine.offload_optimizer=true needs DeepSpeed's CPU Adam, which cannot be built here ({error}); it "
-                "takes a C++ compiler and the packages ninja and py-cpuinfo. Install them, or set "
-                "engine.offload_optimizer=false (configs/engine)"
+                "engine.offload_optimizer=true needs DeepSpeed's CPU Adam, which cannot be built here "
+                f"({first_line(error)[:300]}); it takes a C++ compiler and the packages ninja and py-cpuinfo. Install "
+                "them, or set engine.offload_optimizer=false (configs/engine)"
             ) from error
     return torch.optim.AdamW(groups, **options, fused=True)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from longctx.config.train import TrainConfig
-from longctx.run.training import settled
+from longctx.run.training import settled_for_adapter
 from longctx.train import runfolder
 from tests.gpu.card import DTYPE_NAME, KIND, ON_CARD, needs_cuda
 from tests.started import SHORT
@@ -57,7 +57,7 @@ def test_the_quickstart_on_two_nccl_ranks_of_one_card(tmp_path: Path, engine: li
 
 def life(run: TrainConfig, kill_after: int = 0) -> int:
     """Train in a process of its own, killed (SIGKILL) once it has logged step `kill_after`; returns its status."""
-    file = runfolder.prepare(settled(run)) / "config.yaml"
+    file = runfolder.prepare(settled_for_adapter(run)) / "config.yaml"
     body = "import sys; from tests.train.lives import one; sys.exit(one(sys.argv[1], 0, None, int(sys.argv[2]), None))"
     with socket.socket() as free:
         free.bind(("localhost", 0))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.config.train import TrainConfig
-from longctx.run.training import settled
+from longctx.run.training import settled_for_adapter
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import runfolder
 from tests.dist.ranks import forked
@@ -30,7 +30,7 @@ def live(
     RUN/lifeRANK.err has what a rank says, RUN/lifeRANK.out the schedule of each step. Ranks that outlive a failed one
     are killed.
     """
-    run = runfolder.prepare(settled(config))
+    run = runfolder.prepare(settled_for_adapter(config))
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])

@@ -82,7 +82,7 @@ def test_the_newest_are_kept_and_the_pointer_follows(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_a_kill_left_without_its_pointer_is_the_last(tmp_path: Path) -> None:
     assert runfolder.where(tmp_path) == "no checkpoint was written yet"
-    assert runfolder.saved_words(tmp_path) == "nothing was trained"
+    assert runfolder.saved_in(tmp_path) == "nothing was trained"
     saved(tmp_path, 1)
     pointer = (tmp_path / "latest.json").read_text()
     checkpoints = saved(tmp_path, 2)
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_a_kill_left_without_its_pointer_is_the_last(tmp_path:
     assert state is not None
     assert state.step == 2
     assert runfolder.where(tmp_path) == "the checkpoint of step 2 is saved, the same command continues the run"
-    assert runfolder.saved_words(tmp_path) == "saved at step 2"
+    assert runfolder.saved_in(tmp_path) == "saved at step 2"
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "manifest"])
@@ -169,6 +169,8 @@ def test_what_the_system_refuses_to_all_ranks_is_told_with_its_remedy() -> None:
         ALONE.agree("tokenizing"),
     ):
         raise OSError(28, "No space left on device", "/x/y")
+    with pytest.raises(UserError, match=r"^model\.tokenizer=/m cannot be read"), ALONE.agree("loading"):
+        raise UserError("model.tokenizer=/m cannot be read (Permission denied (os error 13)); fetch its files again")
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from longctx.distributed import ranks as worlds
 from longctx.errors import UserError
-from longctx.run.training import settled, train_run
+from longctx.run.training import settled_for_adapter, train_run
 from longctx.train.train import checked_stages
 
 from .made import TOKENIZER, config
@@ -40,8 +40,8 @@ def no_parquet(folder: Path) -> None:
 
 FOLDERS: dict[str, tuple[Callable[[Path], None] | None, str]] = {
     "missing": (None, "does not exist; give a file or folder of"),
-    "empty": (lambda folder: None, "holds no usable file: 0 files"),
-    "no text": (no_text, "holds no usable file: 1 files, none of them"),
+    "empty": (lambda folder: None, "holds no usable file: of 0"),
+    "no text": (no_text, "holds no usable file: of 1 that are not hidden, none is"),
     "empty files": (lambda folder: (folder / "a.jsonl").write_text("") and None, "holds nothing to read"),
     "an empty text": (
         lambda folder: (folder / "a.txt").write_text("\n") and None, r"none of the 1 records .* \(all are empty\)",
@@ -151,7 +151,7 @@ def test_a_models_dropout_is_left_out_and_training_says_so(
 ) -> None:
     model = changed_base(tmp_path, attention_dropout=0.125)
     made = config(tmp_path / "run", documents, model=model, optim={"freeze": []})
-    checked_stages(settled(made), world=1, local_world=1)
+    checked_stages(settled_for_adapter(made), world=1, local_world=1)
     said = " ".join(capsys.readouterr().err.split())
     assert "has attention_dropout=0.125, and longctx trains without dropout" in said
 

@@ -217,19 +217,21 @@ def test_work_after_training_is_left_at_once_and_asks_to_be_requeued(tmp_path: P
     assert note.read_text() == "75 requeue\n"
 
 
-def test_a_signal_during_long_work_is_confirmed_before_the_run_saves() -> None:
+@pytest.mark.parametrize("confirms", [True, False])
+def test_a_signal_during_long_work_is_confirmed_before_the_run_saves(confirms: bool) -> None:
+    """By the rank alone: the process that only starts the ranks (confirms=False) leaves it to them."""
     code = (
         "import signal, time; from longctx import signals; signals.catch(requeue=True); stop = signals.stop_request()\n"
-        "stop.unsaved(); signal.raise_signal(15); end = time.monotonic() + 1.5 * signals.PATIENCE\n"
+        f"stop.unsaved(confirms={confirms}); signal.raise_signal(15); end = time.monotonic() + 1.5 * signals.PATIENCE\n"
         "while time.monotonic() < end: pass\n"
         "stop.saved('saved at step 3')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 75
+    confirmed = ["longctx: SIGTERM: the run saves after the work at hand"] if confirms else []
     assert done.stderr.splitlines() == [
-        "longctx: SIGTERM: the run saves when the micro-batch at work ends",
-        "longctx: SIGTERM: saved at step 3; the same command continues the run",
-    ]
+        *confirmed, "longctx: SIGTERM: saved at step 3; the same command continues the run"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("restarts", "note"), [("0", "75 requeue\n"), ("7", "75 requeue\n"), ("8", "75\n")])

@@ -53,7 +53,10 @@ def test_a_stage_ends_early_and_the_next_one_is_trained_whole(alone: Path) -> No
 def test_the_last_line_of_a_stage_says_that_it_ends_early(tmp_path: Path) -> None:
     stages = resolve_stages(config(tmp_path / "run", tmp_path, curriculum=curriculum(advance=FLAT_AT_ONCE)))
     words = loop._early_words(State(stage_step=4), stages[0])
-    assert words == ", left early after 4 of 5 steps (advance: its loss fell by less than 90.00% in 2 steps)"
+    assert words == (
+        ", left early after 4 of 5 steps (advance: the loss on the last quarter of the sequences fell by less than "
+        "90 % in 2 steps)"
+    )
     assert not loop._early_words(State(stage_step=5), stages[0])
     assert not loop._early_words(State(stage_step=3), stages[1])
 
