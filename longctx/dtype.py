@@ -20,7 +20,8 @@ from longctx.storage.model import read_config
 if TYPE_CHECKING:
     from longctx.config.model import ModelConfig
 
-TRAINED = ("float32", "bfloat16", "float64")
+BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}  # of a number in each dtype that is trained
+TRAINED = tuple(BYTES)
 _STORED = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 

@@ -30,6 +30,12 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+def named(error: BaseException) -> str:
+    """An error's type and the first line of its text, such as `OSError: no such file`; the type alone for no text."""
+    line = first_line(error)
+    return line if line == type(error).__name__ else f"{type(error).__name__}: {line}"
+
+
 # Messages of torch, CUDA and the C++ library that come without MemoryError or torch.OutOfMemoryError.
 _NO_MEMORY = (
     "can't allocate memory", "not enough memory: you tried", "CUDA error: out of memory", "CUDA out of memory",
@@ -87,7 +93,7 @@ def refused_by_system(error: Exception) -> str | None:
 def nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name that is most similar to `name`, or None when no name is similar."""
     names = list(known)
-    match = difflib.get_close_matches(name, names, n=1, cutoff=0.51)
+    match = difflib.get_close_matches(name, names, n=1, cutoff=0.51)  # nonsense and seed reach one half
     if match:
         return match[0]
     inside = [candidate for candidate in names if name and (name in candidate or candidate in name)]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from longctx.attention import reference
 from longctx.attention.kernel import Kernel, Lengths, Problem
-from longctx.errors import first_line
+from longctx.errors import named
 
 DOCUMENTS = (1, 64, 447)  # tokens of each
 TOKENS = sum(DOCUMENTS)
@@ -61,8 +61,7 @@ def tried(kernel: Kernel, problem: Problem) -> str:
     except torch.OutOfMemoryError:  # says nothing of the kernel
         return ""
     except Exception as error:  # whatever a compiler or another release of a package raises
-        said = f": {first_line(error)[:200]}" if str(error).strip() else ""
-        return f"it fails here ({type(error).__name__}{said})"
+        return f"it fails here ({named(error)[:240]})"
     return ""
 
 

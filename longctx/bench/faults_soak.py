@@ -13,6 +13,7 @@ from typing import Any
 from longctx.bench.faults_run import LAST_STAGE, StartedRun, make_run
 from longctx.config.faults import FaultsConfig
 from longctx.errors import RunFailed
+from longctx.train.runfolder import stage_folder
 
 KINDS = ("everything", "rank")
 SLOWEST_END = 30.0  # seconds within which a run must end after a rank has died
@@ -96,7 +97,7 @@ def results_of(run: Path) -> dict[str, Any]:
 
     Files are given by their SHA-256. Raises RunFailed where the run has exported nothing.
     """
-    files = sorted((run / "stages" / LAST_STAGE / "model").glob("*.safetensors"))
+    files = sorted((stage_folder(run, LAST_STAGE) / "model").glob("*.safetensors"))
     if not files:
         raise RunFailed(f"{run} has exported nothing")
     last = run / json.loads((run / "latest.json").read_text(encoding="utf-8"))["checkpoint"]

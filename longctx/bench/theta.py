@@ -25,6 +25,7 @@ from longctx.fingerprint import fingerprint_of, folder_fingerprint
 from longctx.rope import Rope, make_rule, read_rope, supported_length
 from longctx.storage.files import write_text
 from longctx.storage.model import check_model
+from longctx.train.runfolder import stage_folder
 
 SEARCHED = "searched"
 
@@ -72,7 +73,7 @@ def run(config: BenchThetaConfig) -> int:
         last = stages[-1]
         folder = Path(run_config.folder)
         before = evaluator.evaluate(f"{rule}-before", Path(str(config.train.model.path)), last)
-        model = folder / "stages" / last.name / "model"
+        model = stage_folder(folder, last.name) / "model"
         if train(run_config) != 0:
             raise RunFailed(f"the training under {rule} stopped; the same command continues it ({folder})")
         after = evaluator.evaluate(f"{rule}-after", model)

@@ -33,7 +33,7 @@ def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: s
     root = Path(path).expanduser()
     if not root.exists():
         raise UserError(f"{key}={path} does not exist; give a file or folder of {_kinds()}")
-    found = [root] if root.is_file() else sorted(_files_below(root, "" if include else key))
+    found = [root] if root.is_file() else sorted(_files_below(root, None if include else key))
     base = root.parent if root.is_file() else root
     named = [(p, p.relative_to(base).as_posix()) for p in found if _suffix(p) in TEXT + ROWS]
     kept = [
@@ -55,10 +55,11 @@ def find_files(path: str, include: Sequence[str], exclude: Sequence[str], key: s
     return kept
 
 
-def _files_below(root: Path, key: str) -> Iterator[Path]:
+def _files_below(root: Path, key: str | None) -> Iterator[Path]:
     """Yield the files below a folder, and then those of folders that are linked there, each folder once.
 
-    Names that begin with a dot are left out, and the test split of a DatasetDict too, if `key` is given.
+    Names that begin with a dot are left out, and so are the splits of a DatasetDict other than train, unless `key` is
+    None; it is the config key, for messages.
     """
     waiting, seen = [root], set()
     while waiting:
@@ -68,7 +69,7 @@ def _files_below(root: Path, key: str) -> Iterator[Path]:
                 continue
             seen.add(os.path.realpath(at))
             folders[:] = [name for name in folders if not name.startswith(".")]
-            if key and "dataset_dict.json" in files:
+            if key is not None and "dataset_dict.json" in files:
                 folders[:] = _split_to_train_on(Path(at), folders, key)
             files = _own_files(Path(at), files)
             waiting += sorted(path for path in (Path(at, name) for name in folders) if path.is_symlink())

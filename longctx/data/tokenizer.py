@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from longctx.errors import UserError, first_line
+from longctx.errors import UserError, named
 from longctx.storage import hub
 from longctx.storage.model import check_tokenizer
 
@@ -47,8 +47,7 @@ def tokenizer_at(source: str | Path, what: str, *, vocab_size: int | None = None
     try:
         made: Any = AutoTokenizer.from_pretrained(source, local_files_only=not local and hub.offline())
     except Exception as error:  # tokenizers raises bare Exceptions; a damaged file makes transformers raise others
-        said = f": {first_line(error)}" if str(error).strip() else ""
-        reason = f"{type(error).__name__}{said}" if local else hub.why_not(error, str(source))
+        reason = named(error) if local else hub.why_not(error, str(source))
         raise UserError(
             f"{what}={source}: its tokenizer cannot be read ({reason}); fetch its files again, "
             "or name another with model.tokenizer= (configs/model)"

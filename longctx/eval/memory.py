@@ -7,10 +7,9 @@ import torch
 from longctx import console
 from longctx.config.eval import EvalConfig
 from longctx.distributed.ranks import Ranks
-from longctx.dtype import stated
+from longctx.dtype import BYTES, stated
 from longctx.host_memory import host_memory
 from longctx.planner.evidence import fits, fitting_words, largest, readings
-from longctx.planner.memory import BYTES
 from longctx.planner.remedies import GIB
 from longctx.shape import shape_of
 from longctx.storage.model import read_config

@@ -14,7 +14,8 @@ from longctx.config.hardware import HardwareConfig
 from longctx.config.plan import PlanConfig
 from longctx.curriculum import Stage
 from longctx.decide import Decision, Machines, decide_all, planned_kernel
-from longctx.planner.memory import BYTES, NODES_SIMULATED, Memory, need, sizes_of
+from longctx.dtype import BYTES
+from longctx.planner.memory import NODES_SIMULATED, Memory, need, sizes_of
 from longctx.planner.simulate import BACKWARD_WORK, evenly, simulate
 from longctx.schedule import SCHEDULES, Sizes, build_all
 from longctx.shape import Shape

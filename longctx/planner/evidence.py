@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from longctx.config.after_training import EvidenceSettings
 from longctx.config.eval import NeedleConfig
 from longctx.config.train import TrainConfig
+from longctx.dtype import BYTES
 from longctx.errors import UserError
-from longctx.planner.memory import BYTES
 from longctx.planner.remedies import GIB, USABLE
 from longctx.shape import Shape
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from longctx.config.model import MemoryConfig
 from longctx.decide import blocks_of, tokens_per_rank
+from longctx.dtype import BYTES
 from longctx.schedule import RankSchedule, Sizes, build_all
 from longctx.shape import Shape
 from longctx.topology import Topology
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from longctx.curriculum import Stage
     from longctx.decide import Decision
 
-BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 NODES_SIMULATED = 4
 LAYERS_NEAR = 3  # layers whose saved tensors are on the device at once when they are offloaded
 REFERENCE_ROWS = 1024  # of longctx.attention.reference

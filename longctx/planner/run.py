@@ -37,7 +37,7 @@ def run(config: PlanConfig) -> int:
     if config.format == "json":
         emit_json(planned(config))
         return 0
-    config, source = with_dtype(config)
+    config, source = resolved(config)
     shape, stages = _stages(config)
     emit(table(config, shape, estimate_all(stages, shape, config), source))
     return 0
@@ -48,13 +48,13 @@ def planned(config: PlanConfig) -> dict[str, Any]:
 
     Raises UserError for settings that training would refuse, and warns of a model that it would refuse.
     """
-    config, _ = with_dtype(config)
+    config, _ = resolved(config)
     shape, stages = _stages(config)
     return document(config, shape, estimate_all(stages, shape, config))
 
 
-def with_dtype(config: PlanConfig) -> tuple[PlanConfig, str]:
-    """The config with the model's dtype resolved, and in words where the dtype was found.
+def resolved(config: PlanConfig) -> tuple[PlanConfig, str]:
+    """The config with its model resolved to a folder and a dtype, and in words where the dtype was found.
 
     A model that the package knows by its hub id is planned from the config.json in the package. A model that training
     would refuse is planned, with a warning.
@@ -277,7 +277,7 @@ def _drawn(config: PlanConfig) -> _Drawn:
         inner, outer = (Link(gbytes * 1e9, latency) for gbytes in (hardware.inner_gbytes, hardware.outer_gbytes))
         speed = Speed(hardware.rate("bfloat16"))
         return _Drawn(draw.schedule, topology, sizes, h, (inner, outer), speed)
-    config, _ = with_dtype(config)
+    config, _ = resolved(config)
     shape, stages = _stages(config)
     names = [item.name for item in stages]
     if draw.stage not in names:

@@ -50,6 +50,10 @@ class Rule(ABC):
                 rule = "must be at most" if self.steps else "must be below"
                 raise ValueError(f"{self.ramp[0]}={low:g} {rule} {self.ramp[1]}={high:g}")
 
+    def check(self, rope: Rope, where: str = "rule") -> None:
+        """Raise UserError where the rule's own parameters do not fit the rope. where: the config key of the rule."""
+        return
+
     @abstractmethod
     def to_hf(self, rope: Rope, length: int) -> Parameters:
         """The `rope_parameters` that transformers reads, for a window of `length` tokens."""
@@ -271,7 +275,7 @@ class LongRope(Rule):
     short_factor: list[AboveZero] | None = None  #: of sequences within the original window; null: long_factor
 
     def to_hf(self, rope: Rope, length: int) -> Parameters:
-        self.check_factors(rope)
+        self.check(rope)  # also where it is called without `apply`
         return _plain(
             rope,
             rope_type="longrope",
@@ -281,7 +285,7 @@ class LongRope(Rule):
             original_max_position_embeddings=rope.window,
         )
 
-    def check_factors(self, rope: Rope, where: str = "rule") -> None:
+    def check(self, rope: Rope, where: str = "rule") -> None:
         """Raise UserError unless there is a factor for each rotary pair; `where` is the config key of the rule."""
         key = "rule" if where == "rule" else "rope"  # `longctx theta to=` has rule, curricula have rope for all stages
         for name, factors in (("long_factor", self.long_factor), ("short_factor", self.short_factor)):
@@ -346,8 +350,7 @@ def apply(rule: Rule, rope: Rope, length: int, where: str = "rule") -> Parameter
         )
     if rope.dim <= 2:
         raise UserError(f"{where}: a rotary dimension of {rope.dim} leaves nothing to stretch ({rope.source})")
-    if isinstance(rule, LongRope):
-        rule.check_factors(rope, where)
+    rule.check(rope, where)
     return rule.to_hf(rope, length)
 
 

@@ -20,7 +20,7 @@ from longctx.train.train import resolve_stages
 
 def side_folder(folder: Path, name: str) -> Path:
     """The folder into which a side run's only stage exports its model."""
-    return folder / "side" / name / "stages" / name / "model"
+    return runfolder.stage_folder(folder / "side" / name, name) / "model"
 
 
 def train_side(config: TrainConfig, folder: Path, name: str, side: SideRun) -> Path:

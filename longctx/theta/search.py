@@ -27,10 +27,11 @@ def search(config: ThetaConfig, rope: Rope, stages: Sequence[Stage]) -> int:
     from longctx.distributed.launcher import launcher_environment
 
     environment = launcher_environment()
-    if environment["WORLD_SIZE"] == "1":
+    starts_ranks = config.nproc > 1 and environment["WORLD_SIZE"] == "1"
+    if starts_ranks:
         check_crowd("nproc", config.nproc)
     job = job_of(config, rope, stages)
-    if config.nproc > 1 and environment["WORLD_SIZE"] == "1":
+    if starts_ranks:
         from longctx.theta.search_ranks import start
 
         warn_if_crowded("nproc", config.nproc)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from longctx.config.data import DataConfig
 from longctx.config.model import ModelConfig
 from longctx.config.theta import ThetaConfig
 from longctx.curriculum import Stage
+from longctx.fingerprint import folder_fingerprint
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,11 @@ class SearchJob:
     data: DataConfig
     stage: Stage
     floor: int
+
+    @cached_property
+    def model_fingerprint(self) -> str:
+        """The fingerprint of the model's files, which are read once."""
+        return folder_fingerprint(str(self.model.path))
 
     @property
     def folder(self) -> Path:

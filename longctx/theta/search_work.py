@@ -40,7 +40,7 @@ def run_search(job: SearchJob) -> SearchResult:
         if ranks.first:
             best, rule = result.best.theta, result.rule.theta
             draw_curve(result.trials, rule=rule, best=best, length=result.seq_len, path=job.png)
-            write_override(job.override, result, job.stage.rule, folder_fingerprint(str(job.model.path)))
+            write_override(job.override, result, job.stage.rule, job.model_fingerprint)
         return result
     finally:
         worlds.stop()
@@ -69,7 +69,7 @@ def _run(job: SearchJob, ranks: Any) -> SearchResult:
     contents = _contents(data, [trained.sequence(step) for step in steps] if trained else [])
     files = None
     if ranks.local_rank == 0:
-        files = {"model.path": {"": folder_fingerprint(str(job.model.path))}, "data": {"": contents}}
+        files = {"model.path": {"": job.model_fingerprint}, "data": {"": contents}}
     check_nodes(ranks, files)
     file = TrialFile(job.folder / f"trials-{stage.name}.jsonl", _key(job, contents)) if ranks.first else None
     done: dict[int, Trial] = ranks.broadcast(file.done if file else {})
@@ -159,7 +159,7 @@ def _key(job: SearchJob, contents: str) -> str:
     rope = {key: value for key, value in stage.rope.items() if key != "rope_theta"}
     return fingerprint_of(
         {
-            "model": folder_fingerprint(str(model.path)),
+            "model": job.model_fingerprint,
             "tokenizer": folder_fingerprint(str(model.tokenizer or model.path)),
             "dtype": model.dtype,
             "rotary": model.rotary,

@@ -20,8 +20,8 @@ from longctx.data.check import check_sources, check_text_source, sources_of
 from longctx.data.stage_opening import choose_mix
 from longctx.data.tokenizer import check_tokenizer_of
 from longctx.decide import Machines, decide_all
+from longctx.dtype import BYTES
 from longctx.errors import UserError
-from longctx.planner.memory import BYTES
 from longctx.shape import Shape, shape_of_model
 from longctx.storage.files import GIB, check_writable, nearest_existing, size_words
 from longctx.storage.model import check_model, expected_shapes

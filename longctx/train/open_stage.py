@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from longctx.decide import Decision, Machines, Shares, decide, ring_words
 from longctx.distributed.ranks import Ranks
-from longctx.planner.memory import BYTES
+from longctx.dtype import BYTES
 from longctx.shape import Flops, shape_of
 from longctx.topology import split
 from longctx.train import identity, runfolder
