@@ -6,4 +6,4 @@ bin="$PWD/.venv/bin"
 "$bin/ruff" format --check .
 "$bin/ruff" check .
 "$bin/lint-imports"
-"$bin/pyright"
+"$bin/pyrefly" check

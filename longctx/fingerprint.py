@@ -62,11 +62,12 @@ def _holds(record: Path, folder: Path) -> bool:
         return True
     memo, place = _memo(), f"{record.resolve()} holds"
     answers, now = _read_memo(memo), fingerprint_of({file.name: _state(file) for file in (record, *weights)})
-    if answers.get(place, [])[:1] != [now]:
-        found = _is_record_of(record, folder)  # which may note the hashes of files
-        answers = {**_read_memo(memo), place: [now, found]}
-        _write_memo(memo, answers)
-    return answers[place][1]
+    known = answers.get(place, [])
+    if known[:1] == [now]:
+        return known[1]
+    found = _is_record_of(record, folder)  # which may note the hashes of files
+    _write_memo(memo, {**_read_memo(memo), place: [now, found]})
+    return found
 
 
 def _is_record_of(record: Path, folder: Path) -> bool:

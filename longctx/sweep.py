@@ -37,6 +37,7 @@ def sweep(verb: Verb, line: CommandLine) -> int:
         raise UserError("-m has nothing to sweep: give a key several values, such as curriculum.lr.peak=3e-4,6e-4")
     fixed = [word for word in line.overrides if known.parsed(word).get_key_element() not in swept[0]]
     runs: list[tuple[str, list[str], str]] = []
+    config: Any = None
     for values, label in zip(swept, _labels(swept), strict=True):
         words = [*fixed, *(f"{key}={value}" for key, value in values.items())]
         config = load(verb, words, line.folders)

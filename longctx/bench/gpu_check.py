@@ -41,9 +41,10 @@ def main(words: Sequence[str]) -> int:
     for part in PARTS:
         if part.name in names and part.group != "tests":
             rows += run_part(part, out, deadline)
-    document = {**machine(), "rows": [row._asdict() for row in rows]}
+    here = machine()
+    document = {**here, "rows": [row._asdict() for row in rows]}
     write_text(out / "table.json", json.dumps(document, indent=2) + "\n")
-    table = as_text(document["device"], document["versions"], rows)
+    table = as_text(here["device"], here["versions"], rows)
     write_text(out / "table.txt", table)
     print(f"\n{table}\n{out}/table.txt, {out}/table.json")
     return int(any(row.holds is False for row in rows))
@@ -139,11 +140,12 @@ def run_limited(command: Sequence[str], output: Path, seconds: float) -> tuple[i
 def machine() -> dict[str, Any]:
     """The device and the versions on which the figures were measured."""
     import torch
+    from torch.cuda import nccl
 
     versions = {"torch": str(torch.__version__), "cuda": torch.version.cuda, "python": sys.version.split()[0]}
     if torch.cuda.is_available():
         versions["cudnn"] = str(torch.backends.cudnn.version())
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))  # pyright: ignore[reportAttributeAccessIssue]
+        versions["nccl"] = ".".join(map(str, nccl.version()))
     for name in (
         "transformers",
         "deepspeed",

@@ -119,11 +119,11 @@ def counted() -> Iterator[Traffic]:
     """Count what this rank sends through `torch.distributed.batch_isend_irecv`, as both rings do."""
     traffic, original = Traffic(), dist.batch_isend_irecv
 
-    def counting(operations: list[dist.P2POp]) -> list[dist.Work]:
-        for operation in operations:
+    def counting(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
+        for operation in p2p_op_list:
             if operation.op is dist.isend:
                 traffic.sent.append((operation.peer, operation.tensor.nbytes))
-        return original(operations)
+        return original(p2p_op_list)
 
     dist.batch_isend_irecv = counting
     try:

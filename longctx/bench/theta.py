@@ -65,7 +65,8 @@ def run(config: BenchThetaConfig) -> int:
     rope = read_rope(str(config.train.model.path))
     evaluator = Evaluator(config, out)
     base = evaluator.evaluate("base", Path(str(config.train.model.path)))
-    lines = []
+    lines: list[RuleLine] = []
+    stages: list[Stage] = []
     for rule in config.rules:
         console.say(f"[bold]{rule}[/bold]")
         run_config = under(config, rule, out, rope)
@@ -94,7 +95,7 @@ def under(config: BenchThetaConfig, rule: str, out: Path, rope: Rope) -> TrainCo
     if rule == SEARCHED:
         curriculum = replace(curriculum, theta_file=str(search_all(config, out, rope)))
     else:
-        curriculum = replace(curriculum, rule=make_rule(rule, {}))
+        curriculum = replace(curriculum, rule=make_rule(rule, {}))  # type: ignore[arg-type]
     return replace(
         config.train,
         name=f"bench-theta-{rule}",
@@ -168,7 +169,7 @@ class Evaluator:
         asked = {"needle": asdict(config.needle), "windows": [config.documents, config.base_length]}
         rope = (stage.rope, stage.seq_len) if stage else None
         key = fingerprint_of({"model": folder_fingerprint(folder), "rope": rope, "ground": self.heldout.key, **asked})
-        values = load_result(stored, key)
+        values: Any = load_result(stored, key)
         if values is None:
             values = asdict(self._measure(name, folder, stage))
             store_result(stored, key, values)

@@ -7,6 +7,7 @@ same thing.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -94,9 +95,11 @@ def compose(root: str, overrides: Sequence[str], extra_dirs: Sequence[Path] = ()
 def _drop(composed: Any, key: str, known: Overrides) -> None:
     """`~key`: take a key out of the composed config."""
     *parents, last = key.split(".")
-    node: Any = composed
-    for part in parents:
-        node = node.get(part) if hasattr(node, "get") else None
+
+    def below(node: Any, part: str) -> Any:
+        return node.get(part) if hasattr(node, "get") else None
+
+    node = reduce(below, parents, composed)
     names = list(node or ())
     if last not in names:
         near = nearest(last, names)

@@ -100,6 +100,7 @@ def _topic(kind: Any, values: Any, topic: str, offered: dict[str, list[str]], li
             lines += _rows([(choice, "", "", about[0] if about else "")])
     path = topic.split(".")
     if _has(kind, path):
+        above: tuple[Any, Any, str] = (kind, values, "")
         for part in path:
             above, kind = (kind, values, topic.rpartition(".")[0]), step_into(kind, part)
             values = values.get(part) if isinstance(values, dict) else None

@@ -86,9 +86,8 @@ class Tally:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Tally:
         """Read a tally from the values in a shard's meta.json."""
-        return cls(
-            **{**values, "mistakes": [(Location(*location), problem) for location, problem in values["mistakes"]]}
-        )
+        counts = {name: value for name, value in values.items() if name != "mistakes"}
+        return cls(**counts, mistakes=[(Location(*location), problem) for location, problem in values["mistakes"]])
 
     def note(self, location: Location, problem: object) -> None:
         if len(self.mistakes) < _SHOWN:

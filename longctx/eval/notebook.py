@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -121,7 +121,8 @@ def needle_grid(
     from longctx.eval.predict import one_process
     from longctx.model import LossModel
 
-    model = model.model if isinstance(model, LossModel) else model
+    if isinstance(model, LossModel):
+        model = cast(Any, model.model)
     values = {"lengths": lengths, "depths": depths, "seeds": (seed,)}
     config = build(NeedleConfig, {**values, "per_cell": per_cell, "single": single}, origin="needle_grid")
     writer = NeedleWriter(tokenizer)

@@ -132,8 +132,8 @@ def _curves(axis: Axes, curves: Sequence[Curve]) -> None:
     axis.set_ylabel("loss (nats per token)")
     axis.set_title("loss on held-out text by position; dashed: where a model's window ends", fontsize=10)
     axis.grid(alpha=0.3)
-    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}  # where no curve is
-    axis.legend(fontsize=9, ncols=min(3, len(curves)), frameon=False, **below)
+    below = (0.5, -0.16)  # where no curve is
+    axis.legend(fontsize=9, ncols=min(3, len(curves)), frameon=False, loc="upper center", bbox_to_anchor=below)
 
 
 def _plain(text: str) -> str:

@@ -63,7 +63,9 @@ def resolve_ties(tensors: StoredTensors) -> EmbeddingTables:
     assert stored is not None
     if not declared:
         _refuse_missing(tensors, config, stored)
-        return EmbeddingTables(embedding and embedding.name, head and head.name, declared=False, shared=False)
+        return EmbeddingTables(
+            embedding.name if embedding else None, head.name if head else None, declared=False, shared=False
+        )
     if embedding is not None:
         return EmbeddingTables(embedding.name, _head_of(embedding.name), declared=True, shared=True)
     name = _embedding_of(tensors, stored.name)

@@ -54,7 +54,8 @@ class LigerNorm(torch.autograd.Function):
         return total, out
 
     @staticmethod
-    def backward(ctx: Any, passed: Tensor | None, out_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        passed, out_grad = grads
         from liger_kernel.ops.fused_add_rms_norm import (  # type: ignore[import-not-found]
             fused_add_rms_norm_backward,
         )

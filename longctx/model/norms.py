@@ -95,7 +95,8 @@ class _RmsNorm(torch.autograd.Function):
         return total, out
 
     @staticmethod
-    def backward(ctx: Any, passed: Tensor | None, out_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        passed, out_grad = grads
         x, weight, scale = ctx.saved_tensors
         wide = scale.dtype
         if out_grad is None:

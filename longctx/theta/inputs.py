@@ -33,9 +33,9 @@ def starting_rope(config: ThetaConfig) -> Rope:
         rope = rope_of_model(model)
         return rope if config.from_ is None else dataclasses.replace(rope, window=config.from_)
     made_for = config.curriculum.made_for if config.curriculum is not None else None
-    head_dim = config.head_dim or (made_for and made_for.head_dim)
-    theta = config.theta or (made_for and made_for.theta)
-    window = config.from_ or (made_for and made_for.window)
+    head_dim = config.head_dim or (made_for.head_dim if made_for else None)
+    theta = config.theta or (made_for.theta if made_for else None)
+    window = config.from_ or (made_for.window if made_for else None)
     missing = [n for n, v in (("head_dim", head_dim), ("theta", theta), ("from", window)) if not v]
     if missing or head_dim is None or theta is None or window is None:
         raise UserError(

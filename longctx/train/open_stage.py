@@ -145,9 +145,10 @@ def _open_data(
 
     made: Any = None
     with ranks.agree(f"preparing the data of stage {stage.name}"):
-        made = opened() if ranks.local_rank == 0 else None  # one rank per node tokenizes and packs, the others read
-        if ranks.first and split == "train":
-            runfolder.check_documents(config, made.contents)
+        if ranks.local_rank == 0:  # one rank per node tokenizes and packs, the others read
+            made = opened()
+            if ranks.first and split == "train":
+                runfolder.check_documents(config, made.contents)
     identity.check_nodes(ranks, identity.hashes_of(made.contents) if made is not None else None)
     return made if made is not None else opened()
 

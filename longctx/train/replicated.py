@@ -71,7 +71,7 @@ class ReplicatedEngine:
             if parameter is master:
                 parameter.grad = view
             else:
-                parameter.main_grad = view  # pyright: ignore[reportAttributeAccessIssue]
+                parameter.main_grad = view  # type: ignore[attr-defined]
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(_widen_into(view)))
             if off:
                 away.append(Offloaded(parameter, master, flat, optim.weight_decay if decays(parameter) else 0.0))
