@@ -154,6 +154,7 @@ class ZeroEngine:
                 cast(Any, parameter).ds_tensor.data.narrow(0, 0, numel).copy_(flat.detach().narrow(0, offset, numel))
         if self.zero_stage == 3:
             self.zero._partition_all_parameters()
+            self.zero.invalidate_secondary_tensor()  # hpZ's copies, which hold the weights that were loaded
             self._gather_persistent()
 
     def _gather_persistent(self) -> None:
@@ -175,9 +176,9 @@ class ZeroEngine:
         if not steps:
             return
         state = self.zero.optimizer.state[flat]
-        state["step"] = torch.tensor(
-            steps, dtype=torch.float32, device=state["step"].device if "step" in state else None
-        )
+        # The fused kernel reads the count where the weights are; DeepSpeed's CPU Adam counts in a plain number.
+        fused = isinstance(self.zero.optimizer, torch.optim.AdamW)
+        state["step"] = torch.tensor(steps, dtype=torch.float32, device=flat.device) if fused else int(steps)
         for kind in MOMENTS:
             if kind not in state:
                 state[kind] = torch.zeros_like(flat.data)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 
 from longctx.signals import SAVED_AND_REQUEUE
 from longctx.train import metrics
+from longctx.train.zero import ZeroEngine
 
 from .lives import live, said
 from .made import config
@@ -26,16 +29,17 @@ def part(world: int, cp: int, zero: int) -> dict[str, Any]:
 
 
 def continued(
-    run: Path, documents: Path, lives: list[tuple[int, int, int]], stops: list[int], engines: list[dict] | None = None
-) -> None:
+    run: Path, documents: Path, lives: list[tuple[int, int, int]], stops: list[int],
+    engines: list[dict] | None = None, **changes: Any,
+) -> None:  # fmt: skip
     """Train `run` to its end in `lives` (world, cp, ZeRO stage), stopped in between during steps `stops`.
 
-    engines: further keys of each life's engine.
+    engines: further keys of each life's engine. changes: of the config, in every life.
     """
     for (world, cp, zero), stop, engine in itertools.zip_longest(lives, stops, engines or []):
         free = part(world, cp, zero)
         free["engine"] |= engine or {}
-        status = live(config(run, documents, **free), world, stop_after=stop)
+        status = live(config(run, documents, **free, **changes), world, stop_after=stop)
         assert status == (0 if stop is None else SAVED_AND_REQUEUE), (world, cp, zero)
         assert foreign(run, world) == [], (world, cp, zero)
         if stop is not None:
@@ -105,3 +109,36 @@ def test_the_same_ranks_go_on_bit_for_bit_under_zero(tmp_path: Path, documents: 
     assert losses[0] == losses[1]
     ends = [load_file(tmp_path / run / "stages/s128/model/model.safetensors") for run in ("whole", "stopped")]
     assert all(weight.equal(ends[1][name]) for name, weight in ends[0].items())
+
+
+def test_hpz_s_second_copy_is_of_the_restored_weights(tmp_path: Path, documents: Path) -> None:
+    """The first step after a stop has the loss of the run that nobody stopped; its largest weights have a second copy.
+
+    DeepSpeed keeps parameters of up to 100,000 numbers whole, and gathers larger ones from the copy where it has one.
+    """
+    init = {"layers": 1, "hidden": 256, "heads": 4, "kv_heads": 2, "ffn": 512, "vocab": 512, "window": 64}
+    for name, hpz, stops in (("plain", 1, []), ("copied", 2, [2])):
+        run = tmp_path / name
+        lives = [(2, 1, 3)] * (len(stops) + 1)
+        engines = [{"hpz_partition_size": hpz}] * len(lives)
+        continued(run, documents, lives, stops, engines, model={"init": init})
+    found, wanted = ([line["loss"] for line in metrics.read(tmp_path / name / "metrics.jsonl")]
+                     for name in ("copied", "plain"))  # fmt: skip
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
+def test_zero_s_count_of_steps_lies_where_its_optimizer_reads_it() -> None:
+    """On a GPU the fused kernel takes a pointer to the count, which must not be one of the host's memory."""
+
+    class Ones:
+        def read(self, kind: str, name: str, start: int, numel: int) -> torch.Tensor:
+            return torch.full((numel,), 3.0)
+
+    flat, engine = torch.nn.Parameter(torch.empty(8, device="meta")), ZeroEngine.__new__(ZeroEngine)
+    adam = torch.optim.AdamW([flat])
+    for optimizer in (adam, SimpleNamespace(state=defaultdict(dict))):  # torch's, and DeepSpeed's own on the host
+        engine.zero = SimpleNamespace(optimizer=optimizer)
+        engine._restore_piece(Ones(), "w", 0, 8, flat, 0)  # type: ignore[arg-type]
+    assert adam.state[flat]["step"].device == flat.device
+    assert engine.zero.optimizer.state[flat]["step"] == 3
+    assert isinstance(engine.zero.optimizer.state[flat]["step"], int)
