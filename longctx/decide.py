@@ -96,20 +96,31 @@ def decide_all(
     heads: tuple[int, int],
     dtype: str,
 ) -> list[Decision]:
-    """Decide how every stage runs; also refuses a contradictory engine and a cp for a stage that does not exist."""
+    """Decide how these stages run, which need not be all of the curriculum; also refuses a contradictory engine."""
     stages = list(stages)
     check_engine(engine, dtype)
-    names = [stage.name for stage in stages]
-    for name in parallel.cp_by_stage:
-        if name not in names:
-            raise UserError(
-                f"parallel.cp_by_stage.{name} is no stage of the curriculum; known: {', '.join(names)} ({FILE})"
-            )
+    copy, world = engine.hpz_partition_size, machines.world
+    if world % min(copy, world):
+        near = max(size for size in divisors(world) if size <= copy)
+        raise UserError(
+            f"engine.hpz_partition_size={copy} does not divide the {world} ranks; {near} fits "
+            "(configs/engine/deepspeed.yaml)"
+        )
     decisions = [decide(stage, parallel, engine, machines, heads) for stage in stages]
     if engine.offload_optimizer and engine.zero in (1, 2) and dtype == "bfloat16":
         for stage, decision in zip(stages, decisions, strict=True):
             check_sums(stage, decision, engine)
     return decisions
+
+
+def check_cp_by_stage(parallel: ParallelConfig, known: Iterable[str]) -> None:
+    """Refuse a cp for a stage that the curriculum does not have; known: its stages, those left out by `only` too."""
+    known = list(known)
+    for name in parallel.cp_by_stage:
+        if name not in known:
+            raise UserError(
+                f"parallel.cp_by_stage.{name} is no stage of the curriculum; known: {', '.join(known)} ({FILE})"
+            )
 
 
 def check_sums(stage: Stage, decision: Decision, engine: EngineConfig) -> None:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from longctx.config.hardware import HardwareConfig
 from longctx.config.plan import PlanConfig
 from longctx.curriculum import Stage
-from longctx.decide import Decision, Machines, decide_all, planned_kernel
+from longctx.decide import Decision, Machines, check_cp_by_stage, decide_all, planned_kernel
 from longctx.dtype import BYTES
 from longctx.planner.memory import NODES_SIMULATED, Memory, need, sizes_of
 from longctx.planner.simulate import BACKWARD_WORK, evenly, simulate
@@ -140,6 +140,7 @@ def estimate_all(stages: list[Stage], shape: Shape, config: PlanConfig) -> list[
     """Estimate every stage; config.model.dtype must be resolved. Raises UserError for what training would refuse."""
     machines = Machines(config.nodes * config.ranks, config.ranks)
     heads = (shape.heads, shape.kv_heads)
+    check_cp_by_stage(config.parallel, config.curriculum.stages)
     decisions = decide_all(stages, config.parallel, config.engine, machines, heads, config.model.dtype)
     kernel = planned_kernel(config.hardware.device, config.model, shape)
     return [

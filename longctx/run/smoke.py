@@ -42,7 +42,8 @@ def smoke(config: TrainConfig) -> int | None:
         discard(folder)
     world, local = (int(environment[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     machines = Machines(config.launch.nproc, config.launch.nproc) if alone else Machines(world, local)
-    stages = checked_stages(config, world=machines.world, local_world=machines.ranks_per_node)
+    every = replace(config, launch=replace(config.launch, until=None))  # every length is tried
+    stages = checked_stages(every, world=machines.world, local_world=machines.ranks_per_node)
     shape = shape_of_model(config.model)
     heads = (shape.heads, shape.kv_heads)
     decided = decide_all(stages, config.parallel, config.engine, machines, heads, config.model.dtype)

@@ -92,7 +92,7 @@ def check(config: SubmitConfig) -> list[Stage]:
     parts: list[tuple[Machines, list[Stage]]] = []
     for nodes in sorted({launch.nodes_by_stage.get(stage.name, launch.nodes) for stage in stages}):
         own = [stage for stage in stages if launch.nodes_by_stage.get(stage.name, launch.nodes) == nodes]
-        parts.append((Machines(nodes * launch.ranks, launch.ranks), own))
+        parts.append((Machines(nodes * launch.ranks, launch.ranks), checks.due(settled_config, own)))
         checks.check(settled_config, own, world=nodes * launch.ranks, local_world=launch.ranks)
     if launch.gpus_per_node and settled_config.engine.device != "cpu":
         kernel = planned_kernel("cuda", settled_config.model, shape_of_model(settled_config.model))
@@ -139,17 +139,20 @@ def training_words(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def jobs_of(config: SubmitConfig, stages: Sequence[Stage], words: tuple[str, ...]) -> list[Job]:
-    """One job, or one for each stage that ends after it (launch.until)."""
+    """One job, or one for each stage that is not trained, which ends after it (launch.until)."""
+    from longctx.train.checks import due
+
     launch = config.launch
     if not launch.per_stage:
         return [Job(config.name, launch.nodes, words)]
+    left = due(config, stages) or stages[-1:]  # what follows training may be left
     return [
         Job(
             f"{config.name}-{s.name}",
             launch.nodes_by_stage.get(s.name, launch.nodes),
             (*words, f"launch.until={s.name}"),
         )
-        for s in stages
+        for s in left
     ]
 
 

@@ -19,7 +19,7 @@ from longctx.curriculum.select import selected
 from longctx.data.check import check_sources, check_text_source, sources_of
 from longctx.data.stage_opening import choose_mix
 from longctx.data.tokenizer import check_tokenizer_of
-from longctx.decide import Machines, decide_all
+from longctx.decide import Machines, check_cp_by_stage, decide_all
 from longctx.dtype import BYTES
 from longctx.errors import UserError
 from longctx.shape import Shape, shape_of_model
@@ -42,10 +42,12 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
     check_settings(config)
     shape = shape_of_model(config.model)
     heads = (shape.heads, shape.kv_heads)
-    decide_all(stages, config.parallel, config.engine, Machines(world, local_world), heads, config.model.dtype)
+    check_cp_by_stage(config.parallel, config.curriculum.stages)
     names = list(selected(config.curriculum, "configs/curriculum"))
     if config.launch.until not in (None, *names):
         raise UserError(f"launch.until={config.launch.until} is no stage of the curriculum; known: {', '.join(names)}")
+    machines, own = Machines(world, local_world), due(config, stages)
+    decide_all(own, config.parallel, config.engine, machines, heads, config.model.dtype)
     mixes = [choose_mix(config.data, stage.mix, stage.name) for stage in stages]
     later, sources = read_after_training(config)
     if config.model.path is not None:
@@ -61,6 +63,21 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
     names = dict.fromkeys([*sources_of(config.data, [*mixes, *later]), *sources])
     size = check_sources(config.data, names, cache_folder(config))
     check_disk(config, stages, shape, source_bytes=size)
+
+
+def last_due(config: TrainConfig, stages: Sequence[Stage]) -> int:
+    """The index in the curriculum of the last stage that this start trains: that of launch.until, or the last."""
+    until = [stage.index for stage in stages if stage.name == config.launch.until]
+    return max(until or [stage.index for stage in stages], default=-1)
+
+
+def due(config: TrainConfig, stages: Sequence[Stage]) -> list[Stage]:
+    """The stages that this start has to train: the others need not divide over its ranks, nor fit them.
+
+    A finished one was trained on the ranks of an earlier start, and one behind launch.until awaits those of a later.
+    """
+    last = last_due(config, stages)
+    return [s for s in stages if s.index <= last and not is_finished(Path(config.folder), s.name)]
 
 
 def check_settings(config: TrainConfig) -> None:

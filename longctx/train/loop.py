@@ -23,6 +23,7 @@ from longctx.signals import SAVED_AND_REQUEUE
 from longctx.storage.files import write_text
 from longctx.train import flops
 from longctx.train.checkpoint import Checkpoints, State
+from longctx.train.checks import last_due
 from longctx.train.engine import Engine
 from longctx.train.exhausted import explained
 from longctx.train.guards import Guards
@@ -71,16 +72,25 @@ class Training:
 
 
 def run_stages(training: Training) -> int:
-    """Train the stages that are left. Returns 0, or 75 when a signal asked to stop (the state is saved)."""
+    """Train the stages that are left, up to launch.until.
+
+    Returns 0, or 75 when a signal asked to stop (the state is saved). A stage that an earlier start has finished is not
+    opened again: its documents may be gone, and it need not divide over the ranks of this start.
+    """
     context, state, progress = training.context, training.state, training.recorder.progress
     progress.at("start", state.step)
     revisit_finished(context, training.after_stage)
-    for stage in context.stages[state.stage :]:
+    last = last_due(context.config, context.stages)
+    if state.planned and state.stage > last:
+        console.say(f"launch.until={context.config.launch.until}: every stage up to it is trained")
+    for stage in context.stages[state.stage : last + 1]:
         if _stopping(training):
             return SAVED_AND_REQUEUE
         if stage.index > state.stage or not state.planned:
             enter_stage(state, stage)
         progress.at("start", state.step)
+        if state.ended and _recorded_end(training, stage):
+            continue
         with explained(context.config, stage, context.ranks, "training"):
             opened = open_stage(context.config, stage, context.ranks, training.engine.model, context.tokenizer)
             try:
@@ -91,8 +101,6 @@ def run_stages(training: Training) -> int:
                 _finish(training, stage, opened)
             finally:
                 opened.close()
-        if stage.name == context.config.launch.until:
-            break
     return 0
 
 
@@ -253,8 +261,8 @@ def _log(training: Training, stage: Stage, opened: OpenStage, report: StepReport
     recorder.display.step(stage, state.stage_step, line)
 
 
-def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
-    """Export and evaluate a trained stage once; finished.json marks that it is done."""
+def _recorded_end(training: Training, stage: Stage) -> bool:
+    """Whether finished.json has the end of a trained stage already, and its model is there; a collective."""
     context, state, recorder = training.context, training.state, training.recorder
     folder = stage_folder(context.folder, stage.name)
     mark = folder / "finished.json"
@@ -265,12 +273,20 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
         if context.ranks.first and exported(folder):
             ended = ended_stage(mark, "the stage's end is done again")
     ended = context.ranks.broadcast(ended)
-    if ended is not None:
-        if recorder.metrics:
-            recorder.metrics.stage_ended(state.step, state.tokens, ended["heldout_loss"])
+    if ended is not None and recorder.metrics:
+        recorder.metrics.stage_ended(state.step, state.tokens, ended["heldout_loss"])
+    return ended is not None
+
+
+def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
+    """Export and evaluate a trained stage once; finished.json marks that it is done."""
+    if _recorded_end(training, stage):
         return
     recorder.progress.at("hand-off", state.step)
     if training.saving.step == 0 and stage is not context.stages[-1]:
+    context, state, recorder = training.context, training.state, training.recorder
+    folder = stage_folder(context.folder, stage.name)
+    mark = folder / "finished.json"
         console.say(
             f"[yellow]{stage.name} ends, and the run has no checkpoint:[/] until one is written, the same command "
             "cannot continue the run; free some space (checkpoint.spare_gib)"

@@ -19,6 +19,7 @@ from longctx.config.train import TrainConfig
 from longctx.decide import Machines, decide, ring_words, with_blocks
 from longctx.distributed.launcher import launcher_environment
 from longctx.distributed.placement import check_even
+from longctx.errors import UserError
 from longctx.shape import shape_of_model
 from longctx.signals import (
     SAVED_AND_REQUEUE,
@@ -114,14 +115,17 @@ def train(
 
 
 def world_words(config: TrainConfig, stages: Sequence[Stage], ranks: Ranks) -> list[str]:
-    """The nodes and ranks of a run, and each stage's schedule and links, in words for the screen and config.yaml."""
+    """The nodes and ranks of a start, and the schedule and links of each stage that it trains, in words.
+
+    They are for the screen and config.yaml.
+    """
     shape, machines = shape_of_model(config.model), Machines(ranks.world, ranks.local_world)
     names = [name for name in ranks.nodes if name] or ["this machine"]
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     nodes, each = max(1, ranks.world // ranks.local_world), ranks.local_world
     words = [f"{nodes} node{'s' * (nodes > 1)} of {each} rank{'s' * (each > 1)}: {shown}"]
     heads = (shape.heads, shape.kv_heads)
-    for stage in stages:
+    for stage in checks.due(config, stages):
         decision = decide(stage, config.parallel, config.engine, machines, heads)
         inner = decision.cp // decision.nodes
         if decision.nodes > 1 and not machines.inside_a_node(inner):
@@ -147,13 +151,21 @@ def checked_stages(
 ) -> list[Stage]:
     """The stages of a settled config, once everything that needs no ranks has been checked. Raises UserError.
 
-    world, local_world: the ranks that will train, and those of them on this node. check_more: see `train`.
+    world, local_world: the ranks that will train, and those of them on this node. They must hold the stages that this
+    start trains; those behind launch.until may get others (`longctx submit` with launch.nodes_by_stage), so that only
+    a line says where they do not fit these. check_more: see `train`.
     """
     stages = resolve_stages(config)
     checks.check(config, stages, world=world, local_world=local_world)
     from longctx.train.machine import check_machine
 
-    check_machine(config, stages, world, local_world)
+    check_machine(config, checks.due(config, stages), world, local_world)
+    last = checks.last_due(config, stages)
+    if later := [stage for stage in stages if stage.index > last]:
+        try:
+            check_machine(config, later, world, local_world)
+        except UserError as error:
+            console.remark(f"behind launch.until={config.launch.until}, which ends this start: {error}")
     if check_more is not None:
         check_more(stages, world)
     return stages

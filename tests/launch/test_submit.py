@@ -109,6 +109,28 @@ def test_a_job_for_each_stage_ends_after_it(capsys, tmp_path: Path) -> None:
     assert f"export PYTHON=${{PYTHON:-{sys.executable}}}" in script.splitlines()
 
 
+def test_a_stage_has_a_cp_of_its_own_beside_nodes_of_its_own(capsys, tmp_path: Path) -> None:
+    """Each job is checked with its own stage and nodes, and the key of another job's stage is no mistake there."""
+    script = dry(
+        capsys, "experiment=quickstart", f"run_dir={tmp_path}/run", "launch.per_stage=true", "launch.gpus_per_node=0",
+        "launch.ranks_per_node=2", "launch.nodes_by_stage={s8192: 2}", "parallel.cp_by_stage={s8192: 4}",
+    )  # fmt: skip
+    assert [line for line in script.splitlines() if "--nodes=" in line] == ["#SBATCH --nodes=1", "#SBATCH --nodes=2"]
+
+
+def test_a_trained_stage_gets_no_job_again(capsys, tmp_path: Path) -> None:
+    words = [
+        "experiment=quickstart", f"run_dir={tmp_path}/run", "launch.per_stage=true", "launch.gpus_per_node=0",
+        "launch.ranks_per_node=2",
+    ]  # fmt: skip
+    for name in ("s2048", "s8192"):
+        mark = tmp_path / f"run/stages/{name}/finished.json"
+        mark.parent.mkdir(parents=True)
+        mark.write_text("{}")
+        commands = [line for line in dry(capsys, *words).splitlines() if line.startswith("set -- ")]
+        assert [line.rpartition(" ")[2] for line in commands] == ["launch.until=s8192"]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -17,6 +17,7 @@ from longctx.errors import OutOfMemory, RunFailed
 from longctx.run import launch
 from longctx.run.launch import _who_kills
 from longctx.train import exhausted
+from longctx.train.runfolder import with_dtype
 from longctx.train.train import resolve_stages, train
 
 from .made import VOCAB, config
@@ -83,6 +84,13 @@ def test_remedies_are_the_planners_and_divide(tmp_path: Path, documents: Path) -
     assert "engine=deepspeed engine.zero=3 engine.offload_optimizer=true (" in text
     assert " engine.offload_optimizer=true (" in text.replace("zero=3 engine.offload_optimizer", "")
     assert "parallel.cp" not in text
+
+
+def test_a_stage_is_explained_where_another_one_has_a_cp_of_its_own(tmp_path: Path, documents: Path) -> None:
+    made = with_dtype(config(tmp_path / "run", documents, parallel={"cp_by_stage": {"s128": 1}}))
+    ranks = Ranks(1, 2, 1, 2, torch.device("cpu"))
+    text = exhausted.explain(MemoryError("no room"), made, resolve_stages(made)[0], ranks, "training")
+    assert text.startswith("rank 1 ran out of memory while training stage s64 (no room). By the plan a rank holds")
 
 
 def test_other_verbs_say_it_in_one_paragraph_too(capsys: pytest.CaptureFixture[str]) -> None:

@@ -401,6 +401,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"engine": {"device": "cuda"}}, "shows no CUDA device"),
     ({"parallel": {"cp": 3}, "launch": {"nproc": 2}}, "parallel.cp=3 does not divide the 2 ranks"),
     ({"parallel": {"cp_by_stage": {"s65": 1}}}, "parallel.cp_by_stage.s65 is no stage"),
+    (
+        {"engine": {"name": "deepspeed", "zero": 3, "hpz_partition_size": 3}, "launch": {"nproc": 4}},
+        "engine.hpz_partition_size=3 does not divide the 4 ranks; 2 fits",
+    ),
     ({"launch": {"nproc": 0}}, "launch.nproc=0 must be 1 or more"),
     ({"profile": {"steps": [4, 2]}}, r"profile.steps=\[4, 2\] must be two steps"),
     ({"optim": {"freeze": ["*nothing*"]}}, "matches no parameter"),

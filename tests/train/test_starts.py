@@ -1,0 +1,48 @@
+"""Later starts of a run: on other ranks, and up to another stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from longctx.errors import UserError
+from longctx.run.training import train_run
+from longctx.signals import SAVED_AND_REQUEUE
+
+from .made import config, losses
+from .test_run import stop_after
+
+
+def test_a_start_must_hold_the_stages_that_it_trains_and_no_others(
+    tmp_path: Path, documents: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """s128 divides over three ranks alone; then s64, which is finished, is given a cp that these do not have."""
+    run, three = tmp_path / "run", {"cp_by_stage": {"s128": 3}}
+    assert train_run(config(run, documents, launch={"until": "s64"}, parallel=three)) == 0
+    said = " ".join(capfd.readouterr().err.split())
+    assert "behind launch.until=s64, which ends this start: parallel.cp_by_stage.s128=3 does not divide" in said
+    with pytest.raises(UserError, match=r"cp_by_stage\.s128=3 does not divide the 1 ranks"):
+        train_run(config(run, documents, parallel=three))
+    assert losses(run) == losses(undisturbed)[:5]
+    assert train_run(config(run, documents, parallel={"cp_by_stage": {"s64": 3}})) == 0
+    assert losses(run) == losses(undisturbed)
+
+
+def test_a_start_until_a_stage_that_is_trained_trains_nothing(
+    tmp_path: Path,
+    documents: Path,
+    undisturbed: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """As the first job of `longctx submit` with a job for each stage, where it is submitted again."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        stop_after(patched, 6)
+        assert train_run(config(run, documents)) == SAVED_AND_REQUEUE
+    assert train_run(config(run, documents, launch={"until": "s64"})) == 0
+    assert "launch.until=s64: every stage up to it is trained" in capfd.readouterr().err
+    assert len(losses(run)) == 6
+    assert train_run(config(run, documents, launch={"until": "s128"})) == 0
+    assert losses(run) == losses(undisturbed)
