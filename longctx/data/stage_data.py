@@ -26,6 +26,7 @@ from longctx.data.mixing import rng_of
 from longctx.data.stage_packing import StagePacking
 from longctx.data.synth import SynthDocument, make_task
 from longctx.errors import UserError
+from longctx.fingerprint import fingerprint_of
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,11 @@ class StageData:
     def contents(self) -> dict[str, str]:
         """Fingerprints of the documents and tokens of each source that has files."""
         return {name: corpus.key for name, corpus in self._corpora.items()}
+
+    @property
+    def plan(self) -> str:
+        """A fingerprint of which documents form which sequence; with another one a cursor points into others."""
+        return fingerprint_of({"packing": self.packing.fingerprint(), **self.contents})
 
     def check_tasks(self) -> None:
         """Make the shortest document of each synth source. Raises UserError when its task needs more tokens."""

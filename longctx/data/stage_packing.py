@@ -8,6 +8,7 @@ N sequences, P pieces.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -64,6 +65,13 @@ class StagePacking:
 
     def __len__(self) -> int:
         return len(self.first) - 1
+
+    def fingerprint(self) -> str:
+        """A hash of which pieces of which documents form which sequence."""
+        digest = hashlib.sha256("|".join(self.names).encode())
+        for column in (self.first, self.source, self.document, self.start, self.length, self.joined):
+            digest.update(column.tobytes())
+        return digest.hexdigest()[:16]
 
 
 def pack_stage(

@@ -40,6 +40,7 @@ import longctx
 from longctx.distributed.launcher import RUN_TOKEN, launcher_environment, node_name
 from longctx.distributed.placement import Introduction, listed, place
 from longctx.errors import RunFailed, UserError, first_line
+from longctx.versions import installed
 
 NEWS_SECONDS = 60.0  # after so long a meeting says who is missing
 LEAVE_SECONDS = 10.0  # for the slowest rank to leave
@@ -170,6 +171,7 @@ def _introduce(rank: int, command: Sequence[str] | None) -> Introduction:
     environment = launcher_environment()
     local_world = int(os.environ["LOCAL_WORLD_SIZE"]) if "LOCAL_WORLD_SIZE" in os.environ else None
     versions = {"longctx": longctx.__version__, "torch": torch.__version__, "Python": sys.version.split()[0]}
+    versions["numpy"] = installed("numpy") or ""  # each node draws the documents, with numpy's random numbers
     cpus = sum(1 << core for core in os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
     return Introduction(
         rank, node_name(), int(environment["LOCAL_RANK"]), local_world, cpus, versions,

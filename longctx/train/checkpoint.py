@@ -48,6 +48,7 @@ class State:
     cursor: sequences of the current stage already used, whatever dp and cp were.
     stage: its index in the curriculum, which may change between two starts of a run; stage_name and planned (seq_len,
     batch, steps) identify it.
+    plan: the fingerprint of the stage's sequences, into which the cursor points; "" in checkpoints of before it.
     trained: names of the stages that were trained to their end.
     ended: the current stage is trained to its end (perhaps early), and its export may still be due.
     recent_losses, spikes, mute: what the guards remember of the stage's last steps.
@@ -58,6 +59,7 @@ class State:
     stage: int = 0
     stage_name: str = ""
     planned: list[int] = field(default_factory=list)
+    plan: str = ""
     trained: list[str] = field(default_factory=list)
     stage_step: int = 0
     ended: bool = False

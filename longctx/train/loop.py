@@ -30,7 +30,7 @@ from longctx.train.guards import Guards
 from longctx.train.lead import Lead
 from longctx.train.metrics import memory_gib
 from longctx.train.open_stage import OpenStage, open_stage
-from longctx.train.resume import enter_stage, left_words
+from longctx.train.resume import check_plan, enter_stage, left_words
 from longctx.train.run_context import Recorder, RunContext
 from longctx.train.runfolder import ended_stage, exported, is_finished, saved_words, stage_folder
 from longctx.train.step import Stepper, StepReport, Timer
@@ -94,6 +94,8 @@ def run_stages(training: Training) -> int:
         with explained(context.config, stage, context.ranks, "training"):
             opened = open_stage(context.config, stage, context.ranks, training.engine.model, context.tokenizer)
             try:
+                with context.ranks.agree(f"comparing the sequences of stage {stage.name}"):
+                    check_plan(state, opened.data.plan, context.config.accept)
                 if not state.ended and (code := _train_stage(training, stage, opened)):
                     return code
                 if _stopping(training):
@@ -282,11 +284,11 @@ def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
     """Export and evaluate a trained stage once; finished.json marks that it is done."""
     if _recorded_end(training, stage):
         return
-    recorder.progress.at("hand-off", state.step)
-    if training.saving.step == 0 and stage is not context.stages[-1]:
     context, state, recorder = training.context, training.state, training.recorder
     folder = stage_folder(context.folder, stage.name)
     mark = folder / "finished.json"
+    recorder.progress.at("hand-off", state.step)
+    if training.saving.step == 0 and stage is not context.stages[-1]:
         console.say(
             f"[yellow]{stage.name} ends, and the run has no checkpoint:[/] until one is written, the same command "
             "cannot continue the run; free some space (checkpoint.spare_gib)"

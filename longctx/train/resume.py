@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from longctx.curriculum import Stage
 
 
+DRAWN_BY = ("data", "curriculum", "seed")  # sections of the config with whose change documents are drawn otherwise
+
+
 def planned(stage: Stage) -> list[int]:
     """The numbers that a stage's documents were drawn for.
 
@@ -28,10 +31,32 @@ def planned(stage: Stage) -> list[int]:
 def enter_stage(state: State, stage: Stage) -> None:
     """Move the state to the beginning of a stage."""
     state.stage, state.stage_step, state.cursor, state.ended = stage.index, 0, 0, False
-    state.stage_name, state.planned = stage.name, planned(stage)
+    state.stage_name, state.planned, state.plan = stage.name, planned(stage), ""
     state.stage_seconds = 0.0
     state.recent_losses, state.spikes, state.mute = [], 0, 0
     state.tail_losses = []
+
+
+def check_plan(state: State, plan: str, accept: Sequence[str]) -> None:
+    """Compare the fingerprint of a stage's sequences with that of before the stop, and keep it in the state.
+
+    Another mix, seed or document, but also another release of numpy, whose random numbers draw the documents, gives
+    other sequences. Raises UserError where the cursor would point into those and `accept` names no such change.
+    """
+    if state.cursor and state.plan and state.plan != plan:
+        seq_len, batch, steps = state.planned
+        words = (
+            f"stage {state.stage_name} stopped after {state.cursor:,} of its {batch * steps:,} sequences of "
+            f"{seq_len:,} tokens, and what is left is drawn otherwise now, so that some documents are read twice and "
+            "others never"
+        )
+        if not any(item.partition(".")[0] in DRAWN_BY for item in accept):
+            raise UserError(
+                f"{words}. Put back what has changed since (the installed numpy, whose random numbers draw them, or "
+                "longctx itself), or, if it is meant, continue with 'accept=[data]'"
+            )
+        console.remark(words)
+    state.plan = plan
 
 
 def find_stage(state: State, stages: Sequence[Stage]) -> None:

@@ -1,4 +1,4 @@
-"""Later starts of a run: on other ranks, and up to another stage."""
+"""Later starts of a run: on other ranks, up to another stage, and with documents that are drawn otherwise."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from longctx.data import mixing
 from longctx.errors import UserError
 from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
@@ -46,3 +47,20 @@ def test_a_start_until_a_stage_that_is_trained_trains_nothing(
     assert len(losses(run)) == 6
     assert train_run(config(run, documents, launch={"until": "s128"})) == 0
     assert losses(run) == losses(undisturbed)
+
+
+def test_other_sequences_under_a_cursor_are_refused_or_meant(
+    tmp_path: Path, documents: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Another release of numpy may give other random numbers, and so another draw of the documents."""
+    run, drawn = tmp_path / "run", mixing.rng_of
+    with monkeypatch.context() as patched:
+        stop_after(patched, 6)
+        assert train_run(config(run, documents)) == SAVED_AND_REQUEUE
+    monkeypatch.setattr(mixing, "rng_of", lambda seed, *words: drawn(seed + 1, *words))
+    words = "stage s128 stopped after 2 of its 8 sequences of 128 tokens, and what is left is drawn otherwise now"
+    with pytest.raises(UserError, match=f"{words}.*Put back what has changed since"):
+        train_run(config(run, documents))
+    assert train_run(config(run, documents, accept=["data"])) == 0
+    assert words in " ".join(capfd.readouterr().err.split())
+    assert len(losses(run)) == 9
