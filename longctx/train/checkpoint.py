@@ -116,6 +116,7 @@ class Checkpoints:
         self._copies = HostCopies(ranks.device)
         self._pending: _Save | None = None
         self._pruning: Work | None = None
+        self._sound: Path | None = None  # the checkpoint that was published or restored last
 
     @property
     def pending(self) -> bool:
@@ -152,11 +153,30 @@ class Checkpoints:
         if self._background == "auto":
             lacks = not copies_fit(engine.fragments(), self.ranks.local_world)
             self._background = not self.ranks.any(lacks)
-        if not self._background:
+        pieces = self._copied(engine) if self._background else None
+        if pieces is None:
             return self.save(engine, state, stage)
-        self._pending = self._begin(engine, state, stage, self._copies.take(engine.fragments()))
+        self._pending = self._begin(engine, state, stage, pieces)
         if self._pending is not None:
             self._pending.work.start()
+        return None
+
+    def _copied(self, engine: Engine) -> list[Fragment] | None:
+        """Copies of what the engine holds, or None on all ranks where the host has no memory for those of one.
+
+        A save must not end the run; later ones are then written at once, too.
+        """
+        pieces, problem = None, ""
+        try:
+            pieces = self._copies.take(engine.fragments())
+        except MemoryError as error:
+            problem = str(error) or "the host's memory is full"
+        problems = [text for text in self.ranks.gather(problem) if text]
+        if not problems:
+            return pieces
+        self._copies.free()
+        self._background = False
+        console.say(f"[yellow]saves wait for the disk from here on:[/] no copy in host memory ({problems[0]})")
         return None
 
     def settle(self) -> int | None:
@@ -212,24 +232,34 @@ class Checkpoints:
         if failures:
             console.say(f"[yellow]checkpoint at step {found.step} failed, the previous one is intact:[/] {failures[0]}")
             return None
+        self._sound = found.final
         return found.final
 
     def _make_room(self, partial: Path, engine: Engine) -> str | None:
-        """Rank 0 makes the folder and checks the free disk space; returns the obstacle in words, or None."""
+        """Rank 0 makes the folder and checks the free disk space; returns the obstacle in words, or None.
+
+        Where room is lacking, checkpoints beyond `keep`, which may be lower than at an earlier start, go first: after
+        a save that finds no room none would.
+        """
         if not self.ranks.first:
             return None
         if self._pruning is not None:
             self._pruning.outcome()
         try:
             partial.mkdir(parents=True)
-            free = shutil.disk_usage(partial).free
             self._size = self._size or 12.0 * sum(math.prod(shape) for shape in engine.shapes().values())
+            needed = self._size + self.spare
+            if shutil.disk_usage(partial).free < needed:
+                self._prune(self._sound)
+            free = shutil.disk_usage(partial).free
         except OSError as error:
             return f"{partial}: {error.strerror}"
-        if free < self._size + self.spare:
-            needed = self._size + self.spare
-            return (f"{size_words(free)} free under {self.run}, {size_words(needed)} needed "
-                    "(checkpoint.spare_gib is part of it)")  # fmt: skip
+        if free < needed:
+            fewer = f", or continue with less than checkpoint.keep={self.keep}" if self.keep > 1 else ""
+            return (
+                f"{size_words(free)} free under {self.run}, {size_words(needed)} needed (checkpoint.spare_gib is part "
+                f"of it); free some space{fewer}"
+            )
         return None
 
     def _write_own(
@@ -262,11 +292,15 @@ class Checkpoints:
             return [f"rank 0: {error}"]
         return []
 
-    def _prune(self, newest: Path) -> None:
-        for path in runfolder.checkpoints(self.run)[self.keep :]:
-            if path != newest:
-                with suppress(OSError):
-                    discard(path)
+    def _prune(self, sound: Path | None) -> None:
+        """Remove all but the newest `keep` checkpoints; sound: the one that was published or restored last.
+
+        Those of later steps do not count: they are damaged, since the run was continued from before them.
+        """
+        own = [path for path in runfolder.checkpoints(self.run) if sound is None or path.name <= sound.name]
+        for path in own[self.keep :]:
+            with suppress(OSError):
+                discard(path)
 
     def load(self, engine: Engine) -> State | None:
         """Restore the newest intact checkpoint into the engine; None when the run has none yet.
@@ -303,12 +337,15 @@ class Checkpoints:
             if position % self.ranks.world != self.ranks.rank:
                 continue
             path = folder / name
-            if not path.exists():
-                yield f"{name} is missing"
-            elif size is not None and path.stat().st_size != size:
-                yield f"{name} has {path.stat().st_size} bytes instead of {size}"
-            elif file_sha256(path) != digest:
-                yield f"{name} does not match its sha256"
+            try:
+                if not path.exists():
+                    yield f"{name} is missing"
+                elif size is not None and path.stat().st_size != size:
+                    yield f"{name} has {path.stat().st_size} bytes instead of {size}"
+                elif file_sha256(path) != digest:
+                    yield f"{name} does not match its sha256"
+            except OSError as error:  # a bad sector
+                yield f"{name} cannot be read ({error.strerror})"
 
     def _restore(self, folder: Path, engine: Engine) -> State:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -327,6 +364,7 @@ class Checkpoints:
             torch.set_rng_state(rng)
         if on_device is not None and self.ranks.device.type == "cuda":
             torch.cuda.set_rng_state(on_device, self.ranks.device)
+        self._sound = folder
         return state
 
 

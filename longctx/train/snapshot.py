@@ -40,6 +40,11 @@ class HostCopies:
             torch.cuda.current_stream().synchronize()
         return copies
 
+    def free(self) -> None:
+        """Give the memory back, once no copy in it is needed any more."""
+        self._memory.free(self._buffers.values())
+        self._buffers.clear()
+
 
 class Work(threading.Thread):
     """A function on a thread of its own, or in the caller's (`run`), and the seconds that it took."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from longctx.host_memory import free_memory, host_memory
+from longctx.model.host import HostMemory
 from longctx.run.training import train_run
 from longctx.train import fragments, snapshot
 from longctx.train.checkpoint import Checkpoints, State
@@ -108,6 +109,23 @@ def test_auto_writes_at_once_where_memory_for_copies_lacks(tmp_path, monkeypatch
     assert kept.pending is not at_once
     kept.settle()
     assert steps_saved(tmp_path) == ["step00000001"]
+
+
+def test_a_host_without_memory_for_the_copy_saves_at_once(tmp_path, monkeypatch, capsys) -> None:
+    """A limit of locked pages, say, of which the count of free memory knows nothing: the run must not end there."""
+
+    def refused(*_: object) -> None:
+        raise MemoryError("CUDA cannot lock 1,228 bytes of host memory (error 2; ulimit -l)")
+
+    kept = checkpoints(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(HostMemory, "zeros", refused)
+        assert kept.start(TwoTensors(1.0), State(step=1), "s64") is not None  # type: ignore[arg-type]
+    assert "saves wait for the disk from here on: no copy in host memory (CUDA cannot lock" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert kept.start(TwoTensors(2.0), State(step=2), "s64") is not None  # type: ignore[arg-type]
+    assert steps_saved(tmp_path) == ["step00000001", "step00000002"]
 
 
 def test_free_memory_is_this_machine_s() -> None:

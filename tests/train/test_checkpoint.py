@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from longctx.distributed.ranks import Ranks
 from longctx.errors import RunFailed, UserError
 from longctx.run.training import train_run
-from longctx.train import fragments, runfolder
+from longctx.train import checkpoint, fragments, runfolder
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.fragments import Fragment, FragmentReader
 
@@ -119,6 +119,37 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert file.name in said
 
 
+def test_a_file_that_the_disk_cannot_read_is_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, read = saved(tmp_path, 2), checkpoint.file_sha256
+
+    def failing(path: Path) -> str:
+        if path.match("step00000002/rank*"):
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "file_sha256", failing)
+    state = checkpoints.load(TwoTensors())  # type: ignore[arg-type]
+    assert state is not None
+    assert state.step == 1
+    assert "rank00000.safetensors cannot be read (Input/output error)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_damaged_checkpoint_takes_no_place_of_those_that_are_kept(tmp_path: Path) -> None:
+    """Continued from before it, the run has two that are intact again after its next save."""
+    checkpoints = Checkpoints(tmp_path, ALONE, keep=2, spare_gib=0.0)
+    for step in (2, 4, 6):
+        checkpoints.save(TwoTensors(), State(step=step), "s64")  # type: ignore[arg-type]
+    (tmp_path / "stages/s64/checkpoints/step00000006/rank00000.safetensors").write_bytes(b"")
+    again = Checkpoints(tmp_path, ALONE, keep=2, spare_gib=0.0)
+    assert (again.load(TwoTensors()) or State()).step == 4  # type: ignore[arg-type]
+    assert again.save(TwoTensors(), State(step=5), "s64") is not None  # type: ignore[arg-type]
+    assert [int(path.name[-1]) for path in runfolder.checkpoints(tmp_path)] == [6, 5, 4]
+    assert again.save(TwoTensors(), State(step=6), "s64") is not None  # type: ignore[arg-type]
+    assert [int(path.name[-1]) for path in runfolder.checkpoints(tmp_path)] == [6, 5]
+
+
 def test_a_checkpoint_from_before_the_guards_counts_is_read(tmp_path: Path) -> None:
     folder = Checkpoints(tmp_path, ALONE, keep=2, spare_gib=0.0).save(TwoTensors(), State(step=3, spikes=2), "s64")  # type: ignore[arg-type]
     assert folder is not None
@@ -161,6 +192,20 @@ def test_too_little_free_disk_is_seen_before(tmp_path: Path, capsys: pytest.Capt
     checkpoints = Checkpoints(tmp_path, ALONE, keep=2, spare_gib=2.0**40)
     assert checkpoints.save(TwoTensors(), State(step=1), "s64") is None  # type: ignore[arg-type]
     assert "GiB needed" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_full_disk_and_a_lower_keep_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk has room for two checkpoints, and an earlier start kept two."""
+    saved(tmp_path, 2)
+    disk = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage",
+        lambda _: disk._replace(free=disk.free if len(runfolder.checkpoints(tmp_path)) < 2 else 0),
+    )  # fmt: skip
+    fewer = Checkpoints(tmp_path, ALONE, keep=1, spare_gib=0.0)
+    assert (fewer.load(TwoTensors()) or State()).step == 2  # type: ignore[arg-type]
+    assert fewer.save(TwoTensors(), State(step=3), "s64") is not None  # type: ignore[arg-type]
+    assert [path.name for path in runfolder.checkpoints(tmp_path)] == ["step00000003"]
 
 
 def test_what_the_system_refuses_to_all_ranks_is_told_with_its_remedy() -> None:
