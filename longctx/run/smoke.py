@@ -89,8 +89,9 @@ def _show(folder: Path) -> None:
     """One line a stage: the second step's time, and the most memory a rank had."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     for row in {row["stage"]: row for row in rows if "loss" in row}.values():
+        loss = "no token with loss" if row["loss"] is None else f"loss {row['loss']:.4f}"
         console.say(
             f"smoke: {row['stage']}, {row['seq_len']:,} tokens, cp {row['cp']} x dp {row['dp']}: "
             f"{row['seconds']['step']:.2f} s for {row['step_tokens']:,} tokens, {row['memory_gib']:.2f} GiB a rank, "
-            f"loss {row['loss']:.4f}"
+            f"{loss}"
         )

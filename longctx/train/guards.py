@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks
 
 MINIMUM_HISTORY = 10
+# What a message advises to lower: the first has no effect on a stage that has the second.
+RATE = "curriculum.lr.peak (curriculum.stages.NAME.lr.peak where the stage has its own)"
 
 
 class Guards:
@@ -53,7 +55,7 @@ class Guards:
         where = f" on rank {culprits[0]}" if culprits else ""
         raise RunFailed(
             f"{what} at step {step}{where}; the step was not taken. The batch's documents and ranks are in "
-            f"{path}. The last checkpoint stands: lower curriculum.lr.peak or look at the documents"
+            f"{path}. The last checkpoint stands: look at the documents, or lower {RATE}"
         )
 
     def is_mute(self, weight: float, step: int) -> bool:
@@ -84,7 +86,7 @@ class Guards:
                 raise RunFailed(
                     f"the loss ({loss:.4f}) has been above guards.spike_factor={limit:g} times the recent median "
                     f"({median(self.recent):.4f}) for {self.spikes} steps: this is no spike. The last checkpoint "
-                    "stands; lower curriculum.lr.peak, look at the data from here on, or raise guards.spike_factor "
+                    f"stands; lower {RATE}, look at the data from here on, or raise guards.spike_factor "
                     "(configs/train.yaml)"
                 )
             return True

@@ -113,6 +113,16 @@ def test_a_refusal_names_the_shortest_accept(tmp_path: Path, change: dict[str, A
     runfolder.prepare(config(tmp_path / "run", tmp_path / "docs", **change, accept=accept.split(",")))
 
 
+def test_other_frozen_parameters_are_refused_without_a_way_that_fails_later(tmp_path: Path) -> None:
+    """The checkpoint is of the parameters that were trained, so that `accept` would only put the refusal off."""
+    trained(config(tmp_path / "run", tmp_path / "docs", optim={"freeze": []}))
+    with pytest.raises(
+        UserError, match=r"optim\.freeze was \[\], now .* new name=\.\.\., or put optim\.freeze back"
+    ) as raised:
+        runfolder.prepare(config(tmp_path / "run", tmp_path / "docs", optim={"freeze": ["*norm*"], "eps": 1e-9}))
+    assert "accept=" not in str(raised.value)
+
+
 def test_a_meant_change_is_accepted(tmp_path: Path) -> None:
     trained(config(tmp_path / "run", tmp_path / "docs"))
     longer = {"stages": {"s64": {**STAGE, "steps": 9}}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from longctx.curriculum import LearningRate
 from longctx.decide import Decision
 from longctx.errors import RunFailed
+from longctx.run import smoke
 from longctx.run.smoke import smoke_config
 from longctx.run.train import run as whole_run
 from longctx.train.train import resolve_stages
@@ -87,3 +89,12 @@ def test_what_fails_at_the_longest_fails_before_the_first_step_of_the_run(tmp_pa
         whole_run(config(tmp_path / "run", documents, smoke=True))
     assert len(calls) == 3  # two steps of s64 and one of s128
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_last_step_without_loss_is_shown_too(tmp_path: Path, capsys) -> None:
+    """Of conversations whose replies alone carry loss, a batch may have none; what passed must not fail in its line."""
+    row = {"stage": "s64", "seq_len": 64, "cp": 1, "dp": 1, "seconds": {"step": 1.0}, "step_tokens": 64,
+           "memory_gib": 1.0, "loss": None}  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    smoke._show(tmp_path)
+    assert "1.00 GiB a rank, no token with loss" in capsys.readouterr().err
