@@ -48,7 +48,8 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
         raise UserError(f"launch.until={config.launch.until} is no stage of the curriculum; known: {', '.join(names)}")
     machines, own = Machines(world, local_world), due(config, stages)
     decide_all(own, config.parallel, config.engine, machines, heads, config.model.dtype)
-    mixes = [choose_mix(config.data, stage.mix, stage.name) for stage in stages]
+    mixes = {stage.name: choose_mix(config.data, stage.mix, stage.name) for stage in stages}
+    read = [mix for name, mix in mixes.items() if not is_finished(Path(config.folder), name)]
     later, sources = read_after_training(config)
     if config.model.path is not None:
         values = check_model(config.model.path)
@@ -60,7 +61,7 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
             )
     check_tokenizer_of(config.model, vocab_size=shape.vocab)
     check_folders(config)
-    names = dict.fromkeys([*sources_of(config.data, [*mixes, *later]), *sources])
+    names = dict.fromkeys([*sources_of(config.data, [*read, *later]), *sources])
     size = check_sources(config.data, names, cache_folder(config))
     check_disk(config, stages, shape, source_bytes=size)
 

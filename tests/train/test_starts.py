@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from longctx.errors import UserError
 from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
 
-from .made import config, losses
+from .made import config, losses, write_documents
 from .test_run import stop_after
 
 
@@ -64,3 +65,20 @@ def test_other_sequences_under_a_cursor_are_refused_or_meant(
     assert train_run(config(run, documents, accept=["data"])) == 0
     assert words in " ".join(capfd.readouterr().err.split())
     assert len(losses(run)) == 9
+
+
+def test_the_documents_of_a_finished_stage_may_be_gone(tmp_path: Path, undisturbed: Path) -> None:
+    run, first, second = tmp_path / "run", write_documents(tmp_path / "first"), write_documents(tmp_path / "second")
+    data = {
+        "sources": {"a": {"kind": "text", "path": str(first)}, "b": {"kind": "text", "path": str(second)}},
+        "mixes": {"default": {"a": 1.0}, "later": {"b": 1.0}},
+    }
+    stages = {
+        "s64": {"seq_len": 64, "theta": 10000, "steps": 5, "batch": 4},
+        "s128": {"seq_len": 128, "theta": 40000, "steps": 4, "batch": 2, "mix": "later"},
+    }
+    changes = {"data": data, "curriculum": {"stages": stages}}
+    assert train_run(config(run, first, launch={"until": "s64"}, **changes)) == 0
+    shutil.rmtree(first)
+    assert train_run(config(run, first, **changes)) == 0
+    assert len(losses(run)) == len(losses(undisturbed))
