@@ -238,8 +238,8 @@ class Checkpoints:
     def _make_room(self, partial: Path, engine: Engine) -> str | None:
         """Rank 0 makes the folder and checks the free disk space; returns the obstacle in words, or None.
 
-        Where room is lacking, checkpoints beyond `keep`, which may be lower than at an earlier start, go first: after
-        a save that finds no room none would.
+        Where room is lacking, damaged checkpoints go first, and those beyond `keep`, which may be lower than at an
+        earlier start: after a save that finds no room none would.
         """
         if not self.ranks.first:
             return None
@@ -250,7 +250,7 @@ class Checkpoints:
             self._size = self._size or 12.0 * sum(math.prod(shape) for shape in engine.shapes().values())
             needed = self._size + self.spare
             if shutil.disk_usage(partial).free < needed:
-                self._prune(self._sound)
+                self._prune(self._sound, damaged=True)
             free = shutil.disk_usage(partial).free
         except OSError as error:
             return f"{partial}: {error.strerror}"
@@ -292,13 +292,15 @@ class Checkpoints:
             return [f"rank 0: {error}"]
         return []
 
-    def _prune(self, sound: Path | None) -> None:
+    def _prune(self, sound: Path | None, *, damaged: bool = False) -> None:
         """Remove all but the newest `keep` checkpoints; sound: the one that was published or restored last.
 
-        Those of later steps do not count: they are damaged, since the run was continued from before them.
+        Those of later steps do not count: they are damaged, since the run was continued from before them. damaged: they
+        go as well.
         """
-        own = [path for path in runfolder.checkpoints(self.run) if sound is None or path.name <= sound.name]
-        for path in own[self.keep :]:
+        found = runfolder.checkpoints(self.run)
+        own = [path for path in found if sound is None or path.name <= sound.name]
+        for path in [*own[self.keep :], *(found[: len(found) - len(own)] if damaged else ())]:
             with suppress(OSError):
                 discard(path)
 

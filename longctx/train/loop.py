@@ -81,7 +81,7 @@ def run_stages(training: Training) -> int:
     progress.at("start", state.step)
     revisit_finished(context, training.after_stage)
     last = last_due(context.config, context.stages)
-    if state.planned and state.stage > last:
+    if context.config.launch.until and (state.stage, state.ended) >= (last, True):
         console.say(f"launch.until={context.config.launch.until}: every stage up to it is trained")
     for stage in context.stages[state.stage : last + 1]:
         if _stopping(training):

@@ -208,6 +208,20 @@ def test_a_full_disk_and_a_lower_keep_make_room(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in runfolder.checkpoints(tmp_path)] == ["step00000003"]
 
 
+def test_a_full_disk_is_not_filled_by_a_damaged_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved(tmp_path, 2)
+    (tmp_path / "stages/s64/checkpoints/step00000002/rank00000.safetensors").write_bytes(b"")
+    disk = checkpoint.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage",
+        lambda _: disk._replace(free=disk.free if len(runfolder.checkpoints(tmp_path)) < 2 else 0),
+    )  # fmt: skip
+    again = Checkpoints(tmp_path, ALONE, keep=2, spare_gib=0.0)
+    assert (again.load(TwoTensors()) or State()).step == 1  # type: ignore[arg-type]
+    assert again.save(TwoTensors(), State(step=3), "s64") is not None  # type: ignore[arg-type]
+    assert [path.name for path in runfolder.checkpoints(tmp_path)] == ["step00000003", "step00000001"]
+
+
 def test_what_the_system_refuses_to_all_ranks_is_told_with_its_remedy() -> None:
     with (
         pytest.raises(RunFailed, match=r"tokenizing failed on rank 0: /x/y cannot be .*: No space left .*; free some"),
