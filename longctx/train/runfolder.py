@@ -236,11 +236,11 @@ def _refuse(folder: Path, changes: list[IdentityChange]) -> None:
     listed = "; ".join(change.words for change in changes[:6])
     more = f" and {len(changes) - 6} more" if len(changes) > 6 else ""
     if any(change.key == "optim.freeze" for change in changes):  # the checkpoint would be refused as another model's
-        way = "put optim.freeze back: the checkpoint has the weights and moments of the parameters that were trained"
+        way = " put optim.freeze back: the checkpoint has the weights and moments of the parameters that were trained"
     else:
-        way = f"if the change is meant, continue with 'accept=[{','.join(keys)}]'"
+        way = f", if the change is meant, continue with 'accept=[{','.join(keys)}]'"
     raise UserError(
-        f"{folder} holds a run made by another config: {listed}{more}. Take a new name=..., or {way} "
+        f"{folder} holds a run made by another config: {listed}{more}. Take a new name=..., or{way} "
         f"({folder / 'config.yaml'})"
     )
 
