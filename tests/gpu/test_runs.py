@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,10 +68,11 @@ def life(run: TrainConfig, kill_after: int = 0) -> int:
     return subprocess.run(words, cwd=ROOT, env={**os.environ, **rank, "MASTER_PORT": port}, timeout=200).returncode
 
 
-def test_a_killed_run_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [{}, {"name": "deepspeed", "zero": 3}], ids=["ddp", "zero3"])
+def test_a_killed_run_goes_on(tmp_path: Path, engine: dict[str, Any]) -> None:
     """The same steps and nearly the same losses: flash attention's backward adds in any order on a GPU."""
     documents = write_documents(tmp_path / "documents")
-    place = {"model": {"dtype": DTYPE_NAME}, "engine": {"device": KIND}}
+    place = {"model": {"dtype": DTYPE_NAME}, "engine": {**engine, "device": KIND}}
     losses = {}
     for name, kill in (("whole", 0), ("killed", 5)):
         run = config(tmp_path / name, documents, **place)
