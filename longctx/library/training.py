@@ -45,8 +45,8 @@ def prepare(
 
     A weight with a tensor `main_grad` of its shape (Megatron-LM's fp32 accumulator) has its gradient added there.
 
-    Raises UserError for a family that longctx does not train, sliding windows, soft-capping and quantized weights, and
-    for options that contradict each other.
+    Raises UserError for a family that longctx does not train, sliding windows, soft-capping and quantized weights, for
+    peft's virtual tokens, layers that accelerate has spread over devices, and options that contradict each other.
 
     >>> import longctx, torch
     >>> from transformers import AutoModelForCausalLM
@@ -61,6 +61,7 @@ def prepare(
     from longctx.rope.checks import is_number
 
     check_model(model, "prepare")
+    _check_reached(model)
     if not is_number(z_loss) or not 0 <= z_loss <= 1e15:
         raise UserError(f"prepare: z_loss={z_loss!r} is not a number from 0 to 1e15, such as 1e-4")
     values = {
@@ -137,6 +138,37 @@ def shard_batch(
         "weights": layout.shard(moved, dim=1),
         "layout": layout.of_batch(input_ids),
     }
+
+
+def _check_reached(model: Any) -> None:
+    """Raise UserError for a model that a prepared forward would not compute as it stands.
+
+    model.to(bfloat16) rounds every buffer, transformers' rotary frequencies too: each is then off by up to 0.4 %,
+    hundreds of radians at position 100,000, and the saved model is served with the exact ones.
+    """
+    import torch
+
+    from longctx.model.architectures import backbone_of
+
+    adapter: Any = getattr(model, "active_peft_config", None)
+    if getattr(adapter, "is_prompt_learning", False):
+        raise UserError(
+            f"prepare: model has peft's {getattr(adapter.peft_type, 'value', adapter.peft_type)}, whose virtual tokens "
+            "belong to no rank's part of a sequence; train it without them, or with an adapter of its weights (LoRA)"
+        )
+    base = backbone_of(model)
+    if (rounded := base.rotary_emb.inv_freq.dtype) not in (torch.float32, torch.float64):
+        raise UserError(
+            f"prepare: the model's rotary frequencies have been rounded to {rounded}, as model.to({rounded}) does to "
+            "every buffer; load the model with dtype= instead, or make them anew with longctx.set_rope(model, "
+            "model.config.rope_parameters, model.config.max_position_embeddings)"
+        )
+    for index, layer in enumerate(base.layers):
+        if "forward" in vars(layer):
+            raise UserError(
+                f"prepare: layer {index} has a forward of its own, as accelerate's device_map gives it, and longctx's "
+                "would never run; load the model without device_map and move it to one device with model.to(...)"
+            )
 
 
 def _check_batch(batch: dict[str, Any], seq_len: int) -> None:

@@ -56,7 +56,8 @@ class TrainedLayer(Mixin):
             return own.forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
         with self.save_policy.saving():
             if self.save_policy.full:
-                return selective_checkpoint(_regions, self, hidden_states, position_embeddings, layout)
+                arguments = (self, hidden_states, position_embeddings, layout)
+                return selective_checkpoint(_regions, *arguments, draws=_draws(self))
             return _regions(self, hidden_states, position_embeddings, layout, CheckpointedCall())
 
 
@@ -67,20 +68,27 @@ def _regions(layer: Any, x: Tensor, turn: tuple[Tensor, Tensor], layout: Any, ca
     after the first.
     """
     policy = layer.save_policy
-    x, out = _region(policy.recompute and not policy.full, policy, _attend, layer, x, turn, layout)
+    x, out = _region(policy.recompute and not policy.full, _attend, layer, x, turn, layout)
     finish = _skip if call.repeats else _finish
     block = max(1, policy.block // x.shape[0]) if policy.block else x.shape[1]
     parts = list(zip(x.split(block, 1), out.split(block, 1), strict=True))
     sums = BlockSums(len(parts))
-    finished = [_region(policy.recompute, policy, finish, layer, *part, sums) for part in parts]
+    finished = [_region(policy.recompute, finish, layer, *part, sums) for part in parts]
     return finished[0] if len(finished) == 1 else torch.cat(finished, dim=1)
 
 
-def _region(recompute: bool, policy: SavePolicy, function: Callable[..., Any], *args: Any) -> Any:
-    """Call function(*args, call), as a checkpoint if it is to be recomputed."""
-    return (
-        selective_checkpoint(function, *args, store=policy.store) if recompute else function(*args, CheckpointedCall())
-    )
+def _region(recompute: bool, function: Callable[..., Any], layer: Any, *args: Any) -> Any:
+    """Call function(layer, *args, call), as a checkpoint if it is to be recomputed."""
+    if not recompute:
+        return function(layer, *args, CheckpointedCall())
+    return selective_checkpoint(function, layer, *args, store=layer.save_policy.store, draws=_draws(layer))
+
+
+def _draws(layer: Any) -> bool:
+    """Whether the layer may draw random numbers: adapters around its products have dropout, its own parts have none."""
+    own, mlp = layer.self_attn, layer.mlp
+    products = (own.q_proj, own.k_proj, own.v_proj, own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+    return any(type(product) is not nn.Linear for product in products)
 
 
 def _attend(

@@ -186,7 +186,7 @@ def _called_loss(
     z_total = torch.zeros((), dtype=torch.float64, device=hidden.device)
     pieces = []
     for part, label, w in zip(hidden.split(chunk), labels.split(chunk), weights.split(chunk), strict=True):
-        nll, lse = checkpoint(part_loss, part, label, use_reentrant=False, preserve_rng_state=False)
+        nll, lse = checkpoint(part_loss, part, label, use_reentrant=False)  # an adapter's dropout is drawn again
         z_part = z_loss * (w * lse.square()).sum()
         total = total + (w * nll).sum() + z_part
         z_total += z_part.detach().double()

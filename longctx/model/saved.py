@@ -89,16 +89,20 @@ class CheckpointedCall(contextlib.AbstractContextManager["CheckpointedCall", Non
         self.repeats = False
 
 
-def selective_checkpoint(function: Callable[..., Any], *args: Any, store: HostStore | None = None) -> Any:
+def selective_checkpoint(
+    function: Callable[..., Any], *args: Any, store: HostStore | None = None, draws: bool = False
+) -> Any:
     """Call `function(*args, call)`; the backward pass repeats all but what it computes inside `call.keeping()`.
 
-    store: where that is saved (None: on its device). Only tensors given directly as arguments pass through saved-tensor
-    hooks; tensors inside tuples stay where they are. The repetition ends with the last tensor that the function saves.
+    store: where that is saved (None: on its device). draws: whether the function draws random numbers, as an adapter's
+    dropout does; the repetition then draws the same ones. Only tensors given directly as arguments pass through
+    saved-tensor hooks; tensors inside tuples stay where they are. The repetition ends with the last tensor that the
+    function saves.
     """
     if not torch.is_grad_enabled():
         return function(*args, CheckpointedCall())
     call = CheckpointedCall(store, keeps=True)
-    options: Any = {"use_reentrant": False, "preserve_rng_state": False}
+    options: Any = {"use_reentrant": False, "preserve_rng_state": draws}
     return checkpoint(function, *args, call, context_fn=lambda: (contextlib.nullcontext(), call), **options)
 
 
