@@ -29,7 +29,7 @@ from longctx.model.mixin import Mixin
 from longctx.model.norms import TrainedNorm, prepare_norms, sum_and_norm
 from longctx.model.offload import HostStore
 from longctx.model.products import BlockSums, project
-from longctx.model.rotary import rotate
+from longctx.model.rotary import keep_frequencies, rotate
 from longctx.model.saved import CheckpointedCall, SavePolicy, selective_checkpoint
 from longctx.shape import shape_of
 
@@ -138,12 +138,14 @@ def _skip(layer: Any, x: Tensor, out: Tensor, sums: BlockSums, call: Checkpointe
 def prepare_layers(model: nn.Module) -> None:
     """Make every decoder layer of `model` a TrainedLayer and every norm a TrainedNorm, in place.
 
-    Only their classes change; the modules and the names of their parameters do not.
+    Only their classes change; the modules and the names of their parameters do not. The rotary module keeps its
+    frequencies from now on when the model's dtype changes.
     """
     check_layers(model)
     for layer in backbone_of(model).layers:
         TrainedLayer.into(layer)
     prepare_norms(model)
+    keep_frequencies(backbone_of(model))
 
 
 def set_operators(model: nn.Module, operators: Operators) -> None:

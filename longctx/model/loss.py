@@ -72,11 +72,15 @@ class _LinearLoss(torch.autograd.Function):
         d_hidden = torch.zeros_like(hidden) if wants[0] else None
         d_weight = torch.zeros_like(weight, dtype=acc) if wants[1] else None
         d_bias = torch.zeros_like(bias, dtype=acc) if wants[2] and bias is not None else None
+        # The weights' part that the backward pass multiplies: under fp16 a mean's 1 / tokens would round gradients to 0
+        # here, where torch's GradScaler does not reach.
+        narrow = hidden.dtype == torch.float16
+        unit = weights.abs().amax().clamp_min(torch.finfo(acc).tiny) if narrow and len(weights) else None
         nll = torch.zeros(hidden.shape[0], dtype=acc, device=hidden.device)
         lse = torch.zeros_like(nll)
         buffer = hidden.new_empty(max(map(_length, chunks), default=0), len(weight))
         for rows in chunks:
-            part, label, w = hidden[rows], labels[rows], weights[rows]
+            part, label, w = hidden[rows], labels[rows], weights[rows] if unit is None else weights[rows] / unit
             logits = torch.mm(part, weight.t(), out=buffer[: len(part)])
             if liger:
                 nll[rows], squared = liger_loss(logits, label, z_loss)
@@ -102,12 +106,11 @@ class _LinearLoss(torch.autograd.Function):
             if d_bias is not None:
                 d_bias += logits.sum(0)
         buffer = logits = gradient = None  # freed before the head's gradient is copied to the weight's dtype
-        ctx.main = None if d_weight is None else main
-        ctx.gradients = (
-            d_hidden,
-            d_weight if d_weight is None or ctx.main is not None else d_weight.to(weight.dtype),
-            d_bias if d_bias is None or bias is None else d_bias.to(bias.dtype),
-        )
+        ctx.main, ctx.unit, ctx.dtype = None if d_weight is None else main, unit, weight.dtype
+        if unit is None:  # else the sums over tokens are narrowed once they are scaled
+            d_weight = d_weight if d_weight is None or ctx.main is not None else d_weight.to(weight.dtype)
+            d_bias = d_bias if d_bias is None or bias is None else d_bias.to(bias.dtype)
+        ctx.gradients = d_hidden, d_weight, d_bias
         z_total = z_loss * (weights.double() * lse.double().square()).sum()
         total = (weights.double() * nll.double()).sum() + z_total
         ctx.mark_non_differentiable(nll, z_total)
@@ -118,10 +121,13 @@ class _LinearLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the loss computes its gradients in the forward pass, and backward has used them")
         d_hidden, d_weight, d_bias = ctx.gradients
+        scale = grads[0] if ctx.unit is None else grads[0] * ctx.unit
         if ctx.main is not None:
-            ctx.main.addcmul_(d_weight, grads[0])
+            ctx.main.addcmul_(d_weight, scale)
             d_weight = None
-        scaled = [made if made is None else _scale(made, grads[0]) for made in (d_hidden, d_weight, d_bias)]
+        scaled = [made if made is None else _scale(made, scale) for made in (d_hidden, d_weight, d_bias)]
+        if ctx.unit is not None:
+            scaled = [made if made is None else made.to(ctx.dtype) for made in scaled]
         ctx.gradients = ctx.main = None
         return *scaled, None, None, None, None, None, None, None, None
 

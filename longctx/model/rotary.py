@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from longctx.config.model import Precision
 from longctx.model.fused import Operators, liger_rotate
+from longctx.model.mixin import Mixin
 from longctx.rope import attention_factor, check_fixed, inv_freq, rope_of
 
 # transformers evaluates theta^(2i/d) in fp32, a few units in the last place from the exact value.
@@ -60,6 +61,25 @@ class ExactRotary(nn.Module):
         return cos.to(x.dtype), sin.to(x.dtype)
 
 
+class KeptFrequencies(Mixin):
+    """Mixed into transformers' rotary module, so that a cast of the model's dtype does not round its frequencies."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        own: Any = super()
+        exact = dict(self._buffers)  # type: ignore[attr-defined]
+        own._apply(fn, recurse)
+        for name, moved in self._buffers.items():  # type: ignore[attr-defined]
+            if moved is not None and moved.itemsize < exact[name].itemsize and not exact[name].is_meta:
+                self._buffers[name] = exact[name].to(moved.device)  # type: ignore[attr-defined]
+        return self
+
+
+def keep_frequencies(base: Any) -> None:
+    """Make the rotary module of a decoder keep its frequencies when the model's dtype changes."""
+    if not isinstance(base.rotary_emb, ExactRotary):
+        KeptFrequencies.into(base.rotary_emb)
+
+
 def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precision: Precision = "float32") -> None:
     """Give a Hugging Face model the rope `rope` (transformers' rope_parameters) and a window of `window` tokens.
 
@@ -86,6 +106,8 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
         # With equal factors nothing changes at run time, and comparing lengths would make the host wait for the device.
         rotary.rope_type = "default"
         base.rotary_emb = rotary
+        if isinstance(old, KeptFrequencies):
+            keep_frequencies(base)
     check_inv_freq(cast(Tensor, base.rotary_emb.inv_freq), exact, f"rope {dict(config.rope_parameters)}")
 
 
