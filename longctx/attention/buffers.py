@@ -30,7 +30,8 @@ class BufferPool:
         stack = self.free[shape, dtype, device]
         if stack:
             return stack.pop()
-        buffer = torch.empty(shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # a training step may take the buffer of an evaluation
+            buffer = torch.empty(shape, dtype=dtype, device=device)
         self.total += buffer.nbytes
         return buffer
 

@@ -39,7 +39,8 @@ class Layout:
     def __init__(self, cache: LayoutCache, arithmetic: SequenceLayout, restart: bool, batch: int | None = None) -> None:
         self.cache, self.arithmetic, self.restart, self.batch = cache, arithmetic, restart, batch
         cache.prepare(arithmetic.boundaries, arithmetic)
-        self.boundaries = torch.from_numpy(arithmetic.boundaries)
+        self.boundaries = _tensor(arithmetic.boundaries)
+        self.compared = False  # whether transformers' positions have been compared with this layout's
 
     def __reduce__(self) -> Any:
         """Pickle what `ContextParallel.layout` makes it from, because its cache belongs to a process."""
@@ -92,7 +93,7 @@ class Layout:
     @cached_property
     def indices(self) -> Tensor:
         """The index in the sequence of each local token, -1 for padding; int64 [n], for data loading."""
-        return torch.from_numpy(self.arithmetic.indices(self.cp.rank))
+        return _tensor(self.arithmetic.indices(self.cp.rank))
 
     @property
     def valid(self) -> Tensor:
@@ -102,7 +103,7 @@ class Layout:
     @cached_property
     def positions(self) -> Tensor:
         """The RoPE position of each local token; int64 [n], 0 for padding."""
-        return torch.from_numpy(self.arithmetic.positions(self.cp.rank, restart=self.restart))
+        return _tensor(self.arithmetic.positions(self.cp.rank, restart=self.restart))
 
     @property
     def local_boundaries(self) -> Tensor:
@@ -147,6 +148,12 @@ class Layout:
 def _made_again(batch: int | None, cp: Any, *arguments: Any) -> Layout:
     layout = cp.layout(*arguments)
     layout.batch = batch
+def _tensor(array: np.ndarray) -> Tensor:
+    """A tensor that autograd may save later, even of a layout that an evaluation in inference mode has made."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(array)
+
+
     return layout
 
 

@@ -212,3 +212,20 @@ def test_a_layout_in_another_process_shards_and_says_that_it_cannot_attend():
         context_attention(q, q, q, here)
     with pytest.raises(ValueError, match="'64k' is not a number of tokens"):
         here.cp.layout("64k")
+
+
+def test_what_an_evaluation_in_inference_mode_has_made_serves_training():
+    """Lightning evaluates so. The layout, what it keeps, and the buffers of the ring may come from there."""
+
+    def work(transport):
+        cp = ContextParallel(transport, Topology(1, 2))
+        with torch.inference_mode():
+            layout = cp.layout(seq_len=31)
+            context_attention(*(x.detach() for x in qkv(layout)), layout)
+            layout.shard(torch.ones(1, 31), dim=1)
+        whole = torch.ones(1, 4, 31, 8, requires_grad=True)
+        q, k, v = layout.shard(whole, dim=2), *qkv(layout)[1:]
+        context_attention(q, k, v, layout).sum().backward()
+        return k.grad.abs().sum() > 0 and whole.grad is not None
+
+    assert all(ThreadWorld(2).run(work))
