@@ -54,9 +54,12 @@ class Layout:
         places = torch.arange(1, input_ids.numel() + 1, device=input_ids.device)
         return Layout(self.cache, self.arithmetic, self.restart, int((input_ids.flatten() * places).sum()))
 
-    def check_batch(self, device: torch.device) -> None:
-        """Raise ValueError unless all ranks cut the same sequences; only the group's first batch is compared."""
-        if self.batch is None or self.cp.agreed:
+    def check_batch(self, device: torch.device, *, training: bool) -> None:
+        """Raise ValueError unless all ranks cut the same sequences.
+
+        The group's first batch in training and its first in evaluation are compared: their loaders are two.
+        """
+        if self.batch is None or training in self.cp.agreed:
             return
         sums = self.cp.transport.all_gather(torch.tensor([self.batch], device=device))
         if len({int(total) for total in sums}) > 1:
