@@ -189,8 +189,17 @@ def check_rank(rank: int, world: int, case: tuple[str, float, str]) -> None:
     if kind == "dealt":
         model = longctx.prepare(AutoModelForCausalLM.from_pretrained(tiny_model()))
         layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
-        with pytest.raises(ValueError, match=r"2 ranks of this ContextParallel .* were given different batches"):
+        told = r"2 ranks of this ContextParallel .* were given different batches"
+        with pytest.raises(ValueError, match=told):
             model(**pickle.loads(pickle.dumps(longctx.shard_batch(batches()[rank], layout))))
+        model(**longctx.shard_batch(batches()[0], layout))
+        model.eval()  # whose loader is another one
+        with pytest.raises(ValueError, match=told):
+            model(**longctx.shard_batch(batches()[rank], layout))
+        layout.cp.close()
+        closed = layout.cp.layout(SEQ_LEN)
+        with pytest.raises(ValueError, match="ContextParallel was closed; make another one"):
+            longctx.context_attention(*[torch.zeros(1, 2, closed.local_len, 8)] * 3, closed)
         return
     dtype = kind.removesuffix(" sharded")
     losses, weight = train(getattr(torch, dtype), sharded=dtype != kind)

@@ -34,7 +34,8 @@ class AttentionGroup:
     pool: BufferPool = field(default_factory=BufferPool)
     # Calls are serialised: autograd may run a backward on a thread of its own.
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
-    agreed: bool = False  # whether the ranks have been found to read the same batches
+    # In which modes, training (True) and evaluation, the ranks have been found to read the same batches.
+    agreed: set[bool] = field(default_factory=set, repr=False)
 
     @property
     def rank(self) -> int:

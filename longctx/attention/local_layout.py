@@ -49,7 +49,7 @@ class Layout:
 
     def of_batch(self, input_ids: Tensor) -> Layout:
         """This layout with a checksum of the whole sequences that it cuts, which `check_batch` compares over ranks."""
-        if self.cp.size == 1 or self.cp.agreed:
+        if self.cp.size == 1 or len(self.cp.agreed) == 2:
             return self
         places = torch.arange(1, input_ids.numel() + 1, device=input_ids.device)
         return Layout(self.cache, self.arithmetic, self.restart, int((input_ids.flatten() * places).sum()))
@@ -67,9 +67,9 @@ class Layout:
                 f"the {self.cp.size} ranks of this ContextParallel share every sequence, and they were given different "
                 "batches: give all of them the same ones. accelerate and Trainer deal a loader's batches out among "
                 "the ranks: keep the loader out of accelerator.prepare, and let a Trainer's get_train_dataloader "
-                "return a plain DataLoader (docs/api.md, prepare)"
+                "and get_eval_dataloader return a plain DataLoader (docs/api.md, prepare)"
             )
-        self.cp.agreed = True
+        self.cp.agreed.add(training)
 
     @property
     def cp(self) -> AttentionGroup:
@@ -148,15 +148,15 @@ class Layout:
         return np.argsort(np.where(everyone < 0, self.padded_len, everyone), kind="stable")[: self.seq_len]
 
 
-def _made_again(batch: int | None, cp: Any, *arguments: Any) -> Layout:
-    layout = cp.layout(*arguments)
-    layout.batch = batch
 def _tensor(array: np.ndarray) -> Tensor:
     """A tensor that autograd may save later, even of a layout that an evaluation in inference mode has made."""
     with torch.inference_mode(False):
         return torch.from_numpy(array)
 
 
+def _made_again(batch: int | None, cp: Any, *arguments: Any) -> Layout:
+    layout = cp.layout(*arguments)
+    layout.batch = batch
     return layout
 
 

@@ -144,6 +144,8 @@ class DistributedTransport:
         return [part.view(tensor.dtype).view(tensor.shape) for part in parts]
 
     def unsupported(self, device: str) -> str | None:
+        if not self.groups:
+            return "their ContextParallel was closed; make another one"
         if device not in self.backends:
             return f"the process group has backends for {', '.join(self.backends)} only"
         if self.backends[device] == "gloo" and device != "cpu":

@@ -144,7 +144,7 @@ class LossModel(nn.Module):
         block = blocks_of(self.memory, input_ids.device.type).ffn_block
         set_save_policies(self.model, self.memory, block=block, tokens=input_ids.numel(), store=self._store)
         layout = layout or _alone().layout(input_ids.shape[1])
-        layout.check_batch(input_ids.device)
+        layout.check_batch(input_ids.device, training=self.training)
         # transformers passes a 4-D mask through and our layers ignore it; an empty one keeps it from building S x S.
         mask = input_ids.new_empty(1, 1, 0, 0, dtype=torch.bool)
         # Stated, because a config.json may ask for a tuple, or for every layer's hidden states, which would stay alive.
