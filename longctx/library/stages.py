@@ -62,7 +62,8 @@ def plan(
     Returns what `longctx plan format=json` prints: per stage its split (cp, dp, schedule), `memory` in bytes per
     device by part and in `total`, `fits`, `flop_per_step` of all devices, `seconds_per_step`, `hours`; and `hours` and
     `device_hours` of all. An estimate to choose by, within tens of percent (docs/plan.md has the formulas). Raises
-    UserError for everything that training would refuse, memory excepted: there `fits` is False.
+    UserError for settings that training would refuse, memory excepted: there `fits` is False. A model that training
+    would refuse, such as one of another family, gets its figures and a warning.
 
     >>> import longctx
     >>> stages = longctx.plan(MODEL, curriculum="tiny_16x", ranks=2, hardware="cpu")["stages"]
