@@ -417,6 +417,46 @@ def test_a_prepared_model_stands_for_its_transformers_model_in_every_function():
         longctx.prepare(model)
 
 
+def test_a_gemma_norm_that_fsdp2_has_given_a_class_of_its_own_is_one_still():
+    """fully_shard([model.norm, model.lm_head]) does so; Gemma's weight is an offset from 1, and its epsilon `eps`."""
+    from transformers import GemmaConfig, GemmaForCausalLM
+
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    torch.manual_seed(0)
+    plain: Any = GemmaForCausalLM(GemmaConfig(**shape, num_attention_heads=2, num_key_value_heads=1, head_dim=16))
+    model = longctx.prepare(plain)
+    layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
+    batch = longctx.shard_batch(torch.arange(SEQ_LEN)[None] % 64, layout)
+    expected = model(**batch).loss_sum.item()
+    kind = type(plain.model.norm)
+    plain.model.norm.__class__ = type(f"FSDP{kind.__name__}", (kind,), {})  # as torch does
+    assert model(**batch).loss_sum.item() == expected
+
+
+def test_only_the_loss_is_in_the_graph_and_ids_may_be_narrow():
+    model = longctx.prepare(base())
+    layout = longctx.ContextParallel.from_world().layout(SEQ_LEN)
+    batch = longctx.shard_batch(batches()[0].int(), layout)
+    out = model(**batch, per_token=True, logits_at=torch.tensor([3, 5]))
+    assert [name for name, value in out._asdict().items() if value.requires_grad] == ["loss_sum"]
+    assert out.logits.shape[0] == 2
+
+
+def test_the_needles_of_a_prompt_tuned_model_are_read_where_they_are():
+    """peft puts its virtual tokens before the prompt, so that places count from the end."""
+    from peft import PromptTuningConfig, get_peft_model
+
+    plain, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_model()), AutoTokenizer.from_pretrained(tiny_model())
+    tuned: Any = get_peft_model(plain, PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM"))
+    line_end = tokenizer("\n").input_ids[-1]
+    with torch.no_grad():
+        prompt = tuned.prompt_encoder["default"].embedding.weight
+        prompt.copy_(plain.get_input_embeddings().weight[[line_end, line_end]])
+    few: dict[str, Any] = {"lengths": [384], "text": TEXT, "per_cell": 2}
+    assert longctx.needle_grid(plain, tokenizer, **few).pooled == 1.0
+    assert longctx.needle_grid(tuned, tokenizer, **few).pooled == 1.0
+
+
 # ---- from a theta to a needle grid, in one notebook
 
 

@@ -39,9 +39,10 @@ def one_process(model: Any) -> Predict:
         with torch.inference_mode(), only_at(where):
             device = next(model.parameters()).device
             ids = tokens[None].to(device)
+            places = where - len(tokens)  # from the end: peft's virtual tokens come before the prompt
             if keeps:  # an index on the CPU works for a last layer on any device
-                return model(input_ids=ids, use_cache=False, logits_to_keep=where).logits[0].float()
-            return model(input_ids=ids, use_cache=False).logits[0, where].float()
+                return model(input_ids=ids, use_cache=False, logits_to_keep=places).logits[0].float()
+            return model(input_ids=ids, use_cache=False).logits[0, places].float()
 
     return predict
 

@@ -113,7 +113,7 @@ def shard_batch(
             "returns"
         )
     _check_batch({"input_ids": input_ids, "labels": labels, "weights": weights}, layout.seq_len)
-    labels = input_ids if labels is None else labels
+    labels = (input_ids if labels is None else labels).long()
     given = torch.ones(input_ids.shape, dtype=torch.float64, device=input_ids.device) if weights is None else weights
     if reduction not in ("sum", "mean"):
         raise UserError(f"shard_batch: reduction={reduction!r} is not sum or mean")

@@ -31,8 +31,8 @@ class TrainedNorm(Mixin):
 
     @property
     def gemma(self) -> bool:
-        """Whether the weight is an offset from 1, as Gemma's is."""
-        return type(self).__name__.startswith("TrainedGemma")
+        """Whether the weight is an offset from 1, as Gemma's is; FSDP2 gives a norm that it shards another class."""
+        return any(base.__name__.startswith("Gemma") for base in type(self).__mro__)
 
     @property
     def epsilon(self) -> float:

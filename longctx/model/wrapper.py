@@ -131,7 +131,7 @@ class LossModel(nn.Module):
             nll_sum=(losses.nll.double() * given.double()).sum(),
             z_sum=losses.z_total,
             per_token=losses.nll.view(labels.shape) if per_token else None,
-            logits=None if logits_at is None else head(hidden[logits_at]),
+            logits=None if logits_at is None else head(hidden[logits_at]).detach(),
         )
 
     @torch.compiler.disable(reason=UNTRACED)
