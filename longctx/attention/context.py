@@ -50,6 +50,8 @@ def context_attention(
     scale = 1.0 / math.sqrt(q.shape[3]) if scale is None else float(scale)
     if not 0 < scale <= 1e15:
         raise ValueError(f"scale={scale:g} is not a number above 0 and up to 1e15; leave it out for 1 / sqrt(head_dim)")
+    # Kernels read the last dimension as contiguous; torch's on a CPU does not check it and reads other memory.
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = op.attend(q, k, v, layout.boundaries, layout.handle, scale)
     if not return_lse:
         return out

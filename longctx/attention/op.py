@@ -115,6 +115,8 @@ def _backward(ctx, dout: Tensor | None, dlse: Tensor | None):
     q, k, v, out, lse, boundaries = ctx.saved_tensors
     if dout is None:  # no gradient reaches out, but the peers still wait for this rank's transfers
         dout = torch.zeros_like(out)
+    elif dout.stride(3) != 1:  # of a sum over heads' dimensions, say
+        dout = dout.contiguous()
     dq, dk, dv = differentiate(dout, q, k, v, out, lse, boundaries, ctx.handle, ctx.scale)
     return dq, dk, dv, None, None, None
 

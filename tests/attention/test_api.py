@@ -53,6 +53,22 @@ def test_one_rank_equals_torch(solo):
     assert solo.bytes.per_level() == {"inner": 0, "outer": 0}
 
 
+def test_any_strides_are_read_as_what_they_are(solo):
+    """torch's kernel on a CPU reads past a tensor whose last dimension is not contiguous."""
+    layout = solo.layout(seq_len=32)
+    dense = [x.detach() for x in qkv(layout)]
+    turned = [x.transpose(2, 3).contiguous().transpose(2, 3).requires_grad_() for x in dense]
+    assert {x.stride(3) for x in turned} == {32}
+    dense = [x.requires_grad_() for x in dense]
+    results = []
+    for inputs in (dense, turned):
+        out = context_attention(*inputs, layout)
+        out.mean(3).square().sum().backward()  # a gradient of stride 0
+        results.append([out.detach(), *(x.grad for x in inputs)])
+    for ours, expected in zip(*reversed(results), strict=True):
+        assert torch.allclose(ours, expected, atol=1e-6)
+
+
 def test_scale_is_used(solo):
     layout = solo.layout(seq_len=16)
     q, k, v = qkv(layout)
