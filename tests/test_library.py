@@ -453,7 +453,11 @@ def test_the_needles_of_a_prompt_tuned_model_are_read_where_they_are():
         prompt = tuned.prompt_encoder["default"].embedding.weight
         prompt.copy_(plain.get_input_embeddings().weight[[line_end, line_end]])
     few: dict[str, Any] = {"lengths": [384], "text": TEXT, "per_cell": 2}
+    tuned.train()
+    plain.model.layers[0].eval()  # each module keeps its own mode
+    modes = [module.training for module in tuned.modules()]
     assert longctx.needle_grid(plain, tokenizer, **few).pooled == 1.0
+    assert [module.training for module in tuned.modules()] == modes
     assert longctx.needle_grid(tuned, tokenizer, **few).pooled == 1.0
 
 
@@ -569,6 +573,8 @@ def tiny_batch(**changes: Any) -> Any:
         (lambda: longctx.extract_lora("no/such/base", tiny_model(), "out", rank=0), "rank"),
         (lambda: longctx.extract_lora("no/such/base", tiny_model(), "out", ranke=2), "ranke is not a known key"),
         (lambda: longctx.merge_lora(tiny_model(), "no/such/adapter", "out"), "no/such/adapter"),
+        (lambda: longctx.extract_lora(base(), tiny_model(), "out"), "base is a LlamaForCausalLM and not a folder"),
+        (lambda: longctx.merge_lora(tiny_model(), base(), "out"), "adapter is a LlamaForCausalLM and not a folder"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_a_value_error_in_words(call: Any, message: str):

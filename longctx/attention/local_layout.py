@@ -121,15 +121,15 @@ class Layout:
     def shard(self, x: Tensor, dim: int, fill: float | None = None) -> Tensor:
         """The local tokens of `x`, whose dimension `dim` is the whole sequence; differentiable.
 
-        Padding takes the value `fill`. The default is 0 for floats and bools, and -100 for integers, which a loss
-        ignores as a label. Pass fill=0 (or a pad token) for token ids that will be embedded.
+        Padding takes the value `fill`. The default is 0 for floats, bools and unsigned integers, and -100 for signed
+        ones, which a loss ignores as a label. Pass fill=0 (or a pad token) for token ids that will be embedded.
         """
         if x.shape[dim] != self.seq_len:
             raise ValueError(f"x has {x.shape[dim]} tokens in dim={dim}, the layout's seq_len is {self.seq_len}")
         indices = self.indices.to(x.device)
         if self.arithmetic.padding:
             if fill is None:
-                fill = 0 if x.dtype.is_floating_point or x.dtype == torch.bool else -100
+                fill = -100 if x.dtype.is_signed and not x.dtype.is_floating_point else 0
             shape = list(x.shape)
             shape[dim] = 1
             x = torch.cat([x, x.new_full(shape, fill)], dim)

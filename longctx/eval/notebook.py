@@ -93,8 +93,8 @@ def needle_grid(
 ) -> NeedleGrid:
     """Hide six-digit pass keys in a text and count how many a model recalls, per depth and context length.
 
-    model: any causal language model of transformers or peft, prepared or not, on any device; its training mode is
-    restored at the end.
+    model: any causal language model of transformers or peft, prepared or not, on any device; the training mode of each
+    of its modules is restored at the end.
     tokenizer: its fast tokenizer. lengths: tokens of a prompt, question included; 8192, "64k" and "1M" are accepted.
     depths: 0 is the text's start, 1 its end. text: one string or several in which the needles are hidden; None uses
     the Python standard library of this machine. per_cell: needles per cell. seed: selects the needles. single: put one
@@ -133,13 +133,14 @@ def needle_grid(
     haystack = token_haystack(tokens, writer.newline_after)
     needle.check_lengths(config, writer, haystack)
     label = default_name(getattr(model.config, "name_or_path", "")) or type(model).__name__
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         workers = None if next(model.parameters()).device.type == "cpu" else 1
         grid = needle.grid(one_process(model), config, writer, haystack, label=label, workers=workers)
     finally:
-        model.train(was_training)
+        for module, mode in modes:
+            module.training = mode
     return NeedleGrid(grid, window_of(model))
 
 

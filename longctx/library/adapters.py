@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from longctx.errors import UserError
+
 if TYPE_CHECKING:
     from longctx.lora.extract import ExtractResult
     from longctx.lora.merge import MergeResult
@@ -33,6 +35,7 @@ def extract_lora(base: str | Path, tuned: str | Path, out: str | Path, rank: int
     from longctx.config.lora import ExtractConfig
     from longctx.lora.extract import extract
 
+    _check_paths("extract_lora", base=base, tuned=tuned, out=out)
     values = {"base": str(base), "tuned": str(tuned), "out": str(out), "rank": rank, **options}
     return extract(build(ExtractConfig, values, origin="extract_lora"))
 
@@ -65,6 +68,19 @@ def merge_lora(
     from longctx.config.lora import MergeConfig
     from longctx.lora.merge import merge
 
-    adapters = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    adapters = list(adapter) if isinstance(adapter, Sequence) and not isinstance(adapter, str) else [adapter]
+    _check_paths("merge_lora", target=target, out=out)
+    for one in adapters:
+        _check_paths("merge_lora", adapter=one)
     values = {"target": str(target), "adapter": [str(one) for one in adapters], "out": str(out), "scale": scale}
     return merge(build(MergeConfig, {**values, **options}, origin="merge_lora"))
+
+
+def _check_paths(caller: str, **values: Any) -> None:
+    """Raise UserError unless all are folders or hub ids: a model in memory is none."""
+    for name, value in values.items():
+        if not isinstance(value, str | Path):
+            raise UserError(
+                f"{caller}: {name} is a {type(value).__name__} and not a folder or hub id; write a model or adapter "
+                "with save_pretrained(FOLDER) and give its folder"
+            )

@@ -86,6 +86,7 @@ def test_sharding_pads_integers_with_the_ignored_label(solo):
     assert labels[0, -1] == -100
     assert layout.shard(torch.arange(9)[None], dim=1, fill=0)[0, -1] == 0
     assert layout.shard(torch.ones(1, 9), dim=1)[0, -1] == 0
+    assert layout.shard(torch.ones(1, 9, dtype=torch.uint8), dim=1)[0, -1] == 0  # a mask, in which -100 would be 156
     assert layout.valid.tolist() == [True] * 9 + [False]
     assert layout.indices.tolist() == [*range(9), -1]
 
