@@ -36,7 +36,9 @@ class Layout:
     True
     """
 
-    def __init__(self, cache: LayoutCache, arithmetic: SequenceLayout, restart: bool, batch: int | None = None) -> None:
+    def __init__(
+        self, cache: LayoutCache, arithmetic: SequenceLayout, restart: bool, batch: Tensor | None = None
+    ) -> None:
         self.cache, self.arithmetic, self.restart, self.batch = cache, arithmetic, restart, batch
         cache.prepare(arithmetic.boundaries, arithmetic)
         self.boundaries = _tensor(arithmetic.boundaries)
@@ -48,11 +50,14 @@ class Layout:
         return _made_again, (self.batch, self.cp, self.seq_len, self.arithmetic.boundaries, kind, restart)
 
     def of_batch(self, input_ids: Tensor) -> Layout:
-        """This layout with a checksum of the whole sequences that it cuts, which `check_batch` compares over ranks."""
+        """This layout with a checksum of the whole sequences that it cuts, which `check_batch` compares over ranks.
+
+        It stays on the batch's device: the host would wait for a GPU.
+        """
         if self.cp.size == 1 or len(self.cp.agreed) == 2:
             return self
         places = torch.arange(1, input_ids.numel() + 1, device=input_ids.device)
-        return Layout(self.cache, self.arithmetic, self.restart, int((input_ids.flatten() * places).sum()))
+        return Layout(self.cache, self.arithmetic, self.restart, (input_ids.flatten() * places).sum())
 
     def check_batch(self, device: torch.device, *, training: bool) -> None:
         """Raise ValueError unless all ranks cut the same sequences.
@@ -61,7 +66,7 @@ class Layout:
         """
         if self.batch is None or training in self.cp.agreed:
             return
-        sums = self.cp.transport.all_gather(torch.tensor([self.batch], device=device))
+        sums = self.cp.transport.all_gather(self.batch.to(device)[None])
         if len({int(total) for total in sums}) > 1:
             raise ValueError(
                 f"the {self.cp.size} ranks of this ContextParallel share every sequence, and they were given different "
@@ -154,7 +159,7 @@ def _tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array)
 
 
-def _made_again(batch: int | None, cp: Any, *arguments: Any) -> Layout:
+def _made_again(batch: Tensor | None, cp: Any, *arguments: Any) -> Layout:
     layout = cp.layout(*arguments)
     layout.batch = batch
     return layout
