@@ -17,6 +17,9 @@ from longctx.console import emit, emit_json
 from longctx.errors import UserError, first_line
 from longctx.model.architectures import check_config
 from longctx.model.export import served_config
+from longctx.model.gguf_rope import scaled_rope
+from longctx.rope.config import describe_rope
+from longctx.shape import head_dim_of
 from longctx.storage.files import replacing, write_json
 
 _MAGIC = b"GGUF"
@@ -30,13 +33,13 @@ def run(config: ImportConfig) -> int:
     else:
         emit(
             f"{found['out']}: {found['family']}, {found['parameters'] / 1e6:.0f}M parameters in {config.dtype}, window "
-            f"{found['window']:,}, theta {found['theta']:,.0f}"
+            f"{found['window']:,}, {describe_rope(found['rope_parameters'])}"
         )
     return 0
 
 
 def import_gguf(config: ImportConfig) -> dict[str, Any]:
-    """Write the folder and return its family, parameters, window and theta.
+    """Write the folder and return its family, parameters, window and rope.
 
     Raises UserError for a file that is missing or no GGUF, an architecture that transformers cannot read from GGUF or
     longctx cannot train, a missing package, and a folder that exists.
@@ -45,7 +48,8 @@ def import_gguf(config: ImportConfig) -> dict[str, Any]:
     _check(file, out)
     model, tokenizer = _read(file, config.dtype)
     check_config(model.config, str(file))
-    rope, window = dict(model.config.rope_parameters), int(model.config.max_position_embeddings)
+    plain, window = dict(model.config.rope_parameters), int(model.config.max_position_embeddings)
+    rope, window = scaled_rope(file, plain, window, head_dim_of(model.config.to_dict(), str(file)))
     with replacing(out) as partial:
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -59,6 +63,7 @@ def import_gguf(config: ImportConfig) -> dict[str, Any]:
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "window": window,
         "theta": float(rope["rope_theta"]),
+        "rope_parameters": rope,
         "dtype": config.dtype,
     }
 

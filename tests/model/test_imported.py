@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from longctx.config.imports import ImportConfig
 from longctx.errors import UserError
 from longctx.model.imported import import_gguf
+from longctx.rope import read_rope
+from longctx.rope.frequencies import inv_freq
 
 gguf = pytest.importorskip("gguf", reason="`longctx import` needs the package gguf")
 
@@ -19,6 +24,11 @@ gguf = pytest.importorskip("gguf", reason="`longctx import` needs the package gg
 def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
     """A tiny Llama as llama.cpp stores it, and its tensors under transformers' names."""
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return path, write_gguf(path)
+
+
+def write_gguf(path: Path, scale: Callable[[Any], None] = lambda writer: None) -> dict[str, torch.Tensor]:
+    """Write the file, with what `scale` adds for its rope; returns its tensors under transformers' names."""
     hidden, ffn, vocab, heads = 32, 64, 270, 4
     make = torch.Generator().manual_seed(0)
     writer = gguf.GGUFWriter(str(path), "llama")
@@ -53,6 +63,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torc
         "blk.0.ffn_up.weight": ("model.layers.0.mlp.up_proj.weight", (ffn, hidden)),
         "blk.0.ffn_down.weight": ("model.layers.0.mlp.down_proj.weight", (hidden, ffn)),
     }
+    scale(writer)
     made: dict[str, torch.Tensor] = {}
     for name, (ours, shape) in shapes.items():
         tensor = torch.randn(shape, generator=make)
@@ -63,7 +74,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torc
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path, made
+    return made
 
 
 def test_a_gguf_file_becomes_a_folder(file, tmp_path):
@@ -105,3 +116,56 @@ def test_what_cannot_be_imported_is_explained(file, tmp_path, monkeypatch):
     monkeypatch.setattr("longctx.model.imported.find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install gguf"):
         import_gguf(ImportConfig(gguf=str(path), out=str(tmp_path / "out")))
+
+
+def _linear(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+
+
+def _yarn(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_rope_scaling_orig_ctx_len(256)
+    writer.add_rope_scaling_yarn_beta_fast(16.0)
+
+
+PLAIN = {"rope_type": "default", "rope_theta": 20000.0}
+LLAMA3 = {"rope_theta": 20000.0, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 2048
+
+
+def _llama3(writer, spoilt: float = 1.0):
+    factors = inv_freq(PLAIN, 8, window=256) / inv_freq(LLAMA3, 8, window=256)
+    writer.add_tensor("rope_freqs.weight", (factors * np.array([1, 1, 1, spoilt])).astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected", "window"),
+    [
+        (_linear, {"rope_type": "linear", "factor": 4.0}, 256),
+        (_yarn, {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "beta_fast": 16.0}, 1024),
+        (_llama3, LLAMA3, 256),
+    ],
+)
+def test_a_scaled_rope_is_carried(tmp_path, scale, expected, window):
+    """transformers reads theta alone, with which Llama 3.1 would turn its slow pairs eight times too fast."""
+    write_gguf(tmp_path / "scaled.gguf", scale)
+    found = import_gguf(ImportConfig(gguf=str(tmp_path / "scaled.gguf"), out=str(tmp_path / "out")))
+    rope = read_rope(tmp_path / "out")
+    assert (rope.window, found["window"]) == (window, window)
+    wanted = {"rope_theta": 20000.0, **expected}
+    assert {key: rope.parameters[key] for key in wanted} == wanted
+    assert np.array_equal(rope.frequencies(), inv_freq(wanted, 8, window=window))
+
+
+def test_a_scaling_without_a_counterpart_is_refused(tmp_path):
+    for name, scale, words in (
+        ("freqs", lambda writer: _llama3(writer, spoilt=0.9), "not Llama 3.1's rule"),
+        ("long", lambda writer: writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE), "type=longrope"),
+        ("attn", lambda writer: (_yarn(writer), writer.add_rope_scaling_yarn_attn_factor(0.5)), "attn_factor=0.5"),
+    ):
+        write_gguf(tmp_path / f"{name}.gguf", scale)
+        with pytest.raises(UserError, match=words):
+            import_gguf(ImportConfig(gguf=str(tmp_path / f"{name}.gguf"), out=str(tmp_path / "out")))
+        assert not (tmp_path / "out").exists()
