@@ -144,7 +144,8 @@ class InfoConfig:
     #: in place of adapter: a model to plan one for, a folder or a name such as llama3_8b, qwen3_8b
     plan: Given | None = None
     rank: Positive = 32  #: rank of the planned adapter
-    embeddings: bool = False  #: whether the planned adapter carries the embeddings
+    #: whether the planned adapter carries the embeddings; null: when they are tied to the output layer, as in extract
+    embeddings: bool | None = None
     lm_head: bool = True  #: whether the planned adapter carries the output layer
     dtype: FactorDtype = "bfloat16"  #: dtype of the planned factors
     plots: Given | None = None  #: a folder for PNGs: spectra, and share kept per layer and projection

@@ -70,10 +70,14 @@ def _shape(plan: str) -> Shape:
     return shape_of(*config_json(folder))
 
 
-def adapter_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bool) -> AdapterSize:
-    """Predict the size of a rank-`rank` adapter of the linear layers, and of lm_head and embeddings on request."""
+def adapter_size(plan: str, rank: int, *, dtype: str, lm_head: bool, embeddings: bool | None) -> AdapterSize:
+    """Predict the size of a rank-`rank` adapter of the linear layers, and of lm_head and embeddings on request.
+
+    embeddings: None takes those that are the output layer too, as `lora extract` does unless it is told otherwise.
+    """
     shapes = shapes_of(plan)
     tied = all(name != "lm_head" for name, *_ in shapes)
+    embeddings = tied if embeddings is None else embeddings
     chosen = [
         (name, min(rank, rows, columns), rows, columns, count)
         for name, rows, columns, count in shapes

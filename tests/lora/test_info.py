@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from longctx.cli import main
-from longctx.config.lora import ExtractConfig
+from longctx.config.lora import ExtractConfig, InfoConfig
 from longctx.lora import pictures
 from longctx.lora.adapter import Adapter
 from longctx.lora.describe import describe
@@ -47,6 +47,16 @@ def test_planned_size_is_the_written_size(trio: Make, tmp_path: Path) -> None:
     file = (tmp_path / "a" / "adapter_model.safetensors").stat().st_size
     assert describe(made.out).bytes == made.bytes == file
     assert planned.bytes < file < planned.bytes + 640 * planned.matrices + 1024
+
+
+def test_planned_size_of_a_tied_model_is_the_written_size(trio: Make, tmp_path: Path) -> None:
+    """Both verbs with their defaults: a tied model's adapter holds the embedding's factors, twice."""
+    pair = trio("gemma")
+    made = extract(ExtractConfig(base=pair.base, tuned=pair.tuned, out=str(tmp_path / "a"), rank=16))
+    asked = InfoConfig(plan=pair.base, rank=16)
+    planned = adapter_size(pair.base, 16, dtype=asked.dtype, lm_head=asked.lm_head, embeddings=asked.embeddings)
+    with Adapter(made.out) as adapter:
+        assert sum(entry.nbytes for entry in adapter.weights.entries.values()) == planned.bytes
 
 
 def test_spectra_are_those_of_the_product(trio: Make, tmp_path: Path) -> None:
