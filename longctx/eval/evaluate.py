@@ -100,7 +100,7 @@ def evaluate(
             store_result(stored, key, values)
     return EvalResult(
         target,
-        values["window"],
+        target.window or values["window"],  # the one that was asked for, where a yarn rope would serve a longer one
         from_json(values["grid"]) if values["grid"] else None,
         {int(k): v for k, v in values["losses"].items()},
         {int(k): {int(end): v for end, v in means.items()} for k, means in values["loss_by_position"].items()},
@@ -164,7 +164,7 @@ def _measure(
     model: Any, target: EvalTarget, tasks: EvalTasks, heldout: HeldoutText, ranks: Ranks, tick: Tick
 ) -> dict[str, Any]:
     values: dict[str, Any] = {
-        "window": window_of(model),
+        "window": target.window or window_of(model),
         "grid": None,
         "losses": {},
         "loss_by_position": {},

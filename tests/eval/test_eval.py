@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import threading
@@ -320,6 +321,21 @@ def test_another_rope_has_the_window_it_serves():
     inv_freq = [found.model.rotary_emb.inv_freq for found in (model, own)]
     assert inv_freq[0][0] == inv_freq[1][0]
     assert inv_freq[0][-1] == pytest.approx(inv_freq[1][-1] / 4)
+
+
+def test_a_window_that_is_asked_for_holds_for_a_yarn_model_too(text, tmp_path):
+    """Its config.json says what yarn serves, 2,048 tokens, whatever max_position_embeddings is."""
+    yarn = tmp_path / "yarn"
+    shutil.copytree(TINY, yarn)
+    values = json.loads((yarn / "config.json").read_text())
+    values |= {"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0}, "rope_scaling": None}
+    (yarn / "config.json").write_text(json.dumps(values))
+    few = ["needle.lengths=[600]", "needle.per_cell=1", "loss_lengths=[64]", "loss_sequences=1", "format=json"]
+    asked = f"models=[{{name: served, path: {yarn}}}, {{name: asked, path: {yarn}, window: 512}}]"
+    found = json.loads(_spoken(config(*text, *few, asked))[0])["models"]
+    assert {name: (one["window"], one["beyond_window"]) for name, one in found.items()} == {
+        "served": (2048, []), "asked": (512, [600]),
+    }  # fmt: skip
 
 
 WRONG: dict[str, tuple[list[str], str]] = {
