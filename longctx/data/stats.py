@@ -5,7 +5,7 @@ Every stage is packed as in training, so padding, cuts and epochs are those of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def run(config: StatsConfig) -> int:
     if config.format == "text":  # before packing, which refuses stages that these documents cannot fill
         emit(_documents(document, train, seq_lens))
     document["stages"] = stage_use(config.data, lengths, stages, config.seed)
-    document["epochs"] = epochs(document["stages"])
+    document["epochs"] = epochs(document["stages"], lengths)
     _warn_repeats(document, config.data.max_epochs)
     png = Path(config.png or f"{config.folder}/data_stats.png")
     draw_lengths(lengths, seq_lens, png)
@@ -101,23 +101,27 @@ def stage_use(
             "seq_len": stage.seq_len,
             "sequences": len(packing),
             "padding": packing.padding,
-            "sources": {name: asdict(use) for name, use in packing.use.items()},
+            # The documents of a synth source are made anew, so that none is repeated.
+            "sources": {
+                name: asdict(use) | ({} if name in lengths else {"epochs": None}) for name, use in packing.use.items()
+            },
         }
     return found
 
 
-def epochs(stages: Mapping[str, dict[str, Any]]) -> dict[str, float]:
-    """Add up the epochs of each source over the whole curriculum."""
+def epochs(stages: Mapping[str, dict[str, Any]], files: Collection[str]) -> dict[str, float]:
+    """Add up the epochs of each source over the whole curriculum. files: the sources that have files to repeat."""
     total: dict[str, float] = {}
     for stage in stages.values():
         for name, use in stage["sources"].items():
-            total[name] = total.get(name, 0.0) + use["epochs"]
+            if name in files:
+                total[name] = total.get(name, 0.0) + use["epochs"]
     return total
 
 
 def _warn_repeats(document: Mapping[str, Any], most: float) -> None:
     for name, count in document["epochs"].items():
-        if name in document["sources"] and count > most:
+        if count > most:
             warn(
                 f"source {name} will be read {count:.1f} times over the curriculum, more than "
                 f"data.max_epochs={most:g}; add documents, or lower its weight in data.mixes"
@@ -157,7 +161,7 @@ def _stages(document: Mapping[str, Any]) -> Any:
                 f"{use['tokens']:,}",
                 f"{use['documents']:,}",
                 f"{use['cuts']:,}",
-                "-" if name not in document["sources"] else f"{use['epochs']:.2f}",
+                "-" if use["epochs"] is None else f"{use['epochs']:.2f}",
                 f"{row['padding']:.2%}",
             )
     return second

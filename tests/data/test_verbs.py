@@ -51,6 +51,21 @@ def test_data_then_stats_over_a_folder(folder, model, tmp_path, capsys):
     assert (tmp_path / "run/data_stats.png").stat().st_size > 10_000
 
 
+def test_documents_made_anew_have_no_epochs(folder, model, tmp_path, capsys):
+    """The table had a dash for them, and the document as many epochs as the curriculum has stages."""
+    words = [f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
+    synth = [
+        "+data.sources.asked={kind: synth, haystack: text, task: {kind: needle}}",
+        "data.mixes.default={text: 0.5, asked: 0.5}",
+    ]
+    status, out, err = _run(capsys, "data", "stats", *words, *synth, "format=json")
+    assert status == 0, err
+    document = json.loads(out)
+    assert list(document["epochs"]) == ["text"]
+    assert all(stage["sources"]["asked"]["epochs"] is None for stage in document["stages"].values())
+    assert _run(capsys, "data", "stats", *words, *synth)[0] == 0
+
+
 def test_stats_warn_of_a_stage_of_padding(folder, model, tmp_path, capsys):
     words = [f"model.path={model}", "data=text", f"data.path={folder}", f"run_dir={tmp_path}/run", "workers=1"]
     cut = "data.mixes.default={text: {weight: 1.0, length: {cut: {length: 1200}}}}"
