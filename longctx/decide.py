@@ -351,7 +351,7 @@ def with_blocks(model: ModelConfig, device: str) -> ModelConfig:
     return replace(model, memory=replace(model.memory, **blocks_of(model.memory, device)._asdict()))
 
 
-def assumed_kernels(device: str, dtype: str, head_dim: int) -> dict[str, list[str]]:
+def assumed_kernels(device: str, dtype: str, head_dim: int, capability: float = 9.0) -> dict[str, list[str]]:
     """The reasons why each attention kernel cannot serve on a planned machine, if every package is installed there."""
     fast = []
     if dtype != "bfloat16":
@@ -359,6 +359,9 @@ def assumed_kernels(device: str, dtype: str, head_dim: int) -> dict[str, list[st
     if head_dim % 8 or head_dim > 256:
         fast.append(f"needs a head dimension that is a multiple of 8 up to 256, got {head_dim}")
     found = {name: list(fast) if device == "cuda" else [f"needs CUDA tensors, got {device}"] for name in CUDA_KERNELS}
+    for name, other in (("flash_attn_3", not 9 <= capability < 10), ("flash_attn_4", capability < 9)):
+        if device == "cuda" and other:  # as longctx.attention.flash_attn says on such a device
+            found[name].append(f"is built for newer or other GPUs, got compute capability {capability:g}")
     found["torch_cpu"] = [] if device == "cpu" else [f"needs CPU tensors, got {device}"]
     return {**found, REFERENCE: []}
 
@@ -389,8 +392,7 @@ def choose_kernel(device: str, dtype: str, serving: Mapping[str, Sequence[str]],
     return chosen
 
 
-def planned_kernel(device: str, model: ModelConfig, shape: Shape) -> str:
+def planned_kernel(device: str, model: ModelConfig, shape: Shape, capability: float = 9.0) -> str:
     """The attention kernel on a device that is not at hand. Raises UserError if training there would refuse it."""
-    return choose_kernel(
-        device, model.dtype, assumed_kernels(device, model.dtype, shape.head_dim), model.attention_kernel
-    )
+    serving = assumed_kernels(device, model.dtype, shape.head_dim, capability)
+    return choose_kernel(device, model.dtype, serving, model.attention_kernel)

@@ -202,6 +202,11 @@ def test_the_chosen_kernel_is_fast_or_asked_for():
     no_packages = {**h100, **{name: ["not installed"] for name in packages}}
     assert choose_kernel("cuda", "bfloat16", no_packages, "auto") == "cudnn"
     assert choose_kernel("cuda", "bfloat16", h100, "torch_flash") == "torch_flash"
+    for capability, chosen in ((8.0, "cudnn"), (8.9, "cudnn"), (10.0, "flash_attn_4")):  # A100, L40S, B200
+        other = assumed_kernels("cuda", "bfloat16", 128, capability)
+        assert choose_kernel("cuda", "bfloat16", other, "auto") == chosen
+        with pytest.raises(UserError, match=f"flash_attn_3 cannot serve .* capability {capability:g}"):
+            choose_kernel("cuda", "bfloat16", other, "flash_attn_3")
     assert choose_kernel("cpu", "float64", assumed_kernels("cpu", "float64", 32), "auto") == "torch_cpu"
     for dtype, head_dim, reason in (
         ("float32", 128, "needs fp16 or bf16, got float32"),

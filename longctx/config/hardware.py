@@ -22,6 +22,7 @@ class HardwareConfig:
 
     name: Text = "device"  #: name of the device in tables
     device: Literal["cuda", "cpu"] = "cuda"  #: device that ranks compute on
+    capability: AboveZero = 9.0  #: compute capability of a GPU, which some attention kernels need
     tflops: RatesConfig = RatesConfig()
     utilization: ShareAboveZero = 0.45  #: the share of `tflops` that training reaches
     memory_gib: AboveZero = 79.0  #: GiB of the device's memory, as torch reports it

@@ -142,7 +142,7 @@ def estimate_all(stages: list[Stage], shape: Shape, config: PlanConfig) -> list[
     heads = (shape.heads, shape.kv_heads)
     check_cp_by_stage(config.parallel, config.curriculum.stages)
     decisions = decide_all(stages, config.parallel, config.engine, machines, heads, config.model.dtype)
-    kernel = planned_kernel(config.hardware.device, config.model, shape)
+    kernel = planned_kernel(config.hardware.device, config.model, shape, config.hardware.capability)
     return [
         _estimate(stage, shape, config, decision, machines, kernel)
         for stage, decision in zip(stages, decisions, strict=True)

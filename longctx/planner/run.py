@@ -70,7 +70,7 @@ def limits_of(config: PlanConfig, shape: Shape) -> DeviceLimits:
     """The memory of the planned devices."""
     machines = Machines(config.nodes * config.ranks, config.ranks)
     hardware = config.hardware
-    kernel = planned_kernel(hardware.device, config.model, shape)
+    kernel = planned_kernel(hardware.device, config.model, shape, hardware.capability)
     return DeviceLimits(machines, hardware.device, kernel, hardware.memory_gib * GIB)
 
 
@@ -288,5 +288,5 @@ def _drawn(config: PlanConfig) -> _Drawn:
     decision, dtype = item.decision, config.model.dtype
     sizes = sizes_of(item.stage, shape, decision, dtype)
     links = links_of(decision, Machines(config.nodes * config.ranks, config.ranks), hardware)
-    speed = Speed.of(hardware, dtype, planned_kernel(hardware.device, config.model, shape))
+    speed = Speed.of(hardware, dtype, planned_kernel(hardware.device, config.model, shape, hardware.capability))
     return _Drawn(decision.schedule, decision.topology, sizes, decision.ulysses, links, speed)

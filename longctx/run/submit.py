@@ -95,7 +95,8 @@ def check(config: SubmitConfig) -> list[Stage]:
         parts.append((Machines(nodes * launch.ranks, launch.ranks), checks.due(settled_config, own)))
         checks.check(settled_config, own, world=nodes * launch.ranks, local_world=launch.ranks)
     if launch.gpus_per_node and settled_config.engine.device != "cpu":
-        kernel = planned_kernel("cuda", settled_config.model, shape_of_model(settled_config.model))
+        shape = shape_of_model(settled_config.model)
+        kernel = planned_kernel("cuda", settled_config.model, shape, config.hardware.capability)
         if "memory" not in config.accept:
             _check_memory(settled_config, parts, kernel, config.hardware.memory_gib)
     return stages
