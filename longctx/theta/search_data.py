@@ -64,7 +64,10 @@ def load_search_data(
 
 
 def long_documents(corpus: Any, length: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return beginnings of long documents, then documents joined to that length, as int64 [count, length]."""
+    """Return beginnings of long documents, then short ones joined to that length, as int64 [count, length].
+
+    Where all are long, their further parts come second.
+    """
     if corpus.total < 2 * length:
         raise UserError(
             f"data.sources.{corpus.name} holds out {corpus.total} tokens, too few for documents of {length}: at least "
@@ -75,17 +78,21 @@ def long_documents(corpus: Any, length: int, count: int, rng: np.random.Generato
     rows = [np.asarray(corpus.read(d, 0, length), np.int64) for d in long]
     short = [int(d) for d in order if corpus.lengths[d] < length]
     if len(rows) < count:
-        say(f"{len(rows)} held-out documents of {corpus.name} have {length} tokens; the others are joined")
+        others = "joined" if short else "further parts of these"
+        say(f"{len(rows)} held-out documents of {corpus.name} have {length} tokens; the others are {others}")
+    if not short:  # no sequence is read twice while there is other text
+        parts = [(d, at) for d in long for at in range(length, int(corpus.lengths[d]) - length + 1, length)]
+        rows += [np.asarray(corpus.read(d, at, length), np.int64) for d, at in parts[: count - len(rows)]]
     at = 0
     while len(rows) < count:
-        parts, have = [], 0
+        pieces, have = [], 0
         while have < length:
             document = short[at % len(short)] if short else long[at % len(long)]
             part = np.asarray(corpus.read(document, 0, int(corpus.lengths[document])), np.int64)
-            parts.append(part)
+            pieces.append(part)
             have += len(part)
             at += 1
-        rows.append(np.concatenate(parts)[:length])
+        rows.append(np.concatenate(pieces)[:length])
     return np.stack(rows)
 
 

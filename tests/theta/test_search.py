@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from longctx.config.curriculum import CurriculumConfig
 from longctx.config.model import InitConfig, MemoryConfig
 from longctx.curriculum import resolve
 from longctx.errors import UserError
+from longctx.theta.search_data import long_documents
 from tests.started import longctx
 
 ASSET = Path(__file__).parents[2] / "longctx" / "assets" / "tiny"
@@ -437,3 +439,19 @@ def test_a_theta_file_written_by_hand_is_no_obstacle(tmp_path: Path, kept: str):
     path.write_text(kept)
     write_override(path, SearchResult("s512", 512, best, best, None, [best]), "ntk", "a")
     assert yaml.safe_load(path.read_text())["stages"]["s512"]["theta"] == 20000
+
+
+def test_long_documents_give_other_parts_before_a_sequence_is_read_twice():
+    """Two documents were asked for four sequences: each beginning was read twice, and said to be joined."""
+    lengths = np.array([1000, 1200])
+
+    def read(document: int, start: int, count: int) -> np.ndarray:
+        return np.arange(document * 10_000 + start, document * 10_000 + start + count)
+
+    class Two(SimpleNamespace):
+        def __len__(self) -> int:
+            return len(lengths)
+
+    corpus = Two(name="two", lengths=lengths, total=int(lengths.sum()), read=read)
+    rows = long_documents(corpus, 500, 4, np.random.default_rng(0))
+    assert sorted(rows[:, 0].tolist()) == [0, 500, 10_000, 10_500]
