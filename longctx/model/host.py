@@ -55,6 +55,7 @@ class HostMemory:
         if self._pinned:
             code = int(_runtime().cudaHostRegister(block.data_ptr(), block.numel(), 1))  # 1: for every GPU
             if code:
+                _forget_error()
                 raise MemoryError(f"CUDA cannot lock {count:,} bytes of host memory (error {code}; ulimit -l)")
         self._blocks[_address(block)] = block
         return block
@@ -84,6 +85,12 @@ def _free(blocks: list[Tensor], pinned: bool) -> None:
         torch.cuda.synchronize()
         for block in blocks:
             _runtime().cudaHostUnregister(block.data_ptr())
+
+
+def _forget_error() -> None:
+    """Launch a kernel, which takes the error of a refused call: CUDA keeps it, and torch blames its next kernel."""
+    with contextlib.suppress(RuntimeError):
+        torch.zeros(1, device="cuda")
 
 
 def _runtime() -> Any:

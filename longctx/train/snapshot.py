@@ -30,8 +30,10 @@ class HostCopies:
         for piece in fragments:
             key, data = (piece.kind, piece.name, piece.start), piece.data.detach()
             buffer = self._buffers.get(key)
-            if buffer is None or buffer.shape != data.shape or buffer.dtype != data.dtype:
-                self._memory.free([] if buffer is None else [buffer])
+            if buffer is not None and (buffer.shape, buffer.dtype) != (data.shape, data.dtype):
+                self._memory.free([self._buffers.pop(key)])
+                buffer = None
+            if buffer is None:
                 buffer = self._buffers[key] = self._memory.zeros(data.numel(), data.dtype).view(data.shape)
             buffer.copy_(data, non_blocking=data.is_cuda)
             on_device |= data.is_cuda

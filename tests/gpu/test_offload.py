@@ -37,6 +37,18 @@ def test_blocks_are_page_locked_until_they_are_freed() -> None:
     assert block.equal(there.cpu())
 
 
+@needs_cuda
+def test_a_refused_block_leaves_no_error_to_the_next_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A save goes on without its copy; CUDA refuses here because the pages are locked already."""
+    memory = HostMemory(CARD)
+    block = memory.bytes(4096)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "frombuffer", lambda *_, **__: block)
+        with pytest.raises(MemoryError, match="CUDA cannot lock 4,096 bytes"):
+            memory.bytes(4096)
+    assert float((torch.ones(1, device=CARD) + 1).sum()) == 2.0
+
+
 @pytest.mark.parametrize("narrow", [True, False])
 def test_states_on_the_host_are_updated_to_the_bits_of_states_on_the_card(narrow: bool) -> None:
     """narrow: the trained weight is bfloat16 and its master on the host."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from longctx.config.model import MemoryConfig
-from longctx.model import LossModel, init_from
+from longctx.model import LossModel, host, init_from
 from longctx.model.host import HostMemory
 from longctx.model.offload import HostStore
 from tests.model.conftest import gradients, sequence, tiny
@@ -130,3 +131,18 @@ def test_blocks_have_the_size_that_was_asked_for_and_go_with_their_owner() -> No
 def test_host_memory_that_is_not_there_is_a_memory_error() -> None:
     with pytest.raises(MemoryError, match="bytes of host memory"):
         HostMemory(torch.device("cpu")).bytes(1 << 60)
+
+
+def test_an_error_that_cuda_keeps_of_a_refused_block_is_taken_by_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who goes on without the block would find it at the next kernel."""
+    kernels: list[str] = []
+
+    def launched(*_: object, device: str) -> None:
+        kernels.append(device)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(host, "_runtime", lambda: SimpleNamespace(cudaHostRegister=lambda *_: 2))
+    monkeypatch.setattr(torch, "zeros", launched)
+    with pytest.raises(MemoryError, match=r"CUDA cannot lock 4,096 bytes .*ulimit -l"):
+        HostMemory(torch.device("cuda")).bytes(4096)
+    assert kernels == ["cuda"]

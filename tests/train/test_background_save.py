@@ -128,6 +128,22 @@ def test_a_host_without_memory_for_the_copy_saves_at_once(tmp_path, monkeypatch,
     assert steps_saved(tmp_path) == ["step00000001", "step00000002"]
 
 
+def test_copies_that_no_memory_is_left_for_can_be_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The buffer of another shape has been given back before the new one is asked for."""
+    copies = snapshot.HostCopies(torch.device("cpu"))
+    copies.take([Fragment("weight", "w", 0, torch.ones(4)), Fragment("weight", "x", 0, torch.ones(4))])
+
+    def refused(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(HostMemory, "zeros", refused)
+        with pytest.raises(MemoryError):
+            copies.take([Fragment("weight", "w", 0, torch.ones(8))])
+    copies.free()
+    assert copies.take([Fragment("weight", "w", 0, torch.ones(8))])[0].data.sum() == 8
+
+
 def test_free_memory_is_this_machine_s() -> None:
     assert 2**20 < free_memory() < host_memory()
 
