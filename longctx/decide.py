@@ -99,11 +99,11 @@ def decide_all(
     """Decide how these stages run, which need not be all of the curriculum; also refuses a contradictory engine."""
     stages = list(stages)
     check_engine(engine, dtype)
-    copy, world = engine.hpz_partition_size, machines.world
-    if world % min(copy, world):
-        near = max(size for size in divisors(world) if size <= copy)
+    sharing, world = engine.hpz_partition_size, machines.world
+    if world % min(sharing, world):
+        near = max(size for size in divisors(world) if size <= sharing)
         raise UserError(
-            f"engine.hpz_partition_size={copy} does not divide the {world} ranks; {near} fits "
+            f"engine.hpz_partition_size={sharing} does not divide the {world} ranks; {near} fits "
             "(configs/engine/deepspeed.yaml)"
         )
     decisions = [decide(stage, parallel, engine, machines, heads) for stage in stages]

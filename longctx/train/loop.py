@@ -89,7 +89,8 @@ def run_stages(training: Training) -> int:
         if stage.index > state.stage or not state.planned:
             enter_stage(state, stage)
         progress.at("start", state.step)
-        if state.ended and _recorded_end(training, stage):
+        ended = state.ended  # by an earlier start
+        if ended and _recorded_end(training, stage):
             continue
         with explained(context.config, stage, context.ranks, "training"):
             opened = open_stage(context.config, stage, context.ranks, training.engine.model, context.tokenizer)
@@ -100,7 +101,8 @@ def run_stages(training: Training) -> int:
                     return code
                 if _stopping(training):
                     return SAVED_AND_REQUEUE
-                _finish(training, stage, opened)
+                if ended or not _recorded_end(training, stage):
+                    _finish(training, stage, opened)
             finally:
                 opened.close()
     return 0
@@ -281,9 +283,7 @@ def _recorded_end(training: Training, stage: Stage) -> bool:
 
 
 def _finish(training: Training, stage: Stage, opened: OpenStage) -> None:
-    """Export and evaluate a trained stage once; finished.json marks that it is done."""
-    if _recorded_end(training, stage):
-        return
+    """Export and evaluate a trained stage; finished.json marks that it is done."""
     context, state, recorder = training.context, training.state, training.recorder
     folder = stage_folder(context.folder, stage.name)
     mark = folder / "finished.json"

@@ -41,9 +41,9 @@ def check_plan(state: State, plan: str, accept: Sequence[str]) -> None:
     """Compare the fingerprint of a stage's sequences with that of before the stop, and keep it in the state.
 
     Another mix, seed or document, but also another release of numpy, whose random numbers draw the documents, gives
-    other sequences. Raises UserError where the cursor would point into those and `accept` names no such change.
+    other sequences. Raises UserError where some of those are still to be trained on and `accept` names no such change.
     """
-    if state.cursor and state.plan and state.plan != plan:
+    if state.cursor and not state.ended and state.plan and state.plan != plan:
         seq_len, batch, steps = state.planned
         words = (
             f"stage {state.stage_name} stopped after {state.cursor:,} of its {batch * steps:,} sequences of "

@@ -11,6 +11,8 @@ from longctx.data import mixing
 from longctx.errors import UserError
 from longctx.run.training import train_run
 from longctx.signals import SAVED_AND_REQUEUE
+from longctx.train.checkpoint import State
+from longctx.train.resume import check_plan
 
 from .made import config, losses, write_documents
 from .test_run import stop_after
@@ -65,6 +67,15 @@ def test_other_sequences_under_a_cursor_are_refused_or_meant(
     assert train_run(config(run, documents, accept=["data"])) == 0
     assert words in " ".join(capfd.readouterr().err.split())
     assert len(losses(run)) == 9
+
+
+def test_a_stage_that_has_ended_has_no_sequences_left_to_compare() -> None:
+    """Its export may still be due, for which other documents change nothing."""
+    state = State(stage_name="s64", planned=[64, 4, 5], cursor=12, plan="old", stage_step=3, ended=True)
+    check_plan(state, "new", accept=())
+    state.plan, state.ended = "old", False
+    with pytest.raises(UserError, match="stage s64 stopped after 12 of its 20 sequences"):
+        check_plan(state, "new", accept=())
 
 
 def test_the_documents_of_a_finished_stage_may_be_gone(tmp_path: Path, undisturbed: Path) -> None:
