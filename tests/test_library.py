@@ -200,6 +200,8 @@ def check_rank(rank: int, world: int, case: tuple[str, float, str]) -> None:
         closed = layout.cp.layout(SEQ_LEN)
         with pytest.raises(ValueError, match="ContextParallel was closed; make another one"):
             longctx.context_attention(*[torch.zeros(1, 2, closed.local_len, 8)] * 3, closed)
+        with pytest.raises(ValueError, match="closed and reaches no other rank; make another one"):
+            closed.unshard(torch.zeros(closed.local_len), 0)
         return
     dtype = kind.removesuffix(" sharded")
     losses, weight = train(getattr(torch, dtype), sharded=dtype != kind)

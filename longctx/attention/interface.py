@@ -9,7 +9,6 @@ are positions and padding that do not fit the layout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,9 @@ from longctx.attention.context import context_attention
 from longctx.attention.local_layout import Layout
 
 NAME = "longctx"
-# Kinds of layer that see a part of the sequence only, and the key of the config that says how much.
+# transformers' kinds of layer that see all that is before them; "attention" was its older name for them.
+_FULL = ("full_attention", "attention")
+# Those that see a part of the sequence only, and the key of the config that says how much.
 _REACH = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 
 
@@ -101,10 +102,13 @@ def _check_reach(module: nn.Module, where: str, seq_len: int, window: int | None
     kinds = getattr(config, "layer_types", None)
     kind = kinds[index] if kinds and isinstance(index, int) and index < len(kinds) else "full_attention"
     key = _REACH.get(kind, "sliding_window")
-    if window is None and kind != "full_attention":
+    if window is None and kind not in _FULL:
         window = getattr(config, key, None)
         if kind not in _REACH:
-            raise ValueError(f"{where} is a layer of {kind}: context attention is full within documents")
+            raise ValueError(
+                f"{where} is {kind} in the config's layer_types: context attention is full within documents and would "
+                "change the model"
+            )
     if window is not None and window < seq_len:
         raise ValueError(
             f"{where} has {key}={window}, shorter than the sequence of {seq_len}: context attention "
@@ -130,12 +134,13 @@ def _check_positions(position_ids: Any, layout: Layout, where: str) -> None:
             f"{where} got the positions 0 to {layout.local_len - 1}, which the model made itself, and this rank holds "
             "other tokens of the sequence: pass position_ids=layout.positions[None] to the model's forward"
         )
-    for first, past in pairwise(layout.local_boundaries.tolist()):
-        if (given[:, first + 1 : past] < given[:, first : past - 1]).any():
-            raise ValueError(
-                f"{where} got position_ids that begin again inside a document of the layout, whose attention would "
-                "cross them: pass cp.layout(seq_len=..., documents=cu_seqlens)"
-            )
+    falls = given[:, 1:] < given[:, :-1]
+    falls[:, layout.local_boundaries.numpy()[1:-1] - 1] = False  # where another document begins
+    if falls.any():
+        raise ValueError(
+            f"{where} got position_ids that begin again inside a document of the layout, and attention would not stop "
+            "there: pass cp.layout(seq_len=..., documents=cu_seqlens)"
+        )
     layout.compared = True
 
 

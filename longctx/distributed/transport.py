@@ -135,6 +135,8 @@ class DistributedTransport:
 
     def all_gather(self, tensor: Tensor) -> list[Tensor]:
         """Return the tensors of all ranks; they travel as bytes, because gloo does not know every type."""
+        if not self.groups:
+            raise ValueError("this ContextParallel was closed and reaches no other rank; make another one")
         flat = tensor.contiguous().view(-1).view(torch.uint8)
         parts = [torch.empty_like(flat) for _ in range(self.size)]
         try:

@@ -72,7 +72,7 @@ def test_what_it_cannot_do_is_refused_with_the_layer_named(call, options, words)
     [
         ("chunked_attention", "attention_chunk_size", "attention_chunk_size=8"),
         ("sliding_attention", "sliding_window", "sliding_window=8"),
-        ("indexed_attention", "none", "a layer of indexed_attention"),
+        ("indexed_attention", "none", "is indexed_attention in the config's layer_types"),
     ],
 )
 def test_a_layer_that_sees_less_by_its_kind_is_refused(call, kind, key, words):
@@ -82,6 +82,15 @@ def test_a_layer_that_sees_less_by_its_kind_is_refused(call, kind, key, words):
     layer.config = SimpleNamespace(layer_types=["full_attention"] * 7 + [kind], **{key: 8})  # type: ignore[assignment]
     with pytest.raises(ValueError, match=f"Layer of layer 7 .*{words}"):
         attend(layer, q, k, v, layout=layout)
+
+
+@pytest.mark.parametrize("kind", ["full_attention", "attention"])
+def test_a_layer_that_sees_everything_may_have_either_of_its_names(call, kind):
+    """transformers 5.0 lists "attention" among its layer_types, and later releases read it as full_attention."""
+    _, (q, k, v, layout) = call
+    layer = Layer()
+    layer.config = SimpleNamespace(layer_types=[kind] * 8, sliding_window=8)  # type: ignore[assignment]
+    assert attend(layer, q, k, v, layout=layout)[0].shape[1] == q.shape[2]
 
 
 # ---- transformers' own forward
