@@ -128,7 +128,7 @@ def _check_positions(position_ids: Any, layout: Layout, where: str) -> None:
     real = layout.valid.numpy()
     given = position_ids.reshape(-1, layout.local_len).numpy(force=True)[:, real]
     plain = np.flatnonzero(real)
-    own = [layout.arithmetic.positions(layout.cp.rank, restart=restart)[real] for restart in (False, True)]
+    own = (layout.arithmetic.positions(layout.cp.rank, restart=restart)[real] for restart in (False, True))
     if (given == plain).all() and not any(np.array_equal(plain, each) for each in own):
         raise ValueError(
             f"{where} got the positions 0 to {layout.local_len - 1}, which the model made itself, and this rank holds "
