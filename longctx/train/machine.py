@@ -13,6 +13,7 @@ import torch
 from longctx import console
 from longctx.decide import Machines, choose_kernel
 from longctx.distributed.ranks import may_share_devices
+from longctx.errors import UserError
 from longctx.host_memory import host_memory
 from longctx.planner.remedies import DeviceLimits, check_memory
 from longctx.shape import Shape, shape_of_model
@@ -51,14 +52,24 @@ def kernel_of(model: ModelConfig, shape: Shape, device: str, *, tried: bool = Fa
     return choose_kernel(device, model.dtype, reasons, model.attention_kernel)
 
 
-def check_machine(config: TrainConfig, stages: Sequence[Stage], world: int, local_world: int) -> None:
-    """Raise UserError where this machine lacks the attention kernel or the memory; config: a settled one."""
+def check_machine(
+    config: TrainConfig, stages: Sequence[Stage], world: int, local_world: int, *, later: Sequence[Stage] = ()
+) -> None:
+    """Raise UserError where this machine lacks the attention kernel or the memory; config: a settled one.
+
+    later: stages behind launch.until, of which a line on the screen says where they do not fit.
+    """
     shape, device = shape_of_model(config.model), device_type(config.engine)
     if device == "cuda" and config.model.dtype == "bfloat16":
         check_bfloat16(torch.cuda.get_device_capability(), torch.cuda.get_device_name())
     kernel = kernel_of(config.model, shape, device)
     if "memory" not in config.accept:
-        check_memory(stages, shape, config, room_here(Machines(world, local_world), device, kernel))
+        room = room_here(Machines(world, local_world), device, kernel)
+        check_memory(stages, shape, config, room)
+        try:
+            check_memory(later, shape, config, room)
+        except UserError as error:
+            console.remark(f"behind launch.until={config.launch.until}, which ends this start: {error}")
 
 
 def room_here(machines: Machines, device: str, kernel: str) -> DeviceLimits:

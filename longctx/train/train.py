@@ -19,7 +19,6 @@ from longctx.config.train import TrainConfig
 from longctx.decide import Machines, decide, ring_words, with_blocks
 from longctx.distributed.launcher import launcher_environment
 from longctx.distributed.placement import check_even
-from longctx.errors import UserError
 from longctx.shape import shape_of_model
 from longctx.signals import (
     SAVED_AND_REQUEUE,
@@ -159,13 +158,9 @@ def checked_stages(
     checks.check(config, stages, world=world, local_world=local_world)
     from longctx.train.machine import check_machine
 
-    check_machine(config, checks.due(config, stages), world, local_world)
     last = checks.last_due(config, stages)
-    if later := [stage for stage in stages if stage.index > last]:
-        try:
-            check_machine(config, later, world, local_world)
-        except UserError as error:
-            console.remark(f"behind launch.until={config.launch.until}, which ends this start: {error}")
+    later = [stage for stage in stages if stage.index > last]
+    check_machine(config, checks.due(config, stages), world, local_world, later=later)
     if check_more is not None:
         check_more(stages, world)
     return stages

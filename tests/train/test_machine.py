@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,22 @@ def test_a_run_that_does_not_fit_is_refused_before_it_exists(tmp_path: Path, doc
     assert not (tmp_path / "run").exists()
     accepted = with_dtype(config(tmp_path / "run", documents, model=model, accept=["memory"]))
     machine.check_machine(accepted, resolve_stages(accepted), 2, 2)  # nothing is said
+
+
+def test_a_stage_behind_the_end_of_a_start_gets_a_line_and_asks_for_the_room_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which says what other processes hold of a GPU. accept=[memory] leaves the line out, too."""
+    made = with_dtype(build(TrainConfig, values(1048576, launch={"until": "short"}), origin="test"))
+    asked: list[Machines] = []
+    monkeypatch.setattr(machine, "room_here", lambda own, *_: asked.append(own) or room(own.world, "cpu", 250))
+    short, long = resolve_stages(made)
+    machine.check_machine(made, [short], 1, 1, later=[long])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "behind launch.until=short, which ends this start: stage long of 1,048,576 tokens needs about" in said
+    assert len(asked) == 1
+    machine.check_machine(dataclasses.replace(made, accept=["memory"]), [short], 1, 1, later=[long])
+    assert not capsys.readouterr().err
 
 
 def test_a_small_run_is_far_from_being_refused(tmp_path: Path) -> None:
