@@ -96,8 +96,7 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
     give_rope(config, {"rope_type": "default", **rope}, window)
     read = rope_of(config.to_dict(), "the model's config")
     exact = inv_freq(read.parameters, read.head_dim, window=window)
-    old = base.rotary_emb
-    device = old.inv_freq.device
+    device = base.rotary_emb.inv_freq.device
     if precision == "float64":
         scaling = attention_factor(read.parameters, window=window)
         base.rotary_emb = ExactRotary(exact, scaling).to(device)
@@ -106,7 +105,7 @@ def set_rope(model: nn.Module, rope: Mapping[str, Any], window: int, *, precisio
         # With equal factors nothing changes at run time, and comparing lengths would make the host wait for the device.
         rotary.rope_type = "default"
         base.rotary_emb = rotary
-        if isinstance(old, KeptFrequencies):
+        if isinstance(base.layers[0], Mixin):  # a prepared model, whatever rotary module it had
             keep_frequencies(base)
     check_inv_freq(cast(Tensor, base.rotary_emb.inv_freq), exact, f"rope {dict(config.rope_parameters)}")
 

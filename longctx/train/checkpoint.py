@@ -238,8 +238,8 @@ class Checkpoints:
     def _make_room(self, partial: Path, engine: Engine) -> str | None:
         """Rank 0 makes the folder and checks the free disk space; returns the obstacle in words, or None.
 
-        Where room is lacking, damaged checkpoints go first, and those beyond `keep`, which may be lower than at an
-        earlier start: after a save that finds no room none would.
+        Where room is lacking, damaged checkpoints go before the save, and so do those beyond `keep`, which may be lower
+        than at an earlier start: otherwise they would go after it, and no save would ever find room.
         """
         if not self.ranks.first:
             return None

@@ -30,6 +30,17 @@ def test_a_cast_of_a_prepared_model_leaves_its_frequencies_alone():
     assert torch.equal(model.model.model.rotary_emb.inv_freq, exact)
 
 
+def test_frequencies_in_fp64_and_back_are_kept_too():
+    model: Any = longctx.prepare(init_from(tiny(window=64), dtype="float32"))
+    rope, window = longctx.rope_for(model, window=1024)
+    precisions: tuple[Any, ...] = ("float64", "float32")
+    for precision in precisions:
+        longctx.set_rope(model, rope, window, precision=precision)
+        exact = model.model.model.rotary_emb.inv_freq.clone()
+        model.bfloat16()
+        assert torch.equal(model.model.model.rotary_emb.inv_freq, exact)
+
+
 def test_a_model_that_was_cast_before_is_refused_until_its_frequencies_are_made_anew():
     plain: Any = init_from(tiny(), dtype="float32").to(torch.bfloat16)
     with pytest.raises(UserError, match=r"frequencies have been rounded to torch.bfloat16, .* longctx.set_rope"):
