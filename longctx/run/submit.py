@@ -80,6 +80,7 @@ def check(config: SubmitConfig) -> list[Stage]:
     from longctx.run.what_follows import check_what_follows
     from longctx.shape import shape_of_model
     from longctx.train import checks
+    from longctx.train.due import due
     from longctx.train.train import resolve_stages
 
     settled_config, launch = settled_for_adapter(config), config.launch
@@ -92,7 +93,7 @@ def check(config: SubmitConfig) -> list[Stage]:
     parts: list[tuple[Machines, list[Stage]]] = []
     for nodes in sorted({launch.nodes_by_stage.get(stage.name, launch.nodes) for stage in stages}):
         own = [stage for stage in stages if launch.nodes_by_stage.get(stage.name, launch.nodes) == nodes]
-        parts.append((Machines(nodes * launch.ranks, launch.ranks), checks.due(settled_config, own)))
+        parts.append((Machines(nodes * launch.ranks, launch.ranks), due(settled_config, own)))
         checks.check(settled_config, own, world=nodes * launch.ranks, local_world=launch.ranks)
     if launch.gpus_per_node and settled_config.engine.device != "cpu":
         shape = shape_of_model(settled_config.model)
@@ -141,7 +142,7 @@ def training_words(words: Sequence[str]) -> tuple[str, ...]:
 
 def jobs_of(config: SubmitConfig, stages: Sequence[Stage], words: tuple[str, ...]) -> list[Job]:
     """One job, or one for each stage that is not trained, which ends after it (launch.until)."""
-    from longctx.train.checks import due
+    from longctx.train.due import due
 
     launch = config.launch
     if not launch.per_stage:

@@ -16,14 +16,13 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from longctx import console
 from longctx.errors import RunFailed, UserError
@@ -31,14 +30,13 @@ from longctx.fingerprint import file_sha256
 from longctx.signals import beside, temporary
 from longctx.storage.files import GIB, discard, size_words, sync, write_text
 from longctx.train import fragments, runfolder
+from longctx.train.checkpoint_files import FORMAT, damage, write_file
 from longctx.train.snapshot import HostCopies, Work, copies_fit
 
 if TYPE_CHECKING:
     from longctx.distributed.ranks import Ranks
     from longctx.train.engine import Engine
     from longctx.train.fragments import Fragment
-
-FORMAT = 1
 
 
 @dataclass
@@ -215,7 +213,7 @@ class Checkpoints:
             return None
         path = partial / f"rank{self.ranks.rank:05d}.safetensors"
         random = _random_states(self.ranks.device)
-        work = Work(lambda: self._write_own(path, pieces, random))
+        work = Work(lambda: write_file(path, pieces, random))
         return _Save(state.step, partial, final, json.dumps(asdict(state), indent=1), engine.shapes(), stack, work)
 
     def _finish(self, found: _Save) -> Path | None:
@@ -262,16 +260,6 @@ class Checkpoints:
             )
         return None
 
-    def _write_own(
-        self, path: Path, pieces: Iterable[Fragment], random: dict[str, torch.Tensor]
-    ) -> tuple[dict[str, Any], str | None]:
-        try:
-            index = fragments.write(path, iter(pieces), random)
-            sync(path)
-            return {"sha256": file_sha256(path), "bytes": path.stat().st_size, "fragments": index}, None
-        except (OSError, SafetensorError) as error:
-            return {}, f"{path.name}: {error}"
-
     def _publish(self, found: _Save, files: dict[str, Any]) -> list[str]:
         partial, final = found.partial, found.final
         try:
@@ -309,10 +297,10 @@ class Checkpoints:
 
         Raises RunFailed when checkpoints exist and none is intact, UserError when they hold another model.
         """
-        own = runfolder.checkpoints(self.run) if self.ranks.first else []
+        own, share = runfolder.checkpoints(self.run) if self.ranks.first else [], (self.ranks.rank, self.ranks.world)
         candidates = [str(path) for path in self.ranks.broadcast(own)]
         for folder in map(Path, candidates):
-            problems = [text for found in self.ranks.gather(list(self._damage(folder))) for text in found]
+            problems = [text for found in self.ranks.gather(list(damage(folder, *share))) for text in found]
             if problems:
                 console.say(f"[yellow]checkpoint {folder} is damaged:[/] {problems[0]}; the previous one is used")
                 continue
@@ -323,31 +311,6 @@ class Checkpoints:
                 "take a new name=... to start over, or restore the folder from a copy"
             )
         return None
-
-    def _damage(self, folder: Path) -> Iterator[str]:
-        """A message for each damaged file among those that this rank checks (every world-th one)."""
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-            entries = {name: (entry["sha256"], entry["bytes"]) for name, entry in manifest["files"].items()}
-            entries["state.json"] = (manifest["state_sha256"], None)
-            if manifest["format"] != FORMAT:
-                yield f"manifest.json has format {manifest['format']}, this version reads {FORMAT}"
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            yield f"manifest.json cannot be read ({type(error).__name__}: {error})"
-            return
-        for position, (name, (digest, size)) in enumerate(sorted(entries.items())):
-            if position % self.ranks.world != self.ranks.rank:
-                continue
-            path = folder / name
-            try:
-                if not path.exists():
-                    yield f"{name} is missing"
-                elif size is not None and path.stat().st_size != size:
-                    yield f"{name} has {path.stat().st_size} bytes instead of {size}"
-                elif file_sha256(path) != digest:
-                    yield f"{name} does not match its sha256"
-            except OSError as error:  # a bad sector
-                yield f"{name} cannot be read ({error.strerror})"
 
     def _restore(self, folder: Path, engine: Engine) -> State:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))

@@ -25,6 +25,7 @@ from longctx.errors import UserError
 from longctx.shape import Shape, shape_of_model
 from longctx.storage.files import GIB, check_writable, nearest_existing, size_words
 from longctx.storage.model import check_model, expected_shapes
+from longctx.train.due import due
 from longctx.train.runfolder import is_finished
 from longctx.versions import check_versions
 
@@ -64,21 +65,6 @@ def check(config: TrainConfig, stages: Sequence[Stage], *, world: int, local_wor
     names = dict.fromkeys([*sources_of(config.data, [*read, *later]), *sources])
     size = check_sources(config.data, names, cache_folder(config))
     check_disk(config, stages, shape, source_bytes=size)
-
-
-def last_due(config: TrainConfig, stages: Sequence[Stage]) -> int:
-    """The index in the curriculum of the last stage that this start trains: that of launch.until, or the last."""
-    until = [stage.index for stage in stages if stage.name == config.launch.until]
-    return max(until or [stage.index for stage in stages], default=-1)
-
-
-def due(config: TrainConfig, stages: Sequence[Stage]) -> list[Stage]:
-    """The stages that this start has to train: the others need not divide over its ranks, nor fit them.
-
-    A finished one was trained on the ranks of an earlier start, and one behind launch.until awaits those of a later.
-    """
-    last = last_due(config, stages)
-    return [s for s in stages if s.index <= last and not is_finished(Path(config.folder), s.name)]
 
 
 def check_settings(config: TrainConfig) -> None:

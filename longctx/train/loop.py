@@ -23,7 +23,7 @@ from longctx.signals import SAVED_AND_REQUEUE
 from longctx.storage.files import write_text
 from longctx.train import flops
 from longctx.train.checkpoint import Checkpoints, State
-from longctx.train.checks import last_due
+from longctx.train.due import last_due
 from longctx.train.engine import Engine
 from longctx.train.exhausted import explained
 from longctx.train.guards import Guards

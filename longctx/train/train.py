@@ -30,6 +30,7 @@ from longctx.signals import (
     stop_request,
 )
 from longctx.train import checks, identity, runfolder
+from longctx.train.due import due, last_due
 from longctx.train.runfolder import with_dtype
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def world_words(config: TrainConfig, stages: Sequence[Stage], ranks: Ranks) -> l
     nodes, each = max(1, ranks.world // ranks.local_world), ranks.local_world
     words = [f"{nodes} node{'s' * (nodes > 1)} of {each} rank{'s' * (each > 1)}: {shown}"]
     heads = (shape.heads, shape.kv_heads)
-    for stage in checks.due(config, stages):
+    for stage in due(config, stages):
         decision = decide(stage, config.parallel, config.engine, machines, heads)
         inner = decision.cp // decision.nodes
         if decision.nodes > 1 and not machines.inside_a_node(inner):
@@ -158,9 +159,9 @@ def checked_stages(
     checks.check(config, stages, world=world, local_world=local_world)
     from longctx.train.machine import check_machine
 
-    last = checks.last_due(config, stages)
+    last = last_due(config, stages)
     later = [stage for stage in stages if stage.index > last]
-    check_machine(config, checks.due(config, stages), world, local_world, later=later)
+    check_machine(config, due(config, stages), world, local_world, later=later)
     if check_more is not None:
         check_more(stages, world)
     return stages

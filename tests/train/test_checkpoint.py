@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from longctx.distributed.ranks import Ranks
 from longctx.errors import RunFailed, UserError
 from longctx.run.training import train_run
-from longctx.train import checkpoint, fragments, runfolder
+from longctx.train import checkpoint, checkpoint_files, fragments, runfolder
 from longctx.train.checkpoint import Checkpoints, State
 from longctx.train.fragments import Fragment, FragmentReader
 
@@ -122,14 +122,14 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
 def test_a_file_that_the_disk_cannot_read_is_damaged(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoints, read = saved(tmp_path, 2), checkpoint.file_sha256
+    checkpoints, read = saved(tmp_path, 2), checkpoint_files.file_sha256
 
     def failing(path: Path) -> str:
         if path.match("step00000002/rank*"):
             raise OSError(5, "Input/output error")
         return read(path)
 
-    monkeypatch.setattr(checkpoint, "file_sha256", failing)
+    monkeypatch.setattr(checkpoint_files, "file_sha256", failing)
     state = checkpoints.load(TwoTensors())  # type: ignore[arg-type]
     assert state is not None
     assert state.step == 1
@@ -194,14 +194,19 @@ def test_too_little_free_disk_is_seen_before(tmp_path: Path, capsys: pytest.Capt
     assert "GiB needed" in " ".join(capsys.readouterr().err.split())
 
 
+def room_for_two(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the disk be full as long as two checkpoints lie on it."""
+    disk = checkpoint.shutil.disk_usage(run)
+    monkeypatch.setattr(
+        checkpoint.shutil, "disk_usage",
+        lambda _: disk._replace(free=disk.free if len(runfolder.checkpoints(run)) < 2 else 0),
+    )  # fmt: skip
+
+
 def test_a_full_disk_and_a_lower_keep_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk has room for two checkpoints, and an earlier start kept two."""
     saved(tmp_path, 2)
-    disk = checkpoint.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        checkpoint.shutil, "disk_usage",
-        lambda _: disk._replace(free=disk.free if len(runfolder.checkpoints(tmp_path)) < 2 else 0),
-    )  # fmt: skip
+    room_for_two(tmp_path, monkeypatch)
     fewer = Checkpoints(tmp_path, ALONE, keep=1, spare_gib=0.0)
     assert (fewer.load(TwoTensors()) or State()).step == 2  # type: ignore[arg-type]
     assert fewer.save(TwoTensors(), State(step=3), "s64") is not None  # type: ignore[arg-type]
@@ -211,11 +216,7 @@ def test_a_full_disk_and_a_lower_keep_make_room(tmp_path: Path, monkeypatch: pyt
 def test_a_full_disk_is_not_filled_by_a_damaged_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path, 2)
     (tmp_path / "stages/s64/checkpoints/step00000002/rank00000.safetensors").write_bytes(b"")
-    disk = checkpoint.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        checkpoint.shutil, "disk_usage",
-        lambda _: disk._replace(free=disk.free if len(runfolder.checkpoints(tmp_path)) < 2 else 0),
-    )  # fmt: skip
+    room_for_two(tmp_path, monkeypatch)
     again = Checkpoints(tmp_path, ALONE, keep=2, spare_gib=0.0)
     assert (again.load(TwoTensors()) or State()).step == 1  # type: ignore[arg-type]
     assert again.save(TwoTensors(), State(step=3), "s64") is not None  # type: ignore[arg-type]
